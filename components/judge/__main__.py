@@ -1,0 +1,62 @@
+"""Fit the judge on human ratings that no trained stage has seen, and measure it on held-out human pairs."""
+
+from pathlib import Path
+
+import click
+
+from components.rlhf.config.judge import JudgeStage
+from components.rlhf.edges.stage import input_folder, output_path, stage_options, stage_run
+
+
+@click.command(help=__doc__)
+@input_folder("--preferences")
+@input_folder("--base-model")
+@output_path("--judge", "judge_path")
+@output_path("--metrics")
+@output_path("--summary")
+@stage_options
+def main(
+    preferences: Path,
+    base_model: Path,
+    judge_path: Path,
+    metrics: Path,
+    summary: Path,
+    settings: str,
+    tracking: str,
+    executor_input: str,
+) -> None:
+    with stage_run("judge", JudgeStage, settings=settings, tracking=tracking, executor_input=executor_input) as run:
+        from components.judge.fit import as_markdown, fit
+        from components.rlhf.artifacts.directory import open_artifact, writing
+        from components.rlhf.artifacts.manifest import write_manifest
+        from components.rlhf.data.datasets import load_records, read_header
+        from components.rlhf.data.records import PreferencePair, RatedText
+        from components.rlhf.data.tokenizer import load_tokenizer
+        from components.rlhf.rewards.reward_model import pair_accuracy
+
+        base, data = open_artifact(base_model, "base_model"), open_artifact(preferences, "preferences")
+        ratings = load_records(preferences, "ratings", RatedText)
+        judge = fit(run.settings.judge, ratings, load_records(preferences, "train", PreferencePair))
+        pairs, max_tokens = load_records(preferences, "heldout", PreferencePair), read_header(preferences)["max_tokens"]
+        numbers = {
+            "heldout_accuracy": pair_accuracy(judge, pairs, load_tokenizer(base_model), max_tokens=max_tokens),
+            "num_heldout_pairs": float(len(pairs)),
+            "num_ratings": float(len(ratings)),
+            "num_features": float(len(judge.coefficients)),
+        }
+        with writing(judge_path) as draft:
+            judge.save(draft)
+            manifest = write_manifest(
+                draft,
+                kind="judge",
+                settings=run.settings_text,
+                parents={"base_model": base.digest, "preferences": data.digest},
+                facts={**numbers, "judge_kind": run.settings.judge.kind},
+            )
+        run.wrote("judge", manifest)
+        run.wrote_report("summary", summary, as_markdown(numbers, judge))
+        run.wrote_metrics(metrics, numbers)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m components.judge")

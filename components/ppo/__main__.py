@@ -1,0 +1,75 @@
+"""Train the fine-tuned model with PPO against the reward model."""
+
+import json
+from pathlib import Path
+
+import click
+
+from components.rlhf.config.ppo import PpoStage
+from components.rlhf.edges.stage import checkpoints_option, input_folder, output_path, stage_options, stage_run
+
+
+@click.command(help=__doc__)
+@input_folder("--sft-model")
+@input_folder("--reward-model")
+@input_folder("--prompts")
+@output_path("--model", "model_path")
+@output_path("--metrics")
+@output_path("--curves")
+@checkpoints_option
+@stage_options
+def main(
+    sft_model: Path, reward_model: Path, prompts: Path, model_path: Path, metrics: Path, curves: Path, checkpoints: Path | None,
+    settings: str, tracking: str, executor_input: str,
+) -> None:  # fmt: skip
+    with stage_run("ppo", PpoStage, settings=settings, tracking=tracking, executor_input=executor_input) as run:
+        from components.ppo.curves import as_html
+        from components.ppo.models import load_models
+        from components.ppo.trainer import PpoTrainer, final_metrics
+        from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer, writing
+        from components.rlhf.artifacts.manifest import write_manifest
+        from components.rlhf.checkpoints.folder import CheckpointFolder
+        from components.rlhf.checkpoints.key import checkpoint_key
+        from components.rlhf.data.datasets import load_records
+        from components.rlhf.data.records import Prompt
+        from components.rlhf.models.loading import save_model
+        from components.rlhf.models.precision import compute_dtype, default_device
+
+        sft, reward = open_artifact(sft_model, "sft_model"), open_artifact(reward_model, "reward_model")
+        asked = open_artifact(prompts, "prompts")
+        require_same_tokenizer(sft_model=(sft_model, sft), reward_model=(reward_model, reward), prompts=(prompts, asked))
+        dtype = compute_dtype(run.settings.model.precision)
+        models, rollout = load_models(run.settings, sft_model, reward_model, dtype=dtype, device=default_device())
+        run.progress.say("frozen layers are held once" if models.shared_trunk else "each model has its own layers")
+        folder = CheckpointFolder(checkpoints, checkpoint_key("ppo", run.settings, sft, reward, asked), run.settings.checkpoint)
+        trainer = PpoTrainer(
+            run.settings,
+            models,
+            rollout,
+            stop_ids=rollout.stop_ids,
+            checkpoints=folder,
+            progress=run.progress,
+            tracker=run.tracker,
+        )
+        history = trainer.train(load_records(prompts, "train", Prompt), load_records(prompts, "validation", Prompt))
+        numbers = final_metrics(history)
+        with writing(model_path) as draft:
+            save_model(models.actor.lm, rollout.tokenizer, draft, dtype=dtype)
+            (draft / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+            manifest = write_manifest(
+                draft,
+                kind="policy_model",
+                settings=run.settings_text,
+                parents={"sft_model": sft.digest, "reward_model": reward.digest, "prompts": asked.digest},
+                tokenizer_digest=sft.tokenizer_digest,
+                chat_template_digest=sft.chat_template_digest,
+                facts=dict(numbers),
+            )
+        run.wrote("model", manifest)
+        run.wrote_report("curves", curves, as_html(history, run.settings.ppo))
+        run.wrote_metrics(metrics, numbers)
+        folder.clear()
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m components.ppo")

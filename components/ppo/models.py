@@ -1,0 +1,58 @@
+"""The four models, in memory once where they are the same."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from components.ppo.experience import Models
+from components.rlhf.config.ppo import PpoStage
+from components.rlhf.data.tokenizer import load_tokenizer
+from components.rlhf.models.actor import Actor
+from components.rlhf.models.layers import share_trunk
+from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, normalisation_of, stop_ids_of
+from components.rlhf.models.scalar import ScalarModel
+from components.rlhf.rollout.hf import HfRolloutEngine
+
+
+def load_models(stage: PpoStage, sft_model: Path, reward_model: Path, *, dtype: torch.dtype, device: torch.device) -> tuple[Models, HfRolloutEngine]:
+    """Actor and reference from the fine-tuned model, critic and reward model from the reward model, and the rollout engine.
+
+    The frozen layers are held once by all of them when they are equal in the two artifacts.
+    """
+    frozen = stage.model.num_frozen_layers
+    critic_trains = stage.ppo.critic.trains
+    actor_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype)
+    reference_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
+    rollout_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
+    reward_lm = load_scalar_lm(reward_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
+    critic_lm = (
+        with_own_head(reward_lm)
+        if critic_trains == "head"
+        else load_scalar_lm(reward_model, num_frozen_layers=frozen, dtype=dtype)
+    )
+    everyone = [reference_lm, rollout_lm, reward_lm] + ([critic_lm] if critic_trains == "layers" else [])
+    shared = share_trunk(actor_lm, everyone, frozen)
+    if not shared and frozen:
+        share_trunk(actor_lm, [reference_lm, rollout_lm], frozen)
+    for lm in [actor_lm, critic_lm, *everyone]:
+        lm.to(device)
+    mean, std = normalisation_of(reward_model) if stage.ppo.normalize_reward else (0.0, 1.0)
+    scale = {"mean": mean, "std": std}
+    models = Models(
+        actor=Actor(actor_lm, num_frozen_layers=frozen, dtype=dtype),
+        reference=Actor(reference_lm, num_frozen_layers=frozen, dtype=dtype),
+        critic=ScalarModel(critic_lm, num_frozen_layers=frozen, dtype=dtype, trains=critic_trains, **scale),
+        reward_model=ScalarModel(reward_lm, num_frozen_layers=frozen, dtype=dtype, **scale),
+        shared_trunk=shared,
+    )
+    return models, HfRolloutEngine(rollout_lm, load_tokenizer(sft_model), stop_ids=stop_ids_of(sft_model))
+
+
+def with_own_head(lm: nn.Module) -> nn.Module:
+    """A model that shares every module of lm but the head, which is its own, in fp32 and trainable."""
+    twin = copy.copy(lm)
+    twin._modules = dict(lm._modules)
+    twin.score = copy.deepcopy(lm.score).float().requires_grad_(True)
+    return twin

@@ -1,0 +1,112 @@
+"""Several epochs of clipped updates of the actor and the critic on one rollout."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from components.ppo.experience import Experience, Models, microbatches
+from components.rlhf.config.ppo import PpoSettings
+from components.rlhf.engine.protocol import TrainEngine
+from components.rlhf.errors import require_finite
+from components.rlhf.maths.losses import denominator_of, policy_loss, value_loss
+from components.rlhf.models.actor import Distribution
+
+
+def update(
+    experience: Experience,
+    models: Models,
+    engines: dict[str, TrainEngine],
+    ppo: PpoSettings,
+    distribution: Distribution,
+    *,
+    seed: int,
+    iteration: int,
+    checkpoint: object = None,
+) -> dict[str, float]:
+    """Train on every response num_epochs times; return means over all optimiser steps, and the largest first ratio's error.
+
+    The first epoch goes through the rollout in its own order (prompts are already shuffled), later ones in a seeded shuffle.
+    """
+    sums: dict[str, float] = defaultdict(float)
+    steps = 0
+    first_ratio_error = 0.0
+    groups = microbatches(len(experience.batch), ppo, experience.batch)
+    per_minibatch = len(groups) * ppo.minibatch // len(experience.batch)
+    for epoch in range(ppo.num_epochs):
+        order = _order(len(experience.batch), seed=seed, iteration=iteration, epoch=epoch).to(groups[0].device)
+        for start in range(0, len(groups), per_minibatch):
+            parts = [order[group] for group in groups[start : start + per_minibatch]]
+            values = _step(experience, models, engines, ppo, distribution, parts)
+            if steps == 0:
+                first_ratio_error = values["ratio_error"]
+            for name in ("loss/policy", "loss/value", "actor/grad_norm", "critic/grad_norm"):
+                require_finite(
+                    values[name],
+                    what=name,
+                    step=iteration,
+                    batch=f"epoch {epoch}, minibatch {start // per_minibatch}, responses {torch.cat(parts).tolist()}",
+                    checkpoint=checkpoint,
+                )
+            steps += 1
+            for name, value in values.items():
+                sums[name] += value
+    means = {name: value / steps for name, value in sums.items() if name != "ratio_error"}
+    return means | {"actor/first_ratio_error": first_ratio_error}
+
+
+def _step(
+    e: Experience, models: Models, engines: dict[str, TrainEngine], ppo: PpoSettings, distribution: Distribution, parts: list[Tensor]
+) -> dict[str, float]:
+    """One optimiser step of both models over the microbatches of one minibatch."""
+    rows = torch.cat(parts)
+    denominator = denominator_of(e.batch.response_mask[rows], ppo.loss_aggregation)
+    tokens = float(e.batch.response_mask[rows].sum())
+    values: dict[str, float] = defaultdict(float)
+    for number, part in enumerate(parts, start=1):
+        batch, mask = e.batch.select(part), e.batch.response_mask[part]
+        states = None if e.states is None else e.states[part]
+        logprobs, _ = models.actor(batch, distribution, states)
+        policy = policy_loss(
+            logprobs,
+            e.old_logprobs[part],
+            e.advantages[part],
+            mask,
+            clip_range=ppo.clip_range,
+            clip_range_high=ppo.clip_range_high,
+            dual_clip=ppo.dual_clip,
+            aggregation=ppo.loss_aggregation,
+            denominator=denominator,
+        )
+        engines["actor"].backward(policy.loss, last=number == len(parts))
+        new_values = models.critic(batch, states, features=None if e.features is None else e.features[part])
+        value = value_loss(
+            new_values,
+            e.old_values[part],
+            e.returns[part],
+            mask,
+            value_clip_range=ppo.value_clip_range,
+            aggregation=ppo.loss_aggregation,
+            denominator=denominator,
+        )
+        engines["critic"].backward(value, last=number == len(parts))
+        share = float(mask.sum()) / tokens
+        values["loss/policy"] += policy.loss.item()
+        values["loss/value"] += value.item()
+        values["actor/clip_fraction"] += policy.clip_fraction.item() * share
+        values["actor/approx_kl"] += policy.approx_kl.item() * share
+        ratio_error = ((logprobs.detach() - e.old_logprobs[part]).exp() - 1).abs().max().item()
+        values["ratio_error"] = max(values["ratio_error"], ratio_error)
+    for name in ("actor", "critic"):
+        info = engines[name].step()
+        values[f"{name}/grad_norm"] = info.grad_norm
+        values[f"{name}/learning_rate"] = info.learning_rate
+    return dict(values)
+
+
+def _order(size: int, *, seed: int, iteration: int, epoch: int) -> Tensor:
+    """Row order of an epoch, from its seed alone: a resumed run goes through the same one."""
+    if epoch == 0:
+        return torch.arange(size)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + iteration) * 1_009 + epoch)
+    return torch.randperm(size, generator=generator)

@@ -1,0 +1,72 @@
+"""Read, clean, split and pair the data: typed data sets for every stage, with no prompt in two of them."""
+
+import json
+from pathlib import Path
+
+import click
+
+from components.rlhf.config.data import PrepareDataStage
+from components.rlhf.edges.stage import input_folder, output_path, stage_options, stage_run
+
+
+@click.command(help=__doc__)
+@input_folder("--base-model")
+@output_path("--demonstrations")
+@output_path("--preferences")
+@output_path("--judge-preferences")
+@output_path("--prompts")
+@output_path("--heldout-prompts")
+@output_path("--metrics")
+@output_path("--summary")
+@stage_options
+def main(
+    base_model: Path, metrics: Path, summary: Path, settings: str, tracking: str, executor_input: str, **outputs: Path
+) -> None:
+    with stage_run(
+        "prepare_data", PrepareDataStage, settings=settings, tracking=tracking, executor_input=executor_input
+    ) as run:
+        from components.prepare_data.prepare import prepare
+        from components.prepare_data.report import as_markdown, as_metrics
+        from components.rlhf.artifacts.directory import open_artifact, writing
+        from components.rlhf.artifacts.manifest import write_manifest
+        from components.rlhf.data.datasets import save_dataset
+        from components.rlhf.data.tokenizer import load_tokenizer
+
+        base = open_artifact(base_model, "base_model")
+        data = run.settings.data
+        out = prepare(
+            data,
+            load_tokenizer(base_model),
+            seed=run.settings.seed,
+            num_evaluation_prompts=run.settings.num_evaluation_prompts,
+        )
+        contents = {
+            "demonstrations": ("demonstrations", {"train": out.demonstrations, "heldout": out.heldout_demonstrations}),
+            "preferences": ("preferences", {"train": out.pairs, "heldout": out.heldout_pairs}),
+            "judge_preferences": (
+                "preferences",
+                {"train": out.judge_pairs, "ratings": out.judge_ratings, "heldout": out.heldout_pairs},
+            ),
+            "prompts": ("prompts", {"train": out.prompts, "validation": out.validation_prompts}),
+            "heldout_prompts": ("prompts", {"heldout": out.heldout_prompts}),
+        }
+        for name, (kind, splits) in contents.items():
+            with writing(outputs[name]) as draft:
+                sizes = save_dataset(draft, splits, max_tokens=data.max_tokens, counts=out.counts.get(name, {}))
+                manifest = write_manifest(
+                    draft,
+                    kind=kind,
+                    settings=run.settings_text,
+                    parents={"base_model": base.digest},
+                    tokenizer_digest=base.tokenizer_digest,
+                    chat_template_digest=base.chat_template_digest,
+                    facts={f"num_{split}": size for split, size in sizes.items()},
+                )
+            run.wrote(name, manifest)
+            run.progress.say(f"{name}: {json.dumps(sizes)}")
+        run.wrote_report("summary", summary, as_markdown(out))
+        run.wrote_metrics(metrics, as_metrics(out))
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m components.prepare_data")

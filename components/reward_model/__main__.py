@@ -1,0 +1,86 @@
+"""Train the reward model on preference pairs, measure it on held-out pairs, and fix the scale of its scores."""
+
+from pathlib import Path
+
+import click
+
+from components.rlhf.config.reward_model import RewardModelStage
+from components.rlhf.edges.stage import checkpoints_option, input_folder, output_path, stage_options, stage_run
+
+
+@click.command(help=__doc__)
+@input_folder("--base-model")
+@input_folder("--sft-model")
+@input_folder("--preferences")
+@input_folder("--prompts")
+@output_path("--model", "model_path")
+@output_path("--metrics")
+@output_path("--summary")
+@checkpoints_option
+@stage_options
+def main(
+    base_model: Path, sft_model: Path, preferences: Path, prompts: Path, model_path: Path, metrics: Path, summary: Path,
+    checkpoints: Path | None, settings: str, tracking: str, executor_input: str,
+) -> None:  # fmt: skip
+    with stage_run(
+        "reward_model", RewardModelStage, settings=settings, tracking=tracking, executor_input=executor_input
+    ) as run:
+        from components.reward_model.evaluate import finish
+        from components.reward_model.trainer import RewardModelTrainer, as_markdown
+        from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer, writing
+        from components.rlhf.artifacts.manifest import write_manifest
+        from components.rlhf.checkpoints.folder import CheckpointFolder
+        from components.rlhf.checkpoints.key import checkpoint_key
+        from components.rlhf.data.datasets import load_records, read_header
+        from components.rlhf.data.records import PreferencePair, Prompt
+        from components.rlhf.data.tokenizer import load_tokenizer
+        from components.rlhf.models.loading import save_model
+
+        base, sft = open_artifact(base_model, "base_model"), open_artifact(sft_model, "sft_model")
+        data, asked = open_artifact(preferences, "preferences"), open_artifact(prompts, "prompts")
+        require_same_tokenizer(
+            base_model=(base_model, base),
+            sft_model=(sft_model, sft),
+            preferences=(preferences, data),
+            prompts=(prompts, asked),
+        )
+        start = sft_model if run.settings.reward_model.init == "sft" else base_model
+        folder = CheckpointFolder(
+            checkpoints, checkpoint_key("reward_model", run.settings, base, sft, data), run.settings.checkpoint
+        )
+        tokenizer, max_tokens = load_tokenizer(sft_model), read_header(preferences)["max_tokens"]
+        trainer = RewardModelTrainer(run.settings, start, folder, run.progress, run.tracker)
+        numbers = trainer.train(tokenizer, load_records(preferences, "train", PreferencePair), max_tokens=max_tokens)
+        numbers |= finish(
+            trainer.model,
+            run.settings,
+            sft_model,
+            tokenizer,
+            pairs=load_records(preferences, "heldout", PreferencePair),
+            prompts=load_records(prompts, "train", Prompt),
+            max_tokens=max_tokens,
+        )
+        with writing(model_path) as draft:
+            save_model(trainer.model.lm, tokenizer, draft, dtype=trainer.dtype)
+            manifest = write_manifest(
+                draft,
+                kind="reward_model",
+                settings=run.settings_text,
+                parents={
+                    "base_model": base.digest,
+                    "sft_model": sft.digest,
+                    "preferences": data.digest,
+                    "prompts": asked.digest,
+                },
+                tokenizer_digest=sft.tokenizer_digest,
+                chat_template_digest=sft.chat_template_digest,
+                facts={**numbers, "head_name": "score", "padding_side": "right"},
+            )
+        run.wrote("model", manifest)
+        run.wrote_report("summary", summary, as_markdown(numbers))
+        run.wrote_metrics(metrics, numbers)
+        folder.clear()
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m components.reward_model")

@@ -1,0 +1,56 @@
+"""The mean and spread of a reward model's scores on what PPO will start from."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from components.rlhf.config.model import SamplingSettings
+from components.rlhf.data.records import Completion, PreferencePair, Prompt
+from components.rlhf.data.tokenizer import encode_text
+from components.rlhf.errors import InputError
+from components.rlhf.models.loading import load_causal_lm, stop_ids_of
+from components.rlhf.models.precision import default_device
+from components.rlhf.models.scalar import ScalarModel
+from components.rlhf.rewards.protocol import Scorer
+from components.rlhf.rollout.hf import HfRolloutEngine
+
+
+def sample_responses(
+    sft_model: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    sampling: SamplingSettings,
+    *,
+    model: ScalarModel,
+    seed: int,
+) -> list[Completion]:
+    """One response of the fine-tuned model to each prompt, sampled as PPO will sample."""
+    lm = load_causal_lm(sft_model, num_frozen_layers=0, dtype=model.dtype, trainable=False).to(default_device())
+    engine = HfRolloutEngine(lm, tokenizer, stop_ids=stop_ids_of(sft_model))
+    return engine.generate(prompts, sampling, [seed * 1_000_003 + number for number in range(len(prompts))])
+
+
+def calibrate(scorer: Scorer, responses: Sequence[Completion]) -> tuple[float, float]:
+    """Mean and standard deviation of the raw scores.
+
+    They are taken from samples, not from the human texts the model was trained on: PPO's first scores then have mean 0 and
+    spread 1, which the score clip and the KL coefficient rely on.
+    """
+    if len(responses) < 2:
+        return 0.0, 1.0
+    scores = scorer.score(responses)
+    std = float(scores.std())
+    if not std > 1e-6:
+        raise InputError(
+            "The reward model gives every response the same score; it has learned nothing, train it longer."
+        )
+    return float(scores.mean()), std
+
+
+def cut_to_half(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, *, max_tokens: int) -> PreferencePair:
+    """Both texts cut to half the tokens of the shorter one: how well are texts compared that do not end?"""
+    texts = [encode_text(tokenizer, pair.prompt, text, max_tokens=max_tokens) for text in (pair.chosen, pair.rejected)]
+    length = max(min(len(text.response_ids) for text in texts) // 2, 1)
+    chosen, rejected = (str(tokenizer.decode(text.response_ids[:length])) for text in texts)
+    return PreferencePair(prompt=pair.prompt, chosen=chosen, rejected=rejected)

@@ -1,0 +1,44 @@
+"""What is fixed and measured once the reward model is trained."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from components.reward_model.calibration import calibrate, cut_to_half, sample_responses
+from components.rlhf.config.reward_model import RewardModelStage
+from components.rlhf.data.records import PreferencePair, Prompt
+from components.rlhf.models.loading import HEAD_NAME
+from components.rlhf.models.scalar import ScalarModel
+from components.rlhf.rewards.reward_model import RewardModelScorer, pair_accuracy
+
+
+def finish(
+    model: ScalarModel,
+    stage: RewardModelStage,
+    sft_model: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    pairs: Sequence[PreferencePair],
+    prompts: Sequence[Prompt],
+    max_tokens: int,
+) -> dict[str, float]:
+    """Fix the normalisation in the model's config, then measure accuracy with the scorer that PPO uses."""
+    scorer = RewardModelScorer(model, microbatch_tokens=stage.reward_model.training.microbatch_tokens)
+    asked = prompts[: stage.reward_model.num_calibration_samples]
+    responses = (
+        sample_responses(sft_model, tokenizer, asked, stage.sampling, model=model, seed=stage.seed) if asked else []
+    )
+    model.mean, model.std = calibrate(scorer, responses)
+    config = model.lm.config
+    config.reward_mean, config.reward_std = model.mean, model.std
+    config.head_name, config.padding_side = HEAD_NAME, "right"
+    cut = [cut_to_half(tokenizer, pair, max_tokens=max_tokens) for pair in pairs]
+    return {
+        "heldout_accuracy": pair_accuracy(scorer, pairs, tokenizer, max_tokens=max_tokens),
+        "heldout_accuracy_cut": pair_accuracy(scorer, cut, tokenizer, max_tokens=max_tokens, complete=False),
+        "num_heldout_pairs": float(len(pairs)),
+        "reward_mean": model.mean,
+        "reward_std": model.std,
+        "num_calibration_samples": float(len(responses)),
+    }

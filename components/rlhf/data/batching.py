@@ -1,0 +1,121 @@
+"""Right-padded batches of `prompt | response`, and microbatches under a budget of tokens."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from components.rlhf.maths.masks import length_mask, state_positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """B rows of `prompt | response | padding`. S is the longest row, T the longest response.
+
+    Padding stands on the right, where causal attention cannot see it: no attention mask is needed for exact results.
+
+    Example, two rows of prompts [5, 6] and [7] with responses [8, 2] and [9, 9, 2]:
+        input_ids      [[5, 6, 8, 2], [7, 9, 9, 2]]
+        response_ids   [[8, 2, 0], [9, 9, 2]]
+        response_mask  [[1, 1, 0], [1, 1, 1]]
+    """
+
+    input_ids: Tensor  # [B, S] int64
+    prompt_lengths: Tensor  # [B] int64
+    response_ids: Tensor  # [B, T] int64, 0 at padding
+    response_mask: Tensor  # [B, T] bool, True = response token, the model's own EOS included
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def response_lengths(self) -> Tensor:  # [B] int64
+        return self.response_mask.sum(dim=1)
+
+    def state_positions(self) -> Tensor:
+        """Sequence positions of the states before each action, clamped into the row at padding: [B, T] int64."""
+        positions = state_positions(self.prompt_lengths, self.response_ids.shape[1])
+        return positions.clamp(max=self.input_ids.shape[1] - 1)
+
+    def last_positions(self) -> Tensor:
+        """Sequence position of the last real token of each row: [B] int64."""
+        return self.prompt_lengths + self.response_lengths - 1
+
+    def select(self, rows: Tensor) -> "TokenBatch":
+        """The given rows (indices [b] int64), without trimming: shapes stay comparable between passes."""
+        return TokenBatch(
+            input_ids=self.input_ids[rows],
+            prompt_lengths=self.prompt_lengths[rows],
+            response_ids=self.response_ids[rows],
+            response_mask=self.response_mask[rows],
+        )
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        return TokenBatch(
+            input_ids=self.input_ids.to(device),
+            prompt_lengths=self.prompt_lengths.to(device),
+            response_ids=self.response_ids.to(device),
+            response_mask=self.response_mask.to(device),
+        )
+
+
+def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> TokenBatch:
+    """Pad B prompts and their responses (ids) into one batch. Each prompt has at least one token."""
+    prompt_lengths = torch.tensor([len(p) for p in prompts])
+    response_lengths = torch.tensor([len(r) for r in responses])
+    if (prompt_lengths == 0).any():
+        raise ValueError("a prompt has no tokens; the first action would have no state to be chosen from")
+    width, num_actions = int((prompt_lengths + response_lengths).max()), max(int(response_lengths.max()), 1)
+    # The pad id is 0 whatever the tokenizer says: masks come from lengths, so no id is special.
+    input_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    response_ids = torch.zeros(len(prompts), num_actions, dtype=torch.int64)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        input_ids[row, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
+        response_ids[row, : len(response)] = torch.tensor(response, dtype=torch.int64)
+    return TokenBatch(
+        input_ids=input_ids,
+        prompt_lengths=prompt_lengths,
+        response_ids=response_ids,
+        response_mask=length_mask(response_lengths, num_actions),
+    )
+
+
+def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Groups of indices, similar lengths together, each at most max_tokens when padded to its longest.
+
+    A single row longer than max_tokens gets a group of its own. Every index occurs once.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if groups and lengths[index] * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def epoch_order(size: int, *, seed: int, epoch: int) -> list[int]:
+    """A permutation of range(size) that depends on seed and epoch alone, so that a resumed run continues the same one."""
+    order = list(range(size))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def step_batches(size: int, batch_size: int, *, seed: int, num_epochs: int, max_steps: int) -> Iterator[list[int]]:
+    """Indices of each optimiser step: shuffled every epoch, the last batch of an epoch may be short. max_steps 0: no limit."""
+    step = 0
+    for epoch in range(num_epochs):
+        order = epoch_order(size, seed=seed, epoch=epoch)
+        for start in range(0, size, batch_size):
+            if max_steps and step == max_steps:
+                return
+            yield order[start : start + batch_size]
+            step += 1
+
+
+def num_steps(size: int, batch_size: int, *, num_epochs: int, max_steps: int) -> int:
+    """How many batches step_batches yields."""
+    steps = num_epochs * -(-size // batch_size)
+    return min(steps, max_steps) if max_steps else steps

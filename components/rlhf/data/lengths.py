@@ -1,0 +1,46 @@
+"""Dropping records by their length in tokens, and counting them."""
+
+from collections import Counter
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from components.rlhf.config.data import DataSettings
+from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText
+from components.rlhf.data.tokenizer import encode_prompt
+
+R = TypeVar("R", Demonstration, PreferencePair, Prompt, RatedText)
+
+
+def drop_long(
+    records: list[R], data: DataSettings, tokenizer: PreTrainedTokenizerBase, counts: Counter[str]
+) -> list[R]:
+    """The records whose prompt and texts fit, by max_prompt_tokens and max_tokens; over_length 'cut' keeps long texts.
+
+    One place of max_tokens is reserved for the end-of-sequence token.
+    """
+    kept: list[R] = []
+    for record in records:
+        prompt_length = len(encode_prompt(tokenizer, record.prompt))
+        if prompt_length > data.max_prompt_tokens or prompt_length == 0:
+            counts["dropped_long_prompt" if prompt_length else "dropped_no_tokens"] += 1
+            continue
+        room = data.max_tokens - prompt_length - 1
+        if data.over_length == "drop" and any(
+            len(encode_prompt(tokenizer, text)) > room for text in _completions(record)
+        ):
+            counts["dropped_long_text"] += 1
+            continue
+        kept.append(record)
+    counts["kept"] = len(kept)
+    return kept
+
+
+def _completions(record: Demonstration | PreferencePair | Prompt | RatedText) -> list[str]:
+    match record:
+        case PreferencePair():
+            return [record.chosen, record.rejected]
+        case Demonstration() | RatedText():
+            return [record.completion]
+        case _:
+            return []

@@ -1,0 +1,51 @@
+"""The record types that travel between stages and through a PPO iteration.
+
+Law of this room: record types, readers, chat templates, tokenisation and batching; no models, no losses.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferencePair:
+    """Two completions of one prompt; people preferred the first. margin says by how much, in the data's own unit."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    margin: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatedText:
+    """One text with the mean of its human ratings."""
+
+    prompt: str
+    completion: str
+    rating: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    prompt: str
+    id: str = ""  # names the prompt in reports; unique within its data set
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sampled response with everything later steps need, as ids: text is never tokenised again."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    response_ids: list[int]  # includes the stop token that the model produced, if it did
+    response: str  # the text, without special tokens
+    logprobs: Tensor | None  # [T] of the engine that sampled, fp32; None for texts that people wrote
+    truncated: bool  # reached max_new_tokens without a stop token

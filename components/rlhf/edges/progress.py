@@ -1,0 +1,39 @@
+"""One line now and then that says how far a stage is, what its metrics are, and how long it will take."""
+
+import sys
+import time
+from collections.abc import Mapping
+
+
+class Progress:
+    """Prints to stderr at most every few seconds, so that logs of a cluster stay readable."""
+
+    def __init__(self, stage: str, *, every_seconds: float = 5.0) -> None:
+        self.stage = stage
+        self.every_seconds = every_seconds
+        self._start = time.monotonic()
+        self._first_step: int | None = None
+        self._shown = -every_seconds
+
+    def say(self, text: str) -> None:
+        """A line of its own, always shown."""
+        print(f"[{self.stage}] {text}", file=sys.stderr, flush=True)
+
+    def step(self, step: int, total: int, metrics: Mapping[str, float], unit: str = "step") -> None:
+        """step of total steps is done (from 1)."""
+        now = time.monotonic() - self._start
+        if self._first_step is None:
+            self._first_step = step - 1
+        if now - self._shown < self.every_seconds and step < total:
+            return
+        self._shown = now
+        per_step = now / max(step - self._first_step, 1)
+        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.say(f"{unit} {step}/{total}  {values}  {clock(per_step * (total - step))} left")
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds as 3:07, with hours where there are any."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,132 @@
+"""What every stage program does at its edges: options, settings, tracking, errors, and KFP's executor output."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import click
+from pydantic import ValidationError
+
+from components.rlhf.artifacts.manifest import Manifest
+from components.rlhf.config.base import Settings
+from components.rlhf.config.params import explain
+from components.rlhf.config.storage import TrackingSettings
+from components.rlhf.edges.kfp_io import write_executor_output
+from components.rlhf.edges.progress import Progress
+from components.rlhf.edges.tracking import Tracker, start_tracking
+from components.rlhf.errors import InputError
+
+S = TypeVar("S", bound=Settings)
+RUN_ID = "RLHF_RUN_ID"
+
+
+@dataclass
+class StageRun(Generic[S]):
+    """What a stage works with; outputs are reported to KFP when it ends well."""
+
+    name: str
+    settings: S
+    settings_text: str
+    progress: Progress
+    tracker: Tracker
+    outputs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)
+
+    def wrote(self, output: str, manifest: Manifest) -> None:
+        """Report an artifact with its manifest as metadata."""
+        self.outputs[output] = manifest.metadata()
+
+    def wrote_metrics(self, path: Path, metrics: Mapping[str, float]) -> None:
+        """Write final numbers as the output `metrics`: a JSON file, KFP's Metrics artifact, and a last point in MLflow."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        self.outputs["metrics"] = dict(metrics)
+        self.tracker.log({f"final/{name}": value for name, value in metrics.items()}, step=0)
+
+    def wrote_report(self, output: str, path: Path, text: str) -> None:
+        """Write a Markdown or HTML output, and keep a copy in MLflow."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        self.outputs[output] = {}
+        self.tracker.log_file(path)
+
+
+def stage_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that every stage has."""
+    for option in (
+        click.option("--executor-input", default="", help="KFP's executor input; leave it out when running by hand."),
+        click.option(
+            "--tracking", default="{}", help="Tracking settings as JSON; nothing is tracked without a uri in them."
+        ),
+        click.option("--settings", required=True, help="The stage's settings: JSON text, or a file that holds it."),
+    ):
+        command = option(command)
+    return command
+
+
+def input_folder(*names: str, required: bool = True) -> Callable[..., Any]:
+    """An option that names an artifact to read."""
+    return click.option(*names, type=click.Path(path_type=Path), required=required, help="Artifact to read.")
+
+
+def output_path(*names: str) -> Callable[..., Any]:
+    """An option that names what to write."""
+    return click.option(*names, type=click.Path(path_type=Path), required=True, help="Where to write.")
+
+
+def checkpoints_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where a training stage keeps what it needs to go on after a death."""
+    return click.option(
+        "--checkpoints",
+        type=click.Path(path_type=Path),
+        callback=lambda _context, _option, value: value if value and str(value) != "." else None,
+        help="Folder for checkpoints; a stage that is started again with the same inputs continues from there.",
+    )(command)
+
+
+@contextlib.contextmanager
+def stage_run(name: str, model: type[S], *, settings: str, tracking: str, executor_input: str) -> Iterator[StageRun[S]]:
+    """Run the body of a stage. An InputError becomes one line on stderr and exit code 1; other errors keep their traceback."""
+    tracker: Tracker | None = None
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars would drown ours, and make logs unreadable
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin on a busy core make torch ten times slower
+    try:
+        text = settings if settings.lstrip().startswith("{") else _read(settings)
+        parsed = parse_settings(model, text)
+        run_id = os.environ.get(RUN_ID, "by-hand")
+        tracker = start_tracking(
+            parse_settings(TrackingSettings, tracking), run_id=run_id, stage=name, params=parsed.model_dump(mode="json")
+        )
+        run = StageRun(name=name, settings=parsed, settings_text=text, progress=Progress(name), tracker=tracker)
+        yield run
+        if executor_input:
+            write_executor_output(executor_input, run.outputs)
+        tracker.finish("FINISHED")
+    except InputError as error:
+        if tracker:
+            tracker.finish("FAILED")
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except BaseException:
+        if tracker:
+            tracker.finish("FAILED")
+        raise
+
+
+def parse_settings(model: type[S], text: str) -> S:
+    try:
+        return model.from_json(text)
+    except ValidationError as error:
+        raise InputError(f"Settings: {explain(error, model)}.") from None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--settings {path} is neither JSON text nor a readable file ({error.strerror}).") from None

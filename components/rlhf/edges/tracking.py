@@ -1,0 +1,171 @@
+"""MLflow: one parent run a pipeline run, one nested run a stage. Tracking never fails training."""
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from components.rlhf.config.storage import TrackingSettings
+
+RUN_ID_TAG = "rlhf.run_id"
+SQLITE = "sqlite:///"
+
+
+class Tracker(Protocol):
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def log_file(self, path: Path) -> None: ...
+
+    def finish(self, status: str) -> None:
+        """status is FINISHED or FAILED."""
+        ...
+
+
+class NullTracker:
+    """Tracks nothing: tracking is off, or its server could not be reached."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        return
+
+    def log_file(self, path: Path) -> None:
+        return
+
+    def finish(self, status: str) -> None:
+        return
+
+
+class MlflowTracker:
+    """A nested MLflow run. Any failure is said once on stderr and ends tracking, nothing else."""
+
+    FLUSH_SECONDS = 5.0  # one request for many points; a single metric takes 50 ms
+
+    def __init__(self, client: Any, run_id: str) -> None:
+        self.client = client
+        self.run_id = run_id
+        self._points: list[Any] = []
+        self._flushed = time.monotonic()
+        self._broken = False
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._points += [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
+            self._flush()
+
+    def log_file(self, path: Path) -> None:
+        self._try(lambda: self.client.log_artifact(self.run_id, str(path)))
+
+    def finish(self, status: str) -> None:
+        self._flush()
+        self._try(lambda: self.client.set_terminated(self.run_id, status))
+
+    def _flush(self) -> None:
+        points, self._points = self._points, []
+        self._flushed = time.monotonic()
+        for start in range(0, len(points), 1000):  # the server's limit for one request
+            part = points[start : start + 1000]
+            self._try(lambda part=part: self.client.log_batch(self.run_id, metrics=part))
+
+    def _try(self, call: Any) -> None:
+        if self._broken:
+            return
+        try:
+            call()
+        except Exception as error:  # tracking never fails training
+            self._broken = True
+            warn(error)
+
+
+def start_tracking(settings: TrackingSettings, *, run_id: str, stage: str, params: Mapping[str, Any]) -> Tracker:
+    """The tracker of one stage: nested in the parent run that carries run_id, which is made if it is not there."""
+    if not settings.enabled or not settings.uri:
+        return NullTracker()
+    try:
+        client = connect(settings.uri)
+        experiment_id = _experiment(client, settings)
+        parent_id = parent_run(client, experiment_id, run_id)
+        tags = {"mlflow.parentRunId": parent_id, "rlhf.stage": stage, RUN_ID_TAG: f"{run_id}/{stage}"}
+        run = client.create_run(experiment_id, run_name=stage, tags=tags)
+        tracker = MlflowTracker(client, run.info.run_id)
+        from mlflow.entities import Param
+
+        flat = [Param(key, str(value)[:6000]) for key, value in flatten(params).items()]
+        for start in range(0, len(flat), 100):  # the server's limits: 100 parameters a request, 6000 characters each
+            client.log_batch(run.info.run_id, params=flat[start : start + 100])
+        return tracker
+    except Exception as error:  # tracking never fails training
+        warn(error)
+        return NullTracker()
+
+
+def close_parent(settings: TrackingSettings, *, run_id: str, status: str, files: list[Path]) -> None:
+    """End the parent run with its final status, and attach files to it."""
+    if not settings.enabled or not settings.uri:
+        return
+    try:
+        client = connect(settings.uri)
+        parent_id = parent_run(client, _experiment(client, settings), run_id)
+        for path in files:
+            client.log_artifact(parent_id, str(path))
+        client.set_terminated(parent_id, status)
+    except Exception as error:  # tracking never fails a run
+        warn(error)
+
+
+def connect(uri: str) -> Any:
+    """An MLflow client that gives up on a dead server in seconds, not in minutes."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    import logging
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def parent_run(client: Any, experiment_id: str, run_id: str) -> str:
+    """MLflow's id of the parent run tagged with our run id; the first stage that asks makes it."""
+    found = client.search_runs([experiment_id], filter_string=f"tags.`{RUN_ID_TAG}` = '{run_id}'", max_results=1)
+    if found:
+        return str(found[0].info.run_id)
+    return str(client.create_run(experiment_id, run_name=run_id, tags={RUN_ID_TAG: run_id}).info.run_id)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def warn(error: Exception) -> None:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    print(f"warning: MLflow could not be used, going on without tracking ({reason})", file=sys.stderr, flush=True)
+
+
+def _experiment(client: Any, settings: TrackingSettings) -> str:
+    experiment = client.get_experiment_by_name(settings.experiment)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    location = None
+    if settings.uri and settings.uri.startswith(SQLITE):
+        # Files beside the database; MLflow's own default would be a folder wherever the process happens to stand.
+        location = (Path(settings.uri.removeprefix(SQLITE)).resolve().parent / "mlflow-files").as_uri()
+    try:
+        return str(client.create_experiment(settings.experiment, artifact_location=location))
+    except Exception:  # another stage made it in the meantime
+        experiment = client.get_experiment_by_name(settings.experiment)
+        if experiment is None:
+            raise
+        return str(experiment.experiment_id)

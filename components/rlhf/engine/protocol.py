@@ -1,0 +1,50 @@
+"""What a training engine and a group of processes must do.
+
+Law of this room: losses into steps. It knows no word of PPO; what is distributed stays behind these protocols.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInfo:
+    grad_norm: float  # before clipping
+    learning_rate: float  # of this step
+
+
+class TrainEngine(Protocol):
+    """Owns one trained module with its optimiser. The losses it is given are already divided by their denominator."""
+
+    module: nn.Module
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of one microbatch; last marks the final one of an optimiser step."""
+        ...
+
+    def step(self) -> StepInfo: ...
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight whole, by name. All processes call it in the same order."""
+        ...
+
+    def save(self, directory: Path) -> None: ...
+
+    def load(self, directory: Path) -> None: ...
+
+
+class Group(Protocol):
+    """The processes that train together."""
+
+    rank: int
+    world_size: int
+
+    def sum(self, x: Tensor) -> Tensor: ...
+
+    def max_int(self, n: int) -> int: ...
+
+    def barrier(self) -> None: ...

@@ -1,0 +1,16 @@
+"""The one exception whose message is meant for the person who runs a stage."""
+
+import math
+
+
+class InputError(Exception):
+    """What is wrong, where, and what to do, in one sentence. Programs print it without a traceback and exit 1."""
+
+
+def require_finite(value: float, *, what: str, step: int, batch: str, checkpoint: object) -> None:
+    """Raise InputError when a loss, a reward or a gradient is nan or infinite. batch says which records it came from."""
+    if not math.isfinite(value):
+        last = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
+        raise InputError(
+            f"{what} is {value} at step {step} ({batch}); {last}. Lower the learning rate, or look at these records."
+        )

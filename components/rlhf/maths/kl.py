@@ -1,0 +1,45 @@
+"""Per-token KL estimates between the policy and the reference, and the adaptive KL coefficient.
+
+With d = log pi(token) - log ref(token), tokens sampled from pi (Schulman, "Approximating KL divergence", 2020):
+k1 = d (unbiased), k2 = d^2 / 2, k3 = exp(-d) - 1 + d (unbiased, never negative).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+KlEstimator = Literal["k1", "k2", "k3"]
+
+
+def estimate_kl(
+    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: KlEstimator = "k1", clamp: float | None = None
+) -> Tensor:
+    """KL estimate per token in nats; 0 where mask is False. All [B, T] -> [B, T].
+
+    clamp bounds the estimate to [-clamp, clamp]: None is OpenRLHF v0.5.5, 10.0 is OpenRLHF 3c3be623 (models/utils.py
+    `compute_approx_kl`).
+    """
+    # Padding may hold inf; its difference would be nan, and a nan has a nan gradient even behind a mask.
+    d = torch.where(mask, logprobs, 0) - torch.where(mask, ref_logprobs, 0)
+    match estimator:
+        case "k1":
+            kl = d
+        case "k2":
+            kl = d**2 / 2
+        case "k3":
+            kl = torch.exp(-d) - 1 + d
+    if clamp is not None:
+        kl = kl.clamp(-clamp, clamp)
+    return torch.where(mask, kl, 0)
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, num_samples: int) -> float:
+    """The next KL coefficient: up when the measured KL is above target, down when below, by at most 20% x n / horizon.
+
+    kl and target are in nats per SEQUENCE (summed over its response tokens), as in Ziegler et al. 2019, "Fine-Tuning
+    Language Models from Human Preferences", section 2.2; OpenRLHF and verl feed the same recursion a per-token mean, so
+    their targets are smaller by the response length.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * num_samples / horizon)

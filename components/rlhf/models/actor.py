@@ -1,0 +1,100 @@
+"""The actor (and the reference, which is the same with nothing to train): log-probs of response tokens."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from components.rlhf.data.batching import TokenBatch
+from components.rlhf.maths.logprobs import entropy, token_logprobs
+from components.rlhf.models.layers import freeze_lower_layers, run_layers
+from components.rlhf.models.precision import compute_in
+
+CHUNK = 1024  # response tokens whose logits exist at once: 1024 x 50k x 4 bytes = 200 MB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distribution:
+    """What tokens are sampled from: logits / temperature, with stop tokens impossible before min_new_tokens."""
+
+    temperature: float = 1.0
+    min_new_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
+
+    def forbid(self, logits: Tensor, steps: Tensor) -> Tensor:
+        """logits [N, V] with -inf at stop ids in the rows whose step (steps [N], from 0) is too early to stop."""
+        if self.min_new_tokens == 0 or not self.stop_ids:
+            return logits
+        early = (steps < self.min_new_tokens)[:, None]
+        stops = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        stops[list(self.stop_ids)] = True
+        return logits.masked_fill(early & stops, float("-inf"))
+
+
+class Actor(nn.Module):
+    """A causal language model whose lowest layers may be frozen.
+
+    trunk(batch) gives the states above the frozen layers; forward(batch, states) takes them, or computes them itself.
+    """
+
+    def __init__(self, lm: Any, *, num_frozen_layers: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.lm = lm
+        self.num_frozen_layers = num_frozen_layers
+        self.dtype = dtype
+        freeze_lower_layers(lm, num_frozen_layers)
+
+    @torch.no_grad()
+    def trunk(self, batch: TokenBatch) -> Tensor | None:
+        """Frozen states [B, S, H], or None when no layer is frozen."""
+        if self.num_frozen_layers == 0:
+            return None
+        with compute_in(self.dtype, batch.input_ids.device):
+            return run_layers(self.lm, batch.input_ids, start=0, stop=self.num_frozen_layers)
+
+    def forward(
+        self, batch: TokenBatch, distribution: Distribution, states: Tensor | None = None, *, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Log-prob of each response token, and the entropy of its distribution, both [B, T] fp32 and 0 at padding.
+
+        The entropy carries no gradient and is 0 everywhere unless asked for.
+        """
+        if states is None:
+            states = self.trunk(batch)
+        with compute_in(self.dtype, batch.input_ids.device):
+            inputs, start = (batch.input_ids, 0) if states is None else (states, self.num_frozen_layers)
+            hidden = run_layers(self.lm, inputs, start=start, stop=None)
+            mask = batch.response_mask
+            rows = torch.arange(len(batch), device=hidden.device)[:, None]
+            chosen_from = hidden[rows, batch.state_positions()][mask]  # [N, H], N = response tokens in the batch
+            steps = torch.arange(mask.shape[1], device=hidden.device).expand_as(mask)[mask]
+            pieces = [
+                self._head(*piece, distribution, with_entropy)
+                for piece in zip(
+                    chosen_from.split(CHUNK), batch.response_ids[mask].split(CHUNK), steps.split(CHUNK), strict=True
+                )
+            ]
+        logprobs = torch.zeros(mask.shape, device=hidden.device)
+        entropies = torch.zeros(mask.shape, device=hidden.device)
+        if pieces:
+            logprobs = logprobs.masked_scatter(mask, torch.cat([piece[0] for piece in pieces]))
+            entropies = entropies.masked_scatter(mask, torch.cat([piece[1] for piece in pieces]))
+        return logprobs, entropies
+
+    def _head(
+        self, hidden: Tensor, labels: Tensor, steps: Tensor, distribution: Distribution, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of one chunk. The logits are computed again in the backward pass, not kept."""
+
+        def head(hidden: Tensor) -> tuple[Tensor, Tensor]:
+            logits = distribution.forbid(self.lm.get_output_embeddings()(hidden), steps)
+            logprobs = token_logprobs(logits, labels, distribution.temperature)
+            if not with_entropy:
+                return logprobs, torch.zeros_like(logprobs)
+            return logprobs, entropy(logits.detach(), distribution.temperature)
+
+        if torch.is_grad_enabled():
+            return cast(tuple[Tensor, Tensor], checkpoint(head, hidden, use_reentrant=False))
+        return head(hidden)

@@ -1,0 +1,95 @@
+"""Running a part of a decoder's layers, and sharing the frozen lower ones between models.
+
+Law of this room: modules and their loading; no loops over data, no optimisers.
+
+The models stay ordinary transformers models. A part is run through a shallow copy of the decoder that holds the same layer
+modules but only some of them, so any decoder of the usual shape (embeddings, `layers`, `norm`) works unchanged.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from components.rlhf.errors import InputError
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """The transformer below the head. Raises InputError for an architecture whose layers cannot be told apart."""
+    decoder = model.base_model
+    if not (isinstance(getattr(decoder, "layers", None), nn.ModuleList) and hasattr(decoder, "norm")):
+        raise InputError(
+            f"{type(model).__name__} does not keep its transformer layers in 'layers' and 'norm', which is how they are frozen "
+            "and shared here; use a decoder of the Llama, Qwen or Mistral kind."
+        )
+    return decoder
+
+
+def num_layers(model: nn.Module) -> int:
+    return len(decoder_of(model).layers)
+
+
+def run_layers(model: nn.Module, inputs: Tensor, *, start: int, stop: int | None) -> Tensor:
+    """Hidden states after layers start..stop-1; stop None runs to the end and through the final norm.
+
+    inputs is token ids [B, S] int64 (start 0) or the hidden states [B, S, H] that layers 0..start-1 produced.
+    Returns [B, S, H]. Rows are right-padded, which causal attention cannot see, so no attention mask is needed.
+    """
+    decoder = decoder_of(model)
+    part = copy.copy(decoder)
+    part._modules = dict(decoder._modules)
+    part.layers = nn.ModuleList(list(decoder.layers)[start:stop])
+    if stop is not None:
+        part.norm = nn.Identity()
+    source = {"input_ids": inputs} if inputs.dtype == torch.int64 else {"inputs_embeds": inputs}
+    hidden: Tensor = part(**source, use_cache=False).last_hidden_state
+    return hidden
+
+
+def freeze_lower_layers(model: nn.Module, num_frozen: int) -> None:
+    """Leave only the layers from num_frozen on (and the final norm and an untied head) to be trained. 0 freezes nothing."""
+    if num_frozen == 0:
+        return
+    total = num_layers(model)
+    if num_frozen > total:
+        raise InputError(
+            f"model.num_frozen_layers is {num_frozen}, but the model has {total} layers; choose at most {total - 1}."
+        )
+    for module in trunk_of(model, num_frozen):
+        module.requires_grad_(False)
+
+
+def trunk_of(model: nn.Module, num_frozen: int) -> list[nn.Module]:
+    """The frozen modules: the token embeddings (and with them a tied head) and the lowest layers."""
+    decoder = decoder_of(model)
+    return [decoder.get_input_embeddings(), *decoder.layers[:num_frozen]]
+
+
+def share_trunk(owner: nn.Module, others: list[nn.Module], num_frozen: int) -> bool:
+    """Let others use owner's frozen modules in place of their own, when their values are equal; say whether they now do.
+
+    All or nothing: with unequal values (a reward model from elsewhere) every model keeps its own trunk.
+    """
+    if num_frozen == 0:
+        return False
+    ours = trunk_of(owner, num_frozen)
+    if not all(_equal(ours, trunk_of(other, num_frozen)) for other in others):
+        return False
+    for other in others:
+        decoder = decoder_of(other)
+        head = other.get_output_embeddings() if hasattr(other, "lm_head") else None
+        tied = head is not None and head.weight is decoder.get_input_embeddings().weight
+        decoder.set_input_embeddings(ours[0])
+        for index in range(num_frozen):
+            decoder.layers[index] = ours[1 + index]
+        if tied and head is not None:
+            head.weight = ours[0].weight
+    return True
+
+
+def _equal(ours: list[nn.Module], theirs: list[nn.Module]) -> bool:
+    pairs = [
+        (a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x.parameters(), y.parameters(), strict=True)
+    ]
+    return all(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)

@@ -1,0 +1,113 @@
+"""Models on disk: ordinary Hugging Face folders in safetensors, loaded offline."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+
+from components.rlhf.errors import InputError
+from components.rlhf.models.layers import num_layers, trunk_of
+
+HEAD_NAME = "score"
+
+
+def load_causal_lm(directory: Path, *, num_frozen_layers: int, dtype: torch.dtype, trainable: bool = True) -> Any:
+    """A causal language model with dropout off: frozen parts in dtype, what can be trained in fp32 (in dtype if nothing is)."""
+    model = _load(AutoModelForCausalLM, directory)
+    return _place(model, num_frozen_layers=num_frozen_layers, dtype=dtype, trainable=trainable)
+
+
+def load_scalar_lm(
+    directory: Path, *, num_frozen_layers: int, dtype: torch.dtype, trainable: bool = True, seed: int | None = None
+) -> Any:
+    """A model with a scalar head. With a seed the head is drawn afresh: normal with std 1 / (hidden + 1).
+
+    The head's scale is that of OpenRLHF v0.5.5 models/model.py `_get_reward_model`.
+    """
+    model = _load(AutoModelForSequenceClassification, directory, num_labels=1)
+    head = getattr(model, HEAD_NAME)
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1))
+    return _place(model, num_frozen_layers=num_frozen_layers, dtype=dtype, trainable=trainable)
+
+
+def normalisation_of(directory: Path) -> tuple[float, float]:
+    """The mean and std of a reward model's folder. Raises InputError when it has none: identity would be a silent guess."""
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    mean, std = getattr(config, "reward_mean", None), getattr(config, "reward_std", None)
+    if mean is None or std is None:
+        raise InputError(
+            f"{directory}/config.json lacks reward_mean and reward_std; add them (0 and 1 for raw scores)."
+        )
+    return float(mean), float(std)
+
+
+def stop_ids_of(directory: Path) -> tuple[int, ...]:
+    """Every id that ends a response, from the generation settings of a model folder."""
+    try:
+        ids = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
+    except OSError:
+        ids = AutoConfig.from_pretrained(directory, local_files_only=True).eos_token_id
+    if ids is None:
+        raise InputError(
+            f"{directory}: no eos_token_id in generation_config.json or config.json; a response could never end."
+        )
+    return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+
+
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Path, *, dtype: torch.dtype) -> None:
+    """Write weights (safetensors, in dtype), config, generation settings and tokenizer as from_pretrained reads them."""
+    state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    model.config.dtype = dtype
+    model.save_pretrained(directory, state_dict=state, safe_serialization=True)
+    tokenizer.save_pretrained(directory)
+    for file in directory.iterdir():  # safetensors files come out readable by their owner alone; pods differ in user
+        file.chmod(0o644)
+
+
+def _load(kind: Any, directory: Path, **options: Any) -> Any:
+    try:
+        model, info = kind.from_pretrained(
+            directory, local_files_only=True, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(
+            f"{directory} is not a model folder that transformers can load ({str(error).splitlines()[0]})."
+        ) from error
+    missing = {name for name in info["missing_keys"] if not name.startswith(f"{HEAD_NAME}.")}
+    if missing:
+        raise InputError(
+            f"{directory} lacks the weights {', '.join(sorted(missing)[:3])}; the model folder is incomplete."
+        )
+    return model
+
+
+def _place(model: Any, *, num_frozen_layers: int, dtype: torch.dtype, trainable: bool) -> Any:
+    # Dropout would make log-probs of the same tokens differ between rollout and update: eval mode, always.
+    model.eval()
+    if not trainable:
+        model.requires_grad_(False)
+        return model.to(dtype)
+    if num_frozen_layers:
+        if num_frozen_layers >= num_layers(model):
+            raise InputError(
+                f"model.num_frozen_layers is {num_frozen_layers}, and the model has {num_layers(model)} layers; "
+                "leave at least one to be trained."
+            )
+        for module in trunk_of(model, num_frozen_layers):
+            module.to(dtype)
+    return model
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]

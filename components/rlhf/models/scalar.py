@@ -1,0 +1,76 @@
+"""A scalar head on a decoder: the reward model and the critic."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from components.rlhf.data.batching import TokenBatch
+from components.rlhf.models.layers import freeze_lower_layers, num_layers, run_layers
+from components.rlhf.models.precision import compute_in
+
+
+class ScalarModel(nn.Module):
+    """A sequence-classification model with one output (head named `score`), read at any position.
+
+    mean and std are the constants that scores are normalised with: normalised = (raw - mean) / std.
+    trains says what has gradients: the layers above the frozen ones with the head, or the head alone.
+    """
+
+    def __init__(
+        self,
+        lm: Any,
+        *,
+        num_frozen_layers: int,
+        dtype: torch.dtype,
+        mean: float = 0.0,
+        std: float = 1.0,
+        trains: Literal["layers", "head"] = "layers",
+    ) -> None:
+        super().__init__()
+        self.lm = lm
+        self.num_frozen_layers = num_frozen_layers
+        self.dtype = dtype
+        self.mean, self.std = mean, std
+        self.trains = trains
+        freeze_lower_layers(lm, num_frozen_layers if trains == "layers" else num_layers(lm))
+        if trains == "head":
+            lm.base_model.requires_grad_(False)
+
+    def features(self, batch: TokenBatch, states: Tensor | None = None) -> Tensor:
+        """Final hidden states [B, S, H]; states [B, S, H] above the frozen layers are used where given."""
+        with compute_in(self.dtype, batch.input_ids.device):
+            if states is None and self.num_frozen_layers:
+                with torch.no_grad():
+                    states = run_layers(self.lm, batch.input_ids, start=0, stop=self.num_frozen_layers)
+            inputs, start = (batch.input_ids, 0) if states is None else (states, self.num_frozen_layers)
+            if self.trains == "head":
+                with torch.no_grad():
+                    return run_layers(self.lm, inputs, start=start, stop=None)
+            return run_layers(self.lm, inputs, start=start, stop=None)
+
+    def read(self, features: Tensor) -> Tensor:
+        """Normalised scalar at features [..., H] -> [...] fp32. The head is small and stays in fp32."""
+        with torch.autocast(features.device.type, enabled=False):
+            raw = nn.functional.linear(features.float(), self.lm.score.weight.float()).squeeze(-1)
+        return (raw - self.mean) / self.std
+
+    def forward(self, batch: TokenBatch, states: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        """Value of the state before each action: [B, T] fp32, 0 at padding."""
+        if features is None:
+            features = self.features(batch, states)
+        rows = torch.arange(len(batch), device=features.device)[:, None]
+        return torch.where(batch.response_mask, self.read(features[rows, batch.state_positions()]), 0)
+
+    def scores(self, batch: TokenBatch, states: Tensor | None = None) -> Tensor:
+        """Score of each whole text, read at its last real token: [B] fp32."""
+        features = self.features(batch, states)
+        rows = torch.arange(len(batch), device=features.device)
+        return self.read(features[rows, batch.last_positions()])
+
+    def prefix_scores(self, batch: TokenBatch) -> Tensor:
+        """Score of the text cut after each response token: [B, T] fp32; column t reads at response token t. 0 at padding."""
+        features = self.features(batch)
+        rows = torch.arange(len(batch), device=features.device)[:, None]
+        positions = (batch.state_positions() + 1).clamp(max=features.shape[1] - 1)
+        return torch.where(batch.response_mask, self.read(features[rows, positions]), 0)

@@ -1,0 +1,67 @@
+"""The reward model as a scorer: the one path by which PPO, evaluation and held-out accuracy are scored."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from components.rlhf.data.batching import collate, split_by_tokens
+from components.rlhf.data.records import Completion, PreferencePair, Prompt
+from components.rlhf.data.tokenizer import encode_text
+from components.rlhf.models.scalar import ScalarModel
+from components.rlhf.rewards.protocol import Scorer
+
+
+class RewardModelScorer:
+    """Normalised scores of whole responses, read at the last real token. Implements Scorer."""
+
+    def __init__(self, model: ScalarModel, *, microbatch_tokens: int) -> None:
+        self.model = model
+        self.microbatch_tokens = microbatch_tokens
+
+    @torch.no_grad()
+    def score(self, completions: Sequence[Completion]) -> Tensor:
+        device = self.model.lm.device
+        scores = torch.zeros(len(completions))
+        lengths = [len(c.prompt_ids) + len(c.response_ids) for c in completions]
+        for group in split_by_tokens(lengths, self.microbatch_tokens):
+            rows = [completions[index] for index in group]
+            batch = collate([c.prompt_ids for c in rows], [c.response_ids for c in rows])
+            scores[group] = self.model.scores(batch.to(device)).cpu()
+        return scores
+
+
+def as_completion(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, *, max_tokens: int, complete: bool = True
+) -> Completion:
+    """A text that a person wrote, in the form that scorers take. One that is not complete has no EOS."""
+    encoded = encode_text(tokenizer, prompt, text, max_tokens=max_tokens)
+    truncated = encoded.truncated or not complete
+    response_ids = encoded.response_ids if complete or encoded.truncated else encoded.response_ids[:-1]
+    return Completion(
+        prompt=Prompt(prompt=prompt),
+        prompt_ids=encoded.prompt_ids,
+        response_ids=response_ids,
+        response=str(tokenizer.decode(response_ids, skip_special_tokens=True)),
+        logprobs=None,
+        truncated=truncated,
+    )
+
+
+def pair_accuracy(
+    scorer: Scorer,
+    pairs: Sequence[PreferencePair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+    complete: bool = True,
+) -> float:
+    """Share of pairs whose chosen text scores strictly higher; a tie is wrong."""
+    chosen, rejected = (
+        scorer.score(
+            [as_completion(tokenizer, p.prompt, text, max_tokens=max_tokens, complete=complete) for p, text in side]
+        )
+        for side in ([(p, p.chosen) for p in pairs], [(p, p.rejected) for p in pairs])
+    )
+    return float((chosen > rejected).float().mean())

@@ -1,0 +1,63 @@
+"""Fine-tune the base model on demonstrations; prompts carry no loss."""
+
+from pathlib import Path
+
+import click
+
+from components.rlhf.config.sft import SftStage
+from components.rlhf.edges.stage import checkpoints_option, input_folder, output_path, stage_options, stage_run
+
+
+@click.command(help=__doc__)
+@input_folder("--base-model")
+@input_folder("--demonstrations")
+@output_path("--model", "model_path")
+@output_path("--metrics")
+@output_path("--summary")
+@checkpoints_option
+@stage_options
+def main(
+    base_model: Path, demonstrations: Path, model_path: Path, metrics: Path, summary: Path, checkpoints: Path | None,
+    settings: str, tracking: str, executor_input: str,
+) -> None:  # fmt: skip
+    with stage_run("sft", SftStage, settings=settings, tracking=tracking, executor_input=executor_input) as run:
+        from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer, writing
+        from components.rlhf.artifacts.manifest import write_manifest
+        from components.rlhf.checkpoints.folder import CheckpointFolder
+        from components.rlhf.checkpoints.key import checkpoint_key
+        from components.rlhf.data.datasets import load_records, read_header
+        from components.rlhf.data.records import Demonstration
+        from components.rlhf.data.tokenizer import load_tokenizer
+        from components.rlhf.models.loading import save_model
+        from components.sft.trainer import SftTrainer, as_markdown
+
+        base, data = open_artifact(base_model, "base_model"), open_artifact(demonstrations, "demonstrations")
+        require_same_tokenizer(base_model=(base_model, base), demonstrations=(demonstrations, data))
+        folder = CheckpointFolder(checkpoints, checkpoint_key("sft", run.settings, base, data), run.settings.checkpoint)
+        tokenizer = load_tokenizer(base_model)
+        trainer = SftTrainer(run.settings, base_model, folder, run.progress, run.tracker)
+        numbers = trainer.train(
+            tokenizer,
+            load_records(demonstrations, "train", Demonstration),
+            load_records(demonstrations, "heldout", Demonstration),
+            max_tokens=read_header(demonstrations)["max_tokens"],
+        )
+        with writing(model_path) as draft:
+            save_model(trainer.actor.lm, tokenizer, draft, dtype=trainer.dtype)
+            manifest = write_manifest(
+                draft,
+                kind="sft_model",
+                settings=run.settings_text,
+                parents={"base_model": base.digest, "demonstrations": data.digest},
+                tokenizer_digest=base.tokenizer_digest,
+                chat_template_digest=base.chat_template_digest,
+                facts=numbers,
+            )
+        run.wrote("model", manifest)
+        run.wrote_report("summary", summary, as_markdown(numbers))
+        run.wrote_metrics(metrics, numbers)
+        folder.clear()
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m components.sft")

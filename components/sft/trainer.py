@@ -1,0 +1,124 @@
+"""Supervised fine-tuning: the next-token loss on completions, prompts masked."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from components.rlhf.checkpoints.folder import CheckpointFolder
+from components.rlhf.config.sft import SftStage
+from components.rlhf.data.batching import TokenBatch, collate, num_steps, split_by_tokens, step_batches
+from components.rlhf.data.records import Demonstration
+from components.rlhf.data.tokenizer import EncodedText, encode_text
+from components.rlhf.edges.progress import Progress
+from components.rlhf.edges.tracking import Tracker
+from components.rlhf.engine.plain import TorchEngine
+from components.rlhf.errors import require_finite
+from components.rlhf.maths.losses import aggregate
+from components.rlhf.models.actor import Actor, Distribution
+from components.rlhf.models.loading import load_causal_lm
+from components.rlhf.models.precision import compute_dtype, default_device
+
+MAX_HELDOUT = 256  # demonstrations behind the held-out loss
+
+
+class SftTrainer:
+    """One run of fine-tuning; model() is the result."""
+
+    def __init__(
+        self, stage: SftStage, base_model: Path, checkpoints: CheckpointFolder, progress: Progress, tracker: Tracker
+    ) -> None:
+        self.stage = stage
+        self.checkpoints = checkpoints
+        self.progress = progress
+        self.tracker = tracker
+        self.dtype = compute_dtype(stage.model.precision)
+        self.device = default_device()
+        frozen = stage.model.num_frozen_layers
+        lm = load_causal_lm(base_model, num_frozen_layers=frozen, dtype=self.dtype).to(self.device)
+        self.actor = Actor(lm, num_frozen_layers=frozen, dtype=self.dtype)
+
+    def train(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Sequence[Demonstration],
+        heldout: Sequence[Demonstration],
+        *,
+        max_tokens: int,
+    ) -> dict[str, float]:
+        """Train on every batch once more than the last checkpoint had seen; return the final metrics."""
+        sft = self.stage.sft
+        texts = [encode_text(tokenizer, d.prompt, d.completion, max_tokens=max_tokens) for d in train]
+        heldout_texts = [
+            encode_text(tokenizer, d.prompt, d.completion, max_tokens=max_tokens) for d in heldout[:MAX_HELDOUT]
+        ]
+        total = num_steps(len(texts), sft.batch_size, num_epochs=sft.num_epochs, max_steps=sft.max_steps)
+        engine = TorchEngine(self.actor, sft.training, num_steps=total)
+        state = self.checkpoints.restore({"actor": engine})
+        done = int(state["step"]) if state else 0
+        metrics = {"heldout_loss_before": self.heldout_loss(heldout_texts)} if not state else dict(state["metrics"])
+        if state:
+            self.progress.say(f"resuming after step {done} from {self.checkpoints.newest}")
+        batches = step_batches(
+            len(texts), sft.batch_size, seed=self.stage.seed, num_epochs=sft.num_epochs, max_steps=sft.max_steps
+        )
+        for step, indices in enumerate(batches, start=1):
+            if step <= done:
+                continue
+            values = self._step(engine, [texts[i] for i in indices], step, indices)
+            self.tracker.log(values, step)
+            self.progress.step(step, total, {"loss": values["train/loss"]})
+            if self.checkpoints.due():
+                self.checkpoints.save(step, {"actor": engine}, {"metrics": metrics})
+        loss = self.heldout_loss(heldout_texts)
+        self.tracker.log({"heldout/loss": loss, "heldout/perplexity": math.exp(loss)}, total)
+        return metrics | {"heldout_loss": loss, "heldout_perplexity": math.exp(loss), "num_steps": float(total)}
+
+    def _step(self, engine: TorchEngine, texts: list[EncodedText], step: int, indices: list[int]) -> dict[str, float]:
+        """One optimiser step over its microbatches; the loss is the mean over all response tokens of the step."""
+        denominator = sum(len(text.response_ids) for text in texts)
+        groups = split_by_tokens([text.num_tokens for text in texts], self.stage.sft.training.microbatch_tokens)
+        total = 0.0
+        for number, group in enumerate(groups, start=1):
+            loss = self._loss([texts[i] for i in group], denominator)
+            require_finite(
+                loss.item(),
+                what="The loss",
+                step=step,
+                batch=f"demonstrations {indices}",
+                checkpoint=self.checkpoints.newest,
+            )
+            engine.backward(loss, last=number == len(groups))
+            total += loss.item()
+        info = engine.step()
+        require_finite(
+            info.grad_norm,
+            what="The gradient",
+            step=step,
+            batch=f"demonstrations {indices}",
+            checkpoint=self.checkpoints.newest,
+        )
+        return {"train/loss": total, "train/grad_norm": info.grad_norm, "train/learning_rate": info.learning_rate}
+
+    def _loss(self, texts: Sequence[EncodedText], denominator: int) -> torch.Tensor:
+        batch: TokenBatch = collate([t.prompt_ids for t in texts], [t.response_ids for t in texts]).to(self.device)
+        logprobs, _ = self.actor(batch, Distribution())
+        return aggregate(-logprobs, batch.response_mask, "token-mean", denominator)
+
+    @torch.no_grad()
+    def heldout_loss(self, texts: Sequence[EncodedText]) -> float:
+        """Mean negative log-likelihood per response token, in nats; 0 when there are no held-out texts."""
+        denominator = max(sum(len(t.response_ids) for t in texts), 1)
+        groups = split_by_tokens([t.num_tokens for t in texts], self.stage.sft.training.microbatch_tokens)
+        return sum(self._loss([texts[i] for i in group], denominator).item() for group in groups)
+
+
+def as_markdown(metrics: Mapping[str, float]) -> str:
+    return (
+        "# Supervised fine-tuning\n\n"
+        "| | before | after |\n|---|---:|---:|\n"
+        f"| held-out loss (nats per token) | {metrics['heldout_loss_before']:.3f} | {metrics['heldout_loss']:.3f} |\n"
+        f"| held-out perplexity | {math.exp(metrics['heldout_loss_before']):.1f} | {metrics['heldout_perplexity']:.1f} |\n"
+    )

@@ -1,0 +1,172 @@
+"""What each source does between log-probs and advantages, composed of our functions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.rlhf.maths.advantages import estimate_advantages, reward_to_go
+from components.rlhf.maths.kl import adapt_kl_coef, estimate_kl
+from components.rlhf.maths.masked import masked_mean, masked_moments, whiten
+from components.rlhf.maths.rewards import token_rewards
+from tests.golden.cases import Case, UnknownVariant
+
+
+def kl_estimators(case: Case) -> dict[str, Any]:
+    logp, ref_logp, mask = case.floats("logp").requires_grad_(), case.floats("ref_logp"), case.mask()
+    estimator, inner = case.params["estimator"], case.params.get("inner_clamp")
+    clamp = symmetric(case.params.get("clamp"))
+    if estimator == "abs":
+        kl = estimate_kl(logp, ref_logp, mask, "k1", clamp).abs()
+    elif inner is not None:
+        # verl bounds the difference before the estimator sees it.
+        kl = estimate_kl((logp - ref_logp).clamp(*inner), torch.zeros_like(logp), mask, estimator, clamp)
+    else:
+        kl = estimate_kl(logp, ref_logp, mask, estimator, clamp)
+    kl.sum().backward()
+    return {
+        "kl": kl,
+        "kl_seq_mean": torch.stack([masked_mean(row, real) for row, real in zip(kl, mask, strict=True)]),
+        "kl_seq_sum_mean": kl.sum(dim=1).mean(),
+        "grad_logp_of_masked_sum": logp.grad,
+    }
+
+
+def symmetric(bounds: list[float] | None) -> float | None:
+    """[-c, c] -> c, the form our functions take."""
+    if bounds is not None and bounds[0] != -bounds[1]:
+        raise UnknownVariant(f"a clamp that is not symmetric: {bounds}")
+    return None if bounds is None else bounds[1]
+
+
+def adaptive_kl(case: Case) -> dict[str, Any]:
+    coef, target, horizon = case.params["init_kl_coef"], case.params["target"], case.params["horizon"]
+    after = []
+    for kl, num_samples in zip(case.inputs["kl"], case.inputs["n_steps"], strict=True):
+        coef = adapt_kl_coef(coef, kl, target=target, horizon=horizon, num_samples=num_samples)
+        after.append(coef)
+    return {"kl_coef_after": after}
+
+
+def rewards(case: Case) -> dict[str, Any]:
+    if case.origin in ("trl", "nplus"):
+        return next_slot(case)
+    if "kl_rows" in case.inputs:
+        return packed_rewards(case)
+    mask, kl_coef = case.mask(), case.params["kl_coef"]
+    if case.origin == "verl":
+        # The score already stands at its token.
+        kl = estimate_kl(case.floats("logp"), case.floats("ref_logp"), mask)
+        no_scores = torch.zeros(len(mask), dtype=torch.float64)
+        placed = torch.where(mask, case.floats("token_level_scores"), 0)
+        return {"rewards": placed + token_rewards(no_scores, kl, mask, kl_coef=kl_coef)}
+    if "kl" in case.inputs:
+        kl = case.floats("kl")
+    else:
+        clamp = symmetric(case.params.get("kl_clamp"))
+        kl = estimate_kl(case.floats("logp"), case.floats("ref_logp"), mask, case.params["estimator"], clamp)
+    result = token_rewards(case.floats("score"), kl, mask, kl_coef=kl_coef, reward_clip=reward_clip(case))
+    return {"rewards": result, "reward_sum": result.sum(dim=1)}
+
+
+def reward_clip(case: Case) -> tuple[float, float] | None:
+    bounds = case.params["reward_clip_range"]
+    return None if bounds is None else (bounds[0], bounds[1])
+
+
+def packed_rewards(case: Case) -> dict[str, Any]:
+    """Rows of different length: padded for us, cut back for the comparison."""
+    lengths = case.inputs["num_actions"]
+    kl = torch.zeros(len(lengths), max(lengths), dtype=torch.float64)
+    mask = torch.zeros_like(kl, dtype=torch.bool)
+    for row, values in enumerate(case.inputs["kl_rows"]):
+        kl[row, : len(values)] = torch.tensor(values, dtype=torch.float64)
+        mask[row, : len(values)] = True
+    result = token_rewards(
+        case.floats("score"), kl, mask, kl_coef=case.params["kl_coef"], reward_clip=reward_clip(case)
+    )
+    return {"reward_rows": [row[:length] for row, length in zip(result, lengths, strict=True)]}
+
+
+def gae(case: Case) -> dict[str, Any]:
+    if case.origin == "trl":
+        return next_slot(case)
+    mask, gamma = case.mask(), case.params["gamma"]
+    if "values" not in case.inputs:
+        return {"returns": reward_to_go(case.floats("rewards"), mask, gamma=gamma)}
+    values, gae_lambda = case.floats("values"), case.params["lam"]
+    if case.origin == "verl":
+        return carried_gae(values, case.floats("rewards"), mask, gamma=gamma, gae_lambda=gae_lambda)
+    if case.origin == "openrlhf_head":
+        token_reward = token_rewards(
+            case.floats("score"), case.floats("kl"), mask, kl_coef=case.params["kl_coef"], reward_clip=reward_clip(case)
+        )
+    else:
+        token_reward = case.floats("rewards")
+    advantages, returns = estimate_advantages(values, token_reward, mask, gamma=gamma, gae_lambda=gae_lambda)
+    return {"advantages_raw": advantages, "advantages_whitened": whiten(advantages, mask), "returns": returns}
+
+
+def carried_gae(values: Tensor, reward: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float) -> dict[str, Any]:
+    """verl steps over a gap as if it were not there: push the real tokens together, estimate, and pull them apart."""
+    order = torch.argsort(~mask, dim=1, stable=True)
+    packed_advantages, packed_returns = estimate_advantages(
+        values.gather(1, order), reward.gather(1, order), mask.gather(1, order), gamma=gamma, gae_lambda=gae_lambda
+    )
+    advantages = torch.zeros_like(values).scatter(1, order, packed_advantages)
+    returns = torch.zeros_like(values).scatter(1, order, packed_returns)
+    return {
+        "advantages_raw": advantages,
+        "advantages_whitened": whiten_plus_eps(advantages, mask, bessel=True),
+        "returns": returns,
+    }
+
+
+def next_slot(case: Case) -> dict[str, Any]:
+    """TRL and N+: the score stands one slot after the last token, and mask_p1 keeps that slot's value."""
+    p, mask, mask_p1 = case.params, case.mask(), case.mask("mask_p1")
+    bessel = case.origin == "trl"
+    scores = case.floats("score")
+    penalty = p.get("missing_eos_penalty")
+    if penalty is not None:
+        has_eos = (case.ints("response_ids") == p["eos_id"]).any(dim=1)
+        scores = torch.where(has_eos, scores, scores - penalty)
+    p.ignore("eos_id", "pad_id")  # without a penalty the lengths say it all
+    kl = estimate_kl(case.floats("logp"), case.floats("ref_logp"), mask, p["estimator"])
+    reward = token_rewards(scores, kl, mask_p1, kl_coef=p["kl_coef"])
+    if p.get("whiten_rewards"):
+        reward = torch.where(mask_p1, whiten_plus_eps(reward, mask_p1, bessel=bessel, shift_mean=False), 0)
+    values = case.floats("values")
+    advantages, returns = estimate_advantages(values, reward, mask_p1, gamma=p["gamma"], gae_lambda=p["lam"])
+    whitened = torch.where(mask, whiten_plus_eps(advantages, mask, bessel=bessel), 0)
+    return {
+        "score_after_penalty": scores,
+        "rewards": reward,
+        "values_filled": torch.where(mask_p1, values, 0),
+        "advantages_raw": advantages,
+        "advantages_whitened": whitened,
+        "returns": returns,
+    }
+
+
+def whitening(case: Case) -> dict[str, Any]:
+    x, mask, shift_mean = case.floats("x"), case.mask(), case.params["shift_mean"]
+    if case.params.get("no_std_norm"):
+        mean, _ = masked_moments(x, mask)
+        return {"y": x - mean}
+    match case.params["variance"], case.params["eps"]:
+        case "biased", "clamp(var,min=1e-8)":
+            return {"y": whiten(x, mask, shift_mean=shift_mean)}
+        case ("biased" | "bessel") as variance, "var+1e-8":
+            return {"y": whiten_plus_eps(x, mask, bessel=variance == "bessel", shift_mean=shift_mean)}
+        case unknown:
+            raise UnknownVariant(f"whitening by {unknown}")
+
+
+def whiten_plus_eps(x: Tensor, mask: Tensor, *, bessel: bool, shift_mean: bool = True) -> Tensor:
+    """The whitening of verl and TRL (Bessel) and of N+ (biased): epsilon is added, not a floor."""
+    mean, variance = masked_moments(x, mask)
+    if bessel:
+        variance = variance * mask.sum() / (mask.sum() - 1)
+    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return whitened if shift_mean else whitened + mean

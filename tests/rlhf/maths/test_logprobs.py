@@ -1,0 +1,92 @@
+import math
+
+import pytest
+import torch
+
+from components.rlhf.maths.logprobs import entropy, token_logprobs
+from tests.rlhf.maths.batches import doubles, equal, randn
+
+LOGITS, LABELS = 3 * randn(2, 5, 7), torch.randint(0, 7, (2, 5), generator=torch.Generator().manual_seed(0))
+
+
+def test_by_hand() -> None:
+    # probabilities 1/4 and 3/4; at temperature 2, exp(ln(3) / 2) = sqrt(3) against 1
+    logits = torch.log(doubles([1, 3], [1, 3]))
+    assert equal(token_logprobs(logits, torch.tensor([0, 1])), [math.log(1 / 4), math.log(3 / 4)])
+    root = math.sqrt(3)
+    expected = [math.log(1 / (1 + root)), math.log(root / (1 + root))]
+    assert equal(token_logprobs(logits, torch.tensor([0, 1]), temperature=2.0), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_every_token_together_has_probability_1(temperature: float) -> None:
+    each = torch.stack([token_logprobs(LOGITS, torch.full_like(LABELS, v), temperature) for v in range(7)])
+    assert equal(each.exp().sum(dim=0), torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_a_constant_added_to_the_logits_changes_nothing(temperature: float) -> None:
+    shifted = LOGITS + 100 * randn(2, 5, 1, seed=1)
+    got = token_logprobs(shifted, LABELS, temperature)
+    assert equal(got, token_logprobs(LOGITS, LABELS, temperature))
+    assert equal(entropy(shifted, temperature), entropy(LOGITS, temperature))
+
+
+def test_temperature_divides_the_logits() -> None:
+    assert equal(token_logprobs(LOGITS, LABELS, 0.7), token_logprobs(LOGITS / 0.7, LABELS))
+    assert equal(entropy(LOGITS, 0.7), entropy(LOGITS / 0.7))
+
+
+def test_gradient_is_one_hot_less_softmax() -> None:
+    logits = LOGITS.clone().requires_grad_()
+    token_logprobs(logits, LABELS, temperature=0.7).sum().backward()
+    one_hot = torch.nn.functional.one_hot(LABELS, 7)
+    assert equal(logits.grad, (one_hot - torch.softmax(LOGITS / 0.7, dim=-1)) / 0.7)
+
+
+def test_permuting_the_batch_permutes_the_result() -> None:
+    order = torch.tensor([1, 0])
+    assert equal(token_logprobs(LOGITS[order], LABELS[order]), token_logprobs(LOGITS, LABELS)[order])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_low_precision_logits_are_taken_in_fp32(dtype: torch.dtype, temperature: float) -> None:
+    logits = LOGITS.to(dtype)
+    got = token_logprobs(logits, LABELS, temperature)
+    assert got.dtype == torch.float32 and entropy(logits, temperature).dtype == torch.float32
+    # The only rounding is that of the logits themselves.
+    assert torch.allclose(got.double(), token_logprobs(logits.double(), LABELS, temperature), atol=1e-5)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    assert equal(token_logprobs(doubles([1e4, 1e4 - 1]), torch.tensor([0])), [-math.log1p(math.exp(-1))])
+
+
+def test_entropy_by_hand() -> None:
+    # uniform over 4: ln 4; 1/4 and 3/4: (1/4) ln 4 + (3/4) ln (4/3)
+    assert equal(entropy(doubles([0, 0, 0, 0])), [math.log(4)])
+    assert equal(entropy(torch.log(doubles([1, 3]))), [math.log(4) / 4 + 3 * math.log(4 / 3) / 4])
+
+
+def test_entropy_is_minus_the_mean_log_probability() -> None:
+    each = torch.stack([token_logprobs(LOGITS, torch.full_like(LABELS, v), 1.5) for v in range(7)])
+    assert equal(entropy(LOGITS, 1.5), -(each.exp() * each).sum(dim=0))
+
+
+def test_a_forbidden_token_adds_nothing() -> None:
+    allowed = randn(3, 4)
+    logits = torch.cat([allowed, torch.full((3, 2), -math.inf, dtype=torch.float64)], dim=1).requires_grad_()
+    assert equal(entropy(logits), entropy(allowed))
+    labels = torch.tensor([0, 1, 3])
+    assert equal(token_logprobs(logits, labels), token_logprobs(allowed, labels))
+    assert token_logprobs(logits[:1], torch.tensor([5])).item() == -math.inf
+
+
+def test_a_forbidden_token_has_no_gradient() -> None:
+    allowed = randn(3, 4).requires_grad_()
+    (entropy(allowed).sum() + token_logprobs(allowed, torch.tensor([0, 1, 3])).sum()).backward()
+    forbidden = torch.full((3, 2), -math.inf, dtype=torch.float64)
+    logits = torch.cat([allowed.detach(), forbidden], dim=1).requires_grad_()
+    (entropy(logits).sum() + token_logprobs(logits, torch.tensor([0, 1, 3])).sum()).backward()
+    assert equal(logits.grad, torch.cat([allowed.grad, torch.zeros(3, 2)], dim=1))
