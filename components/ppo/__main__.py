@@ -37,11 +37,15 @@ def main(
 
         sft, reward = open_artifact(sft_model, "sft_model"), open_artifact(reward_model, "reward_model")
         asked = open_artifact(prompts, "prompts")
-        require_same_tokenizer(sft_model=(sft_model, sft), reward_model=(reward_model, reward), prompts=(prompts, asked))
+        require_same_tokenizer(
+            sft_model=(sft_model, sft), reward_model=(reward_model, reward), prompts=(prompts, asked)
+        )
         dtype = compute_dtype(run.settings.model.precision)
         models, rollout = load_models(run.settings, sft_model, reward_model, dtype=dtype, device=default_device())
         run.progress.say("frozen layers are held once" if models.shared_trunk else "each model has its own layers")
-        folder = CheckpointFolder(checkpoints, checkpoint_key("ppo", run.settings, sft, reward, asked), run.settings.checkpoint)
+        folder = CheckpointFolder(
+            checkpoints, checkpoint_key("ppo", run.settings, sft, reward, asked), run.settings.checkpoint
+        )
         trainer = PpoTrainer(
             run.settings,
             models,

@@ -50,7 +50,13 @@ class Experience:
 
 @torch.no_grad()
 def make_experience(
-    models: Models, completions: Sequence[Completion], ppo: PpoSettings, distribution: Distribution, *, kl_coef: float, reduce: Reduce = keep
+    models: Models,
+    completions: Sequence[Completion],
+    ppo: PpoSettings,
+    distribution: Distribution,
+    *,
+    kl_coef: float,
+    reduce: Reduce = keep,
 ) -> Experience:
     """Score a rollout with all four models and estimate its advantages.
 

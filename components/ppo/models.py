@@ -16,7 +16,9 @@ from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rollout.hf import HfRolloutEngine
 
 
-def load_models(stage: PpoStage, sft_model: Path, reward_model: Path, *, dtype: torch.dtype, device: torch.device) -> tuple[Models, HfRolloutEngine]:
+def load_models(
+    stage: PpoStage, sft_model: Path, reward_model: Path, *, dtype: torch.dtype, device: torch.device
+) -> tuple[Models, HfRolloutEngine]:
     """Actor and reference from the fine-tuned model, critic and reward model from the reward model, and the rollout engine.
 
     The frozen layers are held once by all of them when they are equal in the two artifacts.

@@ -116,7 +116,9 @@ class PpoTrainer:
         size = self.ppo.rollout.num_prompts
         start = (iteration - 1) * size
         return [
-            prompts[epoch_order(len(prompts), seed=self.stage.seed, epoch=position // len(prompts))[position % len(prompts)]]
+            prompts[
+                epoch_order(len(prompts), seed=self.stage.seed, epoch=position // len(prompts))[position % len(prompts)]
+            ]
             for position in range(start, start + size)
         ]
 

@@ -56,7 +56,12 @@ def update(
 
 
 def _step(
-    e: Experience, models: Models, engines: dict[str, TrainEngine], ppo: PpoSettings, distribution: Distribution, parts: list[Tensor]
+    e: Experience,
+    models: Models,
+    engines: dict[str, TrainEngine],
+    ppo: PpoSettings,
+    distribution: Distribution,
+    parts: list[Tensor],
 ) -> dict[str, float]:
     """One optimiser step of both models over the microbatches of one minibatch."""
     rows = torch.cat(parts)

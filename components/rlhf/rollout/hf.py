@@ -62,16 +62,13 @@ class HfRolloutEngine:
         cache = DynamicCache(config=self.model.config)
         for step in range(sampling.max_new_tokens):
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-            output = self.model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            hidden = self.model.base_model(
+                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            ).last_hidden_state
+            # The last column as a matrix of its own: the head on a strided slice would copy its weights once a row.
+            logits = self.model.get_output_embeddings()(hidden[:, -1].contiguous())
             steps = torch.full((len(alive),), step, device=device)
-            logits = distribution.forbid(output.logits[:, -1].float(), steps) / sampling.temperature
+            logits = distribution.forbid(logits.float(), steps) / sampling.temperature
             chosen, chosen_logprobs = _draw(logits, draws[alive, step])
             for row, token, logprob in zip(alive.tolist(), chosen.tolist(), chosen_logprobs.tolist(), strict=True):
                 responses[row].append(token)

@@ -1,0 +1,91 @@
+"""Compare PPO with the fine-tuned model on held-out prompts, by a judge that PPO never saw, and decide on promotion."""
+
+import json
+from pathlib import Path
+
+import click
+
+from components.rlhf.config.evaluation import EvaluationStage
+from components.rlhf.edges.stage import input_folder, output_path, stage_options, stage_run
+
+
+@click.command(help=__doc__)
+@input_folder("--sft-model")
+@input_folder("--policy")
+@input_folder("--reward-model")
+@input_folder("--judge")
+@input_folder("--prompts")
+@output_path("--evaluation", "evaluation_path")
+@output_path("--metrics")
+@output_path("--report")
+@output_path("--summary")
+@output_path("--decision")
+@output_path("--reason")
+@stage_options
+def main(
+    sft_model: Path, policy: Path, reward_model: Path, judge: Path, prompts: Path, evaluation_path: Path, metrics: Path,
+    report: Path, summary: Path, decision: Path, reason: Path, settings: str, tracking: str, executor_input: str,
+) -> None:  # fmt: skip
+    with stage_run(
+        "evaluation", EvaluationStage, settings=settings, tracking=tracking, executor_input=executor_input
+    ) as run:
+        from components.evaluation.compare import compare
+        from components.evaluation.report import as_html, as_markdown
+        from components.evaluation.samples import save_samples
+        from components.evaluation.verdict import decide, summarise
+        from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer, writing
+        from components.rlhf.artifacts.manifest import write_manifest
+        from components.rlhf.data.datasets import load_records
+        from components.rlhf.data.records import Prompt
+        from components.rlhf.edges.kfp_io import write_parameter
+
+        folders = {
+            "sft_model": sft_model,
+            "policy_model": policy,
+            "reward_model": reward_model,
+            "judge": judge,
+            "prompts": prompts,
+        }
+        inputs = {kind: open_artifact(folder, kind) for kind, folder in folders.items()}
+        require_same_tokenizer(**{kind: (folders[kind], manifest) for kind, manifest in inputs.items()})
+        asked = load_records(prompts, "heldout", Prompt)[: run.settings.evaluation.num_prompts]
+        comparison = compare(
+            run.settings,
+            asked,
+            sft_model=sft_model,
+            policy=policy,
+            reward_model=reward_model,
+            judge=judge,
+            progress=run.progress,
+        )
+        numbers = summarise(comparison, run.settings.evaluation, seed=run.settings.seed)
+        verdict = decide(numbers, run.settings.gate)
+        with writing(evaluation_path) as draft:
+            save_samples(comparison, draft / "samples.jsonl")
+            (draft / "evaluation.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+            manifest = write_manifest(
+                draft,
+                kind="evaluation",
+                settings=run.settings_text,
+                parents={kind: manifest.digest for kind, manifest in inputs.items()},
+                facts={**numbers, "decision": verdict.decision, "reason": verdict.reason},
+            )
+        page = as_html(
+            comparison,
+            numbers,
+            verdict,
+            judge_accuracy=float(inputs["judge"].facts.get("heldout_accuracy", 0.0)),
+            reward_accuracy=float(inputs["reward_model"].facts.get("heldout_accuracy", 0.0)),
+            seed=run.settings.seed,
+        )
+        run.wrote("evaluation", manifest)
+        run.wrote_report("report", report, page)
+        run.wrote_report("summary", summary, as_markdown(numbers, verdict))
+        run.wrote_metrics(metrics, numbers)
+        write_parameter(decision, verdict.decision)
+        write_parameter(reason, verdict.reason)
+        run.progress.say(f"{verdict.decision}: {verdict.reason}")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m components.evaluation")

@@ -1,0 +1,104 @@
+"""Both models on the same held-out prompts with the same draws, scored by the judge and by the reward model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from components.rlhf.config.evaluation import EvaluationStage
+from components.rlhf.data.batching import collate, split_by_tokens
+from components.rlhf.data.records import Completion, Prompt
+from components.rlhf.data.tokenizer import load_tokenizer
+from components.rlhf.edges.progress import Progress
+from components.rlhf.maths.kl import estimate_kl
+from components.rlhf.models.actor import Actor, Distribution
+from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, normalisation_of, stop_ids_of
+from components.rlhf.models.precision import compute_dtype, default_device
+from components.rlhf.models.scalar import ScalarModel
+from components.rlhf.rewards.linear import load_judge
+from components.rlhf.rewards.reward_model import RewardModelScorer
+from components.rlhf.rollout.hf import HfRolloutEngine
+
+MICROBATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """What one model answered, in the order of the prompts, and what was thought of it."""
+
+    completions: list[Completion]
+    judge_scores: list[float]
+    rewards: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    prompts: list[Prompt]
+    sft: Side
+    ppo: Side
+    kl: list[float]  # log-ratio of each PPO response, PPO model to fine-tuned model, summed over its tokens: nats
+
+
+def compare(
+    stage: EvaluationStage,
+    prompts: Sequence[Prompt],
+    *,
+    sft_model: Path,
+    policy: Path,
+    reward_model: Path,
+    judge: Path,
+    progress: Progress,
+) -> Comparison:
+    dtype, device = compute_dtype(stage.model.precision), default_device()
+    tokenizer, stop_ids = load_tokenizer(sft_model), stop_ids_of(sft_model)
+    # The same seed for the same prompt in both models: what differs is the model, not the luck of the draw.
+    seeds = [stage.seed * 1_000_003 + 500_009 + number for number in range(len(prompts))]
+    answers: dict[str, list[Completion]] = {}
+    lms = {}
+    for name, folder in (("fine-tuned", sft_model), ("PPO", policy)):
+        lms[name] = load_causal_lm(folder, num_frozen_layers=0, dtype=dtype, trainable=False).to(device)
+        engine = HfRolloutEngine(lms[name], tokenizer, stop_ids=stop_ids)
+        size = stage.sampling.batch_size
+        answers[name] = []
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
+            answers[name] += engine.generate(prompts[part], stage.sampling, seeds[part])
+            progress.step(len(answers[name]), len(prompts), {}, unit=f"{name} model answered")
+    distribution = Distribution(
+        temperature=stage.sampling.temperature, min_new_tokens=stage.sampling.min_new_tokens, stop_ids=stop_ids
+    )
+    actors = {name: Actor(lm, num_frozen_layers=0, dtype=dtype) for name, lm in lms.items()}
+    kl = sequence_kl(actors["PPO"], actors["fine-tuned"], answers["PPO"], distribution, device)
+    mean, std = normalisation_of(reward_model)
+    lm = load_scalar_lm(reward_model, num_frozen_layers=0, dtype=dtype, trainable=False).to(device)
+    rewarder = RewardModelScorer(
+        ScalarModel(lm, num_frozen_layers=0, dtype=dtype, mean=mean, std=std), microbatch_tokens=MICROBATCH_TOKENS
+    )
+    judging = load_judge(judge)
+
+    def side(completions: list[Completion]) -> Side:
+        return Side(
+            completions=completions,
+            judge_scores=judging.score(completions).tolist(),
+            rewards=rewarder.score(completions).tolist(),
+        )
+
+    return Comparison(prompts=list(prompts), sft=side(answers["fine-tuned"]), ppo=side(answers["PPO"]), kl=kl)
+
+
+@torch.no_grad()
+def sequence_kl(
+    actor: Actor, reference: Actor, completions: Sequence[Completion], distribution: Distribution, device: torch.device
+) -> list[float]:
+    """log pi(response) - log ref(response) of responses that pi sampled: its mean is an unbiased estimate of the KL."""
+    sums: Tensor = torch.zeros(len(completions))
+    lengths = [len(c.prompt_ids) + len(c.response_ids) for c in completions]
+    for group in split_by_tokens(lengths, MICROBATCH_TOKENS):
+        rows = [completions[i] for i in group]
+        batch = collate([c.prompt_ids for c in rows], [c.response_ids for c in rows]).to(device)
+        ours, _ = actor(batch, distribution)
+        theirs, _ = reference(batch, distribution)
+        sums[group] = estimate_kl(ours, theirs, batch.response_mask, "k1").sum(dim=1).cpu()
+    return [float(x) for x in sums]

@@ -1,0 +1,61 @@
+"""KFP definition of reward_model."""
+
+from kfp import dsl
+from kfp.dsl import Dataset, Input, Markdown, Metrics, Model, Output
+
+
+@dsl.container_component
+def reward_model(
+    base_model: Input[Model],
+    sft_model: Input[Model],
+    preferences: Input[Dataset],
+    prompts: Input[Dataset],
+    model: Output[Model],
+    metrics: Output[Metrics],
+    summary: Output[Markdown],
+    settings: str,
+    tracking: str = "{}",
+    checkpoints: str = "",
+) -> dsl.ContainerSpec:
+    """Train the reward model on preference pairs, measure it on held-out pairs, and fix the scale of its scores.
+
+    Args:
+        base_model: Where training starts with init base.
+        sft_model: Where training starts with init sft; its samples fix the scale.
+        preferences: Pairs to learn from and held-out pairs.
+        prompts: What the samples answer.
+        model: A sequence-classification model with one output.
+        metrics: Numbers of the stage.
+        summary: The same for people.
+        settings: Canonical JSON of RewardModelStage.
+        tracking: Canonical JSON of TrackingSettings.
+        checkpoints: Folder for checkpoints; empty is none.
+    """
+    return dsl.ContainerSpec(
+        image="kfp-rlhf/trainer:0.1.0",
+        command=["python", "-m", "components.reward_model"],
+        args=[
+            "--settings",
+            settings,
+            "--tracking",
+            tracking,
+            "--base-model",
+            base_model.path,
+            "--sft-model",
+            sft_model.path,
+            "--preferences",
+            preferences.path,
+            "--prompts",
+            prompts.path,
+            "--model",
+            model.path,
+            "--metrics",
+            metrics.path,
+            "--summary",
+            summary.path,
+            "--checkpoints",
+            checkpoints,
+            "--executor-input",
+            dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER,
+        ],
+    )

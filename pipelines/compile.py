@@ -1,0 +1,38 @@
+"""Compiling: the pipeline of a params file, and one component.yaml a stage to share."""
+
+import importlib
+import re
+from pathlib import Path
+
+from kfp.compiler import Compiler
+
+from components.rlhf.config.params import Params
+from components.rlhf.errors import InputError
+from pipelines.dag import build_pipeline
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def compile_pipeline(params: Params, target: Path) -> Path:
+    """Write the pipeline's IR YAML, the same file that a cluster is given and that the local runner executes."""
+    if target.suffix not in (".yaml", ".yml"):
+        raise InputError(f"{target} does not end in .yaml, which KFP wants of a compiled pipeline.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Compiler().compile(build_pipeline(params), str(target))
+    except OSError as error:
+        raise InputError(f"{target} cannot be written ({error.strerror}); choose another place.") from None
+    return target
+
+
+def stage_names() -> list[str]:
+    return sorted(path.parent.name for path in (ROOT / "components").glob("*/component.py"))
+
+
+def compile_component(stage: str, target: Path) -> None:
+    """Write component.yaml of one stage. kfp's own version is left out, so that the file changes with the component alone."""
+    component = getattr(importlib.import_module(f"components.{stage}.component"), stage)
+    Compiler().compile(component, str(target))
+    target.write_text(
+        re.sub(r"sdkVersion: kfp-[\w.]+", "sdkVersion: kfp-2.17", target.read_text(encoding="utf-8")), encoding="utf-8"
+    )

@@ -1,0 +1,134 @@
+"""Executing container components as processes of this machine, through the real kfp.local orchestrator.
+
+kfp.local has no runner for container components without Docker. Its subprocess runner refuses them in one class, which it
+looks up as a module attribute at call time; `container_processes` puts another class there for the length of a run. It is
+the only place that touches kfp's inside; tests/pipelines/test_runner.py checks that kfp still works this way.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kfp.local import status, subprocess_task_handler, task_handler_interface
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class StageRecord:
+    """How one task went."""
+
+    name: str
+    status: str = "running"  # running, succeeded or failed
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    error: str = ""
+
+
+@dataclass
+class RunLog:
+    """All tasks of a run, in the order they started; on_line is shown each line that a task prints."""
+
+    folder: Path
+    environment: dict[str, str]
+    on_line: Callable[[StageRecord, str], None]
+    stages: list[StageRecord] = field(default_factory=list)
+
+    def start(self, name: str) -> StageRecord:
+        taken = [stage.name for stage in self.stages]
+        record = StageRecord(name=name if name not in taken else f"{name}-{taken.count(name) + 1}")
+        self.stages.append(record)
+        return record
+
+
+@contextlib.contextmanager
+def container_processes(log: RunLog) -> Iterator[None]:
+    """Within the block, kfp.local runs the command of every container component as a process here."""
+
+    class ProcessHandler(task_handler_interface.ITaskHandler):
+        def __init__(
+            self,
+            image: str,
+            full_command: list[str],
+            pipeline_root: str,
+            runner: Any,
+            env_vars: dict[str, str] | None = None,
+        ) -> None:
+            self.command = full_command
+            self.environment = dict(env_vars or {})
+
+        def run(self) -> status.Status:
+            record = log.start(stage_of(self.command))
+            run_process(record, self.command, log, self.environment)
+            return status.Status.SUCCESS if record.status == "succeeded" else status.Status.FAILURE
+
+    original = subprocess_task_handler.SubprocessTaskHandler
+    subprocess_task_handler.SubprocessTaskHandler = ProcessHandler
+    try:
+        yield
+    finally:
+        subprocess_task_handler.SubprocessTaskHandler = original
+
+
+def stage_of(command: list[str]) -> str:
+    """The stage that a container command starts: `python -m components.NAME ...`."""
+    module = command[command.index("-m") + 1] if "-m" in command else command[0]
+    return module.removeprefix("components.")
+
+
+def run_process(record: StageRecord, command: list[str], log: RunLog, environment: dict[str, str]) -> None:
+    """Run one command to its end: its lines go to its log and to on_line; its time and peak memory into the record.
+
+    The process leads a group of its own, and no process of the group outlives it or this program.
+    """
+    if command[0] in ("python", "python3"):
+        command = [sys.executable, *command[1:]]
+    log.folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=log.environment.get("PWD") or Path.cwd(),
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | log.environment | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        with (log.folder / f"{record.name}.log").open("w", encoding="utf-8") as file:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                text = line.rstrip()
+                if text.startswith("error: "):
+                    record.error = text.removeprefix("error: ")
+                log.on_line(record, text)
+        _, exit_status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(exit_status)
+        record.peak_memory_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        record.seconds = time.monotonic() - started
+        record.status = "succeeded" if process.returncode == 0 else "failed"
+    if record.status == "failed" and not record.error:
+        record.error = _last_words(log.folder / f"{record.name}.log", process.returncode)
+
+
+def _last_words(path: Path, code: int) -> str:
+    """What to say of a process that died without a sentence of its own."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
+        return f"it was ended by {name}{hint}; its log is {path}"
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return f"{lines[-1] if lines else 'no output'} (exit code {code}; its log is {path})"

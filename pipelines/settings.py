@@ -1,0 +1,105 @@
+"""Params files: YAML on disk, settings of the command line on top, validated before anything runs."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from components.rlhf.config.base import Settings
+from components.rlhf.config.data import PrepareDataStage
+from components.rlhf.config.evaluation import EvaluationStage
+from components.rlhf.config.imports import ImportStage
+from components.rlhf.config.judge import JudgeStage
+from components.rlhf.config.params import Params, explain
+from components.rlhf.config.ppo import PpoStage
+from components.rlhf.config.reward_model import RewardModelStage
+from components.rlhf.config.sft import SftStage
+from components.rlhf.errors import InputError
+
+
+def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
+    """The params of a file with SECTION.KEY=VALUE overrides. Raises InputError with one sentence per mistake."""
+    content = _read_yaml(path)
+    for override in overrides:
+        _apply(content, override)
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{path}: {explain(error, Params)}.") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = sorted(Path(__file__).parent.glob("params/*.yaml"))
+        raise InputError(
+            f"{path} does not exist; params files that come with this: {', '.join(map(str, near))}."
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8; save it as UTF-8.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise InputError(f"{where} is not YAML ({getattr(error, 'problem', None) or error}).") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}; a params file is a mapping of sections.")
+    return content
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    """Put KEY.KEY=VALUE into the nested content; VALUE is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set {override!r} is not of the form SECTION.KEY=VALUE.")
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        inner = content.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"--set {override!r}: {section} is not a section.")
+        # YAML anchors make two sections one object; an override of one must not reach the other.
+        content[section] = dict(inner)
+        content = content[section]
+    try:
+        content[name] = _number(yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise InputError(f"--set {override!r}: the value is not YAML.") from None
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def dump_yaml(params: Params) -> str:
+    """The resolved parameters, as a file that runs the same again."""
+    return yaml.safe_dump(json.loads(params.canonical_json()), sort_keys=False, allow_unicode=True)
+
+
+def settings_of_stage(params: Params, stage: str) -> str:
+    """The canonical JSON that the pipeline hands to one stage."""
+    stages: dict[str, type[Settings]] = {
+        "prepare_data": PrepareDataStage,
+        "sft": SftStage,
+        "reward_model": RewardModelStage,
+        "judge": JudgeStage,
+        "ppo": PpoStage,
+        "evaluation": EvaluationStage,
+    }
+    if stage == "import_model":
+        return ImportStage(
+            kind="base_model", source=params.model.source, revision=params.model.revision
+        ).canonical_json()
+    if stage not in stages:
+        raise InputError(f"{stage} is not a stage with settings; stages: {', '.join(['import_model', *stages])}.")
+    return params.stage(stages[stage]).canonical_json()

@@ -1,0 +1,67 @@
+"""summary.json: what a run came to, for programs. No number in it is null."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from components.rlhf.config.params import Params
+from pipelines.runner import StageRecord
+
+EVALUATION = (
+    "num_prompts", "win_rate", "win_rate_low", "win_rate_high", "judge_score_sft", "judge_score_ppo", "reward_sft", "reward_ppo",
+    "kl", "length_sft", "length_ppo", "eos_rate_sft", "eos_rate_ppo", "distinct2_sft", "distinct2_ppo",
+)  # fmt: skip
+
+
+def find_output(artifacts: Path, stage: str, output: str) -> Path | None:
+    """Where kfp.local put an output of a stage of this run: ARTIFACTS/PIPELINE-TIME/STAGE/OUTPUT."""
+    found = sorted(artifacts.glob(f"*/{stage}/{output}"))
+    return found[-1] if found else None
+
+
+def build_summary(
+    params: Params, run: Path, stages: Sequence[StageRecord], *, error: str, tracking_uri: str
+) -> dict[str, Any]:
+    """The summary of a run that has ended, well (error is empty) or not."""
+    artifacts = run / "artifacts"
+    folder = find_output(artifacts, "evaluation", "evaluation")
+    numbers: dict[str, float] = json.loads((folder / "evaluation.json").read_text()) if folder and not error else {}
+    facts = json.loads((folder / "manifest.json").read_text())["facts"] if numbers and folder else {}
+    model = find_output(artifacts, "ppo", "model")
+    report = find_output(artifacts, "evaluation", "report")
+    database = tracking_uri.removeprefix("sqlite:///")
+    paths = {"run": str(run), "model": str(model or ""), "report": str(report or ""), "tracking": database}
+    return {
+        "status": "failed" if error else "succeeded",
+        "promoted": facts.get("decision") == "promote",
+        "reason": error or facts.get("reason", ""),
+        "preset": params.preset,
+        "seed": params.seed,
+        "stages": {
+            stage.name: {
+                "status": stage.status,
+                "seconds": round(stage.seconds, 3),
+                "peak_memory_bytes": stage.peak_memory_bytes,
+            }
+            for stage in stages
+        },
+        "evaluation": {name: numbers[name] for name in EVALUATION} if numbers else {},
+        "evaluation_all": numbers,
+        "paths": paths,
+        "open": _commands(paths, tracking_uri) if numbers else {},
+    }
+
+
+def _commands(paths: dict[str, str], tracking_uri: str) -> dict[str, str]:
+    """The one command that opens each thing."""
+    opener = "open" if sys.platform == "darwin" else "xdg-open"
+    python = Path(sys.executable)
+    commands = {
+        "report": f"{opener} {paths['report']}",
+        "model": f"{python} -m transformers.cli.transformers chat {paths['model']}",
+    }
+    if tracking_uri:
+        commands["tracking"] = f"{python} -m mlflow ui --backend-store-uri {tracking_uri}"
+    return commands
