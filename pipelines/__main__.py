@@ -1,5 +1,6 @@
 """RLHF as a Kubeflow pipeline: run it on this machine, or compile it for a cluster."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def run(params_file: Path, overrides: tuple[str, ...], out: Path | None) -> None
 
     params = load_params(params_file, overrides)
     folder = out or default_run_folder(params)
-    console = Console(stderr=False)
+    console = Console(file=sys.stdout)  # kept, because kfp.local's own prints are sent elsewhere during the run
     console.print(f"Run directory: {folder}", soft_wrap=True)
     summary = run_pipeline(
         params, folder, tracking_uri=tracking_uri_for(folder, chosen=out is not None), console=console
@@ -59,13 +60,16 @@ def compile_command(params_file: Path, overrides: tuple[str, ...], out: Path) ->
 
 @cli.command()
 def components() -> None:
-    """Write component.yaml of every stage, beside its component.py."""
+    """Write component.yaml of every stage, beside its component.py, and the reference of all parameters."""
     from pipelines.compile import ROOT, compile_component, stage_names
+    from pipelines.reference import TARGET, as_markdown
 
     for stage in stage_names():
         target = ROOT / "components" / stage / "component.yaml"
         compile_component(stage, target)
         click.echo(f"wrote {target.relative_to(ROOT)}")
+    TARGET.write_text(as_markdown(), encoding="utf-8")
+    click.echo(f"wrote {TARGET.relative_to(ROOT)}")
 
 
 @cli.command()
@@ -98,7 +102,12 @@ def fetch(params_file: Path, overrides: tuple[str, ...]) -> None:
             click.echo(f"{uri.removeprefix(PREFIX)}: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
 
 
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
+    signal.signal(signal.SIGTERM, _interrupt)  # ended from outside: stop the stage that runs, write the summary
     try:
         cli(prog_name="python -m pipelines")
     except InputError as error:

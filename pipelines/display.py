@@ -86,7 +86,5 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     console.print(
         Text(f"{word}: ", style=f"bold {colour}").append(f"{summary['reason']}.", style="default"), soft_wrap=True
     )
-    opened = Table(box=None, show_header=False, pad_edge=False)
     for name, command in summary["open"].items():
-        opened.add_row(name, Text(command, style="bold", overflow="fold"))
-    console.print(opened)
+        console.print(Text(f"{name:<9}", style="dim").append(command, style="bold"), soft_wrap=True)

@@ -1,10 +1,14 @@
 """Running the compiled pipeline on this machine."""
 
+import contextlib
+import io
 import json
 import logging
 import os
 import shutil
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +97,13 @@ def tracking_uri_for(run: Path, *, chosen: bool) -> str:
     return f"{SQLITE}{folder / 'mlflow.db'}"
 
 
-class quiet_kfp:
-    """kfp.local narrates on the root logger and warns of settings that only a cluster heeds; the display says what matters."""
-
-    def __enter__(self) -> None:
-        import warnings
-
-        self._catch = warnings.catch_warnings()
-        self._catch.__enter__()
+@contextlib.contextmanager
+def quiet_kfp() -> Iterator[None]:
+    """kfp.local narrates on the root logger and on stdout, and warns of what only a cluster heeds; the display says enough."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)
-
-    def __exit__(self, *exception: object) -> None:
-        logging.disable(logging.NOTSET)
-        self._catch.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)

@@ -18,6 +18,8 @@ from typing import Any
 
 from kfp.local import status, subprocess_task_handler, task_handler_interface
 
+from components.rlhf.edges.process import DIE_WITH_PARENT
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -28,7 +30,7 @@ class StageRecord:
     name: str
     status: str = "running"  # running, succeeded or failed
     seconds: float = 0.0
-    peak_memory_bytes: int = 0
+    peak_memory_bytes: int = 0  # resident; never below this program's own, which Linux counts up to the exec
     error: str = ""
 
 
@@ -42,8 +44,8 @@ class RunLog:
     stages: list[StageRecord] = field(default_factory=list)
 
     def start(self, name: str) -> StageRecord:
-        taken = [stage.name for stage in self.stages]
-        record = StageRecord(name=name if name not in taken else f"{name}-{taken.count(name) + 1}")
+        again = sum(stage.name.rpartition("-")[0] == name or stage.name == name for stage in self.stages)
+        record = StageRecord(name=f"{name}-{again + 1}" if again else name)
         self.stages.append(record)
         return record
 
@@ -94,8 +96,10 @@ def run_process(record: StageRecord, command: list[str], log: RunLog, environmen
     started = time.monotonic()
     process = subprocess.Popen(
         command,
-        cwd=log.environment.get("PWD") or Path.cwd(),
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | log.environment | environment,
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", DIE_WITH_PARENT: "1"}
+        | log.environment
+        | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -118,6 +122,8 @@ def run_process(record: StageRecord, command: list[str], log: RunLog, environmen
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode is None:  # interrupted: do not leave a zombie
+            process.wait()
         record.seconds = time.monotonic() - started
         record.status = "succeeded" if process.returncode == 0 else "failed"
     if record.status == "failed" and not record.error:

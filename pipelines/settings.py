@@ -1,6 +1,7 @@
 """Params files: YAML on disk, settings of the command line on top, validated before anything runs."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path}: {explain(error, Params)}.") from None
+        raise InputError(f"{path}: {explain(error, Params)}") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -46,7 +47,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise InputError(f"{where} is not YAML ({getattr(error, 'problem', None) or error}).") from None
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise InputError(f"{where} is not YAML ({problem}).") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}; a params file is a mapping of sections.")
     return content
@@ -66,19 +68,16 @@ def _apply(content: dict[str, Any], override: str) -> None:
         content[section] = dict(inner)
         content = content[section]
     try:
-        content[name] = _number(yaml.safe_load(text))
+        content[name] = _value(text)
     except yaml.YAMLError:
         raise InputError(f"--set {override!r}: the value is not YAML.") from None
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 as text; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _value(text: str) -> Any:
+    """YAML, but 1e-5 is the number that people mean, which YAML 1.1 reads as text. Quotes keep text that looks like a number."""
+    if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text.strip()):
+        return float(text)
+    return yaml.safe_load(text)
 
 
 def dump_yaml(params: Params) -> str:

@@ -1,6 +1,7 @@
 """summary.json: what a run came to, for programs. No number in it is null."""
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,10 +30,8 @@ def build_summary(
     folder = find_output(artifacts, "evaluation", "evaluation")
     numbers: dict[str, float] = json.loads((folder / "evaluation.json").read_text()) if folder and not error else {}
     facts = json.loads((folder / "manifest.json").read_text())["facts"] if numbers and folder else {}
-    model = find_output(artifacts, "ppo", "model")
-    report = find_output(artifacts, "evaluation", "report")
     database = tracking_uri.removeprefix("sqlite:///")
-    paths = {"run": str(run), "model": str(model or ""), "report": str(report or ""), "tracking": database}
+    paths = {"run": str(run), **_convenient(run, artifacts), "tracking": database}
     return {
         "status": "failed" if error else "succeeded",
         "promoted": facts.get("decision") == "promote",
@@ -54,13 +53,27 @@ def build_summary(
     }
 
 
+def _convenient(run: Path, artifacts: Path) -> dict[str, str]:
+    """Put the model, the report and the curves where people look first; return the paths of model and report ("" if none)."""
+    model = find_output(artifacts, "ppo", "model")
+    if model:
+        (run / "model").symlink_to(model.relative_to(run))
+    for stage, output, name in (("evaluation", "report", "report.html"), ("ppo", "curves", "ppo_curves.html")):
+        page = find_output(artifacts, stage, output)
+        if page:
+            shutil.copyfile(page, run / name)
+    return {
+        name.partition(".")[0]: str(run / name) if (run / name).exists() else "" for name in ("model", "report.html")
+    }
+
+
 def _commands(paths: dict[str, str], tracking_uri: str) -> dict[str, str]:
     """The one command that opens each thing."""
-    opener = "open" if sys.platform == "darwin" else "xdg-open"
-    python = Path(sys.executable)
+    python = sys.executable
+    ask = f"from transformers import pipeline; print(pipeline('text-generation', '{paths['model']}')('This movie'))"
     commands = {
-        "report": f"{opener} {paths['report']}",
-        "model": f"{python} -m transformers.cli.transformers chat {paths['model']}",
+        "report": f"{'open' if sys.platform == 'darwin' else 'xdg-open'} {paths['report']}",
+        "model": f'{python} -c "{ask}"',
     }
     if tracking_uri:
         commands["tracking"] = f"{python} -m mlflow ui --backend-store-uri {tracking_uri}"

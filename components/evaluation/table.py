@@ -13,7 +13,7 @@ def table_rows(numbers: Mapping[str, float]) -> list[dict[str, str]]:
         return {"name": name, "sft": format(numbers[f"{key}_sft"], form), "ppo": format(numbers[f"{key}_ppo"], form)}
 
     return [
-        {"name": "judge prefers it, [95% interval]", "sft": "", "ppo": interval("win_rate")},
+        {"name": f"judge prefers it, [{numbers['confidence']:.0%} interval]", "sft": "", "ppo": interval("win_rate")},
         {
             "name": f"the same where length and ending are equal ({numbers['num_matched']:.0f} prompts)",
             "sft": "",

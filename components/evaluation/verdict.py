@@ -29,11 +29,12 @@ def summarise(comparison: Comparison, settings: EvaluationSettings, *, seed: int
     matched_rate = bootstrap_mean(at_match, **options) if len(at_match) else None
     kl = bootstrap_mean(np.array(comparison.kl), **options)
     numbers: dict[str, float] = {
-        "num_prompts": float(len(comparison.prompts)),
+        "num_prompts": len(comparison.prompts),
+        "confidence": settings.confidence,
         "win_rate": rate.value,
         "win_rate_low": rate.low,
         "win_rate_high": rate.high,
-        "num_matched": float(len(at_match)),
+        "num_matched": len(at_match),
         "win_rate_matched": matched_rate.value if matched_rate else 0.5,
         "win_rate_matched_low": matched_rate.low if matched_rate else 0.0,
         "win_rate_matched_high": matched_rate.high if matched_rate else 1.0,

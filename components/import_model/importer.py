@@ -24,6 +24,7 @@ from components.rlhf.models.loading import (
     HEAD_NAME,
     load_causal_lm,
     load_scalar_lm,
+    load_with_info,
     normalisation_of,
     save_model,
     stop_ids_of,
@@ -61,9 +62,7 @@ def _load(stage: ImportStage, folder: Path) -> Any:
         model.generation_config = _generation_config(folder, model)
         return model
     normalisation_of(folder)
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        folder, local_files_only=True, output_loading_info=True
-    )
+    model, info = load_with_info(AutoModelForSequenceClassification, folder)
     if model.config.num_labels != 1 or any(name.startswith(f"{HEAD_NAME}.") for name in info["missing_keys"]):
         raise InputError(
             f"{folder} has no trained scalar head '{HEAD_NAME}' with one output, which a reward model needs."

@@ -58,10 +58,10 @@ def prepare(
     by_role: dict[str, list[Preference]] = defaultdict(list)
     for preference in preferences:
         by_role[roles[_key(data.preferences, preference.prompt)]].append(preference)
-    out.pairs = _pairs(by_role["reward_model"], data, seed)
-    out.judge_pairs = _pairs(by_role["judge"], data, seed)
+    out.pairs = _pairs(by_role["reward_model"], data, tokenizer, seed)
+    out.judge_pairs = _pairs(by_role["judge"], data, tokenizer, seed)
     out.judge_ratings = [p for p in by_role["judge"] if isinstance(p, RatedText)]
-    out.heldout_pairs = _pairs(by_role[HELD_OUT], data, seed)
+    out.heldout_pairs = _pairs(by_role[HELD_OUT], data, tokenizer, seed)
     _split_prompts(out, [(roles[_key(data.prompts, p.prompt)], p) for p in prompts], data, seed)
     _require_enough(out, data, num_evaluation_prompts)
     return out
@@ -122,10 +122,13 @@ def _unique_prompts(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> l
     return [to_prompt(place, row, tokenizer, data.template) for place, row in read_rows(data.prompts)]
 
 
-def _pairs(preferences: Sequence[Preference], data: DataSettings, seed: int) -> list[PreferencePair]:
+def _pairs(
+    preferences: Sequence[Preference], data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> list[PreferencePair]:
     rated = [p for p in preferences if isinstance(p, RatedText)]
     pairs = [p for p in preferences if isinstance(p, PreferencePair)]
-    pairs += pairs_from_ratings(rated, min_gap=data.min_rating_gap, seed=seed)
+    made = pairs_from_ratings(rated, min_gap=data.min_rating_gap, seed=seed)
+    pairs += drop_long(made, data, tokenizer, Counter())  # two texts can share more than the prompt of either
     return cap_per_prompt(pairs, data.max_pairs_per_prompt, seed=seed)
 
 

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from components.rlhf.artifacts.manifest import Manifest, read_manifest, sha256_of
+from components.rlhf.artifacts.manifest import Manifest, files_of, read_manifest, sha256_of
 from components.rlhf.errors import InputError
 
 
@@ -30,7 +30,7 @@ def writing(target: Path) -> Iterator[Path]:
             raise InputError(
                 f"{target.parent} has no room left while writing {target.name}; free some space and run again."
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise InputError(f"{target.parent} is not writable; choose another output folder.") from error
         raise
     finally:
@@ -55,6 +55,9 @@ def open_artifact(directory: Path, *kinds: str) -> Manifest:
             raise InputError(f"{directory} lacks {name}, which its manifest lists; make the artifact again.")
         if path.stat().st_size != entry.size or sha256_of(path) != entry.sha256:
             raise InputError(f"{path} is not what its manifest says (sha256 differs); make the artifact again.")
+    added = [name for name in files_of(directory) if name not in manifest.files]
+    if added:  # an index of weights or a chat template would change what is loaded
+        raise InputError(f"{directory} holds {added[0]}, which its manifest does not list; delete that file.")
     return manifest
 
 

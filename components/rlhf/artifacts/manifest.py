@@ -79,9 +79,7 @@ def write_manifest(directory: Path, *, kind: str, settings: str = "", **fields: 
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is not a kind of artifact; kinds are {', '.join(KINDS)}")
     files = {
-        path.relative_to(directory).as_posix(): FileEntry(sha256=sha256_of(path), size=path.stat().st_size)
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        name: FileEntry(sha256=sha256_of(path), size=path.stat().st_size) for name, path in files_of(directory).items()
     }
     manifest = Manifest(
         kind=kind,
@@ -116,6 +114,13 @@ def read_manifest(directory: Path) -> Manifest:
         return Manifest(files=files, **content)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is not a manifest ({error}); make the artifact again.") from error
+
+
+def files_of(directory: Path) -> dict[str, Path]:
+    """Every file of an artifact but its manifest, by its posix path relative to the directory."""
+    paths = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    paths.pop(MANIFEST, None)
+    return paths
 
 
 def sha256_of(path: Path) -> str:

@@ -25,9 +25,13 @@ class SplitWeights(Settings):
     """Share of the texts that each consumer gets when several could use them."""
 
     sft: NonNegative = 0.2
+    """Demonstrations."""
     reward_model: NonNegative = 0.35
+    """Preferences for the reward model."""
     judge: NonNegative = 0.3
+    """Preferences for the judge."""
     prompts: NonNegative = 0.15
+    """Prompts for PPO."""
 
 
 class DataSettings(Settings):

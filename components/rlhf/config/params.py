@@ -58,7 +58,8 @@ class Params(Settings):
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One clear sentence per mistake: the key, what is wrong with it, and the nearest valid key of a misspelt one."""
-    return "; ".join(_explain_one(dict(mistake), model) for mistake in error.errors())
+    text = "; ".join(_explain_one(dict(mistake), model) for mistake in error.errors())
+    return text if text.endswith("?") else f"{text}."
 
 
 def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:

@@ -6,6 +6,7 @@ messages:              {"messages": [{"role": "user", "content": "..."}, {"role"
 prompt + pair:         {"prompt": "...", "chosen": "...", "rejected": "...", "margin": 0.5}    (margin is optional)
 """
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 from components.rlhf.data.records import Demonstration, PreferencePair, Prompt
@@ -41,8 +42,10 @@ def to_prompt(place: str, row: Row, tokenizer: "PreTrainedTokenizerBase", templa
 
 def to_pair(place: str, row: Row, tokenizer: "PreTrainedTokenizerBase", template: Template) -> PreferencePair:
     margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
-        raise InputError(f"{place}: margin is {margin!r}; it must be a number.")
+    if margin is not None and (
+        isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin)
+    ):
+        raise InputError(f"{place}: margin is {margin!r}; it must be a finite number.")
     return PreferencePair(
         prompt=_prompt(place, row, tokenizer, template),
         chosen=_text(place, row, "chosen"),

@@ -57,7 +57,7 @@ def _table(sdist: Path, name: str, *, num_columns: int) -> list[list[str]]:
                 assert member is not None
                 # Stray byte-order marks stand inside the files, in front of some ids; without them every row joins.
                 text = member.read().decode("utf-8").replace("\ufeff", "")
-    except (OSError, tarfile.TarError, StopIteration, KeyError, AssertionError) as error:
+    except (OSError, EOFError, tarfile.TarError, StopIteration, KeyError, AssertionError, UnicodeDecodeError) as error:
         raise InputError(
             f"{sdist} is not the vaderSentiment 3.3.2 sdist with its ratings ({error}); fetch it again."
         ) from error

@@ -16,14 +16,15 @@ def read_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
 
     place is `file:line` or `file row N`. Raises InputError with the place for whatever cannot be read.
     """
-    renamed = {theirs: ours for ours, theirs in source.columns.items()}
     for place, row in _rows(source):
-        missing = [theirs for theirs in renamed if theirs not in row]
+        missing = [theirs for theirs in source.columns.values() if theirs not in row]
         if missing:
             raise InputError(
                 f"{place} has no column {missing[0]!r} (columns there: {', '.join(row)}); correct columns in the params file."
             )
-        yield place, {renamed.get(name, name): value for name, value in row.items()}
+        # What was renamed wins over a column that happens to have our name already.
+        others = {name: value for name, value in row.items() if name not in source.columns.values()}
+        yield place, others | {ours: row[theirs] for ours, theirs in source.columns.items()}
 
 
 def _rows(source: DataSource) -> Iterator[tuple[str, Row]]:
@@ -77,9 +78,24 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                 raise InputError(
                     f"{place} is not JSON ({error.msg}, column {error.colno}); each line must be one object."
                 ) from None
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+                raise InputError(f"{place} is JSON that cannot be read ({error}); correct the line.") from None
             if not isinstance(row, dict):
                 raise InputError(f"{place} is a JSON {type(row).__name__}; each line must be one object.")
+            if b"\\u" in line and _is_torn(row):
+                raise InputError(
+                    f"{place} holds half of a UTF-16 surrogate pair (\\ud800 to \\udfff); correct the text."
+                )
             yield place, row
+
+
+def _is_torn(row: Row) -> bool:
+    """Whether any text in it is no Unicode: JSON can escape one half of a pair, which no tokenizer and no file takes."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:

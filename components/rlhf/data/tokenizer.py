@@ -65,5 +65,5 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
     response_ids = [*encode_prompt(tokenizer, completion), cast(int, tokenizer.eos_token_id)]
-    room = max_tokens - len(prompt_ids)
+    room = max(max_tokens - len(prompt_ids), 0)
     return EncodedText(prompt_ids=prompt_ids, response_ids=response_ids[:room], truncated=len(response_ids) > room)

@@ -42,7 +42,8 @@ def fetch_package(uri: str, *, source: bool = False) -> Path:
         draft = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
             _download(requirement, draft, source=source)
-            if not folder.is_dir():  # another process may have been quicker
+            # Another process may have been quicker; an empty folder is left where somebody deleted a wrong file.
+            if not (folder.is_dir() and any(folder.iterdir())):
                 draft.rename(folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)

@@ -11,9 +11,8 @@ class Progress:
     def __init__(self, stage: str, *, every_seconds: float = 5.0) -> None:
         self.stage = stage
         self.every_seconds = every_seconds
-        self._start = time.monotonic()
-        self._first_step: int | None = None
-        self._shown = -every_seconds
+        self._first: tuple[int, float] | None = None  # step and time of the first call
+        self._shown = float("-inf")
 
     def say(self, text: str) -> None:
         """A line of its own, always shown."""
@@ -21,15 +20,17 @@ class Progress:
 
     def step(self, step: int, total: int, metrics: Mapping[str, float], unit: str = "step") -> None:
         """step of total steps is done (from 1)."""
-        now = time.monotonic() - self._start
-        if self._first_step is None:
-            self._first_step = step - 1
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (step, now)
         if now - self._shown < self.every_seconds and step < total:
             return
         self._shown = now
-        per_step = now / max(step - self._first_step, 1)
-        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        self.say(f"{unit} {step}/{total}  {values}  {clock(per_step * (total - step))} left")
+        first_step, first_time = self._first
+        values = [f"{name} {value:.4g}" for name, value in metrics.items()]
+        if step > first_step:  # the first step also pays for loading, and after a resume it is not number 1
+            values.append(f"{clock((now - first_time) / (step - first_step) * (total - step))} left")
+        self.say("  ".join([f"{unit} {step}/{total}", *values]))
 
 
 def clock(seconds: float) -> str:

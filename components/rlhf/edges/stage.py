@@ -17,7 +17,7 @@ from components.rlhf.config.base import Settings
 from components.rlhf.config.params import explain
 from components.rlhf.config.storage import TrackingSettings
 from components.rlhf.edges.kfp_io import write_executor_output
-from components.rlhf.edges.memory import keep_freed_memory
+from components.rlhf.edges.process import die_with_parent, keep_freed_memory
 from components.rlhf.edges.progress import Progress
 from components.rlhf.edges.tracking import Tracker, start_tracking
 from components.rlhf.errors import InputError
@@ -97,6 +97,7 @@ def stage_run(name: str, model: type[S], *, settings: str, tracking: str, execut
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin on a busy core make torch ten times slower
     keep_freed_memory()
+    die_with_parent()
     try:
         text = settings if settings.lstrip().startswith("{") else _read(settings)
         parsed = parse_settings(model, text)
@@ -124,7 +125,7 @@ def parse_settings(model: type[S], text: str) -> S:
     try:
         return model.from_json(text)
     except ValidationError as error:
-        raise InputError(f"Settings: {explain(error, model)}.") from None
+        raise InputError(f"Settings: {explain(error, model)}") from None
 
 
 def _read(path: str) -> str:
@@ -132,3 +133,5 @@ def _read(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"--settings {path} is neither JSON text nor a readable file ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--settings {path} is not UTF-8; save it as UTF-8.") from None

@@ -53,7 +53,7 @@ class TorchEngine:
         )
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        loss.backward()
+        torch.autograd.backward(loss)
 
     def step(self) -> StepInfo:
         rate = learning_rate_at(self.steps_done, self.training, peak=self.peak, num_steps=self.num_steps)
@@ -93,7 +93,8 @@ class TorchEngine:
                 p.copy_(tensors.pop(f"weight/{name}"))
         for key, value in tensors.items():
             moment, name = key.split("/", 1)
-            self.optimizer.state[self.parameters[name]][moment] = value
+            parameter = self.parameters[name]
+            self.optimizer.state[parameter][moment] = value.to(parameter.device)  # the file was read into main memory
 
 
 def learning_rate_at(step: int, training: TrainingSettings, *, peak: float, num_steps: int) -> float:

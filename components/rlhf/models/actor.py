@@ -12,7 +12,7 @@ from components.rlhf.maths.logprobs import entropy, token_logprobs
 from components.rlhf.models.layers import freeze_lower_layers, run_layers
 from components.rlhf.models.precision import compute_in
 
-CHUNK = 1024  # response tokens whose logits exist at once: 1024 x 50k x 4 bytes = 200 MB
+MAX_LOGITS = 2**24  # logits that exist at once: 64 MiB in fp32, a few times over in the softmax and its gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +70,14 @@ class Actor(nn.Module):
             rows = torch.arange(len(batch), device=hidden.device)[:, None]
             chosen_from = hidden[rows, batch.state_positions()][mask]  # [N, H], N = response tokens in the batch
             steps = torch.arange(mask.shape[1], device=hidden.device).expand_as(mask)[mask]
+            size = max(MAX_LOGITS // self.lm.config.vocab_size, 1)
             pieces = [
                 self._head(*piece, distribution, with_entropy)
                 for piece in zip(
-                    chosen_from.split(CHUNK), batch.response_ids[mask].split(CHUNK), steps.split(CHUNK), strict=True
+                    torch.split(chosen_from, size),
+                    torch.split(batch.response_ids[mask], size),
+                    torch.split(steps, size),
+                    strict=True,
                 )
             ]
         logprobs = torch.zeros(mask.shape, device=hidden.device)

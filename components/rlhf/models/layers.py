@@ -78,7 +78,7 @@ def share_trunk(owner: nn.Module, others: list[nn.Module], num_frozen: int) -> b
         return False
     for other in others:
         decoder = decoder_of(other)
-        head = other.get_output_embeddings() if hasattr(other, "lm_head") else None
+        head = getattr(other, "lm_head", None)
         tied = head is not None and head.weight is decoder.get_input_embeddings().weight
         decoder.set_input_embeddings(ours[0])
         for index in range(num_frozen):
@@ -89,7 +89,8 @@ def share_trunk(owner: nn.Module, others: list[nn.Module], num_frozen: int) -> b
 
 
 def _equal(ours: list[nn.Module], theirs: list[nn.Module]) -> bool:
-    pairs = [
-        (a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x.parameters(), y.parameters(), strict=True)
-    ]
-    return all(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+    # Their numbers are compared too: layers of another architecture may have more parameters (biases), or fewer.
+    a, b = ([parameter for module in side for parameter in module.parameters()] for side in (ours, theirs))
+    return len(a) == len(b) and all(
+        x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True)
+    )

@@ -30,9 +30,10 @@ def load_scalar_lm(
 ) -> Any:
     """A model with a scalar head. With a seed the head is drawn afresh: normal with std 1 / (hidden + 1).
 
-    The head's scale is that of OpenRLHF v0.5.5 models/model.py `_get_reward_model`.
+    Without a seed the folder must have one: a random head would score at random and say nothing. The fresh head's scale is
+    that of OpenRLHF v0.5.5 models/model.py `_get_reward_model`.
     """
-    model = _load(AutoModelForSequenceClassification, directory, num_labels=1)
+    model = _load(AutoModelForSequenceClassification, directory, needs_head=seed is None, num_labels=1)
     head = getattr(model, HEAD_NAME)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
@@ -43,7 +44,7 @@ def load_scalar_lm(
 
 def normalisation_of(directory: Path) -> tuple[float, float]:
     """The mean and std of a reward model's folder. Raises InputError when it has none: identity would be a silent guess."""
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    config = _config(directory)
     mean, std = getattr(config, "reward_mean", None), getattr(config, "reward_std", None)
     if mean is None or std is None:
         raise InputError(
@@ -53,11 +54,13 @@ def normalisation_of(directory: Path) -> tuple[float, float]:
 
 
 def stop_ids_of(directory: Path) -> tuple[int, ...]:
-    """Every id that ends a response, from the generation settings of a model folder."""
+    """Every id that ends a response, from the generation settings of a model folder, or else from its config."""
     try:
         ids = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
     except OSError:
-        ids = AutoConfig.from_pretrained(directory, local_files_only=True).eos_token_id
+        ids = None
+    if ids is None:
+        ids = _config(directory).eos_token_id
     if ids is None:
         raise InputError(
             f"{directory}: no eos_token_id in generation_config.json or config.json; a response could never end."
@@ -75,16 +78,32 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Path, 
         file.chmod(0o644)
 
 
-def _load(kind: Any, directory: Path, **options: Any) -> Any:
+def load_with_info(kind: Any, directory: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A model of one of transformers' Auto classes in fp32, and its report of missing weights. Raises InputError."""
     try:
         model, info = kind.from_pretrained(
-            directory, local_files_only=True, dtype=torch.float32, output_loading_info=True, **options
+            directory, local_files_only=True, dtype="auto", output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(
-            f"{directory} is not a model folder that transformers can load ({str(error).splitlines()[0]})."
-        ) from error
-    missing = {name for name in info["missing_keys"] if not name.startswith(f"{HEAD_NAME}.")}
+    except Exception as error:  # whatever broken or missing files make the libraries raise
+        raise _not_a_model(directory, error) from error
+    return model, info
+
+
+def _config(directory: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # whatever a broken or missing config.json makes the library raise
+        raise _not_a_model(directory, error) from error
+
+
+def _not_a_model(directory: Path, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return InputError(f"{directory} is not a model folder that transformers can load ({reason}).")
+
+
+def _load(kind: Any, directory: Path, *, needs_head: bool = True, **options: Any) -> Any:
+    model, info = load_with_info(kind, directory, **options)
+    missing = {name for name in info["missing_keys"] if needs_head or not name.startswith(f"{HEAD_NAME}.")}
     if missing:
         raise InputError(
             f"{directory} lacks the weights {', '.join(sorted(missing)[:3])}; the model folder is incomplete."
@@ -98,14 +117,14 @@ def _place(model: Any, *, num_frozen_layers: int, dtype: torch.dtype, trainable:
     if not trainable:
         model.requires_grad_(False)
         return model.to(dtype)
-    if num_frozen_layers:
-        if num_frozen_layers >= num_layers(model):
-            raise InputError(
-                f"model.num_frozen_layers is {num_frozen_layers}, and the model has {num_layers(model)} layers; "
-                "leave at least one to be trained."
-            )
-        for module in trunk_of(model, num_frozen_layers):
-            module.to(dtype)
+    if num_frozen_layers >= num_layers(model):
+        raise InputError(
+            f"model.num_frozen_layers is {num_frozen_layers}, and the model has {num_layers(model)} layers; "
+            "leave at least one to be trained."
+        )
+    model.float()
+    for module in trunk_of(model, num_frozen_layers) if num_frozen_layers else []:
+        module.to(dtype)
     return model
 
 

@@ -26,7 +26,7 @@ def compute_in(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractC
 
 def _has_bf16() -> bool:
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     # Without bf16 instructions a CPU emulates them, slower than fp32. torch has no public question for it.
     cpu_info = Path("/proc/cpuinfo")
     flags = cpu_info.read_text() if cpu_info.is_file() else ""

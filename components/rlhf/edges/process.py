@@ -1,9 +1,14 @@
-"""Telling the C library to keep freed memory, because training asks for the same large blocks again and again."""
+"""What a stage asks of the C library and the kernel for its own process."""
 
 import ctypes
+import os
 import platform
+import signal
+import sys
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
+PR_SET_PDEATHSIG = 1  # sys/prctl.h of Linux
+DIE_WITH_PARENT = "RLHF_DIE_WITH_PARENT"
 
 
 def keep_freed_memory() -> None:
@@ -17,3 +22,9 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def die_with_parent() -> None:
+    """On Linux, and where the runner of a laptop asks for it, be killed when the runner is: no stage is left behind."""
+    if os.environ.get(DIE_WITH_PARENT) and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

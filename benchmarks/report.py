@@ -1,0 +1,88 @@
+"""Put the tables of a run into the documents: what it came to, what it cost, and on which machine.
+
+    python benchmarks/report.py RUN [RUN ...]      (the newest run under runs/ without arguments)
+
+Rewrites the parts of README.md and components/README.md between `<!-- result -->` and `<!-- /result -->`, and between
+`<!-- cost -->` and `<!-- /cost -->`. Several runs of the same settings are shown as their median with the range.
+"""
+
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from components.evaluation.table import table_rows
+from components.rlhf.edges.progress import clock
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def machine() -> str:
+    """Processor, cores and memory, as the kernel tells them."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return f"{found[1].strip() if found else platform.processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
+
+
+def result_table(summary: dict[str, Any]) -> str:
+    lines = ["| | SFT | PPO |", "|---|---:|---:|"]
+    lines += [f"| {row['name']} | {row['sft']} | {row['ppo']} |" for row in table_rows(summary["evaluation_all"])]
+    verdict = "Promoted" if summary["promoted"] else "Rejected"
+    return "\n".join(
+        [*lines, "", f"{verdict}: {summary['reason']}. Preset {summary['preset']}, seed {summary['seed']}."]
+    )
+
+
+def cost_table(summaries: list[dict[str, Any]]) -> str:
+    lines = ["| stage | time | peak memory |", "|---|---:|---:|"]
+    for stage in summaries[0]["stages"]:
+        seconds = [s["stages"][stage]["seconds"] for s in summaries]
+        lines.append(f"| {stage} | {spread(seconds)} | {max_memory(summaries, stage):.1f} GiB |")
+    totals = [sum(stage["seconds"] for stage in s["stages"].values()) for s in summaries]
+    peak = max(max_memory(summaries, stage) for stage in summaries[0]["stages"])
+    lines.append(f"| **all** | **{spread(totals)}** | **{peak:.1f} GiB** |")
+    runs = "one run" if len(summaries) == 1 else f"median of {len(summaries)} runs, with the range"
+    return "\n".join([*lines, "", f"{runs.capitalize()} on {machine()}."])
+
+
+def max_memory(summaries: list[dict[str, Any]], stage: str) -> float:
+    """GiB."""
+    return max(s["stages"][stage]["peak_memory_bytes"] for s in summaries) / 2**30
+
+
+def spread(seconds: list[float]) -> str:
+    middle = clock(statistics.median(seconds))
+    return middle if len(seconds) == 1 else f"{middle} ({clock(min(seconds))} to {clock(max(seconds))})"
+
+
+def rewrite(path: Path, name: str, text: str) -> None:
+    old = path.read_text(encoding="utf-8")
+    new, count = re.subn(
+        rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{text}\n{m[2]}", old, flags=re.DOTALL
+    )
+    if count != 1:
+        sys.exit(f"{path} has {count} places for {name}; it needs one")
+    path.write_text(new, encoding="utf-8")
+
+
+def main() -> None:
+    runs = [Path(argument) for argument in sys.argv[1:]] or sorted((ROOT / "runs").glob("*/summary.json"))[-1:]
+    files = [run if run.suffix == ".json" else run / "summary.json" for run in runs]
+    if not files:
+        sys.exit("no run found; make run first")
+    summaries = [json.loads(file.read_text()) for file in files]
+    failed = [str(file) for file, summary in zip(files, summaries, strict=True) if summary["status"] != "succeeded"]
+    if failed:
+        sys.exit(f"not a finished run: {', '.join(failed)}")
+    rewrite(ROOT / "README.md", "result", result_table(summaries[0]))
+    rewrite(ROOT / "components" / "README.md", "cost", cost_table(summaries))
+    print(result_table(summaries[0]), cost_table(summaries), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What the compiled pipeline says: tasks, edges, images, and that every reference in it resolves."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from google.protobuf import json_format
+from kfp.pipeline_spec import pipeline_spec_pb2
+
+from components.rlhf.config.params import Params
+from pipelines.compile import ROOT, compile_component, compile_pipeline, stage_names
+from pipelines.settings import load_params
+
+MOVIES = ROOT / "pipelines" / "params" / "movie_reviews.yaml"
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    target = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
+    return next(yaml.safe_load_all(compile_pipeline(load_params(MOVIES), target).read_text()))
+
+
+def edges(dag: dict[str, Any]) -> dict[str, set[str]]:
+    """Each task with the tasks whose outputs it takes."""
+    found = {}
+    for name, task in dag["tasks"].items():
+        inputs = task.get("inputs", {})
+        values = [*inputs.get("parameters", {}).values(), *inputs.get("artifacts", {}).values()]
+        producers = (v.get("taskOutputArtifact") or v.get("taskOutputParameter") for v in values)
+        found[name] = {producer["producerTask"] for producer in producers if producer}
+    return found
+
+
+def test_tasks_and_edges(spec: dict[str, Any]) -> None:
+    assert edges(spec["root"]["dag"]) == {
+        "import-model": set(),
+        "prepare-data": {"import-model"},
+        "sft": {"import-model", "prepare-data"},
+        "reward-model": {"import-model", "prepare-data", "sft"},
+        "judge": {"import-model", "prepare-data"},
+        "ppo": {"prepare-data", "sft", "reward-model"},
+        "evaluation": {"prepare-data", "sft", "reward-model", "judge", "ppo"},
+        "gate": {"ppo", "evaluation"},
+    }
+
+
+def test_ppo_and_the_judge_never_see_the_same_data(spec: dict[str, Any]) -> None:
+    """Which output of prepare_data goes where: the judge's ratings and the held-out prompts go to nothing that is trained."""
+    tasks = spec["root"]["dag"]["tasks"]
+
+    def taken(task: str) -> set[str]:
+        artifacts = tasks[task]["inputs"].get("artifacts", {}).values()
+        outputs = (a["taskOutputArtifact"] for a in artifacts)
+        return {o["outputArtifactKey"] for o in outputs if o["producerTask"] == "prepare-data"}
+
+    assert {task: taken(task) for task in ("sft", "reward-model", "judge", "ppo", "evaluation")} == {
+        "sft": {"demonstrations"},
+        "reward-model": {"preferences", "prompts"},
+        "judge": {"judge_preferences"},
+        "ppo": {"prompts"},
+        "evaluation": {"heldout_prompts"},
+    }
+
+
+def test_gate_branches_on_its_own_parameter(spec: dict[str, Any]) -> None:
+    conditions = {
+        task["triggerPolicy"]["condition"]
+        for component in spec["components"].values()
+        for task in component.get("dag", {}).get("tasks", {}).values()
+        if "triggerPolicy" in task
+    }
+    assert len(conditions) == 2
+    assert all("inputs.parameter_values['pipelinechannel--decision']" in condition for condition in conditions)
+
+
+def test_spec_parses_strictly(spec: dict[str, Any]) -> None:
+    json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec(), ignore_unknown_fields=False)
+
+
+def test_every_reference_resolves(spec: dict[str, Any]) -> None:
+    executors = spec["deploymentSpec"]["executors"]
+    used = {component["executorLabel"] for component in spec["components"].values() if "executorLabel" in component}
+    assert used == set(executors)
+    dags = [spec["root"]["dag"], *(c["dag"] for c in spec["components"].values() if "dag" in c)]
+    for dag in dags:
+        for task in dag["tasks"].values():
+            assert task["componentRef"]["name"] in spec["components"]
+            assert set(task.get("dependentTasks", [])) <= set(dag["tasks"])
+
+
+def test_executors_run_the_stage_programs(spec: dict[str, Any]) -> None:
+    for executor in spec["deploymentSpec"]["executors"].values():
+        container = executor["container"]
+        assert container["image"] == "kfp-rlhf/trainer:0.1.0"
+        assert container["command"][:2] == ["python", "-m"]
+        assert (ROOT / Path(*container["command"][2].split(".")) / "__main__.py").is_file()
+        assert container["args"][-2:] == ["--executor-input", "{{$}}"]
+
+
+def test_settings_travel_as_one_string(spec: dict[str, Any]) -> None:
+    """KFP turns the integers of a dict into floats, so no parameter is a struct."""
+    for component in spec["components"].values():
+        for parameter in component.get("inputDefinitions", {}).get("parameters", {}).values():
+            assert parameter["parameterType"] == "STRING"
+
+
+def test_run_id_comes_from_the_pod_and_not_from_a_parameter(tmp_path: Path) -> None:
+    target = compile_pipeline(load_params(MOVIES), tmp_path / "pipeline.yaml")
+    _, platform = yaml.safe_load_all(target.read_text())
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert len(executors) == 9  # register stands once in each branch
+    for executor in executors.values():
+        assert executor["fieldPathAsEnv"] == [{"fieldPath": "metadata.labels['pipeline/runid']", "name": "RLHF_RUN_ID"}]
+
+
+def test_own_models_take_the_place_of_stages(tmp_path: Path) -> None:
+    params: Params = load_params(MOVIES, ["sft.use=/models/sft", "reward_model.use=/models/rm"])
+    dag = next(yaml.safe_load_all(compile_pipeline(params, tmp_path / "p.yaml").read_text()))["root"]["dag"]
+    assert "sft" not in dag["tasks"]
+    assert "reward-model" not in dag["tasks"]
+    assert edges(dag)["ppo"] == {"prepare-data", "import-model-2", "import-model-3"}
+
+
+@pytest.mark.parametrize("stage", stage_names())
+def test_component_yaml_is_fresh(stage: str, tmp_path: Path) -> None:
+    compile_component(stage, tmp_path / "component.yaml")
+    committed = ROOT / "components" / stage / "component.yaml"
+    assert committed.read_text() == (tmp_path / "component.yaml").read_text(), "run make compile"

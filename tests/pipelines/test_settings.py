@@ -1,0 +1,161 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.rlhf.config.data import PrepareDataStage
+from components.rlhf.config.imports import ImportStage
+from components.rlhf.errors import InputError
+from pipelines.settings import dump_yaml, load_params, settings_of_stage
+
+MOVIES = Path(__file__).resolve().parents[2] / "pipelines/params/movie_reviews.yaml"
+SMALLEST = """
+data:
+  demonstrations: {path: demos.jsonl}
+  preferences: {path: pairs.jsonl}
+  prompts: {path: prompts.jsonl}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text(SMALLEST, encoding="utf-8")
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_params(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_shipped_params_are_valid_with_every_override_people_make() -> None:
+    params = load_params(MOVIES, ["ppo.num_iterations=4", "ppo.training.learning_rate=1e-5", "preset=mine"])
+    assert params.ppo.num_iterations == 4
+    assert params.ppo.training.learning_rate == 1e-5
+    assert params.preset == "mine"
+    assert params.ppo.rollout.num_prompts == 64  # of the file
+
+
+def test_an_override_of_one_section_does_not_reach_another_that_shares_its_anchor() -> None:
+    params = load_params(MOVIES, ["data.prompts.path=mine.jsonl", "data.prompts.format=jsonl"])
+    assert params.data.prompts.path == "mine.jsonl"
+    assert params.data.preferences.path == "pypi:vaderSentiment==3.3.2"
+    assert params.data.demonstrations is not None
+    assert params.data.demonstrations.format == "movie_ratings"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-5", 1e-5), ("1E-5", 1e-5), ("2.5e-4", 2.5e-4), ("3.e-4", 3e-4), ("0.001", 1e-3), ("1", 1.0)],
+)
+def test_numbers_as_people_write_them(file: Path, text: str, value: float) -> None:
+    assert load_params(file, [f"sft.training.learning_rate={text}"]).sft.training.learning_rate == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("'1e5'", "1e5"), ("nan", "nan"), ("a=b", "a=b"), ("v1.0.0", "v1.0.0"), ("' x '", " x ")]
+)
+def test_text_stays_text(file: Path, text: str, value: str) -> None:
+    assert load_params(file, [f"preset={text}"]).preset == value
+
+
+def test_overrides_of_every_shape(file: Path) -> None:
+    params = load_params(
+        file,
+        [
+            "data.prompts.columns={prompt: question}",
+            "sft.use=null",
+            "tracking.enabled=false",
+            " seed = 3",
+            "ppo.reward_clip=",  # nothing is null, as in YAML
+            "seed=4",  # the last one holds
+        ],
+    )
+    assert params.data.prompts.columns == {"prompt": "question"}
+    assert params.sft.use is None
+    assert params.tracking.enabled is False
+    assert params.ppo.reward_clip is None
+    assert params.seed == 4
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", " =3", "ppo.num_iterations 4"])
+def test_an_override_without_key_or_value(file: Path, override: str) -> None:
+    assert refusal(file, override) == f"--set {override!r} is not of the form SECTION.KEY=VALUE."
+
+
+def test_an_override_below_a_value(file: Path) -> None:
+    file.write_text(SMALLEST + "seed: 3\n", encoding="utf-8")
+    assert refusal(file, "seed.x=3") == "--set 'seed.x=3': seed is not a section."
+
+
+def test_an_override_that_is_not_yaml(file: Path) -> None:
+    assert refusal(file, "seed=[1") == "--set 'seed=[1': the value is not YAML."
+
+
+def test_an_unknown_override_names_the_nearest(file: Path) -> None:
+    said = refusal(file, "ppo.num_iteration=3")
+    assert said == f"{file}: ppo.num_iteration is not a parameter; did you mean ppo.num_iterations?"
+
+
+def test_a_wrong_value_ends_in_one_full_stop(file: Path) -> None:
+    assert refusal(file, "seed=x").startswith(f"{file}: seed is 'x': ")
+    assert refusal(file, "gate.xyzzy=1").endswith("valid here: min_win_rate, max_kl.")
+
+
+def test_broken_yaml_names_file_and_line(file: Path) -> None:
+    file.write_text("seed: 1\nsft:\n  - a\n  b: 2\n", encoding="utf-8")
+    assert refusal(file).startswith(f"{file}:4 is not YAML (")
+
+
+def test_yaml_with_a_control_character(file: Path) -> None:
+    file.write_bytes(b"seed: \x01\n")
+    assert refusal(file).startswith(f"{file} is not YAML (unacceptable character")
+
+
+@pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("- 1\n", "list"), ("seed\n", "str")])
+def test_yaml_that_is_no_mapping(file: Path, text: str, kind: str) -> None:
+    file.write_text(text, encoding="utf-8")
+    assert refusal(file) == f"{file} holds a {kind}; a params file is a mapping of sections."
+
+
+def test_not_utf8(file: Path) -> None:
+    file.write_bytes("preset: Prüfung\n".encode("latin-1"))
+    assert refusal(file) == f"{file} is not UTF-8; save it as UTF-8."
+
+
+def test_a_missing_file_names_those_that_there_are(tmp_path: Path) -> None:
+    said = refusal(tmp_path / "none.yaml")
+    assert said.startswith(f"{tmp_path / 'none.yaml'} does not exist; ")
+    assert "movie_reviews.yaml" in said
+
+
+def test_a_folder_is_no_params_file(tmp_path: Path) -> None:
+    assert refusal(tmp_path) == f"{tmp_path} cannot be read (Is a directory)."
+
+
+def test_resolved_params_run_the_same_again(tmp_path: Path) -> None:
+    params = load_params(MOVIES, ["seed=9"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_yaml(params), encoding="utf-8")
+    assert load_params(again) == params
+    assert yaml.safe_load(again.read_text(encoding="utf-8"))["ppo"]["num_iterations"] == 15
+
+
+def test_settings_of_a_stage_are_canonical_json(file: Path) -> None:
+    params = load_params(file, ["model.source=org/name", "model.revision=abc"])
+    text = settings_of_stage(params, "import_model")
+    assert text == '{"kind":"base_model","revision":"abc","source":"org/name"}'
+    assert ImportStage.from_json(text).source == "org/name"
+    assert settings_of_stage(params, "prepare_data") == params.stage(PrepareDataStage).canonical_json()
+    for stage in ("sft", "reward_model", "judge", "ppo", "evaluation"):
+        assert json.loads(settings_of_stage(params, stage))["seed"] == 0
+
+
+def test_an_unknown_stage(file: Path) -> None:
+    with pytest.raises(InputError, match="train is not a stage with settings; stages: import_model, prepare_data, sft"):
+        settings_of_stage(load_params(file), "train")

@@ -1,0 +1,72 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from components.rlhf.artifacts.manifest import FileEntry, Manifest
+from components.rlhf.checkpoints import key as key_module
+from components.rlhf.checkpoints.key import checkpoint_key
+from components.rlhf.config.model import ModelSettings, TrainingSettings
+from components.rlhf.config.sft import SftSettings, SftStage
+from components.rlhf.config.storage import CheckpointSettings
+
+STAGE = SftStage(model=ModelSettings(), sft=SftSettings(), checkpoint=CheckpointSettings(), seed=0)
+BASE = Manifest(kind="base_model", files={"a": FileEntry(sha256="0", size=1)}, created_at="yesterday")
+DATA = Manifest(kind="demonstrations", files={"b": FileEntry(sha256="1", size=1)})
+
+
+@pytest.fixture(autouse=True)
+def _one_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_module, "code_revision", lambda: "abc")
+
+
+def changed(**settings: Any) -> SftStage:
+    return SftStage(**(dict(STAGE) | settings))
+
+
+def test_is_the_stage_and_a_digest() -> None:
+    stage, digest = checkpoint_key("sft", STAGE, BASE, DATA).split("/")
+    assert stage == "sft"
+    assert len(digest) == 16
+    assert set(digest) <= set("0123456789abcdef")
+
+
+def test_is_the_same_for_the_same_things() -> None:
+    again = SftStage.from_json(STAGE.canonical_json())
+    assert checkpoint_key("sft", again, BASE, DATA) == checkpoint_key("sft", STAGE, BASE, DATA)
+
+
+def test_does_not_change_with_how_often_is_saved_nor_with_when_an_input_was_made() -> None:
+    expected = checkpoint_key("sft", STAGE, BASE, DATA)
+    often = changed(checkpoint=CheckpointSettings(every_minutes=0.5, keep=9))
+    assert checkpoint_key("sft", often, BASE, DATA) == expected
+    assert checkpoint_key("sft", STAGE, replace(BASE, created_at="today"), DATA) == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"seed": 1},
+        {"model": ModelSettings(num_frozen_layers=1)},
+        {"sft": SftSettings(max_steps=5)},
+        {"sft": SftSettings(training=TrainingSettings(learning_rate=2e-5))},
+    ],
+    ids=["seed", "frozen layers", "steps", "learning rate"],
+)
+def test_changes_with_every_other_setting(settings: dict[str, Any]) -> None:
+    assert checkpoint_key("sft", changed(**settings), BASE, DATA) != checkpoint_key("sft", STAGE, BASE, DATA)
+
+
+def test_changes_with_the_inputs() -> None:
+    other = replace(BASE, files={"a": FileEntry(sha256="2", size=1)})
+    keys = {
+        checkpoint_key("sft", STAGE, *inputs)
+        for inputs in ((BASE, DATA), (other, DATA), (DATA, BASE), (BASE,), (BASE, DATA, DATA))
+    }
+    assert len(keys) == 5
+
+
+def test_changes_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = checkpoint_key("sft", STAGE, BASE, DATA)
+    monkeypatch.setattr(key_module, "code_revision", lambda: "abc+dirty")
+    assert checkpoint_key("sft", STAGE, BASE, DATA) != before

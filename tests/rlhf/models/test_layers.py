@@ -1,0 +1,160 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from components.rlhf.errors import InputError
+from components.rlhf.models.layers import decoder_of, freeze_lower_layers, run_layers, share_trunk
+from components.rlhf.models.loading import load_causal_lm, load_scalar_lm
+from tests.rlhf.models.build import trained_names
+from tests.tiny import make_tiny_model
+
+IDS = torch.tensor([[5, 6, 7, 0, 9, 10], [1, 2, 3, 4, 5, 6]])
+FP32 = torch.float32
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("untied") / "model", seed=1, tied=False)
+
+
+def frozen_lm(folder: Path, frozen: int) -> Any:
+    return load_causal_lm(folder, num_frozen_layers=frozen, dtype=FP32)
+
+
+class TestRunLayers:
+    @pytest.mark.parametrize("cut", [0, 1, 2, 3])
+    def test_two_parts_are_the_plain_forward_bit_for_bit(self, tiny_model: Path, cut: int) -> None:
+        lm = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+        lower = run_layers(lm, IDS, start=0, stop=cut)
+        upper = run_layers(lm, lower, start=cut, stop=None)
+        plain = lm(IDS, output_hidden_states=True).hidden_states  # the last one has gone through the norm
+        assert torch.equal(upper, plain[-1])
+        if cut < 3:
+            assert torch.equal(lower, plain[cut])
+
+    def test_the_model_is_left_as_it_was(self, tiny_model: Path) -> None:
+        lm = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+        before = lm(IDS).logits
+        run_layers(lm, IDS, start=0, stop=1)
+        assert len(lm.model.layers) == 3
+        assert torch.equal(lm(IDS).logits, before)
+
+    def test_an_architecture_with_other_names_is_refused(self) -> None:
+        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8))
+        with pytest.raises(InputError, match="GPT2LMHeadModel does not keep its transformer layers"):
+            decoder_of(gpt2)
+
+
+class TestFreezing:
+    def test_nothing_below_the_cut_nor_the_embeddings_is_trained(self, tiny_model: Path) -> None:
+        lm = AutoModelForCausalLM.from_pretrained(tiny_model)
+        freeze_lower_layers(lm, 2)
+        names = trained_names(lm)
+        assert names
+        assert all(name.startswith(("model.layers.2.", "model.norm.")) for name in names), names
+        assert not lm.lm_head.weight.requires_grad  # tied: it is the embeddings
+
+    def test_an_untied_head_stays_trained(self, untied: Path) -> None:
+        lm = AutoModelForCausalLM.from_pretrained(untied)
+        freeze_lower_layers(lm, 2)
+        assert "lm_head.weight" in trained_names(lm)
+        assert "model.embed_tokens.weight" not in trained_names(lm)
+
+    def test_zero_freezes_nothing(self, tiny_model: Path) -> None:
+        lm = AutoModelForCausalLM.from_pretrained(tiny_model)
+        freeze_lower_layers(lm, 0)
+        assert trained_names(lm) == {name for name, _ in lm.named_parameters()}
+
+    def test_more_layers_than_there_are(self, tiny_model: Path) -> None:
+        lm = AutoModelForCausalLM.from_pretrained(tiny_model)
+        with pytest.raises(InputError, match="num_frozen_layers is 4, but the model has 3 layers; choose at most 2"):
+            freeze_lower_layers(lm, 4)
+
+
+class TestSharing:
+    """Four models of one run: actor, reference, and two with scalar heads."""
+
+    FROZEN = 2
+
+    def four(self, folder: Path) -> list[Any]:
+        scalar = {"num_frozen_layers": self.FROZEN, "dtype": FP32, "seed": 3}
+        return [
+            frozen_lm(folder, self.FROZEN),
+            frozen_lm(folder, self.FROZEN),
+            load_scalar_lm(folder, **scalar),
+            load_scalar_lm(folder, **scalar),
+        ]
+
+    @pytest.mark.parametrize("kind", ["tied", "untied"])
+    def test_equal_trunks_become_the_same_modules(self, tiny_model: Path, untied: Path, kind: str) -> None:
+        models = self.four(tiny_model if kind == "tied" else untied)
+        before = [model(IDS).logits.detach() for model in models]
+        alone = _unique_parameters(models)
+        assert share_trunk(models[0], models[1:], self.FROZEN)
+        for model in models[1:]:
+            for index in range(self.FROZEN):
+                assert model.model.layers[index] is models[0].model.layers[index]
+            assert model.model.layers[self.FROZEN] is not models[0].model.layers[self.FROZEN]
+            assert model.get_input_embeddings() is models[0].get_input_embeddings()
+        for model, logits in zip(models, before, strict=True):
+            assert torch.equal(model(IDS).logits, logits)
+        trunk = sum(p.numel() for layer in models[0].model.layers[: self.FROZEN] for p in layer.parameters())
+        trunk += models[0].get_input_embeddings().weight.numel()
+        assert alone - _unique_parameters(models) == 3 * trunk
+
+    def test_a_tied_head_is_the_shared_embeddings_and_an_untied_one_its_own(
+        self, tiny_model: Path, untied: Path
+    ) -> None:
+        owner, other, *_ = models = self.four(tiny_model)
+        share_trunk(owner, models[1:], self.FROZEN)
+        assert other.lm_head.weight is owner.get_input_embeddings().weight
+        owner, other, *_ = models = self.four(untied)
+        share_trunk(owner, models[1:], self.FROZEN)
+        assert other.lm_head.weight is not owner.lm_head.weight
+
+    def test_one_unequal_trunk_leaves_all_as_they_were(self, tiny_model: Path, tmp_path: Path) -> None:
+        models = self.four(tiny_model)
+        with torch.no_grad():
+            models[-1].model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+        modules = [list(model.modules()) for model in models]
+        assert not share_trunk(models[0], models[1:], self.FROZEN)
+        for model, was in zip(models, modules, strict=True):
+            assert all(a is b for a, b in zip(model.modules(), was, strict=True))
+
+    def test_another_shape_precision_or_depth_is_unequal(self, tiny_model: Path, tmp_path: Path) -> None:
+        owner = frozen_lm(tiny_model, 2)
+        wider = frozen_lm(make_tiny_model(tmp_path / "wider", seed=0, hidden_size=48), 2)
+        rounded = load_causal_lm(tiny_model, num_frozen_layers=2, dtype=torch.bfloat16)
+        shallow = load_causal_lm(
+            make_tiny_model(tmp_path / "shallow", seed=0, num_layers=1),
+            num_frozen_layers=2,
+            dtype=FP32,
+            trainable=False,
+        )
+        for other in (wider, rounded, shallow):
+            assert not share_trunk(owner, [other], 2)
+
+    def test_layers_with_other_parameters_are_unequal(self, tiny_model: Path) -> None:
+        owner, other = frozen_lm(tiny_model, 1), frozen_lm(tiny_model, 1)
+        projection = other.model.layers[0].self_attn.q_proj
+        projection.bias = torch.nn.Parameter(torch.zeros(projection.out_features))
+        assert not share_trunk(owner, [other], 1)
+
+    def test_without_frozen_layers_nothing_is_shared(self, tiny_model: Path) -> None:
+        owner, other = frozen_lm(tiny_model, 0), frozen_lm(tiny_model, 0)
+        assert not share_trunk(owner, [other], 0)
+        assert other.get_input_embeddings() is not owner.get_input_embeddings()
+
+    def test_a_scalar_model_has_no_head_to_tie(self, tiny_model: Path) -> None:
+        owner = frozen_lm(tiny_model, 1)
+        other = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+        score = other.score.weight
+        assert share_trunk(owner, [other], 1)
+        assert other.score.weight is score
+
+
+def _unique_parameters(models: list[Any]) -> int:
+    return sum(p.numel() for p in {id(p): p for model in models for p in model.parameters()}.values())

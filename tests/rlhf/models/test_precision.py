@@ -1,0 +1,34 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from components.rlhf.models import precision
+from components.rlhf.models.precision import compute_dtype, compute_in
+
+
+def test_what_is_asked_for() -> None:
+    assert compute_dtype("fp32") == torch.float32
+    assert compute_dtype("bf16") == torch.bfloat16
+
+
+@pytest.mark.parametrize(("has", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_goes_by_the_processor(monkeypatch: pytest.MonkeyPatch, has: bool, expected: torch.dtype) -> None:
+    monkeypatch.setattr(precision, "_has_bf16", lambda: has)
+    assert compute_dtype("auto") == expected
+
+
+@pytest.mark.parametrize(("flags", "expected"), [("fpu amx_bf16 sse", True), ("fpu avx512_bf16", True), ("fpu", False)])
+def test_a_processor_says_it_in_its_flags(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, expected: bool
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(precision, "Path", lambda _path: tmp_path / "cpuinfo")
+    assert precision._has_bf16() is expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_computed_in_it(dtype: torch.dtype) -> None:
+    with compute_in(dtype, torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
