@@ -22,16 +22,20 @@ Params files in this folder: [movie_reviews.yaml](movie_reviews.yaml).
 
 def as_markdown() -> str:
     lines = [HEAD, "| parameter | default | what it is |", "|---|---|---|"]
-    lines += [f"| `{name}` | {_default(field)} | {field.description} |" for name, field in _leaves(Params, "")]
+    lines += [f"| `{name}` | {default} | {sentence} |" for name, default, sentence in leaves(Params, "")]
     return "\n".join(lines) + "\n"
 
 
-def _leaves(model: type[BaseModel], prefix: str) -> list[tuple[str, FieldInfo]]:
-    """Every field that holds a value, in the order of the models, with its dotted name."""
+def leaves(model: type[BaseModel], prefix: str, section: BaseModel | None = None) -> list[tuple[str, str, str]]:
+    """Dotted name, default and sentence of every field that holds a value. section holds the defaults where they differ."""
     found = []
     for name, field in model.model_fields.items():
+        default = getattr(section, name) if section else field.default
         nested = next((t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)), None)
-        found += _leaves(nested, f"{prefix}{name}.") if nested else [(prefix + name, field)]
+        if nested:
+            found += leaves(nested, f"{prefix}{name}.", default if isinstance(default, BaseModel) else None)
+        else:
+            found.append((prefix + name, _shown(default, field), field.description or ""))
     return found
 
 
@@ -39,7 +43,7 @@ def _types(annotation: Any) -> tuple[Any, ...]:
     return (annotation, *get_args(annotation))
 
 
-def _default(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
+def _shown(default: Any, field: FieldInfo) -> str:
+    if default is PydanticUndefined:
         return "required" if field.default_factory is None else "`{}`"
-    return f"`{json.dumps(field.default)}`"
+    return f"`{json.dumps(default)}`"

@@ -64,6 +64,7 @@ def run_pipeline(params: Params, run: Path, *, tracking_uri: str, console: Conso
         tracking,
         run_id=run_id,
         status="FAILED" if error else "FINISHED",
+        metrics=summary["evaluation"],
         files=[run / "params.yaml", run / "summary.json"],
     )
     return summary

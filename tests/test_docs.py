@@ -8,7 +8,7 @@ import pytest
 
 from components.ppo.curves import PANELS
 from components.rlhf.config.params import Params
-from pipelines.reference import TARGET, _leaves, as_markdown
+from pipelines.reference import TARGET, as_markdown, leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -28,7 +28,7 @@ def test_readme_tree_is_the_tree() -> None:
     tree = text[text.index("## What is inside") : text.index("Where to start reading")]
     folders = []
     for indent, name in re.findall(r"^    ( *)([a-z_]+)/", tree, flags=re.MULTILINE):
-        folders = folders[: len(indent) // 2] + [name]
+        folders = [*folders[: len(indent) // 2], name]
         assert (ROOT / Path(*folders)).is_dir(), "/".join(folders)
     stages = {path.parent.name for path in (ROOT / "components").glob("*/component.py")}
     assert stages == {name for name in stages if f"      {name}/" in tree}
@@ -42,7 +42,7 @@ def test_make_targets_in_documents_exist() -> None:
 
 def test_every_setting_is_documented() -> None:
     """Each parameter has a sentence of its own, and the reference of all of them is fresh."""
-    assert [name for name, field in _leaves(Params, "") if not field.description] == []
+    assert [name for name, _, sentence in leaves(Params, "") if not sentence] == []
     assert TARGET.read_text(encoding="utf-8") == as_markdown(), "run make compile"
 
 

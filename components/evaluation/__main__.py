@@ -1,6 +1,5 @@
 """Compare PPO with the fine-tuned model on held-out prompts, by a judge that PPO never saw, and decide on promotion."""
 
-import json
 from pathlib import Path
 
 import click
@@ -31,21 +30,16 @@ def main(
     ) as run:
         from components.evaluation.compare import compare
         from components.evaluation.report import as_html, as_markdown
-        from components.evaluation.samples import save_samples
+        from components.evaluation.samples import save_comparison
         from components.evaluation.verdict import decide, summarise
-        from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer, writing
-        from components.rlhf.artifacts.manifest import write_manifest
+        from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer
         from components.rlhf.data.datasets import load_records
         from components.rlhf.data.records import Prompt
         from components.rlhf.edges.kfp_io import write_parameter
 
-        folders = {
-            "sft_model": sft_model,
-            "policy_model": policy,
-            "reward_model": reward_model,
-            "judge": judge,
-            "prompts": prompts,
-        }
+        folders = dict(
+            sft_model=sft_model, policy_model=policy, reward_model=reward_model, judge=judge, prompts=prompts
+        )
         inputs = {kind: open_artifact(folder, kind) for kind, folder in folders.items()}
         require_same_tokenizer(**{kind: (folders[kind], manifest) for kind, manifest in inputs.items()})
         asked = load_records(prompts, "heldout", Prompt)[: run.settings.evaluation.num_prompts]
@@ -60,26 +54,18 @@ def main(
         )
         numbers = summarise(comparison, run.settings.evaluation, seed=run.settings.seed)
         verdict = decide(numbers, run.settings.gate)
-        with writing(evaluation_path) as draft:
-            save_samples(comparison, draft / "samples.jsonl")
-            (draft / "evaluation.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-            manifest = write_manifest(
-                draft,
-                kind="evaluation",
-                settings=run.settings_text,
-                parents={kind: manifest.digest for kind, manifest in inputs.items()},
-                facts={**numbers, "decision": verdict.decision, "reason": verdict.reason},
-            )
-        page = as_html(
-            comparison,
-            numbers,
-            verdict,
-            judge_accuracy=float(inputs["judge"].facts.get("heldout_accuracy", 0.0)),
-            reward_accuracy=float(inputs["reward_model"].facts.get("heldout_accuracy", 0.0)),
-            seed=run.settings.seed,
+        run.write_artifact(
+            "evaluation",
+            evaluation_path,
+            lambda draft: save_comparison(comparison, numbers, draft),
+            kind="evaluation",
+            parents=inputs,
+            facts={**numbers, "decision": verdict.decision, "reason": verdict.reason},
         )
-        run.wrote("evaluation", manifest)
-        run.wrote_report("report", report, page)
+        accuracy = {role: float(inputs[role].facts.get("heldout_accuracy", 0.0)) for role in ("judge", "reward_model")}
+        run.wrote_report(
+            "report", report, as_html(comparison, numbers, verdict, accuracy=accuracy, seed=run.settings.seed)
+        )
         run.wrote_report("summary", summary, as_markdown(numbers, verdict))
         run.wrote_metrics(metrics, numbers)
         write_parameter(decision, verdict.decision)

@@ -31,10 +31,10 @@ def as_html(
     numbers: Mapping[str, float],
     verdict: Decision,
     *,
-    judge_accuracy: float,
-    reward_accuracy: float,
+    accuracy: Mapping[str, float],
     seed: int,
 ) -> str:
+    """A self-contained page. accuracy holds the judge's and the reward_model's agreement with people on held-out pairs."""
     template = jinja2.Environment(autoescape=True).from_string(
         (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     )
@@ -42,8 +42,7 @@ def as_html(
         numbers=numbers,
         verdict=verdict,
         rows=table_rows(numbers),
-        judge_accuracy=judge_accuracy,
-        reward_accuracy=reward_accuracy,
+        accuracy=accuracy,
         plot=_plot(comparison),
         groups=choose_samples(comparison, seed=seed),
         samples_each=SAMPLES_EACH,

@@ -1,13 +1,16 @@
 """Every answer of both models, one line a prompt, for whoever wants to judge again."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from components.evaluation.compare import Comparison, Side
 
 
-def save_samples(comparison: Comparison, path: Path) -> None:
-    with path.open("w", encoding="utf-8") as file:
+def save_comparison(comparison: Comparison, numbers: Mapping[str, float], folder: Path) -> None:
+    """samples.jsonl, and evaluation.json with every number of the verdict."""
+    (folder / "evaluation.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for number, prompt in enumerate(comparison.prompts):
             row = {
                 "id": prompt.id,

@@ -27,8 +27,7 @@ def main(
 ) -> None:
     with stage_run("judge", JudgeStage, settings=settings, tracking=tracking, executor_input=executor_input) as run:
         from components.judge.fit import as_markdown, fit
-        from components.rlhf.artifacts.directory import open_artifact, writing
-        from components.rlhf.artifacts.manifest import write_manifest
+        from components.rlhf.artifacts.directory import open_artifact
         from components.rlhf.data.datasets import load_records, read_header
         from components.rlhf.data.records import PreferencePair, RatedText
         from components.rlhf.data.tokenizer import load_tokenizer
@@ -44,16 +43,15 @@ def main(
             "num_ratings": float(len(ratings)),
             "num_features": float(len(judge.coefficients)),
         }
-        with writing(judge_path) as draft:
-            judge.save(draft)
-            manifest = write_manifest(
-                draft,
-                kind="judge",
-                settings=run.settings_text,
-                parents={"base_model": base.digest, "preferences": data.digest},
-                facts={**numbers, "judge_kind": run.settings.judge.kind},
-            )
-        run.wrote("judge", manifest)
+        run.write_artifact(
+            "judge",
+            judge_path,
+            judge.save,
+            kind="judge",
+            parents={"base_model": base, "preferences": data},
+            facts={**numbers, "judge_kind": run.settings.judge.kind},
+        )
+        run.progress.say(f"agrees with people on {numbers['heldout_accuracy']:.1%} of {len(pairs)} held-out pairs")
         run.wrote_report("summary", summary, as_markdown(numbers, judge))
         run.wrote_metrics(metrics, numbers)
 

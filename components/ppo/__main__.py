@@ -1,6 +1,5 @@
 """Train the fine-tuned model with PPO against the reward model."""
 
-import json
 from pathlib import Path
 
 import click
@@ -24,15 +23,13 @@ def main(
 ) -> None:  # fmt: skip
     with stage_run("ppo", PpoStage, settings=settings, tracking=tracking, executor_input=executor_input) as run:
         from components.ppo.curves import as_html
-        from components.ppo.models import load_models
+        from components.ppo.models import load_models, save_policy
         from components.ppo.trainer import PpoTrainer, final_metrics
-        from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer, writing
-        from components.rlhf.artifacts.manifest import write_manifest
+        from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer
         from components.rlhf.checkpoints.folder import CheckpointFolder
         from components.rlhf.checkpoints.key import checkpoint_key
         from components.rlhf.data.datasets import load_records
         from components.rlhf.data.records import Prompt
-        from components.rlhf.models.loading import save_model
         from components.rlhf.models.precision import compute_dtype, default_device
 
         sft, reward = open_artifact(sft_model, "sft_model"), open_artifact(reward_model, "reward_model")
@@ -57,19 +54,15 @@ def main(
         )
         history = trainer.train(load_records(prompts, "train", Prompt), load_records(prompts, "validation", Prompt))
         numbers = final_metrics(history)
-        with writing(model_path) as draft:
-            save_model(models.actor.lm, rollout.tokenizer, draft, dtype=dtype)
-            (draft / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
-            manifest = write_manifest(
-                draft,
-                kind="policy_model",
-                settings=run.settings_text,
-                parents={"sft_model": sft.digest, "reward_model": reward.digest, "prompts": asked.digest},
-                tokenizer_digest=sft.tokenizer_digest,
-                chat_template_digest=sft.chat_template_digest,
-                facts=dict(numbers),
-            )
-        run.wrote("model", manifest)
+        run.write_artifact(
+            "model",
+            model_path,
+            lambda draft: save_policy(models.actor.lm, rollout.tokenizer, history, draft, dtype=dtype),
+            kind="policy_model",
+            parents={"sft_model": sft, "reward_model": reward, "prompts": asked},
+            tokenizer_of=sft,
+            facts=numbers,
+        )
         run.wrote_report("curves", curves, as_html(history, run.settings.ppo))
         run.wrote_metrics(metrics, numbers)
         folder.clear()

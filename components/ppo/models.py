@@ -1,17 +1,20 @@
 """The four models, in memory once where they are the same."""
 
 import copy
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from components.ppo.experience import Models
 from components.rlhf.config.ppo import PpoStage
 from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.models.actor import Actor
 from components.rlhf.models.layers import share_trunk
-from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, normalisation_of, stop_ids_of
+from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, normalisation_of, save_model, stop_ids_of
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rollout.hf import HfRolloutEngine
 
@@ -50,6 +53,19 @@ def load_models(
         shared_trunk=shared,
     )
     return models, HfRolloutEngine(rollout_lm, load_tokenizer(sft_model), stop_ids=stop_ids_of(sft_model))
+
+
+def save_policy(
+    lm: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    history: Sequence[Mapping[str, float]],
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    """The trained actor as an ordinary model folder, with history.jsonl: one row of numbers an iteration."""
+    save_model(lm, tokenizer, folder, dtype=dtype)
+    (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
 
 
 def with_own_head(lm: nn.Module) -> nn.Module:

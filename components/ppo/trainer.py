@@ -61,6 +61,10 @@ class PpoTrainer:
         """Run every iteration that no checkpoint has; return one row of numbers per iteration."""
         first = self._restore() + 1
         for iteration in range(first, self.ppo.num_iterations + 1):
+            # Asked before the iteration, not after it: a run that was saved as it converged and then died stays converged.
+            if self.ppo.patience and self.looks_without_gain >= self.ppo.patience:
+                self.progress.say(f"converged: no gain in {self.ppo.patience} looks at the validation prompts")
+                break
             row = self._iterate(iteration, prompts)
             if self.ppo.eval_every and iteration % self.ppo.eval_every == 0 and validation:
                 row |= self._look(validation)
@@ -70,15 +74,14 @@ class PpoTrainer:
             self.progress.step(iteration, self.ppo.num_iterations, shown, unit="iteration")
             if self.checkpoints.due():
                 self._save(iteration)
-            if self.ppo.patience and self.looks_without_gain >= self.ppo.patience:
-                self.progress.say(f"converged: no gain in {self.ppo.patience} looks at the validation prompts")
-                break
         return self.history
 
     def _iterate(self, iteration: int, prompts: Sequence[Prompt]) -> dict[str, float]:
         started = time.monotonic()
         asked = [p for p in self._prompts_of(iteration, prompts) for _ in range(self.ppo.rollout.samples_per_prompt)]
-        seeds = [(self.stage.seed * 1_000_003 + iteration) * 1_000_003 + number for number in range(len(asked))]
+        # A generator takes 64 bits, which the product of a large seed exceeds.
+        start = (self.stage.seed * 1_000_003 + iteration) * 1_000_003 % 2**63
+        seeds = [start + number for number in range(len(asked))]
         completions = self.rollout.generate(asked, self.ppo.rollout.sampling, seeds)
         generated = time.monotonic()
         experience = make_experience(self.models, completions, self.ppo, self.distribution, kl_coef=self.kl_coef)

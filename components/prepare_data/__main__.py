@@ -1,6 +1,6 @@
 """Read, clean, split and pair the data: typed data sets for every stage, with no prompt in two of them."""
 
-import json
+from functools import partial
 from pathlib import Path
 
 import click
@@ -27,8 +27,7 @@ def main(
     ) as run:
         from components.prepare_data.prepare import prepare
         from components.prepare_data.report import as_markdown, as_metrics
-        from components.rlhf.artifacts.directory import open_artifact, writing
-        from components.rlhf.artifacts.manifest import write_manifest
+        from components.rlhf.artifacts.directory import open_artifact
         from components.rlhf.data.datasets import save_dataset
         from components.rlhf.data.tokenizer import load_tokenizer
 
@@ -51,19 +50,17 @@ def main(
             "heldout_prompts": ("prompts", {"heldout": out.heldout_prompts}),
         }
         for name, (kind, splits) in contents.items():
-            with writing(outputs[name]) as draft:
-                sizes = save_dataset(draft, splits, max_tokens=data.max_tokens, counts=out.counts.get(name, {}))
-                manifest = write_manifest(
-                    draft,
-                    kind=kind,
-                    settings=run.settings_text,
-                    parents={"base_model": base.digest},
-                    tokenizer_digest=base.tokenizer_digest,
-                    chat_template_digest=base.chat_template_digest,
-                    facts={f"num_{split}": size for split, size in sizes.items()},
-                )
-            run.wrote(name, manifest)
-            run.progress.say(f"{name}: {json.dumps(sizes)}")
+            sizes = {split: len(records) for split, records in splits.items()}
+            run.write_artifact(
+                name,
+                outputs[name],
+                partial(save_dataset, splits=splits, max_tokens=data.max_tokens, counts=out.counts.get(name, {})),
+                kind=kind,
+                parents={"base_model": base},
+                tokenizer_of=base,
+                facts={f"num_{split}": size for split, size in sizes.items()},
+            )
+            run.progress.say(f"{name}: {', '.join(f'{size} {split}' for split, size in sizes.items())}")
         run.wrote_report("summary", summary, as_markdown(out))
         run.wrote_metrics(metrics, as_metrics(out))
 

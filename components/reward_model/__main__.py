@@ -27,14 +27,13 @@ def main(
     ) as run:
         from components.reward_model.evaluate import finish
         from components.reward_model.trainer import RewardModelTrainer, as_markdown
-        from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer, writing
-        from components.rlhf.artifacts.manifest import write_manifest
+        from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer
         from components.rlhf.checkpoints.folder import CheckpointFolder
         from components.rlhf.checkpoints.key import checkpoint_key
         from components.rlhf.data.datasets import load_records, read_header
         from components.rlhf.data.records import PreferencePair, Prompt
         from components.rlhf.data.tokenizer import load_tokenizer
-        from components.rlhf.models.loading import save_model
+        from components.rlhf.models.loading import HEAD_NAME, save_model
 
         base, sft = open_artifact(base_model, "base_model"), open_artifact(sft_model, "sft_model")
         data, asked = open_artifact(preferences, "preferences"), open_artifact(prompts, "prompts")
@@ -60,23 +59,16 @@ def main(
             prompts=load_records(prompts, "train", Prompt),
             max_tokens=max_tokens,
         )
-        with writing(model_path) as draft:
-            save_model(trainer.model.lm, tokenizer, draft, dtype=trainer.dtype)
-            manifest = write_manifest(
-                draft,
-                kind="reward_model",
-                settings=run.settings_text,
-                parents={
-                    "base_model": base.digest,
-                    "sft_model": sft.digest,
-                    "preferences": data.digest,
-                    "prompts": asked.digest,
-                },
-                tokenizer_digest=sft.tokenizer_digest,
-                chat_template_digest=sft.chat_template_digest,
-                facts={**numbers, "head_name": "score", "padding_side": "right"},
-            )
-        run.wrote("model", manifest)
+        run.write_artifact(
+            "model",
+            model_path,
+            lambda draft: save_model(trainer.model.lm, tokenizer, draft, dtype=trainer.dtype),
+            kind="reward_model",
+            parents={"base_model": base, "sft_model": sft, "preferences": data, "prompts": asked},
+            tokenizer_of=sft,
+            facts={**numbers, "head_name": HEAD_NAME, "padding_side": "right"},
+        )
+        run.progress.say(f"agrees with people on {numbers['heldout_accuracy']:.1%} of held-out pairs")
         run.wrote_report("summary", summary, as_markdown(numbers))
         run.wrote_metrics(metrics, numbers)
         folder.clear()

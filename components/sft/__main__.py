@@ -21,8 +21,7 @@ def main(
     settings: str, tracking: str, executor_input: str,
 ) -> None:  # fmt: skip
     with stage_run("sft", SftStage, settings=settings, tracking=tracking, executor_input=executor_input) as run:
-        from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer, writing
-        from components.rlhf.artifacts.manifest import write_manifest
+        from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer
         from components.rlhf.checkpoints.folder import CheckpointFolder
         from components.rlhf.checkpoints.key import checkpoint_key
         from components.rlhf.data.datasets import load_records, read_header
@@ -42,18 +41,18 @@ def main(
             load_records(demonstrations, "heldout", Demonstration),
             max_tokens=read_header(demonstrations)["max_tokens"],
         )
-        with writing(model_path) as draft:
-            save_model(trainer.actor.lm, tokenizer, draft, dtype=trainer.dtype)
-            manifest = write_manifest(
-                draft,
-                kind="sft_model",
-                settings=run.settings_text,
-                parents={"base_model": base.digest, "demonstrations": data.digest},
-                tokenizer_digest=base.tokenizer_digest,
-                chat_template_digest=base.chat_template_digest,
-                facts=numbers,
-            )
-        run.wrote("model", manifest)
+        run.write_artifact(
+            "model",
+            model_path,
+            lambda draft: save_model(trainer.actor.lm, tokenizer, draft, dtype=trainer.dtype),
+            kind="sft_model",
+            parents={"base_model": base, "demonstrations": data},
+            tokenizer_of=base,
+            facts=numbers,
+        )
+        run.progress.say(
+            f"held-out loss {numbers['heldout_loss_before']:.3f} -> {numbers['heldout_loss']:.3f} nats per token"
+        )
         run.wrote_report("summary", summary, as_markdown(numbers))
         run.wrote_metrics(metrics, numbers)
         folder.clear()

@@ -19,8 +19,8 @@ def save_dataset(
     *,
     max_tokens: int,
     counts: Mapping[str, int],
-) -> dict[str, int]:
-    """Write each split as SPLIT.jsonl and the header; return the number of records of each split."""
+) -> None:
+    """Write each split as SPLIT.jsonl, and the header."""
     sizes = {}
     for split, records in splits.items():
         lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records]
@@ -28,7 +28,6 @@ def save_dataset(
         sizes[split] = len(lines)
     header = {"max_tokens": max_tokens, "sizes": sizes, "counts": dict(counts)}
     (directory / HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-    return sizes
 
 
 def load_records(directory: Path, split: str, record: type[R]) -> list[R]:

@@ -12,7 +12,8 @@ from typing import Any, Generic, TypeVar
 import click
 from pydantic import ValidationError
 
-from components.rlhf.artifacts.manifest import Manifest
+from components.rlhf.artifacts.directory import writing
+from components.rlhf.artifacts.manifest import Manifest, write_manifest
 from components.rlhf.config.base import Settings
 from components.rlhf.config.params import explain
 from components.rlhf.config.storage import TrackingSettings
@@ -40,6 +41,35 @@ class StageRun(Generic[S]):
     def wrote(self, output: str, manifest: Manifest) -> None:
         """Report an artifact with its manifest as metadata."""
         self.outputs[output] = manifest.metadata()
+
+    def write_artifact(
+        self,
+        output: str,
+        path: Path,
+        fill: Callable[[Path], object],
+        *,
+        kind: str,
+        parents: Mapping[str, Manifest],
+        facts: Mapping[str, str | int | float],
+        tokenizer_of: Manifest | None = None,
+    ) -> Manifest:
+        """Write an artifact whole or not at all: fill(folder) makes its files, then comes the manifest.
+
+        parents are the inputs by their role; tokenizer_of is the one whose tokenizer the artifact goes with.
+        """
+        with writing(path) as draft:
+            fill(draft)
+            manifest = write_manifest(
+                draft,
+                kind=kind,
+                settings=self.settings_text,
+                parents={role: parent.digest for role, parent in parents.items()},
+                tokenizer_digest=tokenizer_of.tokenizer_digest if tokenizer_of else "",
+                chat_template_digest=tokenizer_of.chat_template_digest if tokenizer_of else "",
+                facts=facts,
+            )
+        self.wrote(output, manifest)
+        return manifest
 
     def wrote_metrics(self, path: Path, metrics: Mapping[str, float]) -> None:
         """Write final numbers as the output `metrics`: a JSON file, KFP's Metrics artifact, and a last point in MLflow."""

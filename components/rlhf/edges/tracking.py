@@ -102,13 +102,17 @@ def start_tracking(settings: TrackingSettings, *, run_id: str, stage: str, param
         return NullTracker()
 
 
-def close_parent(settings: TrackingSettings, *, run_id: str, status: str, files: list[Path]) -> None:
-    """End the parent run with its final status, and attach files to it."""
+def close_parent(
+    settings: TrackingSettings, *, run_id: str, status: str, metrics: Mapping[str, float], files: list[Path]
+) -> None:
+    """End the parent run with its final status; metrics and files on it let people compare whole runs."""
     if not settings.enabled or not settings.uri:
         return
     try:
         client = connect(settings.uri)
         parent_id = parent_run(client, _experiment(client, settings), run_id)
+        for name, value in metrics.items():
+            client.log_metric(parent_id, name, value)
         for path in files:
             client.log_artifact(parent_id, str(path))
         client.set_terminated(parent_id, status)
@@ -123,10 +127,11 @@ def connect(uri: str) -> Any:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import logging
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
+    # After the import, which sets up loggers of its own.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

@@ -1,0 +1,198 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from components.reward_model.trainer import EncodedPair, RewardModelTrainer, as_markdown
+from components.rlhf.data.records import PreferencePair
+from components.rlhf.data.tokenizer import EncodedText
+from components.rlhf.errors import InputError
+from tests.reward_model.build import PAIRS, saving, trainer_of
+
+# Tokens of a pair's two responses: unequal, equal, and one too short to share a cut of 3.
+SIZES = [(5, 3), (4, 4), (6, 2), (1, 1)]
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def train(trainer: RewardModelTrainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    return trainer.train(tokenizer, PAIRS, max_tokens=64)
+
+
+def weights(trainer: RewardModelTrainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def encoded_pairs(*, margins: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)) -> list[EncodedPair]:
+    """Pairs of the sizes above, of arbitrary tokens."""
+
+    def text(prompt: list[int], size: int, start: int) -> EncodedText:
+        return EncodedText(prompt_ids=prompt, response_ids=list(range(start, start + size)), truncated=False)
+
+    return [
+        EncodedPair(
+            chosen=text([5, 6, 7][: 1 + number % 3], a, 10 + 20 * number),
+            rejected=text([5, 6, 7][: 1 + number % 3], b, 110 + 20 * number),
+            margin=margins[number],
+        )
+        for number, (a, b) in enumerate(SIZES)
+    ]
+
+
+def scaled(trainer: RewardModelTrainer) -> RewardModelTrainer:
+    """With a head whose scores differ clearly."""
+    with torch.no_grad():
+        trainer.model.lm.score.weight.mul_(30)
+    return trainer
+
+
+def slow_loss(lm: Any, pair: EncodedPair, *, prefix_loss: float, least: int) -> float:
+    """One text and one cut at a time."""
+
+    @torch.no_grad()
+    def score(text: EncodedText, length: int) -> float:
+        ids = torch.tensor([text.prompt_ids + text.response_ids[:length]])
+        return float(lm.model(ids).last_hidden_state[0, -1] @ lm.score.weight[0])
+
+    def loss(a: float, b: float) -> float:
+        return math.log1p(math.exp(b - a))
+
+    sizes = len(pair.chosen.response_ids), len(pair.rejected.response_ids)
+    whole = loss(score(pair.chosen, sizes[0]), score(pair.rejected, sizes[1]) + pair.margin)
+    total, weight = 0.0, 0
+    for cut in range(least, min(sizes) + 1):
+        total += cut * loss(score(pair.chosen, cut), score(pair.rejected, cut))
+        weight += cut
+    return (1 - prefix_loss) * whole + prefix_loss * total / weight if weight else whole
+
+
+class TestLosses:
+    @pytest.mark.parametrize("prefix_loss", [0.0, 0.3, 1.0])
+    @pytest.mark.parametrize("least", [1, 3])
+    def test_are_those_of_a_double_loop(self, tiny_model: Path, prefix_loss: float, least: int) -> None:
+        trainer = scaled(trainer_of(tiny_model, prefix_loss=prefix_loss, min_prefix_tokens=least))
+        pairs = encoded_pairs(margins=(0.0, 0.5, 0.0, 1.5))
+        losses, wins = trainer.losses(pairs)
+        expected = [slow_loss(trainer.model.lm, p, prefix_loss=prefix_loss, least=least) for p in pairs]
+        assert losses.tolist() == pytest.approx(expected, abs=1e-5)
+        assert losses.std() > 0.01
+        plain = [slow_loss(trainer.model.lm, p, prefix_loss=0.0, least=1) for p in encoded_pairs()]
+        assert wins.tolist() == [loss < math.log(2) for loss in plain]
+        assert not wins.requires_grad
+
+    def test_do_not_depend_on_the_other_pairs(self, tiny_model: Path) -> None:
+        trainer, pairs = scaled(trainer_of(tiny_model)), encoded_pairs()
+        together = trainer.losses(pairs)[0].tolist()
+        assert [trainer.losses([pair])[0].item() for pair in pairs] == pytest.approx(together, abs=1e-5)
+        assert trainer.losses(pairs[::-1])[0].tolist() == pytest.approx(together[::-1], abs=1e-5)
+
+    def test_equal_texts_cost_log_two(self, tiny_model: Path) -> None:
+        text = encoded_pairs()[0].chosen
+        losses, _ = trainer_of(tiny_model).losses([EncodedPair(chosen=text, rejected=text, margin=0.0)])
+        assert losses.item() == pytest.approx(math.log(2), abs=1e-6)
+
+    @pytest.mark.parametrize(("use", "expected"), [(True, [2.5, 0.0]), (False, [0.0, 0.0])])
+    def test_margins_count_where_the_settings_say_so(
+        self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, use: bool, expected: list[float]
+    ) -> None:
+        trainer = trainer_of(tiny_model, use_margin=use)
+        pairs = [PreferencePair(prompt="a", chosen="b", rejected="c", margin=margin) for margin in (2.5, None)]
+        assert [trainer._encode(tokenizer, pair, 64).margin for pair in pairs] == expected
+
+
+class TestTraining:
+    def test_learns_the_pairs(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        trainer = trainer_of(tiny_model, num_epochs=8)
+        assert train(trainer, tokenizer) == {"num_steps": 24.0}
+        rows = trainer.tracker.rows
+        assert rows[1]["train/loss"] == pytest.approx(math.log(2), abs=0.1)  # a fresh head is nearly indifferent
+        assert rows[24]["train/loss"] < 0.3
+        assert rows[24]["train/accuracy"] == 1.0
+
+    def test_frozen_layers_stay(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        trainer = trainer_of(tiny_model, frozen=2)
+        before = weights(trainer)
+        train(trainer, tokenizer)
+        moved = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])}
+        trained = ("lm.model.layers.2.", "lm.model.norm.", "lm.score.")
+        assert moved == {name for name in before if name.startswith(trained)}
+
+    def test_microbatches_do_not_change_it(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        runs, rows = [], []
+        for budget in (4096, 60, 1):
+            trainer = trainer_of(tiny_model, training={"microbatch_tokens": budget, "learning_rate": 1e-3})
+            train(trainer, tokenizer)
+            runs.append(weights(trainer))
+            rows.append(trainer.tracker.rows[1])
+        start = weights(trainer_of(tiny_model))
+        moved = max((runs[0][name] - start[name]).abs().max() for name in start)
+        for other, row in zip(runs[1:], rows[1:], strict=True):
+            assert row == pytest.approx(rows[0], rel=1e-4)
+            assert max((other[name] - runs[0][name]).abs().max() for name in start) < 0.02 * moved
+
+    def test_a_fresh_head_follows_the_seed(self, tiny_model: Path) -> None:
+        heads = [trainer_of(tiny_model).model.lm.score.weight for _ in range(2)]
+        assert torch.equal(heads[0], heads[1])
+
+
+class TestResume:
+    @pytest.mark.parametrize("die_at", [2, 5])
+    def test_goes_on_as_if_nothing_had_happened(
+        self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, die_at: int
+    ) -> None:
+        undisturbed = trainer_of(tiny_model)
+        expected = train(undisturbed, tokenizer)
+        with pytest.raises(KeyboardInterrupt):
+            train(trainer_of(tiny_model, checkpoints=saving(tmp_path), die_at=die_at), tokenizer)
+        resumed = trainer_of(tiny_model, checkpoints=saving(tmp_path))
+        assert train(resumed, tokenizer) == expected
+        assert all(torch.equal(weight, weights(undisturbed)[name]) for name, weight in weights(resumed).items())
+        assert resumed.tracker.rows == {step: undisturbed.tracker.rows[step] for step in range(die_at, 7)}
+
+
+class TestNotFinite:
+    def test_names_step_pairs_and_what_to_do(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        trainer = trainer_of(tiny_model, training={"learning_rate": 1e30, "warmup_fraction": 0.0})
+        with pytest.raises(InputError, match=r"The (loss|gradient) is (nan|inf) at step 2 \(pairs \[\d") as error:
+            train(trainer, tokenizer)
+        assert "no checkpoint had been saved yet" in str(error.value)
+        assert "Lower the learning rate" in str(error.value)
+
+    def test_names_the_last_checkpoint(
+        self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    ) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            train(trainer_of(tiny_model, checkpoints=saving(tmp_path), die_at=3), tokenizer)
+        broken = trainer_of(tiny_model, checkpoints=saving(tmp_path))
+        broken._step = lambda *args, **options: _broken_step(broken, *args, **options)  # type: ignore[method-assign]
+        with pytest.raises(InputError, match="is nan at step 3") as error:
+            train(broken, tokenizer)
+        assert f"the last good checkpoint is {tmp_path}/reward_model/x/step-00000002" in str(error.value)
+
+
+def _broken_step(trainer: RewardModelTrainer, *args: Any) -> dict[str, float]:
+    with torch.no_grad():
+        trainer.model.lm.score.weight.fill_(math.nan)
+    return RewardModelTrainer._step(trainer, *args)
+
+
+def test_the_summary_says_what_people_prefer() -> None:
+    text = as_markdown(
+        {
+            "num_heldout_pairs": 250.0,
+            "heldout_accuracy": 0.678,
+            "heldout_accuracy_cut": 0.55,
+            "num_calibration_samples": 128.0,
+            "reward_mean": -0.25,
+            "reward_std": 1.5,
+        }
+    )
+    for shown in ("250 held-out pairs", "**67.8%**", "55.0% with both cut", "128 responses", "-0.250", "1.500"):
+        assert shown in text

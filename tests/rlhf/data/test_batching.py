@@ -1,0 +1,141 @@
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.rlhf.data.batching import collate, epoch_order, num_steps, split_by_tokens, step_batches
+
+IDS = st.lists(st.integers(0, 9), max_size=5)
+ROWS = st.lists(st.tuples(IDS.filter(bool), IDS), min_size=1, max_size=5)
+
+
+# --- collate ---
+
+
+def test_the_example_of_the_docstring() -> None:
+    batch = collate([[5, 6], [7]], [[8, 2], [9, 9, 2]])
+    assert len(batch) == 2
+    assert batch.input_ids.tolist() == [[5, 6, 8, 2], [7, 9, 9, 2]]
+    assert batch.response_ids.tolist() == [[8, 2, 0], [9, 9, 2]]
+    assert batch.response_mask.tolist() == [[True, True, False], [True, True, True]]
+    assert batch.prompt_lengths.tolist() == [2, 1]
+    assert batch.response_lengths.tolist() == [2, 3]
+    # The state before the first action is the end of the prompt; what lies behind a row is clamped into it.
+    assert batch.state_positions().tolist() == [[1, 2, 3], [0, 1, 2]]
+    assert batch.last_positions().tolist() == [3, 3]
+    assert batch.input_ids.dtype == batch.response_ids.dtype == torch.int64
+    assert batch.response_mask.dtype == torch.bool
+
+
+def test_positions_behind_a_short_row_are_clamped() -> None:
+    batch = collate([[1, 1, 1], [1]], [[2], [2, 2, 2]])
+    assert batch.input_ids.shape == (2, 4)
+    assert batch.state_positions().tolist() == [[2, 3, 3], [0, 1, 2]]
+    assert batch.last_positions().tolist() == [3, 3]
+
+
+def test_an_empty_response_has_no_action() -> None:
+    batch = collate([[4, 5]], [[]])
+    assert batch.response_mask.tolist() == [[False]]
+    assert batch.response_lengths.tolist() == [0]
+    assert batch.last_positions().tolist() == [1]
+
+
+def test_a_prompt_needs_a_token() -> None:
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
+        collate([[1], []], [[2], [2]])
+
+
+def test_prompts_and_responses_go_together() -> None:
+    with pytest.raises((ValueError, RuntimeError)):
+        collate([[1], [1]], [[2]])
+
+
+@settings(max_examples=50, deadline=None)
+@given(ROWS)
+def test_every_token_comes_back(rows: list[tuple[list[int], list[int]]]) -> None:
+    """Lengths alone say what is real: id 0 is an id like any other."""
+    prompts, responses = [row[0] for row in rows], [row[1] for row in rows]
+    batch = collate(prompts, responses)
+    for row, (prompt, response) in enumerate(rows):
+        assert batch.input_ids[row, : len(prompt) + len(response)].tolist() == prompt + response
+        assert batch.input_ids[row, len(prompt) + len(response) :].eq(0).all()
+        assert batch.response_ids[row][batch.response_mask[row]].tolist() == response
+        last = (prompt + response)[-1]
+        assert batch.input_ids[row, batch.last_positions()[row]] == last
+        states = batch.input_ids[row, batch.state_positions()[row]][batch.response_mask[row]].tolist()
+        assert states == ([prompt[-1], *response])[: len(response)]
+
+
+def test_select_and_to_keep_shapes() -> None:
+    batch = collate([[5, 6], [7], [8]], [[8, 2], [9, 9, 2], [1]])
+    some = batch.select(torch.tensor([2, 0])).to(torch.device("cpu"))
+    assert some.input_ids.tolist() == [[8, 1, 0, 0], [5, 6, 8, 2]]
+    assert some.response_ids.tolist() == [[1, 0, 0], [8, 2, 0]]
+    assert some.response_lengths.tolist() == [1, 2]
+    assert some.prompt_lengths.tolist() == [1, 2]
+
+
+# --- microbatches ---
+
+
+def test_split_by_tokens_by_hand() -> None:
+    # By length: 1 (1), 3 (3), 0 (4), 2 (9). Padded: 1 x 1, then 2 x 3 = 6, then 3 x 4 = 12 is over 10.
+    assert split_by_tokens([4, 1, 9, 3], 10) == [[1, 3], [0], [2]]
+    assert split_by_tokens([5, 5], 10) == [[0, 1]]
+    assert split_by_tokens([11, 1], 10) == [[1], [0]]  # too long for any budget: on its own
+    assert split_by_tokens([], 10) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120))
+def test_split_by_tokens_covers_each_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    groups = split_by_tokens(lengths, budget)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    for group in groups:
+        padded = max(lengths[index] for index in group) * len(group)
+        assert padded <= budget or len(group) == 1
+
+
+# --- order ---
+
+
+def test_epoch_order_depends_on_seed_and_epoch() -> None:
+    first = epoch_order(50, seed=1, epoch=0)
+    assert sorted(first) == list(range(50))
+    assert first == epoch_order(50, seed=1, epoch=0)
+    assert first != list(range(50))
+    assert first != epoch_order(50, seed=1, epoch=1)
+    assert first != epoch_order(50, seed=2, epoch=0)
+    # 1 and 11 of seed and epoch are not 11 and 1.
+    assert epoch_order(50, seed=1, epoch=11) != epoch_order(50, seed=11, epoch=1)
+
+
+def test_every_machine_shuffles_alike() -> None:
+    """A resumed run may continue on another machine and another Python; the order is fixed for good."""
+    assert epoch_order(8, seed=0, epoch=0) == [0, 2, 1, 4, 6, 7, 3, 5]
+
+
+def test_an_epoch_covers_everything_and_may_end_short() -> None:
+    batches = list(step_batches(7, 3, seed=0, num_epochs=2, max_steps=0))
+    assert [len(batch) for batch in batches] == [3, 3, 1, 3, 3, 1]
+    assert sum(batches[:3], []) == epoch_order(7, seed=0, epoch=0)
+    assert sum(batches[3:], []) == epoch_order(7, seed=0, epoch=1)
+
+
+def test_max_steps_is_a_prefix() -> None:
+    """A run that is cut short sees the same batches as a longer one."""
+    whole = list(step_batches(7, 3, seed=0, num_epochs=2, max_steps=0))
+    for steps in range(1, 7):
+        assert list(step_batches(7, 3, seed=0, num_epochs=2, max_steps=steps)) == whole[:steps]
+    assert list(islice(step_batches(7, 3, seed=0, num_epochs=2, max_steps=99), 99)) == whole
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 20), st.integers(1, 8), st.integers(1, 3), st.integers(0, 12))
+def test_num_steps_agrees(size: int, batch_size: int, num_epochs: int, max_steps: int) -> None:
+    limits = {"num_epochs": num_epochs, "max_steps": max_steps}
+    steps = list(step_batches(size, batch_size, seed=0, **limits))
+    assert num_steps(size, batch_size, **limits) == len(steps)

@@ -1,0 +1,43 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.rlhf.data.datasets import load_records, read_header, save_dataset
+from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText
+from components.rlhf.errors import InputError
+
+RECORDS: list[list[Any]] = [
+    [Demonstration(prompt="p", completion=" c"), Demonstration(prompt="ü\u2028\n\x85", completion="\U0001f600")],
+    [
+        PreferencePair(prompt="p", chosen="a", rejected="b"),
+        PreferencePair(prompt="p", chosen="a", rejected="c", margin=0.1),
+    ],
+    [RatedText(prompt="p", completion="c", rating=-1.25)],
+    [Prompt(prompt="p", id="train-0")],
+]
+
+
+@pytest.mark.parametrize("records", RECORDS, ids=lambda records: type(records[0]).__name__)
+def test_what_is_saved_is_loaded(tmp_path: Path, records: list[Any]) -> None:
+    sizes = save_dataset(tmp_path, {"train": records, "heldout": []}, max_tokens=8, counts={"read": 3})
+    assert sizes == {"train": len(records), "heldout": 0}
+    assert load_records(tmp_path, "train", type(records[0])) == records
+    assert load_records(tmp_path, "heldout", type(records[0])) == []
+    assert read_header(tmp_path) == {"max_tokens": 8, "sizes": sizes, "counts": {"read": 3}}
+    assert {path.name for path in tmp_path.iterdir()} == {"train.jsonl", "heldout.jsonl", "dataset.json"}
+
+
+def test_a_split_is_readable_jsonl(tmp_path: Path) -> None:
+    save_dataset(tmp_path, {"train": [Prompt(prompt="ü", id="x")]}, max_tokens=8, counts={})
+    text = (tmp_path / "train.jsonl").read_text(encoding="utf-8")
+    assert text == '{"prompt": "ü", "id": "x"}\n'
+    assert json.loads(text)["prompt"] == "ü"
+
+
+def test_a_missing_split(tmp_path: Path) -> None:
+    save_dataset(tmp_path, {"train": []}, max_tokens=8, counts={})
+    with pytest.raises(InputError) as caught:
+        load_records(tmp_path, "validation", Prompt)
+    assert str(caught.value) == f"{tmp_path} has no split 'validation'; make the data set again with prepare_data."

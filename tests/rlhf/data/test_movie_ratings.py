@@ -1,0 +1,100 @@
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from components.rlhf.data.movie_ratings import opening, read_movie_ratings
+from components.rlhf.data.records import RatedText
+from components.rlhf.errors import InputError
+
+TEXTS = (
+    "1_1\t0.1\ta film of great charm and wit\n"
+    "\ufeff1_2\t-2\tdull from the start to its end , I fear\n"  # a stray mark hides the id
+    "1_3\t3\tonly five words are here\n"
+    "1_4\t1\tit has no ratings of its own\n"
+    "no table at all\n"
+)
+RATINGS = (
+    "1_1\t9.9\t1.0\t[1, 2, 2, 2]\n"  # 1.75; the mean that is written there is rounded, or wrong
+    "1_2\t9.9\t1.0\t[-2, -1]\r\n"
+    "1_3\t9.9\t1.0\t[0]\n"
+    "1_5\t9.9\t1.0\t[4]\n"  # no text
+)
+Build = Callable[..., Path]
+
+
+def archive(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    """An archive within an archive, as the sdist is."""
+
+    def sdist(
+        texts: bytes = TEXTS.encode(), ratings: bytes = RATINGS.encode(), inner: str = "hutto_ICWSM_2014.tar.gz"
+    ) -> Path:
+        folder = "hutto_ICWSM_2014/movieReviewSnippets_"
+        files = {f"{folder}GroundTruth.txt": texts, f"{folder}anonDataRatings.txt": ratings}
+        path = tmp_path / "sdist.tar.gz"
+        path.write_bytes(archive({"v/README": b"", f"v/additional_resources/{inner}": archive(files)}))
+        return path
+
+    return sdist
+
+
+def test_by_hand(build: Build) -> None:
+    assert read_movie_ratings(build()) == [
+        RatedText(prompt="a film of great", completion=" charm and wit", rating=1.75),
+        RatedText(prompt="dull from the start", completion=" to its end , I fear", rating=-1.5),
+    ]
+
+
+def test_six_words_are_enough(build: Build) -> None:
+    texts = b"1_1\t0\tone two three four five six\n1_2\t0\tone two three four five\n"
+    assert [text.completion for text in read_movie_ratings(build(texts))] == [" five six"]
+
+
+def test_another_archive(build: Build, tmp_path: Path) -> None:
+    other = build(inner="something_else.tar.gz")
+    with pytest.raises(InputError, match="is not the vaderSentiment 3.3.2 sdist with its ratings"):
+        read_movie_ratings(other)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK no tar", b"\x1f\x8b\x08 cut short"])
+def test_no_archive(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.tar.gz").write_bytes(content)
+    with pytest.raises(InputError, match="is not the vaderSentiment 3.3.2 sdist with its ratings"):
+        read_movie_ratings(tmp_path / "x.tar.gz")
+
+
+def test_an_archive_that_is_cut_short(build: Build) -> None:
+    path = build()
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(InputError, match="fetch it again"):
+        read_movie_ratings(path)
+
+
+def test_an_archive_without_the_ratings(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(archive({"v/hutto_ICWSM_2014.tar.gz": archive({"hutto_ICWSM_2014/readme.txt": b""})}))
+    with pytest.raises(InputError, match=r"movieReviewSnippets_GroundTruth\.txt"):
+        read_movie_ratings(path)
+
+
+def test_ratings_in_another_encoding(build: Build) -> None:
+    with pytest.raises(InputError, match="is not the vaderSentiment 3.3.2 sdist"):
+        read_movie_ratings(build(texts="1_1\t0\tcafé".encode("latin-1")))
+
+
+def test_an_opening_is_one_key_whatever_the_case() -> None:
+    assert opening("The  Film\tis good", 2) == "the film" == opening("THE FILM", 2)
+    assert opening("The", 2) == "the"

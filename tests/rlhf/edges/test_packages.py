@@ -1,0 +1,137 @@
+import hashlib
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from components.rlhf.edges import packages
+from components.rlhf.edges.packages import cache_folder, fetch_package
+from components.rlhf.errors import InputError
+
+NAME = "tiny_carrier==1.0"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RLHF_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of packages that pip is told to use, and nothing else: there is no network in tests."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
+    monkeypatch.delenv("PIP_INDEX_URL", raising=False)
+    return folder
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked of the index; instead of pip a file with these bytes appears."""
+    asked: list[str] = []
+
+    def download(requirement: str, folder: Path, *, source: bool) -> None:
+        asked.append(requirement)
+        (folder / "carrier.whl").write_bytes(b"wheel")
+
+    monkeypatch.setattr(packages, "_download", download)
+    return asked
+
+
+def make_wheel(folder: Path) -> Path:
+    path = folder / "tiny_carrier-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("tiny_carrier/model.gguf", "GGUF")
+        wheel.writestr(
+            "tiny_carrier-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-carrier\nVersion: 1.0\n"
+        )
+        wheel.writestr(
+            "tiny_carrier-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr("tiny_carrier-1.0.dist-info/RECORD", "")
+    return path
+
+
+def test_pip_fetches_from_wherever_it_is_told(index: Path, cache: Path) -> None:
+    wheel = make_wheel(index)
+    got = fetch_package(f"pypi:{NAME}")
+    assert got.read_bytes() == wheel.read_bytes()
+    assert got.parent == cache / "packages/tiny_carrier-1.0"
+    wheel.unlink()  # from here on the cache answers
+    assert fetch_package(f"pypi:{NAME}") == got
+    assert [path.name for path in (cache / "packages").iterdir()] == ["tiny_carrier-1.0"]
+
+
+def test_a_package_that_is_not_there(index: Path, cache: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        fetch_package(f"pypi:{NAME}")
+    said = str(caught.value)
+    assert said.startswith(f"{NAME} could not be fetched from the package index (ERROR: ")
+    assert said.endswith("); check the network and pip's settings.") and "\n" not in said
+    assert list((cache / "packages").iterdir()) == []  # and the next try starts afresh
+
+
+def test_a_second_call_asks_nobody(downloads: list[str]) -> None:
+    assert fetch_package(f"pypi:{NAME}") == fetch_package(f"pypi:{NAME}")
+    assert downloads == [NAME]
+
+
+def test_no_version(downloads: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        fetch_package("pypi:tiny_carrier")
+    assert str(caught.value) == "pypi:tiny_carrier names no version; write pypi:NAME==VERSION."
+    assert downloads == []
+
+
+def test_a_known_package_must_be_itself(downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(packages.KNOWN_SHA256, NAME, hashlib.sha256(b"wheel").hexdigest())
+    assert fetch_package(f"pypi:{NAME}").read_bytes() == b"wheel"
+
+
+def test_another_file_under_a_known_name(downloads: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(packages.KNOWN_SHA256, NAME, "0" * 64)
+    file = cache / "packages/tiny_carrier-1.0/carrier.whl"
+    said = f"{file} is not the {NAME} this project was made with (sha256 differs); delete it and run again."
+    for _ in range(2):
+        with pytest.raises(InputError) as caught:
+            fetch_package(f"pypi:{NAME}")
+        assert str(caught.value) == said
+    assert downloads == [NAME]
+
+    # The advice holds: whoever deletes the file gets a new one.
+    file.unlink()
+    monkeypatch.setitem(packages.KNOWN_SHA256, NAME, hashlib.sha256(b"wheel").hexdigest())
+    assert fetch_package(f"pypi:{NAME}") == file
+    assert downloads == [NAME, NAME]
+
+
+def test_a_quicker_process_wins(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = cache / "packages/tiny_carrier-1.0"
+
+    def download(_requirement: str, folder: Path, *, source: bool) -> None:
+        (folder / "carrier.whl").write_bytes(b"mine")
+        target.mkdir()
+        (target / "carrier.whl").write_bytes(b"theirs")
+
+    monkeypatch.setattr(packages, "_download", download)
+    assert fetch_package(f"pypi:{NAME}").read_bytes() == b"theirs"
+    assert list(target.parent.iterdir()) == [target]
+
+
+Environment = Callable[[str, str], None]
+
+
+def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_CACHE_DIR", "/a")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert cache_folder() == Path("/a")
+    monkeypatch.setenv("RLHF_CACHE_DIR", "")  # set to nothing is not set
+    assert cache_folder() == Path("/b/kfp-rlhf")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/c")
+    assert cache_folder() == Path("/c/.cache/kfp-rlhf")

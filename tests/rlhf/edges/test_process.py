@@ -1,0 +1,59 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def start(code: str, **environment: str) -> subprocess.Popen[str]:
+    """What these functions do stays with a process for good: each test has its own."""
+    command = [sys.executable, "-c", f"from components.rlhf.edges.process import *\n{code}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_keeping_freed_memory_harms_nobody() -> None:
+    code = "for _ in range(3): keep_freed_memory(); bytearray(2**26)"
+    assert start(code).wait() == 0
+
+
+def test_other_c_libraries_are_left_alone() -> None:
+    code = "platform.libc_ver = lambda: ('', ''); ctypes.CDLL = None; keep_freed_memory()"
+    assert start(code).wait() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise is Linux's")
+@pytest.mark.parametrize(("asked", "survives"), [("1", False), ("", True)])
+def test_a_stage_dies_with_its_runner_where_it_is_asked_to(asked: str, survives: bool) -> None:
+    stage = "from components.rlhf.edges.process import *; import time; die_with_parent(); print('up', flush=True); time.sleep(60)"
+    runner = start(
+        f"import subprocess; p = subprocess.Popen([sys.executable, '-c', {stage!r}], stdout=subprocess.PIPE); "
+        "p.stdout.readline(); print(p.pid, flush=True); p.wait()",
+        RLHF_DIE_WITH_PARENT=asked,
+    )
+    assert runner.stdout is not None
+    pid = int(runner.stdout.readline())
+    runner.kill()
+    runner.wait()
+    runner.stdout.close()
+    deadline = time.monotonic() + (1 if survives else 20)
+    while running(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    try:
+        assert running(pid) is survives
+    finally:
+        if running(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def running(pid: int) -> bool:
+    """Whether the process is there and no zombie that nobody waits for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

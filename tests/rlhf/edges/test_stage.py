@@ -1,0 +1,196 @@
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from components.rlhf.artifacts.manifest import write_manifest
+from components.rlhf.config.imports import RegisterStage
+from components.rlhf.config.storage import TrackingSettings
+from components.rlhf.edges import stage as module
+from components.rlhf.edges.stage import StageRun, checkpoints_option, stage_options, stage_run
+from components.rlhf.errors import InputError
+
+SETTINGS = '{"decision":"promote"}'
+
+
+class Recorder:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.started: dict[str, Any] = {}
+        self.told: list[Any] = []
+
+    def start(self, settings: TrackingSettings, **started: Any) -> "Recorder":
+        self.started = {"settings": settings, **started}
+        return self
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.told.append((dict(metrics), step))
+
+    def log_file(self, path: Path) -> None:
+        self.told.append(path.name)
+
+    def finish(self, status: str) -> None:
+        self.told.append(status)
+
+
+@pytest.fixture
+def tracker(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(module, "start_tracking", recorder.start)
+    for lasting in ("keep_freed_memory", "die_with_parent"):  # would stay with this process for good
+        monkeypatch.setattr(module, lasting, lambda: None)
+    return recorder
+
+
+def run(**options: Any) -> Any:
+    return stage_run(
+        "demo", RegisterStage, **({"settings": SETTINGS, "tracking": "{}", "executor_input": ""} | options)
+    )
+
+
+def refusal(capsys: pytest.CaptureFixture[str], **options: Any) -> str:
+    """The one line of a stage whose start fails."""
+    with pytest.raises(SystemExit) as end, run(**options):
+        pytest.fail("the body must not run")
+    assert end.value.code == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err.removeprefix("error: ").rstrip()
+
+
+def executor_input(folder: Path, *names: str) -> str:
+    artifacts = {name: {"artifacts": [{"name": name, "uri": f"file:///{name}"}]} for name in names}
+    return json.dumps({"outputs": {"artifacts": artifacts, "outputFile": str(folder / "executor_output.json")}})
+
+
+# --- ends ---
+
+
+def test_a_good_end_reports_every_output(tracker: Recorder, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    manifest = write_manifest(tmp_path / "model", kind="policy_model", facts={"num_layers": 3})
+    given = executor_input(tmp_path, "model", "metrics", "summary")
+    with run(executor_input=given) as stage:
+        assert isinstance(stage, StageRun)
+        assert stage.settings.decision == "promote"
+        assert stage.settings_text == SETTINGS  # digests are of the text that came, not of one made anew
+        stage.wrote("model", manifest)
+        stage.wrote_report("summary", tmp_path / "new/summary.md", "# Done\n")
+        stage.wrote_metrics(tmp_path / "new/metrics", {"loss": 0.5, "steps": 3.0})
+        assert not (tmp_path / "executor_output.json").exists()
+
+    reported = json.loads((tmp_path / "executor_output.json").read_text(encoding="utf-8"))["artifacts"]
+    metadata = {name: entry["artifacts"][0]["metadata"] for name, entry in reported.items()}
+    assert metadata == {"model": manifest.metadata(), "metrics": {"loss": 0.5, "steps": 3.0}, "summary": {}}
+    assert json.loads((tmp_path / "new/metrics").read_text(encoding="utf-8")) == {"loss": 0.5, "steps": 3.0}
+    assert (tmp_path / "new/summary.md").read_text(encoding="utf-8") == "# Done\n"
+    assert tracker.told == ["summary.md", ({"final/loss": 0.5, "final/steps": 3.0}, 0), "FINISHED"]
+
+
+def test_a_mistake_of_the_user_is_one_line(
+    tracker: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end, run(executor_input=executor_input(tmp_path, "model")):
+        raise InputError("data.jsonl:3 is not JSON.")
+    assert end.value.code == 1
+    assert capsys.readouterr() == ("", "error: data.jsonl:3 is not JSON.\n")
+    assert tracker.told == ["FAILED"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_mistake_of_ours_keeps_its_traceback(tracker: Recorder, tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), run(executor_input=executor_input(tmp_path, "model")):
+        raise error
+    assert tracker.told == ["FAILED"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_run_id_comes_from_the_platform(tracker: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RLHF_RUN_ID", raising=False)
+    tracking = TrackingSettings(uri="http://x").canonical_json()
+    with run(tracking=tracking):
+        pass
+    assert tracker.started == {
+        "settings": TrackingSettings(uri="http://x"),
+        "run_id": "by-hand",
+        "stage": "demo",
+        "params": {"decision": "promote"},
+    }
+    monkeypatch.setenv("RLHF_RUN_ID", "run-7")
+    with run():
+        pass
+    assert tracker.started["run_id"] == "run-7"
+
+
+# --- settings ---
+
+
+def test_settings_from_a_file(tracker: Recorder, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(f"\n{SETTINGS}\n", encoding="utf-8")
+    with run(settings=str(tmp_path / "s.json")) as stage:
+        assert stage.settings == RegisterStage(decision="promote")
+
+
+def test_settings_as_text_with_space_around(tracker: Recorder) -> None:
+    with run(settings=f" {SETTINGS} ") as stage:
+        assert stage.settings == RegisterStage(decision="promote")
+
+
+def test_settings_that_are_neither(tracker: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "none.json"
+    assert refusal(capsys, settings=str(path)) == (
+        f"--settings {path} is neither JSON text nor a readable file (No such file or directory)."
+    )
+    assert "(Is a directory)" in refusal(capsys, settings=str(tmp_path))
+    path.write_bytes(b"\xff")
+    assert refusal(capsys, settings=str(path)) == f"--settings {path} is not UTF-8; save it as UTF-8."
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("{", "Settings: the parameters is '{': invalid JSON: EOF while parsing an object at line 1 column 1."),
+        ('{"decision":"maybe"}', "Settings: decision is 'maybe': input should be 'promote' or 'reject'."),
+        ('{"decison":"reject"}', "Settings: decision is missing; decison is not a parameter; did you mean decision?"),
+    ],
+)
+def test_bad_settings(tracker: Recorder, settings: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, settings=settings) == said
+    assert tracker.told == []
+
+
+def test_bad_tracking_settings(tracker: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, tracking='{"url": "http://x"}')
+    assert said == "Settings: url is not a parameter; did you mean uri?"
+
+
+def test_bad_executor_input(tracker: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), run(executor_input="{}"):
+        pass
+    assert capsys.readouterr().err.startswith("error: --executor-input is not KFP's executor input")
+    assert tracker.told == ["FAILED"]
+
+
+# --- options ---
+
+
+@pytest.mark.parametrize(("value", "expected"), [("", None), (".", None), ("/x", "/x")])
+def test_no_folder_for_checkpoints(value: str, expected: str | None) -> None:
+    """KFP cannot leave a parameter out; it passes an empty one."""
+
+    @click.command()
+    @checkpoints_option
+    @stage_options
+    def command(checkpoints: Path | None, settings: str, tracking: str, executor_input: str) -> None:
+        assert (tracking, executor_input) == ("{}", "")
+        click.echo(repr(checkpoints and str(checkpoints)))
+
+    done = CliRunner().invoke(command, ["--settings", "{}", "--checkpoints", value])
+    assert done.output == f"{expected!r}\n"
+    assert CliRunner().invoke(command, ["--settings", "{}"]).output == "None\n"

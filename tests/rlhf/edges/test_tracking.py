@@ -1,0 +1,198 @@
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from components.rlhf.config.storage import TrackingSettings
+from components.rlhf.edges.tracking import MlflowTracker, NullTracker, Tracker, close_parent, flatten, start_tracking
+
+EXPERIMENT = "tests"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Making the tables takes MLflow seconds: one database for all tests."""
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture
+def tracking(folder: Path) -> TrackingSettings:
+    return TrackingSettings(uri=f"sqlite:///{folder / 'mlflow.db'}", experiment=EXPERIMENT)
+
+
+@pytest.fixture
+def client(tracking: TrackingSettings) -> MlflowClient:
+    return MlflowClient(tracking_uri=tracking.uri)
+
+
+def runs_of(client: MlflowClient, run_id: str) -> tuple[list[Any], list[Any]]:
+    """Parents with this run id, and their nested runs."""
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    parents = client.search_runs([experiment], filter_string=f"tags.`rlhf.run_id` = '{run_id}'")
+    nested = [
+        run
+        for parent in parents
+        for run in client.search_runs([experiment], filter_string=f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    ]
+    return parents, nested
+
+
+def test_one_parent_and_one_nested_run_a_stage(tracking: TrackingSettings, client: MlflowClient, folder: Path) -> None:
+    for stage, status in (("sft", "FINISHED"), ("ppo", "FAILED")):
+        tracker = start_tracking(tracking, run_id="run-1", stage=stage, params={"seed": 3, "sft": {"use": None}})
+        assert isinstance(tracker, MlflowTracker)
+        tracker.finish(status)
+    start_tracking(tracking, run_id="run-10", stage="sft", params={}).finish("FINISHED")
+
+    parents, nested = runs_of(client, "run-1")
+    assert [parent.info.run_name for parent in parents] == ["run-1"]
+    assert {run.info.run_name: run.info.status for run in nested} == {"sft": "FINISHED", "ppo": "FAILED"}
+    assert {run.data.tags["rlhf.stage"] for run in nested} == {"sft", "ppo"}
+    assert nested[0].data.params == {"seed": "3", "sft.use": "None"}
+    assert parents[0].info.status == "RUNNING"
+
+    report = folder / "report.md"
+    report.write_text("# Done\n", encoding="utf-8")
+    close_parent(tracking, run_id="run-1", status="FINISHED", metrics={"win_rate": 0.75}, files=[report])
+    parents, _ = runs_of(client, "run-1")
+    assert parents[0].data.metrics == {"win_rate": 0.75}
+    assert parents[0].info.status == "FINISHED"
+    assert [file.path for file in client.list_artifacts(parents[0].info.run_id)] == ["report.md"]
+    assert (folder / "mlflow-files").is_dir()  # beside the database, wherever the process stands
+
+
+def test_more_parameters_than_one_request_takes(tracking: TrackingSettings, client: MlflowClient) -> None:
+    params = {f"p{number}": number for number in range(205)} | {"long": "x" * 9000}
+    start_tracking(tracking, run_id="params", stage="sft", params=params).finish("FINISHED")
+    (run,) = runs_of(client, "params")[1]
+    assert len(run.data.params) == 206
+    assert run.data.params["p204"] == "204"
+    assert run.data.params["long"] == "x" * 6000
+
+
+def test_metrics_wait_for_company_and_are_all_there_in_the_end(
+    tracking: TrackingSettings, client: MlflowClient
+) -> None:
+    tracker = start_tracking(tracking, run_id="metrics", stage="sft", params={})
+    for step in range(1, 4):
+        tracker.log({"train/loss": 1 / step, "train/n": step}, step)
+    (run,) = runs_of(client, "metrics")[1]
+    assert run.data.metrics == {}
+    tracker.finish("FINISHED")
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert client.get_run(run.info.run_id).data.metrics["train/n"] == 3
+
+
+def test_files(tracking: TrackingSettings, client: MlflowClient, tmp_path: Path) -> None:
+    tracker = start_tracking(tracking, run_id="files", stage="sft", params={})
+    (tmp_path / "summary.md").write_text("# x\n", encoding="utf-8")
+    tracker.log_file(tmp_path / "summary.md")
+    tracker.finish("FINISHED")
+    (run,) = runs_of(client, "files")[1]
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["summary.md"]
+
+
+# --- tracking never fails training ---
+
+
+class FakeClient:
+    """Keeps what it is told; fails when broken."""
+
+    def __init__(self) -> None:
+        self.broken = False
+        self.batches: list[int] = []
+        self.calls: list[str] = []
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if self.broken:
+            raise ConnectionError("the server is gone\nand more lines of detail")
+
+    def log_batch(self, run_id: str, metrics: list[Any]) -> None:
+        self._call("log_batch")
+        self.batches.append(len(metrics))
+
+    def log_artifact(self, run_id: str, path: str) -> None:
+        self._call("log_artifact")
+
+    def set_terminated(self, run_id: str, status: str) -> None:
+        self._call(f"set_terminated {status}")
+
+
+def test_points_are_sent_in_requests_that_the_server_takes() -> None:
+    client = FakeClient()
+    tracker = MlflowTracker(client, "x")
+    tracker.log({f"m{number}": 0.0 for number in range(2500)}, 1)
+    assert client.calls == []
+    tracker.finish("FINISHED")
+    assert client.batches == [1000, 1000, 500]
+    assert client.calls[-1] == "set_terminated FINISHED"
+
+
+def test_points_are_sent_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = FakeClient()
+    tracker = MlflowTracker(client, "x")
+    now = time.monotonic()
+    for seconds, sent in ((1, []), (4, []), (6, [3]), (7, [3]), (12, [3, 2])):
+        monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: now + seconds)
+        tracker.log({"loss": 1.0}, seconds)
+        assert client.batches == sent
+    tracker.finish("FINISHED")
+    assert sum(client.batches) == 5
+
+
+def test_a_server_that_dies_midway_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    client = FakeClient()
+    tracker = MlflowTracker(client, "x")
+    tracker.FLUSH_SECONDS = -1.0
+    tracker.log({"loss": 1.0}, 1)
+    client.broken = True
+    for step in range(2, 5):
+        tracker.log({"loss": 1.0}, step)
+    tracker.log_file(tmp_path / "x")
+    tracker.finish("FAILED")
+    assert client.calls == ["log_batch", "log_batch"]  # it is not asked again: each request may take its time to fail
+    said = "warning: MLflow could not be used, going on without tracking (the server is gone)\n"
+    assert capsys.readouterr().err == said
+
+
+def use(tracker: Tracker) -> None:
+    tracker.log({"loss": 1.0}, 1)
+    tracker.log_file(Path("/no/such/file"))
+    tracker.finish("FINISHED")
+
+
+def test_a_dead_server_costs_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    started = time.monotonic()
+    tracker = start_tracking(TrackingSettings(uri="http://127.0.0.1:9"), run_id="x", stage="sft", params={"a": 1})
+    assert time.monotonic() - started < 20
+    assert isinstance(tracker, NullTracker)
+    use(tracker)
+    err = capsys.readouterr().err
+    assert err.startswith("warning: MLflow could not be used, going on without tracking (")
+    assert "127.0.0.1:9" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("uri", ["nonsense://x", "sqlite:///{file}/mlflow.db"])
+def test_a_wrong_uri(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    settings = TrackingSettings(uri=uri.format(file=tmp_path / "file"))
+    use(start_tracking(settings, run_id="x", stage="sft", params={}))
+    close_parent(settings, run_id="x", status="FINISHED", metrics={}, files=[])
+    assert capsys.readouterr().err.count("warning: MLflow could not be used") == 2
+
+
+@pytest.mark.parametrize("settings", [TrackingSettings(), TrackingSettings(uri="http://127.0.0.1:9", enabled=False)])
+def test_no_tracking(settings: TrackingSettings, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = start_tracking(settings, run_id="x", stage="sft", params={})
+    assert isinstance(tracker, NullTracker)
+    use(tracker)
+    close_parent(settings, run_id="x", status="FINISHED", metrics={}, files=[])
+    assert capsys.readouterr().err == ""
+
+
+def test_flatten() -> None:
+    assert flatten({"a": {"b": {"c": 1}, "d": None}, "e": [1], "f": {}}) == {"a.b.c": 1, "a.d": None, "e": [1]}

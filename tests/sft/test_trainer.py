@@ -1,0 +1,225 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from components.rlhf.checkpoints.folder import CheckpointFolder
+from components.rlhf.config.model import ModelSettings, TrainingSettings
+from components.rlhf.config.sft import SftSettings, SftStage
+from components.rlhf.config.storage import CheckpointSettings
+from components.rlhf.data.records import Demonstration
+from components.rlhf.data.tokenizer import EncodedText, encode_text
+from components.rlhf.edges.progress import Progress
+from components.rlhf.edges.tracking import NullTracker
+from components.rlhf.errors import InputError
+from components.sft.trainer import SftTrainer, as_markdown
+
+DATA = [
+    Demonstration(prompt=prompt, completion=completion)
+    for prompt in ("It is", "We saw that it was", "A")
+    for completion in (" good", " a very good film", " so")
+]
+HELDOUT = [Demonstration(prompt="It was", completion=" good"), Demonstration(prompt="This", completion=" a good film")]
+
+
+class Recorder(NullTracker):
+    """Keeps what was logged; may end the run like a lost node, before the given step is saved."""
+
+    def __init__(self, *, die_at: int = 0) -> None:
+        self.rows: dict[int, dict[str, float]] = {}
+        self.die_at = die_at
+
+    def log(self, metrics: Any, step: int) -> None:
+        if step == self.die_at:
+            raise KeyboardInterrupt
+        self.rows.setdefault(step, {}).update(metrics)
+
+
+def trainer_of(
+    folder: Path, *, checkpoints: CheckpointFolder | None = None, frozen: int = 0, die_at: int = 0, **sft: Any
+) -> SftTrainer:
+    training = {"learning_rate": 1e-2, "schedule": "cosine", "warmup_fraction": 0.2, "microbatch_tokens": 64}
+    defaults = {"num_epochs": 2, "batch_size": 4}
+    stage = SftStage(
+        model=ModelSettings(num_frozen_layers=frozen, precision="fp32"),
+        sft=SftSettings(training=TrainingSettings(**(training | sft.pop("training", {}))), **(defaults | sft)),
+        checkpoint=CheckpointSettings(),
+        seed=3,
+    )
+    nowhere = CheckpointFolder(None, "sft/x", CheckpointSettings())
+    return SftTrainer(stage, folder, checkpoints or nowhere, Progress("sft"), Recorder(die_at=die_at))
+
+
+def train(trainer: SftTrainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    return trainer.train(tokenizer, DATA, HELDOUT, max_tokens=64)
+
+
+def saving(root: Path) -> CheckpointFolder:
+    return CheckpointFolder(root, "sft/x", CheckpointSettings(every_minutes=0.0))
+
+
+def weights(trainer: SftTrainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.actor.named_parameters()}
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, max_tokens: int = 64) -> list[EncodedText]:
+    return [encode_text(tokenizer, d.prompt, d.completion, max_tokens=max_tokens) for d in DATA]
+
+
+class TestLoss:
+    def test_is_transformers_own_with_prompts_ignored(
+        self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        texts = encoded(tokenizer)
+        width = max(t.num_tokens for t in texts)
+        ids = torch.zeros(len(texts), width, dtype=torch.int64)
+        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+        for row, t in enumerate(texts):
+            ids[row, : t.num_tokens] = torch.tensor(t.prompt_ids + t.response_ids)
+            labels[row, len(t.prompt_ids) : t.num_tokens] = torch.tensor(t.response_ids)
+            mask[row, : t.num_tokens] = 1
+        reference = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+        expected = reference(ids, attention_mask=mask, labels=labels).loss
+        expected.backward()
+        trainer = trainer_of(tiny_model)
+        loss = trainer._loss(texts, denominator=sum(len(t.response_ids) for t in texts))
+        loss.backward()
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+        gradients = {name: p.grad for name, p in reference.named_parameters()}
+        for name, p in trainer.actor.lm.named_parameters():
+            assert torch.allclose(p.grad, gradients[name], atol=1e-6, rtol=1e-4), name
+
+    def test_token_by_token(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Prompts carry no loss, EOS does."""
+        lm, total, count = AutoModelForCausalLM.from_pretrained(tiny_model).eval(), 0.0, 0
+        for d in HELDOUT:
+            prompt, rest = tokenizer(d.prompt)["input_ids"], [*tokenizer(d.completion)["input_ids"], 0]
+            with torch.no_grad():
+                logprobs = torch.log_softmax(lm(torch.tensor([prompt + rest])).logits[0], dim=-1)
+            total -= sum(logprobs[len(prompt) - 1 + t, token].item() for t, token in enumerate(rest))
+            count += len(rest)
+        texts = [encode_text(tokenizer, d.prompt, d.completion, max_tokens=64) for d in HELDOUT]
+        assert trainer_of(tiny_model).heldout_loss(texts) == pytest.approx(total / count, abs=1e-5)
+
+    def test_a_cut_text_teaches_no_end(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        cut = encode_text(tokenizer, "ab", "cdef", max_tokens=4)
+        assert cut.response_ids == tokenizer("cd")["input_ids"]
+        whole = encode_text(tokenizer, "ab", "cdef", max_tokens=40)
+        trainer = trainer_of(tiny_model)
+        logprobs = [-trainer._loss([text], 1).item() for text in (cut, whole)]
+        assert logprobs[0] > logprobs[1]  # the sum over fewer tokens
+
+    def test_without_heldout_texts_it_is_zero(self, tiny_model: Path) -> None:
+        assert trainer_of(tiny_model).heldout_loss([]) == 0.0
+
+
+class TestTraining:
+    def test_lowers_the_loss_on_held_out_texts(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        trainer = trainer_of(tiny_model, num_epochs=8)
+        numbers = train(trainer, tokenizer)
+        assert numbers["heldout_loss"] < 0.6 * numbers["heldout_loss_before"]
+        assert numbers["heldout_perplexity"] == pytest.approx(math.exp(numbers["heldout_loss"]))
+        assert numbers["num_steps"] == 8 * 3  # nine texts in batches of 4, 4 and 1
+        rows = trainer.tracker.rows
+        assert set(rows) == set(range(1, 25))
+        assert rows[24]["train/loss"] < 0.5 * rows[1]["train/loss"]
+        assert rows[24]["heldout/loss"] == numbers["heldout_loss"]
+
+    def test_frozen_layers_stay(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        trainer = trainer_of(tiny_model, frozen=2)
+        before = weights(trainer)
+        train(trainer, tokenizer)
+        moved = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])}
+        assert moved == {name for name in before if name.startswith(("lm.model.layers.2.", "lm.model.norm."))}
+
+    def test_microbatches_do_not_change_it(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        runs = []
+        for budget in (4096, 40, 1):
+            trainer = trainer_of(tiny_model, training={"microbatch_tokens": budget, "learning_rate": 1e-3})
+            train(trainer, tokenizer)
+            runs.append(weights(trainer))
+        start = weights(trainer_of(tiny_model))
+        moved = max((runs[0][name] - start[name]).abs().max() for name in start)
+        for other in runs[1:]:
+            assert max((other[name] - runs[0][name]).abs().max() for name in start) < 0.02 * moved
+
+    def test_max_steps_ends_it(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        trainer = trainer_of(tiny_model, max_steps=2)
+        assert train(trainer, tokenizer)["num_steps"] == 2
+        assert set(trainer.tracker.rows) == {1, 2}
+
+
+class TestResume:
+    @pytest.mark.parametrize("die_at", [2, 4, 6])
+    def test_goes_on_as_if_nothing_had_happened(
+        self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, die_at: int
+    ) -> None:
+        undisturbed = trainer_of(tiny_model)
+        expected = train(undisturbed, tokenizer)
+        with pytest.raises(KeyboardInterrupt):
+            train(trainer_of(tiny_model, checkpoints=saving(tmp_path), die_at=die_at), tokenizer)
+        resumed = trainer_of(tiny_model, checkpoints=saving(tmp_path))
+        assert train(resumed, tokenizer) == expected
+        assert all(torch.equal(weight, weights(undisturbed)[name]) for name, weight in weights(resumed).items())
+        assert set(resumed.tracker.rows) == set(range(die_at, 7))
+        for step in range(die_at, 7):
+            assert resumed.tracker.rows[step] == undisturbed.tracker.rows[step]
+
+    def test_after_the_last_step_nothing_is_trained_again(
+        self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    ) -> None:
+        done = trainer_of(tiny_model, checkpoints=saving(tmp_path))
+        expected = train(done, tokenizer)
+        again = trainer_of(tiny_model, checkpoints=saving(tmp_path))
+        assert train(again, tokenizer) == expected
+        assert all(torch.equal(weight, weights(done)[name]) for name, weight in weights(again).items())
+
+    def test_other_frozen_layers_are_refused(
+        self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    ) -> None:
+        train(trainer_of(tiny_model, checkpoints=saving(tmp_path)), tokenizer)
+        with pytest.raises(InputError, match="holds other weights than are trained here"):
+            train(trainer_of(tiny_model, checkpoints=saving(tmp_path), frozen=1), tokenizer)
+
+
+class TestNotFinite:
+    def test_names_step_records_and_what_to_do(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        trainer = trainer_of(tiny_model, training={"learning_rate": 1e30, "warmup_fraction": 0.0})
+        with pytest.raises(
+            InputError, match=r"The (loss|gradient) is (nan|inf) at step 2 \(demonstrations \[\d"
+        ) as error:
+            train(trainer, tokenizer)
+        assert "no checkpoint had been saved yet" in str(error.value)
+        assert "Lower the learning rate" in str(error.value)
+
+    def test_names_the_last_checkpoint(
+        self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    ) -> None:
+        trainer = trainer_of(tiny_model, checkpoints=saving(tmp_path))
+        save = trainer.checkpoints.save
+
+        def save_and_break(step: int, *args: Any) -> None:
+            save(step, *args)
+            if step == 3:
+                with torch.no_grad():
+                    trainer.actor.lm.model.norm.weight.fill_(math.nan)
+
+        trainer.checkpoints.save = save_and_break  # type: ignore[method-assign]
+        with pytest.raises(InputError, match="The loss is nan at step 4") as error:
+            train(trainer, tokenizer)
+        assert f"the last good checkpoint is {tmp_path}/sft/x/step-00000003" in str(error.value)
+
+
+def test_the_summary_shows_before_and_after() -> None:
+    text = as_markdown({"heldout_loss_before": 2.0, "heldout_loss": 1.0, "heldout_perplexity": math.e})
+    assert "| held-out loss (nats per token) | 2.000 | 1.000 |" in text
+    assert "| held-out perplexity | 7.4 | 2.7 |" in text
