@@ -16,6 +16,7 @@ PARAMS ?= pipelines/params/movie_reviews.yaml
 .PHONY: setup run
 setup: .venv/ready ## Make .venv with pinned dependencies; fetch the model and the ratings into the cache
 	@$(PY) -m pipelines fetch $(PARAMS)
+	@echo "Ready: make run, make test, or . .venv/bin/activate and python -m pipelines --help"
 
 run: .venv/ready ## Run the whole pipeline on this machine (ARGS="--set ppo.num_iterations=4" to change settings)
 	@$(PY) -m pipelines run $(PARAMS) $(ARGS)

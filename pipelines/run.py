@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ def run_pipeline(params: Params, run: Path, *, tracking_uri: str, console: Conso
     tracking = params.tracking.model_copy(update={"uri": params.tracking.uri or tracking_uri})
     (run / "params.yaml").write_text(dump_yaml(params), encoding="utf-8")
     package = compile_pipeline(params, run / "pipeline.yaml")
-    run_id = run.name
+    run_id = f"{run.name}-{uuid.uuid4().hex[:8]}"  # folders of one name in two places are two runs
     display = Display(console)
     log = RunLog(folder=run / "logs", environment={"RLHF_RUN_ID": run_id}, on_line=display.on_line)
     error = ""
@@ -57,7 +58,9 @@ def run_pipeline(params: Params, run: Path, *, tracking_uri: str, console: Conso
         error = f"{failed[-1].name}: {failed[-1].error}" if failed else str(failure)
     except KeyboardInterrupt:
         error = "interrupted"
-    summary = build_summary(params, run, log.stages, error=error, tracking_uri=tracking.uri if tracking.enabled else "")
+    summary = build_summary(
+        params, run, log.stages, run_id=run_id, error=error, tracking_uri=tracking.uri if tracking.enabled else ""
+    )
     text = json.dumps(summary, indent=2, allow_nan=False)
     (run / "summary.json").write_text(text + "\n", encoding="utf-8")
     close_parent(

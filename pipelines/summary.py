@@ -23,7 +23,7 @@ def find_output(artifacts: Path, stage: str, output: str) -> Path | None:
 
 
 def build_summary(
-    params: Params, run: Path, stages: Sequence[StageRecord], *, error: str, tracking_uri: str
+    params: Params, run: Path, stages: Sequence[StageRecord], *, run_id: str, error: str, tracking_uri: str
 ) -> dict[str, Any]:
     """The summary of a run that has ended, well (error is empty) or not."""
     artifacts = run / "artifacts"
@@ -36,6 +36,7 @@ def build_summary(
         "status": "failed" if error else "succeeded",
         "promoted": facts.get("decision") == "promote",
         "reason": error or facts.get("reason", ""),
+        "run_id": run_id,
         "preset": params.preset,
         "seed": params.seed,
         "stages": {

@@ -1,7 +1,9 @@
 """The one place that reaches inside kfp: does kfp.local still look its handler up where we put ours?"""
 
 import resource
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import kfp.local
@@ -90,8 +92,30 @@ def test_a_killed_stage_is_named_as_killed(tmp_path: Path) -> None:
 
 
 def test_no_process_of_a_stage_outlives_it(tmp_path: Path) -> None:
-    record = run_command(tmp_path, ["sh", "-c", "sleep 300 >/dev/null 2>&1 & echo $! > pid; cat pid >&2; rm pid"])
-    pid = int((tmp_path / "stage.log").read_text())
+    record = run_command(tmp_path, ["sh", "-c", "sleep 300 >/dev/null 2>&1 & echo $!"])
+    stat = Path(f"/proc/{int((tmp_path / 'stage.log').read_text())}/stat")
     assert record.status == "succeeded"
-    status = Path(f"/proc/{pid}/stat")
-    assert not status.exists() or status.read_text().split()[2] == "Z"
+    deadline = time.monotonic() + 10  # the kernel takes a moment
+    while stat.exists() and stat.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_stage_dies_with_its_runner(tmp_path: Path) -> None:
+    """A runner that is killed outright cannot clean up; the stage has asked the kernel to."""
+    stage = "from components.rlhf.edges.process import die_with_parent as d; d(); print('up', flush=True); import time; time.sleep(300)"
+    runner = (
+        "import sys; from pathlib import Path; from pipelines.runner import *; "
+        "log = RunLog(folder=Path(sys.argv[1]), environment={}, on_line=lambda s, l: print(l, flush=True)); "
+        "run_process(log.start('stage'), ['python', '-c', 'import os; print(os.getpid(), flush=True); ' + sys.argv[2]], log, {})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", runner, str(tmp_path), stage], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    stat = Path(f"/proc/{int(process.stdout.readline())}/stat")
+    assert process.stdout.readline() == "up\n"
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while stat.exists() and stat.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -93,7 +93,7 @@ def test_tracking_has_a_parent_and_a_finished_run_of_each_stage(promoted: Path) 
         runs = dict(database.execute("select name, status from runs").fetchall())
         (curve,) = database.execute("select count(*) from metrics where key = 'score/mean'").fetchone()
         aliases = database.execute("select alias, version from registered_model_aliases").fetchall()
-    assert set(runs) == {*STAGES, promoted.name}
+    assert set(runs) == {*STAGES, summary_of(promoted)["run_id"]}
     assert set(runs.values()) == {"FINISHED"}
     assert curve == 2
     assert aliases == [("champion", 1)]
@@ -106,6 +106,7 @@ def test_report_stands_alone(promoted: Path) -> None:
     assert "<script" not in page
 
 
+@pytest.mark.slow
 def test_own_models_replace_their_stages_and_a_rejection_is_a_result(
     promoted: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
