@@ -22,6 +22,7 @@ from components.rlhf.edges.tracking import SQLITE, close_parent
 from components.rlhf.errors import InputError
 from pipelines.compile import compile_pipeline
 from pipelines.display import Display
+from pipelines.preflight import check_inputs
 from pipelines.runner import RunLog, container_processes
 from pipelines.settings import dump_yaml
 from pipelines.summary import build_summary
@@ -32,8 +33,9 @@ MIN_FREE_BYTES = 3 * 2**30  # five models of the default size, and room to work
 def run_pipeline(params: Params, run: Path, *, tracking_uri: str, console: Console) -> dict[str, Any]:
     """Compile the pipeline into the run directory, execute it there, and return its summary (also in summary.json).
 
-    Raises InputError before anything is written when the directory cannot be used.
+    Raises InputError before anything is written when an input or the directory cannot be used.
     """
+    check_inputs(params)
     claim(run)
     run = run.resolve()
     tracking = params.tracking.model_copy(update={"uri": params.tracking.uri or tracking_uri})

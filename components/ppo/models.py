@@ -29,7 +29,8 @@ def load_models(
     frozen = stage.model.num_frozen_layers
     critic_trains = stage.ppo.critic.trains
     actor_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype)
-    reference_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
+    # In the actor's own precisions, so that before the first update their log-probs are equal to the last bit.
+    reference_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype).requires_grad_(False)
     rollout_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
     reward_lm = load_scalar_lm(reward_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
     critic_lm = (

@@ -132,20 +132,28 @@ def test_own_models_replace_their_stages_and_a_rejection_is_a_result(
 
 def test_a_failing_stage_ends_the_run_with_its_sentence(tmp_path: Path, tiny_model: Path) -> None:
     data = write_data(tmp_path)
-    lines = data["preferences"].read_text().splitlines()
-    lines[2] = '{"prompt": "x", "chosen": "y"'
-    data["preferences"].write_text("\n".join(lines))
-    params = write_params(tmp_path / "broken.yaml", toy_params(tiny_model, data))
+    params = write_params(tmp_path / "broken.yaml", toy_params(tiny_model, data, evaluation={"num_prompts": 500}))
     result = run_pipeline(params, tmp_path / "run")
     assert result.returncode == 1
     assert "Traceback" not in result.stdout + result.stderr
     summary = summary_of(tmp_path / "run")
     assert summary["status"] == "failed"
     assert summary["promoted"] is False
-    assert f"{data['preferences']}:3" in summary["reason"]
+    assert "evaluation.num_prompts is 500" in summary["reason"]
     assert summary["stages"]["prepare_data"]["status"] == "failed"
     assert summary["evaluation"] == {}
     assert not any((tmp_path / "run" / "artifacts").glob("*/prepare-data/*"))
+
+
+def test_a_broken_line_ends_the_run_before_it_begins(tmp_path: Path, tiny_model: Path) -> None:
+    data = write_data(tmp_path)
+    lines = data["preferences"].read_text().splitlines()
+    lines[2] = '{"prompt": "x", "chosen": "y"'
+    data["preferences"].write_text("\n".join(lines))
+    result = run_pipeline(write_params(tmp_path / "broken.yaml", toy_params(tiny_model, data)), tmp_path / "run")
+    assert result.returncode == 1
+    assert f"{data['preferences']}:3 is not JSON" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -65,11 +65,13 @@ def share_of_low_ids(prompt_ids: list[int], response_ids: list[int]) -> float:
     return sum(token < 128 for token in response_ids) / len(response_ids)
 
 
-def make_reward_model(sft: Path, folder: Path, *, mean: float = 0.2, std: float = 1.5, seed: int = 1) -> Path:
+def make_reward_model(
+    sft: Path, folder: Path, *, mean: float = 0.2, std: float = 1.5, seed: int = 1, head_scale: float = 20.0
+) -> Path:
     """A reward model on the layers of sft, with a head whose scores differ clearly."""
     lm = load_scalar_lm(sft, num_frozen_layers=0, dtype=FP32, seed=seed)
     with torch.no_grad():
-        lm.score.weight.mul_(20)
+        lm.score.weight.mul_(head_scale)
     lm.config.reward_mean, lm.config.reward_std = mean, std
     save_model(lm, AutoTokenizer.from_pretrained(sft), folder, dtype=FP32)
     return folder

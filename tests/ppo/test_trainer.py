@@ -99,7 +99,11 @@ class TestPrompts:
         for prompts, seeds, found in calls:
             assert len(found) == 12
             ids = [p.id for p in prompts]
-            assert [ids[i] for i in range(0, 12, 3)] == [ids[i] for i in range(1, 12, 3)] == [ids[i] for i in range(2, 12, 3)]
+            assert (
+                [ids[i] for i in range(0, 12, 3)]
+                == [ids[i] for i in range(1, 12, 3)]
+                == [ids[i] for i in range(2, 12, 3)]
+            )
             assert len(set(ids)) == 4
             assert len({tuple(c.response_ids) for c in found}) > 9  # samples of one prompt differ
             every += seeds
@@ -233,9 +237,7 @@ class TestEnding:
             assert row["validation/objective"] == pytest.approx(expected)
         assert history[1]["validation/kl/sequence"] != 0  # and the looks see the trained policy
 
-    def test_looks_differ_by_the_policy_alone(
-        self, tiny_model: Path, reward_model: Path
-    ) -> None:
+    def test_looks_differ_by_the_policy_alone(self, tiny_model: Path, reward_model: Path) -> None:
         stage = stage_of(eval_every=1, training={"learning_rate": 1e-12}, critic={"learning_rate": 1e-12})
         rows = trainer_of(stage, tiny_model, reward_model).train(PROMPTS, VALIDATION)
         looks = [{name: value for name, value in row.items() if name.startswith("validation/")} for row in rows]
@@ -257,7 +259,9 @@ def follow(trainer: PpoTrainer, scores: list[float]) -> None:
     trainer.rollout.generate = generate
     model = trainer.models.reward_model
     read = model.read
-    model.read = lambda features: torch.full(features.shape[:-1], state["score"]) if state["looking"] else read(features)
+    model.read = lambda features: (
+        torch.full(features.shape[:-1], state["score"]) if state["looking"] else read(features)
+    )
 
 
 class TestResume:
@@ -347,7 +351,9 @@ class TestNotFinite:
                 trainer.models.actor.lm.model.norm.weight.fill_(math.nan)
 
         trainer.checkpoints.save = save_and_break  # type: ignore[method-assign]
-        with pytest.raises(InputError, match=r"loss/policy is nan at step 2 \(epoch 0, minibatch 0, responses") as error:
+        with pytest.raises(
+            InputError, match=r"loss/policy is nan at step 2 \(epoch 0, minibatch 0, responses"
+        ) as error:
             trainer.train(PROMPTS, [])
         assert f"the last good checkpoint is {tmp_path}/ppo/x/step-00000001" in str(error.value)
 

@@ -66,7 +66,9 @@ def write_sources(folder: Path) -> dict[str, Any]:
     }
 
 
-def arguments(base: Path, out: Path, data: dict[str, Any], *, num_evaluation_prompts: int = 8, seed: int = 0) -> list[str]:
+def arguments(
+    base: Path, out: Path, data: dict[str, Any], *, num_evaluation_prompts: int = 8, seed: int = 0
+) -> list[str]:
     stage = PrepareDataStage.model_validate(
         {"data": data, "num_evaluation_prompts": num_evaluation_prompts, "seed": seed}
     )
@@ -263,7 +265,9 @@ def test_a_cap_on_the_pairs_of_a_prompt(base: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def movies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Ratings in the form of the real ones, in the cache of packages; returns data settings."""
-    openings = [f"{a} {b}" for a in ("the", "a", "this", "my") for b in ("film", "plot", "cast", "score", "end", "joke")]
+    openings = [
+        f"{a} {b}" for a in ("the", "a", "this", "my") for b in ("film", "plot", "cast", "score", "end", "joke")
+    ]
     snippets = [f"{start} of number {n} is {'good' if n % 2 else 'bad'} fun" for start in openings for n in range(8)]
     # Texts that share more words than a prompt may have tokens.
     snippets += [f"{n} very {'long ' * 30}opening {end}" for n in range(12) for end in ("good", "bad")]

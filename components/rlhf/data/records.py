@@ -3,9 +3,13 @@
 Law of this room: record types, readers, chat templates, tokenisation and batching; no models, no losses.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # records are read where torch is not installed, too: data is checked before a run is submitted
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

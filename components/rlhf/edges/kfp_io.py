@@ -42,6 +42,12 @@ def write_executor_output(executor_input: str, metadata: Mapping[str, Flat]) -> 
     draft.replace(output_file)
 
 
+def input_uri(executor_input: str, name: str) -> str:
+    """Where KFP keeps an input artifact (s3://, minio:// or a path on this machine): the address that outlives the pod."""
+    uri: str = json.loads(executor_input)["inputs"]["artifacts"][name]["artifacts"][0]["uri"]
+    return uri
+
+
 def write_parameter(path: Path | None, value: str) -> None:
     """Write an output parameter to the file that KFP names; its folder does not exist on a laptop. None: run by hand."""
     if path is None:

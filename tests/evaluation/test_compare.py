@@ -1,0 +1,128 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from components.evaluation.compare import Comparison, compare, sequence_kl
+from components.rlhf.config.evaluation import EvaluationSettings, EvaluationStage, GateSettings
+from components.rlhf.config.model import ModelSettings, SamplingSettings
+from components.rlhf.data.records import Completion, Prompt, RatedText
+from components.rlhf.edges.progress import Progress
+from components.rlhf.models.actor import Actor, Distribution
+from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, save_model
+from components.rlhf.rewards.linear import fit_to_ratings, load_judge
+from tests.tiny import make_tiny_model
+
+PROMPTS = [Prompt(prompt=text, id=str(i)) for i, text in enumerate(["It is", "We", "A film that", "So", "It", "One"])]
+CPU, FP32 = torch.device("cpu"), torch.float32
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The models and the judge of one comparison; the policy is another model altogether."""
+    root = tmp_path_factory.mktemp("compare")
+    reward = load_scalar_lm(tiny_model, num_frozen_layers=0, dtype=FP32, seed=1)
+    reward.config.reward_mean, reward.config.reward_std = 0.5, 0.01
+    save_model(reward, AutoTokenizer.from_pretrained(tiny_model), root / "reward", dtype=FP32)
+    ratings = [RatedText(prompt="", completion=text, rating=len(text)) for text in ("it is so", "we", "a film that was")]
+    (root / "judge").mkdir()
+    fit_to_ratings(ratings, max_ngram=1, regularisation=1.0).save(root / "judge")
+    return {
+        "sft_model": tiny_model,
+        "policy": make_tiny_model(root / "policy", seed=5),
+        "reward_model": root / "reward",
+        "judge": root / "judge",
+    }
+
+
+def run(folders: dict[str, Path], *, seed: int = 0, **sampling: Any) -> Comparison:
+    stage = EvaluationStage(
+        model=ModelSettings(precision="fp32"),
+        evaluation=EvaluationSettings(),
+        sampling=SamplingSettings(**({"max_new_tokens": 5, "batch_size": 4} | sampling)),
+        gate=GateSettings(),
+        seed=seed,
+    )
+    return compare(stage, PROMPTS, **folders, progress=Progress("evaluation"))
+
+
+def ids(completions: list[Completion]) -> list[list[int]]:
+    return [c.response_ids for c in completions]
+
+
+def test_both_models_answer_every_prompt(folders: dict[str, Path]) -> None:
+    found = run(folders)
+    assert found.prompts == PROMPTS
+    for side in (found.sft, found.ppo):
+        assert [c.prompt for c in side.completions] == PROMPTS
+        assert len(side.judge_scores) == len(side.rewards) == len(PROMPTS)
+    assert ids(found.sft.completions) != ids(found.ppo.completions)
+    judge = load_judge(folders["judge"])
+    assert found.ppo.judge_scores == judge.score(found.ppo.completions).tolist()
+
+
+def test_rewards_are_in_the_reward_models_own_unit(folders: dict[str, Path]) -> None:
+    found = run(folders)
+    lm = load_scalar_lm(folders["reward_model"], num_frozen_layers=0, dtype=FP32)
+    for side in (found.sft, found.ppo):
+        for c, reward in zip(side.completions, side.rewards, strict=True):
+            hidden = lm.model(torch.tensor([c.prompt_ids + c.response_ids])).last_hidden_state[0, -1]
+            raw = (hidden @ lm.score.weight[0]).item()
+            assert reward == pytest.approx((raw - 0.5) / 0.01, rel=1e-3, abs=1e-3)
+
+
+def test_a_model_against_itself_says_the_same_with_the_same_luck(folders: dict[str, Path]) -> None:
+    found = run(folders | {"policy": folders["sft_model"]})
+    assert ids(found.sft.completions) == ids(found.ppo.completions)
+    assert found.sft.judge_scores == found.ppo.judge_scores
+    assert found.kl == [0.0] * len(PROMPTS)
+
+
+def test_follows_from_its_seed(folders: dict[str, Path]) -> None:
+    a, b, c = (run(folders, seed=seed) for seed in (1, 1, 2))
+    assert ids(a.ppo.completions) == ids(b.ppo.completions) != ids(c.ppo.completions)
+    assert a.kl == b.kl
+
+
+def test_batches_change_nothing(folders: dict[str, Path]) -> None:
+    a, b = run(folders, batch_size=2), run(folders, batch_size=64)
+    assert ids(a.ppo.completions) == ids(b.ppo.completions)
+    assert a.kl == pytest.approx(b.kl, abs=1e-4)
+
+
+def test_the_kl_is_that_of_the_sampling_distribution(folders: dict[str, Path]) -> None:
+    """Summed over a response, at the temperature it was sampled at: by plain transformers, one response at a time."""
+    found = run(folders, temperature=0.5)
+    lms = [AutoModelForCausalLM.from_pretrained(folders[name]).eval() for name in ("policy", "sft_model")]
+    for c, kl in zip(found.ppo.completions, found.kl, strict=True):
+        sums = []
+        for lm in lms:
+            with torch.no_grad():
+                logits = lm(torch.tensor([c.prompt_ids + c.response_ids])).logits[0].double()
+            logprobs = torch.log_softmax(logits / 0.5, dim=-1)
+            sums.append(sum(logprobs[len(c.prompt_ids) - 1 + t, x].item() for t, x in enumerate(c.response_ids)))
+        assert kl == pytest.approx(sums[0] - sums[1], abs=1e-3)
+
+
+def test_the_kl_does_not_count_what_neither_model_may_say(folders: dict[str, Path]) -> None:
+    actors = [
+        Actor(load_causal_lm(folders[name], num_frozen_layers=0, dtype=FP32), num_frozen_layers=0, dtype=FP32)
+        for name in ("policy", "sft_model")
+    ]
+    answers = run(folders, min_new_tokens=5).ppo.completions
+    free, bound = (
+        sequence_kl(*actors, answers, distribution, CPU)
+        for distribution in (Distribution(), Distribution(min_new_tokens=5, stop_ids=(0,)))
+    )
+    assert all(a != b for a, b in zip(free, bound, strict=True))
+
+
+def test_a_reward_model_without_its_scale_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["reward_model"], tmp_path / "raw")
+    config = tmp_path / "raw" / "config.json"
+    config.write_text(config.read_text().replace("reward_mean", "mean_of_rewards"))
+    with pytest.raises(Exception, match="lacks reward_mean and reward_std"):
+        run(folders | {"reward_model": tmp_path / "raw"})

@@ -1,0 +1,75 @@
+"""What is wrong on this machine is said before the first stage starts."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.rlhf.config.params import Params
+from components.rlhf.errors import InputError
+from pipelines.preflight import check_inputs
+from tests.pipelines.toy import toy_params, write_data
+
+
+def checked(model: Path, data: dict[str, Path], **sections: dict[str, Any]) -> None:
+    check_inputs(Params.model_validate(toy_params(model, data, **sections)))
+
+
+def test_good_inputs_pass(tmp_path: Path, tiny_model: Path) -> None:
+    checked(tiny_model, write_data(tmp_path))
+
+
+def test_messages_pass_without_a_tokenizer(tmp_path: Path, tiny_model: Path) -> None:
+    data = write_data(tmp_path)
+    rows = [
+        {"messages": [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": "yes"}]}
+        for n in range(20)
+    ]
+    data["demonstrations"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checked(tiny_model, data)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "sentence"),
+    [
+        ("preferences", '{"prompt": "a", "chosen": "b"}', "preferences.jsonl:61 has no field 'rejected'"),
+        ("prompts", '{"prompt": 3}', "prompts.jsonl:61: prompt is a int; it must be text"),
+        ("demonstrations", "[1]", "demonstrations.jsonl:61 is a JSON list"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, tiny_model: Path, name: str, line: str, sentence: str) -> None:
+    data = write_data(tmp_path)
+    with data[name].open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(InputError) as error:
+        checked(tiny_model, data)
+    assert sentence in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path, tiny_model: Path) -> None:
+    data = write_data(tmp_path)
+    data["prompts"].unlink()
+    with pytest.raises(InputError, match=r"prompts\.jsonl does not exist"):
+        checked(tiny_model, data)
+
+
+def test_mostly_empty_data_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    data = write_data(tmp_path)
+    data["prompts"].write_text('{"prompt": "a"}\n' + '{"prompt": ""}\n' * 9)
+    with pytest.raises(InputError, match="only 1 of 10 records are usable"):
+        checked(tiny_model, data)
+
+
+def test_a_model_folder_without_tokenizer_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model, bare)
+    (bare / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"model\.source: .*bare has no tokenizer"):
+        checked(bare, write_data(tmp_path))
+
+
+def test_own_models_are_looked_at(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(InputError, match=r"sft\.use: .*nowhere is not a folder"):
+        checked(tiny_model, write_data(tmp_path), sft={"use": str(tmp_path / "nowhere")})

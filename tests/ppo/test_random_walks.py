@@ -1,0 +1,114 @@
+"""The whole of RLHF on a task whose best answer is known: imitation lands where the behaviour is, PPO goes on to the best."""
+
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from components.rlhf.checkpoints.folder import CheckpointFolder
+from components.rlhf.config.model import ModelSettings, SamplingSettings, TrainingSettings
+from components.rlhf.config.sft import SftSettings, SftStage
+from components.rlhf.config.storage import CheckpointSettings
+from components.rlhf.data.records import Demonstration, Prompt
+from components.rlhf.data.tokenizer import load_tokenizer
+from components.rlhf.edges.progress import Progress
+from components.rlhf.models.loading import save_model
+from components.rlhf.rollout.protocol import RolloutEngine
+from components.sft.trainer import SftTrainer
+from tests.ppo.build import FP32, Recorder, load, make_reward_model, stage_of, trainer_of
+from tests.ppo.random_walks import EOS, GOAL, MAX_NODES, NUM_NODES, Walks, as_text, make_model, make_walks
+
+STARTS = [Prompt(prompt=as_text([node]), id=str(node)) for node in range(1, NUM_NODES)]
+
+
+@pytest.fixture(scope="module")
+def walks() -> Walks:
+    return make_walks()
+
+
+@pytest.fixture(scope="module")
+def imitator(walks: Walks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that was fine-tuned on the behaviour, with a fresh scalar head beside it for the critic to start from."""
+    folder = tmp_path_factory.mktemp("walks")
+    base = make_model(folder / "base", hidden_size=32)
+    stage = SftStage(
+        model=ModelSettings(precision="fp32"),
+        sft=SftSettings(
+            num_epochs=100,
+            max_steps=300,
+            batch_size=128,
+            training=TrainingSettings(learning_rate=5e-3, warmup_fraction=0.05),
+        ),
+        checkpoint=CheckpointSettings(),
+        seed=0,
+    )
+    nowhere = CheckpointFolder(None, "sft/x", CheckpointSettings())
+    trainer = SftTrainer(stage, base, nowhere, Progress("sft"), Recorder())
+    texts = [Demonstration(prompt=as_text(walk[:1]), completion=as_text(walk[1:])) for walk in walks.behaviour]
+    tokenizer = load_tokenizer(base)
+    trainer.train(tokenizer, texts, [], max_tokens=MAX_NODES + 1)
+    save_model(trainer.actor.lm, tokenizer, folder / "sft", dtype=FP32)
+    make_reward_model(folder / "sft", folder / "critic", mean=0.0, std=1.0, head_scale=1.0)
+    return folder
+
+
+def mean_optimality(rollout: RolloutEngine, walks: Walks) -> float:
+    """Over a hundred samples from each start, with draws that no training sees."""
+    number = 100
+    completions = rollout.generate(
+        STARTS * number, SamplingSettings(max_new_tokens=MAX_NODES, batch_size=500), range(10**9, 10**9 + 20 * number)
+    )
+    return mean(walks.reward(c.prompt_ids, c.response_ids) for c in completions)
+
+
+class TestTask:
+    """The numbers of the task itself, as it was published: 43 edges with the goal's own, best walks of 3.55 nodes, 0.79."""
+
+    def test_graph(self, walks: Walks) -> None:
+        assert sum(len(there) for there in walks.edges) + 1 == 43
+        assert mean(walks.shortest[start] for start in range(1, NUM_NODES)) == pytest.approx(3.55)
+
+    def test_behaviour(self, walks: Walks) -> None:
+        assert mean(walks.optimality(walk) for walk in walks.behaviour) == pytest.approx(0.79, abs=0.03)
+        assert mean(walk[-1] == GOAL for walk in walks.behaviour) == pytest.approx(0.985, abs=0.01)
+
+    def test_optimality_by_hand(self) -> None:
+        line = Walks(edges=[[], [0], [1, 3], [1, 2]], shortest={0: 1, 1: 2, 2: 3, 3: 3}, behaviour=[])
+        assert line.optimality([1, 0]) == 1.0
+        assert line.optimality([2, 1, 0]) == 1.0
+        assert line.optimality([2, 3, 1, 0]) == pytest.approx(6 / 7)
+        assert line.optimality([2, 3, 2, 3, 2, 3, 2, 3, 1, 0]) == 0.0  # all ten nodes
+        assert line.optimality([2, 0]) == 0.0  # no such edge
+        assert line.optimality([2, 3]) == 0.0  # never arrives
+        assert line.reward([2], [1, 0, EOS]) == 1.0
+        assert line.reward([2], [1, EOS, 0]) == 0.0
+
+
+def test_imitation_walks_like_the_behaviour(imitator: Path, walks: Walks) -> None:
+    _, rollout = load(stage_of(), imitator / "sft", imitator / "critic")
+    behaviour = mean(walks.optimality(walk) for walk in walks.behaviour)
+    assert mean_optimality(rollout, walks) == pytest.approx(behaviour, abs=0.05)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_ppo_finds_the_best_walks(imitator: Path, walks: Walks, frozen: int) -> None:
+    stage = stage_of(
+        frozen=frozen,
+        seed=0,
+        num_iterations=30,
+        num_epochs=4,
+        minibatch=128,
+        kl_coef=0.0,
+        rollout={"num_prompts": 128},
+        sampling={"max_new_tokens": MAX_NODES, "batch_size": 128},
+        training={"learning_rate": 1e-3, "schedule": "linear"},
+        critic={"learning_rate": 3e-3},
+    )
+    trainer = trainer_of(stage, imitator / "sft", imitator / "critic", reward=walks.reward)
+    before = mean_optimality(trainer.rollout, walks)
+    history = trainer.train(STARTS, [])
+    after = mean_optimality(trainer.rollout, walks)
+    assert before < 0.84
+    assert after >= 0.95
+    assert history[-1]["response/length"] < history[0]["response/length"]  # shorter walks
+    assert history[-1]["kl/sequence"] > 0.2  # that were bought with distance from the behaviour
