@@ -25,7 +25,7 @@ MAX_HELDOUT = 256  # demonstrations behind the held-out loss
 
 
 class SftTrainer:
-    """One run of fine-tuning; model() is the result."""
+    """One run of fine-tuning; `actor` is the result."""
 
     def __init__(
         self, stage: SftStage, base_model: Path, checkpoints: CheckpointFolder, progress: Progress, tracker: Tracker
@@ -73,6 +73,14 @@ class SftTrainer:
             if self.checkpoints.due():
                 self.checkpoints.save(step, {"actor": engine}, {"metrics": metrics})
         loss = self.heldout_loss(heldout_texts)
+        # No loss of training sees what the last step did to the weights; this one does.
+        require_finite(
+            loss,
+            what="The held-out loss",
+            step=total,
+            batch="all held-out demonstrations",
+            checkpoint=self.checkpoints.newest,
+        )
         self.tracker.log({"heldout/loss": loss, "heldout/perplexity": math.exp(loss)}, total)
         return metrics | {"heldout_loss": loss, "heldout_perplexity": math.exp(loss), "num_steps": float(total)}
 

@@ -27,7 +27,9 @@ def folders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     reward = load_scalar_lm(tiny_model, num_frozen_layers=0, dtype=FP32, seed=1)
     reward.config.reward_mean, reward.config.reward_std = 0.5, 0.01
     save_model(reward, AutoTokenizer.from_pretrained(tiny_model), root / "reward", dtype=FP32)
-    ratings = [RatedText(prompt="", completion=text, rating=len(text)) for text in ("it is so", "we", "a film that was")]
+    ratings = [
+        RatedText(prompt="", completion=text, rating=len(text)) for text in ("it is so", "we", "a film that was")
+    ]
     (root / "judge").mkdir()
     fit_to_ratings(ratings, max_ngram=1, regularisation=1.0).save(root / "judge")
     return {

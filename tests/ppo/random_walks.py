@@ -5,6 +5,7 @@ most 10 nodes. A walk's optimality is 1 when it is as short as can be and 0 when
 arrives. Same setting as trlX's example random_walks, where the behaviour's mean is 0.79 and PPO reaches 1.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Walks:
 
     def optimality(self, walk: Sequence[int]) -> float:
         """Of a walk that begins at its start; whatever follows the goal does not count."""
-        for number, (here, there) in enumerate(zip(walk, walk[1:], strict=False), start=2):
+        for number, (here, there) in enumerate(itertools.pairwise(walk), start=2):
             if there not in self.edges[here] or number > MAX_NODES:
                 return 0.0
             if there == GOAL:

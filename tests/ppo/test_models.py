@@ -1,12 +1,13 @@
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components.ppo.models import load_models, with_own_head
+from components.ppo.models import load_models, save_policy, with_own_head
 from components.rlhf.data.batching import collate
 from components.rlhf.errors import InputError
 from components.rlhf.models.loading import load_scalar_lm, save_model
@@ -134,6 +135,15 @@ class TestScale:
 def test_a_fine_tuned_model_is_no_reward_model(tiny_model: Path) -> None:
     with pytest.raises(InputError, match=r"lacks the weights score\.weight"):
         load(stage_of(normalize_reward=False), tiny_model, tiny_model)
+
+
+def test_a_saved_policy_loads_and_carries_its_history(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
+    models, rollout = load(stage_of(), tiny_model, reward_model)
+    history = [{"iteration": 1.0, "score/mean": 0.1 + 0.2}, {"iteration": 2.0, "score/mean": -1e-9}]
+    save_policy(models.actor.lm, rollout.tokenizer, history, tmp_path, dtype=FP32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(BATCH.input_ids).logits, models.actor.lm(BATCH.input_ids).logits)
+    assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == history
 
 
 def test_the_rollout_stops_at_the_models_own_stop_ids(tiny_model: Path, reward_model: Path) -> None:

@@ -2,7 +2,7 @@ import itertools
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -265,7 +265,7 @@ def follow(trainer: PpoTrainer, scores: list[float]) -> None:
 
 
 class TestResume:
-    OPTIONS: dict[str, Any] = {
+    OPTIONS: ClassVar[dict[str, Any]] = {
         "num_iterations": 4,
         "num_epochs": 2,
         "eval_every": 2,

@@ -201,6 +201,12 @@ class TestNotFinite:
         assert "no checkpoint had been saved yet" in str(error.value)
         assert "Lower the learning rate" in str(error.value)
 
+    def test_also_after_the_last_step(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Nothing is trained on the weights that the last step made; a ruined model must not end well."""
+        trainer = trainer_of(tiny_model, max_steps=1, training={"learning_rate": 1e30, "warmup_fraction": 0.0})
+        with pytest.raises(InputError, match=r"The held-out loss is (nan|inf) at step 1 \(all held-out"):
+            train(trainer, tokenizer)
+
     def test_names_the_last_checkpoint(
         self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
     ) -> None:
