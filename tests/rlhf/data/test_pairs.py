@@ -28,6 +28,12 @@ def test_by_hand() -> None:
 
 
 def test_the_partner_is_the_one_with_the_longest_shared_opening() -> None:
+    texts = [rated(f"a {word} {end}", rating) for word in "bc" for end, rating in (("good", 2.0), ("bad", -1.0))]
+    pairs = {(p.prompt, p.chosen, p.rejected) for p in pairs_from_ratings(texts, min_gap=1.0, seed=0)}
+    assert pairs == {("a b", " good", " bad"), ("a c", " good", " bad")}
+
+
+def test_where_the_best_partner_is_another_s_too() -> None:
     texts = [rated("a b c good", 2.0), rated("a b x bad", -1.0), rated("a y bad", -1.0)]
     by_prompt = {p.prompt: (p.chosen, p.rejected) for p in pairs_from_ratings(texts, min_gap=1.0, seed=0)}
     assert by_prompt == {"a b": (" c good", " x bad"), "a": (" b c good", " y bad")}
