@@ -43,11 +43,24 @@ def cost_table(summaries: list[dict[str, Any]]) -> str:
     for stage in summaries[0]["stages"]:
         seconds = [s["stages"][stage]["seconds"] for s in summaries]
         lines.append(f"| {stage} | {spread(seconds)} | {max_memory(summaries, stage):.1f} GiB |")
-    totals = [sum(stage["seconds"] for stage in s["stages"].values()) for s in summaries]
-    peak = max(max_memory(summaries, stage) for stage in summaries[0]["stages"])
-    lines.append(f"| **all** | **{spread(totals)}** | **{peak:.1f} GiB** |")
-    runs = "one run" if len(summaries) == 1 else f"median of {len(summaries)} runs, with the range"
-    return "\n".join([*lines, "", f"{runs.capitalize()} on {machine()}."])
+    time, peak = total(summaries)
+    lines.append(f"| **all** | **{time}** | **{peak}** |")
+    return "\n".join([*lines, "", f"{how_often(summaries).capitalize()} on {machine()}."])
+
+
+def cost_line(summaries: list[dict[str, Any]]) -> str:
+    time, peak = total(summaries)
+    return f"The run took {time} minutes with at most {peak} in any process ({how_often(summaries)}; {machine()})."
+
+
+def total(summaries: list[dict[str, Any]]) -> tuple[str, str]:
+    """Time of all stages, and the peak memory of the largest."""
+    seconds = [sum(stage["seconds"] for stage in s["stages"].values()) for s in summaries]
+    return spread(seconds), f"{max(max_memory(summaries, stage) for stage in summaries[0]['stages']):.1f} GiB"
+
+
+def how_often(summaries: list[dict[str, Any]]) -> str:
+    return "one run" if len(summaries) == 1 else f"median of {len(summaries)} runs, with the range"
 
 
 def max_memory(summaries: list[dict[str, Any]], stage: str) -> float:
@@ -80,6 +93,7 @@ def main() -> None:
     if failed:
         sys.exit(f"not a finished run: {', '.join(failed)}")
     rewrite(ROOT / "README.md", "result", result_table(summaries[0]))
+    rewrite(ROOT / "README.md", "cost", cost_line(summaries))
     rewrite(ROOT / "components" / "README.md", "cost", cost_table(summaries))
     print(result_table(summaries[0]), cost_table(summaries), sep="\n\n")
 
