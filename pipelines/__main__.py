@@ -36,7 +36,6 @@ def run(params_file: Path, overrides: tuple[str, ...], out: Path | None) -> None
     params = load_params(params_file, overrides)
     folder = out or default_run_folder(params)
     console = Console(file=sys.stdout)  # kept, because kfp.local's own prints are sent elsewhere during the run
-    console.print(f"Run directory: {folder}", soft_wrap=True)
     summary = run_pipeline(
         params, folder, tracking_uri=tracking_uri_for(folder, chosen=out is not None), console=console
     )

@@ -37,6 +37,7 @@ def run_pipeline(params: Params, run: Path, *, tracking_uri: str, console: Conso
     """
     check_inputs(params)
     claim(run)
+    console.print(f"Run directory: {run}", soft_wrap=True)
     run = run.resolve()
     tracking = params.tracking.model_copy(update={"uri": params.tracking.uri or tracking_uri})
     (run / "params.yaml").write_text(dump_yaml(params), encoding="utf-8")

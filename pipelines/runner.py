@@ -21,6 +21,7 @@ from kfp.local import status, subprocess_task_handler, task_handler_interface
 from components.rlhf.edges.process import DIE_WITH_PARENT
 
 ROOT = Path(__file__).resolve().parents[1]
+SECONDS_TO_TIDY_UP = 10.0
 
 
 @dataclass
@@ -120,14 +121,21 @@ def run_process(record: StageRecord, command: list[str], log: RunLog, environmen
         process.returncode = os.waitstatus_to_exitcode(exit_status)
         record.peak_memory_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        if process.returncode is None:  # interrupted: do not leave a zombie
-            process.wait()
+        if process.returncode is None:  # interrupted: let the stage tidy up and say so in MLflow
+            _signal_group(process, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=SECONDS_TO_TIDY_UP)
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
         record.seconds = time.monotonic() - started
         record.status = "succeeded" if process.returncode == 0 else "failed"
     if record.status == "failed" and not record.error:
         record.error = _last_words(log.folder / f"{record.name}.log", process.returncode)
+
+
+def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def _last_words(path: Path, code: int) -> str:

@@ -13,7 +13,11 @@ def table_rows(numbers: Mapping[str, float]) -> list[dict[str, str]]:
         return {"name": name, "sft": format(numbers[f"{key}_sft"], form), "ppo": format(numbers[f"{key}_ppo"], form)}
 
     return [
-        {"name": f"judge prefers it, [{numbers['confidence']:.0%} interval]", "sft": "", "ppo": interval("win_rate")},
+        {
+            "name": f"judge prefers it, [{100 * numbers['confidence']:g}% interval]",
+            "sft": "",
+            "ppo": interval("win_rate"),
+        },
         {
             "name": f"the same where length and ending are equal ({numbers['num_matched']:.0f} prompts)",
             "sft": "",

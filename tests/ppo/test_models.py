@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from components.ppo.models import load_models, save_policy, with_own_head
 from components.rlhf.data.batching import collate
 from components.rlhf.errors import InputError
+from components.rlhf.models.actor import Distribution
 from components.rlhf.models.loading import load_scalar_lm, save_model
 from components.rlhf.models.scalar import ScalarModel
 from tests.ppo.build import CPU, FP32, load, make_reward_model, stage_of
@@ -81,6 +82,15 @@ class TestWhatIsTrained:
         for lm in (models.reference.lm, rollout.model):
             pairs = zip(lm.parameters(), models.actor.lm.parameters(), strict=True)
             assert all(torch.equal(a, b) and a is not b for a, b in pairs)
+
+    @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+    @pytest.mark.parametrize("frozen", [0, 2])
+    def test_before_the_first_update_the_kl_is_exactly_zero(
+        self, tiny_model: Path, reward_model: Path, frozen: int, dtype: torch.dtype
+    ) -> None:
+        models, _ = load_models(stage_of(frozen=frozen), tiny_model, reward_model, dtype=dtype, device=CPU)
+        ours, theirs = (actor(BATCH, Distribution())[0] for actor in (models.actor, models.reference))
+        assert torch.equal(ours, theirs)
 
     def test_the_critic_starts_as_the_reward_model(self, tiny_model: Path, reward_model: Path) -> None:
         """Same weights and same scale: the value of a whole text is its score."""

@@ -134,6 +134,19 @@ class TestTraining:
         assert rows[24]["train/loss"] < 0.5 * rows[1]["train/loss"]
         assert rows[24]["heldout/loss"] == numbers["heldout_loss"]
 
+    @pytest.mark.parametrize("microbatch_tokens", [4096, 30])
+    def test_a_step_is_on_the_mean_over_its_response_tokens(
+        self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, microbatch_tokens: int
+    ) -> None:
+        training = {"microbatch_tokens": microbatch_tokens, "max_grad_norm": 0.0}
+        trainer = trainer_of(tiny_model, batch_size=9, max_steps=1, training=training)
+        expected = trainer._loss(texts := encoded(tokenizer), sum(len(t.response_ids) for t in texts))
+        gradients = torch.autograd.grad(expected, list(trainer.actor.parameters()))
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        train(trainer, tokenizer)
+        assert trainer.tracker.rows[1]["train/loss"] == pytest.approx(expected.item(), rel=1e-5)
+        assert trainer.tracker.rows[1]["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
     def test_frozen_layers_stay(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         trainer = trainer_of(tiny_model, frozen=2)
         before = weights(trainer)

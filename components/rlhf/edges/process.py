@@ -5,6 +5,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 PR_SET_PDEATHSIG = 1  # sys/prctl.h of Linux
@@ -28,3 +29,9 @@ def die_with_parent() -> None:
     """On Linux, and where the runner of a laptop asks for it, be killed when the runner is: no stage is left behind."""
     if os.environ.get(DIE_WITH_PARENT) and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def tidy_up_on_sigterm() -> None:
+    """Turn SIGTERM into an exit that runs every `finally`: half-written artifacts go, and MLflow hears of the failure."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(128 + signal.SIGTERM))

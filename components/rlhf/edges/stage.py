@@ -18,7 +18,7 @@ from components.rlhf.config.base import Settings
 from components.rlhf.config.params import explain
 from components.rlhf.config.storage import TrackingSettings
 from components.rlhf.edges.kfp_io import write_executor_output
-from components.rlhf.edges.process import die_with_parent, keep_freed_memory
+from components.rlhf.edges.process import die_with_parent, keep_freed_memory, tidy_up_on_sigterm
 from components.rlhf.edges.progress import Progress
 from components.rlhf.edges.tracking import Tracker, start_tracking
 from components.rlhf.errors import InputError
@@ -128,6 +128,7 @@ def stage_run(name: str, model: type[S], *, settings: str, tracking: str, execut
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin on a busy core make torch ten times slower
     keep_freed_memory()
     die_with_parent()
+    tidy_up_on_sigterm()
     try:
         text = settings if settings.lstrip().startswith("{") else _read(settings)
         parsed = parse_settings(model, text)

@@ -69,7 +69,15 @@ def stop_ids_of(directory: Path) -> tuple[int, ...]:
 
 
 def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Path, *, dtype: torch.dtype) -> None:
-    """Write weights (safetensors, in dtype), config, generation settings and tokenizer as from_pretrained reads them."""
+    """Write weights (safetensors, in dtype), config, generation settings and tokenizer as from_pretrained reads them.
+
+    Raises InputError when a weight is nan or infinite: no loss sees what the last step of training did.
+    """
+    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise InputError(
+            f"The weights {', '.join(broken[:3])} are not finite after the last step; lower the learning rate."
+        )
     state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
     model.config.dtype = dtype
     model.save_pretrained(directory, state_dict=state, safe_serialization=True)
@@ -79,7 +87,7 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Path, 
 
 
 def load_with_info(kind: Any, directory: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A model of one of transformers' Auto classes in fp32, and its report of missing weights. Raises InputError."""
+    """A model of one of transformers' Auto classes in its stored precision, and its report of missing weights. Raises InputError."""
     try:
         model, info = kind.from_pretrained(
             directory, local_files_only=True, dtype="auto", output_loading_info=True, **options

@@ -57,3 +57,14 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_sigterm_runs_what_stands_in_finally() -> None:
+    process = start(
+        "tidy_up_on_sigterm()\nimport time\ntry:\n  print('up', flush=True); time.sleep(60)\nfinally:\n  print('tidied', flush=True)"
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.terminate()
+    assert process.stdout.readline() == "tidied\n"
+    assert process.wait() == 143

@@ -137,6 +137,12 @@ class TestSharing:
         for other in (wider, rounded, shallow):
             assert not share_trunk(owner, [other], 2)
 
+    def test_equal_numbers_in_another_precision_are_unequal(self, tiny_model: Path) -> None:
+        """Shared, one model would compute in the other's precision."""
+        rounded = load_causal_lm(tiny_model, num_frozen_layers=0, dtype=torch.bfloat16, trainable=False)
+        same_numbers = load_causal_lm(tiny_model, num_frozen_layers=0, dtype=torch.bfloat16, trainable=False).float()
+        assert not share_trunk(same_numbers, [rounded], 1)
+
     def test_layers_with_other_parameters_are_unequal(self, tiny_model: Path) -> None:
         owner, other = frozen_lm(tiny_model, 1), frozen_lm(tiny_model, 1)
         projection = other.model.layers[0].self_attn.q_proj

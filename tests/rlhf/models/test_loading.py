@@ -14,6 +14,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.errors import InputError
 from components.rlhf.models.actor import Distribution
 from components.rlhf.models.loading import (
@@ -67,6 +68,7 @@ class TestSaving:
         save_model(lm, AutoTokenizer.from_pretrained(folder), tmp_path / "saved", dtype=BF16)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
         assert loaded.dtype == BF16
+        assert {weight.dtype for weight in load_file(tmp_path / "saved" / "model.safetensors").values()} == {BF16}
         start = AutoModelForCausalLM.from_pretrained(folder).state_dict()
         for name, weight in loaded.state_dict().items():
             assert torch.equal(weight, start[name].to(BF16)), name
@@ -214,3 +216,12 @@ class TestStopIds:
         (folder / "config.json").write_text(json.dumps(content | {"eos_token_id": None}))
         with pytest.raises(InputError, match="no eos_token_id"):
             stop_ids_of(folder)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny_model: Path, tmp_path: Path) -> None:
+    model = load_causal_lm(tiny_model, num_frozen_layers=0, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("inf")
+    with pytest.raises(InputError, match="are not finite after the last step"):
+        save_model(model, load_tokenizer(tiny_model), tmp_path, dtype=torch.float32)
+    assert list(tmp_path.iterdir()) == []

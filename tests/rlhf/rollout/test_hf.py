@@ -224,10 +224,12 @@ class TestDraw:
         assert chosen[3] == possible[-1]
 
     def test_a_large_vocabulary_loses_no_mass_to_rounding(self) -> None:
-        """The fp32 sum of 50,000 equal probabilities is off by far more than one of them; the last token still comes."""
-        logits = torch.zeros(2, 50_000)
-        chosen, _ = _draw(logits, torch.tensor([1 - 2**-24, 0.50001]))
-        assert chosen.tolist() == [49_999, 25_000]
+        """A hundred tokens of 1e-9 each behind a sure one: added up in fp32 they would be nothing, or all the same."""
+        logits = torch.cat([torch.zeros(1), torch.full((100,), math.log(1e-9))])
+        chosen, _ = _draw(logits[None], torch.tensor([1 - 2**-24]))  # 6e-8 below 1: about the 41st of them
+        assert 30 < chosen.item() < 50
+        equal, _ = _draw(torch.zeros(2, 50_000), torch.tensor([1 - 2**-24, 0.50001]))
+        assert equal.tolist() == [49_999, 25_000]
 
     def test_rows_are_apart(self) -> None:
         logits = torch.stack([self.LOGITS, self.LOGITS.flip(0)])
