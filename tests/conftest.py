@@ -6,7 +6,7 @@ the real model and ratings, and the commands of the README.
 
 import os
 
-# Before torch is imported anywhere: threads that spin on a busy core make tests ten times slower.
+# Before torch is imported anywhere: threads that spin on a busy core stall torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

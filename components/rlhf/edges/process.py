@@ -15,8 +15,7 @@ DIE_WITH_PARENT = "RLHF_DIE_WITH_PARENT"
 def keep_freed_memory() -> None:
     """On Linux with glibc, serve large blocks from the heap and never give it back; elsewhere do nothing.
 
-    By default every large tensor is mapped and unmapped, and the kernel zeroes its pages each time: on a CPU with 2 cores
-    that was 40% of a PPO update.
+    By default every large tensor is mapped and unmapped, and the kernel zeroes its pages each time.
     """
     if platform.libc_ver()[0] != "glibc":
         return

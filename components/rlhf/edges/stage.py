@@ -125,7 +125,7 @@ def stage_run(name: str, model: type[S], *, settings: str, tracking: str, execut
     tracker: Tracker | None = None
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars would drown ours, and make logs unreadable
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin on a busy core make torch ten times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin on a busy core stall torch
     keep_freed_memory()
     die_with_parent()
     tidy_up_on_sigterm()
