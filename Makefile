@@ -38,7 +38,7 @@ compile: .venv/ready ## Write the component.yaml of every stage and the referenc
 	$(PY) -m pipelines components
 
 bench: .venv/ready ## Time `make run` and its peak memory, stage by stage
-	$(PY) -m pipelines run $(PARAMS) --out runs/bench-$$(date +%Y%m%d-%H%M%S) && $(PY) benchmarks/report.py
+	$(PY) -m pipelines run $(PARAMS) --out runs/bench-$$(date +%Y%m%d-%H%M%S) && $(PY) -m benchmarks.report
 
 constraints: .venv/ready ## Resolve constraints.txt anew from pyproject.toml
 	{ echo "# The exact versions that every number in this repository was measured with. Regenerate: make constraints"; \

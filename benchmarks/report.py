@@ -1,32 +1,21 @@
 """Put the tables of a run into the documents: what it came to, what it cost, and on which machine.
 
-    python benchmarks/report.py RUN [RUN ...]      (the newest run under runs/ without arguments)
+    python -m benchmarks.report RUN [RUN ...]      (the newest run under runs/ without arguments)
 
 Rewrites the parts of README.md and components/README.md between `<!-- result -->` and `<!-- /result -->`, and between
 `<!-- cost -->` and `<!-- /cost -->`. Several runs of the same settings are shown as their median with the range.
 """
 
 import json
-import os
-import platform
 import re
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import ROOT, machine
 from components.evaluation.table import table_rows
 from components.rlhf.edges.progress import clock
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def machine() -> str:
-    """Processor, cores and memory, as the kernel tells them."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return f"{found[1].strip() if found else platform.processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
 
 
 def result_table(summary: dict[str, Any]) -> str:

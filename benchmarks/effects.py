@@ -1,0 +1,159 @@
+"""Change one setting of a finished run and measure what it does: `python -m benchmarks.effects RUN [NAME ...]`.
+
+RUN is a run directory (`make run ARGS="--out runs/base"`). Each change of CHANGES that belongs to the run's preset starts again
+from the first stage whose settings it alters, with the stage programs that containers start, and keeps the run's own artifacts
+for everything before. One row a change is appended to benchmarks/movie_effects.jsonl; what has a row already is not run again.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.record import ROOT, append, digest_of, machine, rows_of
+from components.rlhf.artifacts.revision import code_revision
+from components.rlhf.config.params import Params
+from pipelines.runner import RunLog, StageRecord, run_process
+from pipelines.settings import load_params, settings_of_stage
+from pipelines.summary import find_output
+
+ROWS = ROOT / "benchmarks" / "movie_effects.jsonl"
+CHANGES: dict[str, dict[str, list[str]]] = {
+    "quick": {
+        "no warm-up": ["ppo.training.warmup_fraction=0"],
+        "half the actor's learning rate": ["ppo.training.learning_rate=5e-5"],
+        "twice the actor's learning rate": ["ppo.training.learning_rate=2e-4"],
+        "KL coefficient 0.10": ["ppo.kl_coef=0.10"],
+        "KL coefficient 0.25": ["ppo.kl_coef=0.25"],
+        "adaptive KL, target 4": ["ppo.kl_target=4", "ppo.kl_horizon=500"],
+        "critic trains its layers": ["ppo.critic.trains=layers", "ppo.critic.learning_rate=1e-4"],
+        "half the rollout batch": ["ppo.rollout.num_prompts=32", "ppo.minibatch=16"],
+        "temperature 1": ["ppo.rollout.sampling.temperature=1.0", "ppo.kl_coef=0.05"],
+        "one epoch a rollout": ["ppo.num_epochs=1"],
+        "twice the reward model's steps": ["reward_model.max_steps=220"],
+        "longer responses (24 tokens)": [
+            "ppo.rollout.sampling.min_new_tokens=24",
+            "ppo.rollout.sampling.max_new_tokens=24",
+            "data.max_tokens=36",
+        ],
+    },
+    "full": {
+        "missing-EOS penalty 1": ["ppo.missing_eos_penalty=1"],
+        "reward model on whole texts alone": ["reward_model.prefix_loss=0"],
+        "adaptive KL, target 4": ["ppo.kl_target=4", "ppo.kl_horizon=500"],
+    },
+}
+
+# What each stage program reads, as (option, stage and output that it comes from), and what it writes.
+WIRES: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...]]] = {
+    "prepare_data": (
+        {"base-model": ("import_model", "model")},
+        ("demonstrations", "preferences", "judge-preferences", "prompts", "heldout-prompts", "metrics", "summary"),
+    ),
+    "sft": (
+        {"base-model": ("import_model", "model"), "demonstrations": ("prepare_data", "demonstrations")},
+        ("model", "metrics", "summary"),
+    ),
+    "reward_model": (
+        {
+            "base-model": ("import_model", "model"),
+            "sft-model": ("sft", "model"),
+            "preferences": ("prepare_data", "preferences"),
+            "prompts": ("prepare_data", "prompts"),
+        },
+        ("model", "metrics", "summary"),
+    ),
+    "judge": (
+        {"base-model": ("import_model", "model"), "preferences": ("prepare_data", "judge-preferences")},
+        ("judge", "metrics", "summary"),
+    ),
+    "ppo": (
+        {
+            "sft-model": ("sft", "model"),
+            "reward-model": ("reward_model", "model"),
+            "prompts": ("prepare_data", "prompts"),
+        },
+        ("model", "metrics", "curves"),
+    ),
+    "evaluation": (
+        {
+            "sft-model": ("sft", "model"),
+            "policy": ("ppo", "model"),
+            "reward-model": ("reward_model", "model"),
+            "judge": ("judge", "judge"),
+            "prompts": ("prepare_data", "heldout-prompts"),
+        },
+        ("evaluation", "metrics", "report", "summary", "decision", "reason"),
+    ),
+}
+
+
+def stages_to_run(before: Params, after: Params) -> list[str]:
+    """The stages whose settings differ, and all that read from them."""
+    changed: list[str] = []
+    for stage, (inputs, _) in WIRES.items():
+        settings_differ = settings_of_stage(before, stage) != settings_of_stage(after, stage)
+        if settings_differ or any(source in changed for source, _ in inputs.values()):
+            changed.append(stage)
+    return changed
+
+
+def measure(run: Path, params: Params, stages: list[str], folder: Path) -> dict[str, Any]:
+    """Run the stages into folder; return what each cost, the evaluation, and the training's own rows."""
+    log = RunLog(folder / "logs", environment={}, on_line=lambda _stage, line: print(line, flush=True))
+
+    def output_of(stage: str, name: str) -> Path:
+        if stage in stages:
+            return folder / stage / name
+        found = find_output(run / "artifacts", stage.replace("_", "-"), name.replace("-", "_"))
+        if found is None:
+            sys.exit(f"{run} has no output {name} of {stage}; finish the run first")
+        return found
+
+    for stage in stages:
+        inputs, outputs = WIRES[stage]
+        command = ["python", "-m", f"components.{stage}", "--settings", settings_of_stage(params, stage)]
+        for option, source in inputs.items():
+            command += [f"--{option}", str(output_of(*source))]
+        for output in outputs:
+            command += [f"--{output}", str(folder / stage / output)]
+        record: StageRecord = log.start(stage)
+        run_process(record, command, log, {})
+        if record.status == "failed":
+            sys.exit(f"{stage}: {record.error}")
+    return {
+        "stages": {
+            record.name: {"seconds": round(record.seconds, 1), "peak_memory_bytes": record.peak_memory_bytes}
+            for record in log.stages
+        },
+        "evaluation": json.loads((output_of("evaluation", "evaluation") / "evaluation.json").read_text()),
+        "history": rows_of(output_of("ppo", "model") / "history.jsonl"),
+    }
+
+
+@click.command(help=__doc__)
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("names", nargs=-1)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/effects"), help="Where the stages write.")
+def main(run: Path, names: tuple[str, ...], out: Path) -> None:
+    before = load_params(run / "params.yaml")
+    changes = CHANGES.get(before.preset, {})
+    unknown = [name for name in names if name not in changes]
+    if unknown:
+        sys.exit(f"no change is called {unknown[0]!r}; preset {before.preset} has: {', '.join(changes) or 'none'}")
+    for name in names or ("as it is", *changes):
+        overrides = changes.get(name, [])
+        params = load_params(run / "params.yaml", overrides)
+        key = {"change": name, "preset": params.preset, "seed": params.seed, "settings_digest": digest_of(params)}
+        if any(key.items() <= row.items() for row in rows_of(ROWS)):
+            print(f"{name}: measured already")
+            continue
+        stages = stages_to_run(before, params)
+        found = measure(run, params, stages, out / f"{params.preset}-{params.seed}-{name.replace(' ', '-')}")
+        append(ROWS, key | {"settings": overrides, "revision": code_revision(), "machine": machine()} | found)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.effects")

@@ -1,0 +1,36 @@
+"""Rows of measurements, one JSON object a line: what was run, on what code, on what machine."""
+
+import hashlib
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+from components.rlhf.config.params import Params
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """All rows of a file; none when there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def digest_of(params: Params) -> str:
+    """What tells settings apart: the first digits of the sha256 of their canonical JSON."""
+    return hashlib.sha256(params.canonical_json().encode()).hexdigest()[:16]
+
+
+def machine() -> str:
+    """Processor, cores and memory, as the kernel tells them."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return f"{found[1].strip() if found else platform.processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
