@@ -11,6 +11,8 @@ else
 TORCH_BACKEND := --torch-backend=auto
 endif
 PARAMS ?= pipelines/params/movie_reviews.yaml
+PRESET ?=
+SEEDS ?= 3
 
 ##@ Use
 .PHONY: setup run
@@ -18,11 +20,11 @@ setup: .venv/ready ## Make .venv with pinned dependencies; fetch the model and t
 	@$(PY) -m pipelines fetch $(PARAMS)
 	@echo "Ready: make run, make test, or . .venv/bin/activate and python -m pipelines --help"
 
-run: .venv/ready ## Run the whole pipeline on this machine (ARGS="--set ppo.num_iterations=4" to change settings)
-	@$(PY) -m pipelines run $(PARAMS) $(ARGS)
+run: .venv/ready ## Run the whole pipeline on this machine (PRESET=full, ARGS="--set ppo.num_iterations=4")
+	@$(PY) -m pipelines run $(PARAMS) $(if $(PRESET),--set preset=$(PRESET)) $(ARGS)
 
 ##@ Develop
-.PHONY: test test-all lint compile bench constraints clean
+.PHONY: test test-all lint compile bench study effects constraints clean
 test: .venv/ready ## Pass every fast test (tiny models, CPU)
 	$(PY) -m pytest -m "not slow" $(ARGS)
 
@@ -39,6 +41,12 @@ compile: .venv/ready ## Write the component.yaml of every stage and the referenc
 
 bench: .venv/ready ## Time `make run` and its peak memory, stage by stage
 	$(PY) -m pipelines run $(PARAMS) --out runs/bench-$$(date +%Y%m%d-%H%M%S) && $(PY) -m benchmarks.report
+
+study: .venv/ready ## Run both presets over SEEDS seeds, and one run that the gate must reject; write tables and plot
+	$(PY) -m benchmarks.study --seeds $(SEEDS)
+
+effects: .venv/ready ## Change one setting of a finished run at a time (RUN=runs/...) and measure what it does
+	$(PY) -m benchmarks.effects $(RUN)
 
 constraints: .venv/ready ## Resolve constraints.txt anew from pyproject.toml
 	{ echo "# The exact versions that every number in this repository was measured with. Regenerate: make constraints"; \

@@ -27,6 +27,7 @@ CHANGES: dict[str, dict[str, list[str]]] = {
         "twice the actor's learning rate": ["ppo.training.learning_rate=2e-4"],
         "KL coefficient 0.10": ["ppo.kl_coef=0.10"],
         "KL coefficient 0.25": ["ppo.kl_coef=0.25"],
+        "far too small a KL coefficient": ["ppo.kl_coef=0.001", "ppo.num_iterations=45"],
         "adaptive KL, target 4": ["ppo.kl_target=4", "ppo.kl_horizon=500"],
         "critic trains its layers": ["ppo.critic.trains=layers", "ppo.critic.learning_rate=1e-4"],
         "half the rollout batch": ["ppo.rollout.num_prompts=32", "ppo.minibatch=16"],

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,14 @@ def machine() -> str:
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return f"{found[1].strip() if found else platform.processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
+
+
+def rewrite(path: Path, name: str, text: str) -> None:
+    """Put text between the marks `<!-- NAME -->` and `<!-- /NAME -->` of a document, which must have them once."""
+    old = path.read_text(encoding="utf-8")
+    new, count = re.subn(
+        rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{text}\n{m[2]}", old, flags=re.DOTALL
+    )
+    if count != 1:
+        sys.exit(f"{path} has {count} places for {name}; it needs one")
+    path.write_text(new, encoding="utf-8")

@@ -7,13 +7,12 @@ Rewrites the parts of README.md and components/README.md between `<!-- result --
 """
 
 import json
-import re
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import ROOT, machine
+from benchmarks.record import ROOT, machine, rewrite
 from components.evaluation.table import table_rows
 from components.rlhf.edges.progress import clock
 
@@ -62,14 +61,11 @@ def spread(seconds: list[float]) -> str:
     return middle if len(seconds) == 1 else f"{middle} ({clock(min(seconds))} to {clock(max(seconds))})"
 
 
-def rewrite(path: Path, name: str, text: str) -> None:
-    old = path.read_text(encoding="utf-8")
-    new, count = re.subn(
-        rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{text}\n{m[2]}", old, flags=re.DOTALL
-    )
-    if count != 1:
-        sys.exit(f"{path} has {count} places for {name}; it needs one")
-    path.write_text(new, encoding="utf-8")
+def write_tables(summaries: list[dict[str, Any]]) -> None:
+    """Rewrite the documents: what the first run came to, and what all of them cost."""
+    rewrite(ROOT / "README.md", "result", result_table(summaries[0]))
+    rewrite(ROOT / "README.md", "cost", cost_line(summaries))
+    rewrite(ROOT / "components" / "README.md", "cost", cost_table(summaries))
 
 
 def main() -> None:
@@ -81,9 +77,7 @@ def main() -> None:
     failed = [str(file) for file, summary in zip(files, summaries, strict=True) if summary["status"] != "succeeded"]
     if failed:
         sys.exit(f"not a finished run: {', '.join(failed)}")
-    rewrite(ROOT / "README.md", "result", result_table(summaries[0]))
-    rewrite(ROOT / "README.md", "cost", cost_line(summaries))
-    rewrite(ROOT / "components" / "README.md", "cost", cost_table(summaries))
+    write_tables(summaries)
     print(result_table(summaries[0]), cost_table(summaries), sep="\n\n")
 
 

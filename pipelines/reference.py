@@ -16,7 +16,10 @@ HEAD = """# Parameters
 Every parameter of a params file, with its default. Change one on the command line with `--set ppo.kl_coef=0.1`. What is not
 listed here is an error, with the nearest valid name. This page is written by `make compile`.
 
-Params files in this folder: [movie_reviews.yaml](movie_reviews.yaml).
+A file may also hold `presets`: sections by name, laid over the file's own key by key. `preset` chooses one (`--set preset=full`,
+`make run PRESET=full`); other changes on the command line come after it. In a file without presets, `preset` is only a name.
+
+Params files in this folder: [movie_reviews.yaml](movie_reviews.yaml) (presets quick and full).
 """
 
 

@@ -22,10 +22,19 @@ from components.rlhf.errors import InputError
 
 
 def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
-    """The params of a file with SECTION.KEY=VALUE overrides. Raises InputError with one sentence per mistake."""
+    """The params of a file with SECTION.KEY=VALUE overrides. Raises InputError with one sentence per mistake.
+
+    A file may hold `presets`: sections by name that are laid over the file's own. `preset` names the one that is used, in the
+    file or by an override; overrides of other keys come after it.
+    """
     content = _read_yaml(path)
-    for override in overrides:
+    chosen = [override for override in overrides if override.partition("=")[0].strip() == "preset"]
+    for override in chosen:
         _apply(content, override)
+    content = _lay_preset(content, path)
+    for override in overrides:
+        if override not in chosen:
+            _apply(content, override)
     try:
         return Params.model_validate(content)
     except ValidationError as error:
@@ -52,6 +61,28 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}; a params file is a mapping of sections.")
     return content
+
+
+def _lay_preset(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The content with its chosen preset over it. Without presets in the file, `preset` is no more than a name."""
+    presets = content.pop("presets", None)
+    if presets is None:
+        return content
+    if not isinstance(presets, dict) or not all(isinstance(sections, dict) for sections in presets.values()):
+        raise InputError(f"{path}: presets must map each name to the sections that it changes.")
+    name = content.get("preset")
+    if name not in presets:
+        raise InputError(f"{path} has no preset {name!r}; presets there: {', '.join(map(str, presets)) or 'none'}.")
+    merged = _merge(content, presets[name])
+    assert isinstance(merged, dict)
+    return merged
+
+
+def _merge(under: Any, over: Any) -> Any:
+    """over laid on under: mappings key by key, anything else replaced."""
+    if not isinstance(under, dict) or not isinstance(over, dict):
+        return over
+    return under | {key: _merge(under.get(key), value) for key, value in over.items()}
 
 
 def _apply(content: dict[str, Any], override: str) -> None:

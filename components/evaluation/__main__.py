@@ -31,11 +31,13 @@ def main(
         from components.evaluation.compare import compare
         from components.evaluation.report import as_html, as_markdown
         from components.evaluation.samples import save_comparison
+        from components.evaluation.training import judge_training
         from components.evaluation.verdict import decide, summarise
         from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer
         from components.rlhf.data.datasets import load_records
-        from components.rlhf.data.records import Prompt
+        from components.rlhf.data.records import Prompt, ValidationSample
         from components.rlhf.edges.kfp_io import write_parameter
+        from components.rlhf.rewards.linear import load_judge
 
         folders = dict(
             sft_model=sft_model, policy_model=policy, reward_model=reward_model, judge=judge, prompts=prompts
@@ -52,20 +54,20 @@ def main(
             judge=judge,
             progress=run.progress,
         )
-        numbers = summarise(comparison, run.settings.evaluation, seed=run.settings.seed)
+        measured = {role: inputs[role].facts.get("heldout_accuracy") for role in ("judge", "reward_model")}
+        accuracy = {role: float(value) for role, value in measured.items() if value is not None}
+        numbers = summarise(comparison, run.settings.evaluation, accuracy=accuracy, seed=run.settings.seed)
+        training = judge_training(load_records(policy, "validation", ValidationSample), load_judge(judge))
         verdict = decide(numbers, run.settings.gate)
         run.write_artifact(
             "evaluation",
             evaluation_path,
-            lambda draft: save_comparison(comparison, numbers, draft),
+            lambda draft: save_comparison(comparison, numbers, training, draft),
             kind="evaluation",
             parents=inputs,
             facts={**numbers, "decision": verdict.decision, "reason": verdict.reason},
         )
-        accuracy = {role: float(inputs[role].facts.get("heldout_accuracy", 0.0)) for role in ("judge", "reward_model")}
-        run.wrote_report(
-            "report", report, as_html(comparison, numbers, verdict, accuracy=accuracy, seed=run.settings.seed)
-        )
+        run.wrote_report("report", report, as_html(comparison, numbers, verdict, training, seed=run.settings.seed))
         run.wrote_report("summary", summary, as_markdown(numbers, verdict))
         run.wrote_metrics(metrics, numbers)
         write_parameter(decision, verdict.decision)

@@ -1,11 +1,12 @@
 """Both models on the same held-out prompts with the same draws, scored by the judge and by the reward model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.evaluation import EvaluationStage
 from components.rlhf.data.batching import collate, split_by_tokens
@@ -30,6 +31,7 @@ class Side:
 
     completions: list[Completion]
     judge_scores: list[float]
+    cut_judge_scores: list[float]  # of the answers cut to the length of the shorter of the two, neither with an end
     rewards: list[float]
 
 
@@ -78,14 +80,39 @@ def compare(
     )
     judging = load_judge(judge)
 
-    def side(completions: list[Completion]) -> Side:
+    def side(completions: list[Completion], cut: list[Completion]) -> Side:
         return Side(
             completions=completions,
             judge_scores=judging.score(completions).tolist(),
+            cut_judge_scores=judging.score(cut).tolist(),
             rewards=rewarder.score(completions).tolist(),
         )
 
-    return Comparison(prompts=list(prompts), sft=side(answers["fine-tuned"]), ppo=side(answers["PPO"]), kl=kl)
+    cut_sft, cut_ppo = cut_to_equal_length(answers["fine-tuned"], answers["PPO"], tokenizer)
+    return Comparison(
+        prompts=list(prompts),
+        sft=side(answers["fine-tuned"], cut_sft),
+        ppo=side(answers["PPO"], cut_ppo),
+        kl=kl,
+    )
+
+
+def cut_to_equal_length(
+    first: Sequence[Completion], second: Sequence[Completion], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Completion], list[Completion]]:
+    """Both answers to each prompt cut to the tokens of the shorter one, stop token not counted: equal in length and ending."""
+
+    def words(completion: Completion) -> list[int]:
+        return completion.response_ids if completion.truncated else completion.response_ids[:-1]
+
+    def cut(completion: Completion, length: int) -> Completion:
+        ids = words(completion)[:length]
+        text = str(tokenizer.decode(ids, skip_special_tokens=True))
+        return replace(completion, response_ids=ids, response=text, logprobs=None, truncated=True)
+
+    lengths = [min(len(words(a)), len(words(b))) for a, b in zip(first, second, strict=True)]
+    a, b = ([cut(c, n) for c, n in zip(side, lengths, strict=True)] for side in (first, second))
+    return a, b
 
 
 @torch.no_grad()

@@ -1,9 +1,8 @@
 """The comparison for people: a page with a table, a picture and samples, and the same table as Markdown."""
 
 import io
-import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,19 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from components.evaluation.compare import Comparison
+from components.evaluation.samples import NUM_RANDOM, SAMPLES_EACH, choose_rows
 from components.evaluation.table import table_rows
 from components.evaluation.verdict import Decision
 
-SAMPLES_EACH, NUM_RANDOM = 5, 10
+TRAINING_PANELS = (
+    ("reward", "reward model's score"),
+    ("judge_score", "judge's score (PPO never sees it)"),
+    ("kl", "KL (nats per response)"),
+    ("eos_rate", "share that ends by itself"),
+)
 
 
 def as_markdown(numbers: Mapping[str, float], verdict: Decision) -> str:
@@ -30,11 +36,11 @@ def as_html(
     comparison: Comparison,
     numbers: Mapping[str, float],
     verdict: Decision,
+    training: Sequence[Mapping[str, float]],
     *,
-    accuracy: Mapping[str, float],
     seed: int,
 ) -> str:
-    """A self-contained page. accuracy holds the judge's and the reward_model's agreement with people on held-out pairs."""
+    """A self-contained page. training has one row a look at the validation prompts, and none when PPO never looked."""
     template = jinja2.Environment(autoescape=True).from_string(
         (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     )
@@ -42,8 +48,8 @@ def as_html(
         numbers=numbers,
         verdict=verdict,
         rows=table_rows(numbers),
-        accuracy=accuracy,
         plot=_plot(comparison),
+        training_plot=_training_plot(training) if training else "",
         groups=choose_samples(comparison, seed=seed),
         samples_each=SAMPLES_EACH,
         num_random=NUM_RANDOM,
@@ -51,15 +57,8 @@ def as_html(
 
 
 def choose_samples(comparison: Comparison, *, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Pairs of responses by rule: largest gains, largest losses, and a seeded random choice of the others."""
+    """Pairs of responses by rule, with what the judge made of them."""
     gains = [p - s for p, s in zip(comparison.ppo.judge_scores, comparison.sft.judge_scores, strict=True)]
-    order = sorted(range(len(gains)), key=lambda i: gains[i], reverse=True)
-    middle = order[SAMPLES_EACH:-SAMPLES_EACH]
-    chosen = {
-        "Largest gains": order[:SAMPLES_EACH],
-        "Largest losses": order[-SAMPLES_EACH:][::-1],
-        "At random": random.Random(seed).sample(middle, min(NUM_RANDOM, len(middle))),
-    }
     return {
         group: [
             {
@@ -70,7 +69,7 @@ def choose_samples(comparison: Comparison, *, seed: int) -> dict[str, list[dict[
             }
             for i in rows
         ]
-        for group, rows in chosen.items()
+        for group, rows in choose_rows(gains, seed=seed).items()
     }
 
 
@@ -87,6 +86,23 @@ def _plot(comparison: Comparison) -> str:
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
+    return _as_svg(figure)
+
+
+def _training_plot(training: Sequence[Mapping[str, float]]) -> str:
+    """Reward model, judge, KL and endings over the iterations, each beside the others."""
+    figure, axes = plt.subplots(1, 4, figsize=(13, 2.9), constrained_layout=True)
+    for axis, (name, title) in zip(axes, TRAINING_PANELS, strict=True):
+        axis.plot([r["iteration"] for r in training], [r[name] for r in training], "o-", color="#2563eb", markersize=4)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("iteration", fontsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[3].set_ylim(-0.03, 1.03)
+    return _as_svg(figure)
+
+
+def _as_svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     plt.close(figure)

@@ -1,14 +1,31 @@
 """Every answer of both models, one line a prompt, for whoever wants to judge again."""
 
 import json
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from components.evaluation.compare import Comparison, Side
 
+SAMPLES_EACH, NUM_RANDOM = 5, 10
 
-def save_comparison(comparison: Comparison, numbers: Mapping[str, float], folder: Path) -> None:
-    """samples.jsonl, and evaluation.json with every number of the verdict."""
+
+def choose_rows(gains: Sequence[float], *, seed: int) -> dict[str, list[int]]:
+    """Which prompts are shown, by rule and not by hand: the largest gains, the largest losses, and a seeded choice of the rest."""
+    order = sorted(range(len(gains)), key=lambda i: gains[i], reverse=True)
+    middle = order[SAMPLES_EACH:-SAMPLES_EACH]
+    return {
+        "Largest gains": order[:SAMPLES_EACH],
+        "Largest losses": order[-SAMPLES_EACH:][::-1],
+        "At random": random.Random(seed).sample(middle, min(NUM_RANDOM, len(middle))),
+    }
+
+
+def save_comparison(
+    comparison: Comparison, numbers: Mapping[str, float], training: Sequence[Mapping[str, float]], folder: Path
+) -> None:
+    """samples.jsonl, training.jsonl with a row a look, and evaluation.json with every number of the verdict."""
+    (folder / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in training), encoding="utf-8")
     (folder / "evaluation.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for number, prompt in enumerate(comparison.prompts):

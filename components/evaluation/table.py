@@ -23,10 +23,16 @@ def table_rows(numbers: Mapping[str, float]) -> list[dict[str, str]]:
             "sft": "",
             "ppo": interval("win_rate_matched"),
         },
+        {"name": "the same with both cut to the shorter one's length", "sft": "", "ppo": interval("win_rate_cut")},
         both("judge's score", "judge_score", ".3f"),
         both("reward model's score", "reward", ".3f"),
         {"name": "KL to the fine-tuned model (nats per response)", "sft": "0", "ppo": interval("kl")},
         both("length (tokens)", "length", ".1f"),
         both("ends by itself (EOS)", "eos_rate", ".1%"),
         both("different word pairs (distinct-2)", "distinct2", ".3f"),
+        *(
+            {"name": f"{who} agrees with people (held-out pairs)", "sft": "", "ppo": f"{numbers[key]:.1%}"}
+            for who, key in (("judge", "judge_accuracy"), ("reward model", "reward_model_accuracy"))
+            if key in numbers
+        ),
     ]

@@ -1,6 +1,6 @@
 """The numbers of a comparison, and the gate's decision on them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,13 @@ class Decision:
     reason: str
 
 
-def summarise(comparison: Comparison, settings: EvaluationSettings, *, seed: int) -> dict[str, float]:
-    """Every number of the verdict; no one is missing or undefined. Prompts are the unit of each interval."""
+def summarise(
+    comparison: Comparison, settings: EvaluationSettings, *, accuracy: Mapping[str, float], seed: int
+) -> dict[str, float]:
+    """Every number of the verdict. Prompts are the unit of each interval.
+
+    accuracy holds the agreement of judge and reward_model with people on held-out pairs, of each where it was measured.
+    """
     sft, ppo = comparison.sft, comparison.ppo
     options = {"num_resamples": settings.num_bootstrap, "confidence": settings.confidence, "seed": seed}
     rate = bootstrap_mean(wins(ppo.judge_scores, sft.judge_scores), **options)
@@ -27,6 +32,7 @@ def summarise(comparison: Comparison, settings: EvaluationSettings, *, seed: int
     at_match = wins(np.array(ppo.judge_scores)[matched], np.array(sft.judge_scores)[matched])
     # Where no prompt got two answers of equal length and ending, nothing is known: 0.5, from 0 to 1.
     matched_rate = bootstrap_mean(at_match, **options) if len(at_match) else None
+    cut_rate = bootstrap_mean(wins(ppo.cut_judge_scores, sft.cut_judge_scores), **options)
     kl = bootstrap_mean(np.array(comparison.kl), **options)
     numbers: dict[str, float] = {
         "num_prompts": len(comparison.prompts),
@@ -38,10 +44,14 @@ def summarise(comparison: Comparison, settings: EvaluationSettings, *, seed: int
         "win_rate_matched": matched_rate.value if matched_rate else 0.5,
         "win_rate_matched_low": matched_rate.low if matched_rate else 0.0,
         "win_rate_matched_high": matched_rate.high if matched_rate else 1.0,
+        "win_rate_cut": cut_rate.value,
+        "win_rate_cut_low": cut_rate.low,
+        "win_rate_cut_high": cut_rate.high,
         "reward_win_rate": float(wins(ppo.rewards, sft.rewards).mean()),
         "kl": kl.value,
         "kl_low": kl.low,
         "kl_high": kl.high,
+        **{f"{role}_accuracy": value for role, value in accuracy.items()},
     }
     for name, side in (("sft", sft), ("ppo", ppo)):
         numbers |= {

@@ -57,7 +57,9 @@ def main(
         run.write_artifact(
             "model",
             model_path,
-            lambda draft: save_policy(models.actor.lm, rollout.tokenizer, history, draft, dtype=dtype),
+            lambda draft: save_policy(
+                models.actor.lm, rollout.tokenizer, history, trainer.validation, draft, dtype=dtype
+            ),
             kind="policy_model",
             parents={"sft_model": sft, "reward_model": reward, "prompts": asked},
             tokenizer_of=sft,

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from components.ppo.experience import Models
 from components.rlhf.config.ppo import PpoStage
+from components.rlhf.data.datasets import save_records
+from components.rlhf.data.records import ValidationSample
 from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.models.actor import Actor
 from components.rlhf.models.layers import share_trunk
@@ -60,13 +62,18 @@ def save_policy(
     lm: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     history: Sequence[Mapping[str, float]],
+    validation: Sequence[ValidationSample],
     folder: Path,
     *,
     dtype: torch.dtype,
 ) -> None:
-    """The trained actor as an ordinary model folder, with history.jsonl: one row of numbers an iteration."""
+    """The trained actor as an ordinary model folder, with how training went.
+
+    history.jsonl has one row of numbers an iteration, validation.jsonl each response of each look at the validation prompts.
+    """
     save_model(lm, tokenizer, folder, dtype=dtype)
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+    save_records(folder, "validation", validation)
 
 
 def with_own_head(lm: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from components.ppo.update import update
 from components.rlhf.checkpoints.folder import CheckpointFolder
 from components.rlhf.config.ppo import PpoStage
 from components.rlhf.data.batching import epoch_order
-from components.rlhf.data.records import Prompt
+from components.rlhf.data.records import Prompt, ValidationSample
 from components.rlhf.edges.progress import Progress
 from components.rlhf.edges.tracking import Tracker
 from components.rlhf.engine.plain import TorchEngine
@@ -54,12 +55,15 @@ class PpoTrainer:
         }
         self.kl_coef = self.ppo.kl_coef
         self.history: History = []
+        self.validation: list[ValidationSample] = []
         self.looks_without_gain = 0
         self.best_objective = float("-inf")
 
     def train(self, prompts: Sequence[Prompt], validation: Sequence[Prompt]) -> History:
         """Run every iteration that no checkpoint has; return one row of numbers per iteration."""
         first = self._restore() + 1
+        if first == 1 and self.ppo.eval_every and validation:
+            self.tracker.log(self._look(validation, 0), 0)  # what training starts from
         for iteration in range(first, self.ppo.num_iterations + 1):
             # Asked before the iteration, not after it: a run that was saved as it converged and then died stays converged.
             if self.ppo.patience and self.looks_without_gain >= self.ppo.patience:
@@ -67,7 +71,7 @@ class PpoTrainer:
                 break
             row = self._iterate(iteration, prompts)
             if self.ppo.eval_every and iteration % self.ppo.eval_every == 0 and validation:
-                row |= self._look(validation)
+                row |= self._look(validation, iteration)
             self.history.append(row)
             self.tracker.log({name: value for name, value in row.items() if name != "iteration"}, iteration)
             shown = {"score": row["score/mean"], "kl": row["kl/sequence"], "length": row["response/length"]}
@@ -125,11 +129,27 @@ class PpoTrainer:
             for position in range(start, start + size)
         ]
 
-    def _look(self, validation: Sequence[Prompt]) -> dict[str, float]:
+    def _look(self, validation: Sequence[Prompt], iteration: int) -> dict[str, float]:
         """Sample the validation prompts as they are; the objective is the mean score less its KL cost."""
         seeds = [VALIDATION_SEED + number for number in range(len(validation))]
         completions = self.rollout.generate(validation, self.ppo.rollout.sampling, seeds)
-        found = describe(make_experience(self.models, completions, self.ppo, self.distribution, kl_coef=0.0))
+        experience = make_experience(self.models, completions, self.ppo, self.distribution, kl_coef=0.0)
+        found = describe(experience)
+        self.validation += [
+            ValidationSample(
+                iteration=iteration,
+                num_rollouts=iteration * self.ppo.rollout.num_prompts * self.ppo.rollout.samples_per_prompt,
+                prompt=completion.prompt.prompt,
+                response=completion.response,
+                num_tokens=len(completion.response_ids),
+                truncated=completion.truncated,
+                score=score,
+                kl=kl,
+            )
+            for completion, score, kl in zip(
+                completions, experience.scores.tolist(), experience.kl.sum(dim=1).tolist(), strict=True
+            )
+        ]
         objective = found["score/mean"] - self.kl_coef * found["kl/sequence"]
         self.looks_without_gain = 0 if objective > self.best_objective else self.looks_without_gain + 1
         self.best_objective = max(objective, self.best_objective)
@@ -143,6 +163,7 @@ class PpoTrainer:
         state: dict[str, Any] = {
             "kl_coef": self.kl_coef,
             "history": self.history,
+            "validation": [asdict(sample) for sample in self.validation],
             "looks_without_gain": self.looks_without_gain,
             "best_objective": self.best_objective if self.history and self.best_objective > float("-inf") else None,
         }
@@ -154,6 +175,7 @@ class PpoTrainer:
         if state is None:
             return 0
         self.kl_coef, self.history = state["kl_coef"], state["history"]
+        self.validation = [ValidationSample(**sample) for sample in state["validation"]]
         self.looks_without_gain = state["looks_without_gain"]
         self.best_objective = float("-inf") if state["best_objective"] is None else state["best_objective"]
         self._sync()

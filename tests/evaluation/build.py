@@ -20,13 +20,15 @@ def comparison_of(
     ppo: list[float],
     *,
     kl: list[float] | None = None,
+    cut_sft: list[float] | None = None,
+    cut_ppo: list[float] | None = None,
     sft_ends: list[tuple[int, bool]] | None = None,
     ppo_ends: list[tuple[int, bool]] | None = None,
 ) -> Comparison:
-    """Judge's scores of both sides, one a prompt; ends are (number of tokens, truncated)."""
+    """Judge's scores of both sides, one a prompt (cut_*: of the cut answers); ends are (number of tokens, truncated)."""
     prompts = [Prompt(prompt=f"prompt {i}", id=f"heldout-{i}") for i in range(len(sft))]
 
-    def side(name: str, scores: list[float], ends: list[tuple[int, bool]] | None) -> Side:
+    def side(name: str, scores: list[float], cut: list[float] | None, ends: list[tuple[int, bool]] | None) -> Side:
         ends = ends or [(3, False)] * len(scores)
         return Side(
             completions=[
@@ -34,9 +36,13 @@ def comparison_of(
                 for i, (prompt, (length, truncated)) in enumerate(zip(prompts, ends, strict=True))
             ],
             judge_scores=scores,
+            cut_judge_scores=cut or scores,
             rewards=[score / 2 for score in scores],
         )
 
     return Comparison(
-        prompts=prompts, sft=side("sft", sft, sft_ends), ppo=side("ppo", ppo, ppo_ends), kl=kl or [1.0] * len(sft)
+        prompts=prompts,
+        sft=side("sft", sft, cut_sft, sft_ends),
+        ppo=side("ppo", ppo, cut_ppo, ppo_ends),
+        kl=kl or [1.0] * len(sft),
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components.evaluation.compare import Comparison, compare, sequence_kl
+from components.evaluation.compare import Comparison, compare, cut_to_equal_length, sequence_kl
 from components.rlhf.config.evaluation import EvaluationSettings, EvaluationStage, GateSettings
 from components.rlhf.config.model import ModelSettings, SamplingSettings
 from components.rlhf.data.records import Completion, Prompt, RatedText
@@ -64,6 +64,36 @@ def test_both_models_answer_every_prompt(folders: dict[str, Path]) -> None:
     assert ids(found.sft.completions) != ids(found.ppo.completions)
     judge = load_judge(folders["judge"])
     assert found.ppo.judge_scores == judge.score(found.ppo.completions).tolist()
+
+
+def test_cut_answers_are_judged_at_the_length_of_the_shorter_one(folders: dict[str, Path]) -> None:
+    found = run(folders, max_new_tokens=12, temperature=3.0)
+    judge, tokenizer = load_judge(folders["judge"]), AutoTokenizer.from_pretrained(folders["sft_model"])
+    stop = 0
+    for i, (a, b) in enumerate(zip(found.sft.completions, found.ppo.completions, strict=True)):
+        words = [[x for x in c.response_ids if x != stop] for c in (a, b)]  # a stop token stands only at the end
+        length = min(map(len, words))
+        for side, ids in ((found.sft, words[0]), (found.ppo, words[1])):
+            text = PROMPTS[i].prompt + tokenizer.decode(ids[:length])
+            assert side.cut_judge_scores[i] == pytest.approx(judge.score_texts([text]).item(), abs=1e-6)
+
+
+def test_cutting_leaves_the_stop_token_out_and_touches_nothing_else(folders: dict[str, Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folders["sft_model"])
+
+    def said(ids: list[int], *, truncated: bool) -> Completion:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        return Completion(
+            prompt=PROMPTS[0], prompt_ids=[5], response_ids=ids, response=text, logprobs=None, truncated=truncated
+        )
+
+    first = [said([7, 8, 9, 0], truncated=False), said([7, 8], truncated=True), said([0], truncated=False)]
+    second = [said([4, 5, 6, 7, 8], truncated=True), said([3, 0], truncated=False), said([4, 5], truncated=True)]
+    a, b = cut_to_equal_length(first, second, tokenizer)
+    assert ids(a) == [[7, 8, 9], [7], []]
+    assert ids(b) == [[4, 5, 6], [3], []]
+    assert [c.response for c in a] == [tokenizer.decode(x) for x in ([7, 8, 9], [7], [])]
+    assert ids(first) == [[7, 8, 9, 0], [7, 8], [0]]
 
 
 def test_rewards_are_in_the_reward_models_own_unit(folders: dict[str, Path]) -> None:

@@ -22,13 +22,20 @@ def many() -> Comparison:
 
 
 def numbers_of(comparison: Comparison) -> dict[str, float]:
-    return summarise(comparison, EvaluationSettings(num_bootstrap=200), seed=0)
+    return summarise(
+        comparison, EvaluationSettings(num_bootstrap=200), accuracy={"judge": 0.811, "reward_model": 0.722}, seed=0
+    )
 
 
-def page_of(comparison: Comparison) -> str:
+LOOKS = [
+    {"iteration": i, "num_rollouts": 64 * i, "reward": 0.1 * i, "judge_score": 0.2, "kl": 0.5 * i, "length": 9.0, "eos_rate": 0.5}
+    for i in (0.0, 4.0, 8.0)
+]  # fmt: skip
+
+
+def page_of(comparison: Comparison, training: list[dict[str, float]] = LOOKS) -> str:
     numbers = numbers_of(comparison)
-    verdict = decide(numbers, GateSettings())
-    return as_html(comparison, numbers, verdict, accuracy={"judge": 0.811, "reward_model": 0.722}, seed=0)
+    return as_html(comparison, numbers, decide(numbers, GateSettings()), training, seed=0)
 
 
 class TestSamples:
@@ -59,7 +66,9 @@ class TestSamples:
     def test_all_answers_are_kept_for_whoever_judges_again(self, tmp_path: Path) -> None:
         c = comparison_of([1.0, 2.0], [3.0, 0.5], kl=[0.25, 0.5], ppo_ends=[(3, False), (6, True)])
         numbers = numbers_of(c)
-        save_comparison(c, numbers, tmp_path)
+        save_comparison(c, numbers, LOOKS, tmp_path)
+        kept = (tmp_path / "training.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in kept] == LOOKS
         assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8")) == numbers
         rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
         assert rows[1] == {
@@ -106,7 +115,13 @@ class TestPage:
         text = " ".join(tags.text.split())
         assert "Rejected. win rate 0.4" in text
         assert "40 held-out prompts" in text
-        assert "agrees with people in 81.1%, the reward model in 72.2%" in text
+        assert "judge agrees with people (held-out pairs)81.1%" in text
+        assert "reward model agrees with people (held-out pairs)72.2%" in text
+
+    def test_shows_the_training_where_there_were_looks(self) -> None:
+        assert "Over the training" in page_of(many())
+        assert page_of(many()).count("<svg") == 2
+        assert "Over the training" not in page_of(many(), [])
 
     def test_what_models_say_is_text_and_never_markup(self) -> None:
         c = comparison_of([0.0], [1.0])

@@ -67,16 +67,20 @@ class TestSummarise:
             [0.0, 1.0, 2.0, 3.0],
             [1.0, 1.0, 1.0, 5.0],
             kl=[0.5, 1.5, 2.5, 3.5],
+            cut_sft=[0.0, 1.0, 2.0, 3.0],
+            cut_ppo=[1.0, 2.0, 2.0, 4.0],
             sft_ends=[(3, False), (5, False), (4, True), (4, True)],
             ppo_ends=[(3, False), (6, False), (4, True), (7, False)],
         )
-        found = summarise(c, SETTINGS, seed=0)
+        found = summarise(c, SETTINGS, accuracy={"judge": 0.75}, seed=0)
         expected = {
             "num_prompts": 4,
             "win_rate": (1 + 0.5 + 0 + 1) / 4,
             "num_matched": 2,  # the first and the third prompt
             "win_rate_matched": 0.5,
+            "win_rate_cut": (1 + 1 + 0.5 + 1) / 4,
             "reward_win_rate": 0.625,
+            "judge_accuracy": 0.75,
             "kl": 2.0,
             "judge_score_sft": 1.5,
             "judge_score_ppo": 2.0,
@@ -91,17 +95,19 @@ class TestSummarise:
         }
         assert {name: found[name] for name in expected} == pytest.approx(expected)
         assert found["win_rate_low"] <= found["win_rate"] <= found["win_rate_high"]
+        assert found["win_rate_cut_low"] <= 0.875 <= found["win_rate_cut_high"]
         assert found["kl_low"] <= 2.0 <= found["kl_high"]
+        assert "reward_model_accuracy" not in found  # it was not measured, and no number stands in for it
 
     def test_all_wins(self) -> None:
-        found = summarise(comparison_of([0.0] * 9, [1.0] * 9), SETTINGS, seed=0)
+        found = summarise(comparison_of([0.0] * 9, [1.0] * 9), SETTINGS, accuracy={}, seed=0)
         for name in ("win_rate", "win_rate_matched"):
             assert [found[name], found[f"{name}_low"], found[f"{name}_high"]] == [1.0, 1.0, 1.0]
         assert decide(found, GATE).decision == "promote"
 
     def test_against_itself_it_is_all_ties_and_never_promoted(self) -> None:
         scores = [0.3, -1.0, 2.0]
-        found = summarise(comparison_of(scores, scores, kl=[0.0] * 3), SETTINGS, seed=0)
+        found = summarise(comparison_of(scores, scores, kl=[0.0] * 3), SETTINGS, accuracy={}, seed=0)
         assert [found["win_rate"], found["win_rate_low"], found["win_rate_high"]] == [0.5, 0.5, 0.5]
         assert decide(found, GATE).decision == "reject"
 
@@ -111,11 +117,11 @@ class TestSummarise:
         c = comparison_of(
             [0.0] * size, [1.0] * size, sft_ends=[(3, False)] * size, ppo_ends=[(4, True)] * size, kl=[0.0] * size
         )
-        found = summarise(c, SETTINGS, seed=0)
+        found = summarise(c, SETTINGS, accuracy={}, seed=0)
         assert all(isinstance(value, int | float) and math.isfinite(value) for value in found.values()), found
         assert found["num_matched"] == 0
         assert [found[f"win_rate_matched{end}"] for end in ("", "_low", "_high")] == [0.5, 0.0, 1.0]
 
     def test_follows_from_its_seed(self) -> None:
         c = comparison_of([0.0, 1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 1.0, 1.0, 0.5])
-        assert summarise(c, SETTINGS, seed=1) == summarise(c, SETTINGS, seed=1)
+        assert summarise(c, SETTINGS, accuracy={}, seed=1) == summarise(c, SETTINGS, accuracy={}, seed=1)

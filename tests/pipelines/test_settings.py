@@ -34,10 +34,10 @@ def refusal(path: Path, *overrides: str) -> str:
 
 
 def test_the_shipped_params_are_valid_with_every_override_people_make() -> None:
-    params = load_params(MOVIES, ["ppo.num_iterations=4", "ppo.training.learning_rate=1e-5", "preset=mine"])
+    params = load_params(MOVIES, ["ppo.num_iterations=4", "ppo.training.learning_rate=1e-5"])
     assert params.ppo.num_iterations == 4
     assert params.ppo.training.learning_rate == 1e-5
-    assert params.preset == "mine"
+    assert params.preset == "quick"
     assert params.ppo.rollout.num_prompts == 64  # of the file
 
 
@@ -47,6 +47,71 @@ def test_an_override_of_one_section_does_not_reach_another_that_shares_its_ancho
     assert params.data.preferences.path == "pypi:vaderSentiment==3.3.2"
     assert params.data.demonstrations is not None
     assert params.data.demonstrations.format == "movie_ratings"
+
+
+class TestPresets:
+    TEXT = (
+        SMALLEST
+        + """
+ppo: {kl_coef: 0.2, rollout: {num_prompts: 64, sampling: {temperature: 0.7}}}
+preset: small
+presets:
+  small: {}
+  large:
+    ppo: {kl_coef: 0.1, rollout: {num_prompts: 32}}
+    sft: {max_steps: 9}
+"""
+    )
+
+    @pytest.fixture
+    def file(self, tmp_path: Path) -> Path:
+        path = tmp_path / "params.yaml"
+        path.write_text(self.TEXT, encoding="utf-8")
+        return path
+
+    def test_the_file_says_which_one_is_used(self, file: Path) -> None:
+        params = load_params(file)
+        assert (params.preset, params.ppo.kl_coef, params.ppo.rollout.num_prompts) == ("small", 0.2, 64)
+
+    def test_another_is_laid_over_the_file_key_by_key(self, file: Path) -> None:
+        params = load_params(file, ["preset=large"])
+        assert (params.preset, params.ppo.kl_coef, params.ppo.rollout.num_prompts) == ("large", 0.1, 32)
+        assert params.ppo.rollout.sampling.temperature == 0.7  # of the file, which the preset does not touch
+        assert params.sft.max_steps == 9  # of the preset, in a section that the file does not have
+
+    def test_other_overrides_come_after_it_wherever_they_stand(self, file: Path) -> None:
+        for overrides in (["ppo.kl_coef=0.5", "preset=large"], ["preset=large", "ppo.kl_coef=0.5"]):
+            params = load_params(file, overrides)
+            assert (params.ppo.kl_coef, params.ppo.rollout.num_prompts) == (0.5, 32)
+
+    def test_one_that_the_file_does_not_have_is_named_with_those_it_has(self, file: Path) -> None:
+        assert refusal(file, "preset=huge") == f"{file} has no preset 'huge'; presets there: small, large."
+
+    def test_a_file_with_presets_must_choose(self, file: Path) -> None:
+        file.write_text(self.TEXT.replace("preset: small\n", ""))
+        assert "has no preset None; presets there: small, large" in refusal(file)
+
+    @pytest.mark.parametrize("presets", ["presets: 3", "presets: [small]", "presets: {small: 3}"])
+    def test_presets_are_sections_by_name(self, file: Path, presets: str) -> None:
+        file.write_text(SMALLEST + f"preset: small\n{presets}\n")
+        assert "presets must map each name to the sections that it changes" in refusal(file)
+
+    def test_a_misspelt_key_in_one_is_named_like_any_other(self, file: Path) -> None:
+        file.write_text(self.TEXT.replace("{max_steps: 9}", "{max_step: 9}"))
+        assert "sft.max_step is not a parameter; did you mean sft.max_steps?" in refusal(file, "preset=large")
+
+    def test_without_presets_it_is_a_name(self, file: Path) -> None:
+        file.write_text(SMALLEST)
+        assert load_params(file, ["preset=mine"]).preset == "mine"
+
+    def test_what_is_dumped_runs_the_same_again(self, file: Path, tmp_path: Path) -> None:
+        params = load_params(file, ["preset=large"])
+        (tmp_path / "again.yaml").write_text(dump_yaml(params))
+        assert load_params(tmp_path / "again.yaml") == params
+
+    @pytest.mark.parametrize("name", ["quick", "full"])
+    def test_those_that_are_shipped_are_valid(self, name: str) -> None:
+        assert load_params(MOVIES, [f"preset={name}"]).preset == name
 
 
 @pytest.mark.parametrize(

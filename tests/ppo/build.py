@@ -32,7 +32,7 @@ Row = dict[str, float]
 class Recorder(NullTracker):
     """Keeps what was logged; may end the run like a lost node, before the given iteration is saved."""
 
-    def __init__(self, *, die_at: int = 0) -> None:
+    def __init__(self, *, die_at: int = -1) -> None:
         self.rows: dict[int, Row] = {}
         self.die_at = die_at
 
@@ -103,7 +103,7 @@ def trainer_of(
     *,
     reward: Callable[[list[int], list[int]], float] | None = None,
     checkpoints: CheckpointFolder | None = None,
-    die_at: int = 0,
+    die_at: int = -1,
 ) -> PpoTrainer:
     models, rollout = load(stage, sft, reward_model)
     if reward is not None:

@@ -203,32 +203,38 @@ class TestEnding:
         return trainer
 
     def test_after_so_many_looks_without_gain(self, tiny_model: Path, reward_model: Path) -> None:
-        trainer = self.looks(tiny_model, reward_model, [1.0, 3.0, 2.0, 4.0, 4.0, 3.75, 99.0])
+        trainer = self.looks(tiny_model, reward_model, [0.0, 1.0, 3.0, 2.0, 4.0, 4.0, 3.75, 99.0])
         history = trainer.train(PROMPTS, VALIDATION)
         assert [row["validation/objective"] for row in history] == [1.0, 3.0, 2.0, 4.0, 4.0, 3.75]
 
     def test_looks_are_as_rare_as_the_settings_say(self, tiny_model: Path, reward_model: Path) -> None:
-        trainer = self.looks(tiny_model, reward_model, [1.0, 0.5, 0.4, 99.0], eval_every=2)
+        trainer = self.looks(tiny_model, reward_model, [0.0, 1.0, 0.5, 0.4, 99.0], eval_every=2)
         history = trainer.train(PROMPTS, VALIDATION)
         assert len(history) == 6
         assert ["validation/objective" in row for row in history] == [False, True] * 3
 
     def test_never_without_patience(self, tiny_model: Path, reward_model: Path) -> None:
-        trainer = self.looks(tiny_model, reward_model, [3.0, 2.0, 1.0, 0.0], patience=0, num_iterations=4)
+        trainer = self.looks(tiny_model, reward_model, [4.0, 3.0, 2.0, 1.0, 0.0], patience=0, num_iterations=4)
         assert len(trainer.train(PROMPTS, VALIDATION)) == 4
 
     def test_a_run_that_died_as_it_converged_stays_converged(
         self, tiny_model: Path, reward_model: Path, tmp_path: Path
     ) -> None:
-        scores = [1.0, 0.5, 0.4, 99.0]
+        scores = [0.0, 1.0, 0.5, 0.4, 99.0]
         first = self.looks(tiny_model, reward_model, scores)
         first.checkpoints = saving(tmp_path)
         history = first.train(PROMPTS, VALIDATION)  # and dies before its artifact is written
         assert len(history) == 3
-        again = self.looks(tiny_model, reward_model, scores[3:])
+        again = self.looks(tiny_model, reward_model, scores[4:])
         again.checkpoints = saving(tmp_path)
         assert again.train(PROMPTS, VALIDATION) == history
         assert largest_gap(weights(again), weights(first)) == 0.0
+
+    def test_a_model_that_never_gets_better_than_it_started_has_converged(
+        self, tiny_model: Path, reward_model: Path
+    ) -> None:
+        trainer = self.looks(tiny_model, reward_model, [5.0, 1.0, 2.0, 99.0])
+        assert len(trainer.train(PROMPTS, VALIDATION)) == 2
 
     def test_the_objective_is_the_score_less_its_kl_cost(self, tiny_model: Path, reward_model: Path) -> None:
         history = trainer_of(stage_of(kl_coef=0.7, eval_every=1), tiny_model, reward_model).train(PROMPTS, VALIDATION)
@@ -242,6 +248,49 @@ class TestEnding:
         rows = trainer_of(stage, tiny_model, reward_model).train(PROMPTS, VALIDATION)
         looks = [{name: value for name, value in row.items() if name.startswith("validation/")} for row in rows]
         assert looks[0] == pytest.approx(looks[1], abs=1e-4)
+
+
+class TestLooks:
+    """What a run says to its validation prompts is kept, so that a judge can look at the training afterwards."""
+
+    def test_keep_every_response_from_before_the_first_update_on(self, tiny_model: Path, reward_model: Path) -> None:
+        trainer = trainer_of(stage_of(num_iterations=4, eval_every=2), tiny_model, reward_model)
+        history = trainer.train(PROMPTS, VALIDATION)
+        size = len(VALIDATION)
+        assert [s.iteration for s in trainer.validation] == [0] * size + [2] * size + [4] * size
+        batch = trainer.ppo.rollout.num_prompts
+        assert [s.num_rollouts for s in trainer.validation[::size]] == [0, 2 * batch, 4 * batch]
+        assert [s.prompt for s in trainer.validation[:size]] == [p.prompt for p in VALIDATION]
+        assert [s.kl for s in trainer.validation[:size]] == [0.0] * size  # the fine-tuned model itself
+        last = trainer.validation[-size:]
+        row = history[-1]
+        assert sum(s.score for s in last) / size == pytest.approx(row["validation/score/mean"], abs=1e-5)
+        assert sum(s.kl for s in last) / size == pytest.approx(row["validation/kl/sequence"], abs=1e-5)
+        assert sum(s.num_tokens for s in last) / size == pytest.approx(row["validation/response/length"])
+        assert sum(not s.truncated for s in last) / size == pytest.approx(row["validation/response/eos_rate"])
+
+    def test_the_first_is_tracked_at_step_0(self, tiny_model: Path, reward_model: Path) -> None:
+        trainer = trainer_of(stage_of(eval_every=1), tiny_model, reward_model)
+        trainer.train(PROMPTS, VALIDATION)
+        assert trainer.tracker.rows[0]["validation/kl/sequence"] == 0.0
+
+    def test_without_looks_nothing_is_kept(self, tiny_model: Path, reward_model: Path) -> None:
+        trainer = trainer_of(stage_of(), tiny_model, reward_model)
+        trainer.train(PROMPTS, VALIDATION)
+        assert trainer.validation == []
+        assert 0 not in trainer.tracker.rows
+
+    def test_survive_a_death(self, tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
+        whole = trainer_of(stage_of(num_iterations=3, eval_every=1), tiny_model, reward_model)
+        whole.train(PROMPTS, VALIDATION)
+        first = trainer_of(stage_of(num_iterations=3, eval_every=1), tiny_model, reward_model)
+        first.checkpoints = saving(tmp_path)
+        first.ppo = first.ppo.model_copy(update={"num_iterations": 2})
+        first.train(PROMPTS, VALIDATION)
+        again = trainer_of(stage_of(num_iterations=3, eval_every=1), tiny_model, reward_model)
+        again.checkpoints = saving(tmp_path)
+        again.train(PROMPTS, VALIDATION)
+        assert again.validation == whole.validation
 
 
 def follow(trainer: PpoTrainer, scores: list[float]) -> None:

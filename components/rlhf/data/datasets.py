@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText
+from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText, ValidationSample
 from components.rlhf.errors import InputError
 
-R = TypeVar("R", Demonstration, PreferencePair, Prompt, RatedText)
+R = TypeVar("R", Demonstration, PreferencePair, Prompt, RatedText, ValidationSample)
 HEADER = "dataset.json"
 
 
@@ -23,11 +23,20 @@ def save_dataset(
     """Write each split as SPLIT.jsonl, and the header."""
     sizes = {}
     for split, records in splits.items():
-        lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records]
-        (directory / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-        sizes[split] = len(lines)
+        sizes[split] = save_records(directory, split, records)
     header = {"max_tokens": max_tokens, "sizes": sizes, "counts": dict(counts)}
     (directory / HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+
+
+def save_records(
+    directory: Path,
+    split: str,
+    records: Iterable[Demonstration | PreferencePair | Prompt | RatedText | ValidationSample],
+) -> int:
+    """Write SPLIT.jsonl; return how many records it has."""
+    lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records]
+    (directory / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return len(lines)
 
 
 def load_records(directory: Path, split: str, record: type[R]) -> list[R]:

@@ -53,3 +53,17 @@ class Completion:
     response: str  # the text, without special tokens
     logprobs: Tensor | None  # [T] of the engine that sampled, fp32; None for texts that people wrote
     truncated: bool  # reached max_new_tokens without a stop token
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSample:
+    """One response that a policy in training gave to a validation prompt, so that others can judge how training went."""
+
+    iteration: int  # 0 is before the first update
+    num_rollouts: int  # responses that were trained on until then
+    prompt: str
+    response: str
+    num_tokens: int
+    truncated: bool
+    score: float  # the reward model's, as PPO sees it
+    kl: float  # log-ratio to the reference, summed over the response: nats

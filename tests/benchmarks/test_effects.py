@@ -1,0 +1,47 @@
+"""Which stages a changed setting starts again: all that its settings reach, and nothing before."""
+
+import pytest
+
+from benchmarks.effects import CHANGES, WIRES, stages_to_run
+from pipelines.compile import stage_names
+from tests.pipelines.test_settings import MOVIES, load_params
+
+ALL = ["prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "stages"),
+    [
+        ("ppo.kl_coef=0.3", ["ppo", "evaluation"]),
+        ("reward_model.max_steps=3", ["reward_model", "ppo", "evaluation"]),
+        ("sft.max_steps=3", ["sft", "reward_model", "ppo", "evaluation"]),
+        ("judge.regularisation=2", ["judge", "evaluation"]),
+        ("evaluation.num_bootstrap=10", ["evaluation"]),
+        ("data.min_rating_gap=2", ALL),
+        ("ppo.rollout.sampling.temperature=0.5", ["reward_model", "ppo", "evaluation"]),  # it is calibrated on samples
+        ("tracking.experiment=other", []),
+    ],
+)
+def test_stages_to_run(setting: str, stages: list[str]) -> None:
+    assert stages_to_run(load_params(MOVIES), load_params(MOVIES, [setting])) == stages
+
+
+@pytest.mark.parametrize("preset", CHANGES)
+def test_every_change_is_valid_and_changes_something(preset: str) -> None:
+    before = load_params(MOVIES, [f"preset={preset}"])
+    for name, settings in CHANGES[preset].items():
+        after = load_params(MOVIES, [f"preset={preset}", *settings])
+        assert stages_to_run(before, after), name
+
+
+@pytest.mark.parametrize("stage", WIRES)
+def test_the_wires_are_those_of_the_components(stage: str) -> None:
+    """What a stage reads and writes here is what its component declares."""
+    import importlib
+
+    component = getattr(importlib.import_module(f"components.{stage}.component"), stage).component_spec
+    inputs, outputs = WIRES[stage]
+    artifacts = {name.replace("_", "-") for name, spec in component.inputs.items() if spec.type != "String"}
+    assert stage in stage_names()
+    assert set(inputs) == artifacts
+    assert set(outputs) == {name.replace("_", "-") for name in component.outputs}

@@ -1,0 +1,150 @@
+"""The study's bookkeeping and its tables, on rows made by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import benchmarks.record
+import benchmarks.study as study
+import benchmarks.study_report as report
+from benchmarks.record import append, rewrite, rows_of
+from benchmarks.study import Run, chosen_samples, planned
+
+
+def row(arm: str, seed: int = 0, **changes: float) -> dict[str, Any]:
+    numbers = {
+        "num_prompts": 512, "win_rate": 0.75, "win_rate_low": 0.7, "win_rate_high": 0.8,
+        "num_matched": 40, "win_rate_matched": 0.6, "win_rate_matched_low": 0.5, "win_rate_matched_high": 0.7,
+        "win_rate_cut": 0.72, "win_rate_cut_low": 0.66, "win_rate_cut_high": 0.78, "kl": 4.0,
+        "judge_score_sft": 0.1, "judge_score_ppo": 0.85, "reward_sft": 0.0, "reward_ppo": 1.25,
+        "distinct2_sft": 0.8, "distinct2_ppo": 0.72, "length_sft": 16.0, "length_ppo": 12.5,
+        "eos_rate_sft": 0.9, "eos_rate_ppo": 0.8, "judge_accuracy": 0.75, "reward_model_accuracy": 0.8,
+    }  # fmt: skip
+    gib = changes.pop("gib", 2.5)
+    seconds = changes.pop("seconds", 330.0)
+    looks = [
+        {"iteration": i, "num_rollouts": 64 * i, "reward": 0.1 * i, "judge_score": 0.1, "kl": 0.5 * i, "length": 9, "eos_rate": 0.9}
+        for i in (0, 4)
+    ]  # fmt: skip
+    return {
+        "arm": arm,
+        "seed": seed,
+        "seconds": seconds,
+        "machine": "a machine",
+        "promoted": True,
+        "stages": {"sft": {"peak_memory_bytes": 2**30}, "ppo": {"peak_memory_bytes": gib * 2**30}},
+        "evaluation_all": numbers | changes,
+        "training": looks,
+        "samples": {"At random": [{"prompt": "A | B", "sft": "is\nso", "ppo": "was", "gain": 0.5}]},
+    }
+
+
+class TestWhatTheQuickPresetIsHeldTo:
+    @pytest.mark.parametrize(
+        ("change", "kept"),
+        [
+            ({}, True),
+            ({"win_rate_low": 0.601}, True),
+            ({"win_rate_low": 0.6}, False),
+            ({"kl": 6.0}, True),
+            ({"kl": 6.01}, False),
+            ({"distinct2_ppo": 0.68}, True),  # 85% of 0.8
+            ({"distinct2_ppo": 0.679}, False),
+            ({"gib": 3.0}, True),
+            ({"gib": 3.01}, False),
+        ],
+    )
+    def test_at_the_borders(self, change: dict[str, float], kept: bool) -> None:
+        assert report.met(row("quick", **change)) is kept
+
+    def test_a_miss_is_shown_as_a_miss(self) -> None:
+        rows = [row("quick", 0), row("quick", 1, kl=7.0), row("full", 0), row("full", 1, win_rate_low=0.55)]
+        text = report.held_to(rows)
+        assert "**kept on 1 of 2**" in text
+        assert "Of full, the interval above 0.6: **1 of 2**" in text
+        assert "reached on 1 of 2; 6 minutes, on 2 of 2" in text
+
+
+def test_a_line_an_arm_has_the_mean_the_range_and_the_lowest_interval() -> None:
+    rows = [row("quick", 0), row("quick", 1, win_rate=0.65, win_rate_low=0.61, win_rate_high=0.69, seconds=390.0)]
+    (line,) = (line for line in report.by_arm(rows).splitlines() if line.startswith("| quick"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == [
+        "quick", "2", "0.700 (0.650 to 0.750)", "[0.610, 0.690]", "0.720 (0.720 to 0.720)", "4.00 (4.00 to 4.00)",
+        "90% (90% to 90%)", "90% to 80%", "6:00 (5:30 to 6:30)", "2.5 GiB", "promotes 2 of 2",
+    ]  # fmt: skip
+
+
+def test_a_line_a_run_has_all_its_numbers() -> None:
+    (line,) = (line for line in report.by_seed([row("full", 2)]).splitlines() if line.startswith("| full"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == [
+        "full", "2", "0.750 [0.700, 0.800]", "0.600 [0.500, 0.700] of 40", "0.720 [0.660, 0.780]", "4.00", "+0.75", "+1.25",
+        "0.800, 0.720", "16.0, 12.5", "90%, 80%", "5:30", "2.5 GiB", "promoted",
+    ]  # fmt: skip
+
+
+def test_what_models_say_does_not_break_the_table() -> None:
+    assert "| A \\| B | is so | was | +0.50 |" in report.samples(row("quick"))
+
+
+def test_the_plot_shows_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "PLOT", tmp_path / "plot.svg")
+    rows = [row("quick", 0), row("quick", 1), row("full"), row("small KL")]
+    report.plot(rows)
+    first = report.PLOT.read_bytes()
+    report.plot(rows)
+    assert report.PLOT.read_bytes() == first  # so that a commit shows a change of numbers and of nothing else
+    for arm in ("quick", "full", "small KL"):
+        assert report.COLOURS[arm].encode() in first
+
+
+class TestBookkeeping:
+    def test_every_arm_on_every_seed_and_the_one_to_be_rejected_once(self) -> None:
+        found = [(run.arm.name, run.seed) for run in planned(2)]
+        assert found == [("quick", 0), ("quick", 1), ("full", 0), ("full", 1), ("small KL", 0)]
+
+    def test_a_run_is_done_when_a_row_has_its_very_settings(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(study, "ROWS", tmp_path / "rows.jsonl")
+        first, second = (Run(study.ARMS[0], seed) for seed in (0, 1))
+        digest = benchmarks.record.digest_of(first.params)
+        append(study.ROWS, {"arm": "quick", "seed": 1, "settings_digest": digest})  # of another seed: not this run
+        assert first.row() is None
+        append(study.ROWS, {"arm": "quick", "seed": 0, "settings_digest": "of settings that have changed since"})
+        assert first.row() is None
+        done = {"arm": "quick", "seed": 0, "settings_digest": digest, "seconds": 1.0}
+        append(study.ROWS, done)
+        assert first.row() == done
+        assert second.row() is None
+        assert len(rows_of(study.ROWS)) == 3  # rows of other settings stay: they were measured
+
+    def test_samples_are_those_of_the_runs_own_report(self, tmp_path: Path) -> None:
+        gains = [float((7 * i) % 30) for i in range(30)]
+        lines = [
+            {"prompt": f"p{i}", "sft": {"response": "s", "judge_score": 1.0}, "ppo": {"response": "o", "judge_score": 1.0 + g}}
+            for i, g in enumerate(gains)
+        ]  # fmt: skip
+        path = tmp_path / "samples.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        found = chosen_samples(path, 0)
+        assert [len(pairs) for pairs in found.values()] == [5, 5, 10]
+        assert [pair["gain"] for pair in found["Largest gains"]] == [29, 28, 27, 26, 25]
+        assert found["Largest losses"][0] == {"prompt": "p0", "sft": "s", "ppo": "o", "gain": 0.0}
+
+
+class TestRewrite:
+    def test_changes_what_stands_between_the_marks(self, tmp_path: Path) -> None:
+        page = tmp_path / "page.md"
+        page.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n")
+        rewrite(page, "x", "new\\1")
+        assert page.read_text() == "a\n<!-- x -->\nnew\\1\n<!-- /x -->\nb\n"
+
+    def test_says_when_there_is_no_place_for_it(self, tmp_path: Path) -> None:
+        page = tmp_path / "page.md"
+        page.write_text("nothing")
+        with pytest.raises(SystemExit, match="has 0 places for x"):
+            rewrite(page, "x", "new")
