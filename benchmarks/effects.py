@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from benchmarks.record import ROOT, append, digest_of, machine, rows_of
+from benchmarks.record import ROOT, append, digest_of, machine, rewrite, rows_of
 from components.rlhf.artifacts.revision import code_revision
 from components.rlhf.config.params import Params
 from pipelines.runner import RunLog, StageRecord, run_process
@@ -20,6 +20,8 @@ from pipelines.settings import load_params, settings_of_stage
 from pipelines.summary import find_output
 
 ROWS = ROOT / "benchmarks" / "movie_effects.jsonl"
+LOG = ROOT / "benchmarks" / "LOG.md"
+AS_IT_IS = "as it is"
 CHANGES: dict[str, dict[str, list[str]]] = {
     "quick": {
         "no warm-up": ["ppo.training.warmup_fraction=0"],
@@ -134,6 +136,27 @@ def measure(run: Path, params: Params, stages: list[str], folder: Path) -> dict[
     }
 
 
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """One line a change, the run as it is first."""
+    lines = [
+        "| change | settings | judge prefers PPO | at equal length | KL | reward's gain | distinct-2 of SFT's | ends by itself, SFT to PPO "
+        "| clipped in iteration 1 | seconds of PPO |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in sorted(rows, key=lambda row: row["change"] != AS_IT_IS):
+        n, history = row["evaluation"], row["history"]
+        seconds = sum(
+            value for iteration in history for name, value in iteration.items() if name.startswith("seconds/")
+        )
+        lines.append(
+            f"| {row['change']} | {', '.join(f'`{setting}`' for setting in row['settings'])} "
+            f"| {n['win_rate']:.3f} [{n['win_rate_low']:.3f}, {n['win_rate_high']:.3f}] | {n['win_rate_cut']:.3f} | {n['kl']:.2f} "
+            f"| {n['reward_ppo'] - n['reward_sft']:+.2f} | {n['distinct2_ppo'] / n['distinct2_sft']:.0%} "
+            f"| {n['eos_rate_sft']:.0%} to {n['eos_rate_ppo']:.0%} | {history[0]['actor/clip_fraction']:.1%} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 @click.command(help=__doc__)
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("names", nargs=-1)
@@ -141,10 +164,10 @@ def measure(run: Path, params: Params, stages: list[str], folder: Path) -> dict[
 def main(run: Path, names: tuple[str, ...], out: Path) -> None:
     before = load_params(run / "params.yaml")
     changes = CHANGES.get(before.preset, {})
-    unknown = [name for name in names if name not in changes]
+    unknown = [name for name in names if name not in (AS_IT_IS, *changes)]
     if unknown:
         sys.exit(f"no change is called {unknown[0]!r}; preset {before.preset} has: {', '.join(changes) or 'none'}")
-    for name in names or ("as it is", *changes):
+    for name in names or (AS_IT_IS, *changes):
         overrides = changes.get(name, [])
         params = load_params(run / "params.yaml", overrides)
         key = {"change": name, "preset": params.preset, "seed": params.seed, "settings_digest": digest_of(params)}
@@ -154,6 +177,7 @@ def main(run: Path, names: tuple[str, ...], out: Path) -> None:
         stages = stages_to_run(before, params)
         found = measure(run, params, stages, out / f"{params.preset}-{params.seed}-{name.replace(' ', '-')}")
         append(ROWS, key | {"settings": overrides, "revision": code_revision(), "machine": machine()} | found)
+    rewrite(LOG, before.preset, as_table([row for row in rows_of(ROWS) if row["preset"] == before.preset]))
 
 
 if __name__ == "__main__":

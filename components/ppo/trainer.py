@@ -13,6 +13,7 @@ from components.rlhf.checkpoints.folder import CheckpointFolder
 from components.rlhf.config.ppo import PpoStage
 from components.rlhf.data.batching import epoch_order
 from components.rlhf.data.records import Prompt, ValidationSample
+from components.rlhf.edges.process import give_back_memory
 from components.rlhf.edges.progress import Progress
 from components.rlhf.edges.tracking import Tracker
 from components.rlhf.engine.plain import TorchEngine
@@ -53,6 +54,7 @@ class PpoTrainer:
             "actor": TorchEngine(models.actor, training, num_steps=steps),
             "critic": TorchEngine(models.critic, training, num_steps=steps, learning_rate=critic.learning_rate),
         }
+        self.lengths_differ = sampling.min_new_tokens < sampling.max_new_tokens  # of responses, from rollout to rollout
         self.kl_coef = self.ppo.kl_coef
         self.history: History = []
         self.validation: list[ValidationSample] = []
@@ -70,6 +72,8 @@ class PpoTrainer:
                 self.progress.say(f"converged: no gain in {self.ppo.patience} looks at the validation prompts")
                 break
             row = self._iterate(iteration, prompts)
+            if self.lengths_differ:
+                give_back_memory()
             if self.ppo.eval_every and iteration % self.ppo.eval_every == 0 and validation:
                 row |= self._look(validation, iteration)
             self.history.append(row)

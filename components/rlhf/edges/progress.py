@@ -11,7 +11,9 @@ class Progress:
     def __init__(self, stage: str, *, every_seconds: float = 5.0) -> None:
         self.stage = stage
         self.every_seconds = every_seconds
-        self._first: tuple[int, float] | None = None  # step and time of the first call
+        self._first: tuple[str, int, float] | None = (
+            None  # unit, step and time of the first call of what is counted now
+        )
         self._shown = float("-inf")
 
     def say(self, text: str) -> None:
@@ -21,12 +23,12 @@ class Progress:
     def step(self, step: int, total: int, metrics: Mapping[str, float], unit: str = "step") -> None:
         """step of total steps is done (from 1)."""
         now = time.monotonic()
-        if self._first is None:
-            self._first = (step, now)
+        if self._first is None or self._first[0] != unit:
+            self._first = (unit, step, now)
         if now - self._shown < self.every_seconds and step < total:
             return
         self._shown = now
-        first_step, first_time = self._first
+        _, first_step, first_time = self._first
         values = [f"{name} {value:.4g}" for name, value in metrics.items()]
         if step > first_step:  # the first step also pays for loading, and after a resume it is not number 1
             values.append(f"{clock((now - first_time) / (step - first_step) * (total - step))} left")

@@ -22,8 +22,25 @@ def test_keeping_freed_memory_harms_nobody() -> None:
     assert start(code).wait() == 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library is glibc on most Linux")
+def test_memory_that_is_free_between_blocks_in_use_is_given_back() -> None:
+    code = """
+import os
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+keep_freed_memory()
+blocks = [bytearray(b"x" * 2**20) for _ in range(200)]
+del blocks[:-1]  # the last one keeps the heap from shrinking
+before = resident()
+give_back_memory()
+print(before - resident())
+"""
+    process = start(code)
+    assert process.stdout is not None
+    assert int(process.stdout.read()) > 150 * 2**20
+
+
 def test_other_c_libraries_are_left_alone() -> None:
-    code = "platform.libc_ver = lambda: ('', ''); ctypes.CDLL = None; keep_freed_memory()"
+    code = "platform.libc_ver = lambda: ('', ''); ctypes.CDLL = None; keep_freed_memory(); give_back_memory()"
     assert start(code).wait() == 0
 
 

@@ -64,3 +64,16 @@ def test_after_a_resume_the_time_left_counts_what_was_done_since(
 )
 def test_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text
+
+
+def test_another_count_in_the_same_stage_has_an_estimate_of_its_own(
+    at: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = Progress("evaluation", every_seconds=5)
+    for seconds, step in ((0, 10), (60, 20)):
+        at(seconds)
+        progress.step(step, 20, {}, unit="first model answered")
+    for seconds, step in ((100, 10), (110, 15)):
+        at(seconds)
+        progress.step(step, 20, {}, unit="second model answered")
+    assert capsys.readouterr().err.splitlines()[-1] == "[evaluation] second model answered 15/20  0:10 left"
