@@ -40,8 +40,8 @@ class Arm:
 
 ARMS = (
     Arm("quick", ("preset=quick",)),
+    Arm("small KL", ("preset=quick", "ppo.kl_coef=0.001", "ppo.num_iterations=24", "ppo.eval_every=4"), num_seeds=1),
     Arm("full", ("preset=full",)),
-    Arm("small KL", ("preset=quick", "ppo.kl_coef=0.001", "ppo.num_iterations=30"), num_seeds=1),
 )
 
 

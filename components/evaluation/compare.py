@@ -15,6 +15,7 @@ from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.edges.progress import Progress
 from components.rlhf.maths.kl import estimate_kl
 from components.rlhf.models.actor import Actor, Distribution
+from components.rlhf.models.layers import share_trunk
 from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, normalisation_of, stop_ids_of
 from components.rlhf.models.precision import compute_dtype, default_device
 from components.rlhf.models.scalar import ScalarModel
@@ -71,7 +72,10 @@ def compare(
     distribution = Distribution(
         temperature=stage.sampling.temperature, min_new_tokens=stage.sampling.min_new_tokens, stop_ids=stop_ids
     )
-    actors = {name: Actor(lm, num_frozen_layers=0, dtype=dtype) for name, lm in lms.items()}
+    frozen = stage.model.num_frozen_layers
+    if not share_trunk(lms["fine-tuned"], [lms["PPO"]], frozen):
+        frozen = 0
+    actors = {name: Actor(lm, num_frozen_layers=frozen, dtype=dtype) for name, lm in lms.items()}
     kl = sequence_kl(actors["PPO"], actors["fine-tuned"], answers["PPO"], distribution, device)
     mean, std = normalisation_of(reward_model)
     lm = load_scalar_lm(reward_model, num_frozen_layers=0, dtype=dtype, trainable=False).to(device)
@@ -119,13 +123,17 @@ def cut_to_equal_length(
 def sequence_kl(
     actor: Actor, reference: Actor, completions: Sequence[Completion], distribution: Distribution, device: torch.device
 ) -> list[float]:
-    """log pi(response) - log ref(response) of responses that pi sampled: its mean is an unbiased estimate of the KL."""
+    """log pi(response) - log ref(response) of responses that pi sampled: its mean is an unbiased estimate of the KL.
+
+    Frozen layers, where the two have any, are the same in both and computed once.
+    """
     sums: Tensor = torch.zeros(len(completions))
     lengths = [len(c.prompt_ids) + len(c.response_ids) for c in completions]
     for group in split_by_tokens(lengths, MICROBATCH_TOKENS):
         rows = [completions[i] for i in group]
         batch = collate([c.prompt_ids for c in rows], [c.response_ids for c in rows]).to(device)
-        ours, _ = actor(batch, distribution)
-        theirs, _ = reference(batch, distribution)
+        states = reference.trunk(batch)
+        ours, _ = actor(batch, distribution, states)
+        theirs, _ = reference(batch, distribution, states)
         sums[group] = estimate_kl(ours, theirs, batch.response_mask, "k1").sum(dim=1).cpu()
     return [float(x) for x in sums]
