@@ -30,6 +30,11 @@ CHANGES: dict[str, dict[str, list[str]]] = {
         "KL coefficient 0.10": ["ppo.kl_coef=0.10"],
         "KL coefficient 0.25": ["ppo.kl_coef=0.25"],
         "far too small a KL coefficient": ["ppo.kl_coef=0.001", "ppo.num_iterations=45"],
+        "the same with a reward model of 10 steps": [
+            "reward_model.max_steps=10",
+            "ppo.kl_coef=0.001",
+            "ppo.num_iterations=30",
+        ],
         "adaptive KL, target 4": ["ppo.kl_target=4", "ppo.kl_horizon=500"],
         "critic trains its layers": ["ppo.critic.trains=layers", "ppo.critic.learning_rate=1e-4"],
         "half the rollout batch": ["ppo.rollout.num_prompts=32", "ppo.minibatch=16"],
@@ -167,17 +172,18 @@ def main(run: Path, names: tuple[str, ...], out: Path) -> None:
     unknown = [name for name in names if name not in (AS_IT_IS, *changes)]
     if unknown:
         sys.exit(f"no change is called {unknown[0]!r}; preset {before.preset} has: {', '.join(changes) or 'none'}")
+    same_run = {"preset": before.preset, "seed": before.seed, "base_digest": digest_of(before)}
     for name in names or (AS_IT_IS, *changes):
         overrides = changes.get(name, [])
         params = load_params(run / "params.yaml", overrides)
-        key = {"change": name, "preset": params.preset, "seed": params.seed, "settings_digest": digest_of(params)}
+        key = same_run | {"change": name, "settings_digest": digest_of(params)}
         if any(key.items() <= row.items() for row in rows_of(ROWS)):
             print(f"{name}: measured already")
             continue
         stages = stages_to_run(before, params)
         found = measure(run, params, stages, out / f"{params.preset}-{params.seed}-{name.replace(' ', '-')}")
         append(ROWS, key | {"settings": overrides, "revision": code_revision(), "machine": machine()} | found)
-    rewrite(LOG, before.preset, as_table([row for row in rows_of(ROWS) if row["preset"] == before.preset]))
+    rewrite(LOG, before.preset, as_table([row for row in rows_of(ROWS) if same_run.items() <= row.items()]))
 
 
 if __name__ == "__main__":

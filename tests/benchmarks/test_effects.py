@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.effects import CHANGES, WIRES, stages_to_run
+from benchmarks.effects import CHANGES, WIRES, as_table, stages_to_run
 from pipelines.compile import stage_names
 from tests.pipelines.test_settings import MOVIES, load_params
 
@@ -45,3 +45,23 @@ def test_the_wires_are_those_of_the_components(stage: str) -> None:
     assert stage in stage_names()
     assert set(inputs) == artifacts
     assert set(outputs) == {name.replace("_", "-") for name in component.outputs}
+
+
+def test_a_line_a_change_with_the_run_as_it_is_on_top() -> None:
+    numbers = {
+        "win_rate": 0.75, "win_rate_low": 0.7, "win_rate_high": 0.8, "win_rate_cut": 0.72, "kl": 4.0, "reward_sft": 0.5,
+        "reward_ppo": 1.75, "distinct2_sft": 0.8, "distinct2_ppo": 0.6, "eos_rate_sft": 0.9, "eos_rate_ppo": 0.8,
+    }  # fmt: skip
+    history = [
+        {"actor/clip_fraction": 0.125, "seconds/generate": 1.5, "seconds/update": 2.0},
+        {"actor/clip_fraction": 0.5, "seconds/generate": 3.0, "seconds/update": 4.0},
+    ]
+    rows = [
+        {"change": "hotter", "settings": ["a.b=1", "c=2"], "evaluation": numbers, "history": history},
+        {"change": "as it is", "settings": [], "evaluation": numbers, "history": history},
+    ]
+    first, second = as_table(rows).splitlines()[2:]
+    assert first.startswith("| as it is |  |")
+    assert second == (
+        "| hotter | `a.b=1`, `c=2` | 0.750 [0.700, 0.800] | 0.720 | 4.00 | +1.25 | 75% | 90% to 80% | 12.5% | 10 |"
+    )

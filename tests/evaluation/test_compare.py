@@ -40,9 +40,9 @@ def folders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     }
 
 
-def run(folders: dict[str, Path], *, seed: int = 0, **sampling: Any) -> Comparison:
+def run(folders: dict[str, Path], *, seed: int = 0, frozen: int = 0, **sampling: Any) -> Comparison:
     stage = EvaluationStage(
-        model=ModelSettings(precision="fp32"),
+        model=ModelSettings(precision="fp32", num_frozen_layers=frozen),
         evaluation=EvaluationSettings(),
         sampling=SamplingSettings(**({"max_new_tokens": 5, "batch_size": 4} | sampling)),
         gate=GateSettings(),
@@ -137,6 +137,27 @@ def test_the_kl_is_that_of_the_sampling_distribution(folders: dict[str, Path]) -
             logprobs = torch.log_softmax(logits / 0.5, dim=-1)
             sums.append(sum(logprobs[len(c.prompt_ids) - 1 + t, x].item() for t, x in enumerate(c.response_ids)))
         assert kl == pytest.approx(sums[0] - sums[1], abs=1e-3)
+
+
+def test_frozen_layers_are_computed_once_and_change_nothing(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy whose two lowest layers are the fine-tuned model's: the KL by the shared path is that of the plain one."""
+    trained = AutoModelForCausalLM.from_pretrained(folders["sft_model"])
+    with torch.no_grad():
+        for parameter in trained.model.layers[2:].parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    save_model(trained, AutoTokenizer.from_pretrained(folders["sft_model"]), tmp_path / "policy", dtype=FP32)
+    near = folders | {"policy": tmp_path / "policy"}
+    trunks: list[Actor] = []
+    plain_trunk = Actor.trunk
+    monkeypatch.setattr(Actor, "trunk", lambda self, batch: trunks.append(self) or plain_trunk(self, batch))
+    plain, shared, not_shared = run(near), run(near, frozen=2), run(folders, frozen=2)
+    assert shared.kl == pytest.approx(plain.kl, abs=1e-4)
+    assert min(map(abs, plain.kl)) > 1e-3  # there is something to be equal to
+    assert not_shared.kl == pytest.approx(run(folders).kl, abs=1e-4)  # layers that differ are each model's own
+    with_frozen = [actor for actor in trunks if actor.num_frozen_layers]
+    assert len(with_frozen) == 1  # one batch, one pass through the frozen layers
 
 
 def test_the_kl_does_not_count_what_neither_model_may_say(folders: dict[str, Path]) -> None:
