@@ -5,7 +5,6 @@ from the first stage whose settings it alters, with the stage programs that cont
 for everything before. One row a change is appended to benchmarks/movie_effects.jsonl; what has a row already is not run again.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ from typing import Any
 import click
 
 from benchmarks.record import ROOT, append, digest_of, machine, rewrite, rows_of
+from benchmarks.stages import rerun, stages_to_run
 from components.rlhf.artifacts.revision import code_revision
-from components.rlhf.config.params import Params
-from pipelines.runner import RunLog, StageRecord, run_process
-from pipelines.settings import load_params, settings_of_stage
-from pipelines.summary import find_output
+from pipelines.settings import load_params
 
 ROWS = ROOT / "benchmarks" / "movie_effects.jsonl"
 LOG = ROOT / "benchmarks" / "LOG.md"
@@ -53,92 +50,6 @@ CHANGES: dict[str, dict[str, list[str]]] = {
         "adaptive KL, target 4": ["ppo.kl_target=4", "ppo.kl_horizon=500"],
     },
 }
-
-# What each stage program reads, as (option, stage and output that it comes from), and what it writes.
-WIRES: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...]]] = {
-    "prepare_data": (
-        {"base-model": ("import_model", "model")},
-        ("demonstrations", "preferences", "judge-preferences", "prompts", "heldout-prompts", "metrics", "summary"),
-    ),
-    "sft": (
-        {"base-model": ("import_model", "model"), "demonstrations": ("prepare_data", "demonstrations")},
-        ("model", "metrics", "summary"),
-    ),
-    "reward_model": (
-        {
-            "base-model": ("import_model", "model"),
-            "sft-model": ("sft", "model"),
-            "preferences": ("prepare_data", "preferences"),
-            "prompts": ("prepare_data", "prompts"),
-        },
-        ("model", "metrics", "summary"),
-    ),
-    "judge": (
-        {"base-model": ("import_model", "model"), "preferences": ("prepare_data", "judge-preferences")},
-        ("judge", "metrics", "summary"),
-    ),
-    "ppo": (
-        {
-            "sft-model": ("sft", "model"),
-            "reward-model": ("reward_model", "model"),
-            "prompts": ("prepare_data", "prompts"),
-        },
-        ("model", "metrics", "curves"),
-    ),
-    "evaluation": (
-        {
-            "sft-model": ("sft", "model"),
-            "policy": ("ppo", "model"),
-            "reward-model": ("reward_model", "model"),
-            "judge": ("judge", "judge"),
-            "prompts": ("prepare_data", "heldout-prompts"),
-        },
-        ("evaluation", "metrics", "report", "summary", "decision", "reason"),
-    ),
-}
-
-
-def stages_to_run(before: Params, after: Params) -> list[str]:
-    """The stages whose settings differ, and all that read from them."""
-    changed: list[str] = []
-    for stage, (inputs, _) in WIRES.items():
-        settings_differ = settings_of_stage(before, stage) != settings_of_stage(after, stage)
-        if settings_differ or any(source in changed for source, _ in inputs.values()):
-            changed.append(stage)
-    return changed
-
-
-def measure(run: Path, params: Params, stages: list[str], folder: Path) -> dict[str, Any]:
-    """Run the stages into folder; return what each cost, the evaluation, and the training's own rows."""
-    log = RunLog(folder / "logs", environment={}, on_line=lambda _stage, line: print(line, flush=True))
-
-    def output_of(stage: str, name: str) -> Path:
-        if stage in stages:
-            return folder / stage / name
-        found = find_output(run / "artifacts", stage.replace("_", "-"), name.replace("-", "_"))
-        if found is None:
-            sys.exit(f"{run} has no output {name} of {stage}; finish the run first")
-        return found
-
-    for stage in stages:
-        inputs, outputs = WIRES[stage]
-        command = ["python", "-m", f"components.{stage}", "--settings", settings_of_stage(params, stage)]
-        for option, source in inputs.items():
-            command += [f"--{option}", str(output_of(*source))]
-        for output in outputs:
-            command += [f"--{output}", str(folder / stage / output)]
-        record: StageRecord = log.start(stage)
-        run_process(record, command, log, {})
-        if record.status == "failed":
-            sys.exit(f"{stage}: {record.error}")
-    return {
-        "stages": {
-            record.name: {"seconds": round(record.seconds, 1), "peak_memory_bytes": record.peak_memory_bytes}
-            for record in log.stages
-        },
-        "evaluation": json.loads((output_of("evaluation", "evaluation") / "evaluation.json").read_text()),
-        "history": rows_of(output_of("ppo", "model") / "history.jsonl"),
-    }
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
@@ -181,7 +92,8 @@ def main(run: Path, names: tuple[str, ...], out: Path) -> None:
             print(f"{name}: measured already")
             continue
         stages = stages_to_run(before, params)
-        found = measure(run, params, stages, out / f"{params.preset}-{params.seed}-{name.replace(' ', '-')}")
+        found = rerun(run, params, stages, out / f"{params.preset}-{params.seed}-{name.replace(' ', '-')}")
+        del found["training"], found["samples"]
         append(ROWS, key | {"settings": overrides, "revision": code_revision(), "machine": machine()} | found)
     rewrite(LOG, before.preset, as_table([row for row in rows_of(ROWS) if same_run.items() <= row.items()]))
 

@@ -2,13 +2,14 @@
 
 Three arms: the presets quick and full, each on every seed, and once the quick one with far too small a KL coefficient, which the
 gate must reject. Each finished run appends one row to benchmarks/movie_study.jsonl; a study that was interrupted goes on with the
-runs that have no row of these settings yet. At the end the tables and the plot of all rows are written into the documents.
+runs that have no row of these settings yet, and a run that differs from a finished one in PPO or evaluation alone takes that one's
+artifacts, and what they cost, for the stages before. At the end the tables and the plot are written into the documents.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ import click
 
 from benchmarks.record import ROOT, append, digest_of, machine, rows_of
 from benchmarks.report import write_tables
+from benchmarks.stages import rerun, stages_to_run
 from benchmarks.study_report import write_report
 from components.evaluation.samples import choose_rows
 from components.rlhf.artifacts.revision import code_revision
 from components.rlhf.config.params import Params
 from components.rlhf.edges.progress import clock
 from pipelines.settings import load_params
-from pipelines.summary import find_output
+from pipelines.summary import EVALUATION
 
 ROWS = ROOT / "benchmarks" / "movie_study.jsonl"
 PARAMS = ROOT / "pipelines" / "params" / "movie_reviews.yaml"
@@ -73,38 +75,54 @@ def planned(num_seeds: int) -> Iterator[Run]:
 
 
 def execute(run: Run, folder: Path) -> dict[str, Any]:
-    """Run the pipeline as a user does and return its row."""
+    """Run the pipeline as a user does, or its last stages on a finished run that shares the others, and return the row."""
     number = sum(1 for _ in folder.parent.glob(f"{folder.name}*"))  # what an interrupted study left stays where it is
     out = folder if not number else folder.with_name(f"{folder.name}-{number + 1}")
-    command = [sys.executable, "-m", "pipelines", "run", str(PARAMS), "--out", str(out)]
-    for setting in run.settings:
-        command += ["--set", setting]
-    revision = code_revision()
-    if subprocess.run(command, cwd=ROOT).returncode != 0:
-        sys.exit(f"{run.arm.name}, seed {run.seed} failed; see {out}")
-    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    artifacts = out / "artifacts"
-    policy, evaluation = find_output(artifacts, "ppo", "model"), find_output(artifacts, "evaluation", "evaluation")
-    assert policy is not None and evaluation is not None
-    del summary["paths"], summary["open"]
+    base = sharing(run.params, folder.parent)
+    if base is None:
+        command = [sys.executable, "-m", "pipelines", "run", str(PARAMS), "--out", str(out)]
+        for setting in run.settings:
+            command += ["--set", setting]
+        if subprocess.run(command, cwd=ROOT).returncode != 0:
+            sys.exit(f"{run.arm.name}, seed {run.seed} failed; see {out}")
+    before = base or out
+    found = rerun(before, run.params, stages_to_run(load_params(before / "params.yaml"), run.params), out)
+    costs = json.loads((before / "summary.json").read_text(encoding="utf-8"))["stages"] | found["stages"]
     return {
         "arm": run.arm.name,
         "seed": run.seed,
+        "preset": run.params.preset,
         "settings": run.settings,
         "settings_digest": digest_of(run.params),
-        "revision": revision,
+        "revision": code_revision(),
+        "reused": {"run": base.name, "stages": [stage for stage in costs if stage not in found["stages"]]}
+        if base
+        else {},
         "machine": machine(),
-        "seconds": round(sum(stage["seconds"] for stage in summary["stages"].values()), 1),
-        **summary,
-        "history": rows_of(policy / "history.jsonl"),
-        "training": rows_of(evaluation / "training.jsonl"),
-        "samples": chosen_samples(evaluation / "samples.jsonl", run.seed),
+        "seconds": round(sum(stage["seconds"] for stage in costs.values()), 1),
+        "stages": costs,
+        "promoted": found["decision"] == "promote",
+        "reason": found["reason"],
+        "evaluation": {name: found["evaluation"][name] for name in EVALUATION},
+        "evaluation_all": found["evaluation"],
+        "history": found["history"],
+        "training": found["training"],
+        "samples": chosen_samples(found["samples"], run.seed),
     }
 
 
-def chosen_samples(path: Path, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """The pairs of answers that the run's own report shows."""
-    rows = rows_of(path)
+def sharing(params: Params, folder: Path) -> Path | None:
+    """A finished run whose stages before PPO are those of params, so that only PPO and evaluation are left, or nothing."""
+    for summary in sorted(folder.glob("*/summary.json")):
+        run = summary.parent
+        finished = json.loads(summary.read_text(encoding="utf-8"))["status"] == "succeeded"
+        if finished and set(stages_to_run(load_params(run / "params.yaml"), params)) <= {"ppo", "evaluation"}:
+            return run
+    return None
+
+
+def chosen_samples(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, list[dict[str, Any]]]:
+    """The pairs of answers that the run's own report shows. rows are those of samples.jsonl."""
     gains = [row["ppo"]["judge_score"] - row["sft"]["judge_score"] for row in rows]
     return {
         group: [

@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.effects import CHANGES, WIRES, as_table, stages_to_run
+from benchmarks.effects import CHANGES, as_table
+from benchmarks.stages import WIRES, stages_to_run
 from pipelines.compile import stage_names
 from tests.pipelines.test_settings import MOVIES, load_params
 

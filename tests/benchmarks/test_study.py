@@ -11,6 +11,7 @@ import benchmarks.study as study
 import benchmarks.study_report as report
 from benchmarks.record import append, rewrite, rows_of
 from benchmarks.study import Run, chosen_samples, planned
+from pipelines.settings import dump_yaml, load_params
 
 
 def row(arm: str, seed: int = 0, **changes: float) -> dict[str, Any]:
@@ -122,15 +123,29 @@ class TestBookkeeping:
         assert second.row() is None
         assert len(rows_of(study.ROWS)) == 3  # rows of other settings stay: they were measured
 
-    def test_samples_are_those_of_the_runs_own_report(self, tmp_path: Path) -> None:
+    def test_a_run_that_differs_in_ppo_alone_shares_what_came_before(self, tmp_path: Path) -> None:
+        params = Run(study.ARMS[0], 0).params
+        for name, status, settings in (
+            ("a-failed", "failed", []),
+            ("b-other-data", "succeeded", ["data.min_rating_gap=2"]),
+            ("c-other-seed", "succeeded", ["seed=1"]),
+            ("d-other-ppo", "succeeded", ["ppo.kl_coef=0.5"]),
+        ):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "params.yaml").write_text(dump_yaml(load_params(study.PARAMS, ["seed=0", *settings])))
+            (tmp_path / name / "summary.json").write_text(json.dumps({"status": status}))
+            shared = study.sharing(params, tmp_path)
+            assert (shared.name if shared else None) == (name if name == "d-other-ppo" else None)
+        (tmp_path / "e-never-finished").mkdir()
+        assert study.sharing(params, tmp_path) == tmp_path / "d-other-ppo"
+
+    def test_samples_are_those_of_the_runs_own_report(self) -> None:
         gains = [float((7 * i) % 30) for i in range(30)]
         lines = [
             {"prompt": f"p{i}", "sft": {"response": "s", "judge_score": 1.0}, "ppo": {"response": "o", "judge_score": 1.0 + g}}
             for i, g in enumerate(gains)
         ]  # fmt: skip
-        path = tmp_path / "samples.jsonl"
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        found = chosen_samples(path, 0)
+        found = chosen_samples(lines, 0)
         assert [len(pairs) for pairs in found.values()] == [5, 5, 10]
         assert [pair["gain"] for pair in found["Largest gains"]] == [29, 28, 27, 26, 25]
         assert found["Largest losses"][0] == {"prompt": "p0", "sft": "s", "ppo": "o", "gain": 0.0}

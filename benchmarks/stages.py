@@ -1,0 +1,107 @@
+"""Running again only the stages that a change of settings reaches, on the artifacts of a finished run."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import rows_of
+from components.rlhf.config.params import Params
+from pipelines.runner import RunLog, StageRecord, run_process
+from pipelines.settings import settings_of_stage
+from pipelines.summary import find_output
+
+# What each stage program reads, as (option, stage and output that it comes from), and what it writes.
+WIRES: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...]]] = {
+    "prepare_data": (
+        {"base-model": ("import_model", "model")},
+        ("demonstrations", "preferences", "judge-preferences", "prompts", "heldout-prompts", "metrics", "summary"),
+    ),
+    "sft": (
+        {"base-model": ("import_model", "model"), "demonstrations": ("prepare_data", "demonstrations")},
+        ("model", "metrics", "summary"),
+    ),
+    "reward_model": (
+        {
+            "base-model": ("import_model", "model"),
+            "sft-model": ("sft", "model"),
+            "preferences": ("prepare_data", "preferences"),
+            "prompts": ("prepare_data", "prompts"),
+        },
+        ("model", "metrics", "summary"),
+    ),
+    "judge": (
+        {"base-model": ("import_model", "model"), "preferences": ("prepare_data", "judge-preferences")},
+        ("judge", "metrics", "summary"),
+    ),
+    "ppo": (
+        {
+            "sft-model": ("sft", "model"),
+            "reward-model": ("reward_model", "model"),
+            "prompts": ("prepare_data", "prompts"),
+        },
+        ("model", "metrics", "curves"),
+    ),
+    "evaluation": (
+        {
+            "sft-model": ("sft", "model"),
+            "policy": ("ppo", "model"),
+            "reward-model": ("reward_model", "model"),
+            "judge": ("judge", "judge"),
+            "prompts": ("prepare_data", "heldout-prompts"),
+        },
+        ("evaluation", "metrics", "report", "summary", "decision", "reason"),
+    ),
+}
+
+
+def stages_to_run(before: Params, after: Params) -> list[str]:
+    """The stages whose settings differ, and all that read from them."""
+    changed: list[str] = []
+    for stage, (inputs, _) in WIRES.items():
+        settings_differ = settings_of_stage(before, stage) != settings_of_stage(after, stage)
+        if settings_differ or any(source in changed for source, _ in inputs.values()):
+            changed.append(stage)
+    return changed
+
+
+def rerun(run: Path, params: Params, stages: list[str], folder: Path) -> dict[str, Any]:
+    """Run the given stages into folder, with what stands before them from the finished run.
+
+    Returns the cost of each, the evaluation's numbers and decision, and the rows of the training.
+    """
+    log = RunLog(folder / "logs", environment={}, on_line=lambda _stage, line: print(line, flush=True))
+
+    def output_of(stage: str, name: str) -> Path:
+        if stage in stages:
+            return folder / stage / name
+        found = find_output(run / "artifacts", stage.replace("_", "-"), name.replace("-", "_"))
+        if found is None:
+            sys.exit(f"{run} has no output {name} of {stage}; finish the run first")
+        return found
+
+    for stage in stages:
+        inputs, outputs = WIRES[stage]
+        command = ["python", "-m", f"components.{stage}", "--settings", settings_of_stage(params, stage)]
+        for option, source in inputs.items():
+            command += [f"--{option}", str(output_of(*source))]
+        for output in outputs:
+            command += [f"--{output}", str(folder / stage / output)]
+        record: StageRecord = log.start(stage)
+        run_process(record, command, log, {})
+        if record.status == "failed":
+            sys.exit(f"{stage}: {record.error}")
+    evaluation = output_of("evaluation", "evaluation")
+    facts = json.loads((evaluation / "manifest.json").read_text())["facts"]
+    return {
+        "stages": {
+            record.name: {"seconds": round(record.seconds, 1), "peak_memory_bytes": record.peak_memory_bytes}
+            for record in log.stages
+        },
+        "evaluation": json.loads((evaluation / "evaluation.json").read_text()),
+        "decision": facts["decision"],
+        "reason": facts["reason"],
+        "history": rows_of(output_of("ppo", "model") / "history.jsonl"),
+        "training": rows_of(evaluation / "training.jsonl"),
+        "samples": rows_of(evaluation / "samples.jsonl"),
+    }
