@@ -208,7 +208,7 @@ def test_resolved_params_run_the_same_again(tmp_path: Path) -> None:
     again = tmp_path / "again.yaml"
     again.write_text(dump_yaml(params), encoding="utf-8")
     assert load_params(again) == params
-    assert yaml.safe_load(again.read_text(encoding="utf-8"))["ppo"]["num_iterations"] == 15
+    assert yaml.safe_load(again.read_text(encoding="utf-8"))["ppo"]["num_iterations"] == 14
 
 
 def test_settings_of_a_stage_are_canonical_json(file: Path) -> None:

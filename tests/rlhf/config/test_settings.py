@@ -60,7 +60,9 @@ def test_defaults_are_valid() -> None:
 
 @pytest.mark.parametrize("path", sorted(PARAMS.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_params_are_valid(path: Path) -> None:
-    Params.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content.pop("presets", None)  # tests/pipelines/test_settings.py lays them over the file
+    Params.model_validate(content)
 
 
 def test_values_never_change() -> None:

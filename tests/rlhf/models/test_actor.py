@@ -101,7 +101,9 @@ class TestChunks:
         assert torch.allclose(chunked_entropy, entropy, atol=1e-6)
         assert chunked_gradients.keys() == gradients.keys() == dict(actor.named_parameters()).keys()
         for name, gradient in gradients.items():
-            assert torch.allclose(chunked_gradients[name], gradient, rtol=1e-4, atol=1e-6), name
+            # Sums of another order: the rounding is of the size of the terms, which the entries near 0 are not.
+            gap = (chunked_gradients[name] - gradient).abs().max()
+            assert gap < 1e-5 * gradient.abs().max(), (name, float(gap))
 
     def test_bound_the_logits_that_exist_at_once(self, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         actor = actor_of(tiny_model)
