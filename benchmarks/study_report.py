@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 from benchmarks.record import ROOT, rewrite
 from components.rlhf.edges.progress import clock
@@ -20,6 +21,7 @@ PANELS = (
     ("judge_score", "judge's score\n(rating; PPO never sees it)"),
     ("eos_rate", "share that ends by itself"),
 )
+KL_TICKS = (0, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
 MIN_WIN_RATE, MAX_KL, MIN_DISTINCT, MAX_GIB = 0.6, 6.0, 0.85, 3.0  # what the quick preset is held to on every seed
 GOAL_WIN_RATE, GOAL_KL, GOAL_MINUTES = 0.75, 4.0, 6.0
 
@@ -124,6 +126,7 @@ def plot(rows: Sequence[Row]) -> None:
     """Both scores and the EOS rate against KL and against rollouts: a line a run."""
     plt.rcParams["svg.hashsalt"] = "study"  # the same rows give the same file
     figure, axes = plt.subplots(len(PANELS), 2, figsize=(11, 9), sharey="row", constrained_layout=True)
+    furthest = max(look["kl"] for row in rows for look in row["training"])
     for line, (name, title) in zip(axes, PANELS, strict=True):
         for axis, across in zip(line, ("kl", "num_rollouts"), strict=True):
             seen: set[str] = set()
@@ -131,13 +134,18 @@ def plot(rows: Sequence[Row]) -> None:
                 arm = row["arm"]
                 label = None if arm in seen else arm
                 seen.add(arm)
-                xs, ys = [r[across] for r in row["training"]], [r[name] for r in row["training"]]
+                xs, ys = [max(r[across], 0) for r in row["training"]], [r[name] for r in row["training"]]
                 axis.plot(xs, ys, "o-", color=COLOURS[arm], linewidth=1.4, markersize=3, alpha=0.8, label=label)
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
         line[0].set_ylabel(title)
+        # An estimate of a distance of policies grows like its square (Gao et al. 2022 plot against the root, too).
+        line[0].set_xscale("function", functions=(np.sqrt, np.square))
+        ticks = [tick for tick in KL_TICKS if tick <= 1.1 * furthest]
+        line[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[-1][0].set_ylim(-0.03, 1.03)
     axes[0][0].legend(frameon=False)
-    axes[-1][0].set_xlabel("KL to the fine-tuned model (nats per response)")
+    axes[-1][0].set_xlabel("KL to the fine-tuned model (nats per response; axis in roots)")
     axes[-1][1].set_xlabel("responses trained on")
     figure.savefig(PLOT, metadata={"Date": None})
     plt.close(figure)
