@@ -78,11 +78,13 @@ def as_table(rows: list[dict[str, Any]]) -> str:
 @click.argument("names", nargs=-1)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/effects"), help="Where the stages write.")
 def main(run: Path, names: tuple[str, ...], out: Path) -> None:
+    if not (run / "summary.json").is_file():
+        sys.exit(f"{run} is not the directory of a finished run; it has no summary.json")
     before = load_params(run / "params.yaml")
     changes = CHANGES.get(before.preset, {})
     unknown = [name for name in names if name not in (AS_IT_IS, *changes)]
     if unknown:
-        sys.exit(f"no change is called {unknown[0]!r}; preset {before.preset} has: {', '.join(changes) or 'none'}")
+        sys.exit(f"no change is called {unknown[0]!r}; preset {before.preset} has: {'; '.join(changes) or 'none'}")
     same_run = {"preset": before.preset, "seed": before.seed, "base_digest": digest_of(before)}
     for name in names or (AS_IT_IS, *changes):
         overrides = changes.get(name, [])

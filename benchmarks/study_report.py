@@ -124,7 +124,7 @@ def samples(row: Row) -> str:
 
 def plot(rows: Sequence[Row]) -> None:
     """Both scores and the EOS rate against KL and against rollouts: a line a run."""
-    plt.rcParams["svg.hashsalt"] = "study"  # the same rows give the same file
+    plt.rcParams |= {"svg.hashsalt": "study", "svg.fonttype": "none"}  # the same rows give the same small file
     figure, axes = plt.subplots(len(PANELS), 2, figsize=(11, 9), sharey="row", constrained_layout=True)
     furthest = max(look["kl"] for row in rows for look in row["training"])
     for line, (name, title) in zip(axes, PANELS, strict=True):
