@@ -122,9 +122,9 @@ def samples(row: Row) -> str:
     return "\n".join([*lines, f"Preset {row['arm']}, seed {row['seed']}."])
 
 
+@matplotlib.rc_context({"svg.hashsalt": "study", "svg.fonttype": "none"})  # the same rows give the same small file
 def plot(rows: Sequence[Row]) -> None:
     """Both scores and the EOS rate against KL and against rollouts: a line a run."""
-    plt.rcParams |= {"svg.hashsalt": "study", "svg.fonttype": "none"}  # the same rows give the same small file
     figure, axes = plt.subplots(len(PANELS), 2, figsize=(11, 9), sharey="row", constrained_layout=True)
     furthest = max(look["kl"] for row in rows for look in row["training"])
     for line, (name, title) in zip(axes, PANELS, strict=True):
