@@ -37,7 +37,7 @@ CHANGES: dict[str, dict[str, list[str]]] = {
         "half the rollout batch": ["ppo.rollout.num_prompts=32", "ppo.minibatch=16"],
         "temperature 1": ["ppo.rollout.sampling.temperature=1.0", "ppo.kl_coef=0.05"],
         "one epoch a rollout": ["ppo.num_epochs=1"],
-        "twice the reward model's steps": ["reward_model.max_steps=220"],
+        "twice the reward model's steps": ["reward_model.max_steps=180"],
         "longer responses (24 tokens)": [
             "ppo.rollout.sampling.min_new_tokens=24",
             "ppo.rollout.sampling.max_new_tokens=24",
