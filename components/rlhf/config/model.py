@@ -9,6 +9,17 @@ from components.rlhf.config.base import Count, Fraction, NonNegative, Positive, 
 Precision = Literal["auto", "fp32", "bf16"]
 
 
+class LoraSettings(Settings):
+    """Low-rank adapters (Hu et al. 2021): the model's own weights stay as they are."""
+
+    rank: PositiveInt = 16
+    """Rank of the update of each matrix."""
+    alpha: Positive = 32.0
+    """The update is scaled by alpha / rank."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear layers that get an adapter."""
+
+
 class ModelSettings(Settings):
     """The base model and what of it is trained."""
 
@@ -20,15 +31,25 @@ class ModelSettings(Settings):
     """The lowest transformer layers that no stage trains, and with them the embeddings; computed once, used by all."""
     precision: Precision = "auto"
     """bf16 computes in bfloat16 over fp32 weights; auto is bf16 where the processor has it, else fp32."""
+    lora: LoraSettings | None = None
+    """Adapters for every trained model; null trains whatever is not frozen. The reference is then the actor without its own."""
 
 
 class TrainingSettings(Settings):
     """How a stage turns losses into steps."""
 
-    engine: Literal["torch"] = "torch"
-    """What computes the steps."""
-    num_processes: Literal[1] = 1
-    """Processes that train together."""
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """What computes the steps: torch in one process, or DeepSpeed in any number."""
+    num_processes: PositiveInt = 1
+    """Processes that train together, one a GPU; more than one needs deepspeed."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed shards over the processes: 1 the optimiser, 2 gradients too, 3 weights too; 0 nothing."""
+    offload_optimizer: bool = False
+    """DeepSpeed keeps the optimiser's state and its step in main memory."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass and keep only those between layers: less memory, a third more time."""
+    timeout_minutes: Positive = 30.0
+    """A step of several processes that takes longer than this is taken for hung, and the stage ends."""
     learning_rate: Positive = 1e-5
     """Peak of the schedule."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -43,6 +64,16 @@ class TrainingSettings(Settings):
     """Longer gradients are scaled down to this norm; 0 leaves them alone."""
     microbatch_tokens: PositiveInt = 4096
     """Padded tokens in one forward pass: the dial for memory."""
+
+    @model_validator(mode="after")
+    def _engine(self) -> "TrainingSettings":
+        if self.engine == "torch" and self.num_processes > 1:
+            raise ValueError(
+                f"num_processes is {self.num_processes}, and the engine torch is one process; set engine to deepspeed"
+            )
+        if self.offload_optimizer and (self.engine != "deepspeed" or self.zero_stage == 0):
+            raise ValueError("offload_optimizer needs the engine deepspeed with a zero_stage of 1 or more")
+        return self
 
 
 class SamplingSettings(Settings):

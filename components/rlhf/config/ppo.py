@@ -1,19 +1,32 @@
 """Settings of PPO."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from components.rlhf.config.base import Count, Fraction, NonNegative, Positive, PositiveInt, Settings
 from components.rlhf.config.model import ModelSettings, SamplingSettings, Seed, TrainingSettings
 from components.rlhf.config.storage import CheckpointSettings
 
 
+class VllmSettings(Settings):
+    """vLLM inside each training process."""
+
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Share of a GPU's memory for weights and cache while it generates; it sleeps during updates."""
+    kv_cache_gib: Positive = 1.0
+    """Size of the cache on a CPU."""
+    tensor_parallel_size: PositiveInt = 1
+    """Neighbouring processes that hold one engine together."""
+
+
 class RolloutSettings(Settings):
     """What one iteration samples."""
 
-    engine: Literal["hf"] = "hf"
-    """What generates: hf is transformers in this process."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """What generates: transformers or vLLM, inside each training process."""
+    vllm: VllmSettings = VllmSettings()
+    """Of the engine vllm."""
     num_prompts: PositiveInt = 64
     """Prompts in one iteration."""
     samples_per_prompt: PositiveInt = 1
@@ -72,6 +85,10 @@ class PpoSettings(Settings):
     """Bound c of the loss at negative advantages, above 1; null is none."""
     value_clip_range: Positive | None = 0.2
     """The value may move this far from the old one; null is unclipped."""
+    importance_clip: tuple[Positive, Positive] | None = None
+    """Weigh each token by how much likelier the trainer holds it than the rollout engine, within these bounds ([0.5, 5]); null is off."""
+    offload_frozen: bool = False
+    """Keep reference and reward model in main memory while they score nothing."""
     loss_aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
     """sequence-mean is OpenRLHF v0.5.5's."""
     eval_every: Count = 0
