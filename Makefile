@@ -34,7 +34,7 @@ run: .venv/ready ## Run the whole pipeline on this machine (PRESET=full, ARGS="-
 ##@ Develop
 .PHONY: test test-all lint compile bench study effects constraints clean
 test: .venv/ready ## Pass every fast test (tiny models, CPU)
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest -m "not slow and not vllm and not deepspeed" $(ARGS)
 
 test-all: .venv/ready ## Pass every test, the slow ones too (real model, whole pipeline)
 	$(PY) -m pytest $(ARGS)

@@ -23,47 +23,50 @@ def main(
 ) -> None:  # fmt: skip
     with stage_run("ppo", PpoStage, settings=settings, tracking=tracking, executor_input=executor_input) as run:
         from components.ppo.curves import as_html
-        from components.ppo.models import load_models, save_policy
+        from components.ppo.models import load_models
+        from components.ppo.policy import save_policy
         from components.ppo.trainer import PpoTrainer, final_metrics
         from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer
         from components.rlhf.checkpoints.folder import CheckpointFolder
         from components.rlhf.checkpoints.key import checkpoint_key
         from components.rlhf.data.datasets import load_records
         from components.rlhf.data.records import Prompt
+        from components.rlhf.engine.choose import engine_name
+        from components.rlhf.engine.group import joined_group
         from components.rlhf.models.precision import compute_dtype, default_device
 
-        sft, reward = open_artifact(sft_model, "sft_model"), open_artifact(reward_model, "reward_model")
-        asked = open_artifact(prompts, "prompts")
-        require_same_tokenizer(
-            sft_model=(sft_model, sft), reward_model=(reward_model, reward), prompts=(prompts, asked)
-        )
-        dtype = compute_dtype(run.settings.model.precision)
-        models, rollout = load_models(run.settings, sft_model, reward_model, dtype=dtype, device=default_device())
-        run.progress.say("frozen layers are held once" if models.shared_trunk else "each model has its own layers")
-        folder = CheckpointFolder(
-            checkpoints, checkpoint_key("ppo", run.settings, sft, reward, asked), run.settings.checkpoint
-        )
-        trainer = PpoTrainer(
-            run.settings,
-            models,
-            rollout,
-            stop_ids=rollout.stop_ids,
-            checkpoints=folder,
-            progress=run.progress,
-            tracker=run.tracker,
-        )
-        history = trainer.train(load_records(prompts, "train", Prompt), load_records(prompts, "validation", Prompt))
+        folders = dict(sft_model=sft_model, reward_model=reward_model, prompts=prompts)
+        inputs = {kind: open_artifact(path, kind) for kind, path in folders.items()}
+        require_same_tokenizer(**{kind: (folders[kind], manifest) for kind, manifest in inputs.items()})
+        dtype, training = compute_dtype(run.settings.model.precision), run.settings.ppo.training
+        with joined_group(timeout_minutes=training.timeout_minutes) as group:
+            models, rollout = load_models(
+                run.settings, sft_model, reward_model, dtype=dtype, device=default_device(), group=group
+            )
+            run.progress.say("frozen layers are held once" if models.shared_trunk else "each model has its own layers")
+            key = checkpoint_key("ppo", run.settings, *inputs.values())
+            folder = CheckpointFolder(checkpoints, key, run.settings.checkpoint, group)
+            trainer = PpoTrainer(
+                run.settings,
+                models,
+                rollout,
+                stop_ids=rollout.stop_ids,
+                checkpoints=folder,
+                progress=run.progress,
+                tracker=run.tracker,
+                group=group,
+            )
+            history = trainer.train(load_records(prompts, "train", Prompt), load_records(prompts, "validation", Prompt))
+            weights = trainer.weights()
         numbers = final_metrics(history)
         run.write_artifact(
             "model",
             model_path,
-            lambda draft: save_policy(
-                models.actor.lm, rollout.tokenizer, history, trainer.validation, draft, dtype=dtype
-            ),
+            lambda draft: save_policy(trainer, rollout.tokenizer, weights, draft),
             kind="policy_model",
-            parents={"sft_model": sft, "reward_model": reward, "prompts": asked},
-            tokenizer_of=sft,
-            facts=numbers,
+            parents=inputs,
+            tokenizer_of=inputs["sft_model"],
+            facts={**numbers, "training_engine": engine_name(training, group), "rollout_engine": rollout.name},
         )
         run.wrote_report("curves", curves, as_html(history, run.settings.ppo))
         run.wrote_metrics(metrics, numbers)

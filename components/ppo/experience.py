@@ -9,10 +9,12 @@ from torch import Tensor
 from components.rlhf.config.ppo import PpoSettings
 from components.rlhf.data.batching import TokenBatch, collate
 from components.rlhf.data.records import Completion
+from components.rlhf.engine.group import ALONE
+from components.rlhf.engine.protocol import Group
 from components.rlhf.errors import InputError
 from components.rlhf.maths.advantages import estimate_advantages
 from components.rlhf.maths.kl import estimate_kl
-from components.rlhf.maths.masked import Reduce, keep, whiten
+from components.rlhf.maths.masked import whiten
 from components.rlhf.maths.rewards import token_rewards
 from components.rlhf.models.actor import Actor, Distribution
 from components.rlhf.models.scalar import ScalarModel
@@ -46,6 +48,7 @@ class Experience:
     truncated: Tensor  # [B] bool
     states: Tensor | None  # [B, S, H] above the frozen layers, computed once for all models and epochs
     features: Tensor | None  # [B, S, H] of the reward model, where only the critic's head is trained
+    microbatches: list[Tensor]  # rows [b] of each forward pass, in the order of the minibatches
 
 
 @torch.no_grad()
@@ -56,9 +59,9 @@ def make_experience(
     distribution: Distribution,
     *,
     kl_coef: float,
-    reduce: Reduce = keep,
+    group: Group = ALONE,
 ) -> Experience:
-    """Score a rollout with all four models and estimate its advantages.
+    """Score a rollout (this process's share of it) with all four models and estimate its advantages.
 
     Rows go through the models in microbatches of the same shape as in the first epoch of updates, so that the first ratio is
     exactly 1.
@@ -68,7 +71,12 @@ def make_experience(
     batch = batch.to(next(models.actor.parameters()).device)
     mask = batch.response_mask
     truncated = torch.tensor([c.truncated for c in completions], device=mask.device)
-    rows = microbatches(len(batch), ppo, batch)
+    # The widest row of all processes, so that all of them run the same number of passes.
+    width = group.max_int(batch.input_ids.shape[1])
+    rows = microbatches(
+        len(batch), minibatch=ppo.minibatch // group.world_size, most=ppo.training.microbatch_tokens // width
+    )
+    rows = [part.to(mask.device) for part in rows]
 
     # 2. The frozen layers, once.
     states = by_rows(rows, lambda r: models.actor.trunk(batch.select(r))) if models.shared_trunk else None
@@ -98,7 +106,7 @@ def make_experience(
     # 5. Advantages; the returns are those of the advantages before whitening.
     advantages, returns = estimate_advantages(old_values, rewards, mask, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda)
     if ppo.whiten_advantages:
-        advantages = whiten(advantages, mask, reduce=reduce)
+        advantages = whiten(advantages, mask, reduce=group.sum)
     return Experience(
         batch=batch,
         old_logprobs=old_logprobs,
@@ -113,14 +121,15 @@ def make_experience(
         truncated=truncated,
         states=states,
         features=features if keep_features else None,
+        microbatches=rows,
     )
 
 
-def microbatches(num_rows: int, ppo: PpoSettings, batch: TokenBatch) -> list[Tensor]:
-    """Row indices of each forward pass: whole minibatches, or equal parts of them under the token budget."""
-    size = min(ppo.minibatch, max(ppo.training.microbatch_tokens // batch.input_ids.shape[1], 1))
-    order = torch.arange(num_rows, device=batch.input_ids.device)
-    return [part for minibatch in order.split(ppo.minibatch) for part in minibatch.split(size)]
+def microbatches(num_rows: int, *, minibatch: int, most: int) -> list[Tensor]:
+    """Row indices of each forward pass: whole minibatches, or equal parts of them with at most `most` rows."""
+    return [
+        part for rows in torch.arange(num_rows).split(minibatch) for part in rows.split(max(min(minibatch, most), 1))
+    ]
 
 
 def by_rows(rows: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,32 +1,37 @@
 """The four models, in memory once where they are the same."""
 
 import copy
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from components.ppo.experience import Models
 from components.rlhf.config.ppo import PpoStage
-from components.rlhf.data.datasets import save_records
-from components.rlhf.data.records import ValidationSample
 from components.rlhf.data.tokenizer import load_tokenizer
+from components.rlhf.engine.choose import place_frozen, shards_weights
+from components.rlhf.engine.group import ALONE
+from components.rlhf.engine.protocol import Group
 from components.rlhf.models.actor import Actor
-from components.rlhf.models.layers import share_trunk
-from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, normalisation_of, save_model, stop_ids_of
+from components.rlhf.models.layers import checkpoint_layers, share_trunk
+from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, normalisation_of, stop_ids_of
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rollout.hf import HfRolloutEngine
 
 
 def load_models(
-    stage: PpoStage, sft_model: Path, reward_model: Path, *, dtype: torch.dtype, device: torch.device
+    stage: PpoStage,
+    sft_model: Path,
+    reward_model: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: Group = ALONE,
 ) -> tuple[Models, HfRolloutEngine]:
     """Actor and reference from the fine-tuned model, critic and reward model from the reward model, and the rollout engine.
 
-    The frozen layers are held once by all of them when they are equal in the two artifacts.
+    The frozen layers are held once by all of them when they are equal in the two artifacts. Under ZeRO-3 the models that
+    are not trained are sharded like the others; actor and critic are, by their engines.
     """
     frozen = stage.model.num_frozen_layers
     critic_trains = stage.ppo.critic.trains
@@ -44,8 +49,14 @@ def load_models(
     shared = share_trunk(actor_lm, everyone, frozen)
     if not shared and frozen:
         share_trunk(actor_lm, [reference_lm, rollout_lm], frozen)
-    for lm in [actor_lm, critic_lm, *everyone]:
-        lm.to(device)
+    rollout_lm.to(device)
+    training = stage.ppo.training
+    if training.gradient_checkpointing:
+        for lm in [actor_lm] + ([critic_lm] if critic_trains == "layers" else []):
+            checkpoint_layers(lm)
+    if not shards_weights(training):
+        for lm in (actor_lm, critic_lm):
+            lm.to(device)
     mean, std = normalisation_of(reward_model) if stage.ppo.normalize_reward else (0.0, 1.0)
     scale = {"mean": mean, "std": std}
     models = Models(
@@ -55,25 +66,9 @@ def load_models(
         reward_model=ScalarModel(reward_lm, num_frozen_layers=frozen, dtype=dtype, **scale),
         shared_trunk=shared,
     )
+    for model in (models.reference, models.reward_model):
+        place_frozen(model, training, group=group, dtype=dtype, device=device)
     return models, HfRolloutEngine(rollout_lm, load_tokenizer(sft_model), stop_ids=stop_ids_of(sft_model))
-
-
-def save_policy(
-    lm: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    history: Sequence[Mapping[str, float]],
-    validation: Sequence[ValidationSample],
-    folder: Path,
-    *,
-    dtype: torch.dtype,
-) -> None:
-    """The trained actor as an ordinary model folder, with how training went.
-
-    history.jsonl has one row of numbers an iteration, validation.jsonl each response of each look at the validation prompts.
-    """
-    save_model(lm, tokenizer, folder, dtype=dtype)
-    (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
-    save_records(folder, "validation", validation)
 
 
 def with_own_head(lm: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from components.ppo.experience import Experience, Models, make_experience
 from components.ppo.update import update
@@ -16,10 +17,13 @@ from components.rlhf.data.records import Prompt, ValidationSample
 from components.rlhf.edges.process import give_back_memory
 from components.rlhf.edges.progress import Progress
 from components.rlhf.edges.tracking import Tracker
-from components.rlhf.engine.plain import TorchEngine
+from components.rlhf.engine.choose import make_engine
+from components.rlhf.engine.group import ALONE
+from components.rlhf.engine.protocol import Group
 from components.rlhf.maths.kl import adapt_kl_coef
-from components.rlhf.maths.masked import masked_mean
+from components.rlhf.maths.masked import masked_moments
 from components.rlhf.models.actor import Distribution
+from components.rlhf.models.loading import collect_weights
 from components.rlhf.rollout.protocol import RolloutEngine
 
 History = list[dict[str, float]]
@@ -39,8 +43,9 @@ class PpoTrainer:
         checkpoints: CheckpointFolder,
         progress: Progress,
         tracker: Tracker,
+        group: Group = ALONE,
     ) -> None:
-        self.stage, self.ppo = stage, stage.ppo
+        self.stage, self.ppo, self.group = stage, stage.ppo, group
         self.models, self.rollout = models, rollout
         self.checkpoints, self.progress, self.tracker = checkpoints, progress, tracker
         sampling = self.ppo.rollout.sampling
@@ -49,10 +54,18 @@ class PpoTrainer:
         )
         batch = self.ppo.rollout.num_prompts * self.ppo.rollout.samples_per_prompt
         steps = self.ppo.num_iterations * self.ppo.num_epochs * batch // self.ppo.minibatch
-        training, critic = self.ppo.training, self.ppo.critic
+        rates = {"actor": self.ppo.training.learning_rate, "critic": self.ppo.critic.learning_rate}
+        modules = {"actor": models.actor, "critic": models.critic}
         self.engines = {
-            "actor": TorchEngine(models.actor, training, num_steps=steps),
-            "critic": TorchEngine(models.critic, training, num_steps=steps, learning_rate=critic.learning_rate),
+            name: make_engine(
+                module,
+                self.ppo.training,
+                num_steps=steps,
+                group=group,
+                dtype=module.dtype,
+                learning_rate=rates[name],
+            )
+            for name, module in modules.items()
         }
         self.lengths_differ = sampling.min_new_tokens < sampling.max_new_tokens  # of responses, from rollout to rollout
         self.kl_coef = self.ppo.kl_coef
@@ -84,16 +97,28 @@ class PpoTrainer:
                 self._save(iteration)
         return self.history
 
+    def weights(self) -> dict[str, Tensor]:
+        """The actor's weights in main memory of the first process; every process calls it."""
+        named = self.engines["actor"].full_weights()
+        return collect_weights(named, dtype=self.models.actor.dtype, keep=self.group.rank == 0)
+
     def _iterate(self, iteration: int, prompts: Sequence[Prompt]) -> dict[str, float]:
         started = time.monotonic()
         asked = [p for p in self._prompts_of(iteration, prompts) for _ in range(self.ppo.rollout.samples_per_prompt)]
         # A generator takes 64 bits, which the product of a large seed exceeds.
         start = (self.stage.seed * 1_000_003 + iteration) * 1_000_003 % 2**63
-        seeds = [start + number for number in range(len(asked))]
-        completions = self.rollout.generate(asked, self.ppo.rollout.sampling, seeds)
+        own = own_rows(len(asked), self.ppo.minibatch, self.group)
+        self.group.begins(f"PPO iteration {iteration}, rollout")
+        completions = self.rollout.generate(
+            [asked[row] for row in own], self.ppo.rollout.sampling, [start + row for row in own]
+        )
         generated = time.monotonic()
-        experience = make_experience(self.models, completions, self.ppo, self.distribution, kl_coef=self.kl_coef)
+        self.group.begins(f"PPO iteration {iteration}, scoring")
+        experience = make_experience(
+            self.models, completions, self.ppo, self.distribution, kl_coef=self.kl_coef, group=self.group
+        )
         scored = time.monotonic()
+        self.group.begins(f"PPO iteration {iteration}, update")
         losses = update(
             experience,
             self.models,
@@ -102,18 +127,20 @@ class PpoTrainer:
             self.distribution,
             seed=self.stage.seed,
             iteration=iteration,
+            group=self.group,
             checkpoint=self.checkpoints.newest,
         )
         updated = time.monotonic()
+        self.group.begins(f"PPO iteration {iteration}, weight sync")
         self._sync()
-        row = {"iteration": float(iteration), **describe(experience), **losses, "kl/coef": self.kl_coef}
+        row = {"iteration": float(iteration), **describe(experience, self.group), **losses, "kl/coef": self.kl_coef}
         if self.ppo.kl_target is not None:
             self.kl_coef = adapt_kl_coef(
                 self.kl_coef,
                 row["kl/sequence"],
                 target=self.ppo.kl_target,
                 horizon=self.ppo.kl_horizon,
-                num_samples=len(completions),
+                num_samples=len(asked),
             )
         return row | {
             "seconds/generate": generated - started,
@@ -135,11 +162,17 @@ class PpoTrainer:
 
     def _look(self, validation: Sequence[Prompt], iteration: int) -> dict[str, float]:
         """Sample the validation prompts as they are; the objective is the mean score less its KL cost."""
-        seeds = [VALIDATION_SEED + number for number in range(len(validation))]
-        completions = self.rollout.generate(validation, self.ppo.rollout.sampling, seeds)
-        experience = make_experience(self.models, completions, self.ppo, self.distribution, kl_coef=0.0)
-        found = describe(experience)
-        self.validation += [
+        self.group.begins(f"PPO look at the validation prompts after iteration {iteration}")
+        equal = len(validation) - len(validation) % self.group.world_size  # all processes run as many passes
+        own = range(equal)[self.group.rank :: self.group.world_size]
+        completions = self.rollout.generate(
+            [validation[row] for row in own], self.ppo.rollout.sampling, [VALIDATION_SEED + row for row in own]
+        )
+        experience = make_experience(
+            self.models, completions, self.ppo, self.distribution, kl_coef=0.0, group=self.group
+        )
+        found = describe(experience, self.group)
+        samples = [
             ValidationSample(
                 iteration=iteration,
                 num_rollouts=iteration * self.ppo.rollout.num_prompts * self.ppo.rollout.samples_per_prompt,
@@ -154,6 +187,7 @@ class PpoTrainer:
                 completions, experience.scores.tolist(), experience.kl.sum(dim=1).tolist(), strict=True
             )
         ]
+        self.validation += self.group.gather(samples)
         objective = found["score/mean"] - self.kl_coef * found["kl/sequence"]
         self.looks_without_gain = 0 if objective > self.best_objective else self.looks_without_gain + 1
         self.best_objective = max(objective, self.best_objective)
@@ -187,33 +221,42 @@ class PpoTrainer:
         return int(state["step"])
 
 
-def describe(e: Experience) -> dict[str, float]:
-    """What one rollout looks like. Each name is explained in components/ppo/README.md."""
-    mask = e.batch.response_mask
-    gap = torch.where(mask, (e.old_logprobs - e.engine_logprobs).abs(), 0)
+def own_rows(total: int, minibatch: int, group: Group) -> list[int]:
+    """Rows of a rollout that this process samples and trains on: its equal share of every minibatch."""
+    share = minibatch // group.world_size
+    return [row for row in range(total) if row % minibatch // share == group.rank]
+
+
+def describe(e: Experience, group: Group = ALONE) -> dict[str, float]:
+    """What one rollout looks like over all processes. Each name is explained in components/ppo/README.md."""
+    mask, rows = e.batch.response_mask, torch.ones_like(e.truncated)
     ended = ~e.truncated
+    gap = torch.where(mask, (e.old_logprobs - e.engine_logprobs).abs(), 0)
+
+    def moments(x: Tensor, where: Tensor) -> tuple[float, float]:
+        mean, variance = masked_moments(x, where, group.sum)
+        return mean.item(), variance.item()
+
+    def mean(x: Tensor, where: Tensor) -> float:
+        return moments(x, where)[0]
+
+    score_mean, score_variance = moments(e.scores, rows)
+    returns_variance, rest_variance = moments(e.returns, mask)[1], moments(e.returns - e.old_values, mask)[1]
     return {
-        "score/mean": e.scores.mean().item(),
-        "score/std": e.scores.std(unbiased=False).item(),
-        "score/mean_ended": e.scores[ended].mean().item() if ended.any() else 0.0,
-        "kl/sequence": e.kl.sum(dim=1).mean().item(),
-        "kl/token": masked_mean(e.kl, mask).item(),
-        "entropy": masked_mean(e.entropy, mask).item(),
-        "response/length": e.batch.response_lengths.float().mean().item(),
-        "response/eos_rate": ended.float().mean().item(),
-        "value/mean": masked_mean(e.old_values, mask).item(),
-        "value/explained_variance": explained_variance(e),
-        "engine_gap/mean": masked_mean(gap, mask).item(),
-        "engine_gap/max": gap.max().item(),
+        "score/mean": score_mean,
+        "score/std": score_variance**0.5,
+        "score/mean_ended": mean(e.scores, ended),
+        "kl/sequence": mean(e.kl.sum(dim=1), rows),
+        "kl/token": mean(e.kl, mask),
+        "entropy": mean(e.entropy, mask),
+        "response/length": mean(e.batch.response_lengths.float(), rows),
+        "response/eos_rate": mean(ended.float(), rows),
+        "value/mean": mean(e.old_values, mask),
+        # 1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 no better than a constant.
+        "value/explained_variance": 1 - rest_variance / returns_variance if returns_variance > 1e-8 else 0.0,
+        "engine_gap/mean": mean(gap, mask),
+        "engine_gap/max": group.max(gap.max()).item(),
     }
-
-
-def explained_variance(e: Experience) -> float:
-    """1 - Var(returns - values) / Var(returns) over real tokens: 1 is a perfect critic, 0 no better than a constant."""
-    mask = e.batch.response_mask
-    returns, values = e.returns[mask], e.old_values[mask]
-    variance = returns.var(unbiased=False)
-    return float(1 - (returns - values).var(unbiased=False) / variance) if variance > 1e-8 else 0.0
 
 
 def final_metrics(history: History) -> Mapping[str, float]:

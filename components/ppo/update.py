@@ -5,9 +5,10 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from components.ppo.experience import Experience, Models, microbatches
+from components.ppo.experience import Experience, Models
 from components.rlhf.config.ppo import PpoSettings
-from components.rlhf.engine.protocol import TrainEngine
+from components.rlhf.engine.group import ALONE
+from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.errors import require_finite
 from components.rlhf.maths.losses import denominator_of, policy_loss, value_loss
 from components.rlhf.models.actor import Distribution
@@ -22,6 +23,7 @@ def update(
     *,
     seed: int,
     iteration: int,
+    group: Group = ALONE,
     checkpoint: object = None,
 ) -> dict[str, float]:
     """Train on every response num_epochs times; return means over all optimiser steps, and the largest first ratio's error.
@@ -31,13 +33,13 @@ def update(
     sums: dict[str, float] = defaultdict(float)
     steps = 0
     first_ratio_error = 0.0
-    groups = microbatches(len(experience.batch), ppo, experience.batch)
-    per_minibatch = len(groups) * ppo.minibatch // len(experience.batch)
+    parts_of_all = experience.microbatches
+    per_minibatch = len(parts_of_all) * (ppo.minibatch // group.world_size) // len(experience.batch)
     for epoch in range(ppo.num_epochs):
-        order = _order(len(experience.batch), seed=seed, iteration=iteration, epoch=epoch).to(groups[0].device)
-        for start in range(0, len(groups), per_minibatch):
-            parts = [order[group] for group in groups[start : start + per_minibatch]]
-            values = _step(experience, models, engines, ppo, distribution, parts)
+        order = _order(len(experience.batch), seed=seed, iteration=iteration, epoch=epoch).to(parts_of_all[0].device)
+        for start in range(0, len(parts_of_all), per_minibatch):
+            parts = [order[part] for part in parts_of_all[start : start + per_minibatch]]
+            values = _step(experience, models, engines, ppo, distribution, parts, group)
             if steps == 0:
                 first_ratio_error = values["ratio_error"]
             for name in ("loss/policy", "loss/value", "actor/grad_norm", "critic/grad_norm"):
@@ -62,12 +64,14 @@ def _step(
     ppo: PpoSettings,
     distribution: Distribution,
     parts: list[Tensor],
+    group: Group,
 ) -> dict[str, float]:
-    """One optimiser step of both models over the microbatches of one minibatch."""
+    """One optimiser step of both models over the microbatches of one minibatch, of which each process has an equal share."""
     rows = torch.cat(parts)
-    denominator = denominator_of(e.batch.response_mask[rows], ppo.loss_aggregation)
-    tokens = float(e.batch.response_mask[rows].sum())
-    values: dict[str, float] = defaultdict(float)
+    denominator = group.sum(denominator_of(e.batch.response_mask[rows], ppo.loss_aggregation))
+    tokens = float(group.sum(e.batch.response_mask[rows].sum()))
+    sums: dict[str, float] = defaultdict(float)
+    largest_ratio_error = 0.0
     for number, part in enumerate(parts, start=1):
         batch, mask = e.batch.select(part), e.batch.response_mask[part]
         states = None if e.states is None else e.states[part]
@@ -96,17 +100,19 @@ def _step(
         )
         engines["critic"].backward(value, last=number == len(parts))
         share = float(mask.sum()) / tokens
-        values["loss/policy"] += policy.loss.item()
-        values["loss/value"] += value.item()
-        values["actor/clip_fraction"] += policy.clip_fraction.item() * share
-        values["actor/approx_kl"] += policy.approx_kl.item() * share
+        sums["loss/policy"] += policy.loss.item()
+        sums["loss/value"] += value.item()
+        sums["actor/clip_fraction"] += policy.clip_fraction.item() * share
+        sums["actor/approx_kl"] += policy.approx_kl.item() * share
         ratio_error = ((logprobs.detach() - e.old_logprobs[part]).exp() - 1).abs().max().item()
-        values["ratio_error"] = max(values["ratio_error"], ratio_error)
+        largest_ratio_error = max(largest_ratio_error, ratio_error)
+    values = dict(zip(sums, group.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist(), strict=True))
+    values["ratio_error"] = group.max(torch.tensor(largest_ratio_error)).item()
     for name in ("actor", "critic"):
         info = engines[name].step()
         values[f"{name}/grad_norm"] = info.grad_norm
         values[f"{name}/learning_rate"] = info.learning_rate
-    return dict(values)
+    return values
 
 
 def _order(size: int, *, seed: int, iteration: int, epoch: int) -> Tensor:

@@ -33,40 +33,40 @@ def main(
         from components.rlhf.data.datasets import load_records, read_header
         from components.rlhf.data.records import PreferencePair, Prompt
         from components.rlhf.data.tokenizer import load_tokenizer
+        from components.rlhf.engine.choose import engine_name
+        from components.rlhf.engine.group import joined_group
         from components.rlhf.models.loading import HEAD_NAME, save_model
 
-        base, sft = open_artifact(base_model, "base_model"), open_artifact(sft_model, "sft_model")
-        data, asked = open_artifact(preferences, "preferences"), open_artifact(prompts, "prompts")
-        require_same_tokenizer(
-            base_model=(base_model, base),
-            sft_model=(sft_model, sft),
-            preferences=(preferences, data),
-            prompts=(prompts, asked),
-        )
+        folders = dict(base_model=base_model, sft_model=sft_model, preferences=preferences, prompts=prompts)
+        inputs = {kind: open_artifact(path, kind) for kind, path in folders.items()}
+        require_same_tokenizer(**{kind: (folders[kind], manifest) for kind, manifest in inputs.items()})
         start = sft_model if run.settings.reward_model.init == "sft" else base_model
-        folder = CheckpointFolder(
-            checkpoints, checkpoint_key("reward_model", run.settings, base, sft, data), run.settings.checkpoint
-        )
+        training = run.settings.reward_model.training
         tokenizer, max_tokens = load_tokenizer(sft_model), read_header(preferences)["max_tokens"]
-        trainer = RewardModelTrainer(run.settings, start, folder, run.progress, run.tracker)
-        numbers = trainer.train(tokenizer, load_records(preferences, "train", PreferencePair), max_tokens=max_tokens)
-        numbers |= finish(
-            trainer.model,
-            run.settings,
-            sft_model,
-            tokenizer,
-            pairs=load_records(preferences, "heldout", PreferencePair),
-            prompts=load_records(prompts, "train", Prompt),
-            max_tokens=max_tokens,
-        )
+        with joined_group(timeout_minutes=training.timeout_minutes) as group:
+            key = checkpoint_key("reward_model", run.settings, *(inputs[k] for k in folders if k != "prompts"))
+            folder = CheckpointFolder(checkpoints, key, run.settings.checkpoint, group)
+            trainer = RewardModelTrainer(run.settings, start, folder, run.progress, run.tracker, group)
+            train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
+            numbers = trainer.train(tokenizer, train, max_tokens=max_tokens)
+            asked = load_records(prompts, "train", Prompt)
+            numbers |= finish(
+                trainer.model, run.settings, sft_model, tokenizer, pairs=heldout, prompts=asked, max_tokens=max_tokens
+            )
+            weights = trainer.weights()
         run.write_artifact(
             "model",
             model_path,
-            lambda draft: save_model(trainer.model.lm, tokenizer, draft, dtype=trainer.dtype),
+            lambda draft: save_model(trainer.model.lm, tokenizer, draft, dtype=trainer.dtype, weights=weights),
             kind="reward_model",
-            parents={"base_model": base, "sft_model": sft, "preferences": data, "prompts": asked},
-            tokenizer_of=sft,
-            facts={**numbers, "head_name": HEAD_NAME, "padding_side": "right"},
+            parents=inputs,
+            tokenizer_of=inputs["sft_model"],
+            facts={
+                **numbers,
+                "training_engine": engine_name(training, group),
+                "head_name": HEAD_NAME,
+                "padding_side": "right",
+            },
         )
         run.progress.say(f"agrees with people on {numbers['heldout_accuracy']:.1%} of held-out pairs")
         run.wrote_report("summary", summary, as_markdown(numbers))

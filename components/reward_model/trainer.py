@@ -10,15 +10,18 @@ from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.checkpoints.folder import CheckpointFolder
 from components.rlhf.config.reward_model import RewardModelStage
-from components.rlhf.data.batching import TokenBatch, collate, num_steps, split_by_tokens, step_batches
+from components.rlhf.data.batching import TokenBatch, collate, num_steps, own_microbatches, step_batches
 from components.rlhf.data.records import PreferencePair
 from components.rlhf.data.tokenizer import EncodedText, encode_text
 from components.rlhf.edges.progress import Progress
 from components.rlhf.edges.tracking import Tracker
-from components.rlhf.engine.plain import TorchEngine
+from components.rlhf.engine.choose import make_engine, shards_weights
+from components.rlhf.engine.group import ALONE
+from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.errors import require_finite
 from components.rlhf.maths.losses import pairwise_loss
-from components.rlhf.models.loading import load_scalar_lm
+from components.rlhf.models.layers import checkpoint_layers
+from components.rlhf.models.loading import collect_weights, load_scalar_lm
 from components.rlhf.models.precision import compute_dtype, default_device
 from components.rlhf.models.scalar import ScalarModel
 
@@ -34,17 +37,29 @@ class RewardModelTrainer:
     """One run of reward-model training; `model` is the result."""
 
     def __init__(
-        self, stage: RewardModelStage, start: Path, checkpoints: CheckpointFolder, progress: Progress, tracker: Tracker
+        self,
+        stage: RewardModelStage,
+        start: Path,
+        checkpoints: CheckpointFolder,
+        progress: Progress,
+        tracker: Tracker,
+        group: Group = ALONE,
     ) -> None:
-        self.stage = stage
+        self.stage, self.group = stage, group
         self.checkpoints = checkpoints
         self.progress = progress
         self.tracker = tracker
         self.dtype = compute_dtype(stage.model.precision)
         self.device = default_device()
         frozen = stage.model.num_frozen_layers
-        lm = load_scalar_lm(start, num_frozen_layers=frozen, dtype=self.dtype, seed=stage.seed).to(self.device)
+        lm = load_scalar_lm(start, num_frozen_layers=frozen, dtype=self.dtype, seed=stage.seed)
+        training = stage.reward_model.training
+        if not shards_weights(training):
+            lm.to(self.device)
+        if training.gradient_checkpointing:
+            checkpoint_layers(lm)
         self.model = ScalarModel(lm, num_frozen_layers=frozen, dtype=self.dtype)
+        self.engine: TrainEngine | None = None
 
     def train(
         self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], *, max_tokens: int
@@ -53,7 +68,8 @@ class RewardModelTrainer:
         encoded = [self._encode(tokenizer, pair, max_tokens) for pair in pairs]
         schedule = {"num_epochs": settings.num_epochs, "max_steps": settings.max_steps}
         total = num_steps(len(encoded), settings.batch_size, **schedule)
-        engine = TorchEngine(self.model, settings.training, num_steps=total)
+        engine = make_engine(self.model, settings.training, num_steps=total, group=self.group, dtype=self.dtype)
+        self.engine = engine
         state = self.checkpoints.restore({"reward_model": engine})
         done = int(state["step"]) if state else 0
         if state:
@@ -63,11 +79,13 @@ class RewardModelTrainer:
         ):
             if step <= done:
                 continue
+            self.group.begins(f"reward model step {step}")
             values = self._step(engine, [encoded[i] for i in indices], step, indices)
             self.tracker.log(values, step)
             self.progress.step(step, total, {"loss": values["train/loss"], "accuracy": values["train/accuracy"]})
             if self.checkpoints.due():
                 self.checkpoints.save(step, {"reward_model": engine}, {})
+        self.group.begins("reward model, last measurements")
         return {"num_steps": float(total)}
 
     def _encode(self, tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, max_tokens: int) -> EncodedPair:
@@ -77,23 +95,30 @@ class RewardModelTrainer:
             margin=pair.margin or 0.0 if self.stage.reward_model.use_margin else 0.0,
         )
 
-    def _step(self, engine: TorchEngine, pairs: list[EncodedPair], step: int, indices: list[int]) -> dict[str, float]:
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights in main memory of the first process; every process calls it."""
+        assert self.engine is not None, "train() comes first"
+        return collect_weights(self.engine.full_weights(), dtype=self.dtype, keep=self.group.rank == 0)
+
+    def _step(self, engine: TrainEngine, pairs: list[EncodedPair], step: int, indices: list[int]) -> dict[str, float]:
         lengths = [2 * max(pair.chosen.num_tokens, pair.rejected.num_tokens) for pair in pairs]
-        groups = split_by_tokens(lengths, self.stage.reward_model.training.microbatch_tokens)
-        total, correct = 0.0, 0.0
-        for number, group in enumerate(groups, start=1):
-            part = [pairs[i] for i in group]
-            losses, wins = self.losses(part)
-            loss = losses.sum() / len(pairs)
-            where = f"pairs {indices}"
-            require_finite(loss.item(), what="The loss", step=step, batch=where, checkpoint=self.checkpoints.newest)
-            engine.backward(loss, last=number == len(groups))
-            total += loss.item()
-            correct += float(wins.sum())
-        info = engine.step()
-        require_finite(
-            info.grad_norm, what="The gradient", step=step, batch=f"pairs {indices}", checkpoint=self.checkpoints.newest
+        parts = own_microbatches(
+            lengths,
+            self.stage.reward_model.training.microbatch_tokens,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
+            most=self.group.max_int,
         )
+        own = torch.zeros(2, device=self.device)  # loss, pairs in the right order
+        for number, (rows, weight) in enumerate(parts, start=1):
+            losses, wins = self.losses([pairs[i] for i in rows])
+            loss = weight * losses.sum() / len(pairs)
+            own += torch.stack([loss.detach(), weight * wins.sum()])
+            engine.backward(loss, last=number == len(parts))
+        total, correct = self.group.sum(own).tolist()
+        info = engine.step()
+        for what, value in (("The loss", total), ("The gradient", info.grad_norm)):
+            require_finite(value, what=what, step=step, batch=f"pairs {indices}", checkpoint=self.checkpoints.newest)
         return {
             "train/loss": total,
             "train/accuracy": correct / len(pairs),

@@ -27,28 +27,35 @@ def main(
         from components.rlhf.data.datasets import load_records, read_header
         from components.rlhf.data.records import Demonstration
         from components.rlhf.data.tokenizer import load_tokenizer
+        from components.rlhf.engine.choose import engine_name
+        from components.rlhf.engine.group import joined_group
         from components.rlhf.models.loading import save_model
         from components.sft.trainer import SftTrainer, as_markdown
 
         base, data = open_artifact(base_model, "base_model"), open_artifact(demonstrations, "demonstrations")
         require_same_tokenizer(base_model=(base_model, base), demonstrations=(demonstrations, data))
-        folder = CheckpointFolder(checkpoints, checkpoint_key("sft", run.settings, base, data), run.settings.checkpoint)
+        training = run.settings.sft.training
         tokenizer = load_tokenizer(base_model)
-        trainer = SftTrainer(run.settings, base_model, folder, run.progress, run.tracker)
-        numbers = trainer.train(
-            tokenizer,
-            load_records(demonstrations, "train", Demonstration),
-            load_records(demonstrations, "heldout", Demonstration),
-            max_tokens=read_header(demonstrations)["max_tokens"],
-        )
+        with joined_group(timeout_minutes=training.timeout_minutes) as group:
+            folder = CheckpointFolder(
+                checkpoints, checkpoint_key("sft", run.settings, base, data), run.settings.checkpoint, group
+            )
+            trainer = SftTrainer(run.settings, base_model, folder, run.progress, run.tracker, group)
+            numbers = trainer.train(
+                tokenizer,
+                load_records(demonstrations, "train", Demonstration),
+                load_records(demonstrations, "heldout", Demonstration),
+                max_tokens=read_header(demonstrations)["max_tokens"],
+            )
+            weights = trainer.weights()
         run.write_artifact(
             "model",
             model_path,
-            lambda draft: save_model(trainer.actor.lm, tokenizer, draft, dtype=trainer.dtype),
+            lambda draft: save_model(trainer.actor.lm, tokenizer, draft, dtype=trainer.dtype, weights=weights),
             kind="sft_model",
             parents={"base_model": base, "demonstrations": data},
             tokenizer_of=base,
-            facts=numbers,
+            facts={**numbers, "training_engine": engine_name(training, group)},
         )
         run.progress.say(
             f"held-out loss {numbers['heldout_loss_before']:.3f} -> {numbers['heldout_loss']:.3f} nats per token"

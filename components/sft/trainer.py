@@ -5,20 +5,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.checkpoints.folder import CheckpointFolder
 from components.rlhf.config.sft import SftStage
-from components.rlhf.data.batching import TokenBatch, collate, num_steps, split_by_tokens, step_batches
+from components.rlhf.data.batching import TokenBatch, collate, num_steps, own_microbatches, step_batches
 from components.rlhf.data.records import Demonstration
 from components.rlhf.data.tokenizer import EncodedText, encode_text
 from components.rlhf.edges.progress import Progress
 from components.rlhf.edges.tracking import Tracker
-from components.rlhf.engine.plain import TorchEngine
+from components.rlhf.engine.choose import make_engine, shards_weights
+from components.rlhf.engine.group import ALONE
+from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.errors import require_finite
 from components.rlhf.maths.losses import aggregate
 from components.rlhf.models.actor import Actor, Distribution
-from components.rlhf.models.loading import load_causal_lm
+from components.rlhf.models.layers import checkpoint_layers
+from components.rlhf.models.loading import collect_weights, load_causal_lm
 from components.rlhf.models.precision import compute_dtype, default_device
 
 MAX_HELDOUT = 256  # demonstrations behind the held-out loss
@@ -28,17 +32,28 @@ class SftTrainer:
     """One run of fine-tuning; `actor` is the result."""
 
     def __init__(
-        self, stage: SftStage, base_model: Path, checkpoints: CheckpointFolder, progress: Progress, tracker: Tracker
+        self,
+        stage: SftStage,
+        base_model: Path,
+        checkpoints: CheckpointFolder,
+        progress: Progress,
+        tracker: Tracker,
+        group: Group = ALONE,
     ) -> None:
-        self.stage = stage
+        self.stage, self.group = stage, group
         self.checkpoints = checkpoints
         self.progress = progress
         self.tracker = tracker
         self.dtype = compute_dtype(stage.model.precision)
         self.device = default_device()
         frozen = stage.model.num_frozen_layers
-        lm = load_causal_lm(base_model, num_frozen_layers=frozen, dtype=self.dtype).to(self.device)
+        lm = load_causal_lm(base_model, num_frozen_layers=frozen, dtype=self.dtype)
+        if not shards_weights(stage.sft.training):
+            lm.to(self.device)
+        if stage.sft.training.gradient_checkpointing:
+            checkpoint_layers(lm)
         self.actor = Actor(lm, num_frozen_layers=frozen, dtype=self.dtype)
+        self.engine: TrainEngine | None = None
 
     def train(
         self,
@@ -55,7 +70,8 @@ class SftTrainer:
             encode_text(tokenizer, d.prompt, d.completion, max_tokens=max_tokens) for d in heldout[:MAX_HELDOUT]
         ]
         total = num_steps(len(texts), sft.batch_size, num_epochs=sft.num_epochs, max_steps=sft.max_steps)
-        engine = TorchEngine(self.actor, sft.training, num_steps=total)
+        engine = make_engine(self.actor, sft.training, num_steps=total, group=self.group, dtype=self.dtype)
+        self.engine = engine
         state = self.checkpoints.restore({"actor": engine})
         done = int(state["step"]) if state else 0
         metrics = {"heldout_loss_before": self.heldout_loss(heldout_texts)} if not state else dict(state["metrics"])
@@ -67,11 +83,13 @@ class SftTrainer:
         for step, indices in enumerate(batches, start=1):
             if step <= done:
                 continue
+            self.group.begins(f"SFT step {step}")
             values = self._step(engine, [texts[i] for i in indices], step, indices)
             self.tracker.log(values, step)
             self.progress.step(step, total, {"loss": values["train/loss"]})
             if self.checkpoints.due():
                 self.checkpoints.save(step, {"actor": engine}, {"metrics": metrics})
+        self.group.begins("SFT held-out loss")
         loss = self.heldout_loss(heldout_texts)
         # No loss of training sees what the last step did to the weights; this one does.
         require_finite(
@@ -84,31 +102,36 @@ class SftTrainer:
         self.tracker.log({"heldout/loss": loss, "heldout/perplexity": math.exp(loss)}, total)
         return metrics | {"heldout_loss": loss, "heldout_perplexity": math.exp(loss), "num_steps": float(total)}
 
-    def _step(self, engine: TorchEngine, texts: list[EncodedText], step: int, indices: list[int]) -> dict[str, float]:
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights in main memory of the first process; every process calls it."""
+        assert self.engine is not None, "train() comes first"
+        return collect_weights(self.engine.full_weights(), dtype=self.dtype, keep=self.group.rank == 0)
+
+    def _step(self, engine: TrainEngine, texts: list[EncodedText], step: int, indices: list[int]) -> dict[str, float]:
         """One optimiser step over its microbatches; the loss is the mean over all response tokens of the step."""
         denominator = sum(len(text.response_ids) for text in texts)
-        groups = split_by_tokens([text.num_tokens for text in texts], self.stage.sft.training.microbatch_tokens)
-        total = 0.0
-        for number, group in enumerate(groups, start=1):
-            loss = self._loss([texts[i] for i in group], denominator)
-            require_finite(
-                loss.item(),
-                what="The loss",
-                step=step,
-                batch=f"demonstrations {indices}",
-                checkpoint=self.checkpoints.newest,
-            )
-            engine.backward(loss, last=number == len(groups))
-            total += loss.item()
+        parts = self._own_microbatches(texts)
+        own = torch.zeros((), device=self.device)
+        for number, (rows, weight) in enumerate(parts, start=1):
+            loss = weight * self._loss([texts[i] for i in rows], denominator)
+            own += loss.detach()
+            engine.backward(loss, last=number == len(parts))
+        total = self.group.sum(own).item()
         info = engine.step()
-        require_finite(
-            info.grad_norm,
-            what="The gradient",
-            step=step,
-            batch=f"demonstrations {indices}",
-            checkpoint=self.checkpoints.newest,
-        )
+        for what, value in (("The loss", total), ("The gradient", info.grad_norm)):
+            require_finite(
+                value, what=what, step=step, batch=f"demonstrations {indices}", checkpoint=self.checkpoints.newest
+            )
         return {"train/loss": total, "train/grad_norm": info.grad_norm, "train/learning_rate": info.learning_rate}
+
+    def _own_microbatches(self, texts: Sequence[EncodedText]) -> list[tuple[list[int], float]]:
+        return own_microbatches(
+            [text.num_tokens for text in texts],
+            self.stage.sft.training.microbatch_tokens,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
+            most=self.group.max_int,
+        )
 
     def _loss(self, texts: Sequence[EncodedText], denominator: int) -> torch.Tensor:
         batch: TokenBatch = collate([t.prompt_ids for t in texts], [t.response_ids for t in texts]).to(self.device)
@@ -118,9 +141,13 @@ class SftTrainer:
     @torch.no_grad()
     def heldout_loss(self, texts: Sequence[EncodedText]) -> float:
         """Mean negative log-likelihood per response token, in nats; 0 when there are no held-out texts."""
-        denominator = max(sum(len(t.response_ids) for t in texts), 1)
-        groups = split_by_tokens([t.num_tokens for t in texts], self.stage.sft.training.microbatch_tokens)
-        return sum(self._loss([texts[i] for i in group], denominator).item() for group in groups)
+        if not texts:
+            return 0.0
+        denominator = sum(len(t.response_ids) for t in texts)
+        own = torch.zeros((), device=self.device)
+        for rows, weight in self._own_microbatches(texts):
+            own += weight * self._loss([texts[i] for i in rows], denominator)
+        return self.group.sum(own).item()
 
 
 def as_markdown(metrics: Mapping[str, float]) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from components.ppo.experience import Experience, Models, make_experience, microbatches
-from components.ppo.trainer import describe, explained_variance
+from components.ppo.trainer import describe
 from components.rlhf.data.batching import collate
 from components.rlhf.data.records import Completion
 from components.rlhf.errors import InputError
@@ -181,15 +181,11 @@ class TestMicrobatches:
             assert torch.allclose(getattr(parts, name), getattr(whole, name), atol=1e-4), name
 
     def test_split_each_minibatch_under_the_budget(self) -> None:
-        batch = collate([[1] * 4] * 12, [[2] * 6] * 12)  # 10 tokens a row
-        ppo = stage_of(minibatch=6, rollout={"num_prompts": 12}, training={"microbatch_tokens": 40}).ppo
-        assert [group.tolist() for group in microbatches(12, ppo, batch)] == [
+        assert [rows.tolist() for rows in microbatches(12, minibatch=6, most=4)] == [
             [0, 1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11]
         ]  # fmt: skip
-        ppo = stage_of(minibatch=6, rollout={"num_prompts": 12}, training={"microbatch_tokens": 5}).ppo
-        assert [group.tolist() for group in microbatches(12, ppo, batch)] == [[i] for i in range(12)]
-        ppo = stage_of(minibatch=6, rollout={"num_prompts": 12}, training={"microbatch_tokens": 9999}).ppo
-        assert [len(group) for group in microbatches(12, ppo, batch)] == [6, 6]
+        assert [rows.tolist() for rows in microbatches(12, minibatch=6, most=0)] == [[i] for i in range(12)]
+        assert [len(rows) for rows in microbatches(12, minibatch=6, most=999)] == [6, 6]
 
 
 def test_the_shared_path_gives_what_the_unshared_one_gives(tiny_model: Path, reward_model: Path) -> None:
@@ -235,6 +231,7 @@ class TestDescribe:
             truncated=torch.tensor([True, False]),
             states=None,
             features=None,
+            microbatches=[torch.arange(2)],
         )
 
     def test_by_hand(self) -> None:
@@ -264,5 +261,6 @@ class TestDescribe:
 
     def test_a_perfect_critic_and_a_constant_one(self) -> None:
         e = self.by_hand()
-        assert explained_variance(replace(e, old_values=e.returns)) == pytest.approx(1.0)
-        assert explained_variance(replace(e, old_values=torch.full((2, 3), 7.0))) == pytest.approx(0.0)
+        for values, expected in ((e.returns, 1.0), (torch.full((2, 3), 7.0), 0.0)):
+            found = describe(replace(e, old_values=values))["value/explained_variance"]
+            assert found == pytest.approx(expected, abs=1e-6)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components.ppo.models import load_models, save_policy, with_own_head
+from components.ppo.models import load_models, with_own_head
+from components.ppo.policy import save_policy
 from components.rlhf.data.batching import collate
 from components.rlhf.data.datasets import load_records
 from components.rlhf.data.records import ValidationSample
@@ -15,7 +16,7 @@ from components.rlhf.errors import InputError
 from components.rlhf.models.actor import Distribution
 from components.rlhf.models.loading import load_scalar_lm, save_model
 from components.rlhf.models.scalar import ScalarModel
-from tests.ppo.build import CPU, FP32, load, make_reward_model, stage_of
+from tests.ppo.build import CPU, FP32, load, make_reward_model, stage_of, trainer_of
 from tests.tiny import make_tiny_model
 
 BATCH = collate([[5, 6, 7], [8]], [[3, 4, 0], [1, 2, 9, 10]])
@@ -153,15 +154,16 @@ def test_a_fine_tuned_model_is_no_reward_model(tiny_model: Path) -> None:
 
 
 def test_a_saved_policy_loads_and_carries_its_history(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
-    models, rollout = load(stage_of(), tiny_model, reward_model)
+    trainer = trainer_of(stage_of(), tiny_model, reward_model)
     history = [{"iteration": 1.0, "score/mean": 0.1 + 0.2}, {"iteration": 2.0, "score/mean": -1e-9}]
     sample = ValidationSample(
         iteration=1, num_rollouts=8, prompt="It", response="is", num_tokens=2, truncated=True, score=0.5, kl=-0.1
     )
-    save_policy(models.actor.lm, rollout.tokenizer, history, [sample], tmp_path, dtype=FP32)
+    trainer.history, trainer.validation = history, [sample]
+    save_policy(trainer, trainer.rollout.tokenizer, trainer.weights(), tmp_path)
     assert load_records(tmp_path, "validation", ValidationSample) == [sample]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded(BATCH.input_ids).logits, models.actor.lm(BATCH.input_ids).logits)
+    assert torch.equal(loaded(BATCH.input_ids).logits, trainer.models.actor.lm(BATCH.input_ids).logits)
     assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == history
 
 

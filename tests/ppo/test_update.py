@@ -98,7 +98,7 @@ class TestSteps:
         plain = update_module._step
 
         def recording(*args: Any) -> dict[str, float]:
-            seen.append(torch.cat(args[-1]).tolist())
+            seen.append(torch.cat(args[5]).tolist())
             return plain(*args)
 
         monkeypatch.setattr(update_module, "_step", recording)

@@ -39,11 +39,11 @@ class TrainingSettings(Settings):
     """How a stage turns losses into steps."""
 
     engine: Literal["torch", "deepspeed"] = "torch"
-    """What computes the steps: torch in one process, or DeepSpeed in any number."""
+    """What computes the steps: torch holds everything in every process, deepspeed shards it."""
     num_processes: PositiveInt = 1
-    """Processes that train together, one a GPU; more than one needs deepspeed."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """What DeepSpeed shards over the processes: 1 the optimiser, 2 gradients too, 3 weights too; 0 nothing."""
+    """Processes that train together, one a GPU; the stage starts them by itself."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """What DeepSpeed shards over the processes: 1 the optimiser, 2 gradients too, 3 weights too. The engine torch shards nothing."""
     offload_optimizer: bool = False
     """DeepSpeed keeps the optimiser's state and its step in main memory."""
     gradient_checkpointing: bool = False
@@ -67,12 +67,8 @@ class TrainingSettings(Settings):
 
     @model_validator(mode="after")
     def _engine(self) -> "TrainingSettings":
-        if self.engine == "torch" and self.num_processes > 1:
-            raise ValueError(
-                f"num_processes is {self.num_processes}, and the engine torch is one process; set engine to deepspeed"
-            )
-        if self.offload_optimizer and (self.engine != "deepspeed" or self.zero_stage == 0):
-            raise ValueError("offload_optimizer needs the engine deepspeed with a zero_stage of 1 or more")
+        if self.offload_optimizer and self.engine != "deepspeed":
+            raise ValueError("offload_optimizer needs the engine deepspeed; set engine to it")
         return self
 
 

@@ -87,8 +87,6 @@ class PpoSettings(Settings):
     """The value may move this far from the old one; null is unclipped."""
     importance_clip: tuple[Positive, Positive] | None = None
     """Weigh each token by how much likelier the trainer holds it than the rollout engine, within these bounds ([0.5, 5]); null is off."""
-    offload_frozen: bool = False
-    """Keep reference and reward model in main memory while they score nothing."""
     loss_aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
     """sequence-mean is OpenRLHF v0.5.5's."""
     eval_every: Count = 0
@@ -103,6 +101,11 @@ class PpoSettings(Settings):
             raise ValueError(
                 f"minibatch is {self.minibatch}, which does not divide the rollout batch of {batch} "
                 "(rollout.num_prompts x rollout.samples_per_prompt); choose a divisor"
+            )
+        if self.minibatch % self.training.num_processes:
+            raise ValueError(
+                f"minibatch is {self.minibatch}, which {self.training.num_processes} processes (training.num_processes) cannot "
+                "share equally; choose a multiple"
             )
         if self.patience and not self.eval_every:
             raise ValueError("patience needs looks at the validation prompts; set eval_every above 0")

@@ -1,7 +1,7 @@
 """Right-padded batches of `prompt | response`, and microbatches under a budget of tokens."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +94,21 @@ def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         else:
             groups.append([index])
     return groups
+
+
+def own_microbatches(
+    lengths: Sequence[int], max_tokens: int, *, rank: int, world_size: int, most: Callable[[int], int]
+) -> list[tuple[list[int], float]]:
+    """This process's microbatches of one step: (indices, weight), as many of them in every process.
+
+    lengths are those of the whole step, of which each process takes every world_size-th. Where it has fewer microbatches
+    than another it computes row 0 with weight 0, so that all run the same number of passes. most(n) is the largest n of
+    all processes.
+    """
+    mine = range(rank, len(lengths), world_size)
+    groups = split_by_tokens([lengths[index] for index in mine], max_tokens)
+    parts = [([mine[i] for i in group], 1.0) for group in groups]
+    return parts + [([0], 0.0)] * (most(len(groups)) - len(groups))
 
 
 def epoch_order(size: int, *, seed: int, epoch: int) -> list[int]:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 class Progress:
     """Prints to stderr at most every few seconds, so that logs of a cluster stay readable."""
 
-    def __init__(self, stage: str, *, every_seconds: float = 5.0) -> None:
+    def __init__(self, stage: str, *, every_seconds: float = 5.0, silent: bool = False) -> None:
         self.stage = stage
+        self.silent = silent  # another process of the stage speaks
         self.every_seconds = every_seconds
         self._first: tuple[str, int, float] | None = (
             None  # unit, step and time of the first call of what is counted now
@@ -18,7 +19,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line of its own, always shown."""
-        print(f"[{self.stage}] {text}", file=sys.stderr, flush=True)
+        if not self.silent:
+            print(f"[{self.stage}] {text}", file=sys.stderr, flush=True)
 
     def step(self, step: int, total: int, metrics: Mapping[str, float], unit: str = "step") -> None:
         """step of total steps is done (from 1)."""

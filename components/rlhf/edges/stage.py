@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from components.rlhf.artifacts.directory import writing
 from components.rlhf.artifacts.manifest import Manifest, write_manifest
 from components.rlhf.config.base import Settings
+from components.rlhf.config.model import TrainingSettings
 from components.rlhf.config.params import explain
 from components.rlhf.config.storage import TrackingSettings
 from components.rlhf.edges.kfp_io import write_executor_output
@@ -25,6 +27,12 @@ from components.rlhf.errors import InputError
 
 S = TypeVar("S", bound=Settings)
 RUN_ID = "RLHF_RUN_ID"
+SECONDS_FOR_THE_FIRST = 5.0
+
+
+def rank() -> int:
+    """Which of the processes of this stage this is."""
+    return int(os.environ.get("RANK", "0"))
 
 
 @dataclass
@@ -52,11 +60,14 @@ class StageRun(Generic[S]):
         parents: Mapping[str, Manifest],
         facts: Mapping[str, str | int | float],
         tokenizer_of: Manifest | None = None,
-    ) -> Manifest:
+    ) -> None:
         """Write an artifact whole or not at all: fill(folder) makes its files, then comes the manifest.
 
-        parents are the inputs by their role; tokenizer_of is the one whose tokenizer the artifact goes with.
+        parents are the inputs by their role; tokenizer_of is the one whose tokenizer the artifact goes with. Of several
+        processes the first writes.
         """
+        if rank() > 0:
+            return
         with writing(path) as draft:
             fill(draft)
             manifest = write_manifest(
@@ -69,10 +80,11 @@ class StageRun(Generic[S]):
                 facts=facts,
             )
         self.wrote(output, manifest)
-        return manifest
 
     def wrote_metrics(self, path: Path, metrics: Mapping[str, float]) -> None:
         """Write final numbers as the output `metrics`: a JSON file, KFP's Metrics artifact, and a last point in MLflow."""
+        if rank() > 0:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         self.outputs["metrics"] = dict(metrics)
@@ -80,6 +92,8 @@ class StageRun(Generic[S]):
 
     def wrote_report(self, output: str, path: Path, text: str) -> None:
         """Write a Markdown or HTML output, and keep a copy in MLflow."""
+        if rank() > 0:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         self.outputs[output] = {}
@@ -132,24 +146,41 @@ def stage_run(name: str, model: type[S], *, settings: str, tracking: str, execut
     try:
         text = settings if settings.lstrip().startswith("{") else _read(settings)
         parsed = parse_settings(model, text)
+        start_processes(getattr(getattr(parsed, name, None), "training", None))
+        track = parse_settings(TrackingSettings, tracking)
+        if rank() > 0:
+            track = track.model_copy(update={"enabled": False})  # one process speaks for all
         run_id = os.environ.get(RUN_ID, "by-hand")
-        tracker = start_tracking(
-            parse_settings(TrackingSettings, tracking), run_id=run_id, stage=name, params=parsed.model_dump(mode="json")
-        )
-        run = StageRun(name=name, settings=parsed, settings_text=text, progress=Progress(name), tracker=tracker)
+        tracker = start_tracking(track, run_id=run_id, stage=name, params=parsed.model_dump(mode="json"))
+        progress = Progress(name, silent=rank() > 0)
+        run = StageRun(name=name, settings=parsed, settings_text=text, progress=progress, tracker=tracker)
         yield run
-        if executor_input:
+        if executor_input and rank() == 0:
             write_executor_output(executor_input, run.outputs)
         tracker.finish("FINISHED")
     except InputError as error:
         if tracker:
             tracker.finish("FAILED")
+        if rank() > 0:
+            time.sleep(SECONDS_FOR_THE_FIRST)  # where all fail alike, one says so, and the launcher ends the others
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
-    except BaseException:
+    except BaseException as error:
         if tracker:
             tracker.finish("FAILED")
+        if "WORLD_SIZE" in os.environ and isinstance(error, RuntimeError):
+            time.sleep(
+                SECONDS_FOR_THE_FIRST
+            )  # losing another process looks like this: that one is to be heard, and ends us
         raise
+
+
+def start_processes(training: TrainingSettings | None) -> None:
+    """Where the settings ask for several processes and this is not one of them yet: start them, and end as they end."""
+    if training and training.num_processes > 1 and "WORLD_SIZE" not in os.environ:
+        from components.rlhf.edges.launcher import launch  # imports torch
+
+        sys.exit(launch(training.num_processes))
 
 
 def parse_settings(model: type[S], text: str) -> S:

@@ -1,4 +1,4 @@
-"""The engine of one process: plain torch."""
+"""The engine without sharding: plain torch in every process."""
 
 import math
 from collections.abc import Iterator
@@ -9,37 +9,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from components.rlhf.config.model import TrainingSettings
-from components.rlhf.engine.protocol import StepInfo
+from components.rlhf.engine.group import ALONE
+from components.rlhf.engine.protocol import Group, StepInfo
+from components.rlhf.engine.schedule import learning_rate_at
 from components.rlhf.errors import InputError
-
-
-class SingleProcess:
-    """The group of one."""
-
-    rank = 0
-    world_size = 1
-
-    def sum(self, x: Tensor) -> Tensor:
-        return x
-
-    def max_int(self, n: int) -> int:
-        return n
-
-    def barrier(self) -> None:
-        return
 
 
 class TorchEngine:
     """AdamW over whatever in the module has gradients. Implements TrainEngine.
 
-    num_steps is the length of the learning-rate schedule; steps beyond it use its last value.
+    num_steps is the length of the learning-rate schedule; steps beyond it use its last value. Gradients are added up over the
+    processes of the group, which all hold the same weights and take the same step.
     """
 
     def __init__(
-        self, module: nn.Module, training: TrainingSettings, *, num_steps: int, learning_rate: float | None = None
+        self,
+        module: nn.Module,
+        training: TrainingSettings,
+        *,
+        num_steps: int,
+        group: Group = ALONE,
+        learning_rate: float | None = None,
     ) -> None:
-        self.module = module
-        self.training = training
+        self.module, self.training, self.group = module, training, group
         self.num_steps = num_steps
         self.peak = training.learning_rate if learning_rate is None else learning_rate
         self.steps_done = 0
@@ -59,6 +51,7 @@ class TorchEngine:
         rate = learning_rate_at(self.steps_done, self.training, peak=self.peak, num_steps=self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self._sum_gradients()
         limit = self.training.max_grad_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
         if math.isfinite(norm):
@@ -67,11 +60,20 @@ class TorchEngine:
         self.steps_done += 1
         return StepInfo(grad_norm=norm, learning_rate=rate)
 
+    def _sum_gradients(self) -> None:
+        if self.group.world_size == 1:
+            return
+        for parameter in self.parameters.values():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.group.sum(gradient)
+
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, parameter.detach()) for name, parameter in self.module.named_parameters())
 
     def save(self, directory: Path) -> None:
-        """Weights that are trained, and the optimiser's moments, in safetensors."""
+        """Weights that are trained, and the optimiser's moments, in safetensors; they are the same in every process."""
+        if self.group.rank > 0:
+            return
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"weight/{name}": p.detach().contiguous() for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
@@ -95,20 +97,3 @@ class TorchEngine:
             moment, name = key.split("/", 1)
             parameter = self.parameters[name]
             self.optimizer.state[parameter][moment] = value.to(parameter.device)  # the file was read into main memory
-
-
-def learning_rate_at(step: int, training: TrainingSettings, *, peak: float, num_steps: int) -> float:
-    """The learning rate of a step (from 0): linear warm-up to the peak, then constant, linear or cosine to the floor."""
-    warmup = math.ceil(training.warmup_fraction * num_steps)
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    floor = training.min_learning_rate_fraction
-    progress = min((step - warmup) / max(num_steps - warmup, 1), 1.0)
-    match training.schedule:
-        case "constant":
-            share = 1.0
-        case "linear":
-            share = 1 - progress * (1 - floor)
-        case "cosine":
-            share = floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
-    return peak * share

@@ -3,12 +3,14 @@
 Law of this room: losses into steps. It knows no word of PPO; what is distributed stays behind these protocols.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +40,29 @@ class TrainEngine(Protocol):
 
 
 class Group(Protocol):
-    """The processes that train together."""
+    """The processes that train together. All of them call each method in the same order."""
 
     rank: int
     world_size: int
 
-    def sum(self, x: Tensor) -> Tensor: ...
+    def sum(self, x: Tensor) -> Tensor:
+        """x [*] added up over all processes."""
+        ...
 
-    def max_int(self, n: int) -> int: ...
+    def max(self, x: Tensor) -> Tensor:
+        """The largest x [*] of all processes, element by element."""
+        ...
+
+    def max_int(self, n: int) -> int:
+        """The largest n of all processes."""
+        ...
+
+    def gather(self, items: Sequence[T]) -> list[T]:
+        """The items of all processes, in the order of their ranks."""
+        ...
 
     def barrier(self) -> None: ...
+
+    def begins(self, step: str) -> None:
+        """From here on the process works on step (for people to read); a step that takes too long ends the process."""
+        ...

@@ -47,6 +47,14 @@ def run_layers(model: nn.Module, inputs: Tensor, *, start: int, stop: int | None
     return hidden
 
 
+def checkpoint_layers(model: nn.Module) -> None:
+    """Keep only the states between layers for the backward pass, which computes the rest of each layer again."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    for layer in decoder_of(model).layers:
+        # transformers does it in training mode alone, which nothing here is in (dropout); this flag is the layer's own.
+        layer.training = True
+
+
 def freeze_lower_layers(model: nn.Module, num_frozen: int) -> None:
     """Leave only the layers from num_frozen on (and the final norm and an untied head) to be trained. 0 freezes nothing."""
     if num_frozen == 0:

@@ -1,10 +1,11 @@
 """Models on disk: ordinary Hugging Face folders in safetensors, loaded offline."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,6 +18,14 @@ from components.rlhf.errors import InputError
 from components.rlhf.models.layers import num_layers, trunk_of
 
 HEAD_NAME = "score"
+
+
+class Fp32Head(nn.Linear):
+    """The scalar head. It is small, and computes in fp32 whatever its weight is in."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return nn.functional.linear(features.float(), self.weight.float())
 
 
 def load_causal_lm(directory: Path, *, num_frozen_layers: int, dtype: torch.dtype, trainable: bool = True) -> Any:
@@ -34,7 +43,9 @@ def load_scalar_lm(
     that of OpenRLHF v0.5.5 models/model.py `_get_reward_model`.
     """
     model = _load(AutoModelForSequenceClassification, directory, needs_head=seed is None, num_labels=1)
-    head = getattr(model, HEAD_NAME)
+    head = Fp32Head(model.config.hidden_size, 1, bias=False)
+    head.weight = getattr(model, HEAD_NAME).weight
+    setattr(model, HEAD_NAME, head)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -68,17 +79,39 @@ def stop_ids_of(directory: Path) -> tuple[int, ...]:
     return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Path, *, dtype: torch.dtype) -> None:
+def collect_weights(named: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
+    """Weights of an Actor or ScalarModel, as an engine gives them one by one, in main memory under the language model's own names.
+
+    Every process goes through all of them, because they may have to be gathered; those that do not keep them return {}.
+    """
+    found: dict[str, Tensor] = {}
+    for name, weight in named:
+        if keep:
+            found[name.removeprefix("lm.")] = weight.to("cpu", dtype, copy=True)
+    return found
+
+
+def save_model(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write weights (safetensors, in dtype), config, generation settings and tokenizer as from_pretrained reads them.
 
+    weights are taken in place of the model's own, which may be sharded.
     Raises InputError when a weight is nan or infinite: no loss sees what the last step of training did.
     """
-    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if weights is None:
+        weights = model.state_dict()
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
         raise InputError(
             f"The weights {', '.join(broken[:3])} are not finite after the last step; lower the learning rate."
         )
-    state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in weights.items()}
     model.config.dtype = dtype
     model.save_pretrained(directory, state_dict=state, safe_serialization=True)
     tokenizer.save_pretrained(directory)

@@ -9,7 +9,8 @@ from components.rlhf.config.model import Precision
 
 
 def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU that this process has chosen, or the processor."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:

@@ -50,9 +50,8 @@ class ScalarModel(nn.Module):
             return run_layers(self.lm, inputs, start=start, stop=None)
 
     def read(self, features: Tensor) -> Tensor:
-        """Normalised scalar at features [..., H] -> [...] fp32. The head is small and stays in fp32."""
-        with torch.autocast(features.device.type, enabled=False):
-            raw = nn.functional.linear(features.float(), self.lm.score.weight.float()).squeeze(-1)
+        """Normalised scalar at features [..., H] -> [...] fp32."""
+        raw: Tensor = self.lm.score(features).squeeze(-1)
         return (raw - self.mean) / self.std
 
     def forward(self, batch: TokenBatch, states: Tensor | None = None, features: Tensor | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """Rollouts with transformers in this process: the engine of laptops and of tests."""
 
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ class HfRolloutEngine:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
+        self.name = f"transformers {version('transformers')}"
         self.version = 0
         self._parameters = dict(model.named_parameters())
 

@@ -13,6 +13,8 @@ from components.rlhf.data.records import Completion, Prompt
 
 
 class RolloutEngine(Protocol):
+    name: str  # what generates, with its version
+
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, seeds: Sequence[int]) -> list[Completion]:
         """One completion a prompt. A completion depends on its prompt, its seed and the weights, not on its neighbours."""
         ...

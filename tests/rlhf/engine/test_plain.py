@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from components.rlhf.config.model import TrainingSettings
-from components.rlhf.engine.plain import SingleProcess, TorchEngine, learning_rate_at
+from components.rlhf.engine.group import SingleProcess
+from components.rlhf.engine.plain import TorchEngine
+from components.rlhf.engine.schedule import learning_rate_at
 from components.rlhf.errors import InputError
 
 X = torch.tensor([[1.0, 2.0], [0.5, -1.0], [-2.0, 0.25], [3.0, 1.0], [0.0, 1.0], [1.5, -0.5]])

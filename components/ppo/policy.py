@@ -1,0 +1,25 @@
+"""What PPO leaves behind."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from components.ppo.trainer import PpoTrainer
+from components.rlhf.data.datasets import save_records
+from components.rlhf.models.loading import save_model
+
+
+def save_policy(
+    trainer: PpoTrainer, tokenizer: PreTrainedTokenizerBase, weights: Mapping[str, Tensor], folder: Path
+) -> None:
+    """The trained actor as an ordinary model folder, with how training went.
+
+    history.jsonl has one row of numbers an iteration, validation.jsonl each response of each look at the validation prompts.
+    """
+    actor = trainer.models.actor
+    save_model(actor.lm, tokenizer, folder, dtype=actor.dtype, weights=weights)
+    (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trainer.history), encoding="utf-8")
+    save_records(folder, "validation", trainer.validation)

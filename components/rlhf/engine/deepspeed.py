@@ -1,0 +1,208 @@
+"""The engine of many processes: DeepSpeed's ZeRO."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from components.rlhf.config.model import TrainingSettings
+from components.rlhf.engine.protocol import Group, StepInfo
+from components.rlhf.engine.schedule import learning_rate_at
+from components.rlhf.errors import InputError
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+import deepspeed
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DeepSpeedEngine:
+    """AdamW in fp32 over weights in dtype, sharded as zero_stage says. Implements TrainEngine.
+
+    What it is given are shares of one loss that are already divided by the count of the whole step, so gradients are added up
+    over microbatches and processes. DeepSpeed divides by both; that is undone here.
+
+    A checkpoint holds whole tensors, each written by one of the processes, so any number of processes can go on from it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        training: TrainingSettings,
+        *,
+        num_steps: int,
+        group: Group,
+        dtype: torch.dtype,
+        learning_rate: float | None = None,
+    ) -> None:
+        self.module, self.training, self.group = module, training, group
+        self.num_steps = num_steps
+        self.peak = training.learning_rate if learning_rate is None else learning_rate
+        self.steps_done = 0
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=self.peak, betas=(0.9, 0.95), weight_decay=training.weight_decay
+        )
+        join_deepspeed()
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=config_of(training, dtype=dtype, world_size=group.world_size),
+            dist_init_required=False,
+        )
+        self._allocate_moments()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        # The next two lines are what its forward() does around a module's output (0.19); here modules are called directly.
+        # Without the first stage 3 forgets the microbatches before, without the second stage 1 counts them twice in bf16.
+        self.optimizer.clear_backward_seen_flag()
+        scaled = loss * self.group.world_size
+        scaled.register_hook(lambda _: self.engine._backward_prologue())  # type: ignore[no-untyped-call]
+        self.engine.backward(scaled, scale_wrt_gas=False)
+
+    def step(self) -> StepInfo:
+        rate = learning_rate_at(self.steps_done, self.training, peak=self.peak, num_steps=self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.engine.step()
+        self.steps_done += 1
+        return StepInfo(grad_norm=float(self.engine.get_global_grad_norm() or 0.0), learning_rate=rate)
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """One weight at a time: under stage 3 a process holds its shards and the one weight that is gathered."""
+        for name, parameter in self.module.named_parameters():
+            with whole(parameter):
+                yield name, parameter.detach()
+
+    def save(self, directory: Path) -> None:
+        """Weights that are trained in fp32, and the optimiser's moments, in safetensors: one file a process."""
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {"steps_done": torch.tensor(self.steps_done)}
+        for number, (name, parameter) in enumerate(self.parameters.items()):
+            for key in ("weight", *MOMENTS):
+                value = self._read(parameter, key)
+                if number % self.group.world_size == self.group.rank:
+                    tensors[f"{key}/{name}"] = value.cpu().contiguous()
+        save_file(tensors, directory / f"engine-{self.group.rank:05d}.safetensors")
+
+    def load(self, directory: Path) -> None:
+        files: list[Any] = [safe_open(path, framework="pt") for path in sorted(directory.glob("engine*.safetensors"))]
+        where = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+        self.steps_done = int(where.pop("steps_done").get_tensor("steps_done"))
+        if set(where) != {f"{key}/{name}" for key in ("weight", *MOMENTS) for name in self.parameters}:
+            raise InputError(
+                f"{directory} holds other weights than are trained here; delete the checkpoint or restore the settings."
+            )
+        for name, parameter in self.parameters.items():
+            for key in ("weight", *MOMENTS):
+                self._write(parameter, key, where[f"{key}/{name}"].get_tensor(f"{key}/{name}"))
+        self._set_adam_step(self.steps_done)
+
+    def _read(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """The whole fp32 weight or moment, on every process."""
+        sharded = (
+            safe_get_full_fp32_param(parameter) if key == "weight" else safe_get_full_optimizer_state(parameter, key)
+        )
+        found: Tensor = sharded.detach()
+        return found
+
+    @torch.no_grad()
+    def _write(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        value = value.to(self.engine.device)
+        if self.training.zero_stage == 3:
+            # Its own setter fails where the number of elements does not divide: the last process has a padded share.
+            own = (
+                safe_get_local_fp32_param(parameter)
+                if key == "weight"
+                else safe_get_local_optimizer_state(parameter, key)
+            )
+            padded = nn.functional.pad(value.flatten(), (0, own.numel() * self.group.world_size - value.numel()))
+            own.copy_(padded[own.numel() * self.group.rank :][: own.numel()].view_as(own))
+        elif key == "weight":
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+        if key == "weight":
+            with whole(parameter, changed=True):  # what the forward pass multiplies with
+                parameter.copy_(value)
+
+    @torch.no_grad()
+    def _allocate_moments(self) -> None:
+        """Make Adam's state before the first step, so that a checkpoint can be written into it."""
+        inner = self.optimizer.optimizer
+        stage3 = self.training.zero_stage == 3
+        flats = self.optimizer.fp32_partitioned_groups_flat if stage3 else [g["params"][0] for g in inner.param_groups]
+        for flat in flats:
+            inner.state[flat] = {key: torch.zeros_like(flat) for key in MOMENTS}
+        if not stage3:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+        self._set_adam_step(0)
+
+    def _set_adam_step(self, number: int) -> None:
+        for state in self.optimizer.optimizer.state.values():
+            state["step"] = torch.tensor(float(number))
+
+
+def shard_frozen(module: nn.Module, training: TrainingSettings, *, group: Group, dtype: torch.dtype) -> None:
+    """Spread the weights of a module that is not trained over the processes; each layer is gathered while it computes."""
+    join_deepspeed()
+    config = config_of(training, dtype=dtype, world_size=group.world_size)
+    deepspeed.initialize(model=module, config=config, dist_init_required=False)
+
+
+def whole(parameter: nn.Parameter, *, changed: bool = False) -> Any:
+    """Within the block the parameter is whole on this process; changed says that all processes write the same into it."""
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if changed else None)
+
+
+def join_deepspeed() -> None:
+    """Let DeepSpeed use the group that torch has already joined, or make one of this process alone."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # An extension for shared memory that it would compile, for minutes, before the first collective on a CPU.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_RANK", "0")  # it asks for torchrun's variable even of a process alone
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False)
+
+
+def config_of(training: TrainingSettings, *, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration (https://www.deepspeed.ai/docs/config-json)."""
+    zero: dict[str, Any] = {
+        "stage": training.zero_stage,
+        "overlap_comm": torch.cuda.is_available(),
+        "contiguous_gradients": True,
+        "stage3_param_persistence_threshold": 10_000,
+    }
+    if training.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # of no consequence: batches are made elsewhere
+        "gradient_accumulation_steps": 1,  # the boundary of a step is set by hand
+        "train_batch_size": world_size,
+        "gradient_clipping": training.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # its own CPU Adam is compiled at the first use, for minutes
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},  # many microbatches would round each other away in bf16
+        "steps_per_print": 2**31,
+    }

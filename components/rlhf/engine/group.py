@@ -1,0 +1,120 @@
+"""The processes that train together, as torchrun's environment variables describe them."""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from components.rlhf.engine.protocol import Group
+
+T = TypeVar("T")
+
+
+class SingleProcess:
+    """The group of one."""
+
+    rank = 0
+    world_size = 1
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        return x
+
+    def max_int(self, n: int) -> int:
+        return n
+
+    def gather(self, items: Sequence[T]) -> list[T]:
+        return list(items)
+
+    def barrier(self) -> None:
+        return
+
+    def begins(self, step: str) -> None:
+        return
+
+
+class ProcessGroup:
+    """torch.distributed over NCCL or gloo. Implements Group."""
+
+    def __init__(self, *, timeout_minutes: float) -> None:
+        self.timeout_minutes = timeout_minutes
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+        self._watch: threading.Timer | None = None
+        self.begins("joining the other processes")
+        # torch's own time-out does not know what the step was for; it is the second line of defence.
+        dist.init_process_group(
+            "nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=2 * timeout_minutes)
+        )
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def max(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def max_int(self, n: int) -> int:
+        return int(self.max(torch.tensor(n)))
+
+    def gather(self, items: Sequence[T]) -> list[T]:
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, list(items))
+        return [item for part in parts for item in part]
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def begins(self, step: str) -> None:
+        if self._watch:
+            self._watch.cancel()
+        self._watch = threading.Timer(60 * self.timeout_minutes, self._give_up, [step])
+        self._watch.daemon = True
+        self._watch.start()
+
+    def close(self) -> None:
+        if self._watch:
+            self._watch.cancel()
+        dist.destroy_process_group()
+
+    def _reduce(self, x: Tensor, operation: Any) -> Tensor:
+        total = x.detach().to(self.device, copy=True)
+        dist.all_reduce(total, operation)
+        return total.to(x.device)
+
+    def _give_up(self, step: str) -> None:
+        """End this process from outside the thread that hangs; whoever launched it ends the others."""
+        faulthandler.dump_traceback(all_threads=True)
+        print(
+            f"error: rank {self.rank} of {self.world_size}: {step} took longer than {self.timeout_minutes:g} minutes; "
+            "another process hangs or is gone. Where each thread stands is above; training.timeout_minutes is the limit.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+
+ALONE = SingleProcess()
+
+
+@contextlib.contextmanager
+def joined_group(*, timeout_minutes: float) -> Iterator[Group]:
+    """The group that torchrun started this process in; the group of one when it was started alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    group = ProcessGroup(timeout_minutes=timeout_minutes)
+    yield group
+    group.close()  # not after an error: leaving in order needs the others, who may be gone
