@@ -9,7 +9,9 @@ from components.ppo.experience import Experience, Models, microbatches
 from components.rlhf.config.ppo import PpoSettings
 from components.rlhf.engine.protocol import TrainEngine
 from components.rlhf.errors import require_finite
+from components.rlhf.maths.importance import importance_weights
 from components.rlhf.maths.losses import denominator_of, policy_loss, value_loss
+from components.rlhf.maths.masked import masked_mean
 from components.rlhf.models.actor import Distribution
 
 
@@ -31,13 +33,14 @@ def update(
     sums: dict[str, float] = defaultdict(float)
     steps = 0
     first_ratio_error = 0.0
+    weights, importance = _importance(experience, ppo)
     groups = microbatches(len(experience.batch), ppo, experience.batch)
     per_minibatch = len(groups) * ppo.minibatch // len(experience.batch)
     for epoch in range(ppo.num_epochs):
         order = _order(len(experience.batch), seed=seed, iteration=iteration, epoch=epoch).to(groups[0].device)
         for start in range(0, len(groups), per_minibatch):
             parts = [order[group] for group in groups[start : start + per_minibatch]]
-            values = _step(experience, models, engines, ppo, distribution, parts)
+            values = _step(experience, models, engines, ppo, distribution, weights, parts)
             if steps == 0:
                 first_ratio_error = values["ratio_error"]
             for name in ("loss/policy", "loss/value", "actor/grad_norm", "critic/grad_norm"):
@@ -52,7 +55,7 @@ def update(
             for name, value in values.items():
                 sums[name] += value
     means = {name: value / steps for name, value in sums.items() if name != "ratio_error"}
-    return means | {"actor/first_ratio_error": first_ratio_error}
+    return means | {"actor/first_ratio_error": first_ratio_error} | importance
 
 
 def _step(
@@ -61,6 +64,7 @@ def _step(
     engines: dict[str, TrainEngine],
     ppo: PpoSettings,
     distribution: Distribution,
+    weights: Tensor | None,
     parts: list[Tensor],
 ) -> dict[str, float]:
     """One optimiser step of both models over the microbatches of one minibatch."""
@@ -80,6 +84,7 @@ def _step(
             clip_range=ppo.clip_range,
             clip_range_high=ppo.clip_range_high,
             dual_clip=ppo.dual_clip,
+            weights=None if weights is None else weights[part],
             aggregation=ppo.loss_aggregation,
             denominator=denominator,
         )
@@ -107,6 +112,19 @@ def _step(
         values[f"{name}/grad_norm"] = info.grad_norm
         values[f"{name}/learning_rate"] = info.learning_rate
     return dict(values)
+
+
+def _importance(e: Experience, ppo: PpoSettings) -> tuple[Tensor | None, dict[str, float]]:
+    """Weight of each token against the rollout engine [B, T], the same in every epoch, and its metrics; nothing if off."""
+    if ppo.importance_clip is None:
+        return None, {}
+    low, high = ppo.importance_clip
+    mask = e.batch.response_mask
+    weights, outside = importance_weights(e.old_logprobs, e.engine_logprobs, mask, low=low, high=high)
+    return weights, {
+        "importance/mean": masked_mean(weights, mask).item(),
+        "importance/clipped": masked_mean(outside.float(), mask).item(),
+    }
 
 
 def _order(size: int, *, seed: int, iteration: int, epoch: int) -> Tensor:

@@ -110,6 +110,9 @@ class PpoSettings(Settings):
             raise ValueError(f"dual_clip is {self.dual_clip}; a bound of the loss must be above 1")
         if self.clip_range_high is not None and self.clip_range_high < self.clip_range:
             raise ValueError("clip_range_high is below clip_range; it widens the upper bound or is null")
+        if self.importance_clip is not None and self.importance_clip[0] > self.importance_clip[1]:
+            low, high = self.importance_clip
+            raise ValueError(f"importance_clip is [{low}, {high}], with the lower bound above the upper; swap them")
         return self
 
 
