@@ -160,8 +160,7 @@ class PpoTrainer:
         return {f"validation/{name}": value for name, value in found.items()} | {"validation/objective": objective}
 
     def _sync(self) -> None:
-        weights = self.engines["actor"].full_weights()
-        self.rollout.sync((name.removeprefix("lm."), weight) for name, weight in weights)
+        self.rollout.sync(self.models.actor.export_weights(self.engines["actor"].full_weights()))
 
     def _save(self, iteration: int) -> None:
         state: dict[str, Any] = {

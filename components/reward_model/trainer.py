@@ -19,6 +19,7 @@ from components.rlhf.engine.plain import TorchEngine
 from components.rlhf.errors import require_finite
 from components.rlhf.maths.losses import pairwise_loss
 from components.rlhf.models.loading import load_scalar_lm
+from components.rlhf.models.lora import add_adapters
 from components.rlhf.models.precision import compute_dtype, default_device
 from components.rlhf.models.scalar import ScalarModel
 
@@ -42,9 +43,11 @@ class RewardModelTrainer:
         self.tracker = tracker
         self.dtype = compute_dtype(stage.model.precision)
         self.device = default_device()
-        frozen = stage.model.num_frozen_layers
-        lm = load_scalar_lm(start, num_frozen_layers=frozen, dtype=self.dtype, seed=stage.seed).to(self.device)
-        self.model = ScalarModel(lm, num_frozen_layers=frozen, dtype=self.dtype)
+        frozen, lora = stage.model.num_frozen_layers, stage.model.lora
+        lm = load_scalar_lm(start, num_frozen_layers=frozen, dtype=self.dtype, trainable=lora is None, seed=stage.seed)
+        if lora:
+            add_adapters(lm, lora, num_frozen_layers=frozen, seed=stage.seed)
+        self.model = ScalarModel(lm.to(self.device), num_frozen_layers=frozen, dtype=self.dtype)
 
     def train(
         self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], *, max_tokens: int

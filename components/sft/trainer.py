@@ -19,6 +19,7 @@ from components.rlhf.errors import require_finite
 from components.rlhf.maths.losses import aggregate
 from components.rlhf.models.actor import Actor, Distribution
 from components.rlhf.models.loading import load_causal_lm
+from components.rlhf.models.lora import add_adapters
 from components.rlhf.models.precision import compute_dtype, default_device
 
 MAX_HELDOUT = 256  # demonstrations behind the held-out loss
@@ -36,9 +37,11 @@ class SftTrainer:
         self.tracker = tracker
         self.dtype = compute_dtype(stage.model.precision)
         self.device = default_device()
-        frozen = stage.model.num_frozen_layers
-        lm = load_causal_lm(base_model, num_frozen_layers=frozen, dtype=self.dtype).to(self.device)
-        self.actor = Actor(lm, num_frozen_layers=frozen, dtype=self.dtype)
+        frozen, lora = stage.model.num_frozen_layers, stage.model.lora
+        lm = load_causal_lm(base_model, num_frozen_layers=frozen, dtype=self.dtype, trainable=lora is None)
+        if lora:
+            add_adapters(lm, lora, num_frozen_layers=frozen, seed=stage.seed)
+        self.actor = Actor(lm.to(self.device), num_frozen_layers=frozen, dtype=self.dtype)
 
     def train(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from components.rlhf.checkpoints.folder import CheckpointFolder
-from components.rlhf.config.model import ModelSettings, TrainingSettings
+from components.rlhf.config.model import LoraSettings, ModelSettings, TrainingSettings
 from components.rlhf.config.sft import SftSettings, SftStage
 from components.rlhf.config.storage import CheckpointSettings
 from components.rlhf.data.records import Demonstration
@@ -40,12 +40,18 @@ class Recorder(NullTracker):
 
 
 def trainer_of(
-    folder: Path, *, checkpoints: CheckpointFolder | None = None, frozen: int = 0, die_at: int = 0, **sft: Any
+    folder: Path,
+    *,
+    checkpoints: CheckpointFolder | None = None,
+    frozen: int = 0,
+    lora: LoraSettings | None = None,
+    die_at: int = 0,
+    **sft: Any,
 ) -> SftTrainer:
     training = {"learning_rate": 1e-2, "schedule": "cosine", "warmup_fraction": 0.2, "microbatch_tokens": 64}
     defaults = {"num_epochs": 2, "batch_size": 4}
     stage = SftStage(
-        model=ModelSettings(num_frozen_layers=frozen, precision="fp32"),
+        model=ModelSettings(num_frozen_layers=frozen, precision="fp32", lora=lora),
         sft=SftSettings(training=TrainingSettings(**(training | sft.pop("training", {}))), **(defaults | sft)),
         checkpoint=CheckpointSettings(),
         seed=3,

@@ -14,9 +14,8 @@ from transformers import (
 )
 
 from components.rlhf.errors import InputError
-from components.rlhf.models.layers import num_layers, trunk_of
-
-HEAD_NAME = "score"
+from components.rlhf.models.layers import require_layers_to_train, trunk_of
+from components.rlhf.models.lora import HEAD_NAME, merged_weights, save_adapter, scale_of
 
 
 def load_causal_lm(directory: Path, *, num_frozen_layers: int, dtype: torch.dtype, trainable: bool = True) -> Any:
@@ -71,6 +70,7 @@ def stop_ids_of(directory: Path) -> tuple[int, ...]:
 def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Path, *, dtype: torch.dtype) -> None:
     """Write weights (safetensors, in dtype), config, generation settings and tokenizer as from_pretrained reads them.
 
+    Adapters are merged into the weights, and lie by themselves in adapter/ as peft reads them onto the model they started from.
     Raises InputError when a weight is nan or infinite: no loss sees what the last step of training did.
     """
     broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
@@ -78,11 +78,14 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, directory: Path, 
         raise InputError(
             f"The weights {', '.join(broken[:3])} are not finite after the last step; lower the learning rate."
         )
-    state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    weights = merged_weights(model, model.state_dict().items())
+    state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in weights}
     model.config.dtype = dtype
     model.save_pretrained(directory, state_dict=state, safe_serialization=True)
     tokenizer.save_pretrained(directory)
-    for file in directory.iterdir():  # safetensors files come out readable by their owner alone; pods differ in user
+    if scale_of(model):
+        save_adapter(model, directory / "adapter")
+    for file in directory.rglob("*.safetensors"):  # they come out readable by their owner alone; pods differ in user
         file.chmod(0o644)
 
 
@@ -125,11 +128,7 @@ def _place(model: Any, *, num_frozen_layers: int, dtype: torch.dtype, trainable:
     if not trainable:
         model.requires_grad_(False)
         return model.to(dtype)
-    if num_frozen_layers >= num_layers(model):
-        raise InputError(
-            f"model.num_frozen_layers is {num_frozen_layers}, and the model has {num_layers(model)} layers; "
-            "leave at least one to be trained."
-        )
+    require_layers_to_train(model, num_frozen_layers)
     model.float()
     for module in trunk_of(model, num_frozen_layers) if num_frozen_layers else []:
         module.to(dtype)
