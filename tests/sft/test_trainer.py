@@ -177,6 +177,31 @@ class TestTraining:
         assert set(trainer.tracker.rows) == {1, 2}
 
 
+class TestAdapters:
+    def test_lower_the_loss_and_leave_the_base(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        trainer = trainer_of(tiny_model, frozen=1, lora=LoraSettings(rank=8), num_epochs=8)
+        before = weights(trainer)
+        numbers = train(trainer, tokenizer)
+        assert numbers["heldout_loss"] < 0.8 * numbers["heldout_loss_before"]
+        moved = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])}
+        assert moved == {name for name in before if ".lora_" in name}
+
+    def test_start_at_the_loss_of_the_plain_model(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        losses = [trainer_of(tiny_model, lora=lora).heldout_loss(encoded(tokenizer)) for lora in (None, LoraSettings())]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+    def test_go_on_from_a_checkpoint(
+        self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    ) -> None:
+        undisturbed = trainer_of(tiny_model, lora=LoraSettings())
+        expected = train(undisturbed, tokenizer)
+        with pytest.raises(KeyboardInterrupt):
+            train(trainer_of(tiny_model, lora=LoraSettings(), checkpoints=saving(tmp_path), die_at=4), tokenizer)
+        resumed = trainer_of(tiny_model, lora=LoraSettings(), checkpoints=saving(tmp_path))
+        assert train(resumed, tokenizer) == expected
+        assert all(torch.equal(weight, weights(undisturbed)[name]) for name, weight in weights(resumed).items())
+
+
 class TestResume:
     @pytest.mark.parametrize("die_at", [2, 4, 6])
     def test_goes_on_as_if_nothing_had_happened(

@@ -10,7 +10,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class LoraSettings(Settings):
-    """Low-rank adapters (Hu et al. 2021): the model's own weights stay as they are."""
+    """Low-rank adapters (Hu et al. 2021) in every layer that is not frozen: the model's own weights stay as they are."""
 
     rank: PositiveInt = 16
     """Rank of the update of each matrix."""
@@ -40,7 +40,7 @@ class ModelSettings(Settings):
     precision: Precision = "auto"
     """bf16 computes in bfloat16 over fp32 weights; auto is bf16 where the processor has it, else fp32."""
     lora: LoraSettings | None = None
-    """Adapters for every trained model; null trains whatever is not frozen. The reference is then the actor without its own."""
+    """Adapters for every trained model; null trains whatever is not frozen. Artifacts are merged, ordinary models all the same."""
 
 
 class TrainingSettings(Settings):

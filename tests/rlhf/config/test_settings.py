@@ -146,6 +146,8 @@ def test_a_key_like_no_other_is_told_all_valid_ones() -> None:
         ("data.template", "jinja", "data.template is 'jinja': input should be 'plain' or 'chat'."),
         ("data.prompts", None, "data.prompts is None: "),
         ("data.prompts.columns", {"prompt": 3}, "data.prompts.columns.prompt is 3: "),
+        ("model.lora", {"rank": 0}, "model.lora.rank is 0: "),
+        ("model.lora", {"target_modules": []}, "model.lora.target_modules is []: "),
         ("sft", None, "sft is None: "),
         ("preset", 3, "preset is 3: "),
     ],

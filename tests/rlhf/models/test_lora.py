@@ -261,7 +261,9 @@ class TestSaving:
             assert paths[0].read_bytes() == paths[1].read_bytes()
             assert paths[0].stat().st_mode & 0o044 == 0o044
         config = json.loads((tmp_path / "a" / "adapter" / "adapter_config.json").read_text())
-        assert config["target_modules"] == sorted(LORA.target_modules)  # peft's own order follows the hashes of a process
+        assert config["target_modules"] == sorted(
+            LORA.target_modules
+        )  # peft's own order follows the hashes of a process
         assert config["layers_to_transform"] == [1, 2]
         assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 12.0, None)
 
