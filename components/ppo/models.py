@@ -15,6 +15,7 @@ from components.rlhf.engine.protocol import Group
 from components.rlhf.models.actor import Actor
 from components.rlhf.models.layers import checkpoint_layers, share_trunk
 from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, normalisation_of, stop_ids_of
+from components.rlhf.models.lora import add_adapters
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rollout.hf import HfRolloutEngine
 
@@ -30,25 +31,33 @@ def load_models(
 ) -> tuple[Models, HfRolloutEngine]:
     """Actor and reference from the fine-tuned model, critic and reward model from the reward model, and the rollout engine.
 
-    The frozen layers are held once by all of them when they are equal in the two artifacts. Under ZeRO-3 the models that
-    are not trained are sharded like the others; actor and critic are, by their engines.
+    The frozen layers are held once by all of them when they are equal in the two artifacts. With adapters the reference is the
+    actor without its own, and the reward model the critic without its own (under its own head): no copies of the weights.
+    Under ZeRO-3 the models that are not trained are sharded like the others; actor and critic are, by their engines.
     """
-    frozen = stage.model.num_frozen_layers
+    frozen, lora = stage.model.num_frozen_layers, stage.model.lora
     critic_trains = stage.ppo.critic.trains
-    actor_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype)
+    actor_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=lora is None)
     # In the actor's own precisions, so that before the first update their log-probs are equal to the last bit.
-    reference_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype).requires_grad_(False)
+    reference_lm = (
+        actor_lm if lora else load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype).requires_grad_(False)
+    )
     rollout_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
     reward_lm = load_scalar_lm(reward_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
     critic_lm = (
         with_own_head(reward_lm)
-        if critic_trains == "head"
+        if lora or critic_trains == "head"
         else load_scalar_lm(reward_model, num_frozen_layers=frozen, dtype=dtype)
     )
-    everyone = [reference_lm, rollout_lm, reward_lm] + ([critic_lm] if critic_trains == "layers" else [])
+    if lora:
+        add_adapters(actor_lm, lora, num_frozen_layers=frozen, seed=stage.seed)
+        if critic_trains == "layers":
+            add_adapters(critic_lm, lora, num_frozen_layers=frozen, seed=stage.seed)
+    copies = [rollout_lm] if lora else [reference_lm, rollout_lm]
+    everyone = [*copies, reward_lm] + ([] if critic_lm.base_model is reward_lm.base_model else [critic_lm])
     shared = share_trunk(actor_lm, everyone, frozen)
     if not shared and frozen:
-        share_trunk(actor_lm, [reference_lm, rollout_lm], frozen)
+        share_trunk(actor_lm, copies, frozen)
     rollout_lm.to(device)
     training = stage.ppo.training
     if training.gradient_checkpointing:
@@ -61,9 +70,9 @@ def load_models(
     scale = {"mean": mean, "std": std}
     models = Models(
         actor=Actor(actor_lm, num_frozen_layers=frozen, dtype=dtype),
-        reference=Actor(reference_lm, num_frozen_layers=frozen, dtype=dtype),
+        reference=Actor(reference_lm, num_frozen_layers=frozen, dtype=dtype, with_adapters=False),
         critic=ScalarModel(critic_lm, num_frozen_layers=frozen, dtype=dtype, trains=critic_trains, **scale),
-        reward_model=ScalarModel(reward_lm, num_frozen_layers=frozen, dtype=dtype, **scale),
+        reward_model=ScalarModel(reward_lm, num_frozen_layers=frozen, dtype=dtype, with_adapters=False, **scale),
         shared_trunk=shared,
     )
     for model in (models.reference, models.reward_model):

@@ -99,8 +99,7 @@ class PpoTrainer:
 
     def weights(self) -> dict[str, Tensor]:
         """The actor's weights in main memory of the first process; every process calls it."""
-        named = self.engines["actor"].full_weights()
-        return collect_weights(named, dtype=self.models.actor.dtype, keep=self.group.rank == 0)
+        return collect_weights(self.engines["actor"].full_weights(), keep=self.group.rank == 0)
 
     def _iterate(self, iteration: int, prompts: Sequence[Prompt]) -> dict[str, float]:
         started = time.monotonic()
@@ -194,8 +193,7 @@ class PpoTrainer:
         return {f"validation/{name}": value for name, value in found.items()} | {"validation/objective": objective}
 
     def _sync(self) -> None:
-        weights = self.engines["actor"].full_weights()
-        self.rollout.sync((name.removeprefix("lm."), weight) for name, weight in weights)
+        self.rollout.sync(self.models.actor.export_weights(self.engines["actor"].full_weights()))
 
     def _save(self, iteration: int) -> None:
         state: dict[str, Any] = {

@@ -10,7 +10,9 @@ from components.rlhf.config.ppo import PpoSettings
 from components.rlhf.engine.group import ALONE
 from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.errors import require_finite
+from components.rlhf.maths.importance import importance_weights
 from components.rlhf.maths.losses import denominator_of, policy_loss, value_loss
+from components.rlhf.maths.masked import masked_moments
 from components.rlhf.models.actor import Distribution
 
 
@@ -33,13 +35,14 @@ def update(
     sums: dict[str, float] = defaultdict(float)
     steps = 0
     first_ratio_error = 0.0
+    weights, importance = _importance(experience, ppo, group)
     parts_of_all = experience.microbatches
     per_minibatch = len(parts_of_all) * (ppo.minibatch // group.world_size) // len(experience.batch)
     for epoch in range(ppo.num_epochs):
         order = _order(len(experience.batch), seed=seed, iteration=iteration, epoch=epoch).to(parts_of_all[0].device)
         for start in range(0, len(parts_of_all), per_minibatch):
             parts = [order[part] for part in parts_of_all[start : start + per_minibatch]]
-            values = _step(experience, models, engines, ppo, distribution, parts, group)
+            values = _step(experience, models, engines, ppo, distribution, weights, parts, group)
             if steps == 0:
                 first_ratio_error = values["ratio_error"]
             for name in ("loss/policy", "loss/value", "actor/grad_norm", "critic/grad_norm"):
@@ -54,7 +57,7 @@ def update(
             for name, value in values.items():
                 sums[name] += value
     means = {name: value / steps for name, value in sums.items() if name != "ratio_error"}
-    return means | {"actor/first_ratio_error": first_ratio_error}
+    return means | {"actor/first_ratio_error": first_ratio_error} | importance
 
 
 def _step(
@@ -63,6 +66,7 @@ def _step(
     engines: dict[str, TrainEngine],
     ppo: PpoSettings,
     distribution: Distribution,
+    weights: Tensor | None,
     parts: list[Tensor],
     group: Group,
 ) -> dict[str, float]:
@@ -84,6 +88,7 @@ def _step(
             clip_range=ppo.clip_range,
             clip_range_high=ppo.clip_range_high,
             dual_clip=ppo.dual_clip,
+            weights=None if weights is None else weights[part],
             aggregation=ppo.loss_aggregation,
             denominator=denominator,
         )
@@ -113,6 +118,19 @@ def _step(
         values[f"{name}/grad_norm"] = info.grad_norm
         values[f"{name}/learning_rate"] = info.learning_rate
     return values
+
+
+def _importance(e: Experience, ppo: PpoSettings, group: Group) -> tuple[Tensor | None, dict[str, float]]:
+    """Weight of each token against the rollout engine [B, T], the same in every epoch, and its metrics; nothing if off."""
+    if ppo.importance_clip is None:
+        return None, {}
+    low, high = ppo.importance_clip
+    mask = e.batch.response_mask
+    weights, outside = importance_weights(e.old_logprobs, e.engine_logprobs, mask, low=low, high=high)
+    return weights, {
+        "importance/mean": masked_moments(weights, mask, group.sum)[0].item(),
+        "importance/clipped": masked_moments(outside.float(), mask, group.sum)[0].item(),
+    }
 
 
 def _order(size: int, *, seed: int, iteration: int, epoch: int) -> Tensor:

@@ -22,6 +22,7 @@ from components.rlhf.errors import require_finite
 from components.rlhf.maths.losses import pairwise_loss
 from components.rlhf.models.layers import checkpoint_layers
 from components.rlhf.models.loading import collect_weights, load_scalar_lm
+from components.rlhf.models.lora import add_adapters
 from components.rlhf.models.precision import compute_dtype, default_device
 from components.rlhf.models.scalar import ScalarModel
 
@@ -51,8 +52,10 @@ class RewardModelTrainer:
         self.tracker = tracker
         self.dtype = compute_dtype(stage.model.precision)
         self.device = default_device()
-        frozen = stage.model.num_frozen_layers
-        lm = load_scalar_lm(start, num_frozen_layers=frozen, dtype=self.dtype, seed=stage.seed)
+        frozen, lora = stage.model.num_frozen_layers, stage.model.lora
+        lm = load_scalar_lm(start, num_frozen_layers=frozen, dtype=self.dtype, trainable=lora is None, seed=stage.seed)
+        if lora:
+            add_adapters(lm, lora, num_frozen_layers=frozen, seed=stage.seed)
         training = stage.reward_model.training
         if not shards_weights(training):
             lm.to(self.device)
@@ -98,7 +101,7 @@ class RewardModelTrainer:
     def weights(self) -> dict[str, Tensor]:
         """The trained weights in main memory of the first process; every process calls it."""
         assert self.engine is not None, "train() comes first"
-        return collect_weights(self.engine.full_weights(), dtype=self.dtype, keep=self.group.rank == 0)
+        return collect_weights(self.engine.full_weights(), keep=self.group.rank == 0)
 
     def _step(self, engine: TrainEngine, pairs: list[EncodedPair], step: int, indices: list[int]) -> dict[str, float]:
         lengths = [2 * max(pair.chosen.num_tokens, pair.rejected.num_tokens) for pair in pairs]

@@ -23,6 +23,7 @@ from components.rlhf.maths.losses import aggregate
 from components.rlhf.models.actor import Actor, Distribution
 from components.rlhf.models.layers import checkpoint_layers
 from components.rlhf.models.loading import collect_weights, load_causal_lm
+from components.rlhf.models.lora import add_adapters
 from components.rlhf.models.precision import compute_dtype, default_device
 
 MAX_HELDOUT = 256  # demonstrations behind the held-out loss
@@ -46,8 +47,10 @@ class SftTrainer:
         self.tracker = tracker
         self.dtype = compute_dtype(stage.model.precision)
         self.device = default_device()
-        frozen = stage.model.num_frozen_layers
-        lm = load_causal_lm(base_model, num_frozen_layers=frozen, dtype=self.dtype)
+        frozen, lora = stage.model.num_frozen_layers, stage.model.lora
+        lm = load_causal_lm(base_model, num_frozen_layers=frozen, dtype=self.dtype, trainable=lora is None)
+        if lora:
+            add_adapters(lm, lora, num_frozen_layers=frozen, seed=stage.seed)
         if not shards_weights(stage.sft.training):
             lm.to(self.device)
         if stage.sft.training.gradient_checkpointing:
@@ -105,7 +108,7 @@ class SftTrainer:
     def weights(self) -> dict[str, Tensor]:
         """The trained weights in main memory of the first process; every process calls it."""
         assert self.engine is not None, "train() comes first"
-        return collect_weights(self.engine.full_weights(), dtype=self.dtype, keep=self.group.rank == 0)
+        return collect_weights(self.engine.full_weights(), keep=self.group.rank == 0)
 
     def _step(self, engine: TrainEngine, texts: list[EncodedText], step: int, indices: list[int]) -> dict[str, float]:
         """One optimiser step over its microbatches; the loss is the mean over all response tokens of the step."""

@@ -1,10 +1,12 @@
 """What each source minimises, composed of our functions."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from components.rlhf.maths.importance import importance_weights
 from components.rlhf.maths.losses import Aggregation, denominator_of, pairwise_loss, policy_loss, value_loss
 from components.rlhf.maths.masked import masked_mean
 from tests.golden.cases import Case, Params, UnknownVariant
@@ -25,12 +27,13 @@ def reduction(params: Params, mask: Tensor) -> tuple[Aggregation, Tensor | float
     raise UnknownVariant(f"aggregation {name}")
 
 
-def policy(case: Case) -> dict[str, Any]:
+def policy(case: Case, weights: Tensor | None = None) -> dict[str, Any]:
     p, mask = case.params, case.mask()
     logp, old_logp = case.floats("logp").requires_grad_(), case.floats("old_logp")
     advantages = case.floats("advantages")
     low = p["clip_eps_low"] if "clip_eps_low" in p else p["clip_eps"]
-    high, dual_clip, clamp = p.get("clip_eps_high"), p.get("dual_clip"), p.get("log_ratio_clamp")
+    high, dual_clip = p.get("clip_eps_high"), p.get("dual_clip")
+    clamp = p.get("log_ratio_clamp", 20.0 if case.origin == "verl" else None)
     aggregation, denominator = reduction(p, mask)
     new_logp = logp
     match p.get("policy_loss_type", "ppo"):
@@ -42,7 +45,9 @@ def policy(case: Case) -> dict[str, Any]:
             raise UnknownVariant(f"policy loss {kind}")
     tensors = (new_logp, old_logp, advantages, mask)
     clips = {"clip_range": low, "clip_range_high": high, "log_ratio_clamp": clamp}
-    result = policy_loss(*tensors, **clips, dual_clip=dual_clip, aggregation=aggregation, denominator=denominator)
+    result = policy_loss(
+        *tensors, **clips, dual_clip=dual_clip, weights=weights, aggregation=aggregation, denominator=denominator
+    )
     # A shard's loss times the number of shards, because the engine averages over them.
     loss = result.loss * p.get("dp_size", 1)
     loss.backward()
@@ -61,6 +66,26 @@ def policy(case: Case) -> dict[str, Any]:
         bounded = (advantages < 0) & (free > -dual_clip * advantages)
         results["clip_frac_lower"] = masked_mean(bounded.double(), mask)
     return results
+
+
+def importance(case: Case) -> dict[str, Any]:
+    """The weights alone, or the policy loss with them, whose old log-probs are then the trainer's."""
+    p, mask = case.params, case.mask()
+    with_loss = "logp" in case.inputs
+    trainer, engine = case.floats("old_logp" if with_loss else "trainer_logp"), case.floats("rollout_logp")
+    match p["kind"]:
+        case "tis":
+            low = p["low"]
+        case "token":  # of verl: only the log-ratio is bounded from below
+            low = math.exp(-p.get("safety_bound", 20.0))
+        case kind:
+            raise UnknownVariant(f"importance correction {kind}")
+    weights, _ = importance_weights(trainer, engine, mask, low=low, high=p["high"])
+    if p.get("batch_normalize"):
+        weights = weights / masked_mean(weights, mask)
+    if not with_loss:
+        return {"weights": weights if case.origin == "openrlhf_head" else torch.where(mask, weights, 0)}
+    return policy(case, weights) | {"rollout_kl": masked_mean(engine - trainer, mask)}
 
 
 def value(case: Case) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from components.ppo.experience import Models
 from components.ppo.models import load_models
 from components.ppo.trainer import PpoTrainer
 from components.rlhf.checkpoints.folder import CheckpointFolder
-from components.rlhf.config.model import ModelSettings
+from components.rlhf.config.model import LoraSettings, ModelSettings
 from components.rlhf.config.ppo import PpoSettings, PpoStage
 from components.rlhf.config.storage import CheckpointSettings
 from components.rlhf.data.batching import TokenBatch
@@ -77,7 +77,7 @@ def make_reward_model(
     return folder
 
 
-def stage_of(*, frozen: int = 0, seed: int = 3, **ppo: Any) -> PpoStage:
+def stage_of(*, frozen: int = 0, seed: int = 3, lora: LoraSettings | None = None, **ppo: Any) -> PpoStage:
     """Settings of a run; rollout, sampling, training and critic are merged into small defaults."""
     sampling = {"max_new_tokens": 6, "batch_size": 8} | ppo.pop("sampling", {})
     rollout = {"num_prompts": 8, "sampling": sampling} | ppo.pop("rollout", {})
@@ -85,7 +85,7 @@ def stage_of(*, frozen: int = 0, seed: int = 3, **ppo: Any) -> PpoStage:
     critic = {"learning_rate": 1e-3} | ppo.pop("critic", {})
     merged = {"num_iterations": 2, "minibatch": 4, "rollout": rollout, "training": training, "critic": critic}
     return PpoStage(
-        model=ModelSettings(num_frozen_layers=frozen, precision="fp32"),
+        model=ModelSettings(num_frozen_layers=frozen, precision="fp32", lora=lora),
         ppo=PpoSettings(**(merged | ppo)),
         checkpoint=CheckpointSettings(),
         seed=seed,

@@ -98,7 +98,7 @@ class TestSteps:
         plain = update_module._step
 
         def recording(*args: Any) -> dict[str, float]:
-            seen.append(torch.cat(args[5]).tolist())
+            seen.append(torch.cat(args[6]).tolist())
             return plain(*args)
 
         monkeypatch.setattr(update_module, "_step", recording)
@@ -229,3 +229,42 @@ class TestNotFinite:
         bad[6, 0] = math.inf
         with pytest.raises(InputError, match=r"epoch 0, minibatch 1, responses \[4, 5, 6, 7\]"):
             run(trainer, replace(e, advantages=bad))
+
+
+class TestImportance:
+    """The rollout engine's log-probs are -1 everywhere; those of the actor are the tiny model's own, and far below."""
+
+    def test_weighs_the_loss_and_says_so(
+        self, tiny_model: Path, reward_model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        given: list[Any] = []
+        plain = update_module.policy_loss
+
+        def recording(*args: Any, **options: Any) -> Any:
+            given.append(options["weights"])
+            return plain(*args, **options)
+
+        monkeypatch.setattr(update_module, "policy_loss", recording)
+        stage = stage_of(importance_clip=(0.01, 2.0), minibatch=4, num_epochs=2)
+        trainer = trainer_of(stage, tiny_model, reward_model)
+        e = experience_of(trainer)
+        row = run(trainer, e)
+        mask = e.batch.response_mask
+        ratio = (e.old_logprobs - e.engine_logprobs)[mask].exp()
+        assert row["importance/mean"] == pytest.approx(ratio.clamp(0.01, 2.0).mean().item())
+        assert row["importance/clipped"] == ((ratio < 0.01) | (ratio > 2.0)).float().mean().item()
+        assert 0 < row["importance/clipped"] < 1
+        expected = torch.where(mask, (e.old_logprobs + mask.float()).exp().clamp(0.01, 2.0), 1)
+        assert torch.equal(torch.cat(given[:2]), expected)
+        order = _order(8, seed=3, iteration=1, epoch=1)  # the same weights, in the order of the second epoch
+        assert torch.equal(torch.cat(given[2:]), expected[order])
+
+    def test_of_engines_that_agree_changes_nothing(self, tiny_model: Path, reward_model: Path) -> None:
+        rows, ends = [], []
+        for clip in (None, (0.5, 5.0)):
+            trainer = trainer_of(stage_of(importance_clip=clip), tiny_model, reward_model)
+            e = experience_of(trainer)
+            rows.append(run(trainer, replace(e, engine_logprobs=e.old_logprobs)))
+            ends.append(weights(trainer))
+        assert largest_gap(*ends) == 0.0
+        assert rows[1] == rows[0] | {"importance/mean": 1.0, "importance/clipped": 0.0}

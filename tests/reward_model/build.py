@@ -5,7 +5,7 @@ from typing import Any
 
 from components.reward_model.trainer import RewardModelTrainer
 from components.rlhf.checkpoints.folder import CheckpointFolder
-from components.rlhf.config.model import ModelSettings, SamplingSettings, TrainingSettings
+from components.rlhf.config.model import LoraSettings, ModelSettings, SamplingSettings, TrainingSettings
 from components.rlhf.config.reward_model import RewardModelSettings, RewardModelStage
 from components.rlhf.config.storage import CheckpointSettings
 from components.rlhf.data.records import PreferencePair
@@ -34,11 +34,11 @@ class Recorder(NullTracker):
         self.rows[step] = dict(metrics)
 
 
-def stage_of(*, frozen: int = 0, **settings: Any) -> RewardModelStage:
+def stage_of(*, frozen: int = 0, lora: LoraSettings | None = None, **settings: Any) -> RewardModelStage:
     training = {"learning_rate": 1e-2, "schedule": "cosine", "warmup_fraction": 0.2, "microbatch_tokens": 128}
     defaults = {"num_epochs": 2, "batch_size": 4, "min_prefix_tokens": 2, "num_calibration_samples": 16}
     return RewardModelStage(
-        model=ModelSettings(num_frozen_layers=frozen, precision="fp32"),
+        model=ModelSettings(num_frozen_layers=frozen, precision="fp32", lora=lora),
         reward_model=RewardModelSettings(
             training=TrainingSettings(**(training | settings.pop("training", {}))), **(defaults | settings)
         ),

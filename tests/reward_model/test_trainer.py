@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from components.reward_model.trainer import EncodedPair, RewardModelTrainer, as_markdown
+from components.rlhf.config.model import LoraSettings
 from components.rlhf.data.records import PreferencePair
 from components.rlhf.data.tokenizer import EncodedText
 from components.rlhf.errors import InputError
@@ -140,6 +141,24 @@ class TestTraining:
     def test_a_fresh_head_follows_the_seed(self, tiny_model: Path) -> None:
         heads = [trainer_of(tiny_model).model.lm.score.weight for _ in range(2)]
         assert torch.equal(heads[0], heads[1])
+
+
+class TestAdapters:
+    def test_learn_the_pairs_with_the_head(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        trainer = trainer_of(tiny_model, frozen=1, lora=LoraSettings(rank=8), num_epochs=8)
+        before = weights(trainer)
+        train(trainer, tokenizer)
+        rows = trainer.tracker.rows
+        assert rows[1]["train/loss"] == pytest.approx(math.log(2), abs=0.1)
+        assert rows[24]["train/loss"] < 0.3
+        moved = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])}
+        assert moved == {name for name in before if ".lora_" in name or name == "lm.score.weight"}
+
+    def test_start_at_the_loss_of_the_plain_model(self, tiny_model: Path) -> None:
+        losses = [
+            trainer_of(tiny_model, lora=lora).losses(encoded_pairs())[0].tolist() for lora in (None, LoraSettings())
+        ]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 class TestResume:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from components.rlhf.checkpoints.folder import CheckpointFolder
-from components.rlhf.config.model import ModelSettings, TrainingSettings
+from components.rlhf.config.model import LoraSettings, ModelSettings, TrainingSettings
 from components.rlhf.config.sft import SftSettings, SftStage
 from components.rlhf.config.storage import CheckpointSettings
 from components.rlhf.data.records import Demonstration
@@ -40,12 +40,18 @@ class Recorder(NullTracker):
 
 
 def trainer_of(
-    folder: Path, *, checkpoints: CheckpointFolder | None = None, frozen: int = 0, die_at: int = 0, **sft: Any
+    folder: Path,
+    *,
+    checkpoints: CheckpointFolder | None = None,
+    frozen: int = 0,
+    lora: LoraSettings | None = None,
+    die_at: int = 0,
+    **sft: Any,
 ) -> SftTrainer:
     training = {"learning_rate": 1e-2, "schedule": "cosine", "warmup_fraction": 0.2, "microbatch_tokens": 64}
     defaults = {"num_epochs": 2, "batch_size": 4}
     stage = SftStage(
-        model=ModelSettings(num_frozen_layers=frozen, precision="fp32"),
+        model=ModelSettings(num_frozen_layers=frozen, precision="fp32", lora=lora),
         sft=SftSettings(training=TrainingSettings(**(training | sft.pop("training", {}))), **(defaults | sft)),
         checkpoint=CheckpointSettings(),
         seed=3,
@@ -169,6 +175,31 @@ class TestTraining:
         trainer = trainer_of(tiny_model, max_steps=2)
         assert train(trainer, tokenizer)["num_steps"] == 2
         assert set(trainer.tracker.rows) == {1, 2}
+
+
+class TestAdapters:
+    def test_lower_the_loss_and_leave_the_base(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        trainer = trainer_of(tiny_model, frozen=1, lora=LoraSettings(rank=8), num_epochs=8)
+        before = weights(trainer)
+        numbers = train(trainer, tokenizer)
+        assert numbers["heldout_loss"] < 0.8 * numbers["heldout_loss_before"]
+        moved = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])}
+        assert moved == {name for name in before if ".lora_" in name}
+
+    def test_start_at_the_loss_of_the_plain_model(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        losses = [trainer_of(tiny_model, lora=lora).heldout_loss(encoded(tokenizer)) for lora in (None, LoraSettings())]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+    def test_go_on_from_a_checkpoint(
+        self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    ) -> None:
+        undisturbed = trainer_of(tiny_model, lora=LoraSettings())
+        expected = train(undisturbed, tokenizer)
+        with pytest.raises(KeyboardInterrupt):
+            train(trainer_of(tiny_model, lora=LoraSettings(), checkpoints=saving(tmp_path), die_at=4), tokenizer)
+        resumed = trainer_of(tiny_model, lora=LoraSettings(), checkpoints=saving(tmp_path))
+        assert train(resumed, tokenizer) == expected
+        assert all(torch.equal(weight, weights(undisturbed)[name]) for name, weight in weights(resumed).items())
 
 
 class TestResume:

@@ -10,13 +10,21 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class LoraSettings(Settings):
-    """Low-rank adapters (Hu et al. 2021): the model's own weights stay as they are."""
+    """Low-rank adapters (Hu et al. 2021) in every layer that is not frozen: the model's own weights stay as they are."""
 
     rank: PositiveInt = 16
     """Rank of the update of each matrix."""
     alpha: Positive = 32.0
     """The update is scaled by alpha / rank."""
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
     """Names of the linear layers that get an adapter."""
 
 
@@ -32,7 +40,7 @@ class ModelSettings(Settings):
     precision: Precision = "auto"
     """bf16 computes in bfloat16 over fp32 weights; auto is bf16 where the processor has it, else fp32."""
     lora: LoraSettings | None = None
-    """Adapters for every trained model; null trains whatever is not frozen. The reference is then the actor without its own."""
+    """Adapters for every trained model; null trains whatever is not frozen. Artifacts are merged, ordinary models all the same."""
 
 
 class TrainingSettings(Settings):
@@ -70,6 +78,17 @@ class TrainingSettings(Settings):
         if self.offload_optimizer and self.engine != "deepspeed":
             raise ValueError("offload_optimizer needs the engine deepspeed; set engine to it")
         return self
+
+
+def require_own_weights(model: ModelSettings, training: TrainingSettings, *, head_only: bool = False) -> None:
+    """Raise ValueError where ZeRO-3, which takes a model's weights apart, meets weights that several models share."""
+    shared = {"num_frozen_layers": model.num_frozen_layers > 0, "lora": model.lora is not None}
+    found = [f"model.{name}" for name, is_set in shared.items() if is_set] + ["critic.trains: head"] * head_only
+    if training.engine == "deepspeed" and training.zero_stage == 3 and found:
+        raise ValueError(
+            f"zero_stage 3 shards the weights of each model, and {' and '.join(found)} lets models share them; "
+            "choose zero_stage 2, or leave the other at its default"
+        )
 
 
 class SamplingSettings(Settings):

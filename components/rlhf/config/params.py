@@ -9,7 +9,7 @@ from components.rlhf.config.base import Settings
 from components.rlhf.config.data import DataSettings
 from components.rlhf.config.evaluation import EvaluationSettings, GateSettings
 from components.rlhf.config.judge import JudgeSettings
-from components.rlhf.config.model import ModelSettings, Seed
+from components.rlhf.config.model import ModelSettings, Seed, require_own_weights
 from components.rlhf.config.ppo import PpoSettings
 from components.rlhf.config.reward_model import RewardModelSettings
 from components.rlhf.config.sft import SftSettings
@@ -42,6 +42,9 @@ class Params(Settings):
     def _sources(self) -> "Params":
         if self.data.demonstrations is None and self.sft.use is None:
             raise ValueError("data.demonstrations is missing; name a source, or your own model in sft.use")
+        for section in (self.sft, self.reward_model, self.ppo):
+            head_only = isinstance(section, PpoSettings) and section.critic.trains == "head"
+            require_own_weights(self.model, section.training, head_only=head_only)
         if self.data.max_prompt_tokens >= self.data.max_tokens:
             raise ValueError("data.max_prompt_tokens leaves no room for a completion; raise data.max_tokens above it")
         return self

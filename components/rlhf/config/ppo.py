@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from components.rlhf.config.base import Count, Fraction, NonNegative, Positive, PositiveInt, Settings
-from components.rlhf.config.model import ModelSettings, SamplingSettings, Seed, TrainingSettings
+from components.rlhf.config.model import ModelSettings, SamplingSettings, Seed, TrainingSettings, require_own_weights
 from components.rlhf.config.storage import CheckpointSettings
 
 
@@ -113,6 +113,9 @@ class PpoSettings(Settings):
             raise ValueError(f"dual_clip is {self.dual_clip}; a bound of the loss must be above 1")
         if self.clip_range_high is not None and self.clip_range_high < self.clip_range:
             raise ValueError("clip_range_high is below clip_range; it widens the upper bound or is null")
+        if self.importance_clip is not None and self.importance_clip[0] > self.importance_clip[1]:
+            low, high = self.importance_clip
+            raise ValueError(f"importance_clip is [{low}, {high}], with the lower bound above the upper; swap them")
         return self
 
 
@@ -121,3 +124,8 @@ class PpoStage(Settings):
     ppo: PpoSettings
     checkpoint: CheckpointSettings
     seed: Seed
+
+    @model_validator(mode="after")
+    def _weights(self) -> "PpoStage":
+        require_own_weights(self.model, self.ppo.training, head_only=self.ppo.critic.trains == "head")
+        return self

@@ -2,8 +2,10 @@
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from components.rlhf.config.base import Count, Fraction, PositiveInt, Settings
-from components.rlhf.config.model import ModelSettings, SamplingSettings, Seed, TrainingSettings
+from components.rlhf.config.model import ModelSettings, SamplingSettings, Seed, TrainingSettings, require_own_weights
 from components.rlhf.config.storage import CheckpointSettings
 
 
@@ -38,3 +40,8 @@ class RewardModelStage(Settings):
     sampling: SamplingSettings
     checkpoint: CheckpointSettings
     seed: Seed
+
+    @model_validator(mode="after")
+    def _weights(self) -> "RewardModelStage":
+        require_own_weights(self.model, self.reward_model.training)
+        return self

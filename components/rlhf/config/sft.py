@@ -1,7 +1,9 @@
 """Settings of supervised fine-tuning."""
 
+from pydantic import model_validator
+
 from components.rlhf.config.base import Count, PositiveInt, Settings
-from components.rlhf.config.model import ModelSettings, Seed, TrainingSettings
+from components.rlhf.config.model import ModelSettings, Seed, TrainingSettings, require_own_weights
 from components.rlhf.config.storage import CheckpointSettings
 
 
@@ -25,3 +27,8 @@ class SftStage(Settings):
     sft: SftSettings
     checkpoint: CheckpointSettings
     seed: Seed
+
+    @model_validator(mode="after")
+    def _weights(self) -> "SftStage":
+        require_own_weights(self.model, self.sft.training)
+        return self

@@ -51,13 +51,15 @@ def policy_loss(
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
     log_ratio_clamp: float | None = 20.0,
+    weights: Tensor | None = None,
     aggregation: Aggregation = "token-mean",
     denominator: Tensor | float | None = None,
 ) -> PolicyLoss:
     """PPO's clipped surrogate (Schulman et al. 2017, equation 7), negated. All tensors [B, T].
 
     clip_range_high widens only the upper bound (DAPO). dual_clip c > 1 bounds the loss by -c * A where A < 0 (Ye et al.
-    2020). log_ratio_clamp keeps exp() finite; the gradient beyond it is 0. OpenRLHF v0.5.5 is clip_range 0.2 alone with
+    2020). log_ratio_clamp keeps exp() finite; the gradient beyond it is 0. weights [B, T] multiply the loss of each token
+    (maths/importance.py) and leave its denominator alone. OpenRLHF v0.5.5 is clip_range 0.2 alone with
     log_ratio_clamp None and sequence-mean; OpenRLHF 3c3be623 is the default here (models/loss.py `PolicyLoss`).
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
@@ -71,6 +73,8 @@ def policy_loss(
     per_token = -torch.min(surrogate, clipped)
     if dual_clip is not None:
         per_token = torch.where(advantages < 0, torch.min(per_token, -dual_clip * advantages), per_token)
+    if weights is not None:
+        per_token = per_token * weights
     return PolicyLoss(
         loss=aggregate(per_token, mask, aggregation, denominator),
         per_token=per_token,

@@ -1,5 +1,6 @@
 """The actor (and the reference, which is the same with nothing to train): log-probs of response tokens."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from components.rlhf.data.batching import TokenBatch
 from components.rlhf.maths.logprobs import entropy, token_logprobs
 from components.rlhf.models.layers import freeze_lower_layers, run_layers
+from components.rlhf.models.lora import adapters, merged_weights
 from components.rlhf.models.precision import compute_in
 
 MAX_LOGITS = 2**24  # logits that exist at once: 64 MiB in fp32, a few times over in the softmax and its gradient
@@ -37,13 +39,15 @@ class Actor(nn.Module):
     """A causal language model whose lowest layers may be frozen.
 
     trunk(batch) gives the states above the frozen layers; forward(batch, states) takes them, or computes them itself.
+    Without its adapters (with_adapters False) it is the model that they are trained on: the reference beside the actor.
     """
 
-    def __init__(self, lm: Any, *, num_frozen_layers: int, dtype: torch.dtype) -> None:
+    def __init__(self, lm: Any, *, num_frozen_layers: int, dtype: torch.dtype, with_adapters: bool = True) -> None:
         super().__init__()
         self.lm = lm
         self.num_frozen_layers = num_frozen_layers
         self.dtype = dtype
+        self.with_adapters = with_adapters
         freeze_lower_layers(lm, num_frozen_layers)
 
     @torch.no_grad()
@@ -63,7 +67,7 @@ class Actor(nn.Module):
         """
         if states is None:
             states = self.trunk(batch)
-        with compute_in(self.dtype, batch.input_ids.device):
+        with compute_in(self.dtype, batch.input_ids.device), adapters(self.lm, on=self.with_adapters):
             inputs, start = (batch.input_ids, 0) if states is None else (states, self.num_frozen_layers)
             hidden = run_layers(self.lm, inputs, start=start, stop=None)
             mask = batch.response_mask
@@ -86,6 +90,10 @@ class Actor(nn.Module):
             logprobs = logprobs.masked_scatter(mask, torch.cat([piece[0] for piece in pieces]))
             entropies = entropies.masked_scatter(mask, torch.cat([piece[1] for piece in pieces]))
         return logprobs, entropies
+
+    def export_weights(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """This module's weights as an engine names them -> those of its model folder, adapters merged; one at a time."""
+        return merged_weights(self.lm, ((name.removeprefix("lm."), weight) for name, weight in named))
 
     def _head(
         self, hidden: Tensor, labels: Tensor, steps: Tensor, distribution: Distribution, with_entropy: bool

@@ -68,6 +68,15 @@ def freeze_lower_layers(model: nn.Module, num_frozen: int) -> None:
         module.requires_grad_(False)
 
 
+def require_layers_to_train(model: nn.Module, num_frozen: int) -> None:
+    """Raises InputError when every layer is frozen."""
+    total = num_layers(model)
+    if num_frozen >= total:
+        raise InputError(
+            f"model.num_frozen_layers is {num_frozen}, and the model has {total} layers; leave at least one to be trained."
+        )
+
+
 def trunk_of(model: nn.Module, num_frozen: int) -> list[nn.Module]:
     """The frozen modules: the token embeddings (and with them a tied head) and the lowest layers."""
     decoder = decoder_of(model)

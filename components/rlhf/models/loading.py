@@ -15,9 +15,8 @@ from transformers import (
 )
 
 from components.rlhf.errors import InputError
-from components.rlhf.models.layers import num_layers, trunk_of
-
-HEAD_NAME = "score"
+from components.rlhf.models.layers import require_layers_to_train, trunk_of
+from components.rlhf.models.lora import HEAD_NAME, merged_weights, save_adapter, scale_of
 
 
 class Fp32Head(nn.Linear):
@@ -79,7 +78,7 @@ def stop_ids_of(directory: Path) -> tuple[int, ...]:
     return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
 
 
-def collect_weights(named: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
+def collect_weights(named: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
     """Weights of an Actor or ScalarModel, as an engine gives them one by one, in main memory under the language model's own names.
 
     Every process goes through all of them, because they may have to be gathered; those that do not keep them return {}.
@@ -87,7 +86,7 @@ def collect_weights(named: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype, 
     found: dict[str, Tensor] = {}
     for name, weight in named:
         if keep:
-            found[name.removeprefix("lm.")] = weight.to("cpu", dtype, copy=True)
+            found[name.removeprefix("lm.")] = weight.to("cpu", copy=True)
     return found
 
 
@@ -101,7 +100,8 @@ def save_model(
 ) -> None:
     """Write weights (safetensors, in dtype), config, generation settings and tokenizer as from_pretrained reads them.
 
-    weights are taken in place of the model's own, which may be sharded.
+    weights are taken in place of the model's own, which may be sharded. Adapters are merged into the weights, and lie by
+    themselves in adapter/ as peft reads them onto the model they started from.
     Raises InputError when a weight is nan or infinite: no loss sees what the last step of training did.
     """
     if weights is None:
@@ -111,11 +111,13 @@ def save_model(
         raise InputError(
             f"The weights {', '.join(broken[:3])} are not finite after the last step; lower the learning rate."
         )
-    state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in weights.items()}
+    state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in merged_weights(model, weights.items())}
     model.config.dtype = dtype
     model.save_pretrained(directory, state_dict=state, safe_serialization=True)
     tokenizer.save_pretrained(directory)
-    for file in directory.iterdir():  # safetensors files come out readable by their owner alone; pods differ in user
+    if scale_of(model):
+        save_adapter(model, weights, directory / "adapter")
+    for file in directory.rglob("*.safetensors"):  # they come out readable by their owner alone; pods differ in user
         file.chmod(0o644)
 
 
@@ -158,11 +160,7 @@ def _place(model: Any, *, num_frozen_layers: int, dtype: torch.dtype, trainable:
     if not trainable:
         model.requires_grad_(False)
         return model.to(dtype)
-    if num_frozen_layers >= num_layers(model):
-        raise InputError(
-            f"model.num_frozen_layers is {num_frozen_layers}, and the model has {num_layers(model)} layers; "
-            "leave at least one to be trained."
-        )
+    require_layers_to_train(model, num_frozen_layers)
     model.float()
     for module in trunk_of(model, num_frozen_layers) if num_frozen_layers else []:
         module.to(dtype)

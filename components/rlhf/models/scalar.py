@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from components.rlhf.data.batching import TokenBatch
 from components.rlhf.models.layers import freeze_lower_layers, num_layers, run_layers
+from components.rlhf.models.lora import adapters
 from components.rlhf.models.precision import compute_in
 
 
@@ -15,6 +16,7 @@ class ScalarModel(nn.Module):
 
     mean and std are the constants that scores are normalised with: normalised = (raw - mean) / std.
     trains says what has gradients: the layers above the frozen ones with the head, or the head alone.
+    Without its adapters (with_adapters False) it is the model that they are trained on: the reward model beside the critic.
     """
 
     def __init__(
@@ -26,6 +28,7 @@ class ScalarModel(nn.Module):
         mean: float = 0.0,
         std: float = 1.0,
         trains: Literal["layers", "head"] = "layers",
+        with_adapters: bool = True,
     ) -> None:
         super().__init__()
         self.lm = lm
@@ -33,13 +36,14 @@ class ScalarModel(nn.Module):
         self.dtype = dtype
         self.mean, self.std = mean, std
         self.trains = trains
+        self.with_adapters = with_adapters
         freeze_lower_layers(lm, num_frozen_layers if trains == "layers" else num_layers(lm))
         if trains == "head":
             lm.base_model.requires_grad_(False)
 
     def features(self, batch: TokenBatch, states: Tensor | None = None) -> Tensor:
         """Final hidden states [B, S, H]; states [B, S, H] above the frozen layers are used where given."""
-        with compute_in(self.dtype, batch.input_ids.device):
+        with compute_in(self.dtype, batch.input_ids.device), adapters(self.lm, on=self.with_adapters):
             if states is None and self.num_frozen_layers:
                 with torch.no_grad():
                     states = run_layers(self.lm, batch.input_ids, start=0, stop=self.num_frozen_layers)

@@ -91,6 +91,10 @@ def pair_steps(model: ScalarModel, engine: TrainEngine, group: Group) -> Iterato
         yield step(engine, loss_of, [len(p) + len(r) for p, r in batch], group)
 
 
+def whole_weights(engine: TrainEngine) -> dict[str, Tensor]:
+    return {name: weight.float() for name, weight in collect_weights(engine.full_weights(), keep=True).items()}
+
+
 def train(
     kind: str,
     model: Path,
@@ -114,7 +118,7 @@ def train(
     else:
         actor, engine = actor_and_engine(model, training, dtype, group)
         numbers = list(language_steps(actor, engine, BATCHES, group))
-    return numbers, collect_weights(engine.full_weights(), dtype=FP32, keep=True)
+    return numbers, whole_weights(engine)
 
 
 def actor_and_engine(
@@ -131,7 +135,7 @@ def resume(
     actor, engine = actor_and_engine(model, training, dtype, group)
     engine.load(folder)
     numbers = list(language_steps(actor, engine, BATCHES[2:], group))
-    return numbers, collect_weights(engine.full_weights(), dtype=FP32, keep=True)
+    return numbers, whole_weights(engine)
 
 
 def frozen_logprobs(model: Path, training: TrainingSettings, group: Group) -> Tensor:

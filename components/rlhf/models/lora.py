@@ -1,0 +1,133 @@
+"""Low-rank adapters (Hu et al. 2021): of a matrix W only the update (alpha / rank) B A is trained.
+
+They are put into a model's layers in place, so that it stays an ordinary transformers model whose layers are run, frozen and
+shared like any others.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from components.rlhf.config.model import LoraSettings
+from components.rlhf.errors import InputError
+from components.rlhf.models.layers import decoder_of, num_layers, require_layers_to_train
+
+ADAPTER = "default"  # peft's name for the only adapter of a model; a part of its weights' names
+HEAD_NAME = "score"  # transformers' name for the head of a sequence classification model
+
+
+def add_adapters(lm: Any, lora: LoraSettings, *, num_frozen_layers: int, seed: int) -> None:
+    """Freeze lm as it is, and give the linear layers of its layers from num_frozen_layers on adapters in fp32.
+
+    B is 0, so that nothing changes yet; A follows from the seed. A scalar head is trained whole, in fp32, beside the adapters.
+    Raises InputError for a module that no layer has.
+    """
+    require_layers_to_train(lm, num_frozen_layers)
+    found = {
+        name.rpartition(".")[2]
+        for layer in decoder_of(lm).layers[num_frozen_layers:]
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    if unknown := sorted(set(lora.target_modules) - found):
+        raise InputError(
+            f"model.lora.target_modules names {', '.join(unknown)}, which no layer of {type(lm).__name__} has; "
+            f"choose among {', '.join(sorted(found))}."
+        )
+    head = getattr(lm, HEAD_NAME, None)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank; it need not be whole
+        target_modules=list(lora.target_modules),
+        layers_to_transform=list(range(num_frozen_layers, num_layers(lm))),
+        lora_dropout=0.0,  # dropout is off everywhere: log-probs of the same tokens must not differ
+        task_type="CAUSAL_LM" if head is None else "SEQ_CLS",
+    )
+    lm.requires_grad_(False)
+    inject_adapter_in_model(config, lm, adapter_name=ADAPTER)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in _adapted(lm):
+        a, b = layer.lora_A[ADAPTER].float().weight, layer.lora_B[ADAPTER].float().weight
+        bound = 1 / math.sqrt(a.shape[1])  # kaiming_uniform with a = sqrt(5), as peft and the paper's code draw it
+        with torch.no_grad():
+            a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+            b.zero_()
+    if head is not None:
+        head.float().requires_grad_(True)
+
+
+@contextlib.contextmanager
+def adapters(lm: nn.Module, *, on: bool) -> Iterator[None]:
+    """Run lm with its adapters or, with on False, exactly as it was without them."""
+    layers = [] if on else _adapted(lm)
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def merged_weights(lm: Any, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """lm's weights one by one under its own names -> those of the same model without adapters: W + (alpha / rank) B A.
+
+    named is in the order of the modules (W, A, B of one layer after another), as named_parameters and state_dict have it, and
+    may come from an engine that gathers one weight at a time: nothing of it is kept but a copy of one layer's W and A. The
+    sum is taken in fp32 and rounded to W's dtype. Without adapters everything goes through as it is.
+    """
+    scale = scale_of(lm)
+    for name, weight in named:
+        layer, is_adapted, rest = name.partition(".base_layer.")
+        if is_adapted and rest == "weight":
+            merged, dtype = weight.to(torch.float32, copy=True), weight.dtype
+        elif is_adapted:
+            yield f"{layer}.{rest}", weight
+        elif ".lora_A." in name:
+            a = weight.to(torch.float32, copy=True)
+        elif ".lora_B." in name:
+            merged += scale * (weight.float() @ a)
+            yield name.partition(".lora_B.")[0] + ".weight", merged.to(dtype)
+        else:
+            yield name, weight
+
+
+def scale_of(lm: Any) -> float:
+    """alpha / rank of lm's adapters; 0 if it has none."""
+    config = getattr(lm, "peft_config", {}).get(ADAPTER)
+    return 0.0 if config is None else float(config.lora_alpha / config.r)
+
+
+def save_adapter(lm: Any, weights: Mapping[str, Tensor], directory: Path) -> None:
+    """Write the adapter among lm's weights alone, with a scalar head if there is one, in fp32.
+
+    peft's PeftModel.from_pretrained reads it onto the model that training started from.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    head = f"{HEAD_NAME}.weight"
+    tensors = {
+        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": weight.float().contiguous()
+        for name, weight in weights.items()
+        if ".lora_A." in name or ".lora_B." in name or name == head
+    }
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    lm.peft_config[ADAPTER].save_pretrained(str(directory))
+    file = directory / "adapter_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["target_modules"] = sorted(content["target_modules"])  # peft writes a set: in another order each time
+    content["inference_mode"] = True  # as peft itself writes a trained adapter
+    content["modules_to_save"] = [HEAD_NAME] if hasattr(lm, HEAD_NAME) else None
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _adapted(lm: nn.Module) -> list[Any]:
+    return [module for module in lm.modules() if isinstance(module, LoraLayer)]

@@ -1,0 +1,273 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from components.rlhf.config.model import LoraSettings
+from components.rlhf.errors import InputError
+from components.rlhf.models.actor import Actor, Distribution
+from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, save_model, trainable_parameters
+from components.rlhf.models.lora import adapters, add_adapters, merged_weights
+from components.rlhf.models.scalar import ScalarModel
+from tests.rlhf.models.build import batch, trained_names
+from tests.tiny import make_tiny_model
+
+FP32, BF16 = torch.float32, torch.bfloat16
+LORA = LoraSettings(rank=4, alpha=12.0)
+IDS = torch.tensor([[5, 6, 7, 0, 9, 10]])
+
+
+def adapted(folder: Path, *, frozen: int = 0, dtype: torch.dtype = FP32, seed: int = 1, lora: Any = LORA) -> Any:
+    lm = load_causal_lm(folder, num_frozen_layers=frozen, dtype=dtype, trainable=False)
+    add_adapters(lm, lora, num_frozen_layers=frozen, seed=seed)
+    return lm
+
+
+def adapted_scalar(folder: Path, *, frozen: int = 0, dtype: torch.dtype = FP32) -> Any:
+    lm = load_scalar_lm(folder, num_frozen_layers=frozen, dtype=dtype, trainable=False, seed=5)
+    add_adapters(lm, LORA, num_frozen_layers=frozen, seed=1)
+    return lm
+
+
+def stir(lm: nn.Module) -> None:
+    """Give everything that is trained values of some size, as if it had been trained."""
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in trainable_parameters(lm):
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def merged(lm: Any) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in merged_weights(lm, lm.named_parameters())}
+
+
+class TestAdapters:
+    @pytest.mark.parametrize("frozen", [0, 2])
+    @pytest.mark.parametrize("dtype", [FP32, BF16])
+    def test_stand_in_the_layers_that_are_not_frozen_in_fp32(
+        self, tiny_model: Path, frozen: int, dtype: torch.dtype
+    ) -> None:
+        lm = adapted(tiny_model, frozen=frozen, dtype=dtype)
+        names = trained_names(lm)
+        assert len(names) == (3 - frozen) * len(LORA.target_modules) * 2
+        assert all(".lora_A." in name or ".lora_B." in name for name in names)
+        assert {int(name.split(".")[2]) for name in names} == set(range(frozen, 3))
+        for name, parameter in lm.named_parameters():
+            assert parameter.dtype == (FP32 if name in names else dtype), name
+
+    def test_change_nothing_at_first(self, tiny_model: Path) -> None:
+        lm = load_causal_lm(tiny_model, num_frozen_layers=0, dtype=FP32, trainable=False)
+        before = lm(IDS).logits
+        add_adapters(lm, LORA, num_frozen_layers=0, seed=1)
+        assert torch.equal(lm(IDS).logits, before)
+
+    @pytest.mark.parametrize("dtype", [FP32, BF16])
+    def test_switched_off_leave_the_base_to_the_last_bit(self, tiny_model: Path, dtype: torch.dtype) -> None:
+        lm = load_causal_lm(tiny_model, num_frozen_layers=0, dtype=dtype, trainable=False)
+        before = lm(IDS).logits
+        add_adapters(lm, LORA, num_frozen_layers=0, seed=1)
+        stir(lm)
+        with_them = lm(IDS).logits
+        assert not torch.equal(with_them, before)
+        trained = trained_names(lm)
+        with adapters(lm, on=False):
+            assert torch.equal(lm(IDS).logits, before)
+        assert torch.equal(lm(IDS).logits, with_them)
+        assert trained_names(lm) == trained
+
+    def test_are_on_again_after_an_error(self, tiny_model: Path) -> None:
+        lm = adapted(tiny_model)
+        stir(lm)
+        before = lm(IDS).logits
+        with pytest.raises(KeyError), adapters(lm, on=False):
+            raise KeyError
+        assert torch.equal(lm(IDS).logits, before)
+
+    def test_follow_their_seed_alone(self, tiny_model: Path) -> None:
+        def drawn(seed: int, noise: int) -> list[Tensor]:
+            torch.manual_seed(noise)
+            return trainable_parameters(adapted(tiny_model, seed=seed))
+
+        first, again, other = drawn(1, noise=0), drawn(1, noise=9), drawn(2, noise=0)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        a_matrices = [(a, b) for a, b in zip(first, other, strict=True) if a.any()]
+        assert len(a_matrices) == 3 * 7  # B is 0
+        assert not any(torch.equal(a, b) for a, b in a_matrices)
+
+    def test_alone_have_gradients(self, tiny_model: Path) -> None:
+        actor = Actor(adapted(tiny_model, frozen=1), num_frozen_layers=1, dtype=FP32)
+        stir(actor)
+        actor(batch(), Distribution())[0].sum().backward()
+        with_gradient = {name for name, p in actor.named_parameters() if p.grad is not None and p.grad.any()}
+        assert with_gradient == trained_names(actor)
+        assert all(".lora_" in name for name in with_gradient)
+
+    @pytest.mark.parametrize("dtype", [FP32, BF16])
+    def test_beside_a_scalar_head_that_is_trained_whole(self, tiny_model: Path, dtype: torch.dtype) -> None:
+        model = ScalarModel(adapted_scalar(tiny_model, frozen=1, dtype=dtype), num_frozen_layers=1, dtype=dtype)
+        stir(model)
+        model.scores(batch()).sum().backward()
+        with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        assert with_gradient == trained_names(model)
+        assert {name for name in with_gradient if ".lora_" not in name} == {"lm.score.weight"}
+        assert model.lm.score.weight.dtype == FP32
+
+    def test_reference_is_the_same_model_without_them(self, tiny_model: Path) -> None:
+        lm = adapted(tiny_model, frozen=1)
+        actor, reference = (Actor(lm, num_frozen_layers=1, dtype=FP32, with_adapters=on) for on in (True, False))
+        first = actor(batch(), Distribution())[0]
+        assert torch.equal(first, reference(batch(), Distribution())[0])
+        stir(lm)
+        assert not torch.equal(actor(batch(), Distribution())[0], first)
+        assert torch.equal(reference(batch(), Distribution())[0], first)
+
+
+class TestErrors:
+    def test_a_module_that_no_layer_has(self, tiny_model: Path) -> None:
+        lora = LoraSettings(target_modules=("q_proj", "c_attn", "lm_head"))
+        with pytest.raises(InputError) as error:
+            adapted(tiny_model, lora=lora)
+        assert str(error.value) == (
+            "model.lora.target_modules names c_attn, lm_head, which no layer of LlamaForCausalLM has; "
+            "choose among down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj."
+        )
+
+    def test_at_least_one_layer_is_trained(self, tiny_model: Path) -> None:
+        with pytest.raises(InputError, match="num_frozen_layers is 3, and the model has 3 layers"):
+            adapted(tiny_model, frozen=3)
+
+
+class TestMerging:
+    @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+    def test_has_names_shapes_and_precisions_of_the_plain_model(self, tmp_path: Path, tied: bool) -> None:
+        folder = make_tiny_model(tmp_path / "model", seed=2, tied=tied)
+        plain = load_causal_lm(folder, num_frozen_layers=1, dtype=BF16, trainable=False)
+        found = merged(adapted(folder, frozen=1, dtype=BF16))
+        expected = {name: (p.shape, p.dtype) for name, p in plain.named_parameters()}
+        assert {name: (p.shape, p.dtype) for name, p in found.items()} == expected
+        assert list(found) == [name for name, _ in plain.named_parameters()]
+        assert all(torch.equal(found[name], p) for name, p in plain.named_parameters())  # B is 0
+
+    def test_by_hand(self, tiny_model: Path) -> None:
+        lm = adapted(tiny_model)
+        stir(lm)
+        layer = lm.model.layers[1].mlp.up_proj
+        expected = layer.base_layer.weight + 12.0 / 4 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        torch.testing.assert_close(merged(lm)["model.layers.1.mlp.up_proj.weight"], expected)
+
+    def test_says_what_the_adapters_say(self, tiny_model: Path) -> None:
+        lm = adapted(tiny_model, frozen=1)
+        stir(lm)
+        plain = load_causal_lm(tiny_model, num_frozen_layers=0, dtype=FP32, trainable=False)
+        before = plain(IDS).logits
+        plain.load_state_dict(merged(lm), strict=False)
+        logits = lm(IDS).logits
+        assert (logits - before).abs().max() > 0.1
+        torch.testing.assert_close(plain(IDS).logits, logits, rtol=1e-4, atol=1e-4)
+
+    def test_keeps_biases(self, tiny_model: Path) -> None:
+        lm = load_causal_lm(tiny_model, num_frozen_layers=0, dtype=FP32, trainable=False)
+        lm.model.layers[0].self_attn.q_proj.bias = nn.Parameter(torch.arange(32.0))
+        add_adapters(lm, LORA, num_frozen_layers=0, seed=1)
+        assert torch.equal(merged(lm)["model.layers.0.self_attn.q_proj.bias"], torch.arange(32.0))
+
+    def test_keeps_nothing_of_the_stream(self, tiny_model: Path) -> None:
+        """An engine that shards weights gathers one at a time, and takes it away when the next is asked for."""
+
+        def gathered() -> Any:
+            for name, parameter in lm.named_parameters():
+                buffer = parameter.detach().clone()
+                yield name, buffer
+                buffer.fill_(float("nan"))
+
+        lm = adapted(tiny_model)
+        stir(lm)
+        expected = merged(lm)
+        found = {name: weight.clone() for name, weight in merged_weights(lm, gathered())}
+        assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+    def test_leaves_the_model_alone(self, tiny_model: Path) -> None:
+        lm = adapted(tiny_model)
+        stir(lm)
+        before = {name: p.detach().clone() for name, p in lm.named_parameters()}
+        merged(lm)
+        assert all(torch.equal(p, before[name]) for name, p in lm.named_parameters())
+
+    def test_an_actor_exports_what_an_engine_names(self, tiny_model: Path) -> None:
+        for lm in (adapted(tiny_model), load_causal_lm(tiny_model, num_frozen_layers=0, dtype=FP32)):
+            actor = Actor(lm, num_frozen_layers=0, dtype=FP32)
+            found = dict(actor.export_weights((name, p.detach()) for name, p in actor.named_parameters()))
+            plain = load_causal_lm(tiny_model, num_frozen_layers=0, dtype=FP32)
+            assert found.keys() == dict(plain.named_parameters()).keys()
+
+
+class TestSaving:
+    @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+    @pytest.mark.parametrize("frozen", [0, 2])
+    def test_merged_folder_and_peft_on_the_start_say_the_same(self, tmp_path: Path, tied: bool, frozen: int) -> None:
+        start = make_tiny_model(tmp_path / "start", seed=2, tied=tied)
+        lm = adapted(start, frozen=frozen)
+        stir(lm)
+        logits = lm(IDS).logits
+        save_model(lm, AutoTokenizer.from_pretrained(start), tmp_path / "saved", dtype=FP32)
+        loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+        expected = set(load_file(start / "model.safetensors"))
+        assert set(load_file(tmp_path / "saved" / "model.safetensors")) == expected
+        torch.testing.assert_close(loaded(IDS).logits, logits, rtol=1e-4, atol=1e-4)
+        base = AutoModelForCausalLM.from_pretrained(start)
+        assert (base(IDS).logits - logits).abs().max() > 0.1
+        with_adapter = PeftModel.from_pretrained(base, tmp_path / "saved" / "adapter").eval()
+        torch.testing.assert_close(with_adapter(IDS).logits, logits, rtol=1e-5, atol=1e-5)
+
+    def test_a_reward_model_too_with_its_head(self, tiny_model: Path, tmp_path: Path) -> None:
+        lm = adapted_scalar(tiny_model, frozen=1)
+        stir(lm)
+        ids = torch.tensor([[5, 6, 7, 9, 10]])
+        logits = lm(ids).logits
+        save_model(lm, AutoTokenizer.from_pretrained(tiny_model), tmp_path, dtype=FP32)
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        torch.testing.assert_close(loaded(ids).logits, logits, rtol=1e-4, atol=1e-4)
+        base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+        with_adapter = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        torch.testing.assert_close(with_adapter(ids).logits, logits, rtol=1e-5, atol=1e-5)
+
+    def test_in_bf16_the_merged_weights_are_rounded_once(self, tiny_model: Path, tmp_path: Path) -> None:
+        lm = adapted(tiny_model, dtype=BF16)
+        stir(lm)
+        save_model(lm, AutoTokenizer.from_pretrained(tiny_model), tmp_path, dtype=BF16)
+        layer = lm.model.layers[0].mlp.up_proj
+        exact = layer.base_layer.weight.float() + 3.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        saved = load_file(tmp_path / "model.safetensors")
+        torch.testing.assert_close(saved["model.layers.0.mlp.up_proj.weight"].float(), exact, rtol=2**-8, atol=0)
+        assert {weight.dtype for weight in saved.values()} == {BF16}
+        assert {weight.dtype for weight in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()} == {
+            FP32
+        }
+
+    def test_the_same_adapter_is_the_same_file_and_others_may_read_it(self, tiny_model: Path, tmp_path: Path) -> None:
+        lm = adapted(tiny_model, frozen=1)
+        for name in ("a", "b"):
+            save_model(lm, AutoTokenizer.from_pretrained(tiny_model), tmp_path / name, dtype=FP32)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            paths = [tmp_path / name / "adapter" / file for name in ("a", "b")]
+            assert paths[0].read_bytes() == paths[1].read_bytes()
+            assert paths[0].stat().st_mode & 0o044 == 0o044
+        config = json.loads((tmp_path / "a" / "adapter" / "adapter_config.json").read_text())
+        assert config["target_modules"] == sorted(
+            LORA.target_modules
+        )  # peft's own order follows the hashes of a process
+        assert config["layers_to_transform"] == [1, 2]
+        assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 12.0, None)
+
+    def test_without_adapters_there_is_no_such_folder(self, tiny_model: Path, tmp_path: Path) -> None:
+        lm = load_causal_lm(tiny_model, num_frozen_layers=0, dtype=FP32)
+        save_model(lm, AutoTokenizer.from_pretrained(tiny_model), tmp_path, dtype=FP32)
+        assert not (tmp_path / "adapter").exists()
