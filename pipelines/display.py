@@ -1,5 +1,6 @@
 """What a person sees of a run: stages with their progress while it works, a table at the end."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ class Display:
             self.console.print(self._table())
 
     def on_line(self, stage: StageRecord, line: str) -> None:
-        if not line.startswith(("[", "warning: ", "error: ")):
+        if not re.match(r"\[\w+\] |warning: |error: ", line):
             return  # libraries talk, too; all of it is in the stage's log
         if stage not in self.stages:
             self.stages.append(stage)

@@ -39,7 +39,7 @@ ROOMS = {
     "artifacts": law(packages="safetensors"),
     "data": law("config maths", "transformers torch datasets pyarrow"),
     "maths": law(packages="torch"),
-    "models": law("config data maths", "torch transformers peft", lora="safetensors"),
+    "models": law("config data maths", "torch transformers peft accelerate", lora="safetensors"),
     "rewards": law("config data models", "torch transformers httpx", linear="sklearn numpy safetensors"),
     "rollout": law("config data models", "torch transformers", vllm="vllm"),
     "engine": law("config", "torch safetensors", deepspeed="deepspeed"),

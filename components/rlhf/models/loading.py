@@ -1,9 +1,11 @@
 """Models on disk: ordinary Hugging Face folders in safetensors, loaded offline."""
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import accelerate.utils.other
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -113,12 +115,24 @@ def save_model(
         )
     state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in merged_weights(model, weights.items())}
     model.config.dtype = dtype
-    model.save_pretrained(directory, state_dict=state, safe_serialization=True)
+    with _deepspeed_unseen():
+        model.save_pretrained(directory, state_dict=state, safe_serialization=True)
     tokenizer.save_pretrained(directory)
     if scale_of(model):
         save_adapter(model, weights, directory / "adapter")
     for file in directory.rglob("*.safetensors"):  # they come out readable by their owner alone; pods differ in user
         file.chmod(0o644)
+
+
+@contextlib.contextmanager
+def _deepspeed_unseen() -> Iterator[None]:
+    """save_pretrained imports DeepSpeed, for seconds, to see whether it wraps the model; here it wraps none that is saved."""
+    original = accelerate.utils.other.is_deepspeed_available
+    accelerate.utils.other.is_deepspeed_available = lambda: False
+    try:
+        yield
+    finally:
+        accelerate.utils.other.is_deepspeed_available = original
 
 
 def load_with_info(kind: Any, directory: Path, **options: Any) -> tuple[Any, dict[str, Any]]:

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -31,6 +29,8 @@ def add_adapters(lm: Any, lora: LoraSettings, *, num_frozen_layers: int, seed: i
     B is 0, so that nothing changes yet; A follows from the seed. A scalar head is trained whole, in fp32, beside the adapters.
     Raises InputError for a module that no layer has.
     """
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import, and few runs have adapters
+
     require_layers_to_train(lm, num_frozen_layers)
     found = {
         name.rpartition(".")[2]
@@ -130,4 +130,4 @@ def save_adapter(lm: Any, weights: Mapping[str, Tensor], directory: Path) -> Non
 
 
 def _adapted(lm: nn.Module) -> list[Any]:
-    return [module for module in lm.modules() if isinstance(module, LoraLayer)]
+    return [module for module in lm.modules() if hasattr(module, "lora_A")]
