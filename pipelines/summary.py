@@ -44,6 +44,7 @@ def build_summary(
                 "status": stage.status,
                 "seconds": round(stage.seconds, 3),
                 "peak_memory_bytes": stage.peak_memory_bytes,
+                "engines": _engines(artifacts, stage.name),
             }
             for stage in stages
         },
@@ -52,6 +53,13 @@ def build_summary(
         "paths": paths,
         "open": _commands(paths, tracking_uri) if numbers else {},
     }
+
+
+def _engines(artifacts: Path, stage: str) -> dict[str, str]:
+    """What really trained and generated in a stage, with versions, as its model's manifest says; {} for other stages."""
+    manifest = find_output(artifacts, stage.replace("_", "-"), "model/manifest.json")
+    facts = json.loads(manifest.read_text()).get("facts", {}) if manifest else {}
+    return {kind: facts[f"{kind}_engine"] for kind in ("training", "rollout") if f"{kind}_engine" in facts}
 
 
 def _convenient(run: Path, artifacts: Path) -> dict[str, str]:
