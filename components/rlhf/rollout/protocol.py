@@ -18,7 +18,17 @@ class RolloutEngine(Protocol):
         ...
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> int:
-        """Take over the trainer's weights; return the new version."""
+        """Take over the trainer's weights, by their Hugging Face names, one at a time; return the new version.
+
+        Weights that are not among them stay as they are. A tied head follows the embeddings. Completions carry the version.
+        """
+        ...
+
+    def logprobs_of(self, ids: Sequence[int]) -> Tensor:
+        """Log-prob of each id but the first, given those before it, at temperature 1: [len(ids) - 1] fp32.
+
+        For check_sync: what the trainer says of the same ids must agree after every sync.
+        """
         ...
 
     def close(self) -> None: ...
