@@ -34,9 +34,9 @@ run: .venv/ready ## Run the whole pipeline on this machine (PRESET=full, ARGS="-
 ##@ Develop
 .PHONY: test test-all lint compile bench study effects constraints clean
 test: .venv/ready ## Pass every fast test (tiny models, CPU)
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest -m "not slow and not vllm" $(ARGS)
 
-test-all: .venv/ready ## Pass every test, the slow ones too (real model, whole pipeline)
+test-all: .venv/ready ## Pass every test, the slow ones and vLLM's too (real model, whole pipeline)
 	$(PY) -m pytest $(ARGS)
 
 lint: .venv/ready ## ruff on everything, mypy --strict on components/rlhf

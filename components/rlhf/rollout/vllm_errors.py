@@ -28,7 +28,9 @@ def explain(error: Exception, *, model_folder: Path, settings: VllmSettings, max
         )
     if "No available memory for the cache blocks" in text:
         return InputError(f"{where}no memory is left for its cache; raise {memory}.")
-    if found := re.search(r"Model architectures? \[?'?([\w', ]+?)'?\]? (are not supported|failed to be|was supported)", text):
+    if found := re.search(
+        r"Model architectures? \[?'?([\w', ]+?)'?\]? (are not supported|failed to be|was supported)", text
+    ):
         return InputError(
             f"{where}it has no architecture {found[1]}; choose a model that it has, or set ppo.rollout.engine to hf."
         )
@@ -37,7 +39,9 @@ def explain(error: Exception, *, model_folder: Path, settings: VllmSettings, max
             f"{where}a prompt with its response may have {max_model_len} tokens, and the model takes {found[2]} ({found[1]} in "
             "config.json); shorten prompts or max_new_tokens."
         )
-    return InputError(f"{where}{_telling_line(text) or type(error).__name__}; correct it, or set ppo.rollout.engine to hf.")
+    return InputError(
+        f"{where}{_telling_line(text) or type(error).__name__}; correct it, or set ppo.rollout.engine to hf."
+    )
 
 
 def _telling_line(text: str) -> str:
