@@ -158,12 +158,15 @@ class VllmRolloutEngine:
         with contextlib.suppress(ModuleNotFoundError):
             from vllm.distributed import parallel_state
 
-            # Not vLLM's own shutdown of the engine core: it destroys the process group whoever made it.
+            # Not vLLM's own shutdown, which would also run when the engine is collected: it destroys the process group
+            # whoever made it.
             if self._llm is not None:
-                core = self._llm.llm_engine.engine_core.engine_core
-                core.model_executor.shutdown()
-                core.scheduler.shutdown()
-                self._llm = None
+                client = self._llm.llm_engine.engine_core
+                client._finalizer.detach()
+                client.engine_core.structured_output_manager.clear_backend()
+                client.engine_core.model_executor.shutdown()
+                client.engine_core.scheduler.shutdown()
+                self._llm = client = None
             parallel_state.destroy_model_parallel()
             if parallel_state._WORLD is not None:
                 parallel_state._WORLD.destroy()

@@ -37,7 +37,10 @@ MAX_MODEL_LEN = 200
 
 
 def model(folder: Path, seed: int, *, sure: bool = False, tied: bool = True) -> Path:
-    """vLLM's attention on a CPU wants heads of at least 32. A model that is sure has no two tokens of about the same logit."""
+    """vLLM's attention on a CPU wants heads of at least 32. A model that is sure has no two tokens of about the same logit.
+
+    Its log-probs go down to -100, so that fp32 leaves differences of a few 1e-4.
+    """
     path = folder / f"model-{seed}"
     if not path.exists():
         make_tiny_model(path, seed=seed, hidden_size=128, tied=tied)
@@ -140,7 +143,7 @@ class TestSync:
             lm = trained(model(models, seed))
             assert engine.sync(lm.named_parameters()) == engine.version == version
             self.same(engine, model(models, seed), version=version)
-            check_sync(engine.logprobs_of(ids), probe(lm, ids), tolerance=1e-4, version=version)
+            check_sync(engine.logprobs_of(ids), probe(lm, ids), tolerance=1e-3, version=version)
 
     def test_weights_that_their_owner_frees_are_taken(self, engine: VllmRolloutEngine, models: Path) -> None:
         """As a trainer that shards its weights yields them: whole for a moment."""
@@ -162,7 +165,7 @@ class TestSync:
         some = {name: w for name, w in new.named_parameters() if ".layers.2." in name or name == "model.norm.weight"}
         mixed.load_state_dict(some, strict=False)
         version = engine.sync(some.items())
-        check_sync(engine.logprobs_of(ids), probe(mixed, ids), tolerance=1e-4, version=version)
+        check_sync(engine.logprobs_of(ids), probe(mixed, ids), tolerance=1e-3, version=version)
 
     def test_the_probe_notices_a_head_that_stays_old(
         self, engine: VllmRolloutEngine, models: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
@@ -176,7 +179,7 @@ class TestSync:
         with pytest.raises(InputError, match=f"The sync of version {version} did not take"):
             check_sync(engine.logprobs_of(ids), probe(lm, ids), tolerance=1e-3, version=version)
         version = engine.sync(lm.named_parameters())
-        check_sync(engine.logprobs_of(ids), probe(lm, ids), tolerance=1e-4, version=version)
+        check_sync(engine.logprobs_of(ids), probe(lm, ids), tolerance=1e-3, version=version)
 
 
 @pytest.fixture(scope="class")
@@ -206,11 +209,11 @@ class TestSampling:
             assert torch.allclose(logprobs_of(c), expected, atol=1e-4)
 
     def test_a_stop_token_is_kept_and_ends_the_response(self, sampler: VllmRolloutEngine) -> None:
-        found = sampler.generate(PROMPTS * 10, sampling(), list(range(60)))
+        found = sampler.generate(PROMPTS * 10, sampling(max_new_tokens=3), list(range(60)))
         assert {c.truncated for c in found} == {True, False}
         for c in found:
             assert c.truncated == (c.response_ids[-1] not in MANY_STOPS)
-            assert len(c.response_ids) == 8 if c.truncated else len(c.response_ids) <= 8
+            assert len(c.response_ids) == 3 if c.truncated else len(c.response_ids) <= 3
             assert not set(c.response_ids[:-1]) & set(MANY_STOPS)
             assert "<eos>" not in c.response
 
@@ -291,7 +294,7 @@ class TestStart:
 
     def test_a_cache_that_is_larger_than_the_memory(self, tmp_path: Path) -> None:
         with pytest.raises(
-            InputError, match=r"the cache is to have 9\d+(\.\d+)?, and [\d.]+ GiB of memory are free; lower"
+            InputError, match=r"is to have 99999.0 GiB, and [\d.]+ GiB of memory are free; lower .*kv_cache_gib"
         ):
             start(model(tmp_path, 0), kv_cache_gib=99999)
 
@@ -355,7 +358,7 @@ for parallel in (1, 2):
             engine.sync(lm.named_parameters())
         assert ids_of(engine.generate(mine, how, seeds)) == ids_of(hf(model(folder, seed)).generate(mine, how, seeds))
         ids = probe_ids(engine.tokenizer)
-        check_sync(engine.logprobs_of(ids), probe(lm, ids), tolerance=1e-4, version=engine.version)
+        check_sync(engine.logprobs_of(ids), probe(lm, ids), tolerance=1e-3, version=engine.version)
     engine.close()
     total = torch.ones(1)
     torch.distributed.all_reduce(total)  # the trainer's group is still there
