@@ -36,7 +36,7 @@ run: .venv/ready ## Run the whole pipeline on this machine (PRESET=full, ARGS="-
 test: .venv/ready ## Pass every fast test (tiny models, CPU)
 	$(PY) -m pytest -m "not slow and not vllm and not deepspeed" $(ARGS)
 
-test-all: .venv/ready ## Pass every test, the slow ones too (real model, whole pipeline)
+test-all: .venv/ready ## Pass every test: also vLLM, DeepSpeed in two processes, and the real model
 	$(PY) -m pytest $(ARGS)
 
 lint: .venv/ready ## ruff on everything, mypy --strict on components/rlhf

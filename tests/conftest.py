@@ -1,7 +1,7 @@
 """Fixtures for all tests, and the tiers.
 
-make test runs everything that is not marked slow: tiny random models on a CPU, no network. make test-all adds the slow ones:
-the real model and ratings, and the commands of the README.
+make test runs everything that is not marked slow or vllm: tiny random models on a CPU, no network. make test-all adds the slow
+ones (the real model and ratings, and the commands of the README) and those that start vLLM.
 """
 
 import os

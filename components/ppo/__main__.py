@@ -33,31 +33,25 @@ def main(
         from components.rlhf.data.records import Prompt
         from components.rlhf.engine.choose import engine_name
         from components.rlhf.engine.group import joined_group
-        from components.rlhf.models.precision import compute_dtype, default_device
+        from components.rlhf.models.precision import compute_dtype
 
         folders = dict(sft_model=sft_model, reward_model=reward_model, prompts=prompts)
         inputs = {kind: open_artifact(path, kind) for kind, path in folders.items()}
         require_same_tokenizer(**{kind: (folders[kind], manifest) for kind, manifest in inputs.items()})
         dtype, training = compute_dtype(run.settings.model.precision), run.settings.ppo.training
         with joined_group(timeout_minutes=training.timeout_minutes) as group:
+            train, validation = (load_records(prompts, split, Prompt) for split in ("train", "validation"))
             models, rollout = load_models(
-                run.settings, sft_model, reward_model, dtype=dtype, device=default_device(), group=group
+                run.settings, sft_model, reward_model, prompts=[*train, *validation], dtype=dtype, group=group
             )
             run.progress.say("frozen layers are held once" if models.shared_trunk else "each model has its own layers")
             key = checkpoint_key("ppo", run.settings, *inputs.values())
             folder = CheckpointFolder(checkpoints, key, run.settings.checkpoint, group)
-            trainer = PpoTrainer(
-                run.settings,
-                models,
-                rollout,
-                stop_ids=rollout.stop_ids,
-                checkpoints=folder,
-                progress=run.progress,
-                tracker=run.tracker,
-                group=group,
-            )
-            history = trainer.train(load_records(prompts, "train", Prompt), load_records(prompts, "validation", Prompt))
+            parts = dict(checkpoints=folder, progress=run.progress, tracker=run.tracker, group=group)
+            trainer = PpoTrainer(run.settings, models, rollout, stop_ids=rollout.stop_ids, **parts)
+            history = trainer.train(train, validation)
             weights = trainer.weights()
+            rollout.close()
         numbers = final_metrics(history)
         run.write_artifact(
             "model",

@@ -1,6 +1,7 @@
 """The four models, in memory once where they are the same."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 
 from components.ppo.experience import Models
 from components.rlhf.config.ppo import PpoStage
+from components.rlhf.data.lengths import longest_prompt
+from components.rlhf.data.records import Prompt
 from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.engine.choose import place_frozen, shards_weights
 from components.rlhf.engine.group import ALONE
@@ -16,8 +19,11 @@ from components.rlhf.models.actor import Actor
 from components.rlhf.models.layers import checkpoint_layers, share_trunk
 from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, normalisation_of, stop_ids_of
 from components.rlhf.models.lora import add_adapters
+from components.rlhf.models.precision import default_device
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rollout.hf import HfRolloutEngine
+from components.rlhf.rollout.probe import PROBE_TOKENS
+from components.rlhf.rollout.protocol import RolloutEngine
 
 
 def load_models(
@@ -26,15 +32,17 @@ def load_models(
     reward_model: Path,
     *,
     dtype: torch.dtype,
-    device: torch.device,
+    prompts: Sequence[Prompt],
     group: Group = ALONE,
-) -> tuple[Models, HfRolloutEngine]:
+) -> tuple[Models, RolloutEngine]:
     """Actor and reference from the fine-tuned model, critic and reward model from the reward model, and the rollout engine.
 
     The frozen layers are held once by all of them when they are equal in the two artifacts. With adapters the reference is the
     actor without its own, and the reward model the critic without its own (under its own head): no copies of the weights.
     Under ZeRO-3 the models that are not trained are sharded like the others; actor and critic are, by their engines.
+    vLLM is started for the longest of the prompts.
     """
+    device = default_device()
     frozen, lora = stage.model.num_frozen_layers, stage.model.lora
     critic_trains = stage.ppo.critic.trains
     actor_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=lora is None)
@@ -42,7 +50,6 @@ def load_models(
     reference_lm = (
         actor_lm if lora else load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype).requires_grad_(False)
     )
-    rollout_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
     reward_lm = load_scalar_lm(reward_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
     critic_lm = (
         with_own_head(reward_lm)
@@ -53,12 +60,14 @@ def load_models(
         add_adapters(actor_lm, lora, num_frozen_layers=frozen, seed=stage.seed)
         if critic_trains == "layers":
             add_adapters(critic_lm, lora, num_frozen_layers=frozen, seed=stage.seed)
-    copies = [rollout_lm] if lora else [reference_lm, rollout_lm]
+    copies = [] if lora else [reference_lm]
+    if stage.ppo.rollout.engine == "hf":
+        rollout_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
+        copies.append(rollout_lm)
     everyone = [*copies, reward_lm] + ([] if critic_lm.base_model is reward_lm.base_model else [critic_lm])
     shared = share_trunk(actor_lm, everyone, frozen)
     if not shared and frozen:
         share_trunk(actor_lm, copies, frozen)
-    rollout_lm.to(device)
     training = stage.ppo.training
     if training.gradient_checkpointing:
         for lm in [actor_lm] + ([critic_lm] if critic_trains == "layers" else []):
@@ -77,7 +86,20 @@ def load_models(
     )
     for model in (models.reference, models.reward_model):
         place_frozen(model, training, group=group, dtype=dtype, device=device)
-    return models, HfRolloutEngine(rollout_lm, load_tokenizer(sft_model), stop_ids=stop_ids_of(sft_model))
+    stop_ids = stop_ids_of(sft_model)
+    if stage.ppo.rollout.engine == "hf":
+        return models, HfRolloutEngine(rollout_lm.to(device), load_tokenizer(sft_model), stop_ids=stop_ids)
+    from components.rlhf.rollout.vllm import VllmRolloutEngine
+
+    sampling = stage.ppo.rollout.sampling
+    return models, VllmRolloutEngine(
+        sft_model,
+        stage.ppo.rollout.vllm,
+        stop_ids=stop_ids,
+        dtype=dtype,
+        max_model_len=max(longest_prompt(prompts, load_tokenizer(sft_model)), PROBE_TOKENS) + sampling.max_new_tokens,
+        num_sequences=sampling.batch_size,
+    )
 
 
 def with_own_head(lm: nn.Module) -> nn.Module:

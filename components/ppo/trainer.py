@@ -12,7 +12,7 @@ from components.ppo.experience import Experience, Models, make_experience
 from components.ppo.update import update
 from components.rlhf.checkpoints.folder import CheckpointFolder
 from components.rlhf.config.ppo import PpoStage
-from components.rlhf.data.batching import epoch_order
+from components.rlhf.data.batching import collate, epoch_order
 from components.rlhf.data.records import Prompt, ValidationSample
 from components.rlhf.edges.process import give_back_memory
 from components.rlhf.edges.progress import Progress
@@ -24,9 +24,12 @@ from components.rlhf.maths.kl import adapt_kl_coef
 from components.rlhf.maths.masked import masked_moments
 from components.rlhf.models.actor import Distribution
 from components.rlhf.models.loading import collect_weights
+from components.rlhf.rollout.probe import check_sync, probe_ids
 from components.rlhf.rollout.protocol import RolloutEngine
 
 History = list[dict[str, float]]
+# Nats at any token of the probe. In bf16 engines round logits of 20 to the nearest 0.1 or so, each in its own way.
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.75}
 VALIDATION_SEED = 7_919  # validation draws the same uniforms at every look, so that looks differ by the policy alone
 
 
@@ -68,6 +71,7 @@ class PpoTrainer:
             for name, module in modules.items()
         }
         self.lengths_differ = sampling.min_new_tokens < sampling.max_new_tokens  # of responses, from rollout to rollout
+        self.device = next(models.actor.parameters()).device
         self.kl_coef = self.ppo.kl_coef
         self.history: History = []
         self.validation: list[ValidationSample] = []
@@ -77,6 +81,7 @@ class PpoTrainer:
     def train(self, prompts: Sequence[Prompt], validation: Sequence[Prompt]) -> History:
         """Run every iteration that no checkpoint has; return one row of numbers per iteration."""
         first = self._restore() + 1
+        self._check_sync()
         if first == 1 and self.ppo.eval_every and validation:
             self.tracker.log(self._look(validation, 0), 0)  # what training starts from
         for iteration in range(first, self.ppo.num_iterations + 1):
@@ -194,6 +199,15 @@ class PpoTrainer:
 
     def _sync(self) -> None:
         self.rollout.sync(self.models.actor.export_weights(self.engines["actor"].full_weights()))
+        self._check_sync()
+
+    @torch.no_grad()
+    def _check_sync(self) -> None:
+        """Let trainer and rollout engine score the same fixed text; they may differ by rounding."""
+        ids = probe_ids(self.rollout.tokenizer)
+        ours, _ = self.models.actor(collate([ids[:1]], [ids[1:]]).to(self.device), Distribution())
+        theirs = self.rollout.logprobs_of(ids)
+        check_sync(theirs, ours[0], tolerance=PROBE_TOLERANCE[self.models.actor.dtype], version=self.rollout.version)
 
     def _save(self, iteration: int) -> None:
         state: dict[str, Any] = {

@@ -93,7 +93,7 @@ def stage_of(*, frozen: int = 0, seed: int = 3, lora: LoraSettings | None = None
 
 
 def load(stage: PpoStage, sft: Path, reward_model: Path) -> tuple[Models, HfRolloutEngine]:
-    return load_models(stage, sft, reward_model, dtype=FP32, device=CPU)
+    return load_models(stage, sft, reward_model, dtype=FP32, prompts=[])
 
 
 def trainer_of(

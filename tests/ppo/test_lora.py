@@ -17,7 +17,6 @@ from components.rlhf.data.batching import collate
 from components.rlhf.errors import InputError
 from components.rlhf.models.actor import Distribution
 from tests.ppo.build import (
-    CPU,
     FP32,
     PROMPTS,
     VALIDATION,
@@ -102,7 +101,7 @@ class TestModels:
         self, tiny_model: Path, reward_model: Path, frozen: int, dtype: torch.dtype
     ) -> None:
         stage = stage_of(frozen=frozen, lora=LORA)
-        models, _ = load_models(stage, tiny_model, reward_model, dtype=dtype, device=CPU)
+        models, _ = load_models(stage, tiny_model, reward_model, dtype=dtype, prompts=[])
         ours, theirs = logprobs(models)
         assert torch.equal(ours, theirs)  # the KL is exactly 0
         scores = models.reward_model.scores(BATCH)

@@ -43,7 +43,9 @@ class TestSharing:
         assert _count(*apart) - _count(models, rollout) == copies * trunk
 
     def test_also_in_bf16(self, tiny_model: Path, reward_model: Path) -> None:
-        models, _ = load_models(stage_of(frozen=2), tiny_model, reward_model, dtype=torch.bfloat16, device=CPU)
+        models, _ = load_models(
+            stage_of(frozen=2), tiny_model, reward_model, dtype=torch.bfloat16, device=CPU, longest_prompt=32
+        )
         assert models.shared_trunk
         assert models.actor.lm.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
         assert models.actor.lm.model.layers[2].mlp.up_proj.weight.dtype == torch.float32
@@ -91,7 +93,9 @@ class TestWhatIsTrained:
     def test_before_the_first_update_the_kl_is_exactly_zero(
         self, tiny_model: Path, reward_model: Path, frozen: int, dtype: torch.dtype
     ) -> None:
-        models, _ = load_models(stage_of(frozen=frozen), tiny_model, reward_model, dtype=dtype, device=CPU)
+        models, _ = load_models(
+            stage_of(frozen=frozen), tiny_model, reward_model, dtype=dtype, device=CPU, longest_prompt=32
+        )
         ours, theirs = (actor(BATCH, Distribution())[0] for actor in (models.actor, models.reference))
         assert torch.equal(ours, theirs)
 

@@ -1,6 +1,7 @@
 """Dropping records by their length in tokens, and counting them."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,11 @@ def drop_long(
         kept.append(record)
     counts["kept"] = len(kept)
     return kept
+
+
+def longest_prompt(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest prompt; 0 without prompts."""
+    return max((len(encode_prompt(tokenizer, prompt.prompt)) for prompt in prompts), default=0)
 
 
 def _completions(record: Demonstration | PreferencePair | Prompt | RatedText) -> list[str]:

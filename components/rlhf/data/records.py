@@ -53,6 +53,7 @@ class Completion:
     response: str  # the text, without special tokens
     logprobs: Tensor | None  # [T] of the engine that sampled, fp32; None for texts that people wrote
     truncated: bool  # reached max_new_tokens without a stop token
+    weight_version: int = 0  # how many syncs the engine that sampled had seen
 
 
 @dataclass(frozen=True, kw_only=True)

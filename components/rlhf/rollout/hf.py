@@ -40,6 +40,12 @@ class HfRolloutEngine:
         self.version += 1
         return self.version
 
+    @torch.inference_mode()
+    def logprobs_of(self, ids: Sequence[int]) -> Tensor:
+        tokens = torch.tensor([list(ids)], device=self.model.device)
+        logits = self.model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        return torch.log_softmax(logits.float(), dim=-1).gather(1, tokens[0, 1:, None]).squeeze(1).cpu()
+
     def close(self) -> None:
         del self.model
 
@@ -92,6 +98,7 @@ class HfRolloutEngine:
                 response=str(self.tokenizer.decode(response, skip_special_tokens=True)),
                 logprobs=torch.tensor(row_logprobs),
                 truncated=response[-1] not in self.stop_ids,
+                weight_version=self.version,
             )
             for prompt, ids, response, row_logprobs in zip(prompts, prompt_ids, responses, logprobs, strict=True)
         ]

@@ -251,6 +251,7 @@ class TestSync:
         after = engine.generate(PROMPTS, sampling(), [1] * 6)
         fresh = engine_of(tmp_path / "new").generate(PROMPTS, sampling(), [1] * 6)
         assert ids_of(after) == ids_of(fresh) != ids_of(before)
+        assert {c.weight_version for c in before} == {0} and {c.weight_version for c in after} == {1}
         assert all(torch.equal(_logprobs(a), _logprobs(b)) for a, b in zip(after, fresh, strict=True))
         assert (engine.model.lm_head.weight is engine.model.model.embed_tokens.weight) == tied
         assert engine.sync([]) == 2

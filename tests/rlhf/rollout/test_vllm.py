@@ -1,0 +1,408 @@
+"""The engine of vLLM against the one of transformers, with the real library on a CPU. Each class starts it once or twice."""
+
+import json
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from components.rlhf.config.model import SamplingSettings
+from components.rlhf.config.ppo import VllmSettings
+from components.rlhf.data.batching import collate
+from components.rlhf.data.records import Completion, Prompt
+from components.rlhf.errors import InputError
+from components.rlhf.models.actor import Actor, Distribution
+from components.rlhf.models.loading import load_causal_lm
+from components.rlhf.rollout import vllm as engine_module
+from components.rlhf.rollout.hf import HfRolloutEngine
+from components.rlhf.rollout.probe import check_sync, probe_ids
+from components.rlhf.rollout.vllm import VllmRolloutEngine
+from tests.tiny import make_tiny_model
+
+ROOT = Path(__file__).resolve().parents[3]
+# The last is longer than a block of vLLM's cache (128 tokens on a CPU), so that there is a prefix to reuse.
+TEXTS = ["a film", "b", "the longest prompt of all", "no", "what a day it was", "It was a dark and stormy night; " * 5]
+PROMPTS = [Prompt(prompt=text) for text in TEXTS]
+MANY_STOPS = tuple(range(0, 257, 2))
+COLD = 0.01  # the lowest that vLLM samples at, where these models' tokens are all but certain
+MAX_MODEL_LEN = 200
+
+
+def model(folder: Path, seed: int, *, sure: bool = False, tied: bool = True) -> Path:
+    """vLLM's attention on a CPU wants heads of at least 32. A model that is sure has no two tokens of about the same logit.
+
+    Its log-probs go down to -500, so that fp32 leaves differences of 1e-3.
+    """
+    path = folder / f"model-{seed}"
+    if not path.exists():
+        make_tiny_model(path, seed=seed, hidden_size=128, tied=tied)
+        if sure:
+            lm = AutoModelForCausalLM.from_pretrained(path)
+            lm.model.norm.weight.data *= 40
+            lm.save_pretrained(path)
+    return path
+
+
+def trained(folder: Path) -> Any:
+    return load_causal_lm(folder, num_frozen_layers=0, dtype=torch.float32)
+
+
+def hf(folder: Path, stop_ids: tuple[int, ...] = (0,)) -> HfRolloutEngine:
+    lm = load_causal_lm(folder, num_frozen_layers=0, dtype=torch.float32, trainable=False)
+    return HfRolloutEngine(lm, AutoTokenizer.from_pretrained(folder), stop_ids=stop_ids)
+
+
+def start(folder: Path, *, kv_cache_gib: float = 0.05, **options: Any) -> VllmRolloutEngine:
+    settings = VllmSettings(kv_cache_gib=kv_cache_gib)
+    defaults = {"stop_ids": (0,), "dtype": torch.float32, "max_model_len": MAX_MODEL_LEN, "num_sequences": 16}
+    return VllmRolloutEngine(folder, settings, **(defaults | options))
+
+
+def sampling(**settings: Any) -> SamplingSettings:
+    return SamplingSettings(**({"max_new_tokens": 8} | settings))
+
+
+def ids_of(completions: Sequence[Completion]) -> list[list[int]]:
+    return [completion.response_ids for completion in completions]
+
+
+def logprobs_of(completion: Completion) -> Tensor:
+    assert completion.logprobs is not None
+    return completion.logprobs
+
+
+def trainers_logprobs(lm: Any, found: Sequence[Completion], distribution: Distribution) -> list[Tensor]:
+    rows = collate([c.prompt_ids for c in found], [c.response_ids for c in found])
+    with torch.no_grad():
+        logprobs, _ = Actor(lm, num_frozen_layers=0, dtype=torch.float32)(rows, distribution)
+    return [row[: len(c.response_ids)] for row, c in zip(logprobs, found, strict=True)]
+
+
+def probe(lm: Any, ids: list[int]) -> Tensor:
+    with torch.no_grad():
+        logprobs, _ = Actor(lm, num_frozen_layers=0, dtype=torch.float32)(collate([ids[:1]], [ids[1:]]), Distribution())
+    return logprobs[0]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment() -> Iterator[None]:
+    """The engine sets variables of the process; other tests shall not see them."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="class")
+def models(tied: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tied" if tied else "untied")
+    for seed in range(4):
+        model(folder, seed, sure=True, tied=tied)
+    return folder
+
+
+@pytest.fixture(scope="class")
+def engine(models: Path) -> Iterator[VllmRolloutEngine]:
+    """Of the model with seed 0."""
+    engine = start(model(models, 0))
+    yield engine
+    engine.close()
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"], scope="class")
+class TestSync:
+    def same(self, engine: VllmRolloutEngine, folder: Path, *, version: int) -> None:
+        """Greedy tokens and their log-probs are those of transformers with this folder's weights."""
+        how, seeds = sampling(temperature=COLD, max_new_tokens=24), list(range(len(PROMPTS)))
+        found, expected = (e.generate(PROMPTS, how, seeds) for e in (engine, hf(folder)))
+        assert ids_of(found) == ids_of(expected)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.allclose(logprobs_of(a), logprobs_of(b), atol=1e-2)
+            assert (a.prompt, a.prompt_ids, a.response, a.truncated) == (
+                b.prompt,
+                b.prompt_ids,
+                b.response,
+                b.truncated,
+            )
+            assert a.weight_version == version
+
+    def test_tokens_and_log_probs_before_and_after_each_update(self, engine: VllmRolloutEngine, models: Path) -> None:
+        assert engine.version == 0
+        self.same(engine, model(models, 0), version=0)
+        ids = probe_ids(engine.tokenizer)
+        for version, seed in enumerate([1, 2, 1, 3], start=1):
+            lm = trained(model(models, seed))
+            assert engine.sync(lm.named_parameters()) == engine.version == version
+            self.same(engine, model(models, seed), version=version)
+            check_sync(engine.logprobs_of(ids), probe(lm, ids), tolerance=1e-2, version=version)
+
+    def test_weights_that_their_owner_frees_are_taken(self, engine: VllmRolloutEngine, models: Path) -> None:
+        """As a trainer that shards its weights yields them: whole for a moment."""
+
+        def passing(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+            for name, weight in weights:
+                once = weight.detach().clone()
+                yield name, once
+                once.fill_(float("nan"))
+
+        version = engine.sync(passing(trained(model(models, 2)).named_parameters()))
+        self.same(engine, model(models, 2), version=version)
+
+    def test_no_second_copy_of_all_weights_is_ever_held(
+        self, engine: VllmRolloutEngine, models: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        alive: list[int] = []
+        copies: list[weakref.ref[Tensor]] = []
+        real = engine._copies
+
+        def watched(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+            for name, weight in real(weights):
+                alive.append(sum(copy() is not None for copy in copies))
+                copies.append(weakref.ref(weight))
+                yield name, weight
+                del weight
+
+        monkeypatch.setattr(engine, "_copies", watched)
+        engine.sync(trained(model(models, 1)).named_parameters())
+        assert len(copies) >= 29
+        assert max(alive) <= 3  # q, k and v go into one matrix; the fused pair of the MLP is two
+
+    def test_what_is_not_synced_stays(self, engine: VllmRolloutEngine, models: Path) -> None:
+        engine.sync(trained(model(models, 1)).named_parameters())
+        version = engine.sync([])
+        self.same(engine, model(models, 1), version=version)
+        ids, mixed, new = probe_ids(engine.tokenizer), trained(model(models, 1)), trained(model(models, 3))
+        some = {name: w for name, w in new.named_parameters() if ".layers.2." in name or name == "model.norm.weight"}
+        mixed.load_state_dict(some, strict=False)
+        version = engine.sync(some.items())
+        check_sync(engine.logprobs_of(ids), probe(mixed, ids), tolerance=1e-2, version=version)
+
+    def test_the_probe_notices_a_head_that_stays_old(
+        self, engine: VllmRolloutEngine, models: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ids = probe_ids(engine.tokenizer)
+        engine.sync(trained(model(models, 0)).named_parameters())
+        lm = trained(model(models, 1))
+        with monkeypatch.context() as broken:
+            broken.setattr(engine_module, "_pack_heads", lambda _: None)
+            version = engine.sync((name, w) for name, w in lm.named_parameters() if name != "lm_head.weight")
+        with pytest.raises(InputError, match=f"The sync of version {version} did not take"):
+            check_sync(engine.logprobs_of(ids), probe(lm, ids), tolerance=1e-2, version=version)
+        version = engine.sync(lm.named_parameters())
+        check_sync(engine.logprobs_of(ids), probe(lm, ids), tolerance=1e-2, version=version)
+
+
+@pytest.fixture(scope="class")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model(tmp_path_factory.mktemp("sampling"), 0)
+
+
+@pytest.fixture(scope="class")
+def sampler(folder: Path) -> Iterator[VllmRolloutEngine]:
+    engine = start(folder, stop_ids=MANY_STOPS)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.vllm
+class TestSampling:
+    @pytest.mark.parametrize(
+        "settings", [{}, {"temperature": 0.5}, {"temperature": 1.7, "min_new_tokens": 4}], ids=["plain", "cold", "late"]
+    )
+    def test_log_probs_are_the_trainers(
+        self, sampler: VllmRolloutEngine, folder: Path, settings: dict[str, Any]
+    ) -> None:
+        how = sampling(**settings)
+        found = sampler.generate(PROMPTS * 4, how, list(range(24)))
+        distribution = Distribution(temperature=how.temperature, min_new_tokens=how.min_new_tokens, stop_ids=MANY_STOPS)
+        for c, expected in zip(found, trainers_logprobs(trained(folder), found, distribution), strict=True):
+            assert torch.allclose(logprobs_of(c), expected, atol=1e-4)
+
+    def test_a_stop_token_is_kept_and_ends_the_response(self, sampler: VllmRolloutEngine) -> None:
+        found = sampler.generate(PROMPTS * 10, sampling(max_new_tokens=3), list(range(60)))
+        assert {c.truncated for c in found} == {True, False}
+        for c in found:
+            assert c.truncated == (c.response_ids[-1] not in MANY_STOPS)
+            assert len(c.response_ids) == 3 if c.truncated else len(c.response_ids) <= 3
+            assert not set(c.response_ids[:-1]) & set(MANY_STOPS)
+            assert "<eos>" not in c.response
+
+    def test_no_stop_before_the_least_number_of_tokens(self, sampler: VllmRolloutEngine) -> None:
+        found = sampler.generate(PROMPTS * 10, sampling(min_new_tokens=3), list(range(60)))
+        assert all(token not in MANY_STOPS for c in found for token in c.response_ids[:3])
+        assert min(len(c.response_ids) for c in found) == 4
+
+    def test_eos_that_is_no_stop_is_a_token_like_others(
+        self, sampler: VllmRolloutEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """vLLM reads generation_config.json in any case; of its EOS the engine must neither stop nor forbid anything."""
+        monkeypatch.setattr(sampler, "stop_ids", (5,))
+        how = sampling(temperature=2.0, max_new_tokens=40, min_new_tokens=40)
+        found = sampler.generate(PROMPTS[:5] * 6, how, list(range(30)))
+        assert any(0 in c.response_ids[:-1] for c in found)
+        distribution = Distribution(temperature=2.0, min_new_tokens=40, stop_ids=(5,))
+        for c, expected in zip(found, trainers_logprobs(trained(folder), found, distribution), strict=True):
+            assert torch.allclose(logprobs_of(c), expected, atol=1e-4)
+
+    def test_a_completion_depends_on_its_prompt_and_seed_alone(self, sampler: VllmRolloutEngine) -> None:
+        seeds = [11, 5, 11, 3, 1_000_003 * 1_000_003 + 2, 0]
+        together = sampler.generate(PROMPTS, sampling(), seeds)
+        alone = [sampler.generate([p], sampling(), [s])[0] for p, s in zip(PROMPTS, seeds, strict=True)]
+        backwards = sampler.generate(PROMPTS[::-1] * 4, sampling(), seeds[::-1] * 4)
+        assert ids_of(together) == ids_of(alone) == ids_of(backwards[:6])[::-1] == ids_of(backwards[18:])[::-1]
+        others = sampler.generate(PROMPTS, sampling(), [seed + 1 for seed in seeds])
+        assert ids_of(others) != ids_of(together)
+
+    def test_tokens_come_as_often_as_their_probability_says(self, sampler: VllmRolloutEngine, folder: Path) -> None:
+        """Seeds that follow each other, as PPO's do."""
+        num, ids = 3000, sampler.tokenizer("a film")["input_ids"]
+        found = sampler.generate(PROMPTS[:1] * num, sampling(max_new_tokens=1), [7 * 1_000_003 + n for n in range(num)])
+        with torch.no_grad():
+            expected = num * torch.softmax(trained(folder)(torch.tensor([ids])).logits[0, -1].double(), dim=-1)
+        counts = torch.bincount(torch.tensor(ids_of(found))[:, 0], minlength=len(expected)).double()
+        rare = expected < 8
+        fold = [torch.cat([x[~rare], x[rare].sum()[None]]).numpy() for x in (counts, expected)]
+        assert len(fold[0]) > 5
+        assert chisquare(*fold).pvalue > 1e-3
+
+    def test_the_process_keeps_its_generator_and_its_threads(self, sampler: VllmRolloutEngine) -> None:
+        torch.manual_seed(5)
+        expected = torch.rand(3)
+        torch.manual_seed(5)
+        sampler.generate(PROMPTS, sampling(), [0] * 6)
+        assert torch.equal(torch.rand(3), expected)
+        before = torch.get_num_threads()
+        torch.set_num_threads(before + 1)  # vLLM makes this do nothing
+        assert torch.get_num_threads() == before + 1
+        torch.set_num_threads(before)
+
+    def test_requests_that_vllm_cannot_serve(self, sampler: VllmRolloutEngine) -> None:
+        with pytest.raises(InputError, match="prompt of 160 tokens and a response of up to 100 .* 200 tokens"):
+            sampler.generate(PROMPTS, sampling(max_new_tokens=100), [0] * 6)
+        for temperature in (0.001, 3.0):
+            with pytest.raises(InputError, match=f"temperature is {temperature}, .* between 0.01 and 2.0"):
+                sampler.generate(PROMPTS, sampling(temperature=temperature), [0] * 6)
+        assert sampler.generate([], sampling(), []) == []
+
+
+def edited(folder: Path, **config: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+@pytest.mark.vllm
+class TestStart:
+    """Each of these fails within seconds, and leaves a process in which the next engine starts."""
+
+    def test_a_cache_that_is_too_small(self, tmp_path: Path) -> None:
+        folder = edited(model(tmp_path, 0), max_position_embeddings=65536)
+        with pytest.raises(
+            InputError, match=r"65536 tokens need 0.09 GiB of cache, and it has 0.01; raise .*kv_cache_gib"
+        ):
+            start(folder, max_model_len=65536, kv_cache_gib=0.01)
+
+    def test_a_cache_that_is_larger_than_the_memory(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            InputError, match=r"is to have 99999.0 GiB, and [\d.]+ GiB of memory are free; lower .*kv_cache_gib"
+        ):
+            start(model(tmp_path, 0), kv_cache_gib=99999)
+
+    def test_an_architecture_that_vllm_has_not(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="no architecture OwnForCausalLM; choose a model"):
+            start(edited(model(tmp_path, 0), architectures=["OwnForCausalLM"], model_type="ctrl"))
+
+    def test_more_tokens_than_the_model_takes(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="may have 1000 tokens, and the model takes 256 "):
+            start(model(tmp_path, 0), max_model_len=1000)
+
+    def test_heads_that_its_kernels_do_not_compute(self, tiny_model: Path) -> None:
+        with pytest.raises(InputError, match="head_dim=8"):
+            start(tiny_model)
+
+    def test_after_all_of_them_one_starts_and_closes_twice(self, tmp_path: Path) -> None:
+        engine = start(model(tmp_path, 0))
+        assert len(engine.generate(PROMPTS, sampling(), [0] * 6)) == 6
+        engine.close()
+        engine.close()
+        assert not torch.distributed.is_initialized()
+
+
+def test_without_vllm_it_says_what_to_install(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(InputError, match=r"not installed .* pip install 'kfp-rlhf\[gpu\]' .* 'kfp-rlhf\[cpu\]'"):
+        start(tiny_model)
+
+
+def test_processes_that_do_not_divide(tiny_model: Path) -> None:
+    with pytest.raises(InputError, match="tensor_parallel_size is 3, and 1 processes train"):
+        VllmRolloutEngine(
+            tiny_model,
+            VllmSettings(tensor_parallel_size=3),
+            stop_ids=(0,),
+            dtype=torch.float32,
+            max_model_len=64,
+            num_sequences=4,
+        )
+
+
+TWO_PROCESSES = """
+import sys, torch
+from pathlib import Path
+torch.distributed.init_process_group("gloo")
+from components.rlhf.config.ppo import VllmSettings
+from components.rlhf.rollout.probe import check_sync, probe_ids
+from components.rlhf.rollout.vllm import VllmRolloutEngine
+from tests.rlhf.rollout.test_vllm import COLD, PROMPTS, hf, ids_of, model, probe, sampling, trained
+folder, rank = Path(sys.argv[1]), torch.distributed.get_rank()
+mine = PROMPTS[:4] if rank == 0 else PROMPTS[4:]  # unlike in number, so that a mix-up shows
+how, seeds = sampling(temperature=COLD, max_new_tokens=16), list(range(len(mine)))
+for parallel in (1, 2):
+    settings = VllmSettings(tensor_parallel_size=parallel, kv_cache_gib=0.05)
+    engine = VllmRolloutEngine(
+        model(folder, 0), settings, stop_ids=(0,), dtype=torch.float32, max_model_len=200, num_sequences=16
+    )
+    for seed in (0, 1, 2):
+        lm = trained(model(folder, seed))
+        if seed:
+            engine.sync(lm.named_parameters())
+        found, expected = (e.generate(mine, how, seeds) for e in (engine, hf(model(folder, seed))))
+        assert ids_of(found) == ids_of(expected), (rank, parallel, seed, ids_of(found), ids_of(expected))
+        ids = probe_ids(engine.tokenizer)
+        check_sync(engine.logprobs_of(ids), probe(lm, ids), tolerance=1e-2, version=engine.version)
+    engine.close()
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)  # the trainer's group is still there
+    assert total.item() == 2
+print(f"rank {rank} is done", flush=True)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_two_processes_with_an_engine_each_and_with_one_together(tmp_path: Path, tied: bool) -> None:
+    for seed in range(3):
+        model(tmp_path, seed, sure=True, tied=tied)
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    assert sorted(line for line in done.stdout.splitlines() if "is done" in line) == [
+        "rank 0 is done",
+        "rank 1 is done",
+    ]
