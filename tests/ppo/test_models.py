@@ -16,7 +16,7 @@ from components.rlhf.errors import InputError
 from components.rlhf.models.actor import Distribution
 from components.rlhf.models.loading import load_scalar_lm, save_model
 from components.rlhf.models.scalar import ScalarModel
-from tests.ppo.build import CPU, FP32, load, make_reward_model, stage_of, trainer_of
+from tests.ppo.build import FP32, load, make_reward_model, stage_of, trainer_of
 from tests.tiny import make_tiny_model
 
 BATCH = collate([[5, 6, 7], [8]], [[3, 4, 0], [1, 2, 9, 10]])
@@ -43,9 +43,7 @@ class TestSharing:
         assert _count(*apart) - _count(models, rollout) == copies * trunk
 
     def test_also_in_bf16(self, tiny_model: Path, reward_model: Path) -> None:
-        models, _ = load_models(
-            stage_of(frozen=2), tiny_model, reward_model, dtype=torch.bfloat16, device=CPU, longest_prompt=32
-        )
+        models, _ = load_models(stage_of(frozen=2), tiny_model, reward_model, dtype=torch.bfloat16, prompts=[])
         assert models.shared_trunk
         assert models.actor.lm.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
         assert models.actor.lm.model.layers[2].mlp.up_proj.weight.dtype == torch.float32
@@ -93,9 +91,7 @@ class TestWhatIsTrained:
     def test_before_the_first_update_the_kl_is_exactly_zero(
         self, tiny_model: Path, reward_model: Path, frozen: int, dtype: torch.dtype
     ) -> None:
-        models, _ = load_models(
-            stage_of(frozen=frozen), tiny_model, reward_model, dtype=dtype, device=CPU, longest_prompt=32
-        )
+        models, _ = load_models(stage_of(frozen=frozen), tiny_model, reward_model, dtype=dtype, prompts=[])
         ours, theirs = (actor(BATCH, Distribution())[0] for actor in (models.actor, models.reference))
         assert torch.equal(ours, theirs)
 

@@ -1,0 +1,171 @@
+"""What only a GPU can show: memory and speed of training, weight sync, and a colocated vLLM: `python -m benchmarks.gpu`.
+
+The model is random, of the shape of Llama with half a billion parameters, so nothing is fetched. Each table is printed with
+the date, the device and the versions. Without a CUDA device it says so and ends.
+"""
+
+import datetime
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from components.rlhf.config.model import SamplingSettings, TrainingSettings
+from components.rlhf.config.ppo import VllmSettings
+from components.rlhf.data.batching import TokenBatch, collate
+from components.rlhf.data.records import Prompt
+from components.rlhf.engine.choose import make_engine
+from components.rlhf.engine.group import ALONE
+from components.rlhf.maths.losses import aggregate
+from components.rlhf.models.actor import Actor, Distribution
+from components.rlhf.models.layers import checkpoint_layers
+from components.rlhf.models.loading import load_causal_lm
+from tests.tiny import make_tiny_tokenizer
+
+GIB = 2**30
+SEQUENCES, LENGTH = 8, 1024
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        print("no CUDA device here: nothing measured")
+        return
+    print(f"{datetime.date.today()}, {torch.cuda.get_device_name()}, {versions()}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(Path(folder))
+        training_table(model)
+        sync_table(model)
+
+
+def versions() -> str:
+    found = []
+    for package in ("torch", "transformers", "deepspeed", "vllm"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"no {package}")
+    return ", ".join(found)
+
+
+def make_model(folder: Path) -> Path:
+    tokenizer = make_tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=1280,
+        intermediate_size=3584,
+        num_hidden_layers=24,
+        num_attention_heads=20,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def a_batch() -> TokenBatch:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 200, (SEQUENCES, LENGTH), generator=generator).tolist()
+    return collate([row[:16] for row in ids], [row[16:] for row in ids]).to(torch.device("cuda"))
+
+
+def training_table(model: Path) -> None:
+    """bf16 with fp32 masters costs 16 bytes a parameter with AdamW: weights 2 or 4, gradients 4, masters 4, moments 8."""
+    print(f"## Training steps on {SEQUENCES} x {LENGTH} tokens, bf16\n")
+    print(
+        "| engine | checkpointing | seconds a step | GiB at the peak | bytes a parameter between steps | loss after 5 steps |"
+    )
+    print("|---|---|---:|---:|---:|---:|")
+    for changes in (
+        {"engine": "torch"},
+        {"engine": "deepspeed", "zero_stage": 2},
+        {"engine": "deepspeed", "zero_stage": 3},
+    ):
+        for checkpointing in (False, True):
+            training = TrainingSettings(gradient_checkpointing=checkpointing, learning_rate=1e-4, **changes)
+            print(training_row(model, training), flush=True)
+    print()
+
+
+def training_row(model: Path, training: TrainingSettings) -> str:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    lm = load_causal_lm(model, num_frozen_layers=0, dtype=torch.bfloat16)
+    if training.gradient_checkpointing:
+        checkpoint_layers(lm)
+    actor = Actor(lm.to("cuda"), num_frozen_layers=0, dtype=torch.bfloat16)
+    num_parameters = sum(parameter.numel() for parameter in actor.parameters())
+    engine = make_engine(actor, training, num_steps=10, group=ALONE, dtype=torch.bfloat16)
+    batch = a_batch()
+    times, loss = [], torch.zeros(())
+    for _ in range(5):
+        torch.cuda.synchronize()
+        started = time.monotonic()
+        logprobs, _ = actor(batch, Distribution())
+        loss = aggregate(-logprobs, batch.response_mask)
+        engine.backward(loss, last=True)
+        engine.step()
+        torch.cuda.synchronize()
+        times.append(time.monotonic() - started)
+    held = (torch.cuda.memory_allocated() - before) / num_parameters
+    name = training.engine if training.engine == "torch" else f"deepspeed, ZeRO-{training.zero_stage}"
+    return (
+        f"| {name} | {'yes' if training.gradient_checkpointing else 'no'} | {sorted(times)[2]:.3f} "
+        f"| {torch.cuda.max_memory_allocated() / GIB:.2f} | {held:.1f} | {loss.item():.4f} |"
+    )
+
+
+def sync_table(model: Path) -> None:
+    """A colocated vLLM: what a sync moves a second, and what sleep gives back to the updates."""
+    from components.rlhf.rollout.vllm import VllmRolloutEngine
+
+    lm = load_causal_lm(model, num_frozen_layers=0, dtype=torch.bfloat16, trainable=False).to("cuda")
+    size = sum(parameter.numel() * parameter.element_size() for parameter in lm.parameters())
+    free_before = torch.cuda.mem_get_info()[0]
+    engine = VllmRolloutEngine(
+        model, VllmSettings(), stop_ids=(0,), dtype=torch.bfloat16, max_model_len=512, num_sequences=256
+    )
+    free_awake = torch.cuda.mem_get_info()[0]
+    sampling = SamplingSettings(max_new_tokens=128, min_new_tokens=128, batch_size=256)
+    prompts = [Prompt(prompt=f"prompt number {number} is") for number in range(256)]
+    started = time.monotonic()
+    completions = engine.generate(prompts, sampling, list(range(len(prompts))))
+    seconds = time.monotonic() - started
+    free_asleep = torch.cuda.mem_get_info()[0]
+    syncs = [timed_sync(engine, lm) for _ in range(5)]
+    print("## Colocated vLLM\n")
+    print("| what | value |\n|---|---:|")
+    print(
+        f"| tokens a second, {len(prompts)} prompts | {sum(len(c.response_ids) for c in completions) / seconds:.0f} |"
+    )
+    print(f"| GiB held awake | {(free_before - free_awake) / GIB:.2f} |")
+    print(f"| GiB held asleep | {(free_before - free_asleep) / GIB:.2f} |")
+    print(f"| sync of {size / GIB:.2f} GiB, wake-up of the weights included: seconds | {syncs[0]:.3f} |")
+    print(f"| the same awake, median of 4: GiB a second | {size / GIB / sorted(syncs[1:])[2]:.1f} |")
+    engine.close()
+
+
+def timed_sync(engine: Any, lm: Any) -> float:
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, parameter.detach()) for name, parameter in lm.named_parameters())
+
+    torch.cuda.synchronize()
+    started = time.monotonic()
+    engine.sync(weights())
+    torch.cuda.synchronize()
+    return time.monotonic() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main())

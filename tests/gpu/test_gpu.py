@@ -1,0 +1,89 @@
+"""What only a GPU can show. Skipped without one; benchmarks/gpu.py prints the figures behind it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu import SEQUENCES, a_batch, make_model
+from components.rlhf.config.model import SamplingSettings, TrainingSettings
+from components.rlhf.config.ppo import VllmSettings
+from components.rlhf.data.records import Prompt
+from components.rlhf.engine.choose import make_engine
+from components.rlhf.engine.group import ALONE
+from components.rlhf.maths.losses import aggregate
+from components.rlhf.models.actor import Actor, Distribution
+from components.rlhf.models.layers import checkpoint_layers
+from components.rlhf.models.loading import load_causal_lm
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("gpu"))
+
+
+def losses_and_peak(model: Path, **changes: Any) -> tuple[list[float], int]:
+    training = TrainingSettings(learning_rate=1e-4, **changes)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    lm = load_causal_lm(model, num_frozen_layers=0, dtype=torch.bfloat16)
+    if training.gradient_checkpointing:
+        checkpoint_layers(lm)
+    actor = Actor(lm.to("cuda"), num_frozen_layers=0, dtype=torch.bfloat16)
+    engine = make_engine(actor, training, num_steps=10, group=ALONE, dtype=torch.bfloat16)
+    batch, losses = a_batch(), []
+    for _ in range(4):
+        logprobs, _ = actor(batch, Distribution())
+        loss = aggregate(-logprobs, batch.response_mask)
+        engine.backward(loss, last=True)
+        engine.step()
+        losses.append(loss.item())
+    return losses, torch.cuda.max_memory_allocated() - before
+
+
+def test_checkpointing_costs_no_accuracy_and_saves_memory(model: Path) -> None:
+    plain, checkpointed = (losses_and_peak(model, gradient_checkpointing=on) for on in (False, True))
+    assert checkpointed[0] == pytest.approx(plain[0], rel=1e-3)
+    assert checkpointed[1] < 0.8 * plain[1]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_trains_as_torch_does(model: Path, stage: int) -> None:
+    expected, _ = losses_and_peak(model)
+    found, _ = losses_and_peak(model, engine="deepspeed", zero_stage=stage)
+    assert found[-1] < found[0]
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_vllm_sleeps_wakes_and_takes_weights(model: Path) -> None:
+    from components.rlhf.rollout.vllm import VllmRolloutEngine
+
+    engine = VllmRolloutEngine(
+        model, VllmSettings(), stop_ids=(0,), dtype=torch.bfloat16, max_model_len=256, num_sequences=SEQUENCES
+    )
+    awake = torch.cuda.mem_get_info()[0]
+    sampling = SamplingSettings(max_new_tokens=16, batch_size=SEQUENCES)
+    engine.generate([Prompt(prompt="It is")], sampling, [0])
+    assert torch.cuda.mem_get_info()[0] > awake + 2**30  # asleep
+    lm = load_causal_lm(model, num_frozen_layers=0, dtype=torch.bfloat16, trainable=False).to("cuda")
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.mul_(1.1)
+    ids = [5, 6, 7, 8, 9, 10]
+    before = engine.logprobs_of(ids)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from ((name, parameter.detach()) for name, parameter in lm.named_parameters())
+
+    engine.sync(weights())
+    logprobs = lm(torch.tensor([ids], device="cuda")).logits.float().log_softmax(-1)[0, :-1]
+    expected = logprobs.gather(1, torch.tensor(ids[1:], device="cuda")[:, None]).squeeze(1).cpu()
+    after = engine.logprobs_of(ids)
+    engine.close()
+    assert (after - expected).abs().max() < 0.3
+    assert (after - before).abs().max() > (after - expected).abs().max()

@@ -1,0 +1,38 @@
+"""Every params file that comes with this is valid, and compiles."""
+
+from pathlib import Path
+
+import pytest
+from kfp import components
+
+from pipelines.compile import compile_pipeline
+from pipelines.settings import load_params, settings_of_stage
+
+FILES = sorted((Path(__file__).resolve().parents[2] / "pipelines" / "params").glob("*.yaml"))
+STAGES = ("prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation")
+
+
+def test_there_is_one_for_a_laptop_one_gpu_and_eight() -> None:
+    assert {path.stem for path in FILES} >= {"movie_reviews", "tiny", "qwen2.5_0.5b_1gpu", "llama3_8b_8gpu"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_it_compiles(path: Path, tmp_path: Path) -> None:
+    params = load_params(path)
+    for stage in STAGES:
+        assert settings_of_stage(params, stage)
+    compiled = components.load_component_from_file(str(compile_pipeline(params, tmp_path / "pipeline.yaml")))
+    assert compiled.name == "rlhf"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_a_reader_must_replace_is_marked(path: Path) -> None:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        assert ("path: data/" in line) == ("# YOURS" in line), line
+
+
+def test_eight_gpus_share_each_minibatch_and_take_the_weights_apart() -> None:
+    ppo = load_params(next(path for path in FILES if path.stem == "llama3_8b_8gpu")).ppo
+    assert (ppo.training.engine, ppo.training.num_processes, ppo.training.zero_stage) == ("deepspeed", 8, 3)
+    assert ppo.training.gradient_checkpointing and ppo.rollout.engine == "vllm"
+    assert ppo.training.learning_rate == 5e-7  # the anchor's own rate is another

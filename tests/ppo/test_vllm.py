@@ -1,0 +1,65 @@
+"""PPO with rollouts from the real vLLM, on a CPU."""
+
+from pathlib import Path
+
+import pytest
+
+from components.rlhf.errors import InputError
+from tests.ppo.build import PROMPTS, VALIDATION, make_reward_model, share_of_low_ids, stage_of, trainer_of
+from tests.tiny import make_tiny_model
+
+pytestmark = pytest.mark.vllm
+RUN = {
+    "num_iterations": 8,
+    "num_epochs": 2,
+    "minibatch": 64,
+    "training": {"learning_rate": 1e-3, "schedule": "linear", "min_learning_rate_fraction": 0.0},
+    "critic": {"learning_rate": 1e-2},
+    "normalize_reward": False,
+    "kl_coef": 0.01,
+    "eval_every": 8,
+}
+SAMPLING = {"batch_size": 128, "max_new_tokens": 4, "min_new_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An actor whose head size vLLM's attention on a CPU can compute, and its reward model."""
+    folder = tmp_path_factory.mktemp("vllm")
+    make_reward_model(make_tiny_model(folder / "sft", seed=0, hidden_size=128), folder / "reward")
+    return folder
+
+
+def scores_of(folder: Path, engine: str, **changes: object) -> list[float]:
+    stage = stage_of(**RUN, rollout={"engine": engine, "num_prompts": 128}, sampling=SAMPLING, **changes)
+    trainer = trainer_of(stage, folder / "sft", folder / "reward", reward=lambda p, r: 3 * share_of_low_ids(p, r))
+    try:
+        history = trainer.train(PROMPTS, VALIDATION)
+    finally:
+        trainer.rollout.close()
+    assert max(row["engine_gap/max"] for row in history) < 1e-4
+    assert history[0]["actor/first_ratio_error"] == 0.0
+    assert trainer.rollout.version == 8  # a sync an iteration, each proven on the probe
+    return [row["score/mean"] for row in history]
+
+
+def test_learns_what_it_learns_with_transformers(folder: Path) -> None:
+    hf, vllm = scores_of(folder, "hf"), scores_of(folder, "vllm")
+    # Three times the share of 4 tokens: a standard deviation of at most 0.75, so the mean of 128 rows has one of 0.07.
+    assert hf[0] == pytest.approx(vllm[0], abs=0.2)
+    ends = [sum(scores[-3:]) / 3 for scores in (hf, vllm)]
+    assert min(ends) > hf[0] + 0.3
+    assert ends[0] == pytest.approx(ends[1], abs=0.3)
+
+
+def test_importance_correction_of_equal_engines_changes_nothing(folder: Path) -> None:
+    with_it = scores_of(folder, "vllm", importance_clip=(0.5, 5.0))
+    assert with_it == pytest.approx(scores_of(folder, "vllm"), abs=0.3)
+
+
+def test_a_sync_that_does_not_take_stops_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from components.rlhf.rollout import vllm as module
+
+    monkeypatch.setattr(module, "_pack_heads", lambda model: None)  # what a plain reload of a tied head comes to
+    with pytest.raises(InputError, match="The sync of version 1 did not take"):
+        scores_of(folder, "vllm")
