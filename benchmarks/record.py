@@ -25,8 +25,12 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def digest_of(params: Params) -> str:
-    """What tells settings apart: the first digits of the sha256 of their canonical JSON."""
-    return hashlib.sha256(params.canonical_json().encode()).hexdigest()[:16]
+    """What tells settings apart: the first digits of the sha256 of those that are not at their defaults.
+
+    So a setting that did not exist when a row was measured does not disown it. A default that changes goes unseen.
+    """
+    changed = json.dumps(params.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    return hashlib.sha256(changed.encode()).hexdigest()[:16]
 
 
 def machine() -> str:

@@ -402,7 +402,4 @@ def test_two_processes_with_an_engine_each_and_with_one_together(tmp_path: Path,
         [*command, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-8000:]
-    assert sorted(line for line in done.stdout.splitlines() if "is done" in line) == [
-        "rank 0 is done",
-        "rank 1 is done",
-    ]
+    assert all(f"rank {rank} is done" in done.stdout for rank in (0, 1))  # perhaps on one line
