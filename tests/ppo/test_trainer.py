@@ -9,9 +9,10 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from components.ppo.curves import PANELS
-from components.ppo.trainer import PpoTrainer, final_metrics
+from components.ppo.trainer import PpoTrainer, final_metrics, own_rows
 from components.rlhf.data.records import Prompt
 from components.rlhf.data.tokenizer import load_tokenizer
+from components.rlhf.engine.group import SingleProcess
 from components.rlhf.errors import InputError
 from components.rlhf.maths.kl import adapt_kl_coef
 from tests.ppo.build import (
@@ -427,3 +428,12 @@ def test_fixed_lengths_are_all_truncated(tiny_model: Path, reward_model: Path) -
 def test_loading_twice_gives_models_of_their_own(tiny_model: Path, reward_model: Path) -> None:
     a, b = (load(stage_of(), tiny_model, reward_model)[0] for _ in range(2))
     assert a.actor.lm.model.norm is not b.actor.lm.model.norm
+
+
+def test_each_process_has_an_equal_share_of_every_minibatch() -> None:
+    shares = []
+    for rank in (0, 1):
+        group = SingleProcess()
+        group.rank, group.world_size = rank, 2
+        shares.append(own_rows(12, 6, group))
+    assert shares == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]

@@ -107,6 +107,16 @@ class PpoSettings(Settings):
                 f"minibatch is {self.minibatch}, which {self.training.num_processes} processes (training.num_processes) cannot "
                 "share equally; choose a multiple"
             )
+        vllm, temperature = self.rollout.vllm, self.rollout.sampling.temperature
+        if self.rollout.engine == "vllm" and self.training.num_processes % vllm.tensor_parallel_size:
+            raise ValueError(
+                f"rollout.vllm.tensor_parallel_size is {vllm.tensor_parallel_size}, which does not divide "
+                f"training.num_processes, {self.training.num_processes}; choose a divisor"
+            )
+        if self.rollout.engine == "vllm" and not 0.01 <= temperature <= 2:
+            raise ValueError(
+                f"rollout.sampling.temperature is {temperature}, and vLLM samples between 0.01 and 2; choose one of these"
+            )
         if self.patience and not self.eval_every:
             raise ValueError("patience needs looks at the validation prompts; set eval_every above 0")
         if self.dual_clip is not None and self.dual_clip <= 1:

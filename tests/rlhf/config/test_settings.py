@@ -171,6 +171,22 @@ def test_a_value_out_of_range_is_named(path: str, value: object, said: str) -> N
         ("ppo.clip_range_high", 0.1, "ppo: clip_range_high is below clip_range"),
         ("ppo.importance_clip", [5, 0.5], "ppo: importance_clip is [5.0, 0.5], with the lower bound above the upper"),
         ("ppo.rollout.sampling.min_new_tokens", 65, "ppo.rollout.sampling: min_new_tokens is 65, more than"),
+        (
+            "ppo",
+            {"training": {"engine": "deepspeed", "zero_stage": 3}, "critic": {"trains": "head"}},
+            "the parameters: zero_stage 3 shards the weights of each model, and critic.trains: head lets models share them",
+        ),
+        ("sft.training", {"offload_optimizer": True}, "sft.training: offload_optimizer needs the engine deepspeed"),
+        (
+            "ppo.rollout",
+            {"engine": "vllm", "sampling": {"temperature": 2.5}},
+            "ppo: rollout.sampling.temperature is 2.5",
+        ),
+        (
+            "ppo.rollout",
+            {"engine": "vllm", "vllm": {"tensor_parallel_size": 2}},
+            "ppo: rollout.vllm.tensor_parallel_size is 2",
+        ),
         ("data.max_tokens", 512, "the parameters: data.max_prompt_tokens leaves no room for a completion"),
         ("data.demonstrations", None, "the parameters: data.demonstrations is missing; name a source, or"),
     ],

@@ -5,7 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.rlhf.data.batching import collate, epoch_order, num_steps, split_by_tokens, step_batches
+from components.rlhf.data.batching import (
+    collate,
+    epoch_order,
+    num_steps,
+    own_microbatches,
+    split_by_tokens,
+    step_batches,
+)
 
 IDS = st.lists(st.integers(0, 9), max_size=5)
 ROWS = st.lists(st.tuples(IDS.filter(bool), IDS), min_size=1, max_size=5)
@@ -139,3 +146,18 @@ def test_num_steps_agrees(size: int, batch_size: int, num_epochs: int, max_steps
     limits = {"num_epochs": num_epochs, "max_steps": max_steps}
     steps = list(step_batches(size, batch_size, seed=0, **limits))
     assert num_steps(size, batch_size, **limits) == len(steps)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(1, 5), st.integers(1, 60))
+def test_processes_share_a_step_and_run_as_many_passes(lengths: list[int], world_size: int, max_tokens: int) -> None:
+    counts = [len(split_by_tokens(lengths[rank::world_size], max_tokens)) for rank in range(world_size)]
+    shares = [
+        own_microbatches(lengths, max_tokens, rank=rank, world_size=world_size, most=lambda n: max([n, *counts]))
+        for rank in range(world_size)
+    ]
+    assert {len(share) for share in shares} == {max(counts)}
+    weighed = [(row, weight) for share in shares for rows, weight in share for row in rows]
+    assert sorted(row for row, weight in weighed if weight == 1) == list(range(len(lengths)))  # every row once
+    assert {row for row, weight in weighed if weight != 1} <= {0}
+    assert all(rows for share in shares for rows, _ in share)  # a pass over nothing has no gradients

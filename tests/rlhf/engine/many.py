@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from components.rlhf.config.model import TrainingSettings
+from components.rlhf.config.model import LoraSettings, TrainingSettings
 from components.rlhf.data.batching import collate, own_microbatches
 from components.rlhf.engine.choose import make_engine, place_frozen, shards_weights
 from components.rlhf.engine.group import ALONE, joined_group
@@ -22,6 +22,7 @@ from components.rlhf.maths.losses import aggregate, pairwise_loss
 from components.rlhf.models.actor import Actor, Distribution
 from components.rlhf.models.layers import checkpoint_layers
 from components.rlhf.models.loading import collect_weights, load_causal_lm, load_scalar_lm
+from components.rlhf.models.lora import add_adapters
 from components.rlhf.models.scalar import ScalarModel
 
 Numbers = list[dict[str, float]]
@@ -39,8 +40,10 @@ def training_of(engine: str, **changes: Any) -> TrainingSettings:
     return TrainingSettings(engine=engine, **(defaults | changes))
 
 
-def actor_of(model: Path, training: TrainingSettings, dtype: torch.dtype) -> Actor:
-    lm = load_causal_lm(model, num_frozen_layers=0, dtype=dtype)
+def actor_of(model: Path, training: TrainingSettings, dtype: torch.dtype, *, with_adapters: bool = False) -> Actor:
+    lm = load_causal_lm(model, num_frozen_layers=0, dtype=dtype, trainable=not with_adapters)
+    if with_adapters:
+        add_adapters(lm, LoraSettings(rank=4), num_frozen_layers=0, seed=5)
     if training.gradient_checkpointing:
         checkpoint_layers(lm)
     return Actor(lm, num_frozen_layers=0, dtype=dtype)
@@ -116,8 +119,11 @@ def train(
         engine = make_engine(scalar, training, num_steps=4, group=group, dtype=dtype)
         numbers = list(pair_steps(scalar, engine, group))
     else:
-        actor, engine = actor_and_engine(model, training, dtype, group)
+        actor = actor_of(model, training, dtype, with_adapters=kind == "adapters")
+        engine = make_engine(actor, training, num_steps=4, group=group, dtype=dtype)
         numbers = list(language_steps(actor, engine, BATCHES, group))
+        if kind == "adapters":
+            return numbers, {name: weight.float() for name, weight in actor.export_weights(engine.full_weights())}
     return numbers, whole_weights(engine)
 
 
@@ -182,6 +188,8 @@ CASES: list[tuple[str, str, dict[str, Any], torch.dtype]] = [
     ("actor", "deepspeed", {"zero_stage": 2, "offload_optimizer": True}, FP32),
     ("actor", "deepspeed", {"zero_stage": 3, "offload_optimizer": True}, BF16),
     ("actor", "deepspeed", {"zero_stage": 3, "gradient_checkpointing": True}, FP32),
+    ("adapters", "torch", {}, FP32),
+    ("adapters", "deepspeed", {"zero_stage": 2}, FP32),
     ("scalar", "torch", {}, FP32),
     ("scalar", "deepspeed", {"zero_stage": 2}, FP32),
     ("scalar", "deepspeed", {"zero_stage": 3}, FP32),

@@ -51,7 +51,7 @@ def test_two_processes_train_as_one(
     gaps = torch.cat([(weights[key] - theirs[key]).abs().flatten() for key in weights])
     before = dict(load_causal_lm(tiny_model, num_frozen_layers=0, dtype=FP32).named_parameters())
     moved = torch.cat([(weights[key] - before[key]).abs().flatten() for key in weights if key in before])
-    assert moved.mean() > 5e-3  # or equality would be that of nothing done
+    assert moved.mean() > (1e-4 if kind == "adapters" else 5e-3)  # or equality would be that of nothing done
     if dtype == FP32:
         assert gaps.max() < 2e-5
     else:  # Adam's first steps are the sign of the gradient: where that is all rounding, they differ by a whole step

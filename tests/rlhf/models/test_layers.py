@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from components.rlhf.errors import InputError
-from components.rlhf.models.layers import decoder_of, freeze_lower_layers, run_layers, share_trunk
+from components.rlhf.models.layers import checkpoint_layers, decoder_of, freeze_lower_layers, run_layers, share_trunk
 from components.rlhf.models.loading import load_causal_lm, load_scalar_lm
 from tests.rlhf.models.build import trained_names
 from tests.tiny import make_tiny_model
@@ -164,3 +164,20 @@ class TestSharing:
 
 def _unique_parameters(models: list[Any]) -> int:
     return sum(p.numel() for p in {id(p): p for model in models for p in model.parameters()}.values())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_checkpointed_layers_are_computed_again_with_the_same_gradients(tiny_model: Path, checkpointed: bool) -> None:
+    lm, plain = (load_causal_lm(tiny_model, num_frozen_layers=0, dtype=torch.float32) for _ in range(2))
+    if checkpointed:
+        checkpoint_layers(lm)
+    calls = []
+    for layer in lm.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for model in (lm, plain):
+        run_layers(model, ids, start=0, stop=None).square().sum().backward()
+    assert len(calls) == len(lm.model.layers) * (2 if checkpointed else 1)
+    assert not lm.model.layers[0].mlp.training  # dropout, where a model has it, stays off
+    for ours, theirs in zip(lm.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)

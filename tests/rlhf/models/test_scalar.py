@@ -141,3 +141,14 @@ class TestScale:
         with torch.autocast("cpu", dtype=torch.bfloat16):  # in which 1 + 2^-12 is 1
             assert model.read(torch.full((2, 32), 1 + 2**-12)).tolist() == [1 + 2**-12] * 2
         assert model.scores(batch()).dtype == torch.float32
+
+
+def test_the_head_computes_in_fp32_whatever_its_weight_is_in(tiny_model: Path) -> None:
+    lm = load_scalar_lm(tiny_model, num_frozen_layers=0, dtype=torch.float32, seed=1)
+    features = torch.linspace(-3, 3, 32)
+    exact = (features.double() @ lm.score.weight.bfloat16().double().squeeze(0)).item()
+    lm.score.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = lm.score(features)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(exact, rel=1e-5)
