@@ -62,8 +62,13 @@ class VllmRolloutEngine:
                 "pip install 'kfp-rlhf[gpu]' on a machine with NVIDIA GPUs, 'kfp-rlhf[cpu]' elsewhere, or set it to hf."
             ) from error
         self.on_cpu = bool(current_platform.is_cpu())
+        # On a CPU no prompt is cut in pieces: after each piece vLLM winds a row's generator back, which only GPUs can.
         memory: dict[str, Any] = (
-            {"kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30)}
+            {
+                "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(max_model_len, 2048),
+            }
             if self.on_cpu
             else {"gpu_memory_utilization": settings.gpu_memory_utilization, "enable_sleep_mode": True}
         )

@@ -338,6 +338,18 @@ class TestStart:
         assert not torch.distributed.is_initialized()
 
 
+def test_more_prompt_tokens_at_once_than_one_pass_takes(tmp_path: Path) -> None:
+    """32 prompts of 190 tokens: cut in pieces, a row with a seed of its own would fail on a CPU."""
+    folder = model(tmp_path, 0)
+    engine = start(folder, max_model_len=200, num_sequences=32, kv_cache_gib=0.1)
+    try:
+        prompts = [Prompt(prompt=f"{number:03d} " + "x" * 186) for number in range(32)]
+        found = engine.generate(prompts, sampling(), list(range(32)))
+        assert ids_of(found)[5:6] == ids_of(engine.generate(prompts[5:6], sampling(), [5]))
+    finally:
+        engine.close()
+
+
 def test_without_vllm_it_says_what_to_install(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(InputError, match=r"not installed .* pip install 'kfp-rlhf\[gpu\]' .* 'kfp-rlhf\[cpu\]'"):
