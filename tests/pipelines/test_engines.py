@@ -63,7 +63,7 @@ class TestWholeRun:
         ours, theirs = (load_file(output(run, stage) / "model.safetensors") for run in (one, two))
         assert ours.keys() == theirs.keys()
         gaps = torch.cat([(ours[name] - theirs[name]).abs().flatten() for name in ours])
-        assert gaps.quantile(0.999) < 2e-4 and gaps.mean() < 1e-5
+        assert gaps.max() < 2e-4 and gaps.mean() < 1e-5
 
     def test_the_policy_is_an_ordinary_model(self, two: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(two / "model")

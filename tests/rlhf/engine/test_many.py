@@ -53,8 +53,7 @@ def test_two_processes_train_as_one(
     moved = torch.cat([(weights[key] - before[key]).abs().flatten() for key in weights if key in before])
     assert moved.mean() > (1e-4 if kind == "adapters" else 5e-3)  # or equality would be that of nothing done
     if dtype == FP32:
-        # Where a gradient is all rounding, Adam's step is its sign: a few of 40,000 weights may go another way.
-        assert gaps.quantile(0.999) < 2e-5
+        assert gaps.max() < 2e-5
         assert gaps.mean() < 1e-6
     else:  # Adam's first steps are the sign of the gradient: where that is all rounding, they differ by a whole step
         assert gaps.mean() < 0.1 * moved.mean()
@@ -63,8 +62,7 @@ def test_two_processes_train_as_one(
 @pytest.mark.parametrize("case", [case for case in CASES if has_checkpoint(*case)], ids=lambda case: name_of(*case))
 def test_one_process_goes_on_from_the_checkpoint_of_two(found: Path, case: Any) -> None:
     two, one = (load_file(found / f"{name_of(*case)}{end}.safetensors") for end in ("", "-alone"))
-    gaps = torch.cat([(two[key] - one[key]).abs().flatten() for key in two])
-    assert gaps.quantile(0.999) < 2e-5
+    assert max((two[key] - one[key]).abs().max().item() for key in two) < 2e-5
     assert numbers_of(found, f"{name_of(*case)}-alone")[0] == pytest.approx(
         numbers_of(found, name_of(*case))[2], rel=1e-5
     )
