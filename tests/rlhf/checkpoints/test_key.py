@@ -43,6 +43,12 @@ def test_does_not_change_with_how_often_is_saved_nor_with_when_an_input_was_made
     assert checkpoint_key("sft", STAGE, replace(BASE, created_at="today"), DATA) == expected
 
 
+@pytest.mark.parametrize("training", [{"num_processes": 2}, {"timeout_minutes": 1}])
+def test_does_not_change_with_how_many_train_and_wait(training: dict[str, Any]) -> None:
+    other = changed(sft=SftSettings(training=TrainingSettings(**training)))
+    assert checkpoint_key("sft", other, BASE, DATA) == checkpoint_key("sft", STAGE, BASE, DATA)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -50,8 +56,9 @@ def test_does_not_change_with_how_often_is_saved_nor_with_when_an_input_was_made
         {"model": ModelSettings(num_frozen_layers=1)},
         {"sft": SftSettings(max_steps=5)},
         {"sft": SftSettings(training=TrainingSettings(learning_rate=2e-5))},
+        {"sft": SftSettings(training=TrainingSettings(engine="deepspeed"))},
     ],
-    ids=["seed", "frozen layers", "steps", "learning rate"],
+    ids=["seed", "frozen layers", "steps", "learning rate", "engine"],
 )
 def test_changes_with_every_other_setting(settings: dict[str, Any]) -> None:
     assert checkpoint_key("sft", changed(**settings), BASE, DATA) != checkpoint_key("sft", STAGE, BASE, DATA)
