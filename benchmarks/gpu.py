@@ -5,10 +5,12 @@ the date, the device and the versions. Without a CUDA device it says so and ends
 """
 
 import datetime
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,18 @@ def training_table(model: Path) -> None:
     print()
 
 
-def training_row(model: Path, training: TrainingSettings) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """A few optimiser steps on one batch."""
+
+    losses: list[float]
+    seconds: list[float]
+    peak_bytes: int  # above what was held before
+    bytes_between_steps: int
+    num_parameters: int
+
+
+def train(model: Path, training: TrainingSettings) -> Steps:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -108,7 +121,7 @@ def training_row(model: Path, training: TrainingSettings) -> str:
     num_parameters = sum(parameter.numel() for parameter in actor.parameters())
     engine = make_engine(actor, training, num_steps=10, group=ALONE, dtype=torch.bfloat16)
     batch = a_batch()
-    times, loss = [], torch.zeros(())
+    losses, seconds = [], []
     for _ in range(5):
         torch.cuda.synchronize()
         started = time.monotonic()
@@ -117,12 +130,23 @@ def training_row(model: Path, training: TrainingSettings) -> str:
         engine.backward(loss, last=True)
         engine.step()
         torch.cuda.synchronize()
-        times.append(time.monotonic() - started)
-    held = (torch.cuda.memory_allocated() - before) / num_parameters
+        seconds.append(time.monotonic() - started)
+        losses.append(loss.item())
+    return Steps(
+        losses=losses,
+        seconds=seconds,
+        peak_bytes=torch.cuda.max_memory_allocated() - before,
+        bytes_between_steps=torch.cuda.memory_allocated() - before,
+        num_parameters=num_parameters,
+    )
+
+
+def training_row(model: Path, training: TrainingSettings) -> str:
+    steps = train(model, training)
     name = training.engine if training.engine == "torch" else f"deepspeed, ZeRO-{training.zero_stage}"
     return (
-        f"| {name} | {'yes' if training.gradient_checkpointing else 'no'} | {sorted(times)[2]:.3f} "
-        f"| {torch.cuda.max_memory_allocated() / GIB:.2f} | {held:.1f} | {loss.item():.4f} |"
+        f"| {name} | {'yes' if training.gradient_checkpointing else 'no'} | {statistics.median(steps.seconds):.3f} "
+        f"| {steps.peak_bytes / GIB:.2f} | {steps.bytes_between_steps / steps.num_parameters:.1f} | {steps.losses[-1]:.4f} |"
     )
 
 
@@ -152,7 +176,7 @@ def sync_table(model: Path) -> None:
     print(f"| GiB held awake | {(free_before - free_awake) / GIB:.2f} |")
     print(f"| GiB held asleep | {(free_before - free_asleep) / GIB:.2f} |")
     print(f"| sync of {size / GIB:.2f} GiB, wake-up of the weights included: seconds | {syncs[0]:.3f} |")
-    print(f"| the same awake, median of 4: GiB a second | {size / GIB / sorted(syncs[1:])[2]:.1f} |")
+    print(f"| the same awake, median of 4: GiB a second | {size / GIB / statistics.median(syncs[1:]):.1f} |")
     engine.close()
 
 

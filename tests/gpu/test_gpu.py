@@ -7,15 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import SEQUENCES, a_batch, make_model
+from benchmarks.gpu import SEQUENCES, Steps, make_model, train
 from components.rlhf.config.model import SamplingSettings, TrainingSettings
 from components.rlhf.config.ppo import VllmSettings
 from components.rlhf.data.records import Prompt
-from components.rlhf.engine.choose import make_engine
-from components.rlhf.engine.group import ALONE
-from components.rlhf.maths.losses import aggregate
-from components.rlhf.models.actor import Actor, Distribution
-from components.rlhf.models.layers import checkpoint_layers
 from components.rlhf.models.loading import load_causal_lm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -26,38 +21,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("gpu"))
 
 
-def losses_and_peak(model: Path, **changes: Any) -> tuple[list[float], int]:
-    training = TrainingSettings(learning_rate=1e-4, **changes)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    lm = load_causal_lm(model, num_frozen_layers=0, dtype=torch.bfloat16)
-    if training.gradient_checkpointing:
-        checkpoint_layers(lm)
-    actor = Actor(lm.to("cuda"), num_frozen_layers=0, dtype=torch.bfloat16)
-    engine = make_engine(actor, training, num_steps=10, group=ALONE, dtype=torch.bfloat16)
-    batch, losses = a_batch(), []
-    for _ in range(4):
-        logprobs, _ = actor(batch, Distribution())
-        loss = aggregate(-logprobs, batch.response_mask)
-        engine.backward(loss, last=True)
-        engine.step()
-        losses.append(loss.item())
-    return losses, torch.cuda.max_memory_allocated() - before
+def steps(model: Path, **changes: Any) -> Steps:
+    return train(model, TrainingSettings(learning_rate=1e-4, **changes))
 
 
 def test_checkpointing_costs_no_accuracy_and_saves_memory(model: Path) -> None:
-    plain, checkpointed = (losses_and_peak(model, gradient_checkpointing=on) for on in (False, True))
-    assert checkpointed[0] == pytest.approx(plain[0], rel=1e-3)
-    assert checkpointed[1] < 0.8 * plain[1]
+    plain, checkpointed = (steps(model, gradient_checkpointing=on) for on in (False, True))
+    assert checkpointed.losses == pytest.approx(plain.losses, rel=1e-3)
+    assert checkpointed.peak_bytes < 0.8 * plain.peak_bytes
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_trains_as_torch_does(model: Path, stage: int) -> None:
-    expected, _ = losses_and_peak(model)
-    found, _ = losses_and_peak(model, engine="deepspeed", zero_stage=stage)
+    found = steps(model, engine="deepspeed", zero_stage=stage).losses
     assert found[-1] < found[0]
-    assert found == pytest.approx(expected, rel=0.02)
+    assert found == pytest.approx(steps(model).losses, rel=0.02)
 
 
 def test_vllm_sleeps_wakes_and_takes_weights(model: Path) -> None:
