@@ -40,7 +40,6 @@ def load_models(
     The frozen layers are held once by all of them when they are equal in the two artifacts. With adapters the reference is the
     actor without its own, and the reward model the critic without its own (under its own head): no copies of the weights.
     Under ZeRO-3 the models that are not trained are sharded like the others; actor and critic are, by their engines.
-    vLLM is started for the longest of the prompts.
     """
     device = default_device()
     frozen, lora = stage.model.num_frozen_layers, stage.model.lora
@@ -61,6 +60,7 @@ def load_models(
         if critic_trains == "layers":
             add_adapters(critic_lm, lora, num_frozen_layers=frozen, seed=stage.seed)
     copies = [] if lora else [reference_lm]
+    rollout_lm = None
     if stage.ppo.rollout.engine == "hf":
         rollout_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
         copies.append(rollout_lm)
@@ -86,18 +86,25 @@ def load_models(
     )
     for model in (models.reference, models.reward_model):
         place_frozen(model, training, group=group, dtype=dtype, device=device)
-    stop_ids = stop_ids_of(sft_model)
-    if stage.ppo.rollout.engine == "hf":
-        return models, HfRolloutEngine(rollout_lm.to(device), load_tokenizer(sft_model), stop_ids=stop_ids)
+    return models, _rollout_engine(stage, sft_model, rollout_lm, prompts, dtype=dtype)
+
+
+def _rollout_engine(
+    stage: PpoStage, sft_model: Path, lm: nn.Module | None, prompts: Sequence[Prompt], *, dtype: torch.dtype
+) -> RolloutEngine:
+    """transformers on lm where there is one; else vLLM, which loads the model itself, for the longest of the prompts."""
+    tokenizer, stop_ids = load_tokenizer(sft_model), stop_ids_of(sft_model)
+    if lm is not None:
+        return HfRolloutEngine(lm.to(default_device()), tokenizer, stop_ids=stop_ids)
     from components.rlhf.rollout.vllm import VllmRolloutEngine
 
     sampling = stage.ppo.rollout.sampling
-    return models, VllmRolloutEngine(
+    return VllmRolloutEngine(
         sft_model,
         stage.ppo.rollout.vllm,
         stop_ids=stop_ids,
         dtype=dtype,
-        max_model_len=max(longest_prompt(prompts, load_tokenizer(sft_model)), PROBE_TOKENS) + sampling.max_new_tokens,
+        max_model_len=max(longest_prompt(prompts, tokenizer), PROBE_TOKENS) + sampling.max_new_tokens,
         num_sequences=sampling.batch_size,
     )
 
