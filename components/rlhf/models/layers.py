@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from components.rlhf.errors import InputError
 
+HEAD_NAME = "score"  # transformers' name for the head of a sequence classification model
+
 
 def decoder_of(model: nn.Module) -> Any:
     """The transformer below the head. Raises InputError for an architecture whose layers cannot be told apart."""

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from components.rlhf.errors import InputError
-from components.rlhf.models.layers import require_layers_to_train, trunk_of
-from components.rlhf.models.lora import HEAD_NAME, merged_weights, save_adapter, scale_of
+from components.rlhf.models.layers import HEAD_NAME, require_layers_to_train, trunk_of
+from components.rlhf.models.lora import merged_weights, save_adapter, scale_of
 
 
 class Fp32Head(nn.Linear):

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from components.rlhf.config.model import LoraSettings
 from components.rlhf.errors import InputError
-from components.rlhf.models.layers import decoder_of, num_layers, require_layers_to_train
+from components.rlhf.models.layers import HEAD_NAME, decoder_of, num_layers, require_layers_to_train
 
 ADAPTER = "default"  # peft's name for the only adapter of a model; a part of its weights' names
-HEAD_NAME = "score"  # transformers' name for the head of a sequence classification model
 
 
 def add_adapters(lm: Any, lora: LoraSettings, *, num_frozen_layers: int, seed: int) -> None:
