@@ -20,8 +20,8 @@ from components.rlhf.config.imports import ImportStage
 from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.edges.packages import PREFIX, fetch_package
 from components.rlhf.errors import InputError
+from components.rlhf.models.layers import HEAD_NAME
 from components.rlhf.models.loading import (
-    HEAD_NAME,
     load_causal_lm,
     load_scalar_lm,
     load_with_info,

@@ -35,7 +35,8 @@ def main(
         from components.rlhf.data.tokenizer import load_tokenizer
         from components.rlhf.engine.choose import engine_name
         from components.rlhf.engine.group import joined_group
-        from components.rlhf.models.loading import HEAD_NAME, save_model
+        from components.rlhf.models.layers import HEAD_NAME
+        from components.rlhf.models.loading import save_model
 
         folders = dict(base_model=base_model, sft_model=sft_model, preferences=preferences, prompts=prompts)
         inputs = {kind: open_artifact(path, kind) for kind, path in folders.items()}

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from components.reward_model.calibration import calibrate, cut_to_half, sample_responses
 from components.rlhf.config.reward_model import RewardModelStage
 from components.rlhf.data.records import PreferencePair, Prompt
-from components.rlhf.models.loading import HEAD_NAME
+from components.rlhf.models.layers import HEAD_NAME
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rewards.reward_model import RewardModelScorer, pair_accuracy
 
