@@ -1,0 +1,111 @@
+"""Where files lie that are not artifacts of KFP: a folder (a PVC is one) or an S3 bucket, behind one protocol.
+
+Keys are posix paths relative to the store's URI. Nothing half-written is ever seen under its key.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+from components.rlhf.errors import InputError
+
+
+class Store(Protocol):
+    uri: str
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        """Sizes in bytes of everything under a prefix, by key."""
+        ...
+
+    def read(self, key: str, *, limit: int) -> bytes | None:
+        """A small object whole, or None if there is none. Raises InputError when it is longer than limit bytes."""
+        ...
+
+    def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> bool:
+        """Write a small object whole; False, and nothing written, when it had to be absent and is there."""
+        ...
+
+    def upload(self, file: Path, key: str) -> None:
+        """Copy a file of any size into the store."""
+        ...
+
+    def download(self, key: str, file: Path) -> None:
+        """Copy an object of any size out of the store; its content is that of the upload, or an error is raised."""
+        ...
+
+    def delete(self, prefix: str) -> None:
+        """Delete everything under a prefix."""
+        ...
+
+
+class FolderStore:
+    """A folder of this machine, or a volume that is mounted into it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.uri = str(folder)
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        found: dict[str, int] = {}
+        for path in sorted((self.folder / prefix).rglob("*")):
+            if path.is_file() and not path.name.startswith(".writing-"):
+                found[path.relative_to(self.folder).as_posix()] = path.stat().st_size
+        return found
+
+    def read(self, key: str, *, limit: int) -> bytes | None:
+        try:
+            with (self.folder / key).open("rb") as file:
+                data = file.read(limit + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if len(data) > limit:
+            raise InputError(f"{self.folder / key} is longer than {limit} bytes, which nothing of ours is; delete it.")
+        return data
+
+    def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> bool:
+        draft = self._draft(key)
+        try:
+            with draft.open("wb") as file:
+                file.write(data)
+                os.fsync(file.fileno())
+            if only_if_absent:
+                os.link(draft, self.folder / key)  # fails where the name is taken, on NFS too
+            else:
+                draft.replace(self.folder / key)
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink(missing_ok=True)
+        return True
+
+    def upload(self, file: Path, key: str) -> None:
+        draft = self._draft(key)
+        try:
+            shutil.copyfile(file, draft)
+            draft.replace(self.folder / key)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def download(self, key: str, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.folder / key, file)
+
+    def delete(self, prefix: str) -> None:
+        target = self.folder / prefix
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+
+    def _draft(self, key: str) -> Path:
+        target = self.folder / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target.with_name(f".writing-{os.getpid()}-{target.name}")
+
+
+def open_store(uri: str) -> Store:
+    """The store of a URI."""
+    if uri.startswith("s3://"):
+        raise InputError(f"{uri}: only folders are stores so far.")
+    return FolderStore(Path(uri.removeprefix("file://")))
