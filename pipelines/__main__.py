@@ -8,9 +8,8 @@ import click
 
 from components.rlhf.errors import InputError
 
-PARAMS = click.argument(
-    "params_file", metavar="PARAMS", type=click.Path(path_type=Path), default="pipelines/params/movie_reviews.yaml"
-)
+DEFAULT_PARAMS = Path("pipelines/params/movie_reviews.yaml")
+PARAMS = click.argument("params_file", metavar="PARAMS", type=click.Path(path_type=Path), default=DEFAULT_PARAMS)
 SET = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a parameter: --set ppo.num_iterations=4."
 )
@@ -22,24 +21,38 @@ def cli() -> None:
 
 
 @cli.command()
-@PARAMS
+@click.argument("params_file", metavar="[PARAMS]", type=click.Path(path_type=Path), required=False)
 @SET
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory; default runs/PRESET-TIME.")
-def run(params_file: Path, overrides: tuple[str, ...], out: Path | None) -> None:
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Go on with the run of this directory: what finished is verified and kept.",
+)
+def run(params_file: Path | None, overrides: tuple[str, ...], out: Path | None, resume: Path | None) -> None:
     """Run the whole pipeline on this machine."""
     from rich.console import Console
 
     from pipelines.display import print_summary
-    from pipelines.run import default_run_folder, run_pipeline, tracking_uri_for
+    from pipelines.run import default_run_folder, resume_pipeline, run_pipeline, tracking_uri_for
     from pipelines.settings import load_params
 
-    params = load_params(params_file, overrides)
-    folder = out or default_run_folder(params)
     console = Console(file=sys.stdout)  # kept, because kfp.local's own prints are sent elsewhere during the run
-    summary = run_pipeline(
-        params, folder, tracking_uri=tracking_uri_for(folder, chosen=out is not None), console=console
-    )
+    if resume:
+        if params_file or overrides or out:
+            raise InputError(
+                "--resume goes on with the parameters in that directory; leave PARAMS, --set and --out away."
+            )
+        summary = resume_pipeline(resume, console=console)
+    else:
+        params = load_params(params_file or DEFAULT_PARAMS, overrides)
+        folder = out or default_run_folder(params)
+        uri = tracking_uri_for(folder, chosen=out is not None)
+        summary = run_pipeline(params, folder, tracking_uri=uri, console=console)
     print_summary(console, summary)
+    if summary["status"] != "succeeded":
+        console.print(f"go on with: python -m pipelines run --resume {resume or folder}", soft_wrap=True)
     sys.exit(0 if summary["status"] == "succeeded" else 1)
 
 

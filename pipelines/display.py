@@ -69,7 +69,12 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     stages.add_column("time", justify="right")
     stages.add_column("peak memory", justify="right")
     for name, stage in summary["stages"].items():
-        stages.add_row(name, stage["status"], clock(stage["seconds"]), f"{stage['peak_memory_bytes'] / 2**30:.2f} GiB")
+        stages.add_row(
+            name,
+            "reused" if stage["reused"] else stage["status"],
+            clock(stage["seconds"]),
+            f"{stage['peak_memory_bytes'] / 2**30:.2f} GiB",
+        )
     console.print(stages)
     if summary["status"] == "failed":
         console.print(Text(f"error: {summary['reason']}", style="red"), soft_wrap=True)

@@ -1,6 +1,7 @@
 """Running the compiled pipeline on this machine."""
 
 import contextlib
+import fcntl
 import io
 import json
 import logging
@@ -18,33 +19,69 @@ import kfp.local
 from rich.console import Console
 
 from components.rlhf.config.params import Params
+from components.rlhf.config.storage import TrackingSettings
 from components.rlhf.edges.tracking import SQLITE, close_parent
 from components.rlhf.errors import InputError
 from pipelines.compile import compile_pipeline
 from pipelines.display import Display
+from pipelines.journal import Journal, write_whole
 from pipelines.preflight import check_inputs
 from pipelines.runner import RunLog, container_processes
-from pipelines.settings import dump_yaml
+from pipelines.settings import dump_yaml, load_params
 from pipelines.summary import build_summary
 
+PARAMS, IDENTITY, LOCK = "params.yaml", "run.json", ".lock"
+BEFORE_ANYTHING = {PARAMS, LOCK, f".{IDENTITY}.writing"}  # what a start that died at once leaves
 MIN_FREE_BYTES = 3 * 2**30  # five models of the default size, and room to work
 
 
 def run_pipeline(params: Params, run: Path, *, tracking_uri: str, console: Console) -> dict[str, Any]:
-    """Compile the pipeline into the run directory, execute it there, and return its summary (also in summary.json).
+    """Run the pipeline of params in a new run directory; return its summary (also in summary.json).
 
     Raises InputError before anything is written when an input or the directory cannot be used.
     """
     check_inputs(params)
     claim(run)
+    with alone_in(run):
+        tracking = params.tracking.model_copy(update={"uri": params.tracking.uri or tracking_uri})
+        (run / PARAMS).write_text(dump_yaml(params), encoding="utf-8")
+        # Folders of one name in two places are two runs. Written last: a directory without it has begun nothing.
+        identity = {"run_id": f"{run.name}-{uuid.uuid4().hex[:8]}", "tracking_uri": tracking.uri}
+        write_whole(run / IDENTITY, identity)
+        return _execute(params, run.resolve(), tracking, identity["run_id"] or "", console)
+
+
+def resume_pipeline(run: Path, *, console: Console) -> dict[str, Any]:
+    """Go on with the run of a directory: stages that finished are verified and kept, the rest runs; return its summary.
+
+    Raises InputError when the directory holds no run that has begun, or another process works in it.
+    """
+    if not (run / IDENTITY).is_file():
+        raise InputError(
+            f"{run} holds no run that has begun (no {IDENTITY}); start one with --out, or correct the path."
+        )
+    with alone_in(run):
+        params = load_params(run / PARAMS, ())
+        try:
+            identity = json.loads((run / IDENTITY).read_text(encoding="utf-8"))
+            run_id, uri = str(identity["run_id"]), identity["tracking_uri"]
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f"{run / IDENTITY} cannot be read; start a new run.") from None
+        tracking = params.tracking.model_copy(update={"uri": uri})
+        return _execute(params, run.resolve(), tracking, run_id, console)
+
+
+def _execute(params: Params, run: Path, tracking: TrackingSettings, run_id: str, console: Console) -> dict[str, Any]:
+    """Compile the pipeline into the run directory, execute what has not finished there, and write the summary."""
     console.print(f"Run directory: {run}", soft_wrap=True)
-    run = run.resolve()
-    tracking = params.tracking.model_copy(update={"uri": params.tracking.uri or tracking_uri})
-    (run / "params.yaml").write_text(dump_yaml(params), encoding="utf-8")
     package = compile_pipeline(params, run / "pipeline.yaml")
-    run_id = f"{run.name}-{uuid.uuid4().hex[:8]}"  # folders of one name in two places are two runs
     display = Display(console)
-    log = RunLog(folder=run / "logs", environment={"RLHF_RUN_ID": run_id}, on_line=display.on_line)
+    log = RunLog(
+        folder=run / "logs",
+        environment={"RLHF_RUN_ID": run_id},
+        on_line=display.on_line,
+        journal=Journal(run / "finished"),
+    )
     error = ""
     try:
         with display, container_processes(log), quiet_kfp():
@@ -64,21 +101,33 @@ def run_pipeline(params: Params, run: Path, *, tracking_uri: str, console: Conso
     summary = build_summary(
         params, run, log.stages, run_id=run_id, error=error, tracking_uri=tracking.uri if tracking.enabled else ""
     )
-    text = json.dumps(summary, indent=2, allow_nan=False)
-    (run / "summary.json").write_text(text + "\n", encoding="utf-8")
+    write_whole(run / "summary.json", summary)
     close_parent(
         tracking,
         run_id=run_id,
         status="FAILED" if error else "FINISHED",
         metrics=summary["evaluation"],
-        files=[run / "params.yaml", run / "summary.json"],
+        files=[run / PARAMS, run / "summary.json"],
     )
     return summary
 
 
+@contextlib.contextmanager
+def alone_in(run: Path) -> Iterator[None]:
+    """Hold the run directory; the kernel lets go when this process ends, however it ends. Raises InputError when another holds it."""
+    with (run / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"Another process works in {run}; wait for it, or choose another --out.") from None
+        yield
+
+
 def claim(run: Path) -> None:
     """Make the run directory. Raises InputError when it holds another run, cannot be written, or has too little room."""
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if (run / IDENTITY).is_file():
+        raise InputError(f"{run} already exists and holds a run; go on with it by --resume, or choose another --out.")
+    if run.exists() and (not run.is_dir() or {path.name for path in run.iterdir()} - BEFORE_ANYTHING):
         raise InputError(f"{run} already exists and is not an empty folder; choose another --out.")
     try:
         run.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """Executing container components as processes of this machine, through the real kfp.local orchestrator.
 
 kfp.local has no runner for container components without Docker. Its subprocess runner refuses them in one class, which it
-looks up as a module attribute at call time; `container_processes` puts another class there for the length of a run. It is
-the only place that touches kfp's inside; tests/pipelines/test_runner.py checks that kfp still works this way.
+looks up as a module attribute at call time; `container_processes` puts another class there for the length of a run. In the same
+way it takes the time out of the folder that outputs go to, so that a run that goes on finds what it wrote. It is the only place
+that touches kfp's inside; tests/pipelines/test_runner.py checks that kfp still works this way.
 """
 
 import contextlib
@@ -14,9 +15,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from kfp.local import status, subprocess_task_handler, task_handler_interface
+from kfp.local import executor_input_utils, status, subprocess_task_handler, task_handler_interface
 
 from components.rlhf.edges.process import DIE_WITH_PARENT
 
@@ -33,6 +34,17 @@ class StageRecord:
     seconds: float = 0.0
     peak_memory_bytes: int = 0  # resident; never below this program's own, which Linux counts up to the exec
     error: str = ""
+    reused: bool = False  # it had finished before the run was resumed, and what it left verifies
+
+
+class Finished(Protocol):
+    """What remembers the stages that need not run again (pipelines/journal.py)."""
+
+    def finished(self, name: str, command: list[str]) -> tuple[StageRecord | None, str]: ...
+
+    def write(self, record: StageRecord, command: list[str]) -> None: ...
+
+    def forget(self, name: str, command: list[str]) -> None: ...
 
 
 @dataclass
@@ -42,6 +54,7 @@ class RunLog:
     folder: Path
     environment: dict[str, str]
     on_line: Callable[[StageRecord, str], None]
+    journal: Finished | None = None
     stages: list[StageRecord] = field(default_factory=list)
 
     def start(self, name: str) -> StageRecord:
@@ -68,16 +81,38 @@ def container_processes(log: RunLog) -> Iterator[None]:
             self.environment = dict(env_vars or {})
 
         def run(self) -> status.Status:
-            record = log.start(stage_of(self.command))
-            run_process(record, self.command, log, self.environment)
+            record = run_or_reuse(log, self.command, self.environment)
             return status.Status.SUCCESS if record.status == "succeeded" else status.Status.FAILURE
 
     original = subprocess_task_handler.SubprocessTaskHandler
+    with_time = executor_input_utils.get_local_pipeline_resource_name
     subprocess_task_handler.SubprocessTaskHandler = ProcessHandler
+    executor_input_utils.get_local_pipeline_resource_name = lambda pipeline_name: pipeline_name
     try:
         yield
     finally:
         subprocess_task_handler.SubprocessTaskHandler = original
+        executor_input_utils.get_local_pipeline_resource_name = with_time
+
+
+def run_or_reuse(log: RunLog, command: list[str], environment: dict[str, str]) -> StageRecord:
+    """Run a task, unless the journal says that it has been run and what it left is still that."""
+    record = log.start(stage_of(command))
+    if log.journal is None:
+        run_process(record, command, log, environment)
+        return record
+    before, why_not = log.journal.finished(record.name, command)
+    if before is not None:
+        log.stages[-1] = before
+        log.on_line(before, f"[{before.name}] finished earlier, verified")
+        return before
+    if why_not:
+        log.on_line(record, f"[{record.name}] runs again: {why_not}")
+    log.journal.forget(record.name, command)
+    run_process(record, command, log, environment)
+    if record.status == "succeeded":
+        log.journal.write(record, command)
+    return record
 
 
 def stage_of(command: list[str]) -> str:
@@ -109,7 +144,7 @@ def run_process(record: StageRecord, command: list[str], log: RunLog, environmen
     )
     assert process.stdout is not None
     try:
-        with (log.folder / f"{record.name}.log").open("w", encoding="utf-8") as file:
+        with (log.folder / f"{record.name}.log").open("a", encoding="utf-8") as file:
             for line in process.stdout:
                 file.write(line)
                 file.flush()

@@ -44,6 +44,7 @@ def build_summary(
                 "status": stage.status,
                 "seconds": round(stage.seconds, 3),
                 "peak_memory_bytes": stage.peak_memory_bytes,
+                "reused": stage.reused,
                 "engines": _engines(artifacts, stage.name),
             }
             for stage in stages
@@ -66,6 +67,7 @@ def _convenient(run: Path, artifacts: Path) -> dict[str, str]:
     """Put the model, the report and the curves where people look first; return the paths of model and report ("" if none)."""
     model = find_output(artifacts, "ppo", "model")
     if model:
+        (run / "model").unlink(missing_ok=True)
         (run / "model").symlink_to(model.relative_to(run))
     for stage, output, name in (("evaluation", "report", "report.html"), ("ppo", "curves", "ppo_curves.html")):
         page = find_output(artifacts, stage, output)

@@ -184,7 +184,7 @@ def test_a_definition_imports_kfp_alone(stage: str) -> None:
 def test_pipelines_import_definitions_settings_and_edges() -> None:
     allowed = [
         "pipelines",
-        *(f"{LIBRARY}.{name}" for name in ("config", "edges", "errors")),
+        *(f"{LIBRARY}.{name}" for name in ("artifacts", "config", "edges", "errors")),
         "components.evaluation.table",
     ]
     allowed += [f"components.{stage}.component" for stage in STAGES]

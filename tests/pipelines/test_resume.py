@@ -1,0 +1,131 @@
+"""The user's commands: a run that is killed anywhere goes on, and ends where an undisturbed one ends."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from components.rlhf.artifacts.manifest import read_manifest
+from tests.pipelines.test_whole_run import STAGES, output, run_pipeline, summary_of
+from tests.pipelines.toy import toy_params, write_data, write_params
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The params file of a run that saves a checkpoint after every step."""
+    folder = tmp_path_factory.mktemp("resume")
+    often = {"checkpoint": {"every_minutes": 0}}
+    return write_params(folder / "toy.yaml", toy_params(tiny_model, write_data(folder), **often))
+
+
+def resume(run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipelines", "run", "--resume", str(run), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def start_and_signal(params: Path, run: Path, *, at: str, number: signal.Signals) -> str:
+    """Start a run, signal its program when a line has been printed, and return everything that it printed."""
+    command = [sys.executable, "-m", "pipelines", "run", str(params), "--out", str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if at in line:
+            process.send_signal(number)
+            break
+    said.append(process.communicate(timeout=60)[0])
+    return "".join(said)
+
+
+def weights_of(run: Path) -> dict[str, str]:
+    return {
+        stage: read_manifest(output(run, stage, "model")).files["model.safetensors"].sha256
+        for stage in ("sft", "reward-model", "ppo")
+    }
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_makes_the_same_models(toy: Path, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert run_pipeline(toy, whole).returncode == 0
+    start_and_signal(toy, run, at="[ppo] iteration 1/2", number=signal.SIGKILL)
+    assert not (run / "summary.json").exists()
+
+    second = resume(run)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "[sft] finished earlier, verified" in second.stdout
+    assert "[ppo] resuming after iteration 1" in second.stdout
+    assert weights_of(run) == weights_of(whole)
+    summary = summary_of(run)
+    assert sorted(summary["stages"]) == sorted(STAGES)
+    assert {name for name, stage in summary["stages"].items() if stage["reused"]} == set(STAGES[:5])
+    assert all(stage["status"] == "succeeded" and stage["seconds"] > 0.5 for stage in summary["stages"].values())
+
+    third = resume(run)  # nothing is left to do
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert all(stage["reused"] for stage in summary_of(run)["stages"].values())
+
+    weights = output(run, "sft", "model") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    fourth = resume(run)
+    assert f"[sft] runs again: {weights} is not what it wrote" in fourth.stdout
+    assert weights_of(run) == weights_of(whole)
+    assert {name for name, stage in summary_of(run)["stages"].items() if not stage["reused"]} == {"sft"}
+
+
+def test_an_interrupted_run_says_how_to_go_on(toy: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    said = start_and_signal(toy, run, at="[import_model]", number=signal.SIGINT)
+    assert f"go on with: python -m pipelines run --resume {run}" in said
+    assert summary_of(run)["reason"] == "interrupted"
+
+
+@pytest.mark.parametrize("arguments", [["--set", "seed=1"], ["--out", "elsewhere"], ["pipelines/params/tiny.yaml"]])
+def test_a_run_goes_on_with_its_own_parameters(tmp_path: Path, arguments: list[str]) -> None:
+    result = resume(tmp_path, *arguments)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: --resume goes on with the parameters in that directory")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    result = resume(tmp_path)
+    assert result.returncode == 1
+    assert f"{tmp_path} holds no run that has begun" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_works_in_a_run_directory(toy: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "pipelines", "run", str(toy), "--out", str(run)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "run.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        second = resume(run)
+        assert second.returncode == 1
+        assert f"Another process works in {run}" in second.stderr
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(first.pid, signal.SIGKILL)
+        first.communicate()
+
+
+def test_a_directory_with_a_run_is_not_begun_anew(toy: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    result = run_pipeline(toy, run)
+    assert result.returncode == 1
+    assert "go on with it by --resume" in result.stderr
+    broken = resume(run)
+    assert broken.returncode == 1
+    assert broken.stderr.count("\n") == 1
