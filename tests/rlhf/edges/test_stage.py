@@ -13,7 +13,7 @@ from components.rlhf.artifacts.manifest import Manifest, write_manifest
 from components.rlhf.config.imports import RegisterStage
 from components.rlhf.config.storage import TrackingSettings
 from components.rlhf.edges import stage as module
-from components.rlhf.edges.stage import StageRun, checkpoints_option, stage_options, stage_run
+from components.rlhf.edges.stage import StageRun, folder_of, stage_options, stage_run, storage_option
 from components.rlhf.errors import InputError
 
 SETTINGS = '{"decision":"promote"}'
@@ -216,17 +216,15 @@ def test_bad_executor_input(tracker: Recorder, capsys: pytest.CaptureFixture[str
 # --- options ---
 
 
-@pytest.mark.parametrize(("value", "expected"), [("", None), (".", None), ("/x", "/x")])
-def test_no_folder_for_checkpoints(value: str, expected: str | None) -> None:
-    """KFP cannot leave a parameter out; it passes an empty one."""
-
+def test_checkpoints_go_where_the_storage_settings_say(tmp_path: Path) -> None:
     @click.command()
-    @checkpoints_option
+    @storage_option
     @stage_options
-    def command(checkpoints: Path | None, settings: str, tracking: str, executor_input: str) -> None:
+    def command(storage: str, settings: str, tracking: str, executor_input: str) -> None:
         assert (tracking, executor_input) == ("{}", "")
-        click.echo(repr(checkpoints and str(checkpoints)))
+        with run(storage=storage) as stage:
+            click.echo(repr(stage.checkpoint_store() and str(folder_of(stage.checkpoint_store()))))
 
-    done = CliRunner().invoke(command, ["--settings", "{}", "--checkpoints", value])
-    assert done.output == f"{expected!r}\n"
+    uri = json.dumps({"checkpoint_uri": str(tmp_path)})
+    assert CliRunner().invoke(command, ["--settings", "{}", "--storage", uri]).output == f"{str(tmp_path)!r}\n"
     assert CliRunner().invoke(command, ["--settings", "{}"]).output == "None\n"
