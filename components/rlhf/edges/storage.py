@@ -5,6 +5,7 @@ Keys are posix paths relative to the store's URI. Nothing half-written is ever s
 
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -91,7 +92,7 @@ class FolderStore:
 
     def download(self, key: str, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_name(f".writing-{os.getpid()}-{file.name}")
+        draft = file.with_name(f".writing-{uuid.uuid4().hex}-{file.name}")
         try:
             shutil.copyfile(self.folder / key, draft)
             draft.replace(file)
@@ -110,7 +111,8 @@ class FolderStore:
     def _draft(self, key: str) -> Path:
         target = self.folder / key
         target.parent.mkdir(parents=True, exist_ok=True)
-        return target.with_name(f".writing-{os.getpid()}-{target.name}")
+        # Threads share a process id, and so do the first processes of two containers on one volume.
+        return target.with_name(f".writing-{uuid.uuid4().hex}-{target.name}")
 
 
 def open_store(uri: str, settings: StorageSettings | None = None, say: Callable[[str], None] | None = None) -> Store:

@@ -1,7 +1,9 @@
 """A real S3 server (SeaweedFS, the store that Kubeflow Pipelines ships) on free ports of the loopback."""
 
+import ctypes
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -41,11 +43,12 @@ class SeaweedFS:
             [
                 weed(), "server", f"-dir={self.folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", *options,
                 f"-s3.config={self.folder / 'identities.json'}", "-master.volumeSizeLimitMB=1024", "-volume.max=50",
-                "-s3.port.iceberg=0",
+                "-s3.port.iceberg=0", "-s3.port.lance=0",
             ],
             stdout=(self.folder / "log").open("ab"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_die_with_parent,
         )  # fmt: skip
         deadline = time.monotonic() + 60
         while True:
@@ -67,6 +70,11 @@ class SeaweedFS:
             self.process.kill()
             self.process.wait()
             self.process = None
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def weed() -> str:
