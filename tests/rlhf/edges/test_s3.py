@@ -1,5 +1,6 @@
 """S3 against a real server: what cannot work says so in seconds, what breaks in between is mended, nothing half is taken for whole."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from components.rlhf.artifacts.directory import open_artifact
+from components.rlhf.config.imports import RegisterStage
+from components.rlhf.config.storage import StorageSettings
 from components.rlhf.edges import s3_download, transfer
 from components.rlhf.edges.fetch import local_copy
+from components.rlhf.edges.stage import stage_run
 from components.rlhf.edges.storage import Store
 from components.rlhf.errors import InputError
 from tests.rlhf.edges.conftest import Open
@@ -295,10 +300,35 @@ def test_a_local_copy_is_spoken_of_by_its_uri(s3: Open, server: SeaweedFS) -> No
         assert path == "Qwen/Qwen2.5-0.5B"
 
 
-def store_settings(server: SeaweedFS):
-    from components.rlhf.config.storage import StorageSettings
-
+def store_settings(server: SeaweedFS) -> StorageSettings:
     return StorageSettings(endpoint_url=server.url, region="us-east-1")
+
+
+@pytest.mark.parametrize("cluster", [True, False])
+def test_kfp_is_told_where_a_model_was_published(
+    s3: Open, server: SeaweedFS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: bool
+) -> None:
+    """On a cluster instead of its own place; on a laptop the next stage reads the folder, and the URI is metadata alone."""
+    monkeypatch.setenv("RLHF_RUN_ID", "run-1")
+    kept = "s3://pipelines/run/model" if cluster else str(tmp_path / "model")
+    model = {"artifacts": [{"name": "model", "uri": kept}]}
+    given = json.dumps({"outputs": {"artifacts": {"model": model}, "outputFile": str(tmp_path / "output.json")}})
+    store = s3()
+    storage = store_settings(server).model_copy(update={"publish_uri": store.uri}).canonical_json()
+    settings = RegisterStage(decision="promote").canonical_json()
+    with stage_run(
+        "demo", RegisterStage, settings=settings, tracking="{}", executor_input=given, storage=storage
+    ) as run:
+        run.write_artifact(
+            "model", tmp_path / "model", lambda draft: (draft / "config.json").write_text("{}"), kind="sft_model",
+            parents={}, facts={},
+        )  # fmt: skip
+    (written,) = json.loads((tmp_path / "output.json").read_text())["artifacts"]["model"]["artifacts"]
+    uri = f"{store.uri}/run-1/demo/model"
+    assert written["uri"] == (uri if cluster else kept)
+    assert written["metadata"]["published_uri"] == uri
+    with local_copy(uri, store_settings(server)) as copy:
+        assert open_artifact(Path(copy), "sft_model").digest == written["metadata"]["digest"]
 
 
 MEMORY = """

@@ -228,3 +228,21 @@ def test_checkpoints_go_where_the_storage_settings_say(tmp_path: Path) -> None:
     uri = json.dumps({"checkpoint_uri": str(tmp_path)})
     assert CliRunner().invoke(command, ["--settings", "{}", "--storage", uri]).output == f"{str(tmp_path)!r}\n"
     assert CliRunner().invoke(command, ["--settings", "{}"]).output == "None\n"
+
+
+@pytest.mark.parametrize("kept", ["s3://pipelines/run/model", "{folder}/model"])
+def test_a_model_is_published_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str) -> None:
+    """Into a folder, of which KFP is told nothing: it keeps its own copy."""
+    monkeypatch.setenv("RLHF_RUN_ID", "run-1")
+    kept = kept.format(folder=tmp_path)
+    model = {"artifacts": [{"name": "model", "uri": kept}]}
+    given = json.dumps({"outputs": {"artifacts": {"model": model}, "outputFile": str(tmp_path / "output.json")}})
+    storage = json.dumps({"publish_uri": str(tmp_path / "published")})
+    with run(executor_input=given, storage=storage) as stage:
+        fill = lambda draft: (draft / "config.json").write_text("{}")  # noqa: E731
+        stage.write_artifact("model", tmp_path / "model", fill, kind="sft_model", parents={}, facts={})
+    place = tmp_path / "published" / "run-1" / "demo" / "model"
+    assert sorted(path.name for path in place.iterdir()) == ["config.json", "manifest.json"]
+    (written,) = json.loads((tmp_path / "output.json").read_text())["artifacts"]["model"]["artifacts"]
+    assert written["uri"] == kept
+    assert written["metadata"]["published_uri"] == str(place)
