@@ -4,6 +4,7 @@ Beside the file lie `.NAME.ETAG.part` (as long as the object) and `.NAME.ETAG.do
 """
 
 import contextlib
+import hashlib
 import os
 import zlib
 from base64 import b64encode
@@ -12,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from components.rlhf.artifacts.manifest import sha256_of
 from components.rlhf.edges.s3_errors import Retries, Stale, is_code
 from components.rlhf.edges.transfer import Meter
 from components.rlhf.errors import InputError
@@ -38,8 +38,9 @@ def download_object(
                 old.unlink(missing_ok=True)
                 old.with_suffix(".done").unlink(missing_ok=True)
         try:
-            _fetch_ranges(client, bucket, key, head, part, done, retries, say)
-            if not _is_whole(head, part):
+            check = _Check(head)
+            _fetch_ranges(client, bucket, key, head, part, done, retries, say, check)
+            if not check.passed():
                 raise Stale(
                     f"{name} is not what was uploaded (checksum differs after two downloads); delete it and write it again."
                 )
@@ -67,7 +68,7 @@ def _head(client: Any, bucket: str, key: str) -> dict[str, Any]:
 
 def _fetch_ranges(
     client: Any, bucket: str, key: str, head: dict[str, Any], part: Path, done: Path, retries: Retries,
-    say: Callable[[str], None] | None,
+    say: Callable[[str], None] | None, check: "_Check",
 ) -> None:  # fmt: skip
     size = int(head["ContentLength"])
     count = -(-size // RANGE_BYTES)
@@ -91,8 +92,12 @@ def _fetch_ranges(
 
         pool = stack.enter_context(ThreadPoolExecutor(THREADS))
         try:
-            for future in [pool.submit(fetch, number) for number in missing]:
-                future.result()
+            futures = {number: pool.submit(fetch, number) for number in missing}
+            for number in range(count):  # checked in order while later ranges arrive
+                if number in futures:
+                    futures.pop(number).result()
+                for start in range(number * RANGE_BYTES, min(size, (number + 1) * RANGE_BYTES), CHUNK_BYTES):
+                    check.update(os.pread(target, min(CHUNK_BYTES, size - start), start))
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -119,17 +124,24 @@ def _fetch(client: Any, bucket: str, key: str, etag: str, target: int, start: in
         raise
 
 
-def _is_whole(head: dict[str, Any], part: Path) -> bool:
+class _Check:
     """Against the sha256 that our uploads carry; of others' objects against the CRC that the store has, if it has one."""
-    if digest := head.get("Metadata", {}).get("sha256"):
-        return bool(sha256_of(part) == digest)
-    if head.get("ChecksumCRC32") and head.get("ChecksumType") == "FULL_OBJECT":
-        value = 0
-        with part.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                value = zlib.crc32(chunk, value)
-        return bool(b64encode(value.to_bytes(4, "big")).decode() == head["ChecksumCRC32"])
-    return True
+
+    def __init__(self, head: dict[str, Any]) -> None:
+        self.sha256 = head.get("Metadata", {}).get("sha256")
+        self.crc32 = head.get("ChecksumCRC32") if head.get("ChecksumType") == "FULL_OBJECT" else None
+        self._sha256, self._crc32 = hashlib.sha256(), 0
+
+    def update(self, data: bytes) -> None:
+        if self.sha256:
+            self._sha256.update(data)
+        elif self.crc32:
+            self._crc32 = zlib.crc32(data, self._crc32)
+
+    def passed(self) -> bool:
+        if self.sha256:
+            return bool(self._sha256.hexdigest() == self.sha256)
+        return self.crc32 in (None, b64encode(self._crc32.to_bytes(4, "big")).decode())
 
 
 def _etag(head: dict[str, Any]) -> str:
