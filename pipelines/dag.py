@@ -30,7 +30,7 @@ NAME = "rlhf"
 
 
 def build_pipeline(params: Params) -> Any:
-    """The pipeline of one params file. Its inputs are where to track and where to keep checkpoints."""
+    """The pipeline of one params file. Its inputs are where to track and where to store."""
 
     def place(task: Any) -> Any:
         """What every task is given by the platform; on a laptop the runner sets the same variable."""
@@ -38,9 +38,9 @@ def build_pipeline(params: Params) -> Any:
         kubernetes.use_field_path_as_env(task, env_name="RLHF_RUN_ID", field_path="metadata.labels['pipeline/runid']")
         return task
 
-    def bring(kind: str, source: str, tracking: str, revision: str | None = None) -> Any:
+    def bring(kind: str, source: str, tracking: str, storage: str, revision: str | None = None) -> Any:
         settings = ImportStage.model_validate({"kind": kind, "source": source, "revision": revision})
-        return place(import_model(settings=settings.canonical_json(), tracking=tracking))
+        return place(import_model(settings=settings.canonical_json(), tracking=tracking, storage=storage))
 
     @dsl.pipeline(name="gate", description="Registers either way; only what is promoted becomes champion.")
     def gate(decision: str, policy: Input[Model], verdict: Input[Artifact], tracking: str) -> None:
@@ -51,10 +51,8 @@ def build_pipeline(params: Params) -> Any:
                 place(register(policy=policy, evaluation=verdict, settings=settings, tracking=tracking))
 
     @dsl.pipeline(name=NAME, description="RLHF: SFT, reward model, PPO, held-out comparison, gate.")
-    def rlhf(
-        tracking: str = params.tracking.canonical_json(), checkpoints: str = params.storage.checkpoint_uri or ""
-    ) -> None:
-        base = bring("base_model", params.model.source, tracking, params.model.revision).set_display_name(
+    def rlhf(tracking: str = params.tracking.canonical_json(), storage: str = params.storage.canonical_json()) -> None:
+        base = bring("base_model", params.model.source, tracking, storage, params.model.revision).set_display_name(
             "import model"
         )
         data = place(
@@ -62,11 +60,12 @@ def build_pipeline(params: Params) -> Any:
                 base_model=base.outputs["model"],
                 settings=params.stage(PrepareDataStage).canonical_json(),
                 tracking=tracking,
+                storage=storage,
             )
         ).set_display_name("prepare data")
 
         if params.sft.use:
-            tuned = bring("sft_model", params.sft.use, tracking).set_display_name("import SFT model")
+            tuned = bring("sft_model", params.sft.use, tracking, storage).set_display_name("import SFT model")
         else:
             tuned = place(
                 sft(
@@ -74,12 +73,14 @@ def build_pipeline(params: Params) -> Any:
                     demonstrations=data.outputs["demonstrations"],
                     settings=params.stage(SftStage).canonical_json(),
                     tracking=tracking,
-                    checkpoints=checkpoints,
+                    storage=storage,
                 )
             ).set_display_name("SFT")
 
         if params.reward_model.use:
-            rewarder = bring("reward_model", params.reward_model.use, tracking).set_display_name("import reward model")
+            rewarder = bring("reward_model", params.reward_model.use, tracking, storage).set_display_name(
+                "import reward model"
+            )
         else:
             rewarder = place(
                 reward_model(
@@ -89,7 +90,7 @@ def build_pipeline(params: Params) -> Any:
                     prompts=data.outputs["prompts"],
                     settings=params.stage(RewardModelStage).canonical_json(),
                     tracking=tracking,
-                    checkpoints=checkpoints,
+                    storage=storage,
                 )
             ).set_display_name("reward model")
 
@@ -108,7 +109,7 @@ def build_pipeline(params: Params) -> Any:
                 prompts=data.outputs["prompts"],
                 settings=params.stage(PpoStage).canonical_json(),
                 tracking=tracking,
-                checkpoints=checkpoints,
+                storage=storage,
             )
         ).set_display_name("PPO")
         verdict = place(

@@ -52,6 +52,8 @@ def _looks_local(source: str) -> bool:
 
 
 def _is_file(source: DataSource) -> bool:
+    if source.path.startswith("s3://"):
+        return False
     return source.format in ("jsonl", "parquet") or (source.format == "auto" and Path(source.path).suffix != "")
 
 

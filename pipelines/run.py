@@ -92,7 +92,8 @@ def _execute(params: Params, run: Path, tracking: TrackingSettings, run_id: str,
             )
             pipeline = kfp.components.load_component_from_file(str(package))
             checkpoints = params.storage.checkpoint_uri or str(run / "checkpoints")
-            pipeline(tracking=tracking.canonical_json(), checkpoints=checkpoints)
+            storage = params.storage.model_copy(update={"checkpoint_uri": checkpoints})
+            pipeline(tracking=tracking.canonical_json(), storage=storage.canonical_json())
     except RuntimeError as failure:  # what kfp.local raises for a failed task; the stage has said why
         failed = [stage for stage in log.stages if stage.status == "failed"]
         error = f"{failed[-1].name}: {failed[-1].error}" if failed else str(failure)

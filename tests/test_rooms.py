@@ -44,7 +44,7 @@ ROOMS = {
     "rollout": law("config data models", "torch transformers", vllm="vllm"),
     "engine": law("config", "torch safetensors", deepspeed="deepspeed"),
     "checkpoints": law("config artifacts engine.protocol engine.group edges.storage"),
-    "edges": law("config artifacts", "pydantic mlflow boto3 click rich", launcher="torch"),
+    "edges": law("config artifacts", "pydantic mlflow boto3 botocore click rich", launcher="torch"),
 }
 STAGES = sorted(path.parent.name for path in ROOT.glob("components/*/__main__.py"))
 # Standard library that would break a room's law: files, the environment, the log.

@@ -5,24 +5,33 @@ from pathlib import Path
 import click
 
 from components.rlhf.config.imports import ImportStage
-from components.rlhf.edges.stage import output_path, stage_options, stage_run
+from components.rlhf.edges.stage import output_path, stage_options, stage_run, storage_option
 
 
 @click.command(help=__doc__)
 @output_path("--model", "model_path")
+@storage_option
 @stage_options
-def main(model_path: Path, settings: str, tracking: str, executor_input: str) -> None:
+def main(model_path: Path, settings: str, tracking: str, storage: str, executor_input: str) -> None:
     with stage_run(
-        "import_model", ImportStage, settings=settings, tracking=tracking, executor_input=executor_input
+        "import_model",
+        ImportStage,
+        settings=settings,
+        tracking=tracking,
+        executor_input=executor_input,
+        storage=storage,
     ) as run:
         from components.import_model.importer import import_model
         from components.rlhf.artifacts.directory import writing
         from components.rlhf.artifacts.manifest import write_manifest
         from components.rlhf.data.tokenizer import chat_template_digest, tokenizer_digest
+        from components.rlhf.edges.fetch import local_copy
 
         run.progress.say(f"importing {run.settings.source} as {run.settings.kind}")
-        with writing(model_path) as draft:
-            tokenizer, facts = import_model(run.settings, draft)
+        source = run.settings.source
+        with local_copy(source, run.storage, run.progress.say) as local, writing(model_path) as draft:
+            tokenizer, facts = import_model(run.settings.model_copy(update={"source": local}), draft)
+            facts["source"] = source
             manifest = write_manifest(
                 draft,
                 kind=run.settings.kind,

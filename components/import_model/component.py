@@ -5,12 +5,13 @@ from kfp.dsl import Model, Output
 
 
 @dsl.container_component
-def import_model(model: Output[Model], settings: str, tracking: str = "{}") -> dsl.ContainerSpec:
+def import_model(model: Output[Model], settings: str, tracking: str = "{}", storage: str = "{}") -> dsl.ContainerSpec:
     """Bring a model in from a folder, a hub or a package, as an artifact that every later stage reads offline.
 
     Args:
         settings: Canonical JSON of ImportStage: kind, source, revision.
         tracking: Canonical JSON of TrackingSettings.
+        storage: Canonical JSON of StorageSettings: how S3 is reached.
         model: The model in the Hugging Face layout, with manifest.json.
     """
     return dsl.ContainerSpec(
@@ -21,6 +22,8 @@ def import_model(model: Output[Model], settings: str, tracking: str = "{}") -> d
             settings,
             "--tracking",
             tracking,
+            "--storage",
+            storage,
             "--model",
             model.path,
             "--executor-input",

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from components.rlhf.config.ppo import PpoStage
-from components.rlhf.edges.stage import checkpoints_option, input_folder, output_path, stage_options, stage_run
+from components.rlhf.edges.stage import folder_of, input_folder, output_path, stage_options, stage_run, storage_option
 
 
 @click.command(help=__doc__)
@@ -15,13 +15,15 @@ from components.rlhf.edges.stage import checkpoints_option, input_folder, output
 @output_path("--model", "model_path")
 @output_path("--metrics")
 @output_path("--curves")
-@checkpoints_option
+@storage_option
 @stage_options
 def main(
-    sft_model: Path, reward_model: Path, prompts: Path, model_path: Path, metrics: Path, curves: Path, checkpoints: Path | None,
+    sft_model: Path, reward_model: Path, prompts: Path, model_path: Path, metrics: Path, curves: Path, storage: str,
     settings: str, tracking: str, executor_input: str,
 ) -> None:  # fmt: skip
-    with stage_run("ppo", PpoStage, settings=settings, tracking=tracking, executor_input=executor_input) as run:
+    with stage_run(
+        "ppo", PpoStage, settings=settings, tracking=tracking, executor_input=executor_input, storage=storage
+    ) as run:
         from components.ppo.curves import as_html
         from components.ppo.models import load_models
         from components.ppo.policy import save_policy
@@ -46,7 +48,7 @@ def main(
             )
             run.progress.say("frozen layers are held once" if models.shared_trunk else "each model has its own layers")
             key = checkpoint_key("ppo", run.settings, *inputs.values())
-            folder = CheckpointFolder(checkpoints, key, run.settings.checkpoint, group)
+            folder = CheckpointFolder(folder_of(run.checkpoint_store()), key, run.settings.checkpoint, group)
             parts = dict(checkpoints=folder, progress=run.progress, tracker=run.tracker, group=group)
             trainer = PpoTrainer(run.settings, models, rollout, stop_ids=rollout.stop_ids, **parts)
             history = trainer.train(train, validation)

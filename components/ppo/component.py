@@ -14,7 +14,7 @@ def ppo(
     curves: Output[HTML],
     settings: str,
     tracking: str = "{}",
-    checkpoints: str = "",
+    storage: str = "{}",
 ) -> dsl.ContainerSpec:
     """Train the fine-tuned model with PPO against the reward model.
 
@@ -27,7 +27,7 @@ def ppo(
         curves: Every curve of the run.
         settings: Canonical JSON of PpoStage.
         tracking: Canonical JSON of TrackingSettings.
-        checkpoints: Folder for checkpoints; empty is none.
+        storage: Canonical JSON of StorageSettings: where checkpoints and published models lie, and how S3 is reached.
     """
     return dsl.ContainerSpec(
         image="kfp-rlhf/trainer:0.1.0",
@@ -49,8 +49,8 @@ def ppo(
             metrics.path,
             "--curves",
             curves.path,
-            "--checkpoints",
-            checkpoints,
+            "--storage",
+            storage,
             "--executor-input",
             dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER,
         ],

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from components.rlhf.config.data import PrepareDataStage
-from components.rlhf.edges.stage import input_folder, output_path, stage_options, stage_run
+from components.rlhf.edges.stage import input_folder, output_path, stage_options, stage_run, storage_option
 
 
 @click.command(help=__doc__)
@@ -18,27 +18,31 @@ from components.rlhf.edges.stage import input_folder, output_path, stage_options
 @output_path("--heldout-prompts")
 @output_path("--metrics")
 @output_path("--summary")
+@storage_option
 @stage_options
 def main(
-    base_model: Path, metrics: Path, summary: Path, settings: str, tracking: str, executor_input: str, **outputs: Path
-) -> None:
+    base_model: Path, metrics: Path, summary: Path, settings: str, tracking: str, storage: str, executor_input: str,
+    **outputs: Path,
+) -> None:  # fmt: skip
     with stage_run(
-        "prepare_data", PrepareDataStage, settings=settings, tracking=tracking, executor_input=executor_input
-    ) as run:
+        "prepare_data", PrepareDataStage, settings=settings, tracking=tracking, executor_input=executor_input, storage=storage,
+    ) as run:  # fmt: skip
         from components.prepare_data.prepare import prepare
         from components.prepare_data.report import as_markdown, as_metrics
+        from components.prepare_data.sources import local_sources
         from components.rlhf.artifacts.directory import open_artifact
         from components.rlhf.data.datasets import save_dataset
         from components.rlhf.data.tokenizer import load_tokenizer
 
         base = open_artifact(base_model, "base_model")
         data = run.settings.data
-        out = prepare(
-            data,
-            load_tokenizer(base_model),
-            seed=run.settings.seed,
-            num_evaluation_prompts=run.settings.num_evaluation_prompts,
-        )
+        with local_sources(data, run.storage, run.progress.say) as local:
+            out = prepare(
+                local,
+                load_tokenizer(base_model),
+                seed=run.settings.seed,
+                num_evaluation_prompts=run.settings.num_evaluation_prompts,
+            )
         contents = {
             "demonstrations": ("demonstrations", {"train": out.demonstrations, "heldout": out.heldout_demonstrations}),
             "preferences": ("preferences", {"train": out.pairs, "heldout": out.heldout_pairs}),

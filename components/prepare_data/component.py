@@ -16,6 +16,7 @@ def prepare_data(
     summary: Output[Markdown],
     settings: str,
     tracking: str = "{}",
+    storage: str = "{}",
 ) -> dsl.ContainerSpec:
     """Read, clean, split and pair the data: typed data sets for every stage, with no prompt in two of them.
 
@@ -30,6 +31,7 @@ def prepare_data(
         summary: The same for people.
         settings: Canonical JSON of PrepareDataStage.
         tracking: Canonical JSON of TrackingSettings.
+        storage: Canonical JSON of StorageSettings: how S3 is reached.
     """
     return dsl.ContainerSpec(
         image="kfp-rlhf/trainer:0.1.0",
@@ -39,6 +41,8 @@ def prepare_data(
             settings,
             "--tracking",
             tracking,
+            "--storage",
+            storage,
             "--base-model",
             base_model.path,
             "--demonstrations",

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from components.rlhf.config.reward_model import RewardModelStage
-from components.rlhf.edges.stage import checkpoints_option, input_folder, output_path, stage_options, stage_run
+from components.rlhf.edges.stage import folder_of, input_folder, output_path, stage_options, stage_run, storage_option
 
 
 @click.command(help=__doc__)
@@ -16,15 +16,15 @@ from components.rlhf.edges.stage import checkpoints_option, input_folder, output
 @output_path("--model", "model_path")
 @output_path("--metrics")
 @output_path("--summary")
-@checkpoints_option
+@storage_option
 @stage_options
 def main(
     base_model: Path, sft_model: Path, preferences: Path, prompts: Path, model_path: Path, metrics: Path, summary: Path,
-    checkpoints: Path | None, settings: str, tracking: str, executor_input: str,
+    storage: str, settings: str, tracking: str, executor_input: str,
 ) -> None:  # fmt: skip
     with stage_run(
-        "reward_model", RewardModelStage, settings=settings, tracking=tracking, executor_input=executor_input
-    ) as run:
+        "reward_model", RewardModelStage, settings=settings, tracking=tracking, executor_input=executor_input, storage=storage,
+    ) as run:  # fmt: skip
         from components.reward_model.evaluate import finish
         from components.reward_model.trainer import RewardModelTrainer, as_markdown
         from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer
@@ -46,7 +46,7 @@ def main(
         tokenizer, max_tokens = load_tokenizer(sft_model), read_header(preferences)["max_tokens"]
         with joined_group(timeout_minutes=training.timeout_minutes) as group:
             key = checkpoint_key("reward_model", run.settings, *(inputs[k] for k in folders if k != "prompts"))
-            folder = CheckpointFolder(checkpoints, key, run.settings.checkpoint, group)
+            folder = CheckpointFolder(folder_of(run.checkpoint_store()), key, run.settings.checkpoint, group)
             trainer = RewardModelTrainer(run.settings, start, folder, run.progress, run.tracker, group)
             train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
             numbers = trainer.train(tokenizer, train, max_tokens=max_tokens)

@@ -15,7 +15,7 @@ def reward_model(
     summary: Output[Markdown],
     settings: str,
     tracking: str = "{}",
-    checkpoints: str = "",
+    storage: str = "{}",
 ) -> dsl.ContainerSpec:
     """Train the reward model on preference pairs, measure it on held-out pairs, and fix the scale of its scores.
 
@@ -29,7 +29,7 @@ def reward_model(
         summary: The same for people.
         settings: Canonical JSON of RewardModelStage.
         tracking: Canonical JSON of TrackingSettings.
-        checkpoints: Folder for checkpoints; empty is none.
+        storage: Canonical JSON of StorageSettings: where checkpoints and published models lie, and how S3 is reached.
     """
     return dsl.ContainerSpec(
         image="kfp-rlhf/trainer:0.1.0",
@@ -53,8 +53,8 @@ def reward_model(
             metrics.path,
             "--summary",
             summary.path,
-            "--checkpoints",
-            checkpoints,
+            "--storage",
+            storage,
             "--executor-input",
             dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER,
         ],

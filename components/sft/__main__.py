@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from components.rlhf.config.sft import SftStage
-from components.rlhf.edges.stage import checkpoints_option, input_folder, output_path, stage_options, stage_run
+from components.rlhf.edges.stage import folder_of, input_folder, output_path, stage_options, stage_run, storage_option
 
 
 @click.command(help=__doc__)
@@ -14,13 +14,15 @@ from components.rlhf.edges.stage import checkpoints_option, input_folder, output
 @output_path("--model", "model_path")
 @output_path("--metrics")
 @output_path("--summary")
-@checkpoints_option
+@storage_option
 @stage_options
 def main(
-    base_model: Path, demonstrations: Path, model_path: Path, metrics: Path, summary: Path, checkpoints: Path | None,
+    base_model: Path, demonstrations: Path, model_path: Path, metrics: Path, summary: Path, storage: str,
     settings: str, tracking: str, executor_input: str,
 ) -> None:  # fmt: skip
-    with stage_run("sft", SftStage, settings=settings, tracking=tracking, executor_input=executor_input) as run:
+    with stage_run(
+        "sft", SftStage, settings=settings, tracking=tracking, executor_input=executor_input, storage=storage
+    ) as run:
         from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer
         from components.rlhf.checkpoints.folder import CheckpointFolder
         from components.rlhf.checkpoints.key import checkpoint_key
@@ -38,7 +40,10 @@ def main(
         tokenizer = load_tokenizer(base_model)
         with joined_group(timeout_minutes=training.timeout_minutes) as group:
             folder = CheckpointFolder(
-                checkpoints, checkpoint_key("sft", run.settings, base, data), run.settings.checkpoint, group
+                folder_of(run.checkpoint_store()),
+                checkpoint_key("sft", run.settings, base, data),
+                run.settings.checkpoint,
+                group,
             )
             trainer = SftTrainer(run.settings, base_model, folder, run.progress, run.tracker, group)
             numbers = trainer.train(

@@ -13,7 +13,7 @@ def sft(
     summary: Output[Markdown],
     settings: str,
     tracking: str = "{}",
-    checkpoints: str = "",
+    storage: str = "{}",
 ) -> dsl.ContainerSpec:
     """Fine-tune the base model on demonstrations; prompts carry no loss.
 
@@ -25,7 +25,7 @@ def sft(
         summary: The same for people.
         settings: Canonical JSON of SftStage.
         tracking: Canonical JSON of TrackingSettings.
-        checkpoints: Folder for checkpoints; empty is none.
+        storage: Canonical JSON of StorageSettings: where checkpoints and published models lie, and how S3 is reached.
     """
     return dsl.ContainerSpec(
         image="kfp-rlhf/trainer:0.1.0",
@@ -45,8 +45,8 @@ def sft(
             metrics.path,
             "--summary",
             summary.path,
-            "--checkpoints",
-            checkpoints,
+            "--storage",
+            storage,
             "--executor-input",
             dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER,
         ],

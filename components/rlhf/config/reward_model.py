@@ -13,7 +13,7 @@ class RewardModelSettings(Settings):
     """Pairwise (Bradley-Terry) training of a scalar head on preferences."""
 
     use: str | None = None
-    """A folder with your own reward model; it replaces this stage and is verified like any artifact."""
+    """A folder or s3://BUCKET/PREFIX with your own reward model; it replaces this stage and is verified like any artifact."""
     init: Literal["sft", "base"] = "sft"
     """The model that the reward model starts from."""
     num_epochs: PositiveInt = 1

@@ -11,7 +11,7 @@ class SftSettings(Settings):
     """Completion-only language modelling on demonstrations."""
 
     use: str | None = None
-    """A folder with your own fine-tuned model; it replaces this stage and is verified like any artifact."""
+    """A folder or s3://BUCKET/PREFIX with your own fine-tuned model; it replaces this stage and is verified like any artifact."""
     num_epochs: PositiveInt = 1
     """Passes over the demonstrations."""
     max_steps: Count = 0

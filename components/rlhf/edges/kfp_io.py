@@ -15,8 +15,13 @@ from components.rlhf.errors import InputError
 Flat = Mapping[str, str | int | float]
 
 
-def write_executor_output(executor_input: str, metadata: Mapping[str, Flat]) -> None:
-    """Report every declared output artifact, each with its metadata (flat strings and finite numbers), atomically."""
+def write_executor_output(
+    executor_input: str, metadata: Mapping[str, Flat], uris: Mapping[str, str] | None = None
+) -> None:
+    """Report every declared output artifact, each with its metadata (flat strings and finite numbers), atomically.
+
+    uris names artifacts that lie elsewhere than where KFP would put them; KFP then copies nothing there.
+    """
     try:
         outputs: dict[str, Any] = json.loads(executor_input)["outputs"]
         output_file = Path(outputs["outputFile"])
@@ -33,7 +38,11 @@ def write_executor_output(executor_input: str, metadata: Mapping[str, Flat]) -> 
         artifact = entry["artifacts"][0]
         artifacts[name] = {
             "artifacts": [
-                {"name": artifact["name"], "uri": artifact["uri"], "metadata": _checked(name, metadata.get(name, {}))}
+                {
+                    "name": artifact["name"],
+                    "uri": (uris or {}).get(name, artifact["uri"]),
+                    "metadata": _checked(name, metadata.get(name, {})),
+                }
             ]
         }
     output_file.parent.mkdir(parents=True, exist_ok=True)
@@ -45,6 +54,12 @@ def write_executor_output(executor_input: str, metadata: Mapping[str, Flat]) -> 
 def input_uri(executor_input: str, name: str) -> str:
     """Where KFP keeps an input artifact (s3://, minio:// or a path on this machine): the address that outlives the pod."""
     uri: str = json.loads(executor_input)["inputs"]["artifacts"][name]["artifacts"][0]["uri"]
+    return uri
+
+
+def output_uri(executor_input: str, name: str) -> str:
+    """Where KFP means to keep an output artifact: a URI on a cluster, a path on a laptop."""
+    uri: str = json.loads(executor_input)["outputs"]["artifacts"][name]["artifacts"][0]["uri"]
     return uri
 
 

@@ -14,14 +14,16 @@ import click
 from pydantic import ValidationError
 
 from components.rlhf.artifacts.directory import writing
-from components.rlhf.artifacts.manifest import Manifest, write_manifest
+from components.rlhf.artifacts.manifest import MANIFEST, Manifest, write_manifest
 from components.rlhf.config.base import Settings
 from components.rlhf.config.model import TrainingSettings
 from components.rlhf.config.params import explain
-from components.rlhf.config.storage import TrackingSettings
-from components.rlhf.edges.kfp_io import write_executor_output
+from components.rlhf.config.storage import StorageSettings, TrackingSettings
+from components.rlhf.edges.fetch import upload_all
+from components.rlhf.edges.kfp_io import output_uri, write_executor_output
 from components.rlhf.edges.process import die_with_parent, keep_freed_memory, tidy_up_on_sigterm
 from components.rlhf.edges.progress import Progress
+from components.rlhf.edges.storage import FolderStore, Store, open_store
 from components.rlhf.edges.tracking import Tracker, start_tracking
 from components.rlhf.errors import InputError
 
@@ -44,7 +46,15 @@ class StageRun(Generic[S]):
     settings_text: str
     progress: Progress
     tracker: Tracker
+    storage: StorageSettings = field(default_factory=StorageSettings)
+    executor_input: str = ""
+    published: dict[str, str] = field(default_factory=dict)  # output -> the URI that KFP is told instead of its own
     outputs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)
+
+    def checkpoint_store(self) -> Store | None:
+        """Where this stage keeps what it needs to go on after a death; None is nowhere."""
+        uri = self.storage.checkpoint_uri
+        return open_store(uri, self.storage, self.progress.say) if uri else None
 
     def wrote(self, output: str, manifest: Manifest) -> None:
         """Report an artifact with its manifest as metadata."""
@@ -80,6 +90,22 @@ class StageRun(Generic[S]):
                 facts=facts,
             )
         self.wrote(output, manifest)
+        if kind.endswith("_model"):
+            self._publish(output, path)
+
+    def _publish(self, output: str, path: Path) -> None:
+        """Copy a finished model to storage.publish_uri. On a cluster KFP is told that place, and makes no copy of its own."""
+        if self.storage.publish_uri is None:
+            return
+        key = f"{os.environ.get(RUN_ID, 'by-hand')}/{self.name}/{output}"
+        uri = f"{self.storage.publish_uri.rstrip('/')}/{key}"
+        upload_all(open_store(self.storage.publish_uri, self.storage, self.progress.say), path, key, last=MANIFEST)
+        self.progress.say(f"published as {uri}")
+        self.outputs[output] = {**self.outputs[output], "published_uri": uri}
+        # On a laptop the next stage reads the folder itself, and would look for the URI in vain.
+        kept = output_uri(self.executor_input, output) if self.executor_input else ""
+        if "://" in kept and not kept.startswith("file://") and uri.startswith("s3://"):
+            self.published[output] = uri
 
     def wrote_metrics(self, path: Path, metrics: Mapping[str, float]) -> None:
         """Write final numbers as the output `metrics`: a JSON file, KFP's Metrics artifact, and a last point in MLflow."""
@@ -123,18 +149,26 @@ def output_path(*names: str) -> Callable[..., Any]:
     return click.option(*names, type=click.Path(path_type=Path), required=True, help="Where to write.")
 
 
-def checkpoints_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Where a training stage keeps what it needs to go on after a death."""
+def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where checkpoints and published models lie, and how S3 is reached."""
     return click.option(
-        "--checkpoints",
-        type=click.Path(path_type=Path),
-        callback=lambda _context, _option, value: value if value and str(value) != "." else None,
-        help="Folder for checkpoints; a stage that is started again with the same inputs continues from there.",
+        "--storage",
+        default="{}",
+        help="Storage settings as JSON; with a checkpoint_uri a training stage that is started again continues from there.",
     )(command)
 
 
+def folder_of(store: Store | None) -> Path | None:
+    """The folder of a store that is one. Raises InputError for S3."""
+    if store is None or isinstance(store, FolderStore):
+        return store.folder if store else None
+    raise InputError(f"storage.checkpoint_uri: {store.uri} is no folder, and checkpoints go to folders only so far.")
+
+
 @contextlib.contextmanager
-def stage_run(name: str, model: type[S], *, settings: str, tracking: str, executor_input: str) -> Iterator[StageRun[S]]:
+def stage_run(
+    name: str, model: type[S], *, settings: str, tracking: str, executor_input: str, storage: str = "{}"
+) -> Iterator[StageRun[S]]:
     """Run the body of a stage. An InputError becomes one line on stderr and exit code 1; other errors keep their traceback."""
     tracker: Tracker | None = None
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars would drown ours, and make logs unreadable
@@ -148,15 +182,24 @@ def stage_run(name: str, model: type[S], *, settings: str, tracking: str, execut
         parsed = parse_settings(model, text)
         start_processes(getattr(getattr(parsed, name, None), "training", None))
         track = parse_settings(TrackingSettings, tracking)
+        stored = parse_settings(StorageSettings, storage)
         if rank() > 0:
             track = track.model_copy(update={"enabled": False})  # one process speaks for all
         run_id = os.environ.get(RUN_ID, "by-hand")
         tracker = start_tracking(track, run_id=run_id, stage=name, params=parsed.model_dump(mode="json"))
         progress = Progress(name, silent=rank() > 0)
-        run = StageRun(name=name, settings=parsed, settings_text=text, progress=progress, tracker=tracker)
+        run = StageRun(
+            name=name,
+            settings=parsed,
+            settings_text=text,
+            progress=progress,
+            tracker=tracker,
+            storage=stored,
+            executor_input=executor_input,
+        )
         yield run
         if executor_input and rank() == 0:
-            write_executor_output(executor_input, run.outputs)
+            write_executor_output(executor_input, run.outputs, run.published)
         tracker.finish("FINISHED")
     except InputError as error:
         if tracker:

@@ -5,9 +5,12 @@ Keys are posix paths relative to the store's URI. Nothing half-written is ever s
 
 import os
 import shutil
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from components.rlhf.config.storage import StorageSettings
 from components.rlhf.errors import InputError
 
 
@@ -89,7 +92,14 @@ class FolderStore:
 
     def download(self, key: str, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.folder / key, file)
+        draft = file.with_name(f".writing-{uuid.uuid4().hex}-{file.name}")
+        try:
+            shutil.copyfile(self.folder / key, draft)
+            draft.replace(file)
+        except FileNotFoundError as error:
+            raise InputError(f"{self.folder / key} does not exist; correct the path.") from error
+        finally:
+            draft.unlink(missing_ok=True)
 
     def delete(self, prefix: str) -> None:
         target = self.folder / prefix
@@ -101,11 +111,19 @@ class FolderStore:
     def _draft(self, key: str) -> Path:
         target = self.folder / key
         target.parent.mkdir(parents=True, exist_ok=True)
-        return target.with_name(f".writing-{os.getpid()}-{target.name}")
+        # Threads share a process id, and so do the first processes of two containers on one volume.
+        return target.with_name(f".writing-{uuid.uuid4().hex}-{target.name}")
 
 
-def open_store(uri: str) -> Store:
-    """The store of a URI."""
+def open_store(uri: str, settings: StorageSettings | None = None, say: Callable[[str], None] | None = None) -> Store:
+    """The store of s3://BUCKET/PREFIX, file://FOLDER or a folder. say is given lines about long transfers.
+
+    Raises InputError for any other URI; whether S3 answers is seen when it is first used.
+    """
     if uri.startswith("s3://"):
-        raise InputError(f"{uri}: only folders are stores so far.")
+        from components.rlhf.edges.s3 import S3Store  # boto3 takes a while to import
+
+        return S3Store(uri, settings or StorageSettings(), say)
+    if "://" in uri and not uri.startswith("file://"):
+        raise InputError(f"{uri}: no such store; write s3://BUCKET/PREFIX or a folder.")
     return FolderStore(Path(uri.removeprefix("file://")))

@@ -13,7 +13,7 @@ from components.rlhf.artifacts.manifest import Manifest, write_manifest
 from components.rlhf.config.imports import RegisterStage
 from components.rlhf.config.storage import TrackingSettings
 from components.rlhf.edges import stage as module
-from components.rlhf.edges.stage import StageRun, checkpoints_option, stage_options, stage_run
+from components.rlhf.edges.stage import StageRun, folder_of, stage_options, stage_run, storage_option
 from components.rlhf.errors import InputError
 
 SETTINGS = '{"decision":"promote"}'
@@ -216,17 +216,33 @@ def test_bad_executor_input(tracker: Recorder, capsys: pytest.CaptureFixture[str
 # --- options ---
 
 
-@pytest.mark.parametrize(("value", "expected"), [("", None), (".", None), ("/x", "/x")])
-def test_no_folder_for_checkpoints(value: str, expected: str | None) -> None:
-    """KFP cannot leave a parameter out; it passes an empty one."""
-
+def test_checkpoints_go_where_the_storage_settings_say(tmp_path: Path) -> None:
     @click.command()
-    @checkpoints_option
+    @storage_option
     @stage_options
-    def command(checkpoints: Path | None, settings: str, tracking: str, executor_input: str) -> None:
+    def command(storage: str, settings: str, tracking: str, executor_input: str) -> None:
         assert (tracking, executor_input) == ("{}", "")
-        click.echo(repr(checkpoints and str(checkpoints)))
+        with run(storage=storage) as stage:
+            click.echo(repr(stage.checkpoint_store() and str(folder_of(stage.checkpoint_store()))))
 
-    done = CliRunner().invoke(command, ["--settings", "{}", "--checkpoints", value])
-    assert done.output == f"{expected!r}\n"
+    uri = json.dumps({"checkpoint_uri": str(tmp_path)})
+    assert CliRunner().invoke(command, ["--settings", "{}", "--storage", uri]).output == f"{str(tmp_path)!r}\n"
     assert CliRunner().invoke(command, ["--settings", "{}"]).output == "None\n"
+
+
+@pytest.mark.parametrize("kept", ["s3://pipelines/run/model", "{folder}/model"])
+def test_a_model_is_published_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str) -> None:
+    """Into a folder, of which KFP is told nothing: it keeps its own copy."""
+    monkeypatch.setenv("RLHF_RUN_ID", "run-1")
+    kept = kept.format(folder=tmp_path)
+    model = {"artifacts": [{"name": "model", "uri": kept}]}
+    given = json.dumps({"outputs": {"artifacts": {"model": model}, "outputFile": str(tmp_path / "output.json")}})
+    storage = json.dumps({"publish_uri": str(tmp_path / "published")})
+    with run(executor_input=given, storage=storage) as stage:
+        fill = lambda draft: (draft / "config.json").write_text("{}")  # noqa: E731
+        stage.write_artifact("model", tmp_path / "model", fill, kind="sft_model", parents={}, facts={})
+    place = tmp_path / "published" / "run-1" / "demo" / "model"
+    assert sorted(path.name for path in place.iterdir()) == ["config.json", "manifest.json"]
+    (written,) = json.loads((tmp_path / "output.json").read_text())["artifacts"]["model"]["artifacts"]
+    assert written["uri"] == kept
+    assert written["metadata"]["published_uri"] == str(place)

