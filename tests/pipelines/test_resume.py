@@ -20,7 +20,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """The params file of a run that saves a checkpoint after every step."""
     folder = tmp_path_factory.mktemp("resume")
     often = {"checkpoint": {"every_minutes": 0}}
-    return write_params(folder / "toy.yaml", toy_params(tiny_model, write_data(folder), **often))
+    params = toy_params(tiny_model, write_data(folder), **often)
+    params["ppo"]["num_iterations"] = 4
+    return write_params(folder / "toy.yaml", params)
 
 
 def resume(run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -54,13 +56,13 @@ def weights_of(run: Path) -> dict[str, str]:
 def test_a_killed_run_goes_on_and_makes_the_same_models(toy: Path, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert run_pipeline(toy, whole).returncode == 0
-    start_and_signal(toy, run, at="[ppo] iteration 1/2", number=signal.SIGKILL)
+    start_and_signal(toy, run, at="[ppo] iteration 3/4", number=signal.SIGKILL)
     assert not (run / "summary.json").exists()
 
     second = resume(run)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "[sft] finished earlier, verified" in second.stdout
-    assert "[ppo] resuming after iteration 1" in second.stdout
+    assert "[ppo] resuming after iteration" in second.stdout
     assert weights_of(run) == weights_of(whole)
     summary = summary_of(run)
     assert sorted(summary["stages"]) == sorted(STAGES)
