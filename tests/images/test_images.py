@@ -90,6 +90,7 @@ def test_the_self_test_passes_locked_down(trainer: str) -> None:
 
 def test_the_self_test_sees_a_package_that_does_not_belong(trainer: str, tmp_path: Path) -> None:
     (tmp_path / "kfp.py").write_text("")
+    tmp_path.chmod(0o755)  # the image's user is not the one of this test
     mounted = (f"--volume={tmp_path}:/opt/more:ro", "--env=PYTHONPATH=/opt/app:/opt/more")
     done = run(trainer, "python", "/opt/selftest/selftest.py", "trainer", options=mounted)
     assert done.returncode == 1 and "trainer: kfp has no place here, and is installed" in done.stderr
@@ -107,8 +108,7 @@ def open_to_all(folder: Path) -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A pipeline root, the one folder that DockerRunner mounts, with a tiny model and data in it."""
-    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
-        folder.chmod(0o755)
+    tmp_path.chmod(0o755)
     root = tmp_path / "root"
     (root / "inputs").mkdir(parents=True)
     make_tiny_model(root / "inputs" / "model", seed=0)
@@ -137,18 +137,22 @@ def pipeline_of(image: str, source: Path, root: Path) -> Any:
     return containers
 
 
-def run_in_containers(pipeline: Any, root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
-    """Exit codes of the containers in order; raises as kfp does when a task fails."""
+def run_in_containers(
+    pipeline: Any, root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> tuple[list[int], str]:
+    """Exit codes of the containers in order, and what kfp raised, if it did."""
     monkeypatch.setattr(local.config.LocalExecutionConfig, "instance", None)
     before = os.umask(0)  # kfp makes folders of tasks, and the image's user writes into them
     try:
         with podman_service(tmp_path) as address, true_exit_codes() as codes:
             monkeypatch.setenv("DOCKER_HOST", address)
             runner = local.DockerRunner(read_only=True, tmpfs={"/tmp": ""}, cap_drop=["ALL"], network_mode="none")
-            local.init(runner=runner, pipeline_root=str(root), raise_on_error=False)
-            task = pipeline()
-            codes.append(0 if task.outputs is not None else 1)
-            return codes[:-1]
+            local.init(runner=runner, pipeline_root=str(root), raise_on_error=True)
+            try:
+                pipeline()
+            except RuntimeError as error:
+                return codes, str(error)
+            return codes, ""
     finally:
         os.umask(before)
 
@@ -156,8 +160,8 @@ def run_in_containers(pipeline: Any, root: Path, monkeypatch: pytest.MonkeyPatch
 def test_three_stages_run_as_containers(
     trainer: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    codes = run_in_containers(pipeline_of(trainer, root / "inputs" / "model", root), root, monkeypatch, tmp_path)
-    assert codes == [0, 0, 0]
+    pipeline = pipeline_of(trainer, root / "inputs" / "model", root)
+    assert run_in_containers(pipeline, root, monkeypatch, tmp_path) == ([0, 0, 0], "")
     (manifest,) = root.glob("containers-*/sft/model/manifest.json")
     assert json.loads(manifest.read_text())["kind"] == "sft_model"
 
@@ -165,8 +169,9 @@ def test_three_stages_run_as_containers(
 def test_a_stage_that_fails_in_its_container_fails_the_pipeline(
     trainer: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    codes = run_in_containers(pipeline_of(trainer, root / "inputs" / "nowhere", root), root, monkeypatch, tmp_path)
-    assert codes == [1]  # and nothing after it was started
+    pipeline = pipeline_of(trainer, root / "inputs" / "nowhere", root)
+    codes, raised = run_in_containers(pipeline, root, monkeypatch, tmp_path)
+    assert codes == [1] and "import-model" in raised  # and nothing after it was started
     said = capfd.readouterr()
     assert "error: " in said.out + said.err and "nowhere" in said.out + said.err
     assert not list(root.glob("containers-*/prepare-data"))
