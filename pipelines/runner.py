@@ -22,7 +22,7 @@ from kfp.local import executor_input_utils, status, subprocess_task_handler, tas
 from components.rlhf.edges.process import DIE_WITH_PARENT
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS_TO_TIDY_UP = 10.0
+SECONDS_TO_TIDY_UP = 35.0  # a stage saves a checkpoint first
 
 
 @dataclass

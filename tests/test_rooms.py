@@ -43,7 +43,9 @@ ROOMS = {
     "rewards": law("config data models", "torch transformers httpx", linear="sklearn numpy safetensors"),
     "rollout": law("config data models", "torch transformers", vllm="vllm"),
     "engine": law("config", "torch safetensors", deepspeed="deepspeed"),
-    "checkpoints": law("config artifacts engine.protocol engine.group edges.storage"),
+    "checkpoints": law(
+        "config artifacts engine.protocol engine.group edges.storage edges.process", files="torch safetensors"
+    ),
     "edges": law("config artifacts", "pydantic mlflow boto3 botocore click rich", launcher="torch"),
 }
 STAGES = sorted(path.parent.name for path in ROOT.glob("components/*/__main__.py"))

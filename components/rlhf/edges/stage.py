@@ -21,10 +21,10 @@ from components.rlhf.config.params import explain
 from components.rlhf.config.storage import StorageSettings, TrackingSettings
 from components.rlhf.edges.fetch import upload_all
 from components.rlhf.edges.kfp_io import output_uri, write_executor_output
-from components.rlhf.edges.process import die_with_parent, keep_freed_memory, tidy_up_on_sigterm
+from components.rlhf.edges.process import Stop, die_with_parent, keep_freed_memory
 from components.rlhf.edges.progress import Progress
-from components.rlhf.edges.storage import FolderStore, Store, open_store
-from components.rlhf.edges.tracking import Tracker, start_tracking
+from components.rlhf.edges.storage import Store, open_store
+from components.rlhf.edges.tracking import BY_HAND, Tracker, start_tracking
 from components.rlhf.errors import InputError
 
 S = TypeVar("S", bound=Settings)
@@ -48,6 +48,7 @@ class StageRun(Generic[S]):
     tracker: Tracker
     storage: StorageSettings = field(default_factory=StorageSettings)
     executor_input: str = ""
+    stop: Stop = field(default_factory=Stop)
     published: dict[str, str] = field(default_factory=dict)  # output -> the URI that KFP is told instead of its own
     outputs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)
 
@@ -158,13 +159,6 @@ def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def folder_of(store: Store | None) -> Path | None:
-    """The folder of a store that is one. Raises InputError for S3."""
-    if store is None or isinstance(store, FolderStore):
-        return store.folder if store else None
-    raise InputError(f"storage.checkpoint_uri: {store.uri} is no folder, and checkpoints go to folders only so far.")
-
-
 @contextlib.contextmanager
 def stage_run(
     name: str, model: type[S], *, settings: str, tracking: str, executor_input: str, storage: str = "{}"
@@ -176,7 +170,8 @@ def stage_run(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin on a busy core stall torch
     keep_freed_memory()
     die_with_parent()
-    tidy_up_on_sigterm()
+    stop = Stop()
+    stop.install()
     try:
         text = settings if settings.lstrip().startswith("{") else _read(settings)
         parsed = parse_settings(model, text)
@@ -185,7 +180,7 @@ def stage_run(
         stored = parse_settings(StorageSettings, storage)
         if rank() > 0:
             track = track.model_copy(update={"enabled": False})  # one process speaks for all
-        run_id = os.environ.get(RUN_ID, "by-hand")
+        run_id = os.environ.get(RUN_ID, BY_HAND)
         tracker = start_tracking(track, run_id=run_id, stage=name, params=parsed.model_dump(mode="json"))
         progress = Progress(name, silent=rank() > 0)
         run = StageRun(
@@ -196,6 +191,7 @@ def stage_run(
             tracker=tracker,
             storage=stored,
             executor_input=executor_input,
+            stop=stop,
         )
         yield run
         if executor_input and rank() == 0:

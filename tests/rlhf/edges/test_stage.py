@@ -13,7 +13,7 @@ from components.rlhf.artifacts.manifest import Manifest, write_manifest
 from components.rlhf.config.imports import RegisterStage
 from components.rlhf.config.storage import TrackingSettings
 from components.rlhf.edges import stage as module
-from components.rlhf.edges.stage import StageRun, folder_of, stage_options, stage_run, storage_option
+from components.rlhf.edges.stage import StageRun, stage_options, stage_run, storage_option
 from components.rlhf.errors import InputError
 
 SETTINGS = '{"decision":"promote"}'
@@ -35,6 +35,9 @@ class Recorder:
 
     def log_file(self, path: Path) -> None:
         self.told.append(path.name)
+
+    def flush(self) -> None:
+        return
 
     def finish(self, status: str) -> None:
         self.told.append(status)
@@ -223,7 +226,8 @@ def test_checkpoints_go_where_the_storage_settings_say(tmp_path: Path) -> None:
     def command(storage: str, settings: str, tracking: str, executor_input: str) -> None:
         assert (tracking, executor_input) == ("{}", "")
         with run(storage=storage) as stage:
-            click.echo(repr(stage.checkpoint_store() and str(folder_of(stage.checkpoint_store()))))
+            store = stage.checkpoint_store()
+            click.echo(repr(store and store.uri))
 
     uri = json.dumps({"checkpoint_uri": str(tmp_path)})
     assert CliRunner().invoke(command, ["--settings", "{}", "--storage", uri]).output == f"{str(tmp_path)!r}\n"
