@@ -24,7 +24,7 @@ from components.rlhf.edges.kfp_io import output_uri, write_executor_output
 from components.rlhf.edges.process import Stop, die_with_parent, keep_freed_memory
 from components.rlhf.edges.progress import Progress
 from components.rlhf.edges.storage import Store, open_store
-from components.rlhf.edges.tracking import BY_HAND, Tracker, start_tracking
+from components.rlhf.edges.tracking import BY_HAND, Tracker, from_environment, start_tracking
 from components.rlhf.errors import InputError
 
 S = TypeVar("S", bound=Settings)
@@ -132,7 +132,9 @@ def stage_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--executor-input", default="", help="KFP's executor input; leave it out when running by hand."),
         click.option(
-            "--tracking", default="{}", help="Tracking settings as JSON; nothing is tracked without a uri in them."
+            "--tracking",
+            default="{}",
+            help="Tracking settings as JSON; nothing is tracked without a uri in them or in MLFLOW_TRACKING_URI.",
         ),
         click.option("--settings", required=True, help="The stage's settings: JSON text, or a file that holds it."),
     ):
@@ -176,7 +178,7 @@ def stage_run(
         text = settings if settings.lstrip().startswith("{") else _read(settings)
         parsed = parse_settings(model, text)
         start_processes(getattr(getattr(parsed, name, None), "training", None))
-        track = parse_settings(TrackingSettings, tracking)
+        track = from_environment(parse_settings(TrackingSettings, tracking))
         stored = parse_settings(StorageSettings, storage)
         if rank() > 0:
             track = track.model_copy(update={"enabled": False})  # one process speaks for all

@@ -93,6 +93,13 @@ class MlflowTracker:
             warn(error)
 
 
+def from_environment(settings: TrackingSettings) -> TrackingSettings:
+    """The settings with MLFLOW_TRACKING_URI where they name no server: on a cluster it comes from a Secret."""
+    return (
+        settings if settings.uri else settings.model_copy(update={"uri": os.environ.get("MLFLOW_TRACKING_URI") or None})
+    )
+
+
 def start_tracking(settings: TrackingSettings, *, run_id: str, stage: str, params: Mapping[str, Any]) -> Tracker:
     """The tracker of one stage: nested in the parent run that carries run_id, which is made if it is not there."""
     if not settings.enabled or not settings.uri:
