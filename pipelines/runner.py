@@ -133,7 +133,7 @@ def run_process(record: StageRecord, command: list[str], log: RunLog, environmen
     process = subprocess.Popen(
         command,
         env=os.environ
-        | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", DIE_WITH_PARENT: "1"}
+        | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", DIE_WITH_PARENT: str(os.getpid())}
         | log.environment
         | environment,
         stdout=subprocess.PIPE,
