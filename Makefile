@@ -71,6 +71,19 @@ clean: ## Delete the environment and all caches of tools (runs/ stays)
 	@touch $@
 	@echo "Environment ready: $$($(PY) --version), torch $$($(PY) -c 'import torch; print(torch.__version__)'), in .venv ($$(du -sh .venv | cut -f1))"
 
+##@ Images
+# make images TAG=1.2.3 REGISTRY=registry.example.com/team/ BASE=python:3.11-slim-bookworm BASE_DIGEST=@sha256:... BUILD_ARGS="..."
+.PHONY: images
+BUILDER ?= $(notdir $(firstword $(shell command -v podman) $(shell command -v docker)))
+TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+IMAGES ?= tools trainer rollout
+images: ## Build the images of the stages with podman or docker (TAG, REGISTRY, BASE, BUILDER, IMAGES; images/README.md)
+	@test -n "$(BUILDER)" || { echo "Neither podman nor docker is installed; images/README.md says how to get podman."; exit 1; }
+	@set -e; for image in $(IMAGES); do \
+	  $(BUILDER) build -f images/$$image/Dockerfile -t $(REGISTRY)kfp-rlhf/$$image:$(TAG) --build-arg VERSION=$(TAG) \
+	    --build-arg REVISION=$$(git rev-parse HEAD)$$(git diff --quiet HEAD || echo +dirty) --build-arg SOURCE="$$(git remote get-url origin 2>/dev/null | sed 's|//[^/@]*@|//|')" \
+	    $(if $(BASE),--build-arg BASE=$(BASE)) $(if $(BASE_DIGEST),--build-arg BASE_DIGEST=$(BASE_DIGEST)) $(BUILD_ARGS) .; done
+
 ##@ Help
 .PHONY: help
 help: ## Show this text

@@ -36,7 +36,7 @@ def law(rooms: str = "", packages: str = "", **own_file: str) -> Law:
 
 ROOMS = {
     "config": law(packages="pydantic"),
-    "artifacts": law(packages="safetensors"),
+    "artifacts": law("config.strict_json", "safetensors"),
     "data": law("config maths", "transformers torch datasets pyarrow"),
     "maths": law(packages="torch"),
     "models": law("config data maths", "torch transformers peft accelerate", lora="safetensors"),

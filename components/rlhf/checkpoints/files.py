@@ -97,7 +97,7 @@ def fetch(store: Store, folder: str, into: Path) -> tuple[Path, dict[str, Any]]:
     try:
         state = json.loads((local / STATE).read_bytes())
         return local, {**state, "step": int(state["step"])}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{STATE} cannot be read ({error})") from None
 
 

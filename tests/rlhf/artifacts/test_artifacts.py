@@ -11,6 +11,7 @@ import pytest
 
 from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer, writing
 from components.rlhf.artifacts.manifest import KINDS, MANIFEST, FileEntry, Manifest, read_manifest, write_manifest
+from components.rlhf.artifacts.revision import code_revision
 from components.rlhf.errors import InputError
 
 SHA_OF_ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # the standard's own example
@@ -258,7 +259,7 @@ def test_a_link_that_points_outside(tmp_path: Path) -> None:
     make(tmp_path / "a")
     (tmp_path / "a/a.txt").unlink()
     (tmp_path / "a/a.txt").symlink_to(tmp_path / "outside.txt")
-    assert "names a.txt, which lies outside" in refusal(tmp_path / "a")
+    assert f"{tmp_path}/a/a.txt is a link" in refusal(tmp_path / "a")
 
 
 def test_another_schema_version(tmp_path: Path) -> None:
@@ -321,3 +322,13 @@ def test_different_tokenizers_name_both_artifacts(other: Manifest, what: str) ->
         f"The prompts (/p) and the reward_model (/r) have different {what}; "
         "token ids would mean different text. Train both from the same base model."
     )
+
+
+def test_an_image_says_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images have no git; without this, two builds of one version would share checkpoints."""
+    monkeypatch.setenv("RLHF_CODE_REVISION", "abc123")
+    code_revision.cache_clear()
+    assert code_revision() == "abc123"
+    monkeypatch.delenv("RLHF_CODE_REVISION")
+    code_revision.cache_clear()
+    assert code_revision() != "abc123"

@@ -1,0 +1,177 @@
+"""The trainer image, built step by step and run: alone, locked down, and as tasks of the DAG under kfp's DockerRunner."""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kfp import dsl, local
+
+from components.import_model.component import import_model
+from components.prepare_data.component import prepare_data
+from components.rlhf.config.data import PrepareDataStage
+from components.rlhf.config.imports import ImportStage
+from components.rlhf.config.params import Params
+from components.rlhf.config.sft import SftStage
+from components.sft.component import sft
+from tests.images.podman import SETTINGS, build, make_base, missing, podman, podman_service, true_exit_codes
+from tests.pipelines.toy import toy_params, write_data
+from tests.tiny import make_tiny_model
+
+pytestmark = [
+    pytest.mark.containers,
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing()), reason=f"NO IMAGE WAS BUILT OR RUN: {missing()}"),
+]
+LOCKED_DOWN = ("--read-only", "--tmpfs=/tmp", "--user=1000:1000", "--cap-drop=all", "--security-opt=no-new-privileges")
+
+
+@pytest.fixture(scope="module")
+def settings_of_podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    file = tmp_path_factory.mktemp("podman") / "containers.conf"
+    file.write_text(SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONTAINERS_CONF", str(file))
+        yield
+
+
+@pytest.fixture(scope="module")
+def trainer(settings_of_podman: None) -> Iterator[str]:
+    """The tag of a trainer image that was built just now, with every step of its Dockerfile."""
+    given = os.environ.get("RLHF_TEST_TRAINER_IMAGE")
+    if given:  # built before, while working on these tests
+        yield given
+        return
+    tag = f"localhost/kfp-rlhf/trainer:test-{uuid.uuid4().hex[:8]}"
+    make_base()
+    try:
+        said = build("trainer", tag, "--build-arg", "REVISION=0123abc", "--build-arg", "VERSION=9.8.7")
+        assert "stages show their options" in said
+        yield tag
+    finally:
+        podman("rmi", "--force", tag, check=False)
+
+
+def run(image: str, *arguments: str, options: tuple[str, ...] = ()) -> Any:
+    return podman("run", "--rm", "--network=none", *options, image, *arguments, check=False)
+
+
+def test_what_the_image_says_of_itself(trainer: str) -> None:
+    inspected = json.loads(podman("image", "inspect", trainer).stdout)[0]
+    config = inspected["Config"]
+    assert not config.get("Entrypoint") and config["User"] == "1000:1000"
+    if "test-" in trainer:
+        assert config["Labels"]["org.opencontainers.image.revision"] == "0123abc"
+        assert config["Labels"]["org.opencontainers.image.version"] == "9.8.7"
+        assert "RLHF_CODE_REVISION=0123abc" in config["Env"]
+
+
+@pytest.mark.parametrize("package", ["kfp", "vllm", "pipelines"])
+def test_what_has_no_place_in_the_image_is_not_there(trainer: str, package: str) -> None:
+    done = run(trainer, "python", "-c", f"import {package}")
+    assert done.returncode == 1
+    assert f"ModuleNotFoundError: No module named '{package}'" in done.stderr
+
+
+def test_there_is_no_compiler_and_no_secret_of_the_build(trainer: str) -> None:
+    script = "for p in cc gcc g++ clang make uv; do command -v $p && exit 7; done; ls /run/secrets /etc/pip.conf /etc/uv /wheels /build"
+    done = run(trainer, "sh", "-c", script)
+    assert done.returncode == 2 and done.stdout.strip() in ("", "/run/secrets:"), done.stdout
+
+
+def test_the_self_test_passes_locked_down(trainer: str) -> None:
+    done = run(trainer, "python", "/opt/selftest/selftest.py", "trainer", options=LOCKED_DOWN)
+    assert done.returncode == 0, done.stderr
+    assert run(trainer, "touch", "/opt/app/x", options=LOCKED_DOWN).returncode == 1
+
+
+def test_the_self_test_sees_a_package_that_does_not_belong(trainer: str, tmp_path: Path) -> None:
+    (tmp_path / "kfp.py").write_text("")
+    tmp_path.chmod(0o755)  # the image's user is not the one of this test
+    mounted = (f"--volume={tmp_path}:/opt/more:ro", "--env=PYTHONPATH=/opt/app:/opt/more")
+    done = run(trainer, "python", "/opt/selftest/selftest.py", "trainer", options=mounted)
+    assert done.returncode == 1 and "trainer: kfp has no place here, and is installed" in done.stderr
+
+
+# --- tasks of the DAG ---
+
+
+def open_to_all(folder: Path) -> None:
+    """A laptop's folders belong to their owner; the image's user is another one. (On a cluster the launcher sees to it.)"""
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o777 if path.is_dir() else 0o666)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A pipeline root, the one folder that DockerRunner mounts, with a tiny model and data in it."""
+    tmp_path.chmod(0o755)
+    root = tmp_path / "root"
+    (root / "inputs").mkdir(parents=True)
+    make_tiny_model(root / "inputs" / "model", seed=0)
+    write_data(root / "inputs")
+    open_to_all(root)
+    return root
+
+
+def pipeline_of(image: str, source: Path, root: Path) -> Any:
+    data = {name: root / "inputs" / f"{name}.jsonl" for name in ("demonstrations", "preferences", "prompts")}
+    params = Params.model_validate(toy_params(root / "inputs" / "model", data))
+    imports = ImportStage(kind="base_model", source=str(source))
+
+    @dsl.pipeline(name="containers")
+    def containers() -> None:
+        base = import_model(settings=imports.canonical_json()).set_container_image(image)
+        prepared = prepare_data(
+            base_model=base.outputs["model"], settings=params.stage(PrepareDataStage).canonical_json()
+        ).set_container_image(image)
+        sft(
+            base_model=base.outputs["model"],
+            demonstrations=prepared.outputs["demonstrations"],
+            settings=params.stage(SftStage).canonical_json(),
+        ).set_container_image(image)
+
+    return containers
+
+
+def run_in_containers(
+    pipeline: Any, root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> tuple[list[int], str]:
+    """Exit codes of the containers in order, and what kfp raised, if it did."""
+    monkeypatch.setattr(local.config.LocalExecutionConfig, "instance", None)
+    before = os.umask(0)  # kfp makes folders of tasks, and the image's user writes into them
+    try:
+        with podman_service(tmp_path) as address, true_exit_codes() as codes:
+            monkeypatch.setenv("DOCKER_HOST", address)
+            runner = local.DockerRunner(read_only=True, tmpfs={"/tmp": ""}, cap_drop=["ALL"], network_mode="none")
+            local.init(runner=runner, pipeline_root=str(root), raise_on_error=True)
+            try:
+                pipeline()
+            except RuntimeError as error:
+                return codes, str(error)
+            return codes, ""
+    finally:
+        os.umask(before)
+
+
+def test_three_stages_run_as_containers(
+    trainer: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = pipeline_of(trainer, root / "inputs" / "model", root)
+    assert run_in_containers(pipeline, root, monkeypatch, tmp_path) == ([0, 0, 0], "")
+    (manifest,) = root.glob("containers-*/sft/model/manifest.json")
+    assert json.loads(manifest.read_text())["kind"] == "sft_model"
+
+
+def test_a_stage_that_fails_in_its_container_fails_the_pipeline(
+    trainer: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = pipeline_of(trainer, root / "inputs" / "nowhere", root)
+    codes, raised = run_in_containers(pipeline, root, monkeypatch, tmp_path)
+    assert codes == [1] and "import-model" in raised  # and nothing after it was started
+    said = capfd.readouterr()
+    assert "error: " in said.out + said.err and "nowhere" in said.out + said.err
+    assert not list(root.glob("containers-*/prepare-data"))
