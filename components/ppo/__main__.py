@@ -67,7 +67,7 @@ def main(
         )
         run.wrote_report("curves", curves, as_html(history, run.settings.ppo))
         run.wrote_metrics(metrics, numbers)
-        folder.clear()
+        run.afterwards.append(folder.clear)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def main(
         run.progress.say(f"agrees with people on {numbers['heldout_accuracy']:.1%} of held-out pairs")
         run.wrote_report("summary", summary, as_markdown(numbers))
         run.wrote_metrics(metrics, numbers)
-        folder.clear()
+        run.afterwards.append(folder.clear)
 
 
 if __name__ == "__main__":

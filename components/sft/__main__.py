@@ -64,7 +64,7 @@ def main(
         )
         run.wrote_report("summary", summary, as_markdown(numbers))
         run.wrote_metrics(metrics, numbers)
-        folder.clear()
+        run.afterwards.append(folder.clear)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,14 @@ def give_back_memory() -> None:
 
 
 def die_with_parent() -> None:
-    """On Linux, and where the runner of a laptop asks for it, be killed when the runner is: no stage is left behind."""
-    if os.environ.get(DIE_WITH_PARENT) and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """On Linux, and where the runner of a laptop asks for it by its process id, be killed when the runner is: no stage is left behind."""
+    parent = os.environ.get(DIE_WITH_PARENT)
+    if not parent or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        # It died while this process was starting, and the kernel tells of later deaths only.
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def local_rank() -> int:

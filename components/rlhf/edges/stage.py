@@ -51,6 +51,7 @@ class StageRun(Generic[S]):
     stop: Stop = field(default_factory=Stop)
     published: dict[str, str] = field(default_factory=dict)  # output -> the URI that KFP is told instead of its own
     outputs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)
+    afterwards: list[Callable[[], None]] = field(default_factory=list)  # when the outputs have been reported
 
     def checkpoint_store(self) -> Store | None:
         """Where this stage keeps what it needs to go on after a death; None is nowhere."""
@@ -198,6 +199,8 @@ def stage_run(
         yield run
         if executor_input and rank() == 0:
             write_executor_output(executor_input, run.outputs, run.published)
+        for call in run.afterwards:
+            call()
         tracker.finish("FINISHED")
     except InputError as error:
         if tracker:

@@ -45,20 +45,24 @@ def test_other_c_libraries_are_left_alone() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise is Linux's")
-@pytest.mark.parametrize(("asked", "survives"), [("1", False), ("", True)])
-def test_a_stage_dies_with_its_runner_where_it_is_asked_to(asked: str, survives: bool) -> None:
-    stage = "from components.rlhf.edges.process import *; import time; die_with_parent(); print('up', flush=True); time.sleep(60)"
+@pytest.mark.parametrize("before", ["", "import time; time.sleep(2); "], ids=["later", "while the stage starts"])
+@pytest.mark.parametrize(("asked", "survives"), [("str(os.getpid())", False), ("''", True)])
+def test_a_stage_dies_with_its_runner_where_it_is_asked_to(asked: str, survives: bool, before: str) -> None:
+    """Also when the runner dies before the stage comes to ask for it."""
+    say = "print('up', flush=True); "
+    own = "from components.rlhf.edges.process import die_with_parent; die_with_parent(); "
+    stage = (say + before + own if before else own + say) + "import time; time.sleep(60)"
     runner = start(
-        f"import subprocess; p = subprocess.Popen([sys.executable, '-c', {stage!r}], stdout=subprocess.PIPE); "
+        f"import subprocess; os.environ['RLHF_DIE_WITH_PARENT'] = {asked}; "
+        f"p = subprocess.Popen([sys.executable, '-c', {stage!r}], stdout=subprocess.PIPE); "
         "p.stdout.readline(); print(p.pid, flush=True); p.wait()",
-        RLHF_DIE_WITH_PARENT=asked,
     )
     assert runner.stdout is not None
     pid = int(runner.stdout.readline())
     runner.kill()
     runner.wait()
     runner.stdout.close()
-    deadline = time.monotonic() + (1 if survives else 20)
+    deadline = time.monotonic() + (4 if survives else 20)
     while running(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     try:

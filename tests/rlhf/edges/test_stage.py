@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -95,6 +96,17 @@ def test_a_good_end_reports_every_output(tracker: Recorder, tmp_path: Path) -> N
     assert json.loads((tmp_path / "new/metrics").read_text(encoding="utf-8")) == {"loss": 0.5, "steps": 3.0}
     assert (tmp_path / "new/summary.md").read_text(encoding="utf-8") == "# Done\n"
     assert tracker.told == ["summary.md", ({"final/loss": 0.5, "final/steps": 3.0}, 0), "FINISHED"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_checkpoints_go_when_the_outputs_have_been_reported(tracker: Recorder, tmp_path: Path, fails: bool) -> None:
+    """Who dies between the two would have nothing to go on with, and nothing to show."""
+    seen: list[bool] = []
+    output = tmp_path / "executor_output.json"
+    with contextlib.suppress(ZeroDivisionError), run(executor_input=executor_input(tmp_path)) as stage:
+        stage.afterwards.append(lambda: seen.append(output.exists()))
+        assert 1 // (not fails)
+    assert seen == ([] if fails else [True])
 
 
 def test_a_mistake_of_the_user_is_one_line(
