@@ -40,12 +40,12 @@ def fetch_package(uri: str, *, source: bool = False) -> Path:
         raise InputError(f"{uri} names no version; write {PREFIX}NAME==VERSION.")
     if not REQUIREMENT.fullmatch(requirement):
         raise InputError(f"{uri} is not of the form {PREFIX}NAME==VERSION, with one version.")
-    if source and requirement not in KNOWN_SHA256:
-        known = ", ".join(PREFIX + name for name in KNOWN_SHA256)
-        raise InputError(f"{uri}: fetching a source package runs code of it, so only known ones are ({known}).")
     folder = cache_folder() / "packages" / requirement.replace("==", "-")
     cached = sorted(folder.glob("*")) if folder.is_dir() else []
     if not cached:
+        if source and requirement not in KNOWN_SHA256:
+            known = ", ".join(PREFIX + name for name in KNOWN_SHA256)
+            raise InputError(f"{uri}: fetching a source package runs code of it, so only known ones are ({known}).")
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
