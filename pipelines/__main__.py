@@ -1,5 +1,6 @@
 """RLHF as a Kubeflow pipeline: run it on this machine, or compile it for a cluster."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -62,12 +63,81 @@ def run(params_file: Path | None, overrides: tuple[str, ...], out: Path | None, 
 @click.option(
     "--out", type=click.Path(path_type=Path), default="pipeline.yaml", show_default=True, help="File to write."
 )
-def compile_command(params_file: Path, overrides: tuple[str, ...], out: Path) -> None:
-    """Compile the pipeline of a params file into KFP's IR YAML."""
-    from pipelines.compile import compile_pipeline
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["ir", "manifests"]),
+    default="ir",
+    show_default=True,
+    help="ir is what the API and the UI take; manifests are a Pipeline and a PipelineVersion for kubectl apply.",
+)
+@click.option("--namespace", help="Namespace in the manifests.")
+def compile_command(params_file: Path, overrides: tuple[str, ...], out: Path, form: str, namespace: str | None) -> None:
+    """Compile the pipeline of a params file."""
+    from pipelines.compile import compile_manifests, compile_pipeline
     from pipelines.settings import load_params
 
-    click.echo(f"wrote {compile_pipeline(load_params(params_file, overrides), out)}")
+    params = load_params(params_file, overrides)
+    done = compile_pipeline(params, out) if form == "ir" else compile_manifests(params, out, namespace=namespace)
+    click.echo(f"wrote {done}")
+
+
+@cli.command("submit")
+@PARAMS
+@SET
+@click.option(
+    "--host", required=True, envvar="KF_PIPELINES_ENDPOINT", help="Kubeflow Pipelines: http(s)://HOST[:PORT]."
+)
+@click.option("--namespace", help="Your namespace, on a server for several users.")
+@click.option("--experiment", default="rlhf", show_default=True, help="Experiment that the run is filed under.")
+@click.option("--name", help="Name of the run; default preset and time.")
+@click.option("--wait", is_flag=True, help="Follow the run to its end; exit 1 unless it succeeds.")
+@click.option(
+    "--recurring", "cron", metavar="CRON", help='Schedule runs instead: six fields, seconds first, "0 0 3 * * *".'
+)
+@click.option("--dry-run", is_flag=True, help="Say what is different from the last version; change nothing.")
+@click.option("--token-file", type=click.Path(path_type=Path), help="File with a bearer token; or set KFP_TOKEN.")
+@click.option(
+    "--cookies-file", type=click.Path(path_type=Path), help="File with a session's cookies; or set KFP_COOKIES."
+)
+@click.option("--ca-bundle", type=click.Path(path_type=Path, exists=True), help="PEM file of the CA of the server.")
+@click.option(
+    "--kube-context", help='Where Secrets and volumes are looked up; default kubectl\'s current context, "" nowhere.'
+)
+def submit_command(
+    params_file: Path,
+    overrides: tuple[str, ...],
+    host: str,
+    namespace: str | None,
+    token_file: Path | None,
+    cookies_file: Path | None,
+    ca_bundle: Path | None,
+    *,
+    wait: bool,
+    dry_run: bool,
+    **order: str | None,
+) -> None:
+    """Upload the pipeline of a params file to Kubeflow Pipelines as a named version, and start a run of it."""
+    from pipelines import submit
+    from pipelines.server import Access, read_secret
+    from pipelines.settings import load_params
+
+    access = Access(
+        host=host,
+        namespace=namespace,
+        token=read_secret(token_file, "--token-file") or os.environ.get("KFP_TOKEN"),
+        cookies=read_secret(cookies_file, "--cookies-file") or os.environ.get("KFP_COOKIES"),
+        ca_bundle=ca_bundle,
+    )
+    params, wanted = load_params(params_file, overrides), submit.Order(**order)
+    if wait and wanted.cron:
+        raise InputError("--wait and --recurring do not go together; a schedule has no end to wait for.")
+    if dry_run:
+        submit.dry_run(params, access, wanted, click.echo)
+        return
+    server, made = submit.submit(params, access, wanted, click.echo)
+    if wait:
+        sys.exit(submit.wait(server, access, made, wanted, click.echo))
 
 
 @cli.command()

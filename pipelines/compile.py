@@ -25,6 +25,30 @@ def compile_pipeline(params: Params, target: Path) -> Path:
     return target
 
 
+def compile_manifests(params: Params, target: Path, *, namespace: str | None = None) -> Path:
+    """Write a Pipeline and a PipelineVersion, as clusters with the Kubernetes native API of Kubeflow Pipelines take them from git."""
+    from kfp.compiler.compiler_utils import KubernetesManifestOptions
+
+    from pipelines.versions import version_name
+
+    compile_pipeline(params, target)
+    name = params.cluster.pipeline
+    version = version_name(name, target)
+    Compiler().compile(
+        build_pipeline(params),
+        str(target),
+        kubernetes_manifest_format=True,
+        kubernetes_manifest_options=KubernetesManifestOptions(
+            pipeline_name=name,
+            pipeline_version_name=version,
+            pipeline_version_display_name=version,
+            namespace=namespace,
+            include_pipeline_manifest=True,
+        ),
+    )
+    return target
+
+
 def stage_names() -> list[str]:
     return sorted(path.parent.name for path in (ROOT / "components").glob("*/component.py"))
 

@@ -2,20 +2,23 @@
 
 import_model -> prepare_data -> sft -> reward_model -> ppo -> evaluation -> gate -> register
                             \\-> judge ----------------------/
+and notify at the end, however it ends. Where each task runs, and with what, is placement.py.
 """
 
 from typing import Any
 
-from kfp import dsl, kubernetes
+from kfp import dsl
 from kfp.dsl import Artifact, Input, Model
 
 from components.evaluation.component import evaluation
 from components.import_model.component import import_model
 from components.judge.component import judge
+from components.notify.component import notify
 from components.ppo.component import ppo
 from components.prepare_data.component import prepare_data
 from components.register.component import register
 from components.reward_model.component import reward_model
+from components.rlhf.config.cluster import NotifyStage
 from components.rlhf.config.data import PrepareDataStage
 from components.rlhf.config.evaluation import EvaluationStage
 from components.rlhf.config.imports import ImportStage, RegisterStage
@@ -25,22 +28,14 @@ from components.rlhf.config.ppo import PpoStage
 from components.rlhf.config.reward_model import RewardModelStage
 from components.rlhf.config.sft import SftStage
 from components.sft.component import sft
+from pipelines import placement
 
 NAME = "rlhf"
 
 
 def build_pipeline(params: Params) -> Any:
-    """The pipeline of one params file. Its inputs are where to track and where to store."""
-
-    def place(task: Any) -> Any:
-        """What every task is given by the platform; on a laptop the runner sets the same variable."""
-        task.set_container_image(params.cluster.image)
-        kubernetes.use_field_path_as_env(task, env_name="RLHF_RUN_ID", field_path="metadata.labels['pipeline/runid']")
-        return task
-
-    def bring(kind: str, source: str, tracking: str, storage: str, revision: str | None = None) -> Any:
-        settings = ImportStage.model_validate({"kind": kind, "source": source, "revision": revision})
-        return place(import_model(settings=settings.canonical_json(), tracking=tracking, storage=storage))
+    """The pipeline of one params file. Its inputs are where to track, where to store, and which GPU nodes to take."""
+    selector, tolerations = placement.gpu_node_selector(params), placement.gpu_tolerations(params)
 
     @dsl.pipeline(name="gate", description="Registers either way; only what is promoted becomes champion.")
     def gate(decision: str, policy: Input[Model], verdict: Input[Artifact], tracking: str) -> None:
@@ -48,86 +43,110 @@ def build_pipeline(params: Params) -> Any:
         for branch in ("promote", "reject"):
             with dsl.If(decision == branch, name=branch):
                 settings = RegisterStage.model_validate({"decision": branch}).canonical_json()
-                place(register(policy=policy, evaluation=verdict, settings=settings, tracking=tracking))
+                task = register(policy=policy, evaluation=verdict, settings=settings, tracking=tracking)
+                placement.place(task, "register", params)
 
     @dsl.pipeline(name=NAME, description="RLHF: SFT, reward model, PPO, held-out comparison, gate.")
-    def rlhf(tracking: str = params.tracking.canonical_json(), storage: str = params.storage.canonical_json()) -> None:
-        base = bring("base_model", params.model.source, tracking, storage, params.model.revision).set_display_name(
-            "import model"
-        )
-        data = place(
-            prepare_data(
-                base_model=base.outputs["model"],
-                settings=params.stage(PrepareDataStage).canonical_json(),
-                tracking=tracking,
-                storage=storage,
-            )
-        ).set_display_name("prepare data")
+    def rlhf(
+        tracking: str = params.tracking.canonical_json(),
+        storage: str = placement.cluster_storage(params).canonical_json(),
+        gpu_node_selector: dict[str, str] = selector,
+        gpu_tolerations: list[dict[str, str]] = tolerations,
+    ) -> None:
+        where = {"node_selector": gpu_node_selector, "tolerations": gpu_tolerations}
 
-        if params.sft.use:
-            tuned = bring("sft_model", params.sft.use, tracking, storage).set_display_name("import SFT model")
-        else:
-            tuned = place(
-                sft(
+        def place(task: Any, stage: str, name: str = "", source: str = "") -> Any:
+            placement.place(task, stage, params, source=source, where=where)
+            return task.set_display_name(name or stage.replace("_", " "))
+
+        def bring(kind: str, source: str, name: str, revision: str | None = None) -> Any:
+            settings = ImportStage.model_validate({"kind": kind, "source": source, "revision": revision})
+            task = import_model(settings=settings.canonical_json(), tracking=tracking, storage=storage)
+            return place(task, "import_model", name, source)
+
+        settings = NotifyStage(preset=params.preset, ui_url=params.cluster.ui_url).canonical_json()
+        last = place(notify(settings=settings, tracking=tracking, storage=storage), "notify")
+        with dsl.ExitHandler(last, name="run"):
+            base = bring("base_model", params.model.source, "import model", params.model.revision)
+            data = place(
+                prepare_data(
                     base_model=base.outputs["model"],
-                    demonstrations=data.outputs["demonstrations"],
-                    settings=params.stage(SftStage).canonical_json(),
+                    settings=params.stage(PrepareDataStage).canonical_json(),
                     tracking=tracking,
                     storage=storage,
-                )
-            ).set_display_name("SFT")
-
-        if params.reward_model.use:
-            rewarder = bring("reward_model", params.reward_model.use, tracking, storage).set_display_name(
-                "import reward model"
+                ),
+                "prepare_data",
             )
-        else:
-            rewarder = place(
-                reward_model(
+
+            if params.sft.use:
+                tuned = bring("sft_model", params.sft.use, "import SFT model")
+            else:
+                tuned = place(
+                    sft(
+                        base_model=base.outputs["model"],
+                        demonstrations=data.outputs["demonstrations"],
+                        settings=params.stage(SftStage).canonical_json(),
+                        tracking=tracking,
+                        storage=storage,
+                    ),
+                    "sft",
+                    "SFT",
+                )
+
+            if params.reward_model.use:
+                rewarder = bring("reward_model", params.reward_model.use, "import reward model")
+            else:
+                rewarder = place(
+                    reward_model(
+                        base_model=base.outputs["model"],
+                        sft_model=tuned.outputs["model"],
+                        preferences=data.outputs["preferences"],
+                        prompts=data.outputs["prompts"],
+                        settings=params.stage(RewardModelStage).canonical_json(),
+                        tracking=tracking,
+                        storage=storage,
+                    ),
+                    "reward_model",
+                )
+
+            judging = place(
+                judge(
+                    preferences=data.outputs["judge_preferences"],
                     base_model=base.outputs["model"],
+                    settings=params.stage(JudgeStage).canonical_json(),
+                    tracking=tracking,
+                ),
+                "judge",
+            )
+            policy = place(
+                ppo(
                     sft_model=tuned.outputs["model"],
-                    preferences=data.outputs["preferences"],
+                    reward_model=rewarder.outputs["model"],
                     prompts=data.outputs["prompts"],
-                    settings=params.stage(RewardModelStage).canonical_json(),
+                    settings=params.stage(PpoStage).canonical_json(),
                     tracking=tracking,
                     storage=storage,
-                )
-            ).set_display_name("reward model")
-
-        judging = place(
-            judge(
-                preferences=data.outputs["judge_preferences"],
-                base_model=base.outputs["model"],
-                settings=params.stage(JudgeStage).canonical_json(),
-                tracking=tracking,
+                ),
+                "ppo",
+                "PPO",
             )
-        )
-        policy = place(
-            ppo(
-                sft_model=tuned.outputs["model"],
-                reward_model=rewarder.outputs["model"],
-                prompts=data.outputs["prompts"],
-                settings=params.stage(PpoStage).canonical_json(),
-                tracking=tracking,
-                storage=storage,
+            verdict = place(
+                evaluation(
+                    sft_model=tuned.outputs["model"],
+                    policy=policy.outputs["model"],
+                    reward_model=rewarder.outputs["model"],
+                    judge=judging.outputs["judge"],
+                    prompts=data.outputs["heldout_prompts"],
+                    settings=params.stage(EvaluationStage).canonical_json(),
+                    tracking=tracking,
+                ),
+                "evaluation",
             )
-        ).set_display_name("PPO")
-        verdict = place(
-            evaluation(
-                sft_model=tuned.outputs["model"],
+            gate(
+                decision=verdict.outputs["decision"],
                 policy=policy.outputs["model"],
-                reward_model=rewarder.outputs["model"],
-                judge=judging.outputs["judge"],
-                prompts=data.outputs["heldout_prompts"],
-                settings=params.stage(EvaluationStage).canonical_json(),
+                verdict=verdict.outputs["evaluation"],
                 tracking=tracking,
             )
-        )
-        gate(
-            decision=verdict.outputs["decision"],
-            policy=policy.outputs["model"],
-            verdict=verdict.outputs["evaluation"],
-            tracking=tracking,
-        )
 
     return rlhf

@@ -1,19 +1,23 @@
 """What has finished in a run directory, so that a run that died goes on after it instead of beginning again.
 
 One small file a stage: the digest of the command that ran and of every file it left. A command names its inputs by digest (kfp
-passes their metadata along), so a stage whose inputs came out otherwise has another command, and runs again.
+passes their metadata along), so a stage whose inputs came out otherwise has another command, and runs again. Another file says
+which command began: what died after the stage had reported its outputs, and before they were noted, is noted then.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from components.rlhf.artifacts.manifest import sha256_of
+from components.rlhf.artifacts.directory import open_artifact
+from components.rlhf.artifacts.manifest import KINDS, sha256_of
 from components.rlhf.artifacts.revision import code_revision
+from components.rlhf.errors import InputError
 from pipelines.runner import StageRecord
 
 
@@ -27,7 +31,9 @@ class Journal:
         """The record of a stage that need not run again, or why one that had finished must; (None, "") when it had not."""
         path = self.folder / f"{name}.json"
         root = outputs_of(command)
-        if root is None or not path.is_file():
+        if root is None:
+            return None, ""
+        if not path.is_file() and not self._catch_up(name, command, root):
             return None, ""
         try:
             entry = json.loads(path.read_text(encoding="utf-8"))
@@ -51,12 +57,33 @@ class Journal:
         content = {"command": digest_of(command), "record": asdict(record), "files": _files(root)}
         write_whole(self.folder / f"{record.name}.json", content)
 
-    def forget(self, name: str, command: list[str]) -> None:
+    def begin(self, name: str, command: list[str]) -> None:
         """Before a stage runs (again): nothing of an earlier attempt stays."""
-        (self.folder / f"{name}.json").unlink(missing_ok=True)
         root = outputs_of(command)
-        if root is not None:
-            shutil.rmtree(root, ignore_errors=True)
+        if root is None:
+            return
+        for suffix in ("begun", "json"):
+            (self.folder / f"{name}.{suffix}").unlink(missing_ok=True)
+        shutil.rmtree(root, ignore_errors=True)
+        write_whole(self.folder / f"{name}.begun", {"command": digest_of(command), "at": time.time()})
+
+    def _catch_up(self, name: str, command: list[str], root: Path) -> bool:
+        """Note a stage that came to its end when nobody was left to note it. Its artifacts must verify by themselves."""
+        output = root / "executor_output.json"  # the last that a stage writes, atomically
+        try:
+            begun = json.loads((self.folder / f"{name}.begun").read_text(encoding="utf-8"))
+            if begun["command"] != digest_of(command):
+                return False
+            for artifact in json.loads(output.read_text(encoding="utf-8"))["artifacts"]:
+                if (root / artifact).is_dir():
+                    open_artifact(root / artifact, *KINDS)
+                elif not (root / artifact).is_file():
+                    return False
+            seconds = max(0.0, output.stat().st_mtime - begun["at"])
+        except (OSError, ValueError, TypeError, KeyError, InputError):
+            return False
+        self.write(StageRecord(name=name, status="succeeded", seconds=seconds), command)
+        return True
 
 
 def outputs_of(command: list[str]) -> Path | None:

@@ -21,17 +21,18 @@ class AnyTemplate:
         return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
-def check_inputs(params: Params) -> None:
+def check_inputs(params: Params, *, elsewhere: Callable[[str], bool] = lambda source: False) -> None:
     """Raise InputError for a local model folder without tokenizer or config, or a local data file that prepare_data would refuse.
 
-    Hub ids, packages and remote URIs are checked by the stages that fetch them.
+    Hub ids, packages and remote URIs are checked by the stages that fetch them, and so are the paths that elsewhere says are not
+    of this machine.
     """
     for key, source in (
         ("model.source", params.model.source),
         ("sft.use", params.sft.use),
         ("reward_model.use", params.reward_model.use),
     ):
-        if source and _looks_local(source):
+        if source and _looks_local(source) and not elsewhere(source):
             _check_model(key, Path(source))
     forms: dict[str, Callable[..., Any]] = {
         "demonstrations": to_demonstration,
@@ -40,7 +41,7 @@ def check_inputs(params: Params) -> None:
     }
     for name, to_record in forms.items():
         source = getattr(params.data, name)
-        if source is not None and _is_file(source):
+        if source is not None and _is_file(source) and not elsewhere(source.path):
             rows = read_rows(source)
             clean(
                 f"data.{name} ({source.path})", (to_record(place, row, AnyTemplate(), "plain") for place, row in rows)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -18,6 +18,10 @@ listed here is an error, with the nearest valid name. This page is written by `m
 
 A file may also hold `presets`: sections by name, laid over the file's own key by key. `preset` chooses one (`--set preset=full`,
 `make run PRESET=full`); other changes on the command line come after it. In a file without presets, `preset` is only a name.
+
+`cluster.profiles.NAME` lays changes over the profile of that name that comes with this, or makes a new one, which may start from
+another: `like: gpu-80gb`. Where a stage has accelerators, its `training.num_processes` is their number. The profiles:
+[pipelines/README.md](../README.md).
 
 Params files in this folder: [movie_reviews.yaml](movie_reviews.yaml) (presets quick and full).
 """
@@ -36,7 +40,8 @@ def leaves(model: type[BaseModel], prefix: str, section: BaseModel | None = None
         default = getattr(section, name) if section else field.default
         nested = next((t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)), None)
         if nested:
-            found += leaves(nested, f"{prefix}{name}.", default if isinstance(default, BaseModel) else None)
+            inside = {dict: ".NAME", tuple: "[]"}.get(get_origin(_plain(field.annotation)), "")
+            found += leaves(nested, f"{prefix}{name}{inside}.", default if isinstance(default, BaseModel) else None)
         else:
             found.append((prefix + name, _shown(default, field), field.description or ""))
     return found
@@ -44,6 +49,11 @@ def leaves(model: type[BaseModel], prefix: str, section: BaseModel | None = None
 
 def _types(annotation: Any) -> tuple[Any, ...]:
     return (annotation, *get_args(annotation))
+
+
+def _plain(annotation: Any) -> Any:
+    """The type itself, without what Annotated adds."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _shown(default: Any, field: FieldInfo) -> str:

@@ -74,7 +74,9 @@ def resume_pipeline(run: Path, *, console: Console) -> dict[str, Any]:
 def _execute(params: Params, run: Path, tracking: TrackingSettings, run_id: str, console: Console) -> dict[str, Any]:
     """Compile the pipeline into the run directory, execute what has not finished there, and write the summary."""
     console.print(f"Run directory: {run}", soft_wrap=True)
-    package = compile_pipeline(params, run / "pipeline.yaml")
+    # Here a failure is shown at once: whoever looks at it decides.
+    once = params.model_copy(update={"cluster": params.cluster.model_copy(update={"num_retries": 0})})
+    package = compile_pipeline(once, run / "pipeline.yaml")
     display = Display(console)
     log = RunLog(
         folder=run / "logs",

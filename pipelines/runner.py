@@ -22,7 +22,7 @@ from kfp.local import executor_input_utils, status, subprocess_task_handler, tas
 from components.rlhf.edges.process import DIE_WITH_PARENT
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS_TO_TIDY_UP = 10.0
+SECONDS_TO_TIDY_UP = 35.0  # a stage saves a checkpoint first
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Finished(Protocol):
 
     def write(self, record: StageRecord, command: list[str]) -> None: ...
 
-    def forget(self, name: str, command: list[str]) -> None: ...
+    def begin(self, name: str, command: list[str]) -> None: ...
 
 
 @dataclass
@@ -108,7 +108,7 @@ def run_or_reuse(log: RunLog, command: list[str], environment: dict[str, str]) -
         return before
     if why_not:
         log.on_line(record, f"[{record.name}] runs again: {why_not}")
-    log.journal.forget(record.name, command)
+    log.journal.begin(record.name, command)
     run_process(record, command, log, environment)
     if record.status == "succeeded":
         log.journal.write(record, command)
@@ -133,7 +133,7 @@ def run_process(record: StageRecord, command: list[str], log: RunLog, environmen
     process = subprocess.Popen(
         command,
         env=os.environ
-        | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", DIE_WITH_PARENT: "1"}
+        | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", DIE_WITH_PARENT: str(os.getpid())}
         | log.environment
         | environment,
         stdout=subprocess.PIPE,

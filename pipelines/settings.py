@@ -19,6 +19,7 @@ from components.rlhf.config.ppo import PpoStage
 from components.rlhf.config.reward_model import RewardModelStage
 from components.rlhf.config.sft import SftStage
 from components.rlhf.errors import InputError
+from pipelines.profiles import resolve_profiles
 
 
 def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
@@ -35,6 +36,7 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
     for override in overrides:
         if override not in chosen:
             _apply(content, override)
+    content = resolve_profiles(content)
     try:
         return Params.model_validate(content)
     except ValidationError as error:

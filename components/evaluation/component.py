@@ -38,7 +38,7 @@ def evaluation(
         tracking: Canonical JSON of TrackingSettings.
     """
     return dsl.ContainerSpec(
-        image="kfp-rlhf/trainer:0.1.0",
+        image="kfp-rlhf/rollout:0.1.0",
         command=["python", "-m", "components.evaluation"],
         args=[
             "--settings",

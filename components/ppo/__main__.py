@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from components.rlhf.config.ppo import PpoStage
-from components.rlhf.edges.stage import folder_of, input_folder, output_path, stage_options, stage_run, storage_option
+from components.rlhf.edges.stage import input_folder, output_path, stage_options, stage_run, storage_option
 
 
 @click.command(help=__doc__)
@@ -48,7 +48,8 @@ def main(
             )
             run.progress.say("frozen layers are held once" if models.shared_trunk else "each model has its own layers")
             key = checkpoint_key("ppo", run.settings, *inputs.values())
-            folder = CheckpointFolder(folder_of(run.checkpoint_store()), key, run.settings.checkpoint, group)
+            kept, say, stop = run.settings.checkpoint, run.progress.say, run.stop
+            folder = CheckpointFolder(run.checkpoint_store(), key, kept, group, say, stop)
             parts = dict(checkpoints=folder, progress=run.progress, tracker=run.tracker, group=group)
             trainer = PpoTrainer(run.settings, models, rollout, stop_ids=rollout.stop_ids, **parts)
             history = trainer.train(train, validation)
@@ -66,7 +67,7 @@ def main(
         )
         run.wrote_report("curves", curves, as_html(history, run.settings.ppo))
         run.wrote_metrics(metrics, numbers)
-        folder.clear()
+        run.afterwards.append(folder.clear)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def ppo(
         storage: Canonical JSON of StorageSettings: where checkpoints and published models lie, and how S3 is reached.
     """
     return dsl.ContainerSpec(
-        image="kfp-rlhf/trainer:0.1.0",
+        image="kfp-rlhf/rollout:0.1.0",
         command=["python", "-m", "components.ppo"],
         args=[
             "--settings",

@@ -217,6 +217,7 @@ class PpoTrainer:
             "looks_without_gain": self.looks_without_gain,
             "best_objective": self.best_objective if self.history and self.best_objective > float("-inf") else None,
         }
+        self.tracker.flush()
         self.checkpoints.save(iteration, self.engines, state)
 
     def _restore(self) -> int:

@@ -22,6 +22,7 @@ def main(policy: Path, evaluation_path: Path, summary: Path, settings: str, trac
         from components.register.registry import ALIAS, register_version
         from components.rlhf.artifacts.directory import open_artifact
         from components.rlhf.edges.kfp_io import input_uri
+        from components.rlhf.edges.tracking import from_environment
         from components.rlhf.errors import InputError
 
         model, evaluation = open_artifact(policy, "policy_model"), open_artifact(evaluation_path, "evaluation")
@@ -37,7 +38,7 @@ def main(policy: Path, evaluation_path: Path, summary: Path, settings: str, trac
         lineage = {f"parent_{role}": digest for role, digest in model.parents.items()}
         lineage |= {"digest": model.digest, "code_revision": model.code_revision, "evaluation": evaluation.digest}
         version = register_version(
-            parse_settings(TrackingSettings, tracking),
+            from_environment(parse_settings(TrackingSettings, tracking)),
             source=input_uri(executor_input, "policy") if executor_input else str(policy.resolve()),
             run_id=os.environ.get(RUN_ID, "by-hand"),
             decision=decision,

@@ -22,7 +22,7 @@ def register(
         tracking: Canonical JSON of TrackingSettings.
     """
     return dsl.ContainerSpec(
-        image="kfp-rlhf/trainer:0.1.0",
+        image="kfp-rlhf/tools:0.1.0",
         command=["python", "-m", "components.register"],
         args=[
             "--settings",

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from components.rlhf.config.reward_model import RewardModelStage
-from components.rlhf.edges.stage import folder_of, input_folder, output_path, stage_options, stage_run, storage_option
+from components.rlhf.edges.stage import input_folder, output_path, stage_options, stage_run, storage_option
 
 
 @click.command(help=__doc__)
@@ -41,12 +41,13 @@ def main(
         folders = dict(base_model=base_model, sft_model=sft_model, preferences=preferences, prompts=prompts)
         inputs = {kind: open_artifact(path, kind) for kind, path in folders.items()}
         require_same_tokenizer(**{kind: (folders[kind], manifest) for kind, manifest in inputs.items()})
-        start = sft_model if run.settings.reward_model.init == "sft" else base_model
         training = run.settings.reward_model.training
+        start = sft_model if run.settings.reward_model.init == "sft" else base_model
         tokenizer, max_tokens = load_tokenizer(sft_model), read_header(preferences)["max_tokens"]
         with joined_group(timeout_minutes=training.timeout_minutes) as group:
             key = checkpoint_key("reward_model", run.settings, *(inputs[k] for k in folders if k != "prompts"))
-            folder = CheckpointFolder(folder_of(run.checkpoint_store()), key, run.settings.checkpoint, group)
+            kept, say, stop = run.settings.checkpoint, run.progress.say, run.stop
+            folder = CheckpointFolder(run.checkpoint_store(), key, kept, group, say, stop)
             trainer = RewardModelTrainer(run.settings, start, folder, run.progress, run.tracker, group)
             train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
             numbers = trainer.train(tokenizer, train, max_tokens=max_tokens)
@@ -62,17 +63,13 @@ def main(
             kind="reward_model",
             parents=inputs,
             tokenizer_of=inputs["sft_model"],
-            facts={
-                **numbers,
-                "training_engine": engine_name(training, group),
-                "head_name": HEAD_NAME,
-                "padding_side": "right",
-            },
+            facts=numbers
+            | {"training_engine": engine_name(training, group), "head_name": HEAD_NAME, "padding_side": "right"},
         )
         run.progress.say(f"agrees with people on {numbers['heldout_accuracy']:.1%} of held-out pairs")
         run.wrote_report("summary", summary, as_markdown(numbers))
         run.wrote_metrics(metrics, numbers)
-        folder.clear()
+        run.afterwards.append(folder.clear)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ class RewardModelTrainer:
             self.tracker.log(values, step)
             self.progress.step(step, total, {"loss": values["train/loss"], "accuracy": values["train/accuracy"]})
             if self.checkpoints.due():
+                self.tracker.flush()
                 self.checkpoints.save(step, {"reward_model": engine}, {})
         self.group.begins("reward model, last measurements")
         return {"num_steps": float(total)}

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from components.rlhf.config.sft import SftStage
-from components.rlhf.edges.stage import folder_of, input_folder, output_path, stage_options, stage_run, storage_option
+from components.rlhf.edges.stage import input_folder, output_path, stage_options, stage_run, storage_option
 
 
 @click.command(help=__doc__)
@@ -39,12 +39,9 @@ def main(
         training = run.settings.sft.training
         tokenizer = load_tokenizer(base_model)
         with joined_group(timeout_minutes=training.timeout_minutes) as group:
-            folder = CheckpointFolder(
-                folder_of(run.checkpoint_store()),
-                checkpoint_key("sft", run.settings, base, data),
-                run.settings.checkpoint,
-                group,
-            )
+            key = checkpoint_key("sft", run.settings, base, data)
+            kept, say, stop = run.settings.checkpoint, run.progress.say, run.stop
+            folder = CheckpointFolder(run.checkpoint_store(), key, kept, group, say, stop)
             trainer = SftTrainer(run.settings, base_model, folder, run.progress, run.tracker, group)
             numbers = trainer.train(
                 tokenizer,
@@ -67,7 +64,7 @@ def main(
         )
         run.wrote_report("summary", summary, as_markdown(numbers))
         run.wrote_metrics(metrics, numbers)
-        folder.clear()
+        run.afterwards.append(folder.clear)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ class SftTrainer:
             self.tracker.log(values, step)
             self.progress.step(step, total, {"loss": values["train/loss"]})
             if self.checkpoints.due():
+                self.tracker.flush()
                 self.checkpoints.save(step, {"actor": engine}, {"metrics": metrics})
         self.group.begins("SFT held-out loss")
         loss = self.heldout_loss(heldout_texts)

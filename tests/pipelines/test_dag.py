@@ -21,6 +21,16 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return next(yaml.safe_load_all(compile_pipeline(load_params(MOVIES), target).read_text()))
 
 
+def stages_of(spec: dict[str, Any]) -> dict[str, Any]:
+    """The DAG of the stages: all that is watched by the exit handler."""
+    (name,) = (
+        task["componentRef"]["name"]
+        for task in spec["root"]["dag"]["tasks"].values()
+        if task["taskInfo"]["name"] == "run"
+    )
+    return spec["components"][name]["dag"]
+
+
 def edges(dag: dict[str, Any]) -> dict[str, set[str]]:
     """Each task with the tasks whose outputs it takes."""
     found = {}
@@ -33,7 +43,7 @@ def edges(dag: dict[str, Any]) -> dict[str, set[str]]:
 
 
 def test_tasks_and_edges(spec: dict[str, Any]) -> None:
-    assert edges(spec["root"]["dag"]) == {
+    assert edges(stages_of(spec)) == {
         "import-model": set(),
         "prepare-data": {"import-model"},
         "sft": {"import-model", "prepare-data"},
@@ -47,7 +57,7 @@ def test_tasks_and_edges(spec: dict[str, Any]) -> None:
 
 def test_ppo_and_the_judge_never_see_the_same_data(spec: dict[str, Any]) -> None:
     """Which output of prepare_data goes where: the judge's ratings and the held-out prompts go to nothing that is trained."""
-    tasks = spec["root"]["dag"]["tasks"]
+    tasks = stages_of(spec)["tasks"]
 
     def taken(task: str) -> set[str]:
         artifacts = tasks[task]["inputs"].get("artifacts", {}).values()
@@ -61,6 +71,13 @@ def test_ppo_and_the_judge_never_see_the_same_data(spec: dict[str, Any]) -> None
         "ppo": {"prompts"},
         "evaluation": {"heldout_prompts"},
     }
+
+
+def test_notify_runs_last_however_the_run_ends(spec: dict[str, Any]) -> None:
+    task = spec["root"]["dag"]["tasks"]["notify"]
+    assert task["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
+    assert task["dependentTasks"] == ["exit-handler-1"]
+    assert task["inputs"]["parameters"]["status"] == {"taskFinalStatus": {"producerTask": "exit-handler-1"}}
 
 
 def test_gate_branches_on_its_own_parameter(spec: dict[str, Any]) -> None:
@@ -92,31 +109,32 @@ def test_every_reference_resolves(spec: dict[str, Any]) -> None:
 def test_executors_run_the_stage_programs(spec: dict[str, Any]) -> None:
     for executor in spec["deploymentSpec"]["executors"].values():
         container = executor["container"]
-        assert container["image"] == "kfp-rlhf/trainer:0.1.0"
         assert container["command"][:2] == ["python", "-m"]
         assert (ROOT / Path(*container["command"][2].split(".")) / "__main__.py").is_file()
-        assert container["args"][-2:] == ["--executor-input", "{{$}}"]
+        if container["command"][2] != "components.notify":  # it has no outputs to report
+            assert container["args"][-2:] == ["--executor-input", "{{$}}"]
 
 
 def test_settings_travel_as_one_string(spec: dict[str, Any]) -> None:
     """KFP turns the integers of a dict into floats, so no parameter is a struct."""
     for component in spec["components"].values():
-        for parameter in component.get("inputDefinitions", {}).get("parameters", {}).values():
-            assert parameter["parameterType"] == "STRING"
+        for name, parameter in component.get("inputDefinitions", {}).get("parameters", {}).items():
+            kinds = {"gpu_node_selector": "STRUCT", "gpu_tolerations": "LIST", "status": "TASK_FINAL_STATUS"}
+            assert parameter["parameterType"] == kinds.get(name.removeprefix("pipelinechannel--"), "STRING")
 
 
 def test_run_id_comes_from_the_pod_and_not_from_a_parameter(tmp_path: Path) -> None:
     target = compile_pipeline(load_params(MOVIES), tmp_path / "pipeline.yaml")
     _, platform = yaml.safe_load_all(target.read_text())
     executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    assert len(executors) == 9  # register stands once in each branch
+    assert len(executors) == 10  # register stands once in each branch
     for executor in executors.values():
         assert executor["fieldPathAsEnv"] == [{"fieldPath": "metadata.labels['pipeline/runid']", "name": "RLHF_RUN_ID"}]
 
 
 def test_own_models_take_the_place_of_stages(tmp_path: Path) -> None:
     params: Params = load_params(MOVIES, ["sft.use=/models/sft", "reward_model.use=/models/rm"])
-    dag = next(yaml.safe_load_all(compile_pipeline(params, tmp_path / "p.yaml").read_text()))["root"]["dag"]
+    dag = stages_of(next(yaml.safe_load_all(compile_pipeline(params, tmp_path / "p.yaml").read_text())))
     assert "sft" not in dag["tasks"]
     assert "reward-model" not in dag["tasks"]
     assert edges(dag)["ppo"] == {"prepare-data", "import-model-2", "import-model-3"}

@@ -105,10 +105,37 @@ def test_another_input_makes_the_next_stage_run_again(tmp_path: Path) -> None:
     assert lines == [why, "ran", why, "used goodbye"]
 
 
+REPORTS = SAY_HELLO + '; printf %s "{\\"artifacts\\": {}}" > "$(dirname "$1")/executor_output.json"'
+
+
+@pytest.mark.parametrize(("script", "runs_again"), [(REPORTS, False), (SAY_HELLO, True)], ids=["reported", "not"])
+def test_a_stage_that_nobody_was_left_to_note_is_noted_later(tmp_path: Path, script: str, runs_again: bool) -> None:
+    execute(tmp_path, script)
+    (tmp_path / "finished" / "sh.json").unlink()
+    assert ("ran" in execute(tmp_path, script)) is runs_again
+    assert words(execute(tmp_path, script)) == [REUSED, REUSED]
+
+
+@pytest.mark.parametrize("broken", ["no such artifact", "another command", "no beginning", "folder without manifest"])
+def test_a_stage_that_nobody_noted_runs_again_when_anything_is_amiss(tmp_path: Path, broken: str) -> None:
+    execute(tmp_path, REPORTS)
+    root, finished = tmp_path / "out" / "two" / "make", tmp_path / "finished"
+    (finished / "sh.json").unlink()
+    if broken == "another command":
+        (finished / "sh.begun").write_text('{"command": "0123", "at": 0}')
+    elif broken == "no beginning":
+        (finished / "sh.begun").unlink()
+    else:
+        (root / "executor_output.json").write_text('{"artifacts": {"model": {}}}')
+        if broken == "folder without manifest":
+            (root / "model").mkdir()
+    assert "ran" in execute(tmp_path, REPORTS)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"record": {}, "files": {}, "command": ""}', '{"record": 1}'])
 def test_a_broken_note_means_not_finished(tmp_path: Path, content: str) -> None:
     execute(tmp_path, SAY_HELLO)
-    notes = sorted((tmp_path / "finished").iterdir())
+    notes = sorted((tmp_path / "finished").glob("*.json"))
     assert len(notes) == 2
     notes[0].write_text(content)
     lines = words(execute(tmp_path, SAY_HELLO))

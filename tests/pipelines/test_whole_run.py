@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from components.rlhf.artifacts.directory import open_artifact
 from tests.pipelines.toy import toy_params, write_data, write_params
 
-STAGES = ["import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation", "register"]
+TRACKED = ["import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation", "register"]
+STAGES = [*TRACKED, "notify"]
 
 
 def run_pipeline(params: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -93,7 +94,7 @@ def test_tracking_has_a_parent_and_a_finished_run_of_each_stage(promoted: Path) 
         runs = dict(database.execute("select name, status from runs").fetchall())
         (curve,) = database.execute("select count(*) from metrics where key = 'score/mean'").fetchone()
         aliases = database.execute("select alias, version from registered_model_aliases").fetchall()
-    assert set(runs) == {*STAGES, summary_of(promoted)["run_id"]}
+    assert set(runs) == {*TRACKED, summary_of(promoted)["run_id"]}
     assert set(runs.values()) == {"FINISHED"}
     assert curve == 2
     assert aliases == [("champion", 1)]

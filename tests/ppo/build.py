@@ -1,5 +1,6 @@
 """Small PPO runs, against a reward model or against any function of token ids."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from components.rlhf.config.storage import CheckpointSettings
 from components.rlhf.data.batching import TokenBatch
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.edges.progress import Progress
+from components.rlhf.edges.storage import FolderStore
 from components.rlhf.edges.tracking import NullTracker
 from components.rlhf.models.loading import load_scalar_lm, save_model
 from components.rlhf.rollout.hf import HfRolloutEngine
@@ -120,7 +122,13 @@ def trainer_of(
 
 
 def saving(root: Path) -> CheckpointFolder:
-    return CheckpointFolder(root, "ppo/x", CheckpointSettings(every_minutes=0.0))
+    """Checkpoints after every step. Who held the folder before is dead, as far as this test goes."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
+    for lease in root.rglob("lease.json"):
+        lease.unlink()
+    return CheckpointFolder(FolderStore(root), "ppo/x", CheckpointSettings(every_minutes=0.0))
 
 
 def weights(trainer: PpoTrainer) -> dict[str, Tensor]:

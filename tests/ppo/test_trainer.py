@@ -397,6 +397,7 @@ class TestNotFinite:
 
         def save_and_break(step: int, *args: Any) -> None:
             save(step, *args)
+            trainer.checkpoints.wait()
             with torch.no_grad():
                 trainer.models.actor.lm.model.norm.weight.fill_(math.nan)
 

@@ -1,5 +1,6 @@
 """A small reward-model run."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from components.rlhf.config.reward_model import RewardModelSettings, RewardModel
 from components.rlhf.config.storage import CheckpointSettings
 from components.rlhf.data.records import PreferencePair
 from components.rlhf.edges.progress import Progress
+from components.rlhf.edges.storage import FolderStore
 from components.rlhf.edges.tracking import NullTracker
 
 GOOD, BAD = (" good", " a good film", " very good", " good!"), (" bad", " a bad one", " very bad", " so bad")
@@ -58,4 +60,10 @@ def trainer_of(
 
 
 def saving(root: Path) -> CheckpointFolder:
-    return CheckpointFolder(root, "reward_model/x", CheckpointSettings(every_minutes=0.0))
+    """Checkpoints after every step. Who held the folder before is dead, as far as this test goes."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
+    for lease in root.rglob("lease.json"):
+        lease.unlink()
+    return CheckpointFolder(FolderStore(root), "reward_model/x", CheckpointSettings(every_minutes=0.0))

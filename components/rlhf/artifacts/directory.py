@@ -40,22 +40,22 @@ def writing(target: Path) -> Iterator[Path]:
 def open_artifact(directory: Path, *kinds: str) -> Manifest:
     """The manifest of a directory whose kind is one of kinds and whose every file has its digest.
 
-    Raises InputError naming the directory and what is wrong: missing manifest, other kind, missing, added or altered file.
+    Raises InputError naming the directory and what is wrong: missing manifest, other kind, missing, added or altered file,
+    a link or a device in it, a name that leads out of it.
     """
     manifest = read_manifest(directory)
     if manifest.kind not in kinds:
         raise InputError(
             f"{directory} is a {manifest.kind}, but a {' or '.join(kinds)} is needed here; pass the right artifact."
         )
+    found = files_of(directory)  # first: no path below leads over a link
     for name, entry in manifest.files.items():
-        path = directory / name
-        if not path.resolve().is_relative_to(directory.resolve()):
-            raise InputError(f"{directory}: its manifest names {name}, which lies outside; do not trust this artifact.")
-        if not path.is_file():
+        path = found.get(name)
+        if path is None:
             raise InputError(f"{directory} lacks {name}, which its manifest lists; make the artifact again.")
         if path.stat().st_size != entry.size or sha256_of(path) != entry.sha256:
             raise InputError(f"{path} is not what its manifest says (sha256 differs); make the artifact again.")
-    added = [name for name in files_of(directory) if name not in manifest.files]
+    added = [name for name in found if name not in manifest.files]
     if added:  # an index of weights or a chat template would change what is loaded
         raise InputError(f"{directory} holds {added[0]}, which its manifest does not list; delete that file.")
     return manifest

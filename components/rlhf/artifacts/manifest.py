@@ -6,17 +6,22 @@ directory without one is incomplete whatever else it holds.
 
 import hashlib
 import json
+import os
+import re
+import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from components.rlhf.artifacts.revision import code_revision
+from components.rlhf.config.strict_json import NotJsonError, parse_json
 from components.rlhf.errors import InputError
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+MAX_BYTES = 16 * 2**20  # of a manifest; ours have some KiB
 KINDS = (
     "base_model",
     "prompts",
@@ -99,28 +104,83 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not directory.is_dir():
         raise InputError(f"{directory} is not a folder; an artifact is a folder with a {MANIFEST}.")
-    if not path.is_file():
+    if not path.is_file() or path.is_symlink():
         raise InputError(
             f"{directory} has no {MANIFEST}: it is incomplete or no artifact; run the stage that makes it again."
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.get("schema_version") != SCHEMA_VERSION:
-            raise InputError(
-                f"{path} has schema version {content.get('schema_version')!r}; this version reads {SCHEMA_VERSION}. "
-                "Make the artifact again."
-            )
-        files = {name: FileEntry(**entry) for name, entry in content.pop("files").items()}
-        return Manifest(files=files, **content)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise NotJsonError(f"longer than {MAX_BYTES // 2**20} MiB")
+        return _parse(path, parse_json(text))
+    except (OSError, NotJsonError) as error:
         raise InputError(f"{path} is not a manifest ({error}); make the artifact again.") from error
 
 
+def _parse(path: Path, content: Any) -> Manifest:
+    """Types and forms of every field: whoever wrote this file may not be one of ours. Raises NotJsonError for the first mistake."""
+    if not isinstance(content, dict):
+        raise NotJsonError(f"a {type(content).__name__}")
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(
+            f"{path} has schema version {repr(content.get('schema_version'))[:40]}; this version reads {SCHEMA_VERSION}. "
+            "Make the artifact again."
+        )
+    wrong = set(content) ^ {field.name for field in fields(Manifest)}
+    if wrong:
+        raise NotJsonError(f"{sorted(wrong)[0][:80]!a} is missing, or no field of one")
+    texts = ("kind", "tokenizer_digest", "chat_template_digest", "config_digest", "code_revision", "created_at")
+    if not all(isinstance(content[name], str) for name in texts):
+        raise NotJsonError("a text is missing")
+    if content["kind"] not in KINDS:
+        raise NotJsonError("its kind is none of ours")
+    if not all(isinstance(content[name], dict) for name in ("files", "parents", "facts")):
+        raise NotJsonError("files, parents and facts must be objects")
+    if not all(isinstance(digest, str) for digest in content["parents"].values()):
+        raise NotJsonError("a parent is no digest")
+    if not all(type(fact) in (str, int, float) for fact in content["facts"].values()):
+        raise NotJsonError("a fact is neither text nor number")
+    if not all(abs(fact) < 2**63 for fact in content["facts"].values() if type(fact) is int):
+        raise NotJsonError("a fact is too large")
+    files = {name: _entry(path, name, entry) for name, entry in content["files"].items()}
+    return Manifest(**{**content, "files": files})
+
+
+def _entry(path: Path, name: str, entry: Any) -> FileEntry:
+    parts = name.split("/")
+    plain = name.isprintable() and len(name) < 1000 and "\\" not in name and not re.match("[A-Za-z]:", name)
+    if not plain or not all(parts) or {".", ".."} & set(parts):
+        raise InputError(
+            f"{path.parent}: its manifest names {ascii(name)[1:-1][:200]}, which lies outside or is no plain path; "
+            "do not trust this artifact."
+        )
+    if not isinstance(entry, dict) or set(entry) != {"sha256", "size"}:
+        raise NotJsonError("a file needs sha256 and size, and nothing else")
+    if type(entry["size"]) is not int or not 0 <= entry["size"] < 2**63:
+        raise NotJsonError("a size is no number of bytes")
+    if not isinstance(entry["sha256"], str) or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+        raise NotJsonError("a sha256 is none")
+    return FileEntry(**entry)
+
+
 def files_of(directory: Path) -> dict[str, Path]:
-    """Every file of an artifact but its manifest, by its posix path relative to the directory."""
-    paths = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    """Every file of an artifact but its manifest, by its posix path relative to the directory.
+
+    Raises InputError for anything but files and folders: a link could lead out of the artifact, and a pipe never ends.
+    """
+    paths: dict[str, Path] = {}
+    for folder, folders, names in os.walk(directory):
+        for name in (*folders, *names):
+            path = Path(folder, name)
+            mode = path.lstat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                kind = "a link" if stat.S_ISLNK(mode) else "a pipe or a device"
+                raise InputError(f"{path} is {kind}; an artifact holds files and folders alone, so do not trust it.")
+            if stat.S_ISREG(mode):
+                paths[path.relative_to(directory).as_posix()] = path
     paths.pop(MANIFEST, None)
-    return paths
+    return dict(sorted(paths.items()))
 
 
 def sha256_of(path: Path) -> str:

@@ -1,85 +1,192 @@
-"""Checkpoints of one stage in a folder: written whole or not at all, the newest complete one found again.
+"""Checkpoints of one stage: written whole or not at all, verified before they are believed, the newest good one found again.
 
 Law of this room: the engine protocol and files; no word of PPO. A checkpoint is not an artifact: it is for the same stage of
 the same run, and is deleted when the stage ends well.
 """
 
 import json
-import os
-import shutil
+import sys
+import tempfile
+import threading
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from components.rlhf.checkpoints import files
+from components.rlhf.checkpoints.lease import Lease
 from components.rlhf.config.storage import CheckpointSettings
+from components.rlhf.edges.process import Stop, local_rank
+from components.rlhf.edges.storage import Store
 from components.rlhf.engine.group import ALONE
 from components.rlhf.engine.protocol import Group, TrainEngine
+from components.rlhf.errors import InputError
 
-COMPLETE = ".complete"
+MOST_FAILURES = 3  # saves in a row, after which going on would risk more than it gains
 
 
 class CheckpointFolder:
-    """Checkpoints `step-00000012/` under root/key. Without a root nothing is saved or found.
+    """Checkpoints under store/key. Without a store nothing is saved or found.
 
     key must change with whatever alters training (settings, inputs), so that no run continues another by accident.
-    All processes of a group save and restore together, and see the same folder.
+    All processes of a group save and restore together. A save copies what the engines hold into main memory (for Adam three
+    times the trained weights in fp32) and returns; a thread writes it, and the next save waits until that has ended.
     """
 
-    def __init__(self, root: Path | None, key: str, settings: CheckpointSettings, group: Group = ALONE) -> None:
-        self.folder = root / key if root else None
-        self.settings, self.group = settings, group
+    def __init__(
+        self,
+        store: Store | None,
+        key: str,
+        settings: CheckpointSettings,
+        group: Group = ALONE,
+        say: Callable[[str], None] = lambda _: None,
+        stop: Stop | None = None,
+    ) -> None:
+        self.store, self.key, self.settings, self.group, self.say = store, key, settings, group, say
+        self.stop = stop or Stop()
+        self._newest: str | None = None
+        self._lease = Lease(store, f"{key}/lease.json", say) if store and group.rank == 0 else None
         self._last = time.monotonic()
-        self.newest: Path | None = None
+        self._stopping = False
+        self._failures = 0
+        self._writer: threading.Thread | None = None
+        self._outcome: str | Exception = ""
+
+    @property
+    def newest(self) -> str | None:
+        """Where the newest checkpoint lies that is known to be complete."""
+        if self._writer is not None and not self._writer.is_alive():
+            self.wait()
+        return self._newest
 
     def due(self) -> bool:
-        """Whether the last checkpoint (or the start) is longer ago than the settings allow."""
-        if self.folder is None:
+        """Whether it is time to save: the last one (or the start) is longer ago than the settings allow, or a signal came."""
+        if self.store is None:
             return False
-        # Clocks differ between processes, and all must do the same.
-        return self.group.max_int(time.monotonic() - self._last >= 60 * self.settings.every_minutes) > 0
+        if self._lease:
+            self._lease.check()
+        # Clocks differ between processes and signals reach them at different moments, and all must do the same.
+        late = time.monotonic() - self._last >= 60 * self.settings.every_minutes
+        wanted = self.group.max_int(2 if self.stop.signal else int(late))
+        self._stopping = wanted == 2
+        return wanted > 0
 
     def save(self, step: int, engines: Mapping[str, TrainEngine], state: Mapping[str, Any]) -> None:
-        """Save every engine and a JSON state under this step, then drop all but the newest `keep`."""
-        if self.folder is None:
+        """Save every engine and a JSON state under this step. After a signal, wait until it is written and end the process.
+
+        A save that fails is said and the training goes on; raises InputError after MOST_FAILURES in a row.
+        """
+        if self.store is None:
             return
-        first = self.group.rank == 0
-        owner = self.group.gather([os.getpid()])[0]
-        draft, final = self.folder / f".writing-{owner}", self.folder / f"step-{step:08d}"
-        if first:
-            shutil.rmtree(draft, ignore_errors=True)
-        self.group.barrier()
-        for name, engine in engines.items():
-            engine.save(draft / name)
-        self.group.barrier()
-        if first:
-            (draft / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-            (draft / COMPLETE).touch()
-            shutil.rmtree(final, ignore_errors=True)
-            draft.rename(final)
-            for old in self._complete()[: -self.settings.keep]:
-                shutil.rmtree(old)
-        self.group.barrier()
-        self.newest = final
+        self.wait()
+        name = self.group.gather([f"step-{step:08d}-{uuid.uuid4().hex[:8]}"])[0]
+        tensors = {engine_name: engine.snapshot() for engine_name, engine in engines.items()}
+        shards = files.Shards(self.group.rank, self.group.world_size, tensors)
+        text = json.dumps({"step": step, **state})
+        self._writer = threading.Thread(target=self._write, args=(name, shards, text), name="checkpoint", daemon=True)
+        self._writer.start()
         self._last = time.monotonic()
+        if self._stopping:
+            self.wait()
+            self.group.barrier()
+            if self._lease:
+                self._lease.release()
+            self.say(f"saved step {step}; ending on {self.stop.name}, and going on from there when started again")
+            sys.exit(self.stop.exit_code)
 
     def restore(self, engines: Mapping[str, TrainEngine]) -> dict[str, Any] | None:
-        """Load the newest complete checkpoint into the engines and return its state with its step, or None if there is none."""
-        found = self._complete()
-        if not found:
+        """Load the newest checkpoint that verifies into the engines; return its state with its step, or None if there is none.
+
+        Takes the lease: raises InputError while another process writes under this key. Those that do not verify are passed
+        over, and it says why.
+        """
+        if self.store is None:
             return None
-        self.newest = found[-1]
-        for name, engine in engines.items():
-            engine.load(self.newest / name)
-        state: dict[str, Any] = json.loads((self.newest / "state.json").read_text(encoding="utf-8"))
-        return state
+        if self._lease:
+            self._lease.acquire()
+        self.stop.defer()
+        with tempfile.TemporaryDirectory(prefix="rlhf-checkpoint-") as own:
+            into = Path(self.group.gather([own])[0])
+            found: str | None = None
+            for folder in self.group.gather(files.steps_in(self.store, self.key) if self.group.rank == 0 else []):
+                # Every process loads, and each machine needs the files; the first of each machine fetches and verifies.
+                problem, local, state = self._fetch(folder, into / folder.rpartition("/")[2])
+                problems = [p for p in self.group.gather([problem]) if p]
+                if not problems:
+                    found = folder
+                    break
+                self.say(f"checkpoint {folder.rpartition('/')[2]} is passed over: {problems[0]}")
+            if found is None:
+                return None
+            for name, engine in engines.items():
+                engine.load(local / name)
+            self.group.barrier()
+        self._newest = f"{self.store.uri}/{found}"
+        shared: dict[str, Any] = self.group.gather([state])[0]  # of the process that fetched
+        return shared
 
     def clear(self) -> None:
         """Delete this stage's checkpoints: its artifact has been written."""
-        if self.folder is not None and self.group.rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.store is None or self.group.rank > 0:
+            return
+        self.wait()
+        if self._lease:
+            self._lease.release()
+        self.store.delete(self.key)
 
-    def _complete(self) -> list[Path]:
-        if self.folder is None or not self.folder.is_dir():
-            return []
-        return sorted(path for path in self.folder.glob("step-*") if (path / COMPLETE).is_file())
+    def _fetch(self, folder: str, into: Path) -> tuple[str, Path, dict[str, Any]]:
+        """What is wrong ("" if nothing), where the files lie on this machine, and the state (of the process that fetched)."""
+        assert self.store is not None
+        if local_rank() > 0:
+            return "", files.place(self.store, folder, into), {}
+        try:
+            local, state = files.fetch(self.store, folder, into)
+        except InputError as error:
+            return str(error), into, {}
+        return "", local, state
+
+    def _write(self, name: str, shards: files.Shards, state: str) -> None:
+        """In the thread."""
+        assert self.store is not None
+        try:
+            files.write(self.store, f"{self.key}/{name}", shards, state)
+            if shards.rank == 0:
+                self._prune(newest=name)
+            self._outcome = name
+        except Exception as error:  # whatever a store may raise; the next save says it
+            self._outcome = error
+
+    def _prune(self, newest: str) -> None:
+        """Keep this one and the complete ones before it, `keep` in all. What was interrupted or passed over goes."""
+        assert self.store is not None
+        kept = 1
+        for folder in files.steps_in(self.store, self.key):
+            name = folder.rpartition("/")[2]
+            if name == newest:
+                continue
+            before = name.rpartition("-")[0] < newest.rpartition("-")[0]
+            if before and kept < self.settings.keep and files.complete(self.store, folder):
+                kept += 1
+            else:
+                self.store.delete(folder)
+
+    def wait(self) -> None:
+        """Until the thread has ended; then hear how it went."""
+        if self._writer is None:
+            return
+        self._writer.join()
+        self._writer = None
+        if isinstance(self._outcome, Exception):
+            self._failures += 1
+            reason = str(self._outcome) or type(self._outcome).__name__
+            if self._failures >= MOST_FAILURES:
+                raise InputError(
+                    f"{self._failures} checkpoints in a row could not be written to {self.key} ({reason}); make room or "
+                    "repair the store, and start again."
+                )
+            self.say(f"a checkpoint could not be written, going on without it ({reason})")
+        else:
+            self._failures = 0
+            assert self.store is not None
+            self._newest = f"{self.store.uri}/{self.key}/{self._outcome}"

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError, model_validator
 
 from components.rlhf.config.base import Settings
+from components.rlhf.config.cluster import TRAINED, ClusterSettings
 from components.rlhf.config.data import DataSettings
 from components.rlhf.config.evaluation import EvaluationSettings, GateSettings
 from components.rlhf.config.judge import JudgeSettings
@@ -13,7 +14,7 @@ from components.rlhf.config.model import ModelSettings, Seed, require_own_weight
 from components.rlhf.config.ppo import PpoSettings
 from components.rlhf.config.reward_model import RewardModelSettings
 from components.rlhf.config.sft import SftSettings
-from components.rlhf.config.storage import CheckpointSettings, ClusterSettings, StorageSettings, TrackingSettings
+from components.rlhf.config.storage import CheckpointSettings, StorageSettings, TrackingSettings
 
 Stage = TypeVar("Stage", bound=Settings)
 
@@ -47,6 +48,18 @@ class Params(Settings):
             require_own_weights(self.model, section.training, head_only=head_only)
         if self.data.max_prompt_tokens >= self.data.max_tokens:
             raise ValueError("data.max_prompt_tokens leaves no room for a completion; raise data.max_tokens above it")
+        return self
+
+    @model_validator(mode="after")
+    def _one_process_each(self) -> "Params":
+        for stage in TRAINED:
+            num, training = self.cluster.num_accelerators(stage), getattr(self, stage).training
+            if num and training.num_processes != num and getattr(getattr(self, stage), "use", None) is None:
+                profile = self.cluster.stages.get(stage, self.cluster.default_profile)
+                raise ValueError(
+                    f"{stage}.training.num_processes is {training.num_processes}, and the profile {profile} has {num} accelerators; "
+                    "leave num_processes out"
+                )
         return self
 
     def stage(self, stage: type[Stage]) -> Stage:
@@ -83,8 +96,9 @@ def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:
 
 
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Valid keys of the section at path."""
-    for part in path:
+    """Valid keys of the section at path. A name in a mapping of sections, or a number in a list of them, leads into the section."""
+    parts = iter(path)
+    for part in parts:
         field = model.model_fields.get(part)
         nested = (
             [t for t in _types_of(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
@@ -94,6 +108,8 @@ def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
         if not nested:
             return []
         model = nested[0]
+        if field and getattr(field.annotation, "__origin__", None) in (dict, tuple):
+            next(parts, None)
     return list(model.model_fields)
 
 

@@ -1,4 +1,4 @@
-"""Settings of where things lie: checkpoints, tracking, images."""
+"""Settings of where things lie: checkpoints, S3, tracking."""
 
 from pydantic import field_validator
 
@@ -65,10 +65,3 @@ class TrackingSettings(Settings):
     """Experiment that runs are filed under."""
     registered_model: str = "kfp-rlhf"
     """Name in the model registry."""
-
-
-class ClusterSettings(Settings):
-    """What a cluster needs to know."""
-
-    image: str = "kfp-rlhf/trainer:0.1.0"
-    """Image that every stage runs in."""

@@ -1,14 +1,18 @@
 """Reading rows from a file or a data set, each with the place it came from."""
 
-import json
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from components.rlhf.config.data import DataSource
+from components.rlhf.config.strict_json import NotJsonError, parse_json
 from components.rlhf.errors import InputError
 
 Row = dict[str, Any]
+MAX_LINE_BYTES = 16 * 2**20  # of one record: far longer than any model reads, and still read in bounded memory
+MAX_ROW_GROUP_BYTES = 4 * 2**30
 
 
 def read_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
@@ -31,7 +35,7 @@ def _rows(source: DataSource) -> Iterator[tuple[str, Row]]:
     path = Path(source.path)
     match _format_of(source):
         case "jsonl":
-            yield from _read_jsonl(path)
+            yield from read_jsonl(path)
         case "parquet":
             yield from _read_parquet(path)
         case _:
@@ -46,72 +50,78 @@ def _format_of(source: DataSource) -> str:
         return "jsonl"
     if suffix == ".parquet":
         return "parquet"
-    if Path(source.path).exists():
+    if os.path.exists(source.path):  # of a name that no file can have it says no
         raise InputError(f"{source.path}: the ending {suffix!r} says no format; set format to jsonl or parquet.")
     return "hub"
 
 
 def _check_readable(path: Path) -> None:
+    """Raise InputError unless it is an ordinary file: opening a pipe would wait, and a device never ends."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise InputError(f"{path} is a pipe or a device; save what it gives as an ordinary file.")
         with path.open("rb"):
             return
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; correct the path in the params file.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); make it a readable file.") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} cannot be read ({reason}); make it a readable file.") from None
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield (file:line, object) of every line that is not blank, in bounded memory. Raises InputError with the place."""
     _check_readable(path)
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
             place = f"{path}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{place} is not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8."
-                ) from None
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"{place} is not JSON ({error.msg}, column {error.colno}); each line must be one object."
-                ) from None
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-                raise InputError(f"{place} is JSON that cannot be read ({error}); correct the line.") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{place} is a JSON {type(row).__name__}; each line must be one object.")
-            if b"\\u" in line and _is_torn(row):
-                raise InputError(
-                    f"{place} holds half of a UTF-16 surrogate pair (\\ud800 to \\udfff); correct the text."
-                )
-            yield place, row
+            if len(line) > MAX_LINE_BYTES:
+                raise InputError(f"{place} is longer than {MAX_LINE_BYTES // 2**20} MiB; each line must be one record.")
+            if line.strip():
+                yield place, _parse(place, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
 
 
-def _is_torn(row: Row) -> bool:
-    """Whether any text in it is no Unicode: JSON can escape one half of a pair, which no tokenizer and no file takes."""
+def _parse(place: str, line: bytes) -> Row:
     try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{place} is not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8."
+        ) from None
+    try:
+        row = parse_json(line)
+    except NotJsonError as error:
+        raise InputError(f"{place} is not JSON ({error}); each line must be one object.") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{place} is a JSON {type(row).__name__}; each line must be one object.")
+    return row
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     _check_readable(path)
-    import pyarrow.lib
     import pyarrow.parquet
 
+    number = 0
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches():
+        for group in range(file.metadata.num_row_groups):
+            if file.metadata.row_group(group).total_byte_size > MAX_ROW_GROUP_BYTES:
+                raise InputError(
+                    f"{path}: row group {group + 1} is larger than {MAX_ROW_GROUP_BYTES // 2**30} GiB; "
+                    "write the file again with smaller ones."
+                )
+        # Few rows at a time: a text that thousands of rows share is stored once, and expanded here.
+        for batch in file.iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path} row {number}", row
-    except (pyarrow.lib.ArrowException, OSError) as error:
-        raise InputError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]}).") from None
+    except InputError:
+        raise
+    except Exception as error:  # Arrow's own, and whatever Python cannot hold: a date, a text that is no UTF-8
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path} is not a readable parquet file ({reason}, after row {number}).") from None
 
 
 def _read_hub(source: DataSource) -> Iterator[tuple[str, Row]]:

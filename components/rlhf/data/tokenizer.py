@@ -15,11 +15,15 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise InputError(f"{directory} has no tokenizer (no tokenizer.json); save the model's tokenizer into it.")
     try:
-        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(directory, local_files_only=True))
-    except Exception as error:  # whatever a broken tokenizer.json makes the library raise
-        raise InputError(
-            f"{directory}: its tokenizer cannot be loaded ({str(error).splitlines()[0]}); save it again."
-        ) from error
+        loaded = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = cast(PreTrainedTokenizerBase, loaded)
+    except (
+        BaseException
+    ) as error:  # whatever a broken tokenizer.json makes the library raise; of Rust that is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:500]
+        raise InputError(f"{directory}: its tokenizer cannot be loaded ({reason}); save it again.") from error
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"{directory}: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json."

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from components.rlhf.config.strict_json import NotJsonError, parse_json
 from components.rlhf.errors import InputError
 
 Flat = Mapping[str, str | int | float]
@@ -22,25 +23,22 @@ def write_executor_output(
 
     uris names artifacts that lie elsewhere than where KFP would put them; KFP then copies nothing there.
     """
-    try:
-        outputs: dict[str, Any] = json.loads(executor_input)["outputs"]
-        output_file = Path(outputs["outputFile"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"--executor-input is not KFP's executor input ({error}); leave it out when running by hand."
-        ) from error
-    declared: dict[str, Any] = outputs.get("artifacts", {})
+    outputs = _section(executor_input, "outputs")
+    output_file = Path(_text(outputs, "outputFile"))
+    declared = outputs.get("artifacts", {})
+    if not isinstance(declared, dict):
+        raise _not_ours("outputs.artifacts is no object")
     unknown = set(metadata) - set(declared)
     if unknown:
         raise ValueError(f"no output artifact is called {', '.join(sorted(unknown))}")
     artifacts = {}
-    for name, entry in declared.items():
-        artifact = entry["artifacts"][0]
+    for name in declared:
+        artifact = _artifact(outputs, name)
         artifacts[name] = {
             "artifacts": [
                 {
-                    "name": artifact["name"],
-                    "uri": (uris or {}).get(name, artifact["uri"]),
+                    "name": _text(artifact, "name"),
+                    "uri": (uris or {}).get(name, _text(artifact, "uri")),
                     "metadata": _checked(name, metadata.get(name, {})),
                 }
             ]
@@ -53,14 +51,12 @@ def write_executor_output(
 
 def input_uri(executor_input: str, name: str) -> str:
     """Where KFP keeps an input artifact (s3://, minio:// or a path on this machine): the address that outlives the pod."""
-    uri: str = json.loads(executor_input)["inputs"]["artifacts"][name]["artifacts"][0]["uri"]
-    return uri
+    return _text(_artifact(_section(executor_input, "inputs"), name), "uri")
 
 
 def output_uri(executor_input: str, name: str) -> str:
     """Where KFP means to keep an output artifact: a URI on a cluster, a path on a laptop."""
-    uri: str = json.loads(executor_input)["outputs"]["artifacts"][name]["artifacts"][0]["uri"]
-    return uri
+    return _text(_artifact(_section(executor_input, "outputs"), name), "uri")
 
 
 def write_parameter(path: Path | None, value: str) -> None:
@@ -69,6 +65,38 @@ def write_parameter(path: Path | None, value: str) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(value, encoding="utf-8")
+
+
+def _section(executor_input: str, name: str) -> dict[str, Any]:
+    try:
+        content = parse_json(executor_input)
+    except NotJsonError as error:
+        raise _not_ours(str(error)) from None
+    section = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(section, dict):
+        raise _not_ours(f"no {name} in it")
+    return section
+
+
+def _artifact(section: dict[str, Any], name: str) -> dict[str, Any]:
+    try:
+        artifact = section["artifacts"][name]["artifacts"][0]
+    except (KeyError, TypeError, IndexError):
+        artifact = None
+    if not isinstance(artifact, dict):
+        raise _not_ours(f"no artifact {name[:80]!a} in it")
+    return artifact
+
+
+def _text(holder: dict[str, Any], name: str) -> str:
+    value = holder.get(name)
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise _not_ours(f"no {name} in it")
+    return value
+
+
+def _not_ours(reason: str) -> InputError:
+    return InputError(f"--executor-input is not KFP's executor input ({reason}); leave it out when running by hand.")
 
 
 def _checked(name: str, metadata: Flat) -> dict[str, str | int | float]:

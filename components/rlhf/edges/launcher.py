@@ -19,7 +19,7 @@ def launch(num_processes: int) -> int:
     """
     # Without a limit each process would start a thread for every core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
-    os.environ[DIE_WITH_PARENT] = "1"
+    os.environ[DIE_WITH_PARENT] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

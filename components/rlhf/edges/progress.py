@@ -1,17 +1,22 @@
 """One line now and then that says how far a stage is, what its metrics are, and how long it will take."""
 
+import os
 import sys
 import time
 from collections.abc import Mapping
 
+from components.rlhf.errors import InputError
+
+SECONDS = "RLHF_PROGRESS_SECONDS"
+
 
 class Progress:
-    """Prints to stderr at most every few seconds, so that logs of a cluster stay readable."""
+    """Prints to stderr at most every few seconds (RLHF_PROGRESS_SECONDS, 5), so that logs of a cluster stay readable."""
 
-    def __init__(self, stage: str, *, every_seconds: float = 5.0, silent: bool = False) -> None:
+    def __init__(self, stage: str, *, every_seconds: float | None = None, silent: bool = False) -> None:
         self.stage = stage
         self.silent = silent  # another process of the stage speaks
-        self.every_seconds = every_seconds
+        self.every_seconds = _seconds_between_lines() if every_seconds is None else every_seconds
         self._first: tuple[str, int, float] | None = (
             None  # unit, step and time of the first call of what is counted now
         )
@@ -35,6 +40,14 @@ class Progress:
         if step > first_step:  # the first step also pays for loading, and after a resume it is not number 1
             values.append(f"{clock((now - first_time) / (step - first_step) * (total - step))} left")
         self.say("  ".join([f"{unit} {step}/{total}", *values]))
+
+
+def _seconds_between_lines() -> float:
+    text = os.environ.get(SECONDS, "5")
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{SECONDS} is {text!r}; it takes a number of seconds, 0 for a line each step.") from None
 
 
 def clock(seconds: float) -> str:

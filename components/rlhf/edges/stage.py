@@ -21,10 +21,10 @@ from components.rlhf.config.params import explain
 from components.rlhf.config.storage import StorageSettings, TrackingSettings
 from components.rlhf.edges.fetch import upload_all
 from components.rlhf.edges.kfp_io import output_uri, write_executor_output
-from components.rlhf.edges.process import die_with_parent, keep_freed_memory, tidy_up_on_sigterm
+from components.rlhf.edges.process import Stop, die_with_parent, keep_freed_memory
 from components.rlhf.edges.progress import Progress
-from components.rlhf.edges.storage import FolderStore, Store, open_store
-from components.rlhf.edges.tracking import Tracker, start_tracking
+from components.rlhf.edges.storage import Store, open_store
+from components.rlhf.edges.tracking import BY_HAND, Tracker, from_environment, start_tracking
 from components.rlhf.errors import InputError
 
 S = TypeVar("S", bound=Settings)
@@ -48,8 +48,10 @@ class StageRun(Generic[S]):
     tracker: Tracker
     storage: StorageSettings = field(default_factory=StorageSettings)
     executor_input: str = ""
+    stop: Stop = field(default_factory=Stop)
     published: dict[str, str] = field(default_factory=dict)  # output -> the URI that KFP is told instead of its own
     outputs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)
+    afterwards: list[Callable[[], None]] = field(default_factory=list)  # when the outputs have been reported
 
     def checkpoint_store(self) -> Store | None:
         """Where this stage keeps what it needs to go on after a death; None is nowhere."""
@@ -131,7 +133,9 @@ def stage_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--executor-input", default="", help="KFP's executor input; leave it out when running by hand."),
         click.option(
-            "--tracking", default="{}", help="Tracking settings as JSON; nothing is tracked without a uri in them."
+            "--tracking",
+            default="{}",
+            help="Tracking settings as JSON; nothing is tracked without a uri in them or in MLFLOW_TRACKING_URI.",
         ),
         click.option("--settings", required=True, help="The stage's settings: JSON text, or a file that holds it."),
     ):
@@ -158,13 +162,6 @@ def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def folder_of(store: Store | None) -> Path | None:
-    """The folder of a store that is one. Raises InputError for S3."""
-    if store is None or isinstance(store, FolderStore):
-        return store.folder if store else None
-    raise InputError(f"storage.checkpoint_uri: {store.uri} is no folder, and checkpoints go to folders only so far.")
-
-
 @contextlib.contextmanager
 def stage_run(
     name: str, model: type[S], *, settings: str, tracking: str, executor_input: str, storage: str = "{}"
@@ -176,16 +173,17 @@ def stage_run(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin on a busy core stall torch
     keep_freed_memory()
     die_with_parent()
-    tidy_up_on_sigterm()
+    stop = Stop()
+    stop.install()
     try:
         text = settings if settings.lstrip().startswith("{") else _read(settings)
         parsed = parse_settings(model, text)
         start_processes(getattr(getattr(parsed, name, None), "training", None))
-        track = parse_settings(TrackingSettings, tracking)
+        track = from_environment(parse_settings(TrackingSettings, tracking))
         stored = parse_settings(StorageSettings, storage)
         if rank() > 0:
             track = track.model_copy(update={"enabled": False})  # one process speaks for all
-        run_id = os.environ.get(RUN_ID, "by-hand")
+        run_id = os.environ.get(RUN_ID, BY_HAND)
         tracker = start_tracking(track, run_id=run_id, stage=name, params=parsed.model_dump(mode="json"))
         progress = Progress(name, silent=rank() > 0)
         run = StageRun(
@@ -196,10 +194,13 @@ def stage_run(
             tracker=tracker,
             storage=stored,
             executor_input=executor_input,
+            stop=stop,
         )
         yield run
         if executor_input and rank() == 0:
             write_executor_output(executor_input, run.outputs, run.published)
+        for call in run.afterwards:
+            call()
         tracker.finish("FINISHED")
     except InputError as error:
         if tracker:

@@ -11,12 +11,17 @@ from components.rlhf.config.storage import TrackingSettings
 
 RUN_ID_TAG = "rlhf.run_id"
 SQLITE = "sqlite:///"
+BY_HAND = "by-hand"  # the run id of stages that nobody gave one: they have nothing to do with each other
 
 
 class Tracker(Protocol):
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
     def log_file(self, path: Path) -> None: ...
+
+    def flush(self) -> None:
+        """Send what has been logged: a checkpoint must not know of a step that the curves lack."""
+        ...
 
     def finish(self, status: str) -> None:
         """status is FINISHED or FAILED."""
@@ -32,6 +37,9 @@ class NullTracker:
     def log_file(self, path: Path) -> None:
         return
 
+    def flush(self) -> None:
+        return
+
     def finish(self, status: str) -> None:
         return
 
@@ -41,9 +49,10 @@ class MlflowTracker:
 
     FLUSH_SECONDS = 5.0  # one request for many points; a single metric takes 50 ms
 
-    def __init__(self, client: Any, run_id: str) -> None:
+    def __init__(self, client: Any, run_id: str, logged: Mapping[str, int] | None = None) -> None:
         self.client = client
         self.run_id = run_id
+        self.logged = dict(logged or {})  # metric -> last step that an attempt before this one logged
         self._points: list[Any] = []
         self._flushed = time.monotonic()
         self._broken = False
@@ -52,18 +61,22 @@ class MlflowTracker:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._points += [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        self._points += [
+            Metric(name, float(value), now, step)
+            for name, value in metrics.items()
+            if step > self.logged.get(name, -1)  # a step that is made again has the same value, and one point
+        ]
         if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
-            self._flush()
+            self.flush()
 
     def log_file(self, path: Path) -> None:
         self._try(lambda: self.client.log_artifact(self.run_id, str(path)))
 
     def finish(self, status: str) -> None:
-        self._flush()
+        self.flush()
         self._try(lambda: self.client.set_terminated(self.run_id, status))
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         points, self._points = self._points, []
         self._flushed = time.monotonic()
         for start in range(0, len(points), 1000):  # the server's limit for one request
@@ -80,6 +93,13 @@ class MlflowTracker:
             warn(error)
 
 
+def from_environment(settings: TrackingSettings) -> TrackingSettings:
+    """The settings with MLFLOW_TRACKING_URI where they name no server: on a cluster it comes from a Secret."""
+    return (
+        settings if settings.uri else settings.model_copy(update={"uri": os.environ.get("MLFLOW_TRACKING_URI") or None})
+    )
+
+
 def start_tracking(settings: TrackingSettings, *, run_id: str, stage: str, params: Mapping[str, Any]) -> Tracker:
     """The tracker of one stage: nested in the parent run that carries run_id, which is made if it is not there."""
     if not settings.enabled or not settings.uri:
@@ -89,6 +109,9 @@ def start_tracking(settings: TrackingSettings, *, run_id: str, stage: str, param
         experiment_id = _experiment(client, settings)
         parent_id = parent_run(client, experiment_id, run_id)
         tags = {"mlflow.parentRunId": parent_id, "rlhf.stage": stage, RUN_ID_TAG: f"{run_id}/{stage}"}
+        if run_id != BY_HAND and (begun := _unfinished(client, experiment_id, f"{run_id}/{stage}")):
+            client.update_run(begun, status="RUNNING")
+            return MlflowTracker(client, begun, _last_steps(client, begun))
         run = client.create_run(experiment_id, run_name=stage, tags=tags)
         tracker = MlflowTracker(client, run.info.run_id)
         from mlflow.entities import Param
@@ -100,6 +123,17 @@ def start_tracking(settings: TrackingSettings, *, run_id: str, stage: str, param
     except Exception as error:  # tracking never fails training
         warn(error)
         return NullTracker()
+
+
+def _unfinished(client: Any, experiment_id: str, run_id: str) -> str | None:
+    """The run of an attempt at this stage that did not end well: its curves go on."""
+    found = client.search_runs([experiment_id], filter_string=f"tags.`{RUN_ID_TAG}` = '{run_id}'", max_results=10)
+    return next((str(run.info.run_id) for run in found if run.info.status != "FINISHED"), None)
+
+
+def _last_steps(client: Any, mlflow_run: str) -> dict[str, int]:
+    names = client.get_run(mlflow_run).data.metrics
+    return {name: max(point.step for point in client.get_metric_history(mlflow_run, name)) for name in names}
 
 
 def close_parent(

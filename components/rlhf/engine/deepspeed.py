@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from components.rlhf.config.model import TrainingSettings
@@ -90,16 +89,15 @@ class DeepSpeedEngine:
             with whole(parameter):
                 yield name, parameter.detach()
 
-    def save(self, directory: Path) -> None:
-        """Weights that are trained in fp32, and the optimiser's moments, in safetensors: one file a process."""
-        directory.mkdir(parents=True, exist_ok=True)
+    def snapshot(self) -> dict[str, Tensor]:
+        """Weights that are trained in fp32, and the optimiser's moments: every so-manieth is this process's."""
         tensors = {"steps_done": torch.tensor(self.steps_done)}
         for number, (name, parameter) in enumerate(self.parameters.items()):
             for key in ("weight", *MOMENTS):
                 value = self._read(parameter, key)
                 if number % self.group.world_size == self.group.rank:
-                    tensors[f"{key}/{name}"] = value.cpu().contiguous()
-        save_file(tensors, directory / f"engine-{self.group.rank:05d}.safetensors")
+                    tensors[f"{key}/{name}"] = value.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return tensors
 
     def load(self, directory: Path) -> None:
         files: list[Any] = [safe_open(path, framework="pt") for path in sorted(directory.glob("engine*.safetensors"))]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from components.rlhf.config.model import TrainingSettings
@@ -70,20 +70,19 @@ class TorchEngine:
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, parameter.detach()) for name, parameter in self.module.named_parameters())
 
-    def save(self, directory: Path) -> None:
-        """Weights that are trained, and the optimiser's moments, in safetensors; they are the same in every process."""
+    def snapshot(self) -> dict[str, Tensor]:
+        """Weights that are trained, and the optimiser's moments; they are the same in every process, so the first has all."""
         if self.group.rank > 0:
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors = {f"weight/{name}": p.detach().contiguous() for name, p in self.parameters.items()}
+            return {}
+        tensors = {f"weight/{name}": _copied(p) for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
-                tensors[f"{key}/{name}"] = value.detach().contiguous()
+                tensors[f"{key}/{name}"] = _copied(value)
         tensors["steps_done"] = torch.tensor(self.steps_done)
-        save_file(tensors, directory / "engine.safetensors")
+        return tensors
 
     def load(self, directory: Path) -> None:
-        tensors = load_file(directory / "engine.safetensors")
+        tensors = load_file(directory / "engine-00000.safetensors")
         self.steps_done = int(tensors.pop("steps_done"))
         saved = {key.removeprefix("weight/") for key in tensors if key.startswith("weight/")}
         if saved != set(self.parameters):
@@ -97,3 +96,8 @@ class TorchEngine:
             moment, name = key.split("/", 1)
             parameter = self.parameters[name]
             self.optimizer.state[parameter][moment] = value.to(parameter.device)  # the file was read into main memory
+
+
+def _copied(x: Tensor) -> Tensor:
+    """In main memory, and not changed by the next step."""
+    return x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

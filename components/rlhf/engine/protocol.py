@@ -34,9 +34,16 @@ class TrainEngine(Protocol):
         """Every weight whole, by name. All processes call it in the same order."""
         ...
 
-    def save(self, directory: Path) -> None: ...
+    def snapshot(self) -> dict[str, Tensor]:
+        """This process's share of what training goes on from, as copies in main memory: weights, moments, steps done.
 
-    def load(self, directory: Path) -> None: ...
+        All processes call it; {} where others hold everything. The schedule follows from the steps done.
+        """
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Go on from the snapshots of all processes, in safetensors files `engine-RANK.safetensors`; their number may differ."""
+        ...
 
 
 class Group(Protocol):

@@ -1,6 +1,7 @@
 """Models on disk: ordinary Hugging Face folders in safetensors, loaded offline."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,10 @@ def normalisation_of(directory: Path) -> tuple[float, float]:
         raise InputError(
             f"{directory}/config.json lacks reward_mean and reward_std; add them (0 and 1 for raw scores)."
         )
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in (mean, std)) or std <= 0:
+        raise InputError(
+            f"{directory}/config.json: reward_mean and reward_std must be finite numbers, the second above 0."
+        )
     return float(mean), float(std)
 
 
@@ -69,15 +74,20 @@ def stop_ids_of(directory: Path) -> tuple[int, ...]:
     """Every id that ends a response, from the generation settings of a model folder, or else from its config."""
     try:
         ids = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
-    except OSError:
+    except OSError:  # there is none
         ids = None
+    except Exception as error:  # whatever a broken one makes the library raise
+        raise _not_a_model(directory, error) from error
     if ids is None:
-        ids = _config(directory).eos_token_id
+        ids = getattr(_config(directory), "eos_token_id", None)
     if ids is None:
         raise InputError(
             f"{directory}: no eos_token_id in generation_config.json or config.json; a response could never end."
         )
-    return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+    ids = list(ids) if isinstance(ids, list | tuple) else [ids]
+    if not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise InputError(f"{directory}: eos_token_id must be an id of the tokenizer, or a list of them.")
+    return tuple(ids)
 
 
 def collect_weights(named: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
@@ -139,7 +149,13 @@ def load_with_info(kind: Any, directory: Path, **options: Any) -> tuple[Any, dic
     """A model of one of transformers' Auto classes in its stored precision, and its report of missing weights. Raises InputError."""
     try:
         model, info = kind.from_pretrained(
-            directory, local_files_only=True, dtype="auto", output_loading_info=True, **options
+            directory,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype="auto",
+            output_loading_info=True,
+            **options,
         )
     except Exception as error:  # whatever broken or missing files make the libraries raise
         raise _not_a_model(directory, error) from error
@@ -148,13 +164,13 @@ def load_with_info(kind: Any, directory: Path, **options: Any) -> tuple[Any, dic
 
 def _config(directory: Path) -> Any:
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a broken or missing config.json makes the library raise
         raise _not_a_model(directory, error) from error
 
 
 def _not_a_model(directory: Path, error: Exception) -> InputError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:500]
     return InputError(f"{directory} is not a model folder that transformers can load ({reason}).")
 
 

@@ -11,14 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor
 
+from components.rlhf.config.strict_json import NotJsonError, parse_json
 from components.rlhf.data.records import Completion, PreferencePair, RatedText
+from components.rlhf.errors import InputError
 
 FEATURES, WEIGHTS = "judge.json", "judge.safetensors"
+MAX_FEATURES_BYTES = 512 * 2**20
 
 
 class LinearJudge:
@@ -50,11 +54,40 @@ class LinearJudge:
 
 
 def load_judge(directory: Path) -> LinearJudge:
-    content = json.loads((directory / FEATURES).read_text(encoding="utf-8"))
-    weights = load_file(directory / WEIGHTS)
-    vectorizer = _vectorizer(content["max_ngram"], vocabulary=content["vocabulary"])
+    """The judge that save wrote. Raises InputError for whatever else lies there."""
+    try:
+        with (directory / FEATURES).open("rb") as file:
+            text = file.read(MAX_FEATURES_BYTES + 1)
+        if len(text) > MAX_FEATURES_BYTES:
+            raise NotJsonError(f"longer than {MAX_FEATURES_BYTES // 2**20} MiB")
+        max_ngram, vocabulary = _features(parse_json(text))
+        weights = {name: values.astype(np.float64) for name, values in load_file(directory / WEIGHTS).items()}
+        shapes = {"idf": (len(vocabulary),), "coefficients": (len(vocabulary),), "intercept": (1,)}
+        if {name: values.shape for name, values in weights.items()} != shapes:
+            raise NotJsonError("idf and coefficients need one number a word, and intercept one")
+        if not all((np.abs(values) < 1e15).all() for values in weights.values()):
+            raise NotJsonError("a weight is not finite, or beyond 1e15")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{directory} is not a judge that can be loaded ({reason}); fit it again.") from None
+    vectorizer = _vectorizer(max_ngram, vocabulary=vocabulary)
     vectorizer.idf_ = weights["idf"]
     return LinearJudge(vectorizer, weights["coefficients"], float(weights["intercept"][0]))
+
+
+def _features(content: Any) -> tuple[int, dict[str, int]]:
+    """Longest n-gram, and the column of every term: each column once."""
+    if not isinstance(content, dict) or set(content) != {"max_ngram", "vocabulary"}:
+        raise NotJsonError("max_ngram and vocabulary are needed, and nothing else")
+    max_ngram, vocabulary = content["max_ngram"], content["vocabulary"]
+    if type(max_ngram) is not int or not 1 <= max_ngram <= 100:
+        raise NotJsonError("max_ngram is not between 1 and 100")
+    if not isinstance(vocabulary, dict) or not vocabulary:
+        raise NotJsonError("it has no vocabulary")
+    columns = list(vocabulary.values())
+    if any(type(column) is not int for column in columns) or sorted(columns) != list(range(len(columns))):
+        raise NotJsonError("the vocabulary does not number its words")
+    return max_ngram, vocabulary
 
 
 def fit_to_ratings(rated: Sequence[RatedText], *, max_ngram: int, regularisation: float) -> LinearJudge:

@@ -1,15 +1,25 @@
+"""Checkpoints in a folder: written whole or not at all, verified, the newest good one found again."""
+
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from components.rlhf.checkpoints import files
 from components.rlhf.checkpoints import folder as folder_module
-from components.rlhf.checkpoints.folder import COMPLETE, CheckpointFolder
+from components.rlhf.checkpoints.files import COMPLETE
+from components.rlhf.checkpoints.folder import CheckpointFolder
 from components.rlhf.config.storage import CheckpointSettings
+from components.rlhf.edges.process import Stop
+from components.rlhf.edges.storage import FolderStore
+from components.rlhf.engine.group import SingleProcess
 from components.rlhf.engine.protocol import StepInfo
+from components.rlhf.errors import InputError
 
 
 class Counter:
@@ -18,7 +28,7 @@ class Counter:
     module = nn.Identity()
 
     def __init__(self, number: int = 0) -> None:
-        self.number = number
+        self.number = torch.tensor(number)
 
     def backward(self, loss: Tensor, last: bool) -> None: ...
 
@@ -26,145 +36,293 @@ class Counter:
         raise NotImplementedError
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield "number", torch.tensor(self.number)
+        yield "number", self.number
 
-    def save(self, directory: Path) -> None:
-        directory.mkdir(parents=True)
-        (directory / "number").write_text(str(self.number))
+    def snapshot(self) -> dict[str, Tensor]:
+        return {"number": self.number.clone()}
 
     def load(self, directory: Path) -> None:
-        self.number = int((directory / "number").read_text())
+        self.number = load_file(directory / "engine-00000.safetensors")["number"]
 
 
-class Broken(Counter):
-    def save(self, directory: Path) -> None:
-        super().save(directory)
-        raise OSError("no space left on device")
+class Broken(FolderStore):
+    """A store that fails to write files of some name."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(folder)
+        self.name = name
+
+    def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> bool:
+        if key.endswith(self.name):
+            raise OSError(28, "No space left on device")
+        return super().write(key, data, only_if_absent=only_if_absent)
 
 
-def folder_in(
-    root: Path | None, *, key: str = "ppo/abc", keep: int = 2, every_minutes: float = 5.0
-) -> CheckpointFolder:
-    return CheckpointFolder(root, key, CheckpointSettings(keep=keep, every_minutes=every_minutes))
+class Saver:
+    """A stage that saves to a folder; what it says is kept."""
+
+    def __init__(
+        self, store: FolderStore | Path | None, *, key: str = "ppo/abc", stop: Stop | None = None, **settings: Any
+    ) -> None:
+        self.said: list[str] = []
+        store = FolderStore(store) if isinstance(store, Path) else store
+        self.folder = CheckpointFolder(
+            store, key, CheckpointSettings(**settings), SingleProcess(), self.said.append, stop
+        )
+
+    def save(self, step: int, number: int | None = None, **state: Any) -> None:
+        self.folder.save(step, {"actor": Counter(step if number is None else number)}, state)
+        self.folder.wait()
+
+    def restore(self) -> tuple[dict[str, Any] | None, int]:
+        actor = Counter(-1)
+        try:
+            return self.folder.restore({"actor": actor}), int(actor.number)
+        finally:
+            if self.folder._lease:
+                self.folder._lease.release()
 
 
-def names(folder: CheckpointFolder) -> list[str]:
-    assert folder.folder is not None
-    return sorted(path.name for path in folder.folder.iterdir())
+def steps(root: Path) -> list[str]:
+    return sorted(path.name.rpartition("-")[0] for path in (root / "ppo" / "abc").glob("step-*"))
+
+
+def newest(root: Path) -> Path:
+    return max((root / "ppo" / "abc").glob("step-*"))
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     state = {"kl_coef": 0.1 + 0.2, "history": [{"a": 1.5}], "best": None}
-    folder_in(tmp_path).save(7, {"actor": Counter(3), "critic": Counter(4)}, state)
+    first = Saver(tmp_path)
+    first.folder.save(7, {"actor": Counter(3), "critic": Counter(4)}, state)
+    first.folder.wait()
     actor, critic = Counter(), Counter()
-    folder = folder_in(tmp_path)
-    assert folder.newest is None
-    assert folder.restore({"actor": actor, "critic": critic}) == {"step": 7, **state}
-    assert (actor.number, critic.number) == (3, 4)
-    assert folder.newest == tmp_path / "ppo" / "abc" / "step-00000007"
+    again = Saver(tmp_path).folder
+    assert again.newest is None
+    assert again.restore({"actor": actor, "critic": critic}) == {"step": 7, **state}
+    assert (int(actor.number), int(critic.number)) == (3, 4)
+    assert again.newest == str(newest(tmp_path))
+    again.clear()
+
+
+def test_a_manifest_says_what_it_holds(tmp_path: Path) -> None:
+    """Digests by sha256sum of coreutils on the same bytes would be the same: sha256 of the empty input is well known."""
+    import subprocess
+
+    Saver(tmp_path).save(1)
+    manifest = json.loads((newest(tmp_path) / "manifest.json").read_text())
+    assert set(manifest) == {"actor/engine-00000.safetensors", "state.json"}
+    for name, (sha256, size) in manifest.items():
+        said = subprocess.run(["sha256sum", newest(tmp_path) / name], capture_output=True, text=True, check=True)
+        assert said.stdout.split()[0] == sha256
+        assert (newest(tmp_path) / name).stat().st_size == size
 
 
 def test_the_newest_counts_and_the_newest_are_kept(tmp_path: Path) -> None:
-    folder = folder_in(tmp_path, keep=2)
+    saver = Saver(tmp_path, keep=2)
     for step in (9, 10, 100):
-        folder.save(step, {"actor": Counter(step)}, {})
-        assert folder.newest is not None
-        assert folder.newest.name == f"step-{step:08d}"
-    assert names(folder) == ["step-00000010", "step-00000100"]
-    actor = Counter()
-    assert folder_in(tmp_path).restore({"actor": actor}) == {"step": 100}
-    assert actor.number == 100
+        saver.save(step)
+    assert steps(tmp_path) == ["step-00000010", "step-00000100"]
+    assert Saver(tmp_path).restore() == ({"step": 100}, 100)
 
 
-def test_a_step_is_saved_again_in_place(tmp_path: Path) -> None:
-    folder = folder_in(tmp_path)
-    folder.save(5, {"actor": Counter(1)}, {"try": 1})
-    folder.save(5, {"actor": Counter(2)}, {"try": 2})
-    actor = Counter()
-    assert folder.restore({"actor": actor}) == {"step": 5, "try": 2}
-    assert actor.number == 2
-    assert names(folder) == ["step-00000005"]
+def test_a_step_that_is_saved_again_counts_once_more(tmp_path: Path) -> None:
+    Saver(tmp_path, keep=1).save(5, 1)
+    Saver(tmp_path, keep=1).save(5, 1)
+    assert steps(tmp_path) == ["step-00000005"]
+    assert Saver(tmp_path).restore()[1] == 1
 
 
-def test_an_incomplete_one_is_ignored(tmp_path: Path) -> None:
-    folder = folder_in(tmp_path)
-    folder.save(1, {"actor": Counter(1)}, {})
-    folder.save(2, {"actor": Counter(2)}, {})
-    (tmp_path / "ppo" / "abc" / "step-00000002" / COMPLETE).unlink()
-    actor = Counter()
-    assert folder_in(tmp_path).restore({"actor": actor}) == {"step": 1}
-    assert actor.number == 1
+def test_one_that_was_passed_over_goes_when_training_has_gone_on(tmp_path: Path) -> None:
+    saver = Saver(tmp_path)
+    saver.save(1)
+    saver.save(3)
+    break_byte(newest(tmp_path) / "state.json")
+    again = Saver(tmp_path)
+    assert again.restore() == ({"step": 1}, 1)
+    again.save(2)
+    assert steps(tmp_path) == ["step-00000001", "step-00000002"]
 
 
-def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path) -> None:
-    folder = folder_in(tmp_path)
-    folder.save(1, {"actor": Counter(1)}, {})
-    with pytest.raises(OSError, match="no space"):
-        folder.save(2, {"actor": Broken(2)}, {})
-    assert folder.newest is not None
-    assert folder.newest.name == "step-00000001"
-    actor = Counter()
-    assert folder_in(tmp_path).restore({"actor": actor}) == {"step": 1}
-    folder.save(2, {"actor": Counter(2)}, {})  # what the failed one left is swept away
-    assert names(folder) == ["step-00000001", "step-00000002"]
+def break_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
 
 
-def test_the_marker_is_the_last_thing_written(tmp_path: Path) -> None:
-    folder = folder_in(tmp_path)
+BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no marker": (lambda f: (f / COMPLETE).unlink(), "no .complete"),
+    "a byte of the weights": (lambda f: break_byte(f / "actor/engine-00000.safetensors"), "sha256"),
+    "a byte of the state": (lambda f: break_byte(f / "state.json"), "sha256"),
+    "no weights": (lambda f: (f / "actor/engine-00000.safetensors").unlink(), "missing"),
+    "short weights": (lambda f: (f / "actor/engine-00000.safetensors").write_bytes(b"x"), "has 1 bytes instead of"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
+    "half a manifest": (
+        lambda f: (f / "manifest.json").write_text('{"state.json": ["'),
+        "manifest.json cannot be read",
+    ),
+    "a list": (lambda f: (f / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
+    "deep nesting": (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json cannot be read"),
+    "an empty manifest": (lambda f: (f / "manifest.json").write_text("{}"), "lacks state.json"),
+    "a way out": (lambda f: (f / "manifest.json").write_text('{"../../x": ["", 1]}'), "no file of a checkpoint"),
+    "a pickle": (lambda f: (f / "manifest.json").write_text('{"actor/engine.pt": ["", 1]}'), "no file of a checkpoint"),
+    "a link": (
+        lambda f: (f / "state.json").rename(f.parent / "s") and (f / "state.json").symlink_to(f.parent / "s"),
+        "missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_what_does_not_verify_is_passed_over_and_it_says_why(tmp_path: Path, what: str) -> None:
+    damage, why = BREAKS[what]
+    saver = Saver(tmp_path)
+    saver.save(1)
+    saver.save(2)
+    damage(newest(tmp_path))
+    again = Saver(tmp_path)
+    assert again.restore() == ({"step": 1}, 1)
+    (said,) = again.said
+    assert said.startswith(f"checkpoint {newest(tmp_path).name} is passed over: ")
+    assert why in said
+
+
+def test_when_none_verifies_training_begins_anew(tmp_path: Path) -> None:
+    Saver(tmp_path).save(1)
+    (newest(tmp_path) / COMPLETE).unlink()
+    again = Saver(tmp_path)
+    assert again.restore() == (None, -1)
+    assert len(again.said) == 1
+    again.save(1)  # what was interrupted is swept away
+    assert len(list((tmp_path / "ppo" / "abc").glob("step-*"))) == 1
+
+
+@pytest.mark.parametrize("name", ["state.json", "manifest.json", COMPLETE])
+def test_a_save_that_fails_leaves_the_last_one_and_training_goes_on(tmp_path: Path, name: str) -> None:
+    Saver(tmp_path).save(1)
+    failing = Saver(Broken(tmp_path, name))
+    failing.save(2)
+    assert failing.said == [
+        "a checkpoint could not be written, going on without it ([Errno 28] No space left on device)"
+    ]
+    assert Saver(tmp_path).restore() == ({"step": 1}, 1)
+
+
+def test_saves_that_fail_again_and_again_end_it(tmp_path: Path) -> None:
+    failing = Saver(Broken(tmp_path, COMPLETE))
+    failing.save(1)
+    failing.save(2)
+    with pytest.raises(InputError, match="3 checkpoints in a row could not be written to ppo/abc"):
+        failing.save(3)
+
+
+def test_a_save_that_succeeds_is_a_new_beginning(tmp_path: Path) -> None:
+    store = Broken(tmp_path, COMPLETE)
+    saver = Saver(store)
+    for step in range(1, 10):
+        store.name = "nothing" if step % 3 == 0 else COMPLETE
+        saver.save(step)
+    assert len(saver.said) == 6
+
+
+def test_saving_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    gate = threading.Event()
+    write = files.write
+    monkeypatch.setattr(files, "write", lambda *arguments: gate.wait(60) and write(*arguments))
+    saver = Saver(tmp_path)
+    actor = Counter(1)
+    saver.folder.save(1, {"actor": actor}, {})
+    actor.number += 100  # training goes on while the gate is shut
+    assert saver.folder.newest is None
+    gate.set()
+    saver.folder.wait()
+    assert Saver(tmp_path).restore() == ({"step": 1}, 1)
+
+
+def test_what_is_no_json_is_an_error_at_once(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
-        folder.save(1, {"actor": Counter(1)}, {"no JSON": object()})
-    assert folder_in(tmp_path).restore({"actor": Counter()}) is None
+        Saver(tmp_path).folder.save(1, {"actor": Counter(1)}, {"no JSON": object()})
     assert not list(tmp_path.rglob(COMPLETE))
 
 
 def test_nothing_is_found_in_an_empty_folder_or_under_another_key(tmp_path: Path) -> None:
-    assert folder_in(tmp_path).restore({"actor": Counter()}) is None
-    folder_in(tmp_path, key="ppo/abc").save(1, {"actor": Counter(1)}, {})
-    assert folder_in(tmp_path, key="ppo/abd").restore({"actor": Counter()}) is None
+    assert Saver(tmp_path).restore() == (None, -1)
+    Saver(tmp_path, key="ppo/abc").save(1)
+    assert Saver(tmp_path, key="ppo/abd").restore() == (None, -1)
 
 
 def test_clear_deletes_this_stage_alone(tmp_path: Path) -> None:
-    ours, others = folder_in(tmp_path), folder_in(tmp_path, key="sft/def")
-    ours.save(1, {"actor": Counter(1)}, {})
-    others.save(1, {"actor": Counter(2)}, {})
-    ours.clear()
-    assert ours.restore({"actor": Counter()}) is None
-    assert others.restore({"actor": Counter()}) == {"step": 1}
-    ours.clear()  # twice is no error
+    ours, others = Saver(tmp_path), Saver(tmp_path, key="sft/def")
+    ours.save(1)
+    others.save(1)
+    ours.folder.clear()
+    assert ours.restore() == (None, -1)
+    assert others.restore() == ({"step": 1}, 1)
+    ours.folder.clear()  # twice is no error
 
 
-def test_without_a_root_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_store_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = folder_in(None, every_minutes=0.0)
-    assert not folder.due()
-    folder.save(1, {"actor": Counter(1)}, {})
-    assert folder.restore({"actor": Counter()}) is None
-    folder.clear()
-    assert folder.newest is None
+    saver = Saver(None, every_minutes=0.0)
+    assert not saver.folder.due()
+    saver.save(1)
+    assert saver.restore() == (None, -1)
+    saver.folder.clear()
+    assert saver.folder.newest is None
     assert not list(tmp_path.iterdir())
 
 
 def test_due_every_so_many_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(folder_module.time, "monotonic", lambda: now)
-    folder = folder_in(tmp_path, every_minutes=2.0)
-    assert not folder.due()
+    saver = Saver(tmp_path, every_minutes=2.0)
+    assert not saver.folder.due()
     now += 119
-    assert not folder.due()
+    assert not saver.folder.due()
     now += 1
-    assert folder.due()
-    folder.save(1, {"actor": Counter(1)}, {})
-    assert not folder.due()
+    assert saver.folder.due()
+    saver.save(1)
+    assert not saver.folder.due()
     now += 120
-    assert folder.due()
+    assert saver.folder.due()
 
 
-def test_always_due_when_minutes_are_zero(tmp_path: Path) -> None:
-    assert folder_in(tmp_path, every_minutes=0.0).due()
+def test_a_signal_saves_and_ends(tmp_path: Path) -> None:
+    stop = Stop()
+    saver = Saver(tmp_path, stop=stop)
+    assert not saver.folder.due()
+    stop.signal = 15
+    assert saver.folder.due()
+    with pytest.raises(SystemExit) as end:
+        saver.save(4)
+    assert end.value.code == 143
+    assert saver.said == ["saved step 4; ending on SIGTERM, and going on from there when started again"]
+    assert Saver(tmp_path).restore() == ({"step": 4}, 4)
 
 
-def test_the_state_is_plain_json(tmp_path: Path) -> None:
-    folder = folder_in(tmp_path)
-    folder.save(3, {"actor": Counter(1)}, {"kl_coef": 0.25})
-    assert folder.newest is not None
-    assert json.loads((folder.newest / "state.json").read_text()) == {"step": 3, "kl_coef": 0.25}
+def test_shares_of_several_processes_are_one_checkpoint(tmp_path: Path) -> None:
+    """The first waits for the digests of the others, and its manifest names all shards."""
+    import threading
+
+    store = FolderStore(tmp_path)
+    shares = [files.Shards(rank, 2, {"actor": {"number": torch.tensor(rank)}}) for rank in (0, 1)]
+    first = threading.Thread(target=files.write, args=(store, "k/step-00000001-00000000", shares[0], '{"step": 1}'))
+    first.start()
+    first.join(0.5)
+    assert first.is_alive()
+    assert not files.complete(store, "k/step-00000001-00000000")
+    files.write(store, "k/step-00000001-00000000", shares[1], "")
+    first.join(10)
+    local, state = files.fetch(store, "k/step-00000001-00000000", tmp_path / "unused")
+    assert state == {"step": 1}
+    assert [int(load_file(local / f"actor/engine-0000{rank}.safetensors")["number"]) for rank in (0, 1)] == [0, 1]
+
+
+def test_a_share_that_fails_fails_the_checkpoint(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    store.write("k/step-00000001-00000000/shards-00001.json", b'{"error": "disk full"}')
+    with pytest.raises(InputError, match="another process could not write its share: disk full"):
+        files.write(store, "k/step-00000001-00000000", files.Shards(0, 2, {}), "{}")
+    assert not files.complete(store, "k/step-00000001-00000000")

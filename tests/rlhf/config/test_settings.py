@@ -16,6 +16,7 @@ from components.rlhf.config.params import Params, explain
 from components.rlhf.config.ppo import PpoSettings, PpoStage, RolloutSettings
 from components.rlhf.config.reward_model import RewardModelStage
 from components.rlhf.config.sft import SftStage
+from pipelines.profiles import resolve_profiles
 
 PARAMS = Path(__file__).resolve().parents[3] / "pipelines/params"
 
@@ -62,7 +63,7 @@ def test_defaults_are_valid() -> None:
 def test_shipped_params_are_valid(path: Path) -> None:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     content.pop("presets", None)  # tests/pipelines/test_settings.py lays them over the file
-    Params.model_validate(content)
+    Params.model_validate(resolve_profiles(content))
 
 
 def test_values_never_change() -> None:

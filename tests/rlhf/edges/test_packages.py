@@ -1,4 +1,6 @@
 import hashlib
+import io
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -131,3 +133,45 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/c")
     assert cache_folder() == Path("/c/.cache/kfp-rlhf")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "pypi:../../../escaped==1.0", "pypi:/etc/x==1", "pypi:--index-url=http://evil.example==1", "pypi:-r/etc/passwd==1",
+        "pypi:x==1;print", "pypi:x==1 --pre", "pypi:x==1\n-r y", "pypi:x @ http://evil.example/x.whl==1", "pypi:x[extra]==1",
+        "pypi:x==../../y", "pypi:x==1,>0", "pypi:a b==1", "pypi:==1", "pypi:x==",
+    ],
+)  # fmt: skip
+def test_a_name_that_pip_or_the_cache_would_read_as_something_else(downloads: list[str], uri: str, cache: Path) -> None:
+    with pytest.raises(InputError, match="is not of the form pypi:NAME==VERSION"):
+        fetch_package(uri)
+    assert downloads == [] and not cache.exists()
+
+
+def make_sdist(folder: Path, ran: Path) -> Path:
+    """A source package whose build code leaves a trace."""
+    path = folder / "tiny_carrier-1.0.tar.gz"
+    files = {
+        "tiny_carrier-1.0/setup.py": f"open({str(ran)!r}, 'w').close()\nimport setuptools; setuptools.setup()\n",
+        "tiny_carrier-1.0/PKG-INFO": "Metadata-Version: 2.1\nName: tiny_carrier\nVersion: 1.0\n",
+    }
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(text)
+            tar.addfile(entry, io.BytesIO(text.encode()))
+    return path
+
+
+def test_no_code_of_a_package_runs(index: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_sdist(index, tmp_path / "ran")
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "1")
+    with pytest.raises(InputError, match="could not be fetched"):  # instead of a wheel
+        fetch_package(f"pypi:{NAME}")
+    with pytest.raises(InputError, match="runs code of it, so only known ones are"):
+        fetch_package(f"pypi:{NAME}", source=True)
+    monkeypatch.setitem(packages.KNOWN_SHA256, NAME, "0" * 64)
+    with pytest.raises(InputError, match="could not be fetched"):  # under a known name
+        fetch_package(f"pypi:{NAME}", source=True)
+    assert not (tmp_path / "ran").exists()

@@ -45,20 +45,24 @@ def test_other_c_libraries_are_left_alone() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise is Linux's")
-@pytest.mark.parametrize(("asked", "survives"), [("1", False), ("", True)])
-def test_a_stage_dies_with_its_runner_where_it_is_asked_to(asked: str, survives: bool) -> None:
-    stage = "from components.rlhf.edges.process import *; import time; die_with_parent(); print('up', flush=True); time.sleep(60)"
+@pytest.mark.parametrize("before", ["", "import time; time.sleep(2); "], ids=["later", "while the stage starts"])
+@pytest.mark.parametrize(("asked", "survives"), [("str(os.getpid())", False), ("''", True)])
+def test_a_stage_dies_with_its_runner_where_it_is_asked_to(asked: str, survives: bool, before: str) -> None:
+    """Also when the runner dies before the stage comes to ask for it."""
+    say = "print('up', flush=True); "
+    own = "from components.rlhf.edges.process import die_with_parent; die_with_parent(); "
+    stage = (say + before + own if before else own + say) + "import time; time.sleep(60)"
     runner = start(
-        f"import subprocess; p = subprocess.Popen([sys.executable, '-c', {stage!r}], stdout=subprocess.PIPE); "
+        f"import subprocess; os.environ['RLHF_DIE_WITH_PARENT'] = {asked}; "
+        f"p = subprocess.Popen([sys.executable, '-c', {stage!r}], stdout=subprocess.PIPE); "
         "p.stdout.readline(); print(p.pid, flush=True); p.wait()",
-        RLHF_DIE_WITH_PARENT=asked,
     )
     assert runner.stdout is not None
     pid = int(runner.stdout.readline())
     runner.kill()
     runner.wait()
     runner.stdout.close()
-    deadline = time.monotonic() + (1 if survives else 20)
+    deadline = time.monotonic() + (4 if survives else 20)
     while running(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     try:
@@ -78,10 +82,53 @@ def running(pid: int) -> bool:
 
 def test_sigterm_runs_what_stands_in_finally() -> None:
     process = start(
-        "tidy_up_on_sigterm()\nimport time\ntry:\n  print('up', flush=True); time.sleep(60)\nfinally:\n  print('tidied', flush=True)"
+        "Stop().install()\nimport time\ntry:\n  print('up', flush=True); time.sleep(60)\nfinally:\n  print('tidied', flush=True)"
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     process.terminate()
     assert process.stdout.readline() == "tidied\n"
+    assert process.wait() == 143
+
+
+LOOP = """
+stop = Stop()
+Stop.SECONDS_TO_SAVE, Stop.SAME_SIGNAL_SECONDS = {seconds}, 0.3
+stop.install(); stop.defer()
+import sys, time
+print('up', flush=True)
+try:
+    for _ in range(600):
+        time.sleep(0.1)
+        if stop.signal and {looks}:
+            print('saved on', stop.name, flush=True)
+            sys.exit(stop.exit_code)
+finally:
+    print('tidied', flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_deferred_signal_lets_a_checkpoint_be_saved(number: signal.Signals) -> None:
+    process = start(LOOP.format(seconds=20, looks=True))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(number)
+    assert process.stdout.read() == f"saved on {number.name}\ntidied\n"
+    assert process.wait() == 128 + number
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["signalled again", "a step without end"])
+def test_a_step_that_takes_too_long_is_not_waited_for(again: bool) -> None:
+    process = start(LOOP.format(seconds=60 if again else 1, looks=False))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.terminate()
+    time.sleep(0.1)
+    process.terminate()  # the same signal by another way: torchrun's agent passes it on
+    if again:
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.terminate()
+    assert process.stdout.read() == "tidied\n"
     assert process.wait() == 143

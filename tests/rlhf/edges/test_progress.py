@@ -3,6 +3,7 @@ import time
 import pytest
 
 from components.rlhf.edges.progress import Progress, clock
+from components.rlhf.errors import InputError
 
 
 @pytest.fixture
@@ -77,3 +78,20 @@ def test_another_count_in_the_same_stage_has_an_estimate_of_its_own(
         at(seconds)
         progress.step(step, 20, {}, unit="second model answered")
     assert capsys.readouterr().err.splitlines()[-1] == "[evaluation] second model answered 15/20  0:10 left"
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [("0", ["1", "2", "3", "4"]), ("3600", ["1", "4"])])
+def test_how_often_it_speaks_is_for_the_environment_to_say(
+    seconds: str, shown: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RLHF_PROGRESS_SECONDS", seconds)
+    progress = Progress("sft")
+    for step in range(1, 5):
+        progress.step(step, 4, {})
+    assert [line.split("/")[0].rpartition(" ")[2] for line in capsys.readouterr().err.splitlines()] == shown
+
+
+def test_seconds_that_are_no_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_PROGRESS_SECONDS", "often")
+    with pytest.raises(InputError, match="RLHF_PROGRESS_SECONDS is 'often'"):
+        Progress("sft")

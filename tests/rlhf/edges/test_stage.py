@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from components.rlhf.artifacts.manifest import Manifest, write_manifest
 from components.rlhf.config.imports import RegisterStage
 from components.rlhf.config.storage import TrackingSettings
 from components.rlhf.edges import stage as module
-from components.rlhf.edges.stage import StageRun, folder_of, stage_options, stage_run, storage_option
+from components.rlhf.edges.stage import StageRun, stage_options, stage_run, storage_option
 from components.rlhf.errors import InputError
 
 SETTINGS = '{"decision":"promote"}'
@@ -35,6 +36,9 @@ class Recorder:
 
     def log_file(self, path: Path) -> None:
         self.told.append(path.name)
+
+    def flush(self) -> None:
+        return
 
     def finish(self, status: str) -> None:
         self.told.append(status)
@@ -92,6 +96,17 @@ def test_a_good_end_reports_every_output(tracker: Recorder, tmp_path: Path) -> N
     assert json.loads((tmp_path / "new/metrics").read_text(encoding="utf-8")) == {"loss": 0.5, "steps": 3.0}
     assert (tmp_path / "new/summary.md").read_text(encoding="utf-8") == "# Done\n"
     assert tracker.told == ["summary.md", ({"final/loss": 0.5, "final/steps": 3.0}, 0), "FINISHED"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_checkpoints_go_when_the_outputs_have_been_reported(tracker: Recorder, tmp_path: Path, fails: bool) -> None:
+    """Who dies between the two would have nothing to go on with, and nothing to show."""
+    seen: list[bool] = []
+    output = tmp_path / "executor_output.json"
+    with contextlib.suppress(ZeroDivisionError), run(executor_input=executor_input(tmp_path)) as stage:
+        stage.afterwards.append(lambda: seen.append(output.exists()))
+        assert 1 // (not fails)
+    assert seen == ([] if fails else [True])
 
 
 def test_a_mistake_of_the_user_is_one_line(
@@ -223,7 +238,8 @@ def test_checkpoints_go_where_the_storage_settings_say(tmp_path: Path) -> None:
     def command(storage: str, settings: str, tracking: str, executor_input: str) -> None:
         assert (tracking, executor_input) == ("{}", "")
         with run(storage=storage) as stage:
-            click.echo(repr(stage.checkpoint_store() and str(folder_of(stage.checkpoint_store()))))
+            store = stage.checkpoint_store()
+            click.echo(repr(store and store.uri))
 
     uri = json.dumps({"checkpoint_uri": str(tmp_path)})
     assert CliRunner().invoke(command, ["--settings", "{}", "--storage", uri]).output == f"{str(tmp_path)!r}\n"

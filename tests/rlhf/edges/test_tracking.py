@@ -196,3 +196,26 @@ def test_no_tracking(settings: TrackingSettings, capsys: pytest.CaptureFixture[s
 
 def test_flatten() -> None:
     assert flatten({"a": {"b": {"c": 1}, "d": None}, "e": [1], "f": {}}) == {"a.b.c": 1, "a.d": None, "e": [1]}
+
+
+def test_a_second_attempt_goes_on_with_the_curves_of_the_first(
+    tracking: TrackingSettings, client: MlflowClient
+) -> None:
+    first = start_tracking(tracking, run_id="resumed", stage="ppo", params={"processes": 1})
+    for step in (1, 2, 3):
+        first.log({"score": step / 4}, step)
+    first.flush()  # and is killed; its checkpoint is of step 2
+    second = start_tracking(tracking, run_id="resumed", stage="ppo", params={"processes": 2})
+    for step in (3, 4):
+        second.log({"score": step / 4}, step)
+    second.log({"final/score": 1.0}, 0)
+    second.finish("FINISHED")
+
+    _, nested = runs_of(client, "resumed")
+    assert [(run.info.run_name, run.info.status) for run in nested] == [("ppo", "FINISHED")]
+    history = client.get_metric_history(nested[0].info.run_id, "score")
+    assert [(point.step, point.value) for point in history] == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
+    assert nested[0].data.metrics["final/score"] == 1.0
+    third = start_tracking(tracking, run_id="resumed", stage="ppo", params={})
+    assert isinstance(third, MlflowTracker)
+    assert third.run_id != nested[0].info.run_id  # what ended well is left alone

@@ -110,7 +110,9 @@ def train(
     if folder is not None:
         actor, engine = actor_and_engine(model, training, dtype, group)
         numbers = list(language_steps(actor, engine, BATCHES[:2], group))
-        engine.save(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if own := engine.snapshot():
+            save_file(own, folder / f"engine-{group.rank:05d}.safetensors")
         group.barrier()
         rest, weights = resume(model, training, dtype, group, folder)
         return numbers + rest, weights

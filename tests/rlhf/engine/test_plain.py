@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from components.rlhf.config.model import TrainingSettings
@@ -39,6 +40,11 @@ def one_step(engine: TorchEngine, sizes: list[int]) -> Any:
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def save(engine: TorchEngine, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(engine.snapshot(), folder / "engine-00000.safetensors")
 
 
 def gap(a: nn.Module, b: nn.Module) -> float:
@@ -184,14 +190,23 @@ class TestSaving:
         first = engine_of(model(), **options)
         for _ in range(3):
             one_step(first, [2, 4])
-        first.save(tmp_path / "deep" / "actor")
+        save(first, tmp_path / "deep" / "actor")
         second = engine_of(model(seed=9), **options)
         second.load(tmp_path / "deep" / "actor")
         assert [one_step(second, [2, 4]).learning_rate for _ in range(3)] == rates[3:]
         assert gap(straight.module, second.module) == 0.0
 
+    def test_a_snapshot_is_a_copy(self, tmp_path: Path) -> None:
+        engine = engine_of(model())
+        one_step(engine, [6])
+        before = engine.snapshot()
+        kept = {name: value.clone() for name, value in before.items()}
+        one_step(engine, [6])
+        assert all(torch.equal(value, kept[name]) for name, value in before.items())
+        assert not torch.equal(engine.snapshot()["weight/0.weight"], before["weight/0.weight"])
+
     def test_before_the_first_step(self, tmp_path: Path) -> None:
-        engine_of(model()).save(tmp_path)
+        save(engine_of(model()), tmp_path)
         loaded, fresh = engine_of(model(seed=9)), engine_of(model())
         loaded.load(tmp_path)
         one_step(loaded, [6])
@@ -201,7 +216,7 @@ class TestSaving:
     def test_only_what_is_trained_is_kept(self, tmp_path: Path) -> None:
         module = model()
         module[0].requires_grad_(False)
-        engine_of(module).save(tmp_path)
+        save(engine_of(module), tmp_path)
         other = model(seed=9)
         other[0].requires_grad_(False)
         first = other[0].weight.clone()
@@ -210,7 +225,7 @@ class TestSaving:
         assert torch.equal(other[2].weight, module[2].weight)
 
     def test_other_parameters_are_refused_and_nothing_is_changed(self, tmp_path: Path) -> None:
-        engine_of(model()).save(tmp_path)
+        save(engine_of(model()), tmp_path)
         fewer = model(seed=9)
         fewer[0].requires_grad_(False)
         before = weights(fewer)
@@ -226,7 +241,7 @@ class TestSaving:
             return nn.ModuleDict({"a": a, "b": b})
 
         engine = engine_of(tied())
-        engine.save(tmp_path)
+        save(engine, tmp_path)
         again = engine_of(tied())
         again.load(tmp_path)
         assert [name for name, _ in again.full_weights()] == ["a.weight"]

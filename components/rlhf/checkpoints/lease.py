@@ -1,0 +1,126 @@
+"""One writer a key: who holds it shows a heartbeat, and a second one fails instead of mixing its checkpoints in."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from components.rlhf.edges.storage import Store
+from components.rlhf.errors import InputError
+
+BEAT_SECONDS = 10.0
+STALE_SECONDS = 60.0  # without a beat. Clocks of two machines are never compared: a beat is a number that changes.
+LIMIT = 10_000  # bytes
+
+
+class Lease:
+    """Held from acquire() to release(), by a thread that writes a beat; lost when somebody else's name stands there."""
+
+    def __init__(self, store: Store, key: str, say: Callable[[str], None]) -> None:
+        self.store, self.key, self.say = store, key, say
+        pid = os.getpid()
+        self.me = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": pid, "started": _started(pid)}
+        self.beat = 0
+        self.lost = ""
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """Take the lease. Raises InputError while somebody who is alive holds it; waits for a sign of life up to STALE_SECONDS."""
+        if not self.store.write(self.key, self._text(), only_if_absent=True):
+            other = self._read()
+            if other and not self._is_dead(other):
+                self._wait_for_a_beat(other)
+            self.store.write(self.key, self._text())
+            time.sleep(min(0.2, BEAT_SECONDS))  # of two that take over at once, the later stays
+            now = self._read()
+            if now.get("owner") != self.me["owner"]:
+                raise InputError(_held(self.store.uri, self.key, now))
+        self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise InputError when another process has taken over."""
+        if self.lost:
+            raise InputError(self.lost)
+
+    def release(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if self._read().get("owner") == self.me["owner"]:
+                self.store.delete(self.key)
+
+    def _keep_beating(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            with contextlib.suppress(Exception):  # a store that is away for a while; the saves say so
+                now = self._read()
+                if not now:
+                    continue  # deleted by hand, or unreadable for a moment: who comes next shows itself
+                if now.get("owner") != self.me["owner"]:
+                    self.lost = _held(self.store.uri, self.key, now)
+                    return
+                self.beat += 1
+                self.store.write(self.key, self._text())
+
+    def _wait_for_a_beat(self, other: dict[str, Any]) -> None:
+        self.say(
+            f"waiting up to {STALE_SECONDS:.0f} s for a sign of life of {_name(other)}, which holds the checkpoints"
+        )
+        deadline = time.monotonic() + STALE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(BEAT_SECONDS / 2)
+            now = self._read()
+            if not now:
+                return
+            if (now.get("owner"), now.get("beat")) != (other.get("owner"), other.get("beat")):
+                raise InputError(_held(self.store.uri, self.key, now))
+        self.say(f"{_name(other)} shows no sign of life; going on in its place")
+
+    def _is_dead(self, other: dict[str, Any]) -> bool:
+        """Of this machine, and gone. A process of the same number that started at another time is another one."""
+        if other.get("host") != self.me["host"] or not isinstance(other.get("pid"), int):
+            return False
+        return _started(other["pid"]) != other.get("started")
+
+    def _read(self) -> dict[str, Any]:
+        """Who holds it; {} for nobody, and for what cannot be read."""
+        try:
+            content = json.loads(self.store.read(self.key, limit=LIMIT) or b"{}")
+        except (ValueError, InputError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def _text(self) -> bytes:
+        return json.dumps({**self.me, "beat": self.beat}).encode()
+
+
+def _started(pid: int) -> str:
+    """When a process of this machine started, in the kernel's own count; "" when there is none, or no /proc."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if state == "Z" else rest[18]
+    except (OSError, IndexError):
+        if not Path("/proc").is_dir():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 0)
+                return "alive"
+        return ""
+
+
+def _name(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('pid')} on {holder.get('host')}"
+
+
+def _held(uri: str, key: str, holder: dict[str, Any]) -> str:
+    return (
+        f"{_name(holder)} trains with the same settings and inputs, and writes checkpoints to {uri}/{key.rpartition('/')[0]}; "
+        "wait for it to end, or give this run another storage.checkpoint_uri."
+    )

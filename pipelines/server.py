@@ -1,0 +1,167 @@
+"""A Kubeflow Pipelines server: whether it is one, whether it is new enough, whether we may use it; its errors as sentences."""
+
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kfp_server_api
+import urllib3
+from kfp_server_api.exceptions import ApiException
+
+from components.rlhf.errors import InputError
+
+MINIMUM = (2, 16)  # the first whose tasks take a security context; what else we set is older
+SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Access:
+    """How the server is reached. token and cookies are secrets and appear in no message."""
+
+    host: str
+    namespace: str | None = None  # of the user, on a server for several users; else where it is installed
+    token: str | None = None
+    cookies: str | None = None
+    ca_bundle: Path | None = None
+
+
+@dataclass(frozen=True)
+class Server:
+    client: Any  # kfp.Client
+    multi_user: bool
+    version: str  # "unknown" where the server does not say
+
+
+def read_secret(path: Path | None, option: str) -> str | None:
+    """The content of a file with a token or cookies."""
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{option} {path} cannot be read ({error}).") from None
+    if not text:
+        raise InputError(f"{option} {path} is empty; write the secret into it.")
+    return text
+
+
+def connect(access: Access) -> Server:
+    """A client of the server, after seconds at the most. Raises InputError when there is none, it is too old, or it refuses us."""
+    if not re.match(r"https?://[^/]", access.host):
+        raise InputError(f"--host {access.host} is no address; write http(s)://HOST[:PORT].")
+    health = _health(access)
+    multi_user, version = bool(health.get("multi_user")), str(health.get("tag_name") or "unknown")
+    _require_version(access.host, version, health)
+    if multi_user and not access.namespace:
+        raise InputError(f"{access.host} serves several users; name your namespace with --namespace.")
+    with quiet():
+        from kfp import Client
+
+        client = Client(
+            host=access.host,
+            # In-cluster credentials are looked up by it; to a server of one user a namespace must not be sent at all.
+            namespace=access.namespace if multi_user and access.namespace else "kubeflow",
+            existing_token=access.token,
+            cookies=access.cookies,
+            ssl_ca_cert=str(access.ca_bundle) if access.ca_bundle else None,
+        )
+    server = Server(client, multi_user, version)
+    with explained(access):
+        client.list_experiments(page_size=1, namespace=access.namespace if multi_user else "")
+    return server
+
+
+def _health(access: Access) -> dict[str, Any]:
+    configuration = kfp_server_api.Configuration(host=access.host.rstrip("/"))
+    configuration.retries = False
+    if access.ca_bundle:
+        configuration.ssl_ca_cert = str(access.ca_bundle)
+    if access.token:
+        configuration.api_key["authorization"] = access.token
+        configuration.api_key_prefix["authorization"] = "Bearer"
+    api = kfp_server_api.ApiClient(configuration, cookie=access.cookies)
+    with explained(access):
+        try:
+            found = api.call_api(
+                "/apis/v2beta1/healthz",
+                "GET",
+                header_params={"Accept": "application/json"},
+                response_type="object",
+                auth_settings=["Bearer"],
+                _return_http_data_only=True,
+                _request_timeout=SECONDS,
+            )
+        except ApiException as error:
+            if error.status == 404:
+                raise InputError(
+                    f"{access.host} is no Kubeflow Pipelines of version 2 (no /apis/v2beta1/healthz); correct --host, or upgrade it."
+                ) from None
+            raise
+    if not isinstance(found, dict):  # a login page
+        raise InputError(
+            f"{access.host} answers with a page where Kubeflow Pipelines' API answers JSON: give a token (--token-file) or "
+            "cookies (--cookies-file), or correct --host."
+        )
+    return found
+
+
+def _require_version(host: str, version: str, health: dict[str, Any]) -> None:
+    """Where no version is told (builds without a tag), what the answer holds tells the oldest."""
+    numbers = re.match(r"v?(\d+)\.(\d+)", version)
+    too_old = tuple(map(int, numbers.groups())) < MINIMUM if numbers else "pipeline_store" not in health
+    if too_old:
+        shown = version if numbers else "older than 2.14"
+        raise InputError(
+            f"{host} runs Kubeflow Pipelines {shown}, and this pipeline needs {'.'.join(map(str, MINIMUM))} or newer "
+            "(security contexts, optional secrets, node selectors as run parameters); upgrade it."
+        )
+
+
+@contextlib.contextmanager
+def explained(access: Access) -> Iterator[None]:
+    """Within the block, what the API and the network raise becomes one sentence."""
+    try:
+        with quiet():
+            yield
+    except ApiException as error:
+        raise InputError(_sentence(error, access)) from None
+    except urllib3.exceptions.HTTPError as error:
+        raise InputError(f"{access.host} cannot be reached ({_cause(error)}); {_advice(error)}.") from None
+
+
+def _sentence(error: ApiException, access: Access) -> str:
+    where = f"namespace {access.namespace}" if access.namespace else "this server"
+    if error.status == 401:
+        return f"{access.host} does not accept who you are (401); give a valid token with --token-file or KFP_TOKEN."
+    if error.status == 403:
+        return f"{access.host} does not let you use {where} (403); ask its owner for edit rights, or choose another --namespace."
+    text = error.body.decode(errors="replace") if isinstance(error.body, bytes) else str(error.body or error.reason)
+    said = re.search(r'"(?:message|error|error_message)"\s*:\s*"((?:[^"\\]|\\.)*)"', text)
+    reason = (said.group(1) if said else text).replace("\\n", " ").replace('\\"', '"')
+    return f"{access.host} refuses ({error.status}): {' '.join(reason.split())[:400]}"
+
+
+def _cause(error: Exception) -> str:
+    """The innermost reason, without the objects that urllib3 prints."""
+    inner = getattr(error, "reason", None) or error
+    text = re.sub(r"^<[^>]*>: |^\w+\([^)]*\): ", "", str(inner))
+    return text.removeprefix("Failed to establish a new connection: ")[:200]
+
+
+def _advice(error: Exception) -> str:
+    if "CERTIFICATE" in str(error).upper():
+        return "give the CA's certificate with --ca-bundle"
+    return "check --host, and the port-forward if it goes through one (kubectl -n kubeflow port-forward service/ml-pipeline 8888)"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """kfp's client warns of versions long gone and prints links of its own."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,117 @@
+"""A judge from a store that others write to: it loads and scores with finite numbers, or is refused with one sentence."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from components.rlhf.data.records import RatedText
+from components.rlhf.errors import InputError
+from components.rlhf.rewards.linear import FEATURES, WEIGHTS, fit_to_ratings, load_judge
+from tests.hostile import one_sentence
+
+FUZZ = settings(max_examples=700, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rated = [
+        RatedText(prompt="a film", completion=f" that is {word}", rating=rating)
+        for word, rating in (("good", 2.0), ("bad", -2.0))
+    ]
+    fit_to_ratings(rated, max_ngram=2, regularisation=1.0).save(tmp_path)
+    return tmp_path
+
+
+def check(folder: Path) -> None:
+    judge = one_sentence(lambda: load_judge(folder))
+    if judge is not None:
+        scores = judge.score_texts(["a film that is good", "", "words nobody has seen"])
+        assert scores.shape == (3,) and torch.isfinite(scores).all()
+
+
+@FUZZ
+@given(data=st.data())
+def test_anything_in_its_features(folder: Path, data: st.DataObject) -> None:
+    content: dict[str, Any] = json.loads((folder / FEATURES).read_text(encoding="utf-8"))
+    match data.draw(st.integers(0, 3)):
+        case 0:
+            content[data.draw(st.sampled_from(["max_ngram", "vocabulary"]) | st.text(max_size=5))] = data.draw(JSON)
+        case 1:
+            content["vocabulary"][data.draw(st.sampled_from(sorted(content["vocabulary"])))] = data.draw(JSON)
+        case 2:
+            del content[data.draw(st.sampled_from(sorted(content)))]
+        case _:
+            content = data.draw(JSON)
+    good = (folder / FEATURES).read_bytes()
+    (folder / FEATURES).write_text(json.dumps(content), encoding="utf-8")
+    check(folder)
+    (folder / FEATURES).write_bytes(good)
+
+
+@FUZZ
+@given(data=st.data())
+def test_its_weights_with_some_bytes_changed_or_cut_off(folder: Path, data: st.DataObject) -> None:
+    good = (folder / WEIGHTS).read_bytes()
+    broken = bytearray(good)
+    for place in data.draw(st.lists(st.integers(0, len(good) - 1), max_size=4)):
+        broken[place] = data.draw(st.integers(0, 255))
+    (folder / WEIGHTS).write_bytes(
+        broken[: data.draw(st.integers(0, len(good)))] if data.draw(st.booleans()) else broken
+    )
+    check(folder)
+    (folder / WEIGHTS).write_bytes(good)
+
+
+def header(content: Any, *, length: int | None = None, rest: bytes = b"") -> bytes:
+    text = json.dumps(content).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + rest
+
+
+LIES = {
+    "a header of 2^63 bytes": header({}, length=2**63),
+    "a header longer than the file": header({}, length=10_000),
+    "a tensor beyond the end": header({"idf": {"dtype": "F64", "shape": [10**12], "data_offsets": [0, 8 * 10**12]}}),
+    "offsets backwards": header({"idf": {"dtype": "F64", "shape": [1], "data_offsets": [8, 0]}}, rest=b"\0" * 8),
+    "two tensors on one place": header(
+        {name: {"dtype": "F64", "shape": [1], "data_offsets": [0, 8]} for name in ("idf", "coefficients")}, rest=b"\0" * 8
+    ),
+    "a shape whose product overflows": header({"idf": {"dtype": "F64", "shape": [2**40, 2**40], "data_offsets": [0, 8]}}, rest=b"\0" * 8),
+    "a deep header": struct.pack("<Q", 100_000) + b"[" * 100_000,
+    "nothing": b"",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", LIES.values(), ids=LIES.keys())
+def test_a_header_that_lies(folder: Path, content: bytes) -> None:
+    (folder / WEIGHTS).write_bytes(content)
+    with pytest.raises(InputError, match="is not a judge that can be loaded"):
+        load_judge(folder)
+    check(folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+@pytest.mark.parametrize("name", ["idf", "coefficients", "intercept"])
+def test_weights_that_are_no_numbers(folder: Path, name: str, value: float) -> None:
+    judge = load_judge(folder)
+    weights = {
+        "idf": judge.vectorizer.idf_,
+        "coefficients": judge.coefficients,
+        "intercept": np.array([judge.intercept]),
+    }
+    weights[name] = weights[name] * 0 + value
+    save_file(weights, folder / WEIGHTS)
+    with pytest.raises(InputError, match="a weight is not finite"):
+        load_judge(folder)
