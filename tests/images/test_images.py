@@ -82,6 +82,16 @@ def test_there_is_no_compiler_and_no_secret_of_the_build(trainer: str) -> None:
     assert done.returncode == 2 and done.stdout.strip() in ("", "/run/secrets:"), done.stdout
 
 
+def test_nothing_is_left_in_tmp_and_anybody_may_write_there(trainer: str) -> None:
+    assert run(trainer, "sh", "-c", "stat -c %a /tmp; ls -A /tmp").stdout == "1777\n"
+
+
+def test_torch_can_compile_locked_down(trainer: str) -> None:
+    """Its cache is made at import, and where that fails, models fail to load with an error that says nothing of it."""
+    done = run(trainer, "python", "-c", "import torch._dynamo", options=LOCKED_DOWN)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_self_test_passes_locked_down(trainer: str) -> None:
     done = run(trainer, "python", "/opt/selftest/selftest.py", "trainer", options=LOCKED_DOWN)
     assert done.returncode == 0, done.stderr
