@@ -1,0 +1,467 @@
+"""What the platform will see of each stage: image, node, memory, secrets, volumes, retries, caching, per executor of the compiled spec."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from google.protobuf import json_format
+from kfp.kubernetes import kubernetes_executor_config_pb2
+from kfp.pipeline_spec import pipeline_spec_pb2
+
+from components.rlhf.config.cluster import STAGES
+from components.rlhf.config.params import Params
+from components.rlhf.errors import InputError
+from pipelines.compile import ROOT, compile_pipeline
+from pipelines.placement import IMAGE_OF, require_digests
+from pipelines.profiles import shipped
+from pipelines.settings import load_params
+
+MOVIES, TINY = (ROOT / "pipelines" / "params" / f"{name}.yaml" for name in ("movie_reviews", "tiny"))
+DIGEST = "sha256:" + "ab" * 32
+GPU_STAGES = {"sft", "reward-model", "ppo"}
+MLFLOW = ["MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"]
+
+
+class Compiled:
+    """A compiled pipeline, by stage."""
+
+    def __init__(self, params: Params, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self.spec, self.platform = yaml.safe_load_all(compile_pipeline(params, folder / "p.yaml").read_text())
+        self.containers = {
+            name.removeprefix("exec-"): executor["container"]
+            for name, executor in self.spec["deploymentSpec"]["executors"].items()
+        }
+        self.pods = {
+            name.removeprefix("exec-"): pod
+            for name, pod in self.platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].items()
+        }
+        dags = [self.spec["root"]["dag"], *(c["dag"] for c in self.spec["components"].values() if "dag" in c)]
+        self.dags: list[dict[str, Any]] = dags
+        self.tasks = {
+            self.executor_of(task): task for dag in dags for task in dag["tasks"].values() if self.executor_of(task)
+        }
+
+    def executor_of(self, task: dict[str, Any]) -> str:
+        component = self.spec["components"][task["componentRef"]["name"]]
+        return component.get("executorLabel", "").removeprefix("exec-")
+
+    def secrets(self, stage: str) -> dict[str, tuple[bool, list[str]]]:
+        """Name of each Secret -> whether it may be missing, and the keys that become variables."""
+        found: dict[str, tuple[bool, list[str]]] = {}
+        for secret in self.pods[stage].get("secretAsEnv", []):
+            name = secret["secretNameParameter"]["runtimeValue"]["constant"]
+            optional = secret.get("optional", False)
+            found[f"{name}{'?' if optional else ''}"] = optional, [pair["secretKey"] for pair in secret["keyToEnv"]]
+        return found
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """The example for a node with eight GPUs."""
+    return Compiled(load_params(ROOT / "pipelines/params/llama3_8b_8gpu.yaml"), tmp_path_factory.mktemp("eight"))
+
+
+def tiny(folder: Path, *overrides: str) -> Compiled:
+    return Compiled(load_params(TINY, overrides), folder)
+
+
+def test_every_stage_has_an_image_and_its_component_yaml_names_the_same() -> None:
+    assert set(IMAGE_OF) == set(STAGES)
+    for stage, role in IMAGE_OF.items():
+        text = (ROOT / "components" / stage / "component.yaml").read_text()
+        assert re.findall(r"image: (\S+)", text) == [f"kfp-rlhf/{role}:0.1.0"]
+
+
+def test_images_by_role(eight: Compiled) -> None:
+    images = {stage: container["image"].split(":")[0] for stage, container in eight.containers.items()}
+    assert images == {
+        "import-model": "kfp-rlhf/trainer",
+        "prepare-data": "kfp-rlhf/trainer",
+        "sft": "kfp-rlhf/trainer",
+        "reward-model": "kfp-rlhf/trainer",
+        "judge": "kfp-rlhf/trainer",
+        "ppo": "kfp-rlhf/rollout",
+        "evaluation": "kfp-rlhf/rollout",
+        "register": "kfp-rlhf/tools",
+        "register-2": "kfp-rlhf/tools",
+        "notify": "kfp-rlhf/tools",
+    }
+    for stage, container in eight.containers.items():
+        module = stage.removesuffix("-2").replace("-", "_")
+        assert container["command"] == ["python", "-m", f"components.{module}"]
+
+
+def test_gpus_cpus_and_memory(eight: Compiled) -> None:
+    seen = {}
+    for stage, container in eight.containers.items():
+        resources = container["resources"]
+        gpu = resources.get("accelerator", {})
+        assert resources["resourceCpuRequest"] == resources["resourceCpuLimit"]
+        assert resources["resourceMemoryRequest"] == resources["resourceMemoryLimit"]
+        seen[stage] = (
+            gpu.get("resourceType", ""),
+            int(gpu.get("resourceCount", 0)),
+            resources["resourceCpuLimit"],
+            resources["resourceMemoryLimit"],
+        )
+    node, small = ("nvidia.com/gpu", 8, "64", "704Gi"), ("", 0, "2", "8Gi")  # 640Gi and 64Gi of /dev/shm
+    assert seen == {
+        "import-model": ("", 0, "8", "64Gi"),
+        "prepare-data": small,
+        "sft": node,
+        "reward-model": node,
+        "judge": small,
+        "ppo": node,
+        "evaluation": ("nvidia.com/gpu", 1, "10", "136Gi"),  # 120Gi and 16Gi
+        "register": small,
+        "register-2": small,
+        "notify": small,
+    }
+
+
+def test_shared_memory_is_sized(eight: Compiled) -> None:
+    mounts = {stage: pod.get("emptyDirMounts") for stage, pod in eight.pods.items()}
+
+    def shm(size: str) -> list[dict[str, str]]:
+        return [{"volumeName": "shm", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": size}]
+
+    assert {stage: mount for stage, mount in mounts.items() if mount} == {
+        **dict.fromkeys(GPU_STAGES, shm("64Gi")),
+        "evaluation": shm("16Gi"),
+    }
+
+
+def test_nodes(eight: Compiled) -> None:
+    """Stages on ppo's profile take selector and tolerations from the run's parameters; others have theirs fixed."""
+    affinity = [{"matchExpressions": [{"key": "nvidia.com/gpu.memory", "operator": "Gt", "values": ["79000"]}]}]
+    taint = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    for stage, pod in eight.pods.items():
+        where = pod.get("nodeSelector"), pod.get("tolerations"), pod.get("nodeAffinity")
+        if stage in GPU_STAGES:
+            selector = {"nodeSelectorJson": {"componentInputParameter": "pipelinechannel--gpu_node_selector"}}
+            tolerations = [{"tolerationJson": {"componentInputParameter": "pipelinechannel--gpu_tolerations"}}]
+            assert where == (selector, tolerations, affinity)
+        else:
+            assert where == ((None, [taint], affinity) if stage == "evaluation" else (None, None, None)), stage
+    inputs = eight.spec["root"]["inputDefinitions"]["parameters"]
+    assert inputs["gpu_node_selector"] == {"defaultValue": {}, "isOptional": True, "parameterType": "STRUCT"}
+    assert inputs["gpu_tolerations"]["defaultValue"] == [taint]
+
+
+def test_node_selector_of_a_profile_is_the_default_of_the_run_parameter(tmp_path: Path) -> None:
+    found = tiny(tmp_path, "cluster.stages={ppo: gke-gpu-24gb, judge: gke-gpu-24gb, sft: eks-gpu-24gb}")
+    inputs = found.spec["root"]["inputDefinitions"]["parameters"]
+    assert inputs["gpu_node_selector"]["defaultValue"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"}
+    assert {stage for stage, pod in found.pods.items() if "nodeSelector" in pod} == {"ppo", "judge"}
+    (term,) = found.pods["sft"]["nodeAffinity"]
+    assert term["matchExpressions"][0]["key"] == "node.kubernetes.io/instance-type"
+    assert "g6.4xlarge" in term["matchExpressions"][0]["values"]
+
+
+def test_without_gpus_the_run_parameters_are_empty_and_steer_nothing(tmp_path: Path) -> None:
+    found = tiny(tmp_path)
+    inputs = found.spec["root"]["inputDefinitions"]["parameters"]
+    assert inputs["gpu_node_selector"]["defaultValue"] == {} and inputs["gpu_tolerations"]["defaultValue"] == []
+    assert not any("nodeSelector" in pod or "tolerations" in pod for pod in found.pods.values())
+    assert not any("accelerator" in container["resources"] for container in found.containers.values())
+
+
+def test_retries_and_time_outs_on_gpu_stages_alone(eight: Compiled) -> None:
+    for stage, task in eight.tasks.items():
+        retry, deadline = task.get("retryPolicy"), eight.pods[stage].get("activeDeadlineSeconds")
+        if stage in GPU_STAGES | {"evaluation"}:
+            expected = {
+                "maxRetryCount": 3,
+                "backoffDuration": "60s",
+                "backoffFactor": 2.0,
+                "backoffMaxDuration": "600s",
+            }
+            assert (retry, deadline) == (expected, "86400")
+        else:
+            assert (retry, deadline) == (None, None), stage
+
+
+def test_secrets_go_to_the_stages_that_need_them(eight: Compiled) -> None:
+    everyone = {"rlhf-mlflow?": (True, MLFLOW)}
+    more = {
+        "import-model": {"rlhf-hf-token?": (True, ["HF_TOKEN"])},
+        "notify": {"rlhf-webhook?": (True, ["WEBHOOK_URL"])},
+    }
+    for stage in eight.pods:
+        assert eight.secrets(stage) == everyone | more.get(stage, {}), stage
+
+
+def test_s3_credentials_go_where_s3_is_used(tmp_path: Path) -> None:
+    keys = {
+        "rlhf-s3": (False, ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]),
+        "rlhf-s3?": (True, ["AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION"]),
+    }
+
+    def users(name: str, *overrides: str) -> set[str]:
+        found = tiny(tmp_path / name, *overrides)
+        for stage in found.pods:
+            s3 = {k: v for k, v in found.secrets(stage).items() if "s3" in k}
+            assert s3 in ({}, keys), stage
+        return {stage for stage in found.pods if "rlhf-s3" in found.secrets(stage)}
+
+    assert users("none") == set()
+    assert users("checkpoints", "storage.checkpoint_uri=s3://b/c") == GPU_STAGES | {"notify"}
+    assert users("publish", "storage.publish_uri=s3://b/m") == GPU_STAGES
+    assert users("model", "model.source=s3://b/model") == {"import-model"}
+    assert users("data", "data.prompts.path=s3://b/prompts.jsonl", "data.prompts.format=jsonl") == {"prepare-data"}
+    assert users("public", "model.source=s3://b/model", "storage.anonymous=true") == set()
+    assert users("roles", "model.source=s3://b/model", "cluster.secrets.s3=null") == set()
+
+
+def test_checkpoints_lie_on_the_claim_or_in_s3(tmp_path: Path) -> None:
+    def mounts(found: Compiled) -> dict[str, list[tuple[str, str]]]:
+        return {
+            stage: [(m["pvcNameParameter"]["runtimeValue"]["constant"], m["mountPath"]) for m in pod["pvcMount"]]
+            for stage, pod in found.pods.items()
+            if "pvcMount" in pod
+        }
+
+    def default_storage(found: Compiled) -> str:
+        return found.spec["root"]["inputDefinitions"]["parameters"]["storage"]["defaultValue"]
+
+    on_claim = tiny(tmp_path / "a")
+    assert mounts(on_claim) == {stage: [("rlhf-checkpoints", "/checkpoints")] for stage in GPU_STAGES | {"notify"}}
+    assert '"checkpoint_uri":"/checkpoints"' in default_storage(on_claim)
+    in_s3 = tiny(tmp_path / "b", "storage.checkpoint_uri=s3://bucket/c")
+    assert mounts(in_s3) == {}
+    nowhere = tiny(tmp_path / "c", "cluster.checkpoint_claim=null")
+    assert mounts(nowhere) == {} and '"checkpoint_uri":null' in default_storage(nowhere)
+    with_data = tiny(tmp_path / "d", "cluster.claims={/data: team-data}")
+    assert {s for s, m in mounts(with_data).items() if ("team-data", "/data") in m} == {"import-model", "prepare-data"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cached"),
+    [
+        ((), set()),  # a tag can be another image tomorrow
+        ((f"cluster.images.trainer=r.example/t@{DIGEST}",), {"import-model", "prepare-data", "judge"}),
+        (
+            (f"cluster.images.trainer=r.example/t@{DIGEST}", "model.source=meta-llama/Llama-3.1-8B"),
+            {"prepare-data", "judge"},
+        ),
+        (
+            (f"cluster.images.trainer=r.example/t@{DIGEST}", "cluster.stages={judge: gpu-24gb}"),
+            {"import-model", "prepare-data"},
+        ),
+        (
+            (f"cluster.images.trainer=r.example/t@{DIGEST}", "data.prompts={path: 's3://b/p.jsonl'}"),
+            {"import-model", "judge"},
+        ),
+        (
+            (
+                f"cluster.images.trainer=r.example/t@{DIGEST}",
+                f"data.prompts={{path: 's3://b/uploads/sha256-{'0' * 64}/p.jsonl'}}",
+            ),
+            {"import-model", "prepare-data", "judge"},
+        ),
+    ],
+)
+def test_caching_only_where_the_same_inputs_give_the_same_outputs(
+    overrides: tuple[str, ...], cached: set[str], tmp_path: Path
+) -> None:
+    found = tiny(tmp_path, *overrides)
+    assert {stage for stage, task in found.tasks.items() if task["cachingOptions"].get("enableCache")} == cached
+    assert not any("cacheKey" in task["cachingOptions"] for task in found.tasks.values())
+
+
+def test_pods(eight: Compiled) -> None:
+    for stage, pod in eight.pods.items():
+        assert pod["fieldPathAsEnv"] == [{"name": "RLHF_RUN_ID", "fieldPath": "metadata.labels['pipeline/runid']"}]
+        assert pod["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}
+        assert pod["imagePullPolicy"] == "IfNotPresent"
+        labels = {"app.kubernetes.io/part-of": "kfp-rlhf", "kfp-rlhf/stage": stage.removesuffix("-2")}
+        hub = {"kfp-rlhf/egress": "hub"} if stage == "import-model" else {}  # its data is files
+        assert pod["podMetadata"] == {"labels": labels | hub}
+
+
+def test_what_a_params_file_may_change(tmp_path: Path) -> None:
+    found = tiny(
+        tmp_path,
+        "cluster.profiles={mine: {like: gpu-80gb, accelerator: amd.com/gpu, num_accelerators: 2, cpu: 500m, memory: 1500Mi, "
+        "shared_memory: 1Gi, scratch: {size: 200Gi, storage_class: fast}, queue: rlhf, labels: {team: nlp}, node_affinity: "
+        "[{match_expressions: [{key: zone, values: [a]}], weight: 5}], tolerations: [{key: spot, operator: Equal, value: true}]}}",
+        "cluster.stages={ppo: mine}",
+        "cluster.image_pull_secrets=[registry]",
+        "cluster.image_pull_policy=Always",
+        "cluster.run_as_user=null",
+        "cluster.mirrors={registry: r.example/team, pypi: 'https://p.example/simple', hub: 'https://h.example'}",
+        "cluster.environment={HTTPS_PROXY: 'http://proxy:3128', NCCL_DEBUG: INFO}",
+        "cluster.secrets={mlflow: null, webhook: null, hf_token: other}",
+        "cluster.num_retries=1",
+        "cluster.timeout_hours=0.5",
+    )
+    pod, container = found.pods["ppo"], found.containers["ppo"]
+    assert container["image"] == "r.example/team/kfp-rlhf/rollout:0.1.0"
+    assert container["resources"]["accelerator"]["resourceType"] == "amd.com/gpu"
+    assert container["resources"]["resourceCpuLimit"] == "500m"
+    assert container["resources"]["resourceMemoryLimit"] == "2524Mi"  # 1500 + 1024
+    (volume,) = pod["genericEphemeralVolume"]
+    assert (volume["mountPath"], volume["size"], volume["storageClassName"]) == ("/tmp", "200Gi", "fast")
+    assert pod["podMetadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "rlhf"
+    assert pod["podMetadata"]["labels"]["team"] == "nlp"
+    assert pod["nodeAffinity"][0]["weight"] == 5
+    assert found.spec["root"]["inputDefinitions"]["parameters"]["gpu_tolerations"]["defaultValue"] == [
+        {"key": "spot", "operator": "Equal", "value": "true"}
+    ]
+    assert pod["activeDeadlineSeconds"] == "1800" and found.tasks["ppo"]["retryPolicy"]["maxRetryCount"] == 1
+    assert "securityContext" not in pod and pod["imagePullPolicy"] == "Always"
+    assert pod["imagePullSecret"][0]["secretNameParameter"]["runtimeValue"]["constant"] == "registry"
+    environment = {s: {e["name"]: e["value"] for e in c["env"]} for s, c in found.containers.items()}
+    everyone = {"HTTPS_PROXY": "http://proxy:3128", "NCCL_DEBUG": "INFO"}
+    fetching = {"PIP_INDEX_URL": "https://p.example/simple", "HF_ENDPOINT": "https://h.example"}
+    for stage, variables in environment.items():
+        assert variables == everyone | (fetching if stage in ("import-model", "prepare-data") else {})
+    assert found.secrets("import-model") == {"other?": (True, ["HF_TOKEN"])}
+    assert found.secrets("notify") == {}
+
+
+def test_a_registry_in_a_name_is_left_alone(tmp_path: Path) -> None:
+    images = "cluster.images={trainer: 'ghcr.io/me/t:1', rollout: 'localhost:5000/r:1', tools: 'me/x:1'}"
+    found = tiny(tmp_path, images, "cluster.mirrors.registry=mirror:5000/")
+    assert {c["image"] for c in found.containers.values()} == {
+        "ghcr.io/me/t:1",
+        "localhost:5000/r:1",
+        "mirror:5000/me/x:1",
+    }
+
+
+@pytest.mark.parametrize("profile", sorted(shipped()))
+def test_every_profile_is_valid_and_says_how_many_processes(profile: str) -> None:
+    params = load_params(TINY, [f"cluster.default_profile={profile}"])
+    num = params.cluster.num_accelerators("ppo")
+    assert num == (8 if "8x" in profile else 1 if "gpu" in profile else 0)
+    assert [getattr(params, stage).training.num_processes for stage in ("sft", "reward_model", "ppo")] == [num or 1] * 3
+    assert params.cluster.profile("ppo").tolerations if num else True
+
+
+# --- the compiled file as a whole
+
+
+def all_specs(eight: Compiled, folder: Path) -> list[Compiled]:
+    return [
+        eight,
+        Compiled(load_params(MOVIES), folder / "m"),
+        tiny(folder / "own", "sft.use=s3://b/s", "reward_model.use=s3://b/r"),
+    ]
+
+
+def test_specs_parse_strictly(eight: Compiled, tmp_path: Path) -> None:
+    for found in all_specs(eight, tmp_path):
+        json_format.ParseDict(found.spec, pipeline_spec_pb2.PipelineSpec(), ignore_unknown_fields=False)
+        json_format.ParseDict(found.platform, pipeline_spec_pb2.PlatformSpec(), ignore_unknown_fields=False)
+        for pod in found.pods.values():  # PlatformSpec holds them as free-form structs
+            json_format.ParseDict(
+                pod, kubernetes_executor_config_pb2.KubernetesExecutorConfig(), ignore_unknown_fields=False
+            )
+
+
+def test_every_reference_resolves(eight: Compiled, tmp_path: Path) -> None:
+    """The parser takes dangling names: components, executors, inputs of tasks and of pods, outputs of producers."""
+    for found in all_specs(eight, tmp_path):
+        components = found.spec["components"]
+        labels = {c["executorLabel"].removeprefix("exec-") for c in components.values() if "executorLabel" in c}
+        assert labels == set(found.containers) == set(found.pods) == set(found.tasks)
+        assert {t["componentRef"]["name"] for dag in found.dags for t in dag["tasks"].values()} == set(components)
+        for owner in [found.spec["root"], *(c for c in components.values() if "dag" in c)]:
+            inputs = owner.get("inputDefinitions", {})
+            for task in owner["dag"]["tasks"].values():
+                check_task(task, owner["dag"]["tasks"], inputs, components)
+                pod = found.pods.get(
+                    components[task["componentRef"]["name"]].get("executorLabel", "").removeprefix("exec-"), {}
+                )
+                named = re.findall(r"'componentInputParameter': '([^']+)'", str(pod))
+                assert set(named) <= set(inputs.get("parameters", {})), (task["taskInfo"]["name"], named)
+
+
+def check_task(
+    task: dict[str, Any], siblings: dict[str, Any], inputs: dict[str, Any], components: dict[str, Any]
+) -> None:
+    """Each input of a task is one of its component and comes from an input of the DAG or from an output of a sibling."""
+    component = components[task["componentRef"]["name"]]
+    assert set(task.get("dependentTasks", [])) <= set(siblings)
+    for kind in ("parameters", "artifacts"):
+        given = task.get("inputs", {}).get(kind, {})
+        assert set(given) <= set(component.get("inputDefinitions", {}).get(kind, {}))
+        singular = kind.removesuffix("s").capitalize()
+        for source in given.values():
+            if f"componentInput{singular}" in source:
+                assert source[f"componentInput{singular}"] in inputs[kind]
+            elif f"taskOutput{singular}" in source:
+                output = source[f"taskOutput{singular}"]
+                producer = components[siblings[output["producerTask"]]["componentRef"]["name"]]
+                assert output[f"output{singular}Key"] in producer["outputDefinitions"][kind]
+            else:
+                assert "runtimeValue" in source or source["taskFinalStatus"]["producerTask"] in siblings
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("cluster.stages={ppo: gpu-80g}", "cluster.stages.ppo is gpu-80g, which is no profile; did you mean gpu-80gb?"),
+        ("cluster.default_profile=nothing", "cluster.default_profile is nothing, which is no profile; profiles: cpu, "),
+        ("cluster.stages={poo: cpu}", "cluster: stages names poo, which is no stage; stages: import_model, "),
+        (
+            "cluster.profiles={a: {like: b}, b: {like: a}}",
+            "a is like b is like a, which goes round; take one `like` out.",
+        ),
+        (
+            "cluster.profiles={a: {memory: 12GB}}",
+            "cluster.profiles.a.memory: '12GB' is no such amount; write it like 64Gi.",
+        ),
+        ("cluster.profiles={a: {cpu: 0}}", "cluster.profiles.a.cpu: 0 is no such amount; write it like 4 or 500m."),
+        ("cluster.profiles={a: {gpus: 2}}", "cluster.profiles.a.gpus is not a parameter; "),
+        ("cluster.profiles={a: {tolerations: [{kye: x}]}}", "did you mean cluster.profiles.a.tolerations.0.key?"),
+        (
+            "cluster.profiles={a: {tolerations: [{key: x, value: y}]}}",
+            "a toleration with a value needs the operator Equal",
+        ),
+        ("cluster.launcher=trainjob", "cluster.launcher: trainjob is not built; choose local"),
+        ("cluster.claims={data: x}", "cluster.claims: data is no path to mount a volume at"),
+        ("cluster.image=x", "cluster.image is not a parameter; did you mean cluster.images?"),
+    ],
+)
+def test_a_mistake_is_one_sentence(override: str, sentence: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_params(TINY, [override])
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_another_number_of_processes_than_gpus_is_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"ppo.training.num_processes is 4, and the profile gpu-8x80gb has 8 accelerators"
+    ):
+        load_params(TINY, ["cluster.stages={ppo: gpu-8x80gb}", "ppo.training.num_processes=4"])
+    params = load_params(TINY, ["cluster.stages={ppo: cpu}", "ppo.training.num_processes=4"])
+    assert params.ppo.training.num_processes == 4
+
+
+def test_what_ppo_needs_of_its_processes_holds_for_those_of_the_profile() -> None:
+    with pytest.raises(InputError, match="minibatch is 4, which 8 processes"):
+        load_params(TINY, ["cluster.stages={ppo: gpu-8x80gb}", "ppo.minibatch=4"])
+
+
+def test_an_image_without_a_digest_is_refused_where_digests_are_demanded() -> None:
+    images = [f"cluster.images.{role}=r.example/{role}@{DIGEST}" for role in ("trainer", "rollout")]
+    with pytest.raises(InputError, match=r"cluster.images.tools is kfp-rlhf/tools:0.1.0, which has no digest"):
+        require_digests(load_params(TINY, [*images, "cluster.require_digests=true"]).cluster)
+    images.append(f"cluster.images.tools=r.example/tools@{DIGEST}")
+    require_digests(load_params(TINY, [*images, "cluster.require_digests=true"]).cluster)
+
+
+def test_a_profile_of_ours_can_be_changed_in_place() -> None:
+    params = load_params(TINY, ["cluster.profiles={gpu-80gb: {memory: 10Gi}}", "cluster.stages={ppo: gpu-80gb}"])
+    profile = params.cluster.profile("ppo")
+    assert (profile.memory, profile.shared_memory, profile.pod_memory) == ("10Gi", "16Gi", "26Gi")
+    assert profile.tolerations[0].key == "nvidia.com/gpu"  # from gpu-24gb, which gpu-80gb is like
