@@ -19,7 +19,7 @@ class FaultProxy:
     """fault(number, first line) names what happens to the connection with this number (from 0), or is None for nothing.
 
     Faults: "503" and "500" instead of an answer, "reset" and "truncate" (closed, a third byte flipped for "corrupt") after
-    `after` bytes of the answer, "slow" (the answer trickles), "lost" (the request is passed on, its answer thrown away).
+    `after` bytes of the answer, "headless" (closed after its status line), "slow" (the answer trickles), "lost" (the request is passed on, its answer thrown away).
     Every connection serves one request.
     """
 
@@ -91,6 +91,9 @@ class FaultProxy:
         while data := server.recv(65536):
             if fault == "lost":
                 continue
+            if fault == "headless":
+                client.sendall(data[: data.index(b"\r\n") + 2])
+                return
             if fault == "corrupt" and passed > 0:
                 data = bytes([data[0] ^ 1]) + data[1:]
                 fault = None
