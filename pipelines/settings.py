@@ -1,6 +1,7 @@
 """Params files: YAML on disk, settings of the command line on top, validated before anything runs."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from components.rlhf.config.params import Params, explain
 from components.rlhf.config.ppo import PpoStage
 from components.rlhf.config.reward_model import RewardModelStage
 from components.rlhf.config.sft import SftStage
+from components.rlhf.edges.secrets import secrets_in
+from components.rlhf.edges.tracking import flatten
 from components.rlhf.errors import InputError
 from pipelines.profiles import resolve_profiles
 
@@ -38,9 +41,11 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
             _apply(content, override)
     content = resolve_profiles(content)
     try:
-        return Params.model_validate(content)
+        params = Params.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{path}: {explain(error, Params)}") from None
+    _refuse_secrets(params, path)
+    return params
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -63,6 +68,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}; a params file is a mapping of sections.")
     return content
+
+
+def _refuse_secrets(params: Params, path: Path) -> None:
+    """Raise InputError for a parameter with a secret of this environment in it: it would stand in pipelines, reports and MLflow."""
+    values = {key: str(value) for key, value in flatten(params.model_dump(mode="json")).items()}
+    for name, secret in secrets_in(os.environ).items():
+        for key, value in values.items():
+            if secret in value:
+                raise InputError(
+                    f"{path}: {key} holds what the environment variable {name} holds, a secret, and would be copied into pipelines "
+                    "and reports; take it out, or rename the variable if it is none."
+                )
 
 
 def _lay_preset(content: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from components.rlhf.config.storage import TrackingSettings
+from components.rlhf.edges.secrets import redact
 
 RUN_ID_TAG = "rlhf.run_id"
 SQLITE = "sqlite:///"
@@ -116,7 +117,7 @@ def start_tracking(settings: TrackingSettings, *, run_id: str, stage: str, param
         tracker = MlflowTracker(client, run.info.run_id)
         from mlflow.entities import Param
 
-        flat = [Param(key, str(value)[:6000]) for key, value in flatten(params).items()]
+        flat = [Param(key, redact(str(value))[:6000]) for key, value in flatten(params).items()]
         for start in range(0, len(flat), 100):  # the server's limits: 100 parameters a request, 6000 characters each
             client.log_batch(run.info.run_id, params=flat[start : start + 100])
         return tracker
