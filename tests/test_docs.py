@@ -23,6 +23,21 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("page", ["README.md", "SECURITY.md"])
+def test_every_promise_names_tests_that_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    promises = re.search(r"## What we promise\n(.*?)(\n## |\Z)", text, re.DOTALL)
+    assert promises
+    rows = [row for row in promises[1].splitlines() if row.startswith("| ") and "kept by" not in row]
+    assert len(rows) > 8
+    for row in rows:
+        keepers = re.findall(r"`(tests/[^`]+)`", row.rpartition(" | ")[2])
+        assert keepers or "](SECURITY.md)" in row, row
+        for path, _, name in (keeper.partition("::") for keeper in keepers):
+            source = (ROOT / path).read_text(encoding="utf-8")
+            assert re.search(rf"def {name or 'test_'}", source), f"{path}::{name}"
+
+
 def test_readme_tree_is_the_tree() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = text[text.index("## What is inside") : text.index("Where to start reading")]
