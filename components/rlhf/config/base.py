@@ -28,8 +28,8 @@ class Settings(BaseModel):
     def _no_credentials(cls, value: Any) -> Any:
         if any(gives_access(text) for text in _texts(value)):
             raise ValueError(
-                "there is a user, a password or a signature in the address, and settings are copied into pipelines and reports; "
-                "leave it out, and give credentials by environment variables or files (SECURITY.md)"
+                "credentials do not belong here: settings are copied into pipelines and reports; leave user, password and signature out "
+                "of the address, and give them by environment variables or files (SECURITY.md)"
             )
         return value
 
