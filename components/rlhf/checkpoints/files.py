@@ -29,6 +29,7 @@ COMPLETE, MANIFEST, STATE = ".complete", "manifest.json", "state.json"
 LIMIT = 256 * 2**20  # bytes of a manifest or a state; histories of long runs are some MiB
 STEP = re.compile(r"step-(\d{8})-[0-9a-f]{8}")
 FILE = re.compile(r"[a-z_]+/engine-\d{5}\.safetensors|state\.json")
+OURS = re.compile(r"manifest\.json|\.complete|shards-\d{5}\.json")  # beside what the manifest lists
 WAIT_SECONDS = 600.0  # of the first process for the shards of the others
 
 Entry = tuple[str, int]  # sha256, size in bytes
@@ -85,6 +86,11 @@ def fetch(store: Store, folder: str, into: Path) -> tuple[Path, dict[str, Any]]:
     """
     entries = _manifest(store, folder)
     local = place(store, folder, into)
+    if local is not into:  # an engine may read every shard that it finds
+        names = {name.removeprefix(f"{folder}/") for name in store.list(folder)} - entries.keys()
+        strange = next((name for name in sorted(names) if not OURS.fullmatch(name)), None)
+        if strange is not None:
+            raise InputError(f"it holds {strange[:80]!a}, which its {MANIFEST} does not list")
     for name, (sha256, size) in entries.items():
         path = local / name
         if local is into:

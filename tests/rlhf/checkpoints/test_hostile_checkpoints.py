@@ -200,6 +200,21 @@ def test_names_that_lead_elsewhere(root: Path, name: str) -> None:
     assert step == 1 and "which is no file of a checkpoint" in said
 
 
+@pytest.mark.parametrize("name", ["actor/engine-00001.safetensors", "actor/engine.safetensors", "critic/x", "code.py"])
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_file_that_the_manifest_does_not_list(root: Path, name: str, linked: bool) -> None:
+    """DeepSpeed's engine reads the shards of any number of processes."""
+    path = root / KEY / NEW / name
+    path.parent.mkdir(exist_ok=True)
+    if linked:
+        path.symlink_to(root / KEY / OLD / SHARD)
+    else:
+        path.write_bytes((root / KEY / OLD / SHARD).read_bytes())
+    step, weight, (said,) = start(root)
+    assert (step, weight) == (1, 1.0)
+    assert said.endswith(f"it holds '{name}', which its manifest.json does not list")
+
+
 def link_out(path: Path, root: Path) -> None:
     """Move what lies there out of the store, and put a link in its place: whoever follows it finds all as it was."""
     outside = root.parent / "outside"
