@@ -76,3 +76,13 @@ def test_make_help_names_every_verb() -> None:
     text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for verb in ("setup", "run", "test", "test-all", "lint", "compile", "bench"):
         assert f"make {verb} " in text
+
+
+def test_every_test_that_keeps_a_promise_exists() -> None:
+    page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    promises = page[page.index("## What we promise") : page.index("**Secrets**")]
+    rows = [line for line in promises.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 10
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)`", row)
+        assert named and all((ROOT / name).is_file() for name in named), row

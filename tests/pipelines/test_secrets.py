@@ -38,7 +38,7 @@ def refusal(*overrides: str) -> str:
 )
 def test_an_address_with_credentials(key: str, value: str) -> None:
     said = refusal(f"{key}={value}")
-    assert said.startswith(f"{TINY}: {key}: there is a user, a password or a signature in the address")
+    assert said.startswith(f"{TINY}: {key}: credentials do not belong here")
     assert "by environment variables or files" in said
     assert "hunter2" not in said
 
@@ -73,7 +73,7 @@ def test_a_value_that_the_environment_keeps_as_a_secret(monkeypatch: pytest.Monk
 
 
 def test_a_stage_refuses_it_too() -> None:
-    with pytest.raises(InputError, match="Settings: uri: there is a user, a password") as caught:
+    with pytest.raises(InputError, match="Settings: uri: credentials do not belong here") as caught:
         parse_settings(TrackingSettings, '{"uri": "https://someone:hunter2@mlflow.example.com"}')
     assert "hunter2" not in str(caught.value)
 

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from components.rlhf.config.credentials import gives_access
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**53)]  # JSON's numbers are exact up to there
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -28,8 +28,8 @@ class Settings(BaseModel):
     def _no_credentials(cls, value: Any) -> Any:
         if any(gives_access(text) for text in _texts(value)):
             raise ValueError(
-                "there is a user, a password or a signature in the address, and settings are copied into pipelines and reports; "
-                "leave it out, and give credentials by environment variables or files (SECURITY.md)"
+                "credentials do not belong here: settings are copied into pipelines and reports; leave user, password and signature out "
+                "of the address, and give them by environment variables or files (SECURITY.md)"
             )
         return value
 

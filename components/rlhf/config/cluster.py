@@ -181,7 +181,7 @@ class ClusterSettings(Settings):
     """PersistentVolumeClaims with your models and data, by the path that import_model and prepare_data see them at: {/data: team-data}."""
     num_retries: Count = 3
     """Retries of a stage on accelerators, a minute after its failure, then two, then four."""
-    timeout_hours: Positive = 24.0
+    timeout_hours: Annotated[Positive, Field(le=24 * 365)] = 24.0
     """Longest time of one attempt of a stage on accelerators."""
     pipeline: str = "rlhf"
     """Name that versions are uploaded under."""

@@ -109,7 +109,9 @@ from components.rlhf.edges.secrets import redact_output
 redact_output(); redact_output()
 secret = os.environ["HF_TOKEN"]
 logging.basicConfig()
+import click
 print("printed", secret)
+click.echo(f"echoed {secret}")
 print("on stderr", secret, file=sys.stderr)
 logging.getLogger("library").warning("logged %s", secret)
 warnings.warn(f"warned {secret}")
@@ -119,7 +121,7 @@ raise ValueError(f"raised {secret}") from OSError(f"because of {secret}")
 """
     done = in_a_process(code, HF_TOKEN="PLANTEDPLANTED")
     assert done.returncode == 1
-    assert done.stdout == "printed ***\n"
+    assert done.stdout == "printed ***\nechoed ***\n"
     for said in ("on stderr", "logged", "warned", "in a thread", "raised", "because of"):
         assert f"{said} ***" in done.stderr, said
     assert "PLANTED" not in done.stderr
