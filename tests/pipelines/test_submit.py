@@ -108,6 +108,7 @@ def test_the_same_content_is_the_same_version_and_a_dry_run_tells_differences(ap
     assert schedule["trigger"] == {"cron_schedule": {"cron": "0 0 3 * * *"}}
     assert schedule["pipeline_version_reference"]["pipeline_version_id"] == version["pipeline_version_id"]
     assert (schedule["max_concurrency"], schedule["no_catchup"], schedule["mode"]) == ("1", True, "ENABLE")
+    assert schedule["service_account"] == "rlhf-runner"
     made = api.made
     assert f"no difference from {version['display_name']}" in submit("--dry-run").stdout
     changed = submit(
