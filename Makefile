@@ -44,7 +44,7 @@ lint: .venv/ready ## ruff on everything, mypy --strict on components/rlhf
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-compile: .venv/ready ## Write the component.yaml of every stage and the reference of all parameters
+compile: .venv/ready ## Write the component.yaml of every stage, pipelines/compiled and the reference of all parameters
 	$(PY) -m pipelines components
 
 bench: .venv/ready ## Time `make run` and its peak memory, stage by stage
