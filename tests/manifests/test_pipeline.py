@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.settings import load_params
 from pipelines.submit import INSTALLED_IN
-from tests.manifests.build import BUILDS, OVERLAYS, ROOT, Object, objects, of_kind
+from tests.manifests.build import BUILDS, OVERLAYS, ROOT, Object, objects, of_kind, pods
 from tests.manifests.test_build import selects
 from tests.pipelines.compiled import Compiled
 
@@ -160,6 +160,10 @@ def test_the_claim_that_tasks_mount_is_there(name: str, node: Compiled) -> None:
     mounts = [mount for pod in node.pods.values() for mount in pod.get("pvcMount", [])]
     claims = {mount["pvcNameParameter"]["runtimeValue"]["constant"] for mount in mounts}
     assert claims == {"rlhf-checkpoints"} <= named(name, "PersistentVolumeClaim", runs_in(name))
+    (opens,) = [pod for owner, _, pod in pods(name) if owner["metadata"]["name"] == "rlhf-open-checkpoints"]
+    user = opens["securityContext"]
+    for pod in node.pods.values():  # it gives the volume to the group of the tasks
+        assert pod["securityContext"] == {"runAsUser": "1000", "runAsGroup": str(user["fsGroup"]), "runAsNonRoot": True}
     storage = node.spec["root"]["inputDefinitions"]["parameters"]["storage"]["defaultValue"]
     assert {mount["mountPath"] for mount in mounts} == {"/checkpoints"}
     assert '"checkpoint_uri":"/checkpoints"' in storage
@@ -194,6 +198,6 @@ def test_the_queue_of_a_profile_is_where_runs_are(node: Compiled) -> None:
 def test_nothing_else_is_put_where_runs_are(name: str) -> None:
     """The namespace of the runs has other tenants."""
     kinds = {o["kind"] for o in objects(name) if o["metadata"].get("namespace") == runs_in(name)}
-    allowed = {"ServiceAccount", "Role", "RoleBinding", "PersistentVolumeClaim", "Secret", "NetworkPolicy"}
+    allowed = {"ServiceAccount", "Role", "RoleBinding", "PersistentVolumeClaim", "Job", "Secret", "NetworkPolicy"}
     own = {"ResourceQuota", "LimitRange"} if name == "multi-user" else set()  # a profile is the team's alone
     assert kinds <= allowed | own | ({"LocalQueue"} if "kueue" in name else set())
