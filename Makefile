@@ -48,7 +48,7 @@ audit: .venv/ready ## Look up known vulnerabilities of every pinned version; rev
 	$(PY) .ci/audit.py $(ARGS)
 	$(PY) -m pytest -q tests/test_dependencies.py tests/test_nothing_unsafe.py
 
-compile: .venv/ready ## Write the component.yaml of every stage and the reference of all parameters
+compile: .venv/ready ## Write the component.yaml of every stage, pipelines/compiled and the reference of all parameters
 	$(PY) -m pipelines components
 
 bench: .venv/ready ## Time `make run` and its peak memory, stage by stage

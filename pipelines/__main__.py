@@ -143,13 +143,17 @@ def submit_command(
 
 @cli.command()
 def components() -> None:
-    """Write component.yaml of every stage, beside its component.py, and the reference of all parameters."""
-    from pipelines.compile import ROOT, compile_component, stage_names
+    """Write component.yaml of every stage, the committed pipelines of pipelines/compiled, and the reference of all parameters."""
+    from pipelines.compile import COMMITTED, EXAMPLES, ROOT, compile_component, compile_example, stage_names
     from pipelines.reference import TARGET, as_markdown
 
     for stage in stage_names():
         target = ROOT / "components" / stage / "component.yaml"
         compile_component(stage, target)
+        click.echo(f"wrote {target.relative_to(ROOT)}")
+    for name in EXAMPLES:
+        target = COMMITTED / f"{name}.yaml"
+        compile_example(name, target)
         click.echo(f"wrote {target.relative_to(ROOT)}")
     TARGET.write_text(as_markdown(), encoding="utf-8")
     click.echo(f"wrote {TARGET.relative_to(ROOT)}")

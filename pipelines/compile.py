@@ -1,4 +1,4 @@
-"""Compiling: the pipeline of a params file, and one component.yaml a stage to share."""
+"""Compiling: the pipeline of a params file, one component.yaml a stage to share, and the pipelines that are committed to be read."""
 
 import importlib
 import re
@@ -9,8 +9,11 @@ from kfp.compiler import Compiler
 from components.rlhf.config.params import Params
 from components.rlhf.errors import InputError
 from pipelines.dag import build_pipeline
+from pipelines.settings import load_params
 
 ROOT = Path(__file__).resolve().parents[1]
+COMMITTED = ROOT / "pipelines" / "compiled"
+EXAMPLES = ("movie_reviews", "llama3_8b_8gpu")  # a CPU, and a node of eight GPUs
 
 
 def compile_pipeline(params: Params, target: Path) -> Path:
@@ -54,9 +57,19 @@ def stage_names() -> list[str]:
 
 
 def compile_component(stage: str, target: Path) -> None:
-    """Write component.yaml of one stage. kfp's own version is left out, so that the file changes with the component alone."""
+    """Write component.yaml of one stage, without kfp's own version."""
     component = getattr(importlib.import_module(f"components.{stage}.component"), stage)
     Compiler().compile(component, str(target))
-    target.write_text(
-        re.sub(r"sdkVersion: kfp-[\w.]+", "sdkVersion: kfp-2.17", target.read_text(encoding="utf-8")), encoding="utf-8"
-    )
+    _without_version(target)
+
+
+def compile_example(name: str, target: Path) -> None:
+    """Write the compiled pipeline of pipelines/params/NAME.yaml as it is committed, without kfp's own version."""
+    compile_pipeline(load_params(ROOT / "pipelines" / "params" / f"{name}.yaml"), target)
+    _without_version(target)
+
+
+def _without_version(target: Path) -> None:
+    """So that the file changes with the pipeline alone."""
+    text = re.sub(r"sdkVersion: kfp-[\w.]+", "sdkVersion: kfp-2.17", target.read_text(encoding="utf-8"))
+    target.write_text(text, encoding="utf-8")

@@ -57,7 +57,13 @@ def connect(access: Access) -> Server:
     if not re.match(r"https?://[^/]", access.host):
         raise InputError(f"--host {access.host} is no address; write http(s)://HOST[:PORT].")
     health = _health(access)
-    multi_user, version = bool(health.get("multi_user")), str(health.get("tag_name") or "unknown")
+    # The UI's own server answers for the API that it passes requests on to, in names of its own.
+    if health.get("apiServerReady") is False:
+        raise InputError(
+            f"{access.host} is the UI of Kubeflow Pipelines, and the API behind it does not answer; wait for its pods."
+        )
+    multi_user = bool(health.get("multi_user"))
+    version = str(health.get("tag_name") or health.get("apiServerTagName") or "unknown")
     _require_version(access.host, version, health)
     if multi_user and not access.namespace:
         raise InputError(f"{access.host} serves several users; name your namespace with --namespace.")
@@ -110,7 +116,11 @@ def _health(access: Access) -> dict[str, Any]:
 def _require_version(host: str, version: str, health: dict[str, Any]) -> None:
     """Where no version is told (builds without a tag), what the answer holds tells the oldest."""
     numbers = re.match(r"v?(\d+)\.(\d+)", version)
-    too_old = tuple(map(int, numbers.groups())) < MINIMUM if numbers else "pipeline_store" not in health
+    too_old = (
+        tuple(map(int, numbers.groups())) < MINIMUM
+        if numbers
+        else not {"pipeline_store", "pipelineStore"} & set(health)
+    )
     if too_old:
         shown = version if numbers else "older than 2.14"
         raise InputError(
@@ -153,7 +163,7 @@ def _cause(error: Exception) -> str:
 def _advice(error: Exception) -> str:
     if "CERTIFICATE" in str(error).upper():
         return "give the CA's certificate with --ca-bundle"
-    return "check --host, and the port-forward if it goes through one (kubectl -n kubeflow port-forward service/ml-pipeline 8888)"
+    return "check --host, and the port-forward if it goes through one (kubectl -n kubeflow port-forward service/ml-pipeline-ui 8080:80)"
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Say how the run ended: to MLflow and to a webhook. It runs last, whatever happened, and never fails a run."""
 
 import os
+import sys
 
 import click
 
@@ -8,6 +9,7 @@ from components.rlhf.config.cluster import NotifyStage
 from components.rlhf.config.storage import StorageSettings, TrackingSettings
 from components.rlhf.edges.secrets import redact_output
 from components.rlhf.edges.stage import RUN_ID, parse_settings, storage_option
+from components.rlhf.errors import InputError
 
 
 @click.command(help=__doc__)
@@ -32,4 +34,7 @@ def main(status: str, settings: str, tracking: str, storage: str) -> None:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m components.notify")
+    try:
+        main(prog_name="python -m components.notify")
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,10 @@ BASE = "localhost/kfp-rlhf-base:bookworm"
 PACKAGES = "python3,python3-venv,python-is-python3,ca-certificates"
 MIRROR = "http://deb.debian.org/debian"
 # Runtimes and limits that work where crun, or raising limits, is not allowed.
+NO_NETWORK = re.compile(
+    r"name resolution|Could not resolve|dns error|Network is unreachable|Connection refused|Could not connect|[Cc]onnection timed out"
+    r"|error sending request|Failed to establish a new connection|Connection broken|Failed to fetch"
+)
 SETTINGS = '[engine]\nruntime = "runc"\n[containers]\ndefault_ulimits = ["nofile=8192:8192", "nproc=8192:8192"]\n'
 
 
@@ -58,7 +63,9 @@ def make_base() -> None:
                 str(draft),
                 MIRROR,
             ]
-            subprocess.run(command, check=True, capture_output=True, timeout=900)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+            if done.returncode:
+                raise RuntimeError(f"mmdebstrap: {done.stderr[-3000:]}")
             draft.rename(file)
         finally:
             draft.unlink(missing_ok=True)

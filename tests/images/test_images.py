@@ -1,5 +1,6 @@
 """The trainer image, built step by step and run: alone, locked down, and as tasks of the DAG under kfp's DockerRunner."""
 
+import contextlib
 import json
 import os
 import uuid
@@ -17,7 +18,7 @@ from components.rlhf.config.imports import ImportStage
 from components.rlhf.config.params import Params
 from components.rlhf.config.sft import SftStage
 from components.sft.component import sft
-from tests.images.podman import SETTINGS, build, make_base, missing, podman, podman_service, true_exit_codes
+from tests.images.podman import NO_NETWORK, SETTINGS, build, make_base, missing, podman, podman_service, true_exit_codes
 from tests.pipelines.toy import toy_params, write_data
 from tests.tiny import make_tiny_model
 
@@ -38,6 +39,25 @@ def settings_of_podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         yield
 
 
+@contextlib.contextmanager
+def built(image: str, *arguments: str) -> Iterator[tuple[str, str]]:
+    """The tag of an image that was built just now with every step of its Dockerfile, and what the build said."""
+    tag = f"localhost/kfp-rlhf/{image}:test-{uuid.uuid4().hex[:8]}"
+    try:
+        try:
+            make_base()
+            said = build(image, tag, *arguments)
+        except RuntimeError as error:
+            reason = NO_NETWORK.search(str(error))
+            if not reason:
+                raise
+            pytest.skip(f"NO IMAGE WAS BUILT OR RUN: no network ({reason.group()})")
+        assert "stages show their options" in said
+        yield tag, said
+    finally:
+        podman("rmi", "--force", tag, check=False)
+
+
 @pytest.fixture(scope="module")
 def trainer(settings_of_podman: None) -> Iterator[str]:
     """The tag of a trainer image that was built just now, with every step of its Dockerfile."""
@@ -45,14 +65,8 @@ def trainer(settings_of_podman: None) -> Iterator[str]:
     if given:  # built before, while working on these tests
         yield given
         return
-    tag = f"localhost/kfp-rlhf/trainer:test-{uuid.uuid4().hex[:8]}"
-    make_base()
-    try:
-        said = build("trainer", tag, "--build-arg", "REVISION=0123abc", "--build-arg", "VERSION=9.8.7")
-        assert "stages show their options" in said
+    with built("trainer", "--build-arg", "REVISION=0123abc", "--build-arg", "VERSION=9.8.7") as (tag, _):
         yield tag
-    finally:
-        podman("rmi", "--force", tag, check=False)
 
 
 def run(image: str, *arguments: str, options: tuple[str, ...] = ()) -> Any:
@@ -104,6 +118,21 @@ def test_the_self_test_sees_a_package_that_does_not_belong(trainer: str, tmp_pat
     mounted = (f"--volume={tmp_path}:/opt/more:ro", "--env=PYTHONPATH=/opt/app:/opt/more")
     done = run(trainer, "python", "/opt/selftest/selftest.py", "trainer", options=mounted)
     assert done.returncode == 1 and "trainer: kfp has no place here, and is installed" in done.stderr
+
+
+def test_the_tools_image_is_built_and_has_no_torch(settings_of_podman: None) -> None:
+    with built("tools") as (tag, _):
+        inspected = json.loads(podman("image", "inspect", tag).stdout)[0]
+        assert inspected["Config"]["User"] == "1000:1000" and inspected["Size"] < 600e6
+        assert run(tag, "python", "-c", "import torch").returncode == 1
+        for stage in ("register", "notify"):
+            shown = run(tag, "python", "-m", f"components.{stage}", "--help", options=LOCKED_DOWN)
+            assert shown.returncode == 0 and "--settings" in shown.stdout, shown.stderr
+        notify = ("python", "-m", "components.notify", "--status", '{"state": "SUCCEEDED"}', "--settings")
+        done = run(tag, *notify, '{"preset": "tiny"}', options=LOCKED_DOWN)
+        assert (done.returncode, done.stdout) == (0, "[notify] RLHF run tiny (by hand) succeeded.\n"), done.stderr
+        wrong = run(tag, *notify, "{}", options=LOCKED_DOWN)
+        assert (wrong.returncode, wrong.stderr) == (1, "error: Settings: preset is missing.\n")
 
 
 # --- tasks of the DAG ---

@@ -38,6 +38,8 @@ class KfpApi:
         self.multi_user = False
         self.version: str | None = "2.17.0"
         self.pipeline_store: str | None = "database"
+        self.behind_ui = False  # reached through ml-pipeline-ui, which answers /healthz itself and passes the rest on
+        self.ready = True
         self.token: str | None = None
         self.cookie: str | None = None
         self.namespaces_with_rights: set[str] | None = None  # None is all
@@ -77,7 +79,11 @@ class KfpApi:
     # --- health
 
     def health(self, query: Json, headers: Any, body: bytes) -> Json:
-        found = {"multi_user": self.multi_user, "tag_name": self.version, "pipeline_store": self.pipeline_store}
+        found: Json = {"multi_user": self.multi_user, "tag_name": self.version, "pipeline_store": self.pipeline_store}
+        if self.behind_ui:  # frontend/server/handlers/healthz.ts
+            names = {"tag_name": "apiServerTagName", "pipeline_store": "pipelineStore"}
+            found = {names.get(key, key): value for key, value in found.items()} if self.ready else {}
+            found |= {"apiServerReady": self.ready, "frontendTagName": self.version, "buildDate": "today"}
         return {key: value for key, value in found.items() if value is not None}
 
     # --- pipelines

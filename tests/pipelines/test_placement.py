@@ -5,57 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from google.protobuf import json_format
 from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from components.rlhf.config.cluster import STAGES
-from components.rlhf.config.params import Params
 from components.rlhf.errors import InputError
-from pipelines.compile import ROOT, compile_pipeline
+from pipelines.compile import ROOT
 from pipelines.placement import IMAGE_OF, require_digests
 from pipelines.profiles import shipped
 from pipelines.settings import load_params
+from tests.pipelines.compiled import Compiled
 
 MOVIES, TINY = (ROOT / "pipelines" / "params" / f"{name}.yaml" for name in ("movie_reviews", "tiny"))
 DIGEST = "sha256:" + "ab" * 32
 GPU_STAGES = {"sft", "reward-model", "ppo"}
 MLFLOW = ["MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"]
-
-
-class Compiled:
-    """A compiled pipeline, by stage."""
-
-    def __init__(self, params: Params, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        self.spec, self.platform = yaml.safe_load_all(compile_pipeline(params, folder / "p.yaml").read_text())
-        self.containers = {
-            name.removeprefix("exec-"): executor["container"]
-            for name, executor in self.spec["deploymentSpec"]["executors"].items()
-        }
-        self.pods = {
-            name.removeprefix("exec-"): pod
-            for name, pod in self.platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].items()
-        }
-        dags = [self.spec["root"]["dag"], *(c["dag"] for c in self.spec["components"].values() if "dag" in c)]
-        self.dags: list[dict[str, Any]] = dags
-        self.tasks = {
-            self.executor_of(task): task for dag in dags for task in dag["tasks"].values() if self.executor_of(task)
-        }
-
-    def executor_of(self, task: dict[str, Any]) -> str:
-        component = self.spec["components"][task["componentRef"]["name"]]
-        return component.get("executorLabel", "").removeprefix("exec-")
-
-    def secrets(self, stage: str) -> dict[str, tuple[bool, list[str]]]:
-        """Name of each Secret -> whether it may be missing, and the keys that become variables."""
-        found: dict[str, tuple[bool, list[str]]] = {}
-        for secret in self.pods[stage].get("secretAsEnv", []):
-            name = secret["secretNameParameter"]["runtimeValue"]["constant"]
-            optional = secret.get("optional", False)
-            found[f"{name}{'?' if optional else ''}"] = optional, [pair["secretKey"] for pair in secret["keyToEnv"]]
-        return found
 
 
 @pytest.fixture(scope="module")

@@ -108,6 +108,7 @@ def test_the_same_content_is_the_same_version_and_a_dry_run_tells_differences(ap
     assert schedule["trigger"] == {"cron_schedule": {"cron": "0 0 3 * * *"}}
     assert schedule["pipeline_version_reference"]["pipeline_version_id"] == version["pipeline_version_id"]
     assert (schedule["max_concurrency"], schedule["no_catchup"], schedule["mode"]) == ("1", True, "ENABLE")
+    assert schedule["service_account"] == "rlhf-runner"
     made = api.made
     assert f"no difference from {version['display_name']}" in submit("--dry-run").stdout
     changed = submit(
@@ -224,6 +225,21 @@ def test_an_old_server_is_refused(api: KfpApi, submit: Submit, version: str, sto
 def test_a_new_one_and_a_build_without_a_version_are_taken(api: KfpApi, submit: Submit, version: str | None) -> None:
     api.version = version
     assert submit("--dry-run").returncode == 0
+
+
+def test_through_the_ui(api: KfpApi, submit: Submit) -> None:
+    """As the platform's gateway and the port-forward of the README reach it."""
+    api.behind_ui = True
+    done = submit()
+    assert done.returncode == 0, done.stderr
+    api.version = "2.15.2"
+    assert "runs Kubeflow Pipelines 2.15.2, and" in refused(submit())
+    api.version, api.pipeline_store = None, None
+    assert "runs Kubeflow Pipelines older than 2.14, and" in refused(submit())
+    api.pipeline_store, api.multi_user = "kubernetes", True
+    assert "serves several users; name your namespace with --namespace" in refused(submit())
+    api.ready = False
+    assert "is the UI of Kubeflow Pipelines, and the API behind it does not answer" in refused(submit())
 
 
 def test_something_else_that_answers(submit: Submit) -> None:

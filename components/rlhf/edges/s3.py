@@ -217,7 +217,7 @@ def make_client(settings: StorageSettings) -> Any:
         return boto3.session.Session().client(
             "s3",
             endpoint_url=settings.endpoint_url,
-            region_name=settings.region,
+            region_name=settings.region or os.environ.get("AWS_REGION"),  # boto3 knows AWS_DEFAULT_REGION alone
             verify=settings.ca_bundle,
             config=config,
         )

@@ -7,6 +7,7 @@ import pytest
 
 from components.rlhf.config.storage import StorageSettings
 from components.rlhf.edges.fetch import download_all, upload_all
+from components.rlhf.edges.s3 import make_client
 from components.rlhf.edges.storage import FolderStore, Store, open_store
 from components.rlhf.errors import InputError
 
@@ -141,3 +142,22 @@ def test_no_such_store(uri: str) -> None:
 def test_settings_that_cannot_be(settings: dict[str, str], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         StorageSettings.model_validate(settings)
+
+
+@pytest.mark.parametrize(
+    ("region", "environment", "used"),
+    [
+        ("eu-west-9", {"AWS_REGION": "us-west-7", "AWS_DEFAULT_REGION": "us-west-8"}, "eu-west-9"),
+        (None, {"AWS_REGION": "us-west-7", "AWS_DEFAULT_REGION": "us-west-8"}, "us-west-7"),
+        (None, {"AWS_DEFAULT_REGION": "us-west-8"}, "us-west-8"),
+    ],
+)
+def test_the_region_is_the_setting_or_that_of_the_environment(
+    region: str | None, environment: dict[str, str], used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """boto3 by itself reads AWS_DEFAULT_REGION alone; the Secret of the manifests, EKS and other SDKs say AWS_REGION."""
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert make_client(StorageSettings(region=region)).meta.region_name == used

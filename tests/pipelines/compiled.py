@@ -1,0 +1,43 @@
+"""A compiled pipeline, taken apart by stage."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from components.rlhf.config.params import Params
+from pipelines.compile import compile_pipeline
+
+
+class Compiled:
+    """containers, pods and tasks are keyed by executor: ppo, import-model, register-2."""
+
+    def __init__(self, params: Params, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self.spec, self.platform = yaml.safe_load_all(compile_pipeline(params, folder / "p.yaml").read_text())
+        self.containers = {
+            name.removeprefix("exec-"): executor["container"]
+            for name, executor in self.spec["deploymentSpec"]["executors"].items()
+        }
+        self.pods = {
+            name.removeprefix("exec-"): pod
+            for name, pod in self.platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].items()
+        }
+        dags = [self.spec["root"]["dag"], *(c["dag"] for c in self.spec["components"].values() if "dag" in c)]
+        self.dags: list[dict[str, Any]] = dags
+        self.tasks = {
+            self.executor_of(task): task for dag in dags for task in dag["tasks"].values() if self.executor_of(task)
+        }
+
+    def executor_of(self, task: dict[str, Any]) -> str:
+        component = self.spec["components"][task["componentRef"]["name"]]
+        return component.get("executorLabel", "").removeprefix("exec-")
+
+    def secrets(self, stage: str) -> dict[str, tuple[bool, list[str]]]:
+        """Name of each Secret -> whether it may be missing, and the keys that become variables."""
+        found: dict[str, tuple[bool, list[str]]] = {}
+        for secret in self.pods[stage].get("secretAsEnv", []):
+            name = secret["secretNameParameter"]["runtimeValue"]["constant"]
+            optional = secret.get("optional", False)
+            found[f"{name}{'?' if optional else ''}"] = optional, [pair["secretKey"] for pair in secret["keyToEnv"]]
+        return found

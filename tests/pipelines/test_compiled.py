@@ -1,0 +1,51 @@
+"""The committed pipelines are those that compiling gives now, whatever the order of keys, kfp's patch version and the git revision."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines.compile import COMMITTED, EXAMPLES, ROOT, compile_example, compile_pipeline
+from pipelines.settings import load_params
+
+
+def documents(path: Path) -> list[Any]:
+    return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+
+
+def test_every_committed_pipeline_has_its_params() -> None:
+    assert sorted(path.name for path in COMMITTED.iterdir()) == sorted(f"{name}.yaml" for name in EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_committed_pipelines_are_fresh(name: str, tmp_path: Path) -> None:
+    """Against what `pipelines compile` and `submit` make."""
+    params = load_params(ROOT / "pipelines" / "params" / f"{name}.yaml")
+    made, committed = documents(compile_pipeline(params, tmp_path / "p.yaml")), documents(COMMITTED / f"{name}.yaml")
+    assert len(made) == len(committed) == 2  # the pipeline, and what is of Kubernetes
+    assert re.fullmatch(r"kfp-2\.17\.\d+", made[0].pop("sdkVersion")) and committed[0].pop("sdkVersion") == "kfp-2.17"
+    assert made == committed, "run make compile"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_nothing_of_this_machine_or_revision_is_inside(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_CODE_REVISION", "0123456789abcdef0123456789abcdef01234567")
+    compile_example(name, tmp_path / "p.yaml")
+    for text in ((tmp_path / "p.yaml").read_text(), (COMMITTED / f"{name}.yaml").read_text()):
+        assert not re.search(r"\b[0-9a-f]{40}\b|01234567", text) and str(ROOT) not in text
+        assert not re.search(r"(: |')/(home|root|tmp|Users)/", text)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_keys_are_sorted_so_that_differences_are_small(name: str) -> None:
+    def check(value: Any) -> None:
+        if isinstance(value, dict):
+            assert list(value) == sorted(value)
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            check(inner)
+
+    check(documents(COMMITTED / f"{name}.yaml"))
