@@ -242,19 +242,53 @@ def test_through_the_ui(api: KfpApi, submit: Submit) -> None:
     assert "is the UI of Kubeflow Pipelines, and the API behind it does not answer" in refused(submit())
 
 
-def test_something_else_that_answers(submit: Submit) -> None:
-    class Login:
-        def answer(self, *_: Any) -> bytes:
-            return b"<html>Log in</html>"
+class Login:
+    """A gateway that shows its login page, on every path or (as many do) on all but the health of the server."""
 
+    def __init__(self, page: Any, *, health_is_open: bool) -> None:
+        self.page, self.api = page, KfpApi() if health_is_open else None
+
+    def answer(self, method: str, url: str, headers: Any, body: bytes) -> Any:
+        if self.api and "healthz" in url:
+            return self.api.answer(method, url, headers, body)
+        if isinstance(self.page, Exception):
+            raise self.page
+        return self.page
+
+
+@pytest.mark.parametrize("health_is_open", [False, True])
+@pytest.mark.parametrize(
+    ("page", "what"), [(b"<html>Log in</html>", "a page"), (Refusal(302, "to /dex/auth"), "a redirection (302)")]
+)
+def test_a_login_page(submit: Submit, page: Any, what: str, health_is_open: bool) -> None:
+    with serving(Login(page, health_is_open=health_is_open)) as address:
+        said = refused(submit("--host", address))
+    assert f"answers with {what} where Kubeflow Pipelines' API answers JSON" in said and "--cookies-file" in said
+
+
+def test_something_else_that_answers(submit: Submit) -> None:
     class Nothing:
         def answer(self, *_: Any) -> bytes:
             raise Refusal(404, "no such page")
 
-    with serving(Login()) as address:
-        assert "answers with a page where Kubeflow Pipelines' API answers JSON" in refused(submit("--host", address))
+    class Numbers:
+        def answer(self, *_: Any) -> bytes:
+            return b"[1, 2]"
+
     with serving(Nothing()) as address:
         assert "is no Kubeflow Pipelines of version 2" in refused(submit("--host", address))
+    with serving(Numbers()) as address:
+        assert "answers JSON" in refused(submit("--host", address))
+
+
+def test_a_token_that_expires_before_anything_is_made(api: KfpApi, submit: Submit, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("yesterday's")
+    api.token = "today's"
+    said = refused(submit("--token-file", str(tmp_path / "token")))
+    assert "(401); give a token (--token-file or KFP_TOKEN), a new one if it has expired" in said
+    assert "yesterday" not in said and api.made == 0
+    said = refused(submit("--token-file", str(tmp_path / "none")))
+    assert "none cannot be read (No such file or directory); write the secret into it." in said
 
 
 def test_what_the_server_says_is_passed_on(api: KfpApi, submit: Submit) -> None:
