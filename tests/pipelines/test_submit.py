@@ -92,6 +92,7 @@ def test_a_run_of_a_named_version_is_started_and_followed(api: KfpApi, host: str
     assert run["display_name"] == "first" and run["service_account"] == "rlhf-runner"
     assert experiment["display_name"] == "mine" and run["experiment_id"] == experiment["experiment_id"]
     assert f"{host}/#/runs/details/{run_id}" in done.stdout
+    assert f"pods     kubectl -n kubeflow get pods -l pipeline/runid={run_id}\n" in done.stdout
     assert f"http://mlflow:5000/#/experiments: experiment kfp-rlhf, tags.`rlhf.run_id` = '{run_id}'" in done.stdout
     assert version["display_name"] in done.stdout
 
@@ -121,6 +122,9 @@ def test_the_same_content_is_the_same_version_and_a_dry_run_tells_differences(ap
         '~ ppo, sft: container.resources.resourceMemoryRequest: "8Gi" -> "64Gi"',
         "~ ppo: settings.ppo.kl_coef: 0.05 -> 0.1",
     ]
+    gpus = submit("--dry-run", "--set", "cluster.stages={ppo: gpu-24gb}").stdout
+    assert '+ run parameter gpu_tolerations[0].key: "nvidia.com/gpu"' in gpus
+    assert "+ ppo: nodeSelector.nodeSelectorJson" in gpus and ".pipelinechannel--" not in gpus  # plumbing
     assert api.made == made
 
 
@@ -390,6 +394,7 @@ class Kubernetes:
 
     def __init__(self) -> None:
         self.there = {"serviceaccounts/rlhf-runner", "persistentvolumeclaims/rlhf-checkpoints", "secrets/rlhf-s3"}
+        self.there.add("secrets/rlhf-mlflow")
         self.forbidden: set[str] = set()
         self.asked: list[str] = []
 
@@ -426,7 +431,8 @@ S3 = ("--set", "storage.checkpoint_uri=s3://rlhf/checkpoints")
 
 def test_what_is_missing_is_said_before_anything_is_made(api: KfpApi, submit: Submit, cluster: Kubernetes) -> None:
     assert submit("--dry-run").returncode == 0
-    assert cluster.asked == ["", "serviceaccounts/rlhf-runner", "persistentvolumeclaims/rlhf-checkpoints"]
+    needed = ["serviceaccounts/rlhf-runner", "persistentvolumeclaims/rlhf-checkpoints"]
+    assert cluster.asked == ["", *needed, "secrets/rlhf-mlflow"]
     cluster.there = set()
     assert "ServiceAccount rlhf-runner does not exist in namespace kubeflow (kubectl context here)" in refused(submit())
     cluster.there = {"serviceaccounts/rlhf-runner"}
@@ -441,6 +447,19 @@ def test_what_may_not_be_read_is_said_and_no_obstacle(submit: Submit, cluster: K
     done = submit(*S3, "--dry-run")
     assert done.returncode == 0
     assert "note     Could not be looked up in namespace kubeflow: Secret rlhf-s3." in done.stdout
+
+
+def test_what_a_run_does_without_is_said(submit: Submit, cluster: Kubernetes) -> None:
+    assert "note" not in submit("--dry-run").stdout
+    cluster.there.discard("secrets/rlhf-mlflow")
+    lost = "Secret rlhf-mlflow does not exist in namespace kubeflow: the run is tracked nowhere, and no version is registered."
+    assert f"note     {lost}\n" in submit("--dry-run").stdout
+    assert "rlhf-mlflow" not in submit("--dry-run", "--set", "tracking.uri=http://mlflow:5000").stdout
+    hub = submit("--dry-run", "--set", "model.source=org/model")
+    assert (
+        "rlhf-hf-token does not exist in namespace kubeflow: org/model can be fetched only if it is public."
+        in hub.stdout
+    )
 
 
 def test_a_context_that_was_named_must_answer(submit: Submit, cluster: Kubernetes) -> None:
