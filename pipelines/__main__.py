@@ -87,11 +87,22 @@ def compile_command(params_file: Path, overrides: tuple[str, ...], out: Path, fo
 @PARAMS
 @SET
 @click.option(
-    "--host", required=True, envvar="KF_PIPELINES_ENDPOINT", help="Kubeflow Pipelines: http(s)://HOST[:PORT]."
+    "--host",
+    required=True,
+    envvar="KF_PIPELINES_ENDPOINT",
+    show_envvar=True,
+    metavar="URL",
+    help="Kubeflow Pipelines, its UI or its API: http(s)://HOST[:PORT][/PATH].",
 )
-@click.option("--namespace", help="Your namespace, on a server for several users.")
-@click.option("--experiment", default="rlhf", show_default=True, help="Experiment that the run is filed under.")
-@click.option("--name", help="Name of the run; default preset and time.")
+@click.option(
+    "--namespace",
+    metavar="NAME",
+    help="Your namespace, on a server for several users; else where it is installed, if not kubeflow.",
+)
+@click.option(
+    "--experiment", metavar="NAME", default="rlhf", show_default=True, help="Experiment that the run is filed under."
+)
+@click.option("--name", metavar="NAME", help="Name of the run; default preset and time.")
 @click.option("--wait", is_flag=True, help="Follow the run to its end; exit 1 unless it succeeds.")
 @click.option(
     "--recurring", "cron", metavar="CRON", help='Schedule runs instead: six fields, seconds first, "0 0 3 * * *".'
@@ -103,7 +114,9 @@ def compile_command(params_file: Path, overrides: tuple[str, ...], out: Path, fo
 )
 @click.option("--ca-bundle", type=click.Path(path_type=Path, exists=True), help="PEM file of the CA of the server.")
 @click.option(
-    "--kube-context", help='Where Secrets and volumes are looked up; default kubectl\'s current context, "" nowhere.'
+    "--kube-context",
+    metavar="NAME",
+    help='Where Secrets and volumes are looked up; default kubectl\'s current context, "" nowhere.',
 )
 def submit_command(
     params_file: Path,
@@ -118,7 +131,15 @@ def submit_command(
     dry_run: bool,
     **order: str | None,
 ) -> None:
-    """Upload the pipeline of a params file to Kubeflow Pipelines as a named version, and start a run of it."""
+    """Upload the pipeline of a params file to Kubeflow Pipelines as a named version, and start a run of it.
+
+    Settings, local data, the server, your rights, and the Secrets, account and volumes that tasks name are checked before anything is
+    made. Local models and data are copied to storage.uri.
+
+    \b
+      kubectl -n kubeflow port-forward service/ml-pipeline-ui 8080:80 &
+      python -m pipelines submit my.yaml --host http://localhost:8080 --dry-run
+    """
     from pipelines import submit
     from pipelines.server import Access, read_secret
     from pipelines.settings import load_params

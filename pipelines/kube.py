@@ -5,15 +5,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from components.rlhf.config.params import Params
+from components.rlhf.edges.packages import PREFIX
 from components.rlhf.errors import InputError
-from pipelines.placement import cluster_storage, data_sources
+from pipelines.placement import cluster_storage, data_sources, is_remote
 
 SECONDS = 5.0
 NOT_ASKED = "Secrets, account and volumes were not looked up"
 
 
 def check_cluster(params: Params, namespace: str, context: str | None) -> str:
-    """Raise InputError for the first thing that the run needs and the namespace lacks; return what could not be looked up, or "".
+    """Raise InputError for the first thing that the run needs and the namespace lacks; return what could not be looked up, and what
+    goes on without, or "".
 
     context is kubectl's; None is the current one, and "" asks nobody. A cluster that cannot be asked is no mistake, but one that
     was named is, and so is one that runs no Kubeflow Pipelines.
@@ -46,7 +48,23 @@ def check_cluster(params: Params, namespace: str, context: str | None) -> str:
             raise InputError(
                 f"{what} {wanted} does not exist in namespace {namespace} (kubectl context {name}); {advice}."
             ) from None
-    return f"Could not be looked up in namespace {namespace}: {', '.join(skipped)}." if skipped else ""
+    notes = [f"Could not be looked up in namespace {namespace}: {', '.join(skipped)}."] if skipped else []
+    for secret, consequence in _wished(params):
+        try:
+            core.read_namespaced_secret(secret, namespace, _request_timeout=SECONDS)
+        except client.ApiException as error:
+            if error.status == 404:
+                notes.append(f"Secret {secret} does not exist in namespace {namespace}: {consequence}.")
+    return " ".join(notes)
+
+
+def _wished(params: Params) -> Iterator[tuple[str, str]]:
+    """Secrets that a run does without, and what is lost."""
+    cluster, source = params.cluster, params.model.source
+    if cluster.secrets.mlflow and params.tracking.enabled and not params.tracking.uri:
+        yield cluster.secrets.mlflow, "the run is tracked nowhere, and no version is registered"
+    if cluster.secrets.hf_token and is_remote(source) and not source.startswith(PREFIX):
+        yield cluster.secrets.hf_token, f"{source} can be fetched only if it is public"
 
 
 def _wanted(params: Params, core: Any) -> Iterator[tuple[str, str, Callable[..., Any], str]]:

@@ -46,7 +46,8 @@ def read_secret(path: Path | None, option: str) -> str | None:
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{option} {path} cannot be read ({error}).") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise InputError(f"{option} {path} cannot be read ({reason}); write the secret into it.") from None
     if not text:
         raise InputError(f"{option} {path} is empty; write the secret into it.")
     return text
@@ -56,7 +57,7 @@ def connect(access: Access) -> Server:
     """A client of the server, after seconds at the most. Raises InputError when there is none, it is too old, or it refuses us."""
     if not re.match(r"https?://[^/]", access.host):
         raise InputError(f"--host {access.host} is no address; write http(s)://HOST[:PORT].")
-    health = _health(access)
+    health = _get(access, "healthz")
     # The UI's own server answers for the API that it passes requests on to, in names of its own.
     if health.get("apiServerReady") is False:
         raise InputError(
@@ -67,6 +68,8 @@ def connect(access: Access) -> Server:
     _require_version(access.host, version, health)
     if multi_user and not access.namespace:
         raise InputError(f"{access.host} serves several users; name your namespace with --namespace.")
+    # Health is open to all in places; this is not. kfp's client would take a login page for an empty answer.
+    _get(access, "experiments", page_size="1", **({"namespace": str(access.namespace)} if multi_user else {}))
     with quiet():
         from kfp import Client
 
@@ -78,14 +81,11 @@ def connect(access: Access) -> Server:
             cookies=access.cookies,
             ssl_ca_cert=str(access.ca_bundle) if access.ca_bundle else None,
         )
-    server = Server(client, multi_user, version)
-    with explained(access):
-        client.list_experiments(page_size=1, namespace=access.namespace if multi_user else "")
-    return server
+    return Server(client, multi_user, version)
 
 
-def _health(access: Access) -> dict[str, Any]:
-    """What the server says of itself. kfp's own client would try for half a minute, and breaks on a wrong certificate."""
+def _get(access: Access, path: str, **query: str) -> dict[str, Any]:
+    """What the server answers. kfp's own client would try for half a minute, and breaks on a wrong certificate."""
     headers = {"Accept": "application/json"}
     if access.token:
         headers["authorization"] = f"Bearer {access.token}"
@@ -95,20 +95,24 @@ def _health(access: Access) -> dict[str, Any]:
         ca_certs=str(access.ca_bundle) if access.ca_bundle else certifi.where(), timeout=SECONDS, retries=False
     )
     with explained(access):
-        answer = pool.request("GET", f"{access.host.rstrip('/')}/apis/v2beta1/healthz", headers=headers)
-        if answer.status not in (200, 404):
+        answer = pool.request("GET", f"{access.host.rstrip('/')}/apis/v2beta1/{path}", fields=query, headers=headers)
+        if answer.status >= 400 and not (answer.status == 404 and path == "healthz"):
             raise ApiException(http_resp=RESTResponse(answer))
     if answer.status == 404:
         raise InputError(
             f"{access.host} is no Kubeflow Pipelines of version 2 (no /apis/v2beta1/healthz); correct --host, or upgrade it."
         )
     try:
+        if answer.status != 200:
+            raise ValueError(f"a redirection ({answer.status})")
         found = json.loads(answer.data)
-        assert isinstance(found, dict)
-    except (ValueError, AssertionError):
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+    except ValueError:
+        what = "a page" if answer.status == 200 else f"a redirection ({answer.status})"
         raise InputError(
-            f"{access.host} answers with a page where Kubeflow Pipelines' API answers JSON: give a token (--token-file) or "
-            "cookies (--cookies-file), or correct --host."
+            f"{access.host} answers with {what} where Kubeflow Pipelines' API answers JSON, as a login does: give a token "
+            "(--token-file) or a session's cookies (--cookies-file), a new one if it has expired, or correct --host."
         ) from None
     return found
 
@@ -144,7 +148,7 @@ def explained(access: Access) -> Iterator[None]:
 def _sentence(error: ApiException, access: Access) -> str:
     where = f"namespace {access.namespace}" if access.namespace else "this server"
     if error.status == 401:
-        return f"{access.host} does not accept who you are (401); give a valid token with --token-file or KFP_TOKEN."
+        return f"{access.host} does not accept who you are (401); give a token (--token-file or KFP_TOKEN), a new one if it has expired."
     if error.status == 403:
         return f"{access.host} does not let you use {where} (403); ask its owner for edit rights, or choose another --namespace."
     text = error.body.decode(errors="replace") if isinstance(error.body, bytes) else str(error.body or error.reason)

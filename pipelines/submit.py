@@ -125,6 +125,8 @@ def submit(params: Params, access: Access, order: Order, say: Say) -> tuple[Serv
             made = server.client.run_pipeline(**job).run_id
     ui = (params.cluster.ui_url or access.host).rstrip("/")
     say(f"{'schedule' if order.cron else 'run     '} {ui}/#/{'recurringrun' if order.cron else 'runs'}/details/{made}")
+    if not order.cron:
+        say(f"pods     kubectl -n {access.namespace or INSTALLED_IN} get pods -l pipeline/runid={made}")
     say(f"mlflow   {mlflow_link(params, None if order.cron else made)}")
     return server, made
 

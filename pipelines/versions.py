@@ -18,6 +18,7 @@ from pipelines.server import Access, Server, explained
 NEWEST_FIRST = "created_at desc"
 WRITTEN_TWICE = re.compile(
     r"\.(sdkVersion|resources\.(cpu|memory)(Limit|Request)|accelerator\.(count|type)|secretName|pvcMount\[\d+\]\.constant)$"
+    r"|\.(inputDefinitions|inputs)\.parameters\.pipelinechannel--\w+$"  # what the compiler hands on from DAG to DAG
 )
 
 
@@ -153,6 +154,7 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[tuple[str, str], str]]:
 def _readable(key: str) -> tuple[str, str]:
     """A place in the spec as people think of it: the stage ("" for the pipeline's own) and what of it."""
     key = key.removeprefix("pipeline.").removeprefix("platform.platforms.kubernetes.")
+    key = re.sub(r"^root\.inputDefinitions\.parameters\.(\w+)\.defaultValue", r"run parameter \1", key)
     stage = re.match(r"components\.comp-exit-handler-\d+\.dag\.tasks\.|deploymentSpec\.executors\.exec-", key)
     name, _, rest = key[stage.end() :].partition(".") if stage else ("", "", key)
     return name, rest.replace("inputs.parameters.settings.runtimeValue.constant", "settings")

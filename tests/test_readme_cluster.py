@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pipelines.__main__ import cli
 from pipelines.server import MINIMUM
 from tests.manifests.build import KUBECTL
 from tests.pipelines.kfp_api import KfpApi, serving
@@ -179,6 +180,18 @@ def test_kubectl_has_every_command_and_option(page: str, tmp_path: Path) -> None
         command = [sys.executable, ROOT / "tests" / "stand_ins.py", *words]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "manifests/README.md", "pipelines/README.md", "pipelines/params/README.md"]
+)
+def test_the_command_line_has_every_command_and_option(page: str) -> None:
+    script = "\n".join(blocks((ROOT / page).read_text(encoding="utf-8"))).replace("\\\n", " ")
+    for line in re.findall(r"^python -m pipelines (.+)$", script, flags=re.MULTILINE):
+        name, *arguments = shlex.split(line.replace("|", " "), comments=True)
+        if name == "run" and arguments[:1] == ["compile"]:  # run|compile|submit
+            continue
+        cli.commands[name].make_context(name, [a.strip("[]") for a in arguments])  # raises for what is not there
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ def test_a_run_of_a_named_version_is_started_and_followed(api: KfpApi, host: str
     assert run["display_name"] == "first" and run["service_account"] == "rlhf-runner"
     assert experiment["display_name"] == "mine" and run["experiment_id"] == experiment["experiment_id"]
     assert f"{host}/#/runs/details/{run_id}" in done.stdout
+    assert f"pods     kubectl -n kubeflow get pods -l pipeline/runid={run_id}\n" in done.stdout
     assert f"http://mlflow:5000/#/experiments: experiment kfp-rlhf, tags.`rlhf.run_id` = '{run_id}'" in done.stdout
     assert version["display_name"] in done.stdout
 
@@ -121,6 +122,9 @@ def test_the_same_content_is_the_same_version_and_a_dry_run_tells_differences(ap
         '~ ppo, sft: container.resources.resourceMemoryRequest: "8Gi" -> "64Gi"',
         "~ ppo: settings.ppo.kl_coef: 0.05 -> 0.1",
     ]
+    gpus = submit("--dry-run", "--set", "cluster.stages={ppo: gpu-24gb}").stdout
+    assert '+ run parameter gpu_tolerations[0].key: "nvidia.com/gpu"' in gpus
+    assert "+ ppo: nodeSelector.nodeSelectorJson" in gpus and ".pipelinechannel--" not in gpus  # plumbing
     assert api.made == made
 
 
@@ -242,19 +246,53 @@ def test_through_the_ui(api: KfpApi, submit: Submit) -> None:
     assert "is the UI of Kubeflow Pipelines, and the API behind it does not answer" in refused(submit())
 
 
-def test_something_else_that_answers(submit: Submit) -> None:
-    class Login:
-        def answer(self, *_: Any) -> bytes:
-            return b"<html>Log in</html>"
+class Login:
+    """A gateway that shows its login page, on every path or (as many do) on all but the health of the server."""
 
+    def __init__(self, page: Any, *, health_is_open: bool) -> None:
+        self.page, self.api = page, KfpApi() if health_is_open else None
+
+    def answer(self, method: str, url: str, headers: Any, body: bytes) -> Any:
+        if self.api and "healthz" in url:
+            return self.api.answer(method, url, headers, body)
+        if isinstance(self.page, Exception):
+            raise self.page
+        return self.page
+
+
+@pytest.mark.parametrize("health_is_open", [False, True])
+@pytest.mark.parametrize(
+    ("page", "what"), [(b"<html>Log in</html>", "a page"), (Refusal(302, "to /dex/auth"), "a redirection (302)")]
+)
+def test_a_login_page(submit: Submit, page: Any, what: str, health_is_open: bool) -> None:
+    with serving(Login(page, health_is_open=health_is_open)) as address:
+        said = refused(submit("--host", address))
+    assert f"answers with {what} where Kubeflow Pipelines' API answers JSON" in said and "--cookies-file" in said
+
+
+def test_something_else_that_answers(submit: Submit) -> None:
     class Nothing:
         def answer(self, *_: Any) -> bytes:
             raise Refusal(404, "no such page")
 
-    with serving(Login()) as address:
-        assert "answers with a page where Kubeflow Pipelines' API answers JSON" in refused(submit("--host", address))
+    class Numbers:
+        def answer(self, *_: Any) -> bytes:
+            return b"[1, 2]"
+
     with serving(Nothing()) as address:
         assert "is no Kubeflow Pipelines of version 2" in refused(submit("--host", address))
+    with serving(Numbers()) as address:
+        assert "answers JSON" in refused(submit("--host", address))
+
+
+def test_a_token_that_expires_before_anything_is_made(api: KfpApi, submit: Submit, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("yesterday's")
+    api.token = "today's"
+    said = refused(submit("--token-file", str(tmp_path / "token")))
+    assert "(401); give a token (--token-file or KFP_TOKEN), a new one if it has expired" in said
+    assert "yesterday" not in said and api.made == 0
+    said = refused(submit("--token-file", str(tmp_path / "none")))
+    assert "none cannot be read (No such file or directory); write the secret into it." in said
 
 
 def test_what_the_server_says_is_passed_on(api: KfpApi, submit: Submit) -> None:
@@ -356,6 +394,7 @@ class Kubernetes:
 
     def __init__(self) -> None:
         self.there = {"serviceaccounts/rlhf-runner", "persistentvolumeclaims/rlhf-checkpoints", "secrets/rlhf-s3"}
+        self.there.add("secrets/rlhf-mlflow")
         self.forbidden: set[str] = set()
         self.asked: list[str] = []
 
@@ -392,7 +431,8 @@ S3 = ("--set", "storage.checkpoint_uri=s3://rlhf/checkpoints")
 
 def test_what_is_missing_is_said_before_anything_is_made(api: KfpApi, submit: Submit, cluster: Kubernetes) -> None:
     assert submit("--dry-run").returncode == 0
-    assert cluster.asked == ["", "serviceaccounts/rlhf-runner", "persistentvolumeclaims/rlhf-checkpoints"]
+    needed = ["serviceaccounts/rlhf-runner", "persistentvolumeclaims/rlhf-checkpoints"]
+    assert cluster.asked == ["", *needed, "secrets/rlhf-mlflow"]
     cluster.there = set()
     assert "ServiceAccount rlhf-runner does not exist in namespace kubeflow (kubectl context here)" in refused(submit())
     cluster.there = {"serviceaccounts/rlhf-runner"}
@@ -407,6 +447,19 @@ def test_what_may_not_be_read_is_said_and_no_obstacle(submit: Submit, cluster: K
     done = submit(*S3, "--dry-run")
     assert done.returncode == 0
     assert "note     Could not be looked up in namespace kubeflow: Secret rlhf-s3." in done.stdout
+
+
+def test_what_a_run_does_without_is_said(submit: Submit, cluster: Kubernetes) -> None:
+    assert "note" not in submit("--dry-run").stdout
+    cluster.there.discard("secrets/rlhf-mlflow")
+    lost = "Secret rlhf-mlflow does not exist in namespace kubeflow: the run is tracked nowhere, and no version is registered."
+    assert f"note     {lost}\n" in submit("--dry-run").stdout
+    assert "rlhf-mlflow" not in submit("--dry-run", "--set", "tracking.uri=http://mlflow:5000").stdout
+    hub = submit("--dry-run", "--set", "model.source=org/model")
+    assert (
+        "rlhf-hf-token does not exist in namespace kubeflow: org/model can be fetched only if it is public."
+        in hub.stdout
+    )
 
 
 def test_a_context_that_was_named_must_answer(submit: Submit, cluster: Kubernetes) -> None:
