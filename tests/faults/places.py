@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -139,7 +140,7 @@ class Services(FolderPlace):
             self.is_away[name] = False
 
     def close(self) -> None:
-        self.mlflow.terminate()
+        os.killpg(self.mlflow.pid, signal.SIGKILL)  # with the workers that it started
         self.mlflow.wait()
         self.seaweed.kill()
 
