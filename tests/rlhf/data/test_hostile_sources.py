@@ -1,0 +1,84 @@
+"""Data files that somebody made to break us: rows, or one sentence, in bounded memory."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from components.rlhf.config.data import DataSource
+from components.rlhf.data.sources import read_rows
+from tests.hostile import one_sentence
+
+FUZZ = settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ROWS = [{"prompt": f"a film {n}", "chosen": " good é", "rejected": [" bad"], "n": n / 3} for n in range(20)]
+MEMORY = """
+import resource, sys
+from components.rlhf.config.data import DataSource
+from components.rlhf.data.sources import read_rows
+from components.rlhf.errors import InputError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    print(len(list(read_rows(DataSource(path=sys.argv[1])))))
+except InputError as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def read(path: Path) -> list[object] | None:
+    return one_sentence(lambda: list(read_rows(DataSource(path=str(path)))))
+
+
+def mutate(data: st.DataObject, good: bytes) -> bytes:
+    """Bytes changed, cut out or put in at random places."""
+    content = bytearray(good)
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(content)))
+        stop = min(len(content), start + data.draw(st.integers(0, 8)))
+        content[start:stop] = data.draw(st.binary(max_size=8))
+    return bytes(content)
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_bytes_in_jsonl(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(mutate(data, "".join(json.dumps(row) + "\n" for row in ROWS[:3]).encode()))
+    for place, row in read(path) or []:
+        assert place.startswith(f"{path}:") and isinstance(row, dict)
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_bytes_in_parquet(tmp_path: Path, data: st.DataObject) -> None:
+    path, good = tmp_path / "data.parquet", tmp_path / "good.parquet"
+    if not good.exists():
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), good)
+    path.write_bytes(mutate(data, good.read_bytes()))
+    read(path)
+
+
+@pytest.mark.parametrize("content", [b"\0", b"{", b'{"prompt": "'])
+def test_a_line_of_10_gb_is_refused_in_the_memory_of_a_short_one(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    os.truncate(path, 10 * 10**9)  # takes no room on the disk
+    said = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, timeout=60)
+    sentence, memory = said.stdout.splitlines()
+    assert sentence == f"{path}:1 is longer than 16 MiB; each line must be one record."
+    assert int(memory) < 100e6
+
+
+def test_a_zip_bomb_is_no_data_file(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data.jsonl", b"0" * 10**8)
+    assert read(path) is None
