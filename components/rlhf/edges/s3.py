@@ -15,9 +15,8 @@ from boto3.s3.transfer import TransferConfig
 from botocore import UNSIGNED
 from botocore.config import Config
 
-from components.rlhf.artifacts.manifest import sha256_of
 from components.rlhf.config.storage import StorageSettings
-from components.rlhf.edges.s3_download import THREADS, download_object
+from components.rlhf.edges.s3_download import CRC32, THREADS, crc32_of, download_object
 from components.rlhf.edges.s3_errors import Retries, explain, is_code
 from components.rlhf.edges.transfer import Meter
 from components.rlhf.errors import InputError
@@ -26,7 +25,6 @@ PREFIX = "s3://"
 PART_BYTES = 16 * 2**20
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
-SHA256 = "sha256"  # name of the object metadata that holds the digest of the whole file
 WRITER = "writer"
 
 
@@ -93,9 +91,9 @@ class S3Store:
         return self._retries.run(f"write {key}", attempt)
 
     def upload(self, file: Path, key: str) -> None:
-        """Copy a file into the store; it is there whole, with its sha256, or not at all."""
+        """Copy a file into the store; it is there whole, with its CRC32, or not at all."""
         size, full = file.stat().st_size, self._full(key)
-        extra = {"ChecksumAlgorithm": "CRC32", "Metadata": {SHA256: sha256_of(file)}}
+        extra = {"ChecksumAlgorithm": "CRC32", "Metadata": {CRC32: crc32_of(file)}}
 
         def attempt() -> None:
             self._require_bucket()
@@ -117,7 +115,7 @@ class S3Store:
         self._retries.run(f"upload {key}", attempt)
 
     def download(self, key: str, file: Path) -> None:
-        """Copy an object out of the store; file appears when it is whole and its digest is that of the upload.
+        """Copy an object out of the store; file appears when it is whole and its CRC32 is that of the upload.
 
         What has arrived is kept beside it (`.NAME.ETAG.part`), and a later call for the same object goes on from there.
         """

@@ -4,10 +4,9 @@ Beside the file lie `.NAME.ETAG.part` (as long as the object) and `.NAME.ETAG.do
 """
 
 import contextlib
-import hashlib
 import os
 import zlib
-from base64 import b64encode
+from base64 import b64decode
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,12 +19,13 @@ from components.rlhf.errors import InputError
 RANGE_BYTES = 16 * 2**20
 CHUNK_BYTES = 2**20
 THREADS = 8
+CRC32 = "crc32"  # name of the object metadata that holds the CRC32 of the whole file
 
 
 def download_object(
     client: Any, bucket: str, key: str, file: Path, retries: Retries, say: Callable[[str], None] | None
 ) -> None:
-    """file appears when all ranges have arrived and the digest is right. Raises InputError when the object is not what it says.
+    """file appears when all ranges have arrived and the CRC32 of the whole is right. Raises InputError when the object is not what it says.
 
     The memory it takes is that of CHUNK_BYTES for each of THREADS, whatever the size of the object.
     """
@@ -38,9 +38,8 @@ def download_object(
                 old.unlink(missing_ok=True)
                 old.with_suffix(".done").unlink(missing_ok=True)
         try:
-            check = _Check(head)
-            _fetch_ranges(client, bucket, key, head, part, done, retries, say, check)
-            if not check.passed():
+            crc32 = _fetch_ranges(client, bucket, key, head, part, done, retries, say)
+            if crc32 != (_crc32_in(head) or crc32):
                 raise Stale(
                     f"{name} is not what was uploaded (checksum differs after two downloads); delete it and write it again."
                 )
@@ -69,8 +68,9 @@ def _head(client: Any, bucket: str, key: str) -> dict[str, Any]:
 
 def _fetch_ranges(
     client: Any, bucket: str, key: str, head: dict[str, Any], part: Path, done: Path, retries: Retries,
-    say: Callable[[str], None] | None, check: "_Check",
-) -> None:  # fmt: skip
+    say: Callable[[str], None] | None,
+) -> str:  # fmt: skip
+    """Fill the part file; return the CRC32 of the whole."""
     size = int(head["ContentLength"])
     count = -(-size // RANGE_BYTES)
     flags = (done.read_bytes() if done.is_file() and part.is_file() else b"").ljust(count, b"\0")
@@ -94,11 +94,13 @@ def _fetch_ranges(
         pool = stack.enter_context(ThreadPoolExecutor(THREADS))
         try:
             futures = {number: pool.submit(fetch, number) for number in missing}
+            crc = 0
             for number in range(count):  # checked in order while later ranges arrive
                 if number in futures:
                     futures.pop(number).result()
                 for start in range(number * RANGE_BYTES, min(size, (number + 1) * RANGE_BYTES), CHUNK_BYTES):
-                    check.update(os.pread(target, min(CHUNK_BYTES, size - start), start))
+                    crc = zlib.crc32(os.pread(target, min(CHUNK_BYTES, size - start), start), crc)
+            return f"{crc:08x}"
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -125,24 +127,21 @@ def _fetch(client: Any, bucket: str, key: str, etag: str, target: int, start: in
         raise
 
 
-class _Check:
-    """Against the sha256 that our uploads carry; of others' objects against the CRC that the store has, if it has one."""
+def crc32_of(file: Path) -> str:
+    """CRC32 of a file as 8 hexadecimal digits."""
+    crc = 0
+    with file.open("rb") as source:
+        while data := source.read(CHUNK_BYTES):
+            crc = zlib.crc32(data, crc)
+    return f"{crc:08x}"
 
-    def __init__(self, head: dict[str, Any]) -> None:
-        self.sha256 = head.get("Metadata", {}).get("sha256")
-        self.crc32 = head.get("ChecksumCRC32") if head.get("ChecksumType") == "FULL_OBJECT" else None
-        self._sha256, self._crc32 = hashlib.sha256(), 0
 
-    def update(self, data: bytes) -> None:
-        if self.sha256:
-            self._sha256.update(data)
-        elif self.crc32:
-            self._crc32 = zlib.crc32(data, self._crc32)
-
-    def passed(self) -> bool:
-        if self.sha256:
-            return bool(self._sha256.hexdigest() == self.sha256)
-        return self.crc32 in (None, b64encode(self._crc32.to_bytes(4, "big")).decode())
+def _crc32_in(head: dict[str, Any]) -> str | None:
+    """What our uploads carry; of others' objects what the store has, if it has one of the whole."""
+    ours: str | None = head.get("Metadata", {}).get(CRC32)
+    if ours is None and head.get("ChecksumType") == "FULL_OBJECT" and "ChecksumCRC32" in head:
+        return b64decode(head["ChecksumCRC32"]).hex()
+    return ours
 
 
 def _etag(head: dict[str, Any]) -> str:

@@ -264,7 +264,7 @@ def test_what_was_begun_of_another_object_is_not_used(s3: Open, tmp_path: Path, 
 
 
 def test_a_byte_that_changed_on_the_way_is_seen(s3: Open, server: SeaweedFS, tmp_path: Path) -> None:
-    """Plain http carries no checksum of a range: the digest of the whole object finds it, and a second download mends it."""
+    """Plain http carries no checksum of a range: the CRC32 of the whole object finds it, and a second download mends it."""
     file = made(tmp_path / "file", 40 * MB)
     s3().upload(file, "file")
     with FaultProxy(server.port, lambda n, line: "corrupt" if line.startswith("GET") and n < 3 else None) as proxy:
@@ -276,7 +276,7 @@ def test_a_byte_that_changed_on_the_way_is_seen(s3: Open, server: SeaweedFS, tmp
 def test_an_object_that_is_not_what_was_uploaded(s3: Open, server: SeaweedFS, tmp_path: Path) -> None:
     store = s3()
     bare_client(server.url).put_object(
-        Bucket=BUCKET, Key=key_of(store, "file"), Body=b"x" * 100, Metadata={"sha256": "0" * 64}
+        Bucket=BUCKET, Key=key_of(store, "file"), Body=b"x" * 100, Metadata={"crc32": "0" * 8}
     )
     with pytest.raises(
         InputError, match=r"file is not what was uploaded \(checksum differs after two downloads\); delete it"
