@@ -32,7 +32,7 @@ run: .venv/ready ## Run the whole pipeline on this machine (PRESET=full, ARGS="-
 	@$(PY) -m pipelines run $(PARAMS) $(if $(PRESET),--set preset=$(PRESET)) $(ARGS)
 
 ##@ Develop
-.PHONY: test test-all lint compile bench study effects constraints clean
+.PHONY: test test-all lint audit compile bench study effects constraints clean
 test: .venv/ready ## Pass every fast test (tiny models, CPU)
 	$(PY) -m pytest -m "not slow and not vllm and not deepspeed" $(ARGS)
 
@@ -43,6 +43,10 @@ lint: .venv/ready ## ruff on everything, mypy --strict on components/rlhf
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+audit: .venv/ready ## Look up known vulnerabilities of every pinned version; review licences and pins
+	$(PY) .ci/audit.py $(ARGS)
+	$(PY) -m pytest -q tests/test_dependencies.py tests/test_nothing_unsafe.py
 
 compile: .venv/ready ## Write the component.yaml of every stage, pipelines/compiled and the reference of all parameters
 	$(PY) -m pipelines components

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from components.rlhf.edges.secrets import redact, redact_output
 from components.rlhf.errors import InputError
 
 DEFAULT_PARAMS = Path("pipelines/params/movie_reviews.yaml")
@@ -214,11 +215,12 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 
 def main() -> None:
+    redact_output()
     signal.signal(signal.SIGTERM, _interrupt)  # ended from outside: stop the stage that runs, write the summary
     try:
         cli(prog_name="python -m pipelines")
     except InputError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {redact(str(error))}", err=True)
         sys.exit(1)
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from components.rlhf.config.params import Params
 from components.rlhf.config.storage import TrackingSettings
+from components.rlhf.edges.secrets import redact
 from components.rlhf.edges.tracking import SQLITE, close_parent
 from components.rlhf.errors import InputError
 from pipelines.compile import compile_pipeline
@@ -102,7 +103,12 @@ def _execute(params: Params, run: Path, tracking: TrackingSettings, run_id: str,
     except KeyboardInterrupt:
         error = "interrupted"
     summary = build_summary(
-        params, run, log.stages, run_id=run_id, error=error, tracking_uri=tracking.uri if tracking.enabled else ""
+        params,
+        run,
+        log.stages,
+        run_id=run_id,
+        error=redact(error),
+        tracking_uri=tracking.uri if tracking.enabled else "",
     )
     write_whole(run / "summary.json", summary)
     close_parent(

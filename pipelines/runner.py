@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from kfp.local import executor_input_utils, status, subprocess_task_handler, task_handler_interface
 
 from components.rlhf.edges.process import DIE_WITH_PARENT
+from components.rlhf.edges.secrets import redactor
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS_TO_TIDY_UP = 35.0  # a stage saves a checkpoint first
@@ -130,12 +131,12 @@ def run_process(record: StageRecord, command: list[str], log: RunLog, environmen
         command = [sys.executable, *command[1:]]
     log.folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
+    ours = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", DIE_WITH_PARENT: str(os.getpid())}
+    whole = os.environ | ours | log.environment | environment
+    hide = redactor(whole)  # also of what no Python of ours prints
     process = subprocess.Popen(
         command,
-        env=os.environ
-        | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", DIE_WITH_PARENT: str(os.getpid())}
-        | log.environment
-        | environment,
+        env=whole,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -145,7 +146,7 @@ def run_process(record: StageRecord, command: list[str], log: RunLog, environmen
     assert process.stdout is not None
     try:
         with (log.folder / f"{record.name}.log").open("a", encoding="utf-8") as file:
-            for line in process.stdout:
+            for line in map(hide, process.stdout):
                 file.write(line)
                 file.flush()
                 text = line.rstrip()

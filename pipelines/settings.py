@@ -1,6 +1,7 @@
 """Params files: YAML on disk, settings of the command line on top, validated before anything runs."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,15 @@ from components.rlhf.config.data import PrepareDataStage
 from components.rlhf.config.evaluation import EvaluationStage
 from components.rlhf.config.imports import ImportStage
 from components.rlhf.config.judge import JudgeStage
-from components.rlhf.config.params import Params, explain
+from components.rlhf.config.params import Params, explain, shown
 from components.rlhf.config.ppo import PpoStage
 from components.rlhf.config.reward_model import RewardModelStage
 from components.rlhf.config.sft import SftStage
+from components.rlhf.edges.secrets import secrets_in
+from components.rlhf.edges.tracking import flatten
 from components.rlhf.errors import InputError
 from pipelines.profiles import resolve_profiles
+from pipelines.strict_yaml import MOST_BYTES, NotYamlError, parse_yaml
 
 
 def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
@@ -38,14 +42,22 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
             _apply(content, override)
     content = resolve_profiles(content)
     try:
-        return Params.model_validate(content)
+        params = Params.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{path}: {explain(error, Params)}") from None
+    _refuse_secrets(params, path)
+    return params
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise InputError(
+                f"{path} is longer than {MOST_BYTES // 2**20} MiB, which no params file is; correct the path."
+            )
+        content = parse_yaml(data.decode("utf-8"))
     except FileNotFoundError:
         near = sorted(Path(__file__).parent.glob("params/*.yaml"))
         raise InputError(
@@ -55,14 +67,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8; save it as UTF-8.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise InputError(f"{where} is not YAML ({problem}).") from None
+    except NotYamlError as error:
+        where = f"{path}:{error.line}" if error.line else str(path)
+        raise InputError(f"{where} is not YAML ({error}).") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}; a params file is a mapping of sections.")
     return content
+
+
+def _refuse_secrets(params: Params, path: Path) -> None:
+    """Raise InputError for a parameter with a secret of this environment in it: it would stand in pipelines, reports and MLflow."""
+    values = {key: str(value) for key, value in flatten(params.model_dump(mode="json")).items()}
+    for name, secret in secrets_in(os.environ).items():
+        for key, value in values.items():
+            if secret in value:
+                raise InputError(
+                    f"{path}: {key} holds what the environment variable {name} holds, a secret, and would be copied into pipelines "
+                    "and reports; take it out, or rename the variable if it is none."
+                )
 
 
 def _lay_preset(content: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -73,8 +95,10 @@ def _lay_preset(content: dict[str, Any], path: Path) -> dict[str, Any]:
     if not isinstance(presets, dict) or not all(isinstance(sections, dict) for sections in presets.values()):
         raise InputError(f"{path}: presets must map each name to the sections that it changes.")
     name = content.get("preset")
-    if name not in presets:
-        raise InputError(f"{path} has no preset {name!r}; presets there: {', '.join(map(str, presets)) or 'none'}.")
+    if not isinstance(name, str) or name not in presets:
+        raise InputError(
+            f"{path} has no preset {shown(name)}; presets there: {', '.join(map(str, presets)) or 'none'}."
+        )
     merged = _merge(content, presets[name])
     assert isinstance(merged, dict)
     return merged
@@ -91,26 +115,26 @@ def _apply(content: dict[str, Any], override: str) -> None:
     """Put KEY.KEY=VALUE into the nested content; VALUE is read as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise InputError(f"--set {override!r} is not of the form SECTION.KEY=VALUE.")
+        raise InputError(f"--set {shown(override)} is not of the form SECTION.KEY=VALUE.")
     *sections, name = key.strip().split(".")
     for section in sections:
         inner = content.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise InputError(f"--set {override!r}: {section} is not a section.")
+            raise InputError(f"--set {shown(override)}: {section} is not a section.")
         # YAML anchors make two sections one object; an override of one must not reach the other.
         content[section] = dict(inner)
         content = content[section]
     try:
         content[name] = _value(text)
-    except yaml.YAMLError:
-        raise InputError(f"--set {override!r}: the value is not YAML.") from None
+    except NotYamlError as error:
+        raise InputError(f"--set {shown(override)}: the value is not YAML ({error}).") from None
 
 
 def _value(text: str) -> Any:
     """YAML, but 1e-5 is the number that people mean, which YAML 1.1 reads as text. Quotes keep text that looks like a number."""
     if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text.strip()):
         return float(text)
-    return yaml.safe_load(text)
+    return parse_yaml(text)
 
 
 def dump_yaml(params: Params) -> str:

@@ -23,6 +23,21 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("page", ["README.md", "SECURITY.md"])
+def test_every_promise_names_tests_that_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    promises = re.search(r"## What we promise\n(.*?)(\n## |\Z)", text, re.DOTALL)
+    assert promises
+    rows = [row for row in promises[1].splitlines() if row.startswith("| ") and "kept by" not in row]
+    assert len(rows) > 8
+    for row in rows:
+        keepers = re.findall(r"`(tests/[^`]+)`", row.rpartition(" | ")[2])
+        assert keepers or "](SECURITY.md)" in row, row
+        for path, _, name in (keeper.partition("::") for keeper in keepers):
+            source = (ROOT / path).read_text(encoding="utf-8")
+            assert re.search(rf"def {name or 'test_'}", source), f"{path}::{name}"
+
+
 def test_readme_tree_is_the_tree() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = text[text.index("## What is inside") : text.index("Where to start reading")]
@@ -61,3 +76,13 @@ def test_make_help_names_every_verb() -> None:
     text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for verb in ("setup", "run", "test", "test-all", "lint", "compile", "bench"):
         assert f"make {verb} " in text
+
+
+def test_every_test_that_keeps_a_promise_exists() -> None:
+    page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    promises = page[page.index("## What we promise") : page.index("**Secrets**")]
+    rows = [line for line in promises.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 10
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)`", row)
+        assert named and all((ROOT / name).is_file() for name in named), row

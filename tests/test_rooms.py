@@ -44,7 +44,9 @@ ROOMS = {
     "rollout": law("config data models", "torch transformers", vllm="vllm"),
     "engine": law("config", "torch safetensors", deepspeed="deepspeed"),
     "checkpoints": law(
-        "config artifacts engine.protocol engine.group edges.storage edges.process", files="torch safetensors"
+        "config artifacts engine.protocol engine.group edges.storage edges.process",
+        files="torch safetensors",
+        folder="safetensors",
     ),
     "edges": law("config artifacts", "pydantic mlflow boto3 botocore click rich", launcher="torch"),
 }

@@ -124,7 +124,7 @@ def _from_package(uri: str) -> tuple[Any, PreTrainedTokenizerBase]:
     )
     config.dtype = torch.bfloat16
     config._name_or_path = uri
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")]

@@ -7,6 +7,7 @@ import click
 
 from components.rlhf.config.cluster import NotifyStage
 from components.rlhf.config.storage import StorageSettings, TrackingSettings
+from components.rlhf.edges.secrets import redact_output
 from components.rlhf.edges.stage import RUN_ID, parse_settings, storage_option
 from components.rlhf.errors import InputError
 
@@ -20,6 +21,7 @@ def main(status: str, settings: str, tracking: str, storage: str) -> None:
     from components.notify.ending import clean_up, ending_of, message, send
     from components.rlhf.edges.tracking import close_parent, from_environment
 
+    redact_output()
     stage = parse_settings(NotifyStage, settings)
     track = from_environment(parse_settings(TrackingSettings, tracking))
     run_id = os.environ.get(RUN_ID, "")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from components.rlhf.config.cluster import NotifyStage
 from components.rlhf.config.storage import StorageSettings, TrackingSettings
+from components.rlhf.edges.secrets import redact
 from components.rlhf.edges.storage import open_store
 from components.rlhf.edges.tracking import connect
 from components.rlhf.errors import InputError
@@ -97,7 +98,7 @@ def send(url: str, content: dict[str, str]) -> None:
     if not url.startswith(("https://", "http://")):
         warn("RLHF_WEBHOOK_URL is no http(s) address; correct WEBHOOK_URL in the Secret")
         return
-    data = json.dumps(content).encode()
+    data = redact(json.dumps(content)).encode()
     for attempt in range(ATTEMPTS):
         try:
             request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})

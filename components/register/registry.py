@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from components.rlhf.config.storage import TrackingSettings
+from components.rlhf.edges.secrets import redact
 from components.rlhf.edges.tracking import connect, warn
 
 ALIAS = "champion"
@@ -23,7 +24,8 @@ def register_version(
         name = tracking.registered_model
         if not any(model.name == name for model in client.search_registered_models(f"name = '{name}'")):
             client.create_registered_model(name)
-        tags = {"decision": decision, "reason": reason, "rlhf.run_id": run_id, **lineage}
+        told = {"decision": decision, "reason": reason, "rlhf.run_id": run_id, **lineage}
+        tags = {key: redact(value) for key, value in told.items()}
         version = next(
             (v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("rlhf.run_id") == run_id), None
         ) or client.create_model_version(name, source=source, tags=tags)

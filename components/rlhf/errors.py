@@ -4,7 +4,14 @@ import math
 
 
 class InputError(Exception):
-    """What is wrong, where, and what to do, in one sentence. Programs print it without a traceback and exit 1."""
+    """What is wrong, where, and what to do, in one sentence. Programs print it without a traceback and exit 1.
+
+    It may quote names and values from outside: whatever would break a line or steer a terminal is written as an escape.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def require_finite(value: float, *, what: str, step: int, batch: str, checkpoint: object) -> None:

@@ -1,57 +1,118 @@
 """Kill a small pipeline again and again, at any moment, and see whether it still ends with the same models.
 
-    python -m tests.faults --kills 100 --seed 0 --report tests/faults/REPORT.md
+    python -m tests.faults --kills 100 --seed 0 --jobs 2 --report tests/faults/REPORT.md
 
 The last line is `kills=N resumed=N equal=N lost_steps=N hangs=0 orphans=0`: kills done, kills after which the run went on, kills of
 runs whose models equal the undisturbed run's, steps that had been trained and were trained again, attempts that did not end, and
 processes that were left behind. Exit code 0 when all are as they should be.
 """
 
+import contextlib
+import os
 import platform
 import random
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import click
 
-from tests.faults.campaign import KINDS, Undisturbed, disturb, prepare
+from tests.faults.campaign import IN_A_FOLDER, KINDS, ON_A_SMALL_DISK, WITH_SERVICES, Outcome, disturb, prepare
+from tests.faults.places import FolderPlace, Services, SmallDisk
+
+MOST_IN_A_RUN = 10
 
 
 @click.command(help=__doc__)
 @click.option("--kills", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--report", type=click.Path(path_type=Path), help="Markdown file to write.")
-@click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), help="Only these; default all, by turns.")
-def main(kills: int, seed: int, report: Path | None, kinds: tuple[str, ...]) -> None:
-    started, draws = time.monotonic(), random.Random(seed)
-    total: Counter[str] = Counter()
+@click.option("--report", type=click.Path(path_type=Path), help="Markdown file, written anew after every run.")
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), help="Only these; default all.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs beside each other.")
+def main(kills: int, seed: int, report: Path | None, kinds: tuple[str, ...], jobs: int) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers end and the disk is unmounted
+    started = time.monotonic()
     by_kind: dict[str, Counter[str]] = {kind: Counter() for kind in kinds or KINDS}
-    with tempfile.TemporaryDirectory(prefix="rlhf-faults-") as folder:
-        whole: Undisturbed = prepare(Path(folder))
+    with tempfile.TemporaryDirectory(prefix="rlhf-faults-") as folder, contextlib.ExitStack() as stack:
+        whole = prepare(Path(folder))
         click.echo(f"undisturbed run: {whole.seconds:.0f} s")
-        number = 0
-        while total["kills"] < kills:
-            number += 1
-            run = Path(folder) / f"run-{number}"
-            for kind, outcome in disturb(whole, run, draws, kills=kills - total["kills"], kinds=tuple(by_kind)):
-                by_kind[kind].update(outcome)
-                total.update(outcome)
-            click.echo(f"run {number}: {line(total)}")
-    if report:
-        report.write_text(as_markdown(by_kind, total, seed, time.monotonic() - started), encoding="utf-8")
-    click.echo(line(total))
+        places = open_places(Path(folder), whole.params, tuple(by_kind), stack)
+        free: Counter[int] = Counter({number: place.runs_at_once for number, (place, _) in enumerate(places)})
+        pool = stack.enter_context(ThreadPoolExecutor(jobs))
+        running: dict[Future[list[Outcome]], tuple[int, int]] = {}  # -> its place, and the kills it may use
+        left, number = kills, 0
+        while left or running:
+            while left and len(running) < jobs:
+                number += 1
+                draws = random.Random(f"{seed}-{number}")
+                weights = [len(chosen) * (free[n] > 0) for n, (_, chosen) in enumerate(places)]
+                if not sum(weights):
+                    break
+                (at,) = draws.choices(range(len(places)), weights)
+                place, chosen = places[at]
+                free[at] -= 1
+                quota = min(left, MOST_IN_A_RUN)
+                left -= quota
+                run = place.folder / f"run-{number}"
+                running[pool.submit(disturb, whole, place, run, draws, kills=quota, kinds=chosen)] = (at, quota)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                at, quota = running.pop(future)
+                free[at] += 1
+                outcomes = future.result()
+                left += quota - len(outcomes)
+                for kind, counts in outcomes:
+                    by_kind[kind].update(counts)
+                click.echo(f"{', '.join(kind for kind, _ in outcomes) or 'nothing'}: {line(by_kind)}")
+                if report:
+                    minutes = (time.monotonic() - started) / 60
+                    report.write_text(as_markdown(by_kind, kills, seed, jobs, minutes), encoding="utf-8")
+    click.echo(line(by_kind))
+    total = sum_of(by_kind)
     good = total["kills"] == total["resumed"] == total["equal"] and not total["hangs"] and not total["orphans"]
     sys.exit(0 if good else 1)
 
 
-def line(total: Counter[str]) -> str:
+def open_places(
+    folder: Path, params: Path, kinds: tuple[str, ...], stack: contextlib.ExitStack
+) -> list[tuple[FolderPlace, tuple[str, ...]]]:
+    """Where runs live, and what may be done to them there."""
+    places: list[tuple[FolderPlace, tuple[str, ...]]] = []
+    for make, name, of_place in (
+        (FolderPlace, "", IN_A_FOLDER),
+        (Services, "services", WITH_SERVICES),
+        (SmallDisk, "disk", ON_A_SMALL_DISK),
+    ):
+        chosen = tuple(kind for kind in kinds if kind in of_place)
+        if not chosen:
+            continue
+        try:
+            place = make(folder / name, params)
+        except subprocess.CalledProcessError as error:  # only root may mount
+            click.echo(f"LEFT OUT: {', '.join(chosen)} ({error.stderr.decode().strip()})")
+            continue
+        stack.callback(place.close)
+        places.append((place, chosen))
+    return places
+
+
+def sum_of(by_kind: dict[str, Counter[str]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for counts in by_kind.values():
+        total.update(counts)
+    return total
+
+
+def line(by_kind: dict[str, Counter[str]]) -> str:
+    total = sum_of(by_kind)
     return " ".join(f"{name}={total[name]}" for name in ("kills", "resumed", "equal", "lost_steps", "hangs", "orphans"))
 
 
-def as_markdown(by_kind: dict[str, Counter[str]], total: Counter[str], seed: int, seconds: float) -> str:
+def as_markdown(by_kind: dict[str, Counter[str]], kills: int, seed: int, jobs: int, minutes: float) -> str:
     rows = [
         f"| {kind} | {KINDS[kind]} | {n['kills']} | {n['resumed']} | {n['equal']} | {n['lost_steps']} |"
         for kind, n in by_kind.items()
@@ -60,14 +121,20 @@ def as_markdown(by_kind: dict[str, Counter[str]], total: Counter[str], seed: int
         [
             "# Fault campaign",
             "",
-            f"`python -m tests.faults --kills {total['kills']} --seed {seed}`, {time.strftime('%Y-%m-%d')}, "
-            f"{platform.machine()} {platform.system()}, Python {platform.python_version()}, {seconds / 60:.0f} minutes.",
+            f"`python -m tests.faults --kills {kills} --seed {seed} --jobs {jobs}`, {time.strftime('%Y-%m-%d')}, "
+            f"{os.cpu_count()} cores, {platform.machine()} {platform.system()}, Python {platform.python_version()}, "
+            f"{minutes:.0f} minutes.",
             "",
-            "| kind | what is done | kills | went on | same models | steps trained twice |",
+            "| kind | what is done | times | went on | same models | steps trained twice |",
             "|---|---|---:|---:|---:|---:|",
             *rows,
             "",
-            f"`{line(total)}`",
+            "Same models: the weights of sft, reward_model and ppo have the digests of the run that nobody disturbed; where MLflow",
+            "is used, every curve has the same steps, too, none missing and none twice. The small pipeline (a tiny model in fp32, a",
+            "checkpoint after every step) lives in a folder, with its checkpoints in SeaweedFS and its curves in an MLflow server, or on",
+            "a tmpfs. A step counts as trained when a checkpoint of it has been begun.",
+            "",
+            f"`{line(by_kind)}`",
             "",
         ]
     )

@@ -1,4 +1,4 @@
-"""One disturbed run: what is killed when, how it goes on, and what is counted."""
+"""One disturbed run: what is done to it when, how it goes on, and what is counted."""
 
 import contextlib
 import os
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.rlhf.artifacts.manifest import read_manifest
+from tests.faults.places import Curves, FolderPlace, Services, SmallDisk, curves_of
 from tests.pipelines.toy import toy_params, write_data, write_params
 from tests.tiny import make_tiny_model
 
-KINDS = {
+IN_A_FOLDER = {
     "stage": "the stage that runs is killed",
     "runner": "the program that runs the pipeline is killed",
     "all": "everything is killed at once",
@@ -26,7 +27,15 @@ KINDS = {
     "artifact": "the stage is killed, and a byte of a finished artifact changes",
     "beside": "a second process goes on with the run beside the first, which is then killed",
 }
+WITH_SERVICES = {
+    "uploading": "the stage is killed while a checkpoint is uploaded to S3",
+    "s3": "the S3 server that has the checkpoints is away for 2 to 20 seconds",
+    "mlflow": "the MLflow server is away for 2 to 20 seconds",
+}
+ON_A_SMALL_DISK = {"disk": "the disk is full until the run ends"}
+KINDS = IN_A_FOLDER | WITH_SERVICES | ON_A_SMALL_DISK
 HANG_SECONDS = 600.0
+Outcome = tuple[str, dict[str, int]]  # kind, and counts
 MODELS = ("sft", "reward-model", "ppo")
 
 
@@ -35,52 +44,57 @@ class Undisturbed:
     params: Path
     seconds: float
     models: dict[str, str]  # stage -> sha256 of its weights
+    curves: Curves
 
 
 def prepare(folder: Path) -> Undisturbed:
     """The run that nobody disturbs."""
     model = make_tiny_model(folder / "model", seed=0)
-    changes = {"checkpoint": {"every_minutes": 0}, "tracking": {"enabled": False}}
-    params = toy_params(model, write_data(folder), **changes)
+    params = toy_params(model, write_data(folder), checkpoint={"every_minutes": 0})
     for stage in ("sft", "reward_model"):
         params[stage] |= {"num_epochs": 5, "max_steps": 10}
     params["ppo"]["num_iterations"] = 8
-    path = write_params(folder / "toy.yaml", params)
+    run = folder / "whole"
     started = time.monotonic()
-    subprocess.run(_start(path, folder / "whole"), check=True, capture_output=True)
-    return Undisturbed(path, time.monotonic() - started, models_of(folder / "whole"))
+    subprocess.run(_start(write_params(folder / "tracked.yaml", params), run), check=True, capture_output=True)
+    seconds = time.monotonic() - started
+    path = write_params(folder / "toy.yaml", params | {"tracking": {"enabled": False}})
+    return Undisturbed(path, seconds, models_of(run), curves_of(f"sqlite:///{run}/mlflow.db", run.name))
 
 
 def disturb(
-    whole: Undisturbed, run: Path, draws: random.Random, *, kills: int, kinds: tuple[str, ...]
-) -> list[tuple[str, dict[str, int]]]:
-    """Start a run, kill it and go on with it until it ends or kills are spent; (kind, counts) of each kill."""
-    done: list[tuple[str, dict[str, int]]] = []
-    command = _start(whole.params, run)
+    whole: Undisturbed, place: FolderPlace, run: Path, draws: random.Random, *, kills: int, kinds: tuple[str, ...]
+) -> list[Outcome]:
+    """Start a run, disturb it and go on with it until it ends or kills are spent; (kind, counts) of each disturbance."""
+    done: list[Outcome] = []
+    command = _start(place.params_of(run), run)
     while True:
         last = len(done) >= kills
         kind = draws.choice(kinds)
-        attempt = _Attempt(command, run)
-        steps_before = trained_steps(run)
-        killed = False if last else attempt.kill(kind, draws.uniform(0.5, 0.4 * whole.seconds))
+        attempt = _Attempt(command, place, run)
+        steps_before = trained_steps(place, run)
+        delay, length = draws.uniform(0.5, 0.3 * whole.seconds), draws.uniform(2, 20)
+        disturbed = False if last else attempt.disturb(kind, delay, length)
         code, hung = attempt.wait()
         orphans = attempt.orphans()
         if done:
             done[-1][1]["lost_steps"] += steps_before - attempt.resumed_from(steps_before)
             done[-1][1]["resumed"] += not hung
-        if killed:
-            refused = kind != "beside" or attempt.refused
-            done.append(
-                (kind, {"kills": 1, "resumed": 0, "equal": 0, "lost_steps": 0, "hangs": hung, "orphans": orphans})
-            )
-            if not refused:
+        if disturbed:
+            if kind == "beside" and not attempt.refused:
                 raise RuntimeError(f"two processes worked in {run}")
+            if "Traceback" in attempt.said:
+                raise RuntimeError(f"after {kind} the run {run} ends with a traceback:\n{attempt.said}")
+            done.append(
+                (kind, {"kills": 1, "resumed": 0, "equal": 0, "lost_steps": 0, "hangs": int(hung), "orphans": orphans})
+            )
             _damage(kind, run, draws)
-            command = _resume(run) if (run / "run.json").exists() else _start(whole.params, run)
+            begun = (run / "run.json").exists()
+            command = _resume(run) if begun else _start(place.params_of(run), run)
             continue
         if code != 0 and not hung:
             raise RuntimeError(f"the run {run} ends with {code}:\n{attempt.said}")
-        equal = code == 0 and models_of(run) == whole.models
+        equal = code == 0 and models_of(run) == whole.models and place.curves(run) in (None, whole.curves)
         for _, counts in done:
             counts["equal"] = int(equal)
         return done
@@ -89,19 +103,34 @@ def disturb(
 class _Attempt:
     """One process that works on a run, until it is killed or ends."""
 
-    def __init__(self, command: list[str], run: Path) -> None:
-        self.run, self.refused, self.said = run, False, ""
+    def __init__(self, command: list[str], place: FolderPlace, run: Path) -> None:
+        self.place, self.run, self.refused, self.said = place, run, False, ""
         self.log = (run.parent / f"{run.name}.log").open("w+")
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True, env=place.environment
+        )
 
-    def kill(self, kind: str, delay: float) -> bool:
-        """Kill after a delay, or when what the kind waits for is seen after it; False when the run ended before."""
-        until = time.monotonic() + delay
-        while time.monotonic() < until:
-            if self.process.poll() is not None:
-                return False
-            time.sleep(0.01)
-        seen: Callable[[], bool] = {"saving": self._saving, "writing": self._writing}.get(kind, lambda: True)
+    def disturb(self, kind: str, delay: float, length: float) -> bool:
+        """Do it after a delay, or when what the kind waits for is seen after it; False when the run ended before."""
+        if not self._runs_for(delay):
+            return False
+        if isinstance(self.place, SmallDisk):
+            with self.place.full():
+                self._runs_for(60)
+            return True
+        if isinstance(self.place, Services):
+            if kind != "uploading":
+                with self.place.away(kind):
+                    self._runs_for(length)
+                return True
+            self.place.catch_upload = True
+        return self._kill(kind)
+
+    def _kill(self, kind: str) -> bool:
+        watched: dict[str, Callable[[], bool]] = {
+            "saving": self._saving, "writing": self._writing, "uploading": self._uploading
+        }  # fmt: skip
+        seen = watched.get(kind, lambda: True)
         while not seen() or (kind != "runner" and not self.stages()):
             if self.process.poll() is not None:
                 return False
@@ -117,6 +146,15 @@ class _Attempt:
         for pid in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        return True
+
+    def _runs_for(self, seconds: float) -> bool:
+        """Let time pass; False as soon as the process has ended."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if self.process.poll() is not None:
+                return False
+            time.sleep(0.01)
         return True
 
     def wait(self) -> tuple[int, bool]:
@@ -156,14 +194,17 @@ class _Attempt:
     def _saving(self) -> bool:
         return any(not (step / ".complete").exists() for step in self.run.glob("checkpoints/*/*/step-*"))
 
+    def _uploading(self) -> bool:
+        assert isinstance(self.place, Services)
+        return not self.place.catch_upload
+
     def _writing(self) -> bool:
         return any(self.run.glob("artifacts/*/*/.model.writing-*"))
 
 
-def trained_steps(run: Path) -> int:
+def trained_steps(place: FolderPlace, run: Path) -> int:
     """The newest step of the stage that was at work, as far as a checkpoint of it has been begun; 0 when there is none."""
-    steps = [path for path in run.glob("checkpoints/*/*/step-*") if path.is_dir()]
-    return max((int(path.name.split("-")[1]) for path in steps), default=0)
+    return max((int(name.split("-")[1]) for name in place.steps(run)), default=0)
 
 
 def models_of(run: Path) -> dict[str, str]:

@@ -1,7 +1,9 @@
 """The user's commands: a run that is killed anywhere goes on, and ends where an undisturbed one ends."""
 
 import contextlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 from components.rlhf.artifacts.manifest import read_manifest
 from tests.pipelines.test_whole_run import STAGES, output, run_pipeline, summary_of
 from tests.pipelines.toy import toy_params, write_data, write_params
+from tests.rlhf.edges.seaweed import BUCKET, SeaweedFS, bare_client, credentials
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +26,15 @@ def toy(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     params = toy_params(tiny_model, write_data(folder), **often)
     params["ppo"]["num_iterations"] = 4
     return write_params(folder / "toy.yaml", params)
+
+
+@pytest.fixture(scope="module")
+def whole(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a run that nobody disturbs."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    result = run_pipeline(toy, run)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return run
 
 
 def resume(run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -49,9 +61,8 @@ def weights_of(run: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_makes_the_same_models(toy: Path, tmp_path: Path) -> None:
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert run_pipeline(toy, whole).returncode == 0
+def test_a_killed_run_goes_on_and_makes_the_same_models(toy: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
     start_and_signal(toy, run, when="checkpoints/ppo/*/step-*/.complete", number=signal.SIGKILL)
     assert not (run / "summary.json").exists()
 
@@ -77,6 +88,70 @@ def test_a_killed_run_goes_on_and_makes_the_same_models(toy: Path, tmp_path: Pat
     assert f"[sft] runs again: {weights} is not what it wrote" in fourth.stdout
     assert weights_of(run) == weights_of(whole)
     assert {name for name, stage in summary_of(run)["stages"].items() if not stage["reused"]} == {"sft", "notify"}
+
+
+LAUNCHER = """
+import os, signal, subprocess, sys
+stage = subprocess.Popen(sys.argv[1:])
+signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # as KFP's does: it ends, and tells nobody
+sys.exit(stage.wait())
+"""
+CONTAINER = ["unshare", "--pid", "--uts", "--mount-proc", "--fork", "--kill-child=SIGTERM", "sh", "-c"]
+
+
+@pytest.mark.slow
+def test_a_pod_that_is_taken_away_goes_on_elsewhere_from_s3(toy: Path, whole: Path, tmp_path: Path) -> None:
+    """The signal ends KFP's launcher and with it the container, so that the stage never hears of it."""
+    if subprocess.run([*CONTAINER, "true"], capture_output=True).returncode != 0:
+        pytest.skip("NOT TESTED: the death of a launcher; only root may make a namespace of processes")
+    server = SeaweedFS(tmp_path / "server")
+    try:
+        server.start()
+        settings = [sys.executable, "-m", "pipelines", "settings", "ppo", str(toy)]
+        storage = {"checkpoint_uri": f"s3://{BUCKET}/checkpoints", "endpoint_url": server.url, "region": "us-east-1"}
+        command = [
+            sys.executable, "-m", "components.ppo",
+            "--settings", subprocess.run(settings, capture_output=True, text=True, check=True).stdout,
+            "--storage", json.dumps(storage),
+            "--sft-model", str(output(whole, "sft", "model")),
+            "--reward-model", str(output(whole, "reward-model", "model")),
+            "--prompts", str(output(whole, "prepare-data", "prompts")),
+            "--model", str(tmp_path / "model"),
+            "--metrics", str(tmp_path / "metrics"),
+            "--curves", str(tmp_path / "curves"),
+        ]  # fmt: skip
+
+        def saved() -> list[str]:
+            found = bare_client(server.url).list_objects_v2(Bucket=BUCKET, Prefix="checkpoints/").get("Contents", [])
+            return [item["Key"] for item in found if item["Key"].endswith("/.complete")]
+
+        def in_pod(name: str) -> subprocess.Popen[str]:
+            launcher = [sys.executable, "-c", LAUNCHER, *command]
+            return subprocess.Popen(
+                [*CONTAINER, f'hostname {name} && exec "$@"', "sh", *launcher],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | credentials(),
+            )  # fmt: skip
+
+        pod = in_pod("ppo-1")
+        while not saved():
+            assert pod.poll() is None, pod.communicate()[0]
+            time.sleep(0.02)
+        (launcher,) = Path(f"/proc/{pod.pid}/task/{pod.pid}/children").read_text().split()
+        os.kill(int(launcher), signal.SIGTERM)
+        said = pod.communicate(timeout=30)[0]
+        assert "SIGTERM" not in said  # it did not hear of it
+        assert not (tmp_path / "model").exists()
+
+        again = in_pod("ppo-2")
+        said = again.communicate(timeout=300)[0]
+        assert again.returncode == 0, said
+        assert "on ppo-1 shows no sign of life; going on in its place" in said
+        assert re.search(r"resuming after iteration [1-3]\b", said)
+        digest = read_manifest(tmp_path / "model").files["model.safetensors"].sha256
+        assert digest == weights_of(whole)["ppo"]
+        assert saved() == []
+    finally:
+        server.kill()
 
 
 def test_an_interrupted_run_says_how_to_go_on(toy: Path, tmp_path: Path) -> None:

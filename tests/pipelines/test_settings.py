@@ -159,7 +159,10 @@ def test_an_override_below_a_value(file: Path) -> None:
 
 
 def test_an_override_that_is_not_yaml(file: Path) -> None:
-    assert refusal(file, "seed=[1") == "--set 'seed=[1': the value is not YAML."
+    assert (
+        refusal(file, "seed=[1")
+        == "--set 'seed=[1': the value is not YAML (expected ',' or ']', but got '<stream end>')."
+    )
 
 
 def test_an_unknown_override_names_the_nearest(file: Path) -> None:

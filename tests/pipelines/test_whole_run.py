@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sqlite3
 import subprocess
 import sys
@@ -13,14 +14,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from components.rlhf.artifacts.directory import open_artifact
 from tests.pipelines.toy import toy_params, write_data, write_params
+from tests.planted import PLANTED, places_of_secrets
 
 TRACKED = ["import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation", "register"]
 STAGES = [*TRACKED, "notify"]
 
 
-def run_pipeline(params: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_pipeline(params: Path, out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in an environment full of secrets."""
     command = [sys.executable, "-m", "pipelines", "run", str(params), "--out", str(out), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | PLANTED | environment)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,7 @@ def promoted(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     result = run_pipeline(params, folder / "run")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Promoted" in result.stdout
+    (folder / "terminal").write_text(result.stdout + result.stderr, encoding="utf-8")
     return folder / "run"
 
 
@@ -98,6 +102,25 @@ def test_tracking_has_a_parent_and_a_finished_run_of_each_stage(promoted: Path) 
     assert set(runs.values()) == {"FINISHED"}
     assert curve == 2
     assert aliases == [("champion", 1)]
+
+
+def test_no_secret_of_the_environment_is_in_anything_that_a_run_writes(promoted: Path) -> None:
+    """Models, metadata, logs, MLflow's database and files, compiled pipeline, reports, and what the terminal showed."""
+    assert (promoted / "mlflow.db").stat().st_size > 100_000
+    assert list(promoted.glob("logs/*.log")) and (promoted / "pipeline.yaml").is_file()
+    assert places_of_secrets(promoted.parent) == []
+
+
+def test_an_error_that_quotes_a_secret_shows_stars_everywhere(tmp_path: Path, tiny_model: Path) -> None:
+    params = write_params(tmp_path / "toy.yaml", toy_params(tiny_model, write_data(tmp_path)))
+    result = run_pipeline(params, tmp_path / "run", RLHF_PROGRESS_SECONDS=f"5 {PLANTED['HF_TOKEN']}")
+    assert result.returncode == 1
+    (tmp_path / "terminal").write_text(result.stdout + result.stderr, encoding="utf-8")
+    sentence = "RLHF_PROGRESS_SECONDS is '5 ***'; it takes a number of seconds"
+    assert sentence in result.stdout
+    assert sentence in summary_of(tmp_path / "run")["reason"]
+    assert sentence in (tmp_path / "run/logs/import_model.log").read_text(encoding="utf-8")
+    assert places_of_secrets(tmp_path) == []
 
 
 def test_report_stands_alone(promoted: Path) -> None:

@@ -9,6 +9,7 @@ KEY/step-00000012-4f1c09ab/actor/engine-00000.safetensors   one a process and en
 
 import hashlib
 import json
+import os
 import re
 import tempfile
 import time
@@ -20,6 +21,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from components.rlhf.config.strict_json import parse_json
 from components.rlhf.edges.storage import FolderStore, Store
 from components.rlhf.errors import InputError
 
@@ -27,6 +29,7 @@ COMPLETE, MANIFEST, STATE = ".complete", "manifest.json", "state.json"
 LIMIT = 256 * 2**20  # bytes of a manifest or a state; histories of long runs are some MiB
 STEP = re.compile(r"step-(\d{8})-[0-9a-f]{8}")
 FILE = re.compile(r"[a-z_]+/engine-\d{5}\.safetensors|state\.json")
+OURS = re.compile(r"manifest\.json|\.complete|shards-\d{5}\.json")  # beside what the manifest lists
 WAIT_SECONDS = 600.0  # of the first process for the shards of the others
 
 Entry = tuple[str, int]  # sha256, size in bytes
@@ -83,22 +86,31 @@ def fetch(store: Store, folder: str, into: Path) -> tuple[Path, dict[str, Any]]:
     """
     entries = _manifest(store, folder)
     local = place(store, folder, into)
+    if local is not into:  # an engine may read every shard that it finds
+        names = {name.removeprefix(f"{folder}/") for name in store.list(folder)} - entries.keys()
+        strange = next((name for name in sorted(names) if not OURS.fullmatch(name)), None)
+        if strange is not None:
+            raise InputError(f"it holds {strange[:80]!a}, which its {MANIFEST} does not list")
     for name, (sha256, size) in entries.items():
         path = local / name
         if local is into:
             store.download(f"{folder}/{name}", path)
-        if not path.is_file() or path.is_symlink():
+        if Path(os.path.realpath(path)) != Path(os.path.realpath(local)) / name:
+            raise InputError(f"{name} is reached over a link")
+        if not path.is_file():
             raise InputError(f"{name} is missing")
         if path.stat().st_size != size:
             raise InputError(f"{name} has {path.stat().st_size} bytes instead of {size}")
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 raise InputError(f"the sha256 of {name} is not that of its manifest")
+    if entries[STATE][1] > LIMIT:
+        raise InputError(f"{STATE} is longer than {LIMIT} bytes")
     try:
-        state = json.loads((local / STATE).read_bytes())
+        state = parse_json((local / STATE).read_bytes())
         return local, {**state, "step": int(state["step"])}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{STATE} cannot be read ({error})") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{STATE} cannot be read ({str(error)[:200]})") from None
 
 
 def place(store: Store, folder: str, into: Path) -> Path:
@@ -110,13 +122,13 @@ def _manifest(store: Store, folder: str) -> dict[str, Entry]:
     if not complete(store, folder):
         raise InputError(f"it has no {COMPLETE}: its writing was interrupted")
     try:
-        content = json.loads(store.read(f"{folder}/{MANIFEST}", limit=LIMIT) or b"")
+        content = parse_json(store.read(f"{folder}/{MANIFEST}", limit=LIMIT) or b"")
         entries = {str(name): (str(sha256), int(size)) for name, (sha256, size) in content.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError):
         raise InputError(f"its {MANIFEST} cannot be read") from None
     strange = next((name for name in entries if not FILE.fullmatch(name)), None)
     if strange is not None:
-        raise InputError(f"its {MANIFEST} names {strange!r}, which is no file of a checkpoint")
+        raise InputError(f"its {MANIFEST} names {strange[:80]!a}, which is no file of a checkpoint")
     if STATE not in entries:
         raise InputError(f"its {MANIFEST} lacks {STATE}")
     return entries

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from components.rlhf.checkpoints import files
 from components.rlhf.checkpoints.lease import Lease
 from components.rlhf.config.storage import CheckpointSettings
@@ -120,11 +122,23 @@ class CheckpointFolder:
             if found is None:
                 return None
             for name, engine in engines.items():
-                engine.load(local / name)
+                self._load(engine, local / name, found)
             self.group.barrier()
         self._newest = f"{self.store.uri}/{found}"
         shared: dict[str, Any] = self.group.gather([state])[0]  # of the process that fetched
         return shared
+
+    def _load(self, engine: TrainEngine, directory: Path, folder: str) -> None:
+        """Raises InputError for files that are what their manifest says, and yet not what an engine saves."""
+        try:
+            engine.load(directory)
+        except (SafetensorError, FileNotFoundError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and self.group.world_size > 1:
+                raise  # more likely another process that died
+            raise InputError(
+                f"checkpoint {folder} verifies, and its {directory.name} cannot be loaded ({str(error)[:200] or type(error).__name__}); "
+                "delete it, and the one before it is used."
+            ) from error
 
     def clear(self) -> None:
         """Delete this stage's checkpoints: its artifact has been written."""

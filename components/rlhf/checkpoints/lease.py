@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from components.rlhf.config.strict_json import parse_json
 from components.rlhf.edges.storage import Store
 from components.rlhf.errors import InputError
 
@@ -33,6 +34,16 @@ class Lease:
 
     def acquire(self) -> None:
         """Take the lease. Raises InputError while somebody who is alive holds it; waits for a sign of life up to STALE_SECONDS."""
+        try:
+            self._take()
+        except OSError as error:
+            raise InputError(
+                f"{self.store.uri}/{self.key} cannot be written ({error.strerror}); make room for it, or correct storage.checkpoint_uri."
+            ) from None
+        self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
+        self._thread.start()
+
+    def _take(self) -> None:
         if not self.store.write(self.key, self._text(), only_if_absent=True):
             other = self._read()
             if other and not self._is_dead(other):
@@ -42,8 +53,6 @@ class Lease:
             now = self._read()
             if now.get("owner") != self.me["owner"]:
                 raise InputError(_held(self.store.uri, self.key, now))
-        self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
-        self._thread.start()
 
     def check(self) -> None:
         """Raise InputError when another process has taken over."""
@@ -86,14 +95,15 @@ class Lease:
 
     def _is_dead(self, other: dict[str, Any]) -> bool:
         """Of this machine, and gone. A process of the same number that started at another time is another one."""
-        if other.get("host") != self.me["host"] or not isinstance(other.get("pid"), int):
+        pid = other.get("pid")
+        if other.get("host") != self.me["host"] or not isinstance(pid, int) or not 0 < pid < 2**31:
             return False
-        return _started(other["pid"]) != other.get("started")
+        return _started(pid) != other.get("started")
 
     def _read(self) -> dict[str, Any]:
         """Who holds it; {} for nobody, and for what cannot be read."""
         try:
-            content = json.loads(self.store.read(self.key, limit=LIMIT) or b"{}")
+            content = parse_json(self.store.read(self.key, limit=LIMIT) or b"{}")
         except (ValueError, InputError):
             return {}
         return content if isinstance(content, dict) else {}
@@ -116,7 +126,9 @@ def _started(pid: int) -> str:
 
 
 def _name(holder: dict[str, Any]) -> str:
-    return f"process {holder.get('pid')} on {holder.get('host')}"
+    """As the file says it, which anybody may have written."""
+    pid, host = (str(holder.get(key))[:100] for key in ("pid", "host"))
+    return f"process {pid} on {host}" if (pid + host).isprintable() else f"process {pid!a} on {host!a}"
 
 
 def _held(uri: str, key: str, holder: dict[str, Any]) -> str:

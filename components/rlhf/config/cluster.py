@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from components.rlhf.config.base import Count, Positive, Settings
+from components.rlhf.config.credentials import names_a_secret
 
 STAGES = ("import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation", "register", "notify")
 TRAINED = ("sft", "reward_model", "ppo")
@@ -180,7 +181,7 @@ class ClusterSettings(Settings):
     """PersistentVolumeClaims with your models and data, by the path that import_model and prepare_data see them at: {/data: team-data}."""
     num_retries: Count = 3
     """Retries of a stage on accelerators, a minute after its failure, then two, then four."""
-    timeout_hours: Positive = 24.0
+    timeout_hours: Annotated[Positive, Field(le=24 * 365)] = 24.0
     """Longest time of one attempt of a stage on accelerators."""
     pipeline: str = "rlhf"
     """Name that versions are uploaded under."""
@@ -192,6 +193,17 @@ class ClusterSettings(Settings):
     def _launcher(cls, value: str) -> str:
         if value != "local":
             raise ValueError("trainjob is not built; choose local, which uses every GPU of one node")
+        return value
+
+    @field_validator("environment")
+    @classmethod
+    def _environment(cls, value: dict[str, str]) -> dict[str, str]:
+        secret = next((name for name in value if names_a_secret(name)), None)
+        if secret is not None:
+            raise ValueError(
+                f"{secret} is a secret by its name, and these variables are written into the pipeline; put it into a Secret "
+                "(cluster.secrets), and on this machine into your own environment"
+            )
         return value
 
     @field_validator("claims")

@@ -17,6 +17,7 @@ from components.rlhf.config.sft import SftSettings
 from components.rlhf.config.storage import CheckpointSettings, StorageSettings, TrackingSettings
 
 Stage = TypeVar("Stage", bound=Settings)
+MOST_SHOWN, LONGEST_SHOWN = 5, 120  # mistakes, and characters of a value
 
 
 class Params(Settings):
@@ -74,12 +75,24 @@ class Params(Settings):
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One clear sentence per mistake: the key, what is wrong with it, and the nearest valid key of a misspelt one."""
-    text = "; ".join(_explain_one(dict(mistake), model) for mistake in error.errors())
+    mistakes = error.errors(include_url=False)
+    text = "; ".join(_explain_one(dict(mistake), model) for mistake in mistakes[:MOST_SHOWN])
+    if len(mistakes) > MOST_SHOWN:
+        text += f"; and {len(mistakes) - MOST_SHOWN} more"
     return text if text.endswith("?") else f"{text}."
 
 
+def shown(value: object) -> str:
+    """A value as part of a sentence: one line, and not longer than one."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer with more digits than Python writes
+        return "a number with thousands of digits"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 20]}... ({len(text):,} characters)"
+
+
 def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:
-    path = [str(part) for part in mistake["loc"]]
+    path = [_key(part) for part in mistake["loc"]]
     key = ".".join(path) or "the parameters"
     if mistake["type"] == "extra_forbidden":
         valid = _keys_at(model, path[:-1])
@@ -92,7 +105,12 @@ def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:
     message = str(mistake["msg"]).removeprefix("Value error, ")
     if mistake["type"] == "value_error":
         return f"{key}: {message}"
-    return f"{key} is {mistake['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{key} is {shown(mistake['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _key(part: str | int) -> str:
+    text = str(part)
+    return text if text.isprintable() and len(text) <= LONGEST_SHOWN else shown(text)
 
 
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:

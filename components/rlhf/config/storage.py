@@ -41,8 +41,6 @@ class StorageSettings(Settings):
     def _endpoint(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("http://", "https://")):
             raise ValueError("write it as http://HOST:PORT or https://HOST:PORT")
-        if value is not None and "@" in value:
-            raise ValueError("credentials do not belong here; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         return value
 
     @field_validator("checkpoint_uri", "uri", "publish_uri")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from components.rlhf.config.strict_json import NotJsonError, parse_json
+from components.rlhf.edges.secrets import redact
 from components.rlhf.errors import InputError
 
 Flat = Mapping[str, str | int | float]
@@ -64,7 +65,7 @@ def write_parameter(path: Path | None, value: str) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(value, encoding="utf-8")
+    path.write_text(redact(value), encoding="utf-8")
 
 
 def _section(executor_input: str, name: str) -> dict[str, Any]:
@@ -105,4 +106,4 @@ def _checked(name: str, metadata: Flat) -> dict[str, str | int | float]:
             raise ValueError(f"metadata {key} of {name} is {value!r}; KFP takes flat strings and numbers only")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"metadata {key} of {name} is {value}; KFP takes finite numbers only")
-    return dict(metadata)
+    return {key: redact(value) if isinstance(value, str) else value for key, value in metadata.items()}

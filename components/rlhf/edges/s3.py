@@ -160,6 +160,7 @@ class S3Store:
         for page in self.client.get_paginator("list_objects_v2").paginate(
             Bucket=self.bucket, Prefix=f"{start}/" if start else ""
         ):
+            _ = page["IsTruncated"]  # an answer that was cut off must not pass for an empty folder
             for found in page.get("Contents", []):
                 if not found["Key"].endswith("/"):  # what some programs write to stand for a folder
                     key = found["Key"].removeprefix(f"{self.prefix}/" if self.prefix else "")

@@ -63,6 +63,7 @@ def _head(client: Any, bucket: str, key: str) -> dict[str, Any]:
             client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
             raise InputError(f"s3://{bucket}/{key} does not exist; correct the URI.") from error
         raise
+    _ = found["ETag"], found["ContentLength"]  # missing when the answer was cut off, which is worth another try
     return found
 
 

@@ -29,6 +29,8 @@ TRANSIENT_CODES = {
     "OperationAborted", "RequestTimeout", "RequestTimeoutException", "ServiceUnavailable", "SlowDown", "Throttling",
     "ThrottlingException", "TooManyRequestsException", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch",
 }  # fmt: skip
+# Python's HTTP client takes an answer whose headers were cut off for a whole one without these.
+ALWAYS_ANSWERED = {"ContentLength", "ETag", "IsTruncated", "UploadId"}
 
 
 class Stale(Exception):
@@ -84,6 +86,8 @@ def is_transient(error: BaseException) -> bool:
     if answer is not None:
         status = answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return status >= 500 or status == 429 or is_code(error, *TRANSIENT_CODES)
+    if _was_cut(error):
+        return True
     if isinstance(error, SSLError):
         return "CERTIFICATE_VERIFY_FAILED" not in str(error)  # a connection that was cut says SSLError too
     kinds = (
@@ -103,6 +107,8 @@ def explain(error: BaseException) -> str:
         )
     if isinstance(error, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
         return "its certificate is signed by nobody this machine trusts; name the CA in storage.ca_bundle"
+    if _was_cut(error):
+        return "the answer was cut short"
     answer = _client_error(error)
     if answer is None:
         return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
@@ -134,7 +140,10 @@ def _client_error(error: BaseException) -> ClientError | None:
     return cause if isinstance(cause, ClientError) else None
 
 
+def _was_cut(error: BaseException) -> bool:
+    return isinstance(error, KeyError) and error.args[0] in ALWAYS_ANSWERED
+
+
 def _answer(error: BaseException) -> bool:
-    return _client_error(error) is not None or isinstance(
-        error, IncompleteReadError | ResponseStreamingError | FlexibleChecksumError
-    )
+    kinds = IncompleteReadError | ResponseStreamingError | FlexibleChecksumError
+    return _client_error(error) is not None or _was_cut(error) or isinstance(error, kinds)

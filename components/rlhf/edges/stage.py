@@ -23,6 +23,7 @@ from components.rlhf.edges.fetch import upload_all
 from components.rlhf.edges.kfp_io import output_uri, write_executor_output
 from components.rlhf.edges.process import Stop, die_with_parent, keep_freed_memory
 from components.rlhf.edges.progress import Progress
+from components.rlhf.edges.secrets import redact, redact_output
 from components.rlhf.edges.storage import Store, open_store
 from components.rlhf.edges.tracking import BY_HAND, Tracker, from_environment, start_tracking
 from components.rlhf.errors import InputError
@@ -123,7 +124,7 @@ class StageRun(Generic[S]):
         if rank() > 0:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(redact(text), encoding="utf-8")
         self.outputs[output] = {}
         self.tracker.log_file(path)
 
@@ -167,6 +168,7 @@ def stage_run(
     name: str, model: type[S], *, settings: str, tracking: str, executor_input: str, storage: str = "{}"
 ) -> Iterator[StageRun[S]]:
     """Run the body of a stage. An InputError becomes one line on stderr and exit code 1; other errors keep their traceback."""
+    redact_output()
     tracker: Tracker | None = None
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars would drown ours, and make logs unreadable
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -5,6 +5,7 @@ Keys are posix paths relative to the store's URI. Nothing half-written is ever s
 
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -51,17 +52,28 @@ class FolderStore:
 
     def list(self, prefix: str = "") -> dict[str, int]:
         found: dict[str, int] = {}
-        for path in sorted((self.folder / prefix).rglob("*")):
+        for path in sorted(self._inside(prefix).rglob("*")):
             if path.is_file() and not path.name.startswith(".writing-"):
                 found[path.relative_to(self.folder).as_posix()] = path.stat().st_size
         return found
 
     def read(self, key: str, *, limit: int) -> bytes | None:
+        path = self._inside(key)
         try:
-            with (self.folder / key).open("rb") as file:
-                data = file.read(limit + 1)
+            # A link is not followed, and a pipe without a writer not waited for.
+            opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            reason = "a link" if path.is_symlink() else error.strerror
+            raise InputError(f"{path} cannot be read ({reason}); delete it, or correct its permissions.") from None
+        try:
+            if not stat.S_ISREG(os.fstat(opened).st_mode):
+                raise InputError(f"{path} is no file, as all of ours are; delete it.")
+            with open(opened, "rb", closefd=False) as file:
+                data = file.read(limit + 1)
+        finally:
+            os.close(opened)
         if len(data) > limit:
             raise InputError(f"{self.folder / key} is longer than {limit} bytes, which nothing of ours is; delete it.")
         return data
@@ -108,8 +120,17 @@ class FolderStore:
         else:
             target.unlink(missing_ok=True)
 
+    def _inside(self, key: str) -> Path:
+        """Where a key lies. Raises InputError where a link leads out of the folder. The folder itself may be reached over links."""
+        path = self.folder / key
+        # Of a file that is a link the place counts: a write replaces the link, and a read refuses it.
+        real = Path(os.path.realpath(path if path.is_dir() else path.parent))
+        if not real.is_relative_to(os.path.realpath(self.folder)):
+            raise InputError(f"{path} leads out of {self.folder} by a link; delete the link.")
+        return path
+
     def _draft(self, key: str) -> Path:
-        target = self.folder / key
+        target = self._inside(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         # Threads share a process id, and so do the first processes of two containers on one volume.
         return target.with_name(f".writing-{uuid.uuid4().hex}-{target.name}")

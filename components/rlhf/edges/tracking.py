@@ -3,11 +3,13 @@
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from components.rlhf.config.storage import TrackingSettings
+from components.rlhf.edges.secrets import redact
 
 RUN_ID_TAG = "rlhf.run_id"
 SQLITE = "sqlite:///"
@@ -45,52 +47,79 @@ class NullTracker:
 
 
 class MlflowTracker:
-    """A nested MLflow run. Any failure is said once on stderr and ends tracking, nothing else."""
+    """A nested MLflow run. A server that is away costs no point: they wait here, and go out when it answers again."""
 
     FLUSH_SECONDS = 5.0  # one request for many points; a single metric takes 50 ms
+    AWAY_SECONDS = 30.0  # until a server that failed is asked again: each request may take its time to fail
 
-    def __init__(self, client: Any, run_id: str, logged: Mapping[str, int] | None = None) -> None:
-        self.client = client
-        self.run_id = run_id
-        self.logged = dict(logged or {})  # metric -> last step that an attempt before this one logged
+    def __init__(self, find_run: Callable[[], "OpenRun"]) -> None:
+        """find_run finds or makes the nested run, and may fail; it is asked now, and again until it has succeeded."""
+        self._find_run = find_run
+        self._run: OpenRun | None = None
         self._points: list[Any] = []
+        self._files: list[Path] = []
         self._flushed = time.monotonic()
-        self._broken = False
+        self._away_since: float | None = None
+        self._send(lambda run: None)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._points += [
-            Metric(name, float(value), now, step)
-            for name, value in metrics.items()
-            if step > self.logged.get(name, -1)  # a step that is made again has the same value, and one point
-        ]
+        self._points += [Metric(name, float(value), now, step) for name, value in metrics.items()]
         if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
             self.flush()
 
     def log_file(self, path: Path) -> None:
-        self._try(lambda: self.client.log_artifact(self.run_id, str(path)))
+        self._files.append(path)
+        self.flush()
 
     def finish(self, status: str) -> None:
+        if self._away_since is not None:
+            self._away_since = -self.AWAY_SECONDS  # a last try
         self.flush()
-        self._try(lambda: self.client.set_terminated(self.run_id, status))
+        self._send(lambda run: run.client.set_terminated(run.id, status))
+        if self._points or self._files:
+            warn_lost(len(self._points), len(self._files))
 
     def flush(self) -> None:
-        points, self._points = self._points, []
         self._flushed = time.monotonic()
-        for start in range(0, len(points), 1000):  # the server's limit for one request
-            part = points[start : start + 1000]
-            self._try(lambda part=part: self.client.log_batch(self.run_id, metrics=part))
 
-    def _try(self, call: Any) -> None:
-        if self._broken:
+        def send(run: OpenRun) -> None:
+            # A step that is made again has the same value, and one point.
+            self._points = [point for point in self._points if point.step > run.logged.get(point.key, -1)]
+            while self._points:  # sending one twice, when an answer was lost, makes no second point
+                part = self._points[:1000]  # the server's limit for one request
+                run.client.log_batch(run.id, metrics=part)
+                del self._points[: len(part)]
+            while self._files:
+                if self._files[0].exists():  # one that is gone must not keep the rest from the server
+                    run.client.log_artifact(run.id, str(self._files[0]))
+                del self._files[0]
+
+        self._send(send)
+
+    def _send(self, call: Callable[["OpenRun"], object]) -> None:
+        if self._away_since is not None and time.monotonic() - self._away_since < self.AWAY_SECONDS:
             return
         try:
-            call()
+            self._run = self._run or self._find_run()
+            call(self._run)
         except Exception as error:  # tracking never fails training
-            self._broken = True
-            warn(error)
+            if self._away_since is None:
+                warn(error)
+            self._away_since = time.monotonic()
+        else:
+            self._away_since = None
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    client: Any
+    id: str
+    logged: Mapping[str, int] = field(
+        default_factory=dict
+    )  # metric -> last step that an attempt before this one logged
 
 
 def from_environment(settings: TrackingSettings) -> TrackingSettings:
@@ -104,25 +133,25 @@ def start_tracking(settings: TrackingSettings, *, run_id: str, stage: str, param
     """The tracker of one stage: nested in the parent run that carries run_id, which is made if it is not there."""
     if not settings.enabled or not settings.uri:
         return NullTracker()
-    try:
-        client = connect(settings.uri)
-        experiment_id = _experiment(client, settings)
-        parent_id = parent_run(client, experiment_id, run_id)
-        tags = {"mlflow.parentRunId": parent_id, "rlhf.stage": stage, RUN_ID_TAG: f"{run_id}/{stage}"}
-        if run_id != BY_HAND and (begun := _unfinished(client, experiment_id, f"{run_id}/{stage}")):
-            client.update_run(begun, status="RUNNING")
-            return MlflowTracker(client, begun, _last_steps(client, begun))
-        run = client.create_run(experiment_id, run_name=stage, tags=tags)
-        tracker = MlflowTracker(client, run.info.run_id)
-        from mlflow.entities import Param
+    return MlflowTracker(lambda: _find_run(settings, run_id, stage, params))
 
-        flat = [Param(key, str(value)[:6000]) for key, value in flatten(params).items()]
-        for start in range(0, len(flat), 100):  # the server's limits: 100 parameters a request, 6000 characters each
-            client.log_batch(run.info.run_id, params=flat[start : start + 100])
-        return tracker
-    except Exception as error:  # tracking never fails training
-        warn(error)
-        return NullTracker()
+
+def _find_run(settings: TrackingSettings, run_id: str, stage: str, params: Mapping[str, Any]) -> OpenRun:
+    assert settings.uri
+    client = connect(settings.uri)
+    experiment_id = _experiment(client, settings)
+    parent_id = parent_run(client, experiment_id, run_id)
+    tags = {"mlflow.parentRunId": parent_id, "rlhf.stage": stage, RUN_ID_TAG: f"{run_id}/{stage}"}
+    if run_id != BY_HAND and (begun := _unfinished(client, experiment_id, f"{run_id}/{stage}")):
+        client.update_run(begun, status="RUNNING")
+        return OpenRun(client, begun, _last_steps(client, begun))
+    run = client.create_run(experiment_id, run_name=stage, tags=tags)
+    from mlflow.entities import Param
+
+    flat = [Param(key, redact(str(value))[:6000]) for key, value in flatten(params).items()]
+    for start in range(0, len(flat), 100):  # the server's limits: 100 parameters a request, 6000 characters each
+        client.log_batch(run.info.run_id, params=flat[start : start + 100])
+    return OpenRun(client, run.info.run_id)
 
 
 def _unfinished(client: Any, experiment_id: str, run_id: str) -> str | None:
@@ -190,7 +219,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def warn(error: Exception) -> None:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    print(f"warning: MLflow could not be used, going on without tracking ({reason})", file=sys.stderr, flush=True)
+    print(f"warning: MLflow could not be used, going on without it ({reason})", file=sys.stderr, flush=True)
+
+
+def warn_lost(points: int, files: int) -> None:
+    print(f"warning: MLflow lacks {points} points and {files} files of this stage", file=sys.stderr, flush=True)
 
 
 def _experiment(client: Any, settings: TrackingSettings) -> str:

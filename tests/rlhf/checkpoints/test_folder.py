@@ -168,7 +168,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle": (lambda f: (f / "manifest.json").write_text('{"actor/engine.pt": ["", 1]}'), "no file of a checkpoint"),
     "a link": (
         lambda f: (f / "state.json").rename(f.parent / "s") and (f / "state.json").symlink_to(f.parent / "s"),
-        "missing",
+        "state.json is reached over a link",
     ),
 }
 

@@ -18,9 +18,9 @@ INTERNAL = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnecti
 class FaultProxy:
     """fault(number, first line) names what happens to the connection with this number (from 0), or is None for nothing.
 
-    Faults: "503" and "500" instead of an answer, "reset" and "truncate" (closed, a third byte flipped for "corrupt") after
-    `after` bytes of the answer, "slow" (the answer trickles), "lost" (the request is passed on, its answer thrown away).
-    Every connection serves one request.
+    Faults: "503" and "500" instead of an answer, "away" (closed at once), "reset" and "truncate" (closed, a third byte flipped
+    for "corrupt") after `after` bytes of the answer, "headless" (closed after its status line), "slow" (the answer trickles),
+    "lost" (the request is passed on, its answer thrown away). Every connection serves one request.
     """
 
     def __init__(self, port: int, fault: Callable[[int, str], str | None], *, after: int = 100_000) -> None:
@@ -64,6 +64,8 @@ class FaultProxy:
             self.first_lines.append(line)
             if fault:
                 self.done.append((fault, line))
+        if fault == "away":
+            return
         if fault in ("503", "500"):
             client.sendall(UNAVAILABLE if fault == "503" else INTERNAL)
             client.shutdown(socket.SHUT_WR)
@@ -91,6 +93,9 @@ class FaultProxy:
         while data := server.recv(65536):
             if fault == "lost":
                 continue
+            if fault == "headless":
+                client.sendall(data[: data.index(b"\r\n") + 2])
+                return
             if fault == "corrupt" and passed > 0:
                 data = bytes([data[0] ^ 1]) + data[1:]
                 fault = None

@@ -6,7 +6,15 @@ import pytest
 from mlflow import MlflowClient
 
 from components.rlhf.config.storage import TrackingSettings
-from components.rlhf.edges.tracking import MlflowTracker, NullTracker, Tracker, close_parent, flatten, start_tracking
+from components.rlhf.edges.tracking import (
+    MlflowTracker,
+    NullTracker,
+    OpenRun,
+    Tracker,
+    close_parent,
+    flatten,
+    start_tracking,
+)
 
 EXPERIMENT = "tests"
 
@@ -124,7 +132,7 @@ class FakeClient:
 
 def test_points_are_sent_in_requests_that_the_server_takes() -> None:
     client = FakeClient()
-    tracker = MlflowTracker(client, "x")
+    tracker = MlflowTracker(lambda: OpenRun(client, "x"))
     tracker.log({f"m{number}": 0.0 for number in range(2500)}, 1)
     assert client.calls == []
     tracker.finish("FINISHED")
@@ -134,7 +142,7 @@ def test_points_are_sent_in_requests_that_the_server_takes() -> None:
 
 def test_points_are_sent_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     client = FakeClient()
-    tracker = MlflowTracker(client, "x")
+    tracker = MlflowTracker(lambda: OpenRun(client, "x"))
     now = time.monotonic()
     for seconds, sent in ((1, []), (4, []), (6, [3]), (7, [3]), (12, [3, 2])):
         monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: now + seconds)
@@ -146,17 +154,58 @@ def test_points_are_sent_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_server_that_dies_midway_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     client = FakeClient()
-    tracker = MlflowTracker(client, "x")
+    tracker = MlflowTracker(lambda: OpenRun(client, "x"))
     tracker.FLUSH_SECONDS = -1.0
     tracker.log({"loss": 1.0}, 1)
     client.broken = True
     for step in range(2, 5):
         tracker.log({"loss": 1.0}, step)
-    tracker.log_file(tmp_path / "x")
+    tracker.log_file(tmp_path / "gone")
     tracker.finish("FAILED")
-    assert client.calls == ["log_batch", "log_batch"]  # it is not asked again: each request may take its time to fail
-    said = "warning: MLflow could not be used, going on without tracking (the server is gone)\n"
-    assert capsys.readouterr().err == said
+    # Asked again once, at the end: each request may take its time to fail.
+    assert client.calls == ["log_batch", "log_batch", "log_batch"]
+    assert capsys.readouterr().err == (
+        "warning: MLflow could not be used, going on without it (the server is gone)\n"
+        "warning: MLflow lacks 3 points and 1 files of this stage\n"
+    )
+
+
+def test_a_server_that_comes_back_gets_what_it_missed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    client = FakeClient()
+    tracker = MlflowTracker(lambda: OpenRun(client, "x", {"loss": 1}))
+    tracker.FLUSH_SECONDS = -1.0
+    client.broken = True
+    tracker.log({"loss": 1.0}, 1)  # an attempt before this one has logged it
+    tracker.log({"loss": 1.0, "kl": 0.5}, 2)
+    (tmp_path / "x").touch()
+    tracker.log_file(tmp_path / "x")
+    client.broken = False
+    tracker.log({"loss": 1.0}, 3)  # too early to ask again
+    assert client.batches == []
+    tracker.AWAY_SECONDS = 0.0
+    tracker.log({"loss": 1.0}, 4)
+    assert client.batches == [4]
+    assert client.calls[-1] == "log_artifact"
+    tracker.finish("FINISHED")
+    assert client.calls[-1] == "set_terminated FINISHED"
+    assert "lacks" not in capsys.readouterr().err
+
+
+def test_a_server_that_is_away_at_the_start_may_come_later(capsys: pytest.CaptureFixture[str]) -> None:
+    client, asked = FakeClient(), []
+
+    def find_run() -> OpenRun:
+        asked.append(1)
+        if len(asked) < 3:
+            raise ConnectionError("not yet")
+        return OpenRun(client, "x")
+
+    tracker = MlflowTracker(find_run)
+    tracker.AWAY_SECONDS = tracker.FLUSH_SECONDS = -1.0
+    for step in (1, 2, 3):
+        tracker.log({"loss": 1.0}, step)
+    assert len(asked) == 3 and client.batches == [2, 1]
+    assert capsys.readouterr().err.count("not yet") == 1
 
 
 def use(tracker: Tracker) -> None:
@@ -169,11 +218,11 @@ def test_a_dead_server_costs_seconds(capsys: pytest.CaptureFixture[str]) -> None
     started = time.monotonic()
     tracker = start_tracking(TrackingSettings(uri="http://127.0.0.1:9"), run_id="x", stage="sft", params={"a": 1})
     assert time.monotonic() - started < 20
-    assert isinstance(tracker, NullTracker)
     use(tracker)
+    assert time.monotonic() - started < 40
     err = capsys.readouterr().err
-    assert err.startswith("warning: MLflow could not be used, going on without tracking (")
-    assert "127.0.0.1:9" in err and err.count("\n") == 1
+    assert err.startswith("warning: MLflow could not be used, going on without it (")
+    assert "127.0.0.1:9" in err and "lacks 1 points and 1 files" in err and err.count("\n") == 2
 
 
 @pytest.mark.parametrize("uri", ["nonsense://x", "sqlite:///{file}/mlflow.db"])
@@ -217,5 +266,5 @@ def test_a_second_attempt_goes_on_with_the_curves_of_the_first(
     assert [(point.step, point.value) for point in history] == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
     assert nested[0].data.metrics["final/score"] == 1.0
     third = start_tracking(tracking, run_id="resumed", stage="ppo", params={})
-    assert isinstance(third, MlflowTracker)
-    assert third.run_id != nested[0].info.run_id  # what ended well is left alone
+    third.finish("FINISHED")
+    assert len(runs_of(client, "resumed")[1]) == 2  # what ended well is left alone

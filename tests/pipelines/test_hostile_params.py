@@ -1,0 +1,184 @@
+"""Params files, broken in every way: they are read, or one sentence says what is wrong and where."""
+
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from components.rlhf.config.params import Params
+from components.rlhf.config.strict_json import parse_json
+from components.rlhf.errors import InputError
+from pipelines.settings import dump_yaml, load_params
+from tests.hostile import one_sentence
+
+FOLDER = Path(__file__).resolve().parents[2] / "pipelines/params"
+TINY, LARGE = (FOLDER / name for name in ("tiny.yaml", "llama3_8b_8gpu.yaml"))
+GOOD = "data:\n  prompts: {path: p.jsonl}\n  preferences: {path: q.jsonl}\n  demonstrations: {path: d.jsonl}\n"
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ODD = (
+    st.sampled_from(
+        [None, True, -1, 0, 10**400, -(10**30), 2**63, float("nan"), float("inf"), -0.0, 1e308, "", " ", "no", "nan", "1e5", "~", "*", "..",
+         "a\nb", "\x00", "\ud800", "\u2028", "x" * 5000, "s3://", "://@", "https://u:p@h", [], {}, [[]], {"like": "cpu"}, {1: 2}]
+    )
+    | st.text(max_size=12)
+    | st.integers()
+    | st.floats()
+)  # fmt: skip
+VALUE = st.recursive(
+    ODD,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=6), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, below in inner for place in places(below, (*path, key)))]
+
+
+CONTENTS = {path: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (TINY, LARGE)}
+# What the files leave at its default is there to be broken, too.
+CONTENTS[TINY] = json.loads(load_params(TINY).canonical_json())
+PLACES = {path: places(content)[1:] for path, content in CONTENTS.items()}
+
+
+def read(text: bytes, folder: Path, *overrides: str) -> Params | None:
+    """The params, or None where one sentence refuses them; what is read can be written, and is the same again."""
+    path = folder / "params.yaml"
+    path.write_bytes(text)
+    params: Params | None = one_sentence(lambda: load_params(path, overrides))
+    if params is not None:
+        parse_json(params.canonical_json())
+        path.write_text(dump_yaml(params), encoding="utf-8")
+        assert load_params(path) == params
+    return params
+
+
+@FUZZ
+@given(data=st.data())
+def test_anything_in_any_place(tmp_path: Path, data: st.DataObject) -> None:
+    source = data.draw(st.sampled_from([TINY, LARGE]))
+    content = copy.deepcopy(CONTENTS[source])
+    way = data.draw(st.sampled_from(PLACES[source]))
+    holder = content
+    for key in way[:-1]:
+        holder = holder[key]
+    match data.draw(st.sampled_from(["replace", "replace", "drop", "add", "rename"])):
+        case "replace":
+            holder[way[-1]] = data.draw(VALUE)
+        case "drop":
+            del holder[way[-1]]
+        case "add" if isinstance(holder, dict):
+            holder[data.draw(st.text(max_size=8) | st.integers() | st.none())] = data.draw(VALUE)
+        case "rename" if isinstance(holder, dict):
+            holder[data.draw(st.text(max_size=8))] = holder.pop(way[-1])
+    read(yaml.dump(content, allow_unicode=False).encode(), tmp_path)
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_file_with_lines_dropped_doubled_swapped_and_bytes_changed(tmp_path: Path, data: st.DataObject) -> None:
+    lines = TINY.read_bytes().splitlines(keepends=True)[5:]
+    place = data.draw(st.integers(0, len(lines) - 1))
+    match data.draw(st.sampled_from(["drop", "double", "cut", "indent", "bytes"])):
+        case "drop":
+            del lines[place]
+        case "double":
+            lines.insert(data.draw(st.integers(0, len(lines))), lines[place])
+        case "cut":
+            lines[place] = lines[place][: data.draw(st.integers(0, len(lines[place])))]
+        case "indent":
+            lines[place] = b" " * data.draw(st.integers(1, 4)) + lines[place]
+        case "bytes":
+            lines[place] = lines[place][:-1] + data.draw(st.binary(max_size=6)) + b"\n"
+    read(b"".join(lines), tmp_path)
+
+
+@FUZZ
+@given(
+    st.text(max_size=30),
+    st.sampled_from(["seed", "preset", "ppo", "cluster.stages.ppo", "cluster.profiles.cpu.like", "a.b", ""]),
+)
+def test_any_override(tmp_path: Path, text: str, key: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(GOOD, encoding="utf-8")
+    for override in (f"{key}={text}", text):
+        one_sentence(lambda override=override: load_params(path, [override]))
+
+
+def refusal(tmp_path: Path, text: str | bytes) -> str:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(InputError) as caught:
+        load_params(path)
+    one_sentence(lambda: load_params(path))
+    return str(caught.value).removeprefix(str(path))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("seed: 1\nseed: 2\n", ":6 is not YAML (the key 'seed' stands there twice)."),
+        ("ppo: {kl_coef: 0.1, kl_coef: 0.2}\n", ":5 is not YAML (the key 'kl_coef' stands there twice)."),
+        ("preset: \"a\\0b\"\n", ":5 is not YAML (there is the character '\\x00' in a text)."),
+        ("preset: \"a\\nb\"\n", ":5 is not YAML (there is the character '\\n' in a text)."),
+        ("preset: &a [*a]\n", ":5 is not YAML (an alias holds itself)."),
+        ("preset: 2020-13-45\n", " is not YAML (month must be in 1..12)."),
+        ("preset: !!python/object/apply:os.system [id]\n", ":5 is not YAML (could not determine a constructor"),
+        ("seed: .nan\n", ": seed is nan: input should be a finite number."),
+        ("gate: {max_kl: .nan}\n", ": gate.max_kl is nan: input should be a finite number."),
+        ("gate: {max_kl: .inf}\n", ": gate.max_kl is inf: input should be a finite number."),
+        ("gate: {min_win_rate: .nan}\n", ": gate.min_win_rate is nan: "),
+        ("ppo: {num_iterations: 1" + "0" * 30 + "}\n", ": ppo.num_iterations is 1" + "0" * 30 + ": input should be less than "),
+        ("ppo: [1]\n", ": ppo is [1]: input should be a valid dictionary"),
+        ("preset: []\n", ": preset is []: input should be a valid string."),
+        ("model: {trust_remote_code: true}\n", ": model.trust_remote_code is not a parameter; "),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, more: str, said: str) -> None:
+    assert refusal(tmp_path, GOOD + more).startswith(said)
+
+
+def test_a_value_of_a_megabyte_is_not_repeated(tmp_path: Path) -> None:
+    said = refusal(tmp_path, GOOD + f"seed: {'x' * 900_000}\n")
+    assert said.startswith(": seed is 'xxx") and "(900,002 characters)" in said and len(said) < 400
+
+
+def test_a_thousand_mistakes_are_not_all_told(tmp_path: Path) -> None:
+    said = refusal(tmp_path, GOOD + "".join(f"wrong{n}: 1\n" for n in range(1000)))
+    assert said.endswith("; and 995 more.") and len(said) < 2000
+
+
+def test_a_number_with_thousands_of_digits(tmp_path: Path) -> None:
+    assert "is not YAML (Exceeds the limit" in refusal(tmp_path, GOOD + f"seed: {'9' * 5000}\n")
+
+
+BOMBS = {
+    "aliases": GOOD + "a: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 40)),
+    "merges": GOOD + "a: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 40)),
+    "deep": GOOD + "a: " + "[" * 100_000,
+    "deep mapping": GOOD + "a: " + "{a: " * 20_000,
+    "long": GOOD + "a: " + "x" * 2**20,
+    "many": GOOD + "a: [" + "1," * 60_000 + "]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_refused_in_seconds(tmp_path: Path, name: str) -> None:
+    started = time.monotonic()
+    said = refusal(tmp_path, BOMBS[name])
+    assert "come to more than 50,000 values" in said or "nested too deep" in said or "longer than 1 MiB" in said
+    assert time.monotonic() - started < 60  # a second or two on an idle machine
+
+
+def test_a_file_of_10_gb_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "params.yaml").open("wb") as file:  # sparse
+        file.truncate(10 * 10**9)
+    with pytest.raises(InputError, match="longer than 1 MiB, which no params file is"):
+        load_params(tmp_path / "params.yaml")
