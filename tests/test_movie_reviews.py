@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 pytestmark = pytest.mark.slow
 FEW = (
     "sft.max_steps=4", "reward_model.max_steps=4", "reward_model.num_calibration_samples=32", "ppo.num_iterations=2",
-    "evaluation.num_prompts=256",
+    "evaluation.num_prompts=64",
 )  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def test_both_presets_run_on_the_real_model(preset: str, lengths: tuple[int, int
     assert summary["status"] == "succeeded"
     assert summary["preset"] == preset
     numbers = summary["evaluation"]
-    assert numbers["num_prompts"] == 256
+    assert numbers["num_prompts"] == 64
     assert all(math.isfinite(value) for value in summary["evaluation_all"].values())
     assert summary["evaluation_all"]["judge_accuracy"] > 0.6
     (samples,) = (tmp_path / "run" / "artifacts").glob("*/evaluation/evaluation/samples.jsonl")
