@@ -54,9 +54,11 @@ def main(kills: int, seed: int, report: Path | None, kinds: tuple[str, ...], job
                 if not sum(weights):
                     break
                 (at,) = draws.choices(range(len(places)), weights)
+                if number <= len(places) and free[number - 1]:
+                    at = number - 1  # a small campaign sees every place, too
                 place, chosen = places[at]
                 free[at] -= 1
-                quota = min(left, MOST_IN_A_RUN)
+                quota = min(left, MOST_IN_A_RUN, max(1, kills // len(places)))
                 left -= quota
                 run = place.folder / f"run-{number}"
                 running[pool.submit(disturb, whole, place, run, draws, kills=quota, kinds=chosen)] = (at, quota)
