@@ -1,6 +1,7 @@
 """Running the compiled pipeline on this machine."""
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -43,7 +44,7 @@ def run_pipeline(params: Params, run: Path, *, tracking_uri: str, console: Conso
     """
     check_inputs(params)
     claim(run)
-    with alone_in(run):
+    with alone_in(run), room_in(run):
         tracking = params.tracking.model_copy(update={"uri": params.tracking.uri or tracking_uri})
         (run / PARAMS).write_text(dump_yaml(params), encoding="utf-8")
         # Folders of one name in two places are two runs. Written last: a directory without it has begun nothing.
@@ -61,7 +62,7 @@ def resume_pipeline(run: Path, *, console: Console) -> dict[str, Any]:
         raise InputError(
             f"{run} holds no run that has begun (no {IDENTITY}); start one with --out, or correct the path."
         )
-    with alone_in(run):
+    with alone_in(run), room_in(run):
         params = load_params(run / PARAMS, ())
         try:
             identity = json.loads((run / IDENTITY).read_text(encoding="utf-8"))
@@ -130,6 +131,19 @@ def alone_in(run: Path) -> Iterator[None]:
         except OSError:
             raise InputError(f"Another process works in {run}; wait for it, or choose another --out.") from None
         yield
+
+
+@contextlib.contextmanager
+def room_in(run: Path) -> Iterator[None]:
+    """Raise InputError when the disk fills up."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"{run} has no room left; make some, and go on with: python -m pipelines run --resume {run}"
+        ) from error
 
 
 def claim(run: Path) -> None:

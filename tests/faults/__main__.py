@@ -35,7 +35,9 @@ MOST_IN_A_RUN = 10
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), help="Only these; default all.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs beside each other.")
 def main(kills: int, seed: int, report: Path | None, kinds: tuple[str, ...], jobs: int) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the runs at work end first, then the servers, and the disk is unmounted
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # the runs at work end first, then the servers, and the disk is unmounted
     started = time.monotonic()
     by_kind: dict[str, Counter[str]] = {kind: Counter() for kind in kinds or KINDS}
     with tempfile.TemporaryDirectory(prefix="rlhf-faults-") as folder, contextlib.ExitStack() as stack:

@@ -67,6 +67,7 @@ def disturb(
 ) -> list[Outcome]:
     """Start a run, disturb it and go on with it until it ends or kills are spent; (kind, counts) of each disturbance."""
     done: list[Outcome] = []
+    tracebacks = 0
     command = _start(place.params_of(run), run)
     while True:
         last = len(done) >= kills
@@ -83,8 +84,9 @@ def disturb(
         if disturbed:
             if kind == "beside" and not attempt.refused:
                 raise RuntimeError(f"two processes worked in {run}")
-            if "Traceback" in attempt.said:
-                raise RuntimeError(f"after {kind} the run {run} ends with a traceback:\n{attempt.said}")
+            if "Traceback" in attempt.said:  # a sentence was promised
+                print(f"after {kind} the run {run} ends with a traceback:\n{attempt.said}", flush=True)
+                tracebacks += 1
             done.append(
                 (kind, {"kills": 1, "resumed": 0, "equal": 0, "lost_steps": 0, "hangs": int(hung), "orphans": orphans})
             )
@@ -92,11 +94,11 @@ def disturb(
             begun = (run / "run.json").exists()
             command = _resume(run) if begun else _start(place.params_of(run), run)
             continue
-        if code != 0 and not hung:
-            raise RuntimeError(f"the run {run} ends with {code}:\n{attempt.said}")
+        if code != 0:
+            print(f"the run {run} ends with {code}:\n{attempt.said}", flush=True)
         equal = code == 0 and models_of(run) == whole.models and place.curves(run) in (None, whole.curves)
         for _, counts in done:
-            counts["equal"] = int(equal)
+            counts["equal"] = int(equal and not tracebacks)
         return done
 
 
