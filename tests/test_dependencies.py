@@ -3,6 +3,7 @@
 import re
 import runpy
 import sys
+import sysconfig
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -70,7 +71,8 @@ def exception_of(name: str) -> str | None:
 
 
 def installed() -> dict[str, metadata.Distribution]:
-    found = {name_of(one.metadata["Name"]): one for one in metadata.distributions()}
+    # Of the environment alone: setuptools puts copies of other packages on sys.path, which it carries inside.
+    found = {name_of(one.metadata["Name"]): one for one in metadata.distributions(path=[sysconfig.get_path("purelib")])}
     return {name: one for name, one in found.items() if name != "kfp-rlhf"}
 
 
