@@ -9,6 +9,7 @@ from components.rlhf.config.params import Params
 from components.rlhf.data.clean import clean
 from components.rlhf.data.forms import to_demonstration, to_pair, to_prompt
 from components.rlhf.data.sources import read_rows
+from components.rlhf.edges.storage import open_store
 from components.rlhf.errors import InputError
 
 
@@ -46,6 +47,17 @@ def check_inputs(params: Params, *, elsewhere: Callable[[str], bool] = lambda so
             clean(
                 f"data.{name} ({source.path})", (to_record(place, row, AnyTemplate(), "plain") for place, row in rows)
             )
+
+
+def check_stores(params: Params) -> None:
+    """Raise InputError when the S3 of checkpoints or published models does not answer, or refuses: no stage should find it out later."""
+    for key in ("checkpoint_uri", "publish_uri"):
+        uri: str | None = getattr(params.storage, key)
+        if uri and uri.startswith("s3://"):
+            try:
+                open_store(uri, params.storage).read("anything", limit=10**9)
+            except InputError as error:
+                raise InputError(f"storage.{key}: {error}") from None
 
 
 def _looks_local(source: str) -> bool:

@@ -27,7 +27,7 @@ from components.rlhf.errors import InputError
 from pipelines.compile import compile_pipeline
 from pipelines.display import Display
 from pipelines.journal import Journal, write_whole
-from pipelines.preflight import check_inputs
+from pipelines.preflight import check_inputs, check_stores
 from pipelines.runner import RunLog, container_processes
 from pipelines.settings import dump_yaml, load_params
 from pipelines.summary import build_summary
@@ -43,6 +43,7 @@ def run_pipeline(params: Params, run: Path, *, tracking_uri: str, console: Conso
     Raises InputError before anything is written when an input or the directory cannot be used.
     """
     check_inputs(params)
+    check_stores(params)
     claim(run)
     with alone_in(run), room_in(run):
         tracking = params.tracking.model_copy(update={"uri": params.tracking.uri or tracking_uri})

@@ -9,8 +9,9 @@ import pytest
 
 from components.rlhf.config.params import Params
 from components.rlhf.errors import InputError
-from pipelines.preflight import check_inputs
+from pipelines.preflight import check_inputs, check_stores
 from tests.pipelines.toy import toy_params, write_data
+from tests.rlhf.edges.seaweed import credentials, free_port
 
 
 def checked(model: Path, data: dict[str, Path], **sections: dict[str, Any]) -> None:
@@ -73,3 +74,16 @@ def test_a_model_folder_without_tokenizer_is_refused(tmp_path: Path, tiny_model:
 def test_own_models_are_looked_at(tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(InputError, match=r"sft\.use: .*nowhere is not a folder"):
         checked(tiny_model, write_data(tmp_path), sft={"use": str(tmp_path / "nowhere")})
+
+
+@pytest.mark.parametrize("key", ["checkpoint_uri", "publish_uri"])
+def test_a_store_that_cannot_be_used_is_said_before_the_first_stage(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    for name, value in credentials().items():
+        monkeypatch.setenv(name, value)
+    storage = {key: "s3://bucket/x", "endpoint_url": f"http://127.0.0.1:{free_port()}", "retry_minutes": 0}
+    params = Params.model_validate(toy_params(tiny_model, write_data(tmp_path), storage=storage))
+    with pytest.raises(InputError, match=rf"^storage\.{key}: s3://bucket/x: could not read .*Could not connect"):
+        check_stores(params)
+    check_stores(Params.model_validate(toy_params(tiny_model, write_data(tmp_path), storage={key: str(tmp_path)})))
