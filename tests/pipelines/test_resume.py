@@ -65,6 +65,8 @@ def test_a_killed_run_goes_on_and_makes_the_same_models(toy: Path, whole: Path, 
     run = tmp_path / "run"
     start_and_signal(toy, run, when="checkpoints/ppo/*/step-*/.complete", number=signal.SIGKILL)
     assert not (run / "summary.json").exists()
+    finished = {path.stem for path in (run / "finished").glob("*.json")}
+    assert finished >= {"import_model", "prepare_data", "sft", "reward_model"}  # judge may come before ppo or after it
 
     second = resume(run)
     assert second.returncode == 0, second.stdout + second.stderr
@@ -73,7 +75,7 @@ def test_a_killed_run_goes_on_and_makes_the_same_models(toy: Path, whole: Path, 
     assert weights_of(run) == weights_of(whole)
     summary = summary_of(run)
     assert sorted(summary["stages"]) == sorted(STAGES)
-    assert {name for name, stage in summary["stages"].items() if stage["reused"]} == set(STAGES[:5])
+    assert {name for name, stage in summary["stages"].items() if stage["reused"]} == finished
     assert all(stage["status"] == "succeeded" and stage["seconds"] > 0.5 for stage in summary["stages"].values())
 
     third = resume(run)  # nothing is left to do
