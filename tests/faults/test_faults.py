@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.campaign import KINDS
+
 TIMES = 4
 
 
@@ -34,3 +36,13 @@ def test_a_small_campaign_ends_with_equal_models(tmp_path: Path) -> None:
     expected = rf"kills={TIMES} resumed={TIMES} equal={TIMES} lost_steps=\d+ hangs=0 orphans=0"
     assert re.fullmatch(expected, last), done.stdout
     assert last in report.read_text()
+
+
+def test_the_report_is_of_every_kind_and_equal_throughout() -> None:
+    report = (Path(__file__).parent / "REPORT.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| .* \| (\d+) \| (\d+) \| (\d+) \| \d+ \|$", report, re.MULTILINE)
+    assert {kind for kind, times, *_ in rows if times != "0"} == set(KINDS)
+    assert all(times == went_on == equal for _, times, went_on, equal in rows)
+    lines = re.findall(r"^`kills=(\d+) resumed=(\d+) equal=(\d+) .* hangs=0 orphans=0`$", report, re.MULTILINE)
+    assert all(len(set(line)) == 1 for line in lines)
+    assert sum(int(line[0]) for line in lines) == sum(int(times) for _, times, *_ in rows)
