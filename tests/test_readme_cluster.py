@@ -182,16 +182,17 @@ def test_kubectl_has_every_command_and_option(page: str, tmp_path: Path) -> None
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "manifests/README.md", "pipelines/README.md", "pipelines/params/README.md"]
-)
-def test_the_command_line_has_every_command_and_option(page: str) -> None:
-    script = "\n".join(blocks((ROOT / page).read_text(encoding="utf-8"))).replace("\\\n", " ")
-    for line in re.findall(r"^python -m pipelines (.+)$", script, flags=re.MULTILINE):
-        name, *arguments = shlex.split(line.replace("|", " "), comments=True)
-        if name == "run" and arguments[:1] == ["compile"]:  # run|compile|submit
-            continue
-        cli.commands[name].make_context(name, [a.strip("[]") for a in arguments])  # raises for what is not there
+def test_the_command_line_has_every_command_and_option() -> None:
+    checked = 0
+    for page in ("README.md", "manifests/README.md", "pipelines/README.md", "pipelines/params/README.md"):
+        script = "\n".join(blocks((ROOT / page).read_text(encoding="utf-8"))).replace("\\\n", " ")
+        for line in re.findall(r"^python -m pipelines (.+)$", script, flags=re.MULTILINE):
+            name, *arguments = shlex.split(line.replace("|", " "), comments=True)
+            if name == "run" and arguments[:1] == ["compile"]:  # run|compile|submit
+                continue
+            cli.commands[name].make_context(name, [a.strip("[]") for a in arguments])  # raises for what is not there
+            checked += 1
+    assert checked >= 10
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from components.rlhf.edges.transfer import Meter
 from components.rlhf.errors import InputError
 
 RANGE_BYTES = 16 * 2**20
-CHUNK_BYTES = 2**18  # larger blocks are mapped anew each time, and clearing their pages takes longer than copying them
+CHUNK_BYTES = 2**18  # with 2**20, benchmarks/storage.py is slower: the C library maps each block anew
 THREADS = 8
 CRC32 = "crc32"  # name of the object metadata that holds the CRC32 of the whole file
 

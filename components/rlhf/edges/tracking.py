@@ -1,5 +1,6 @@
 """MLflow: one parent run a pipeline run, one nested run a stage. Tracking never fails training."""
 
+import math
 import os
 import sys
 import time
@@ -76,7 +77,7 @@ class MlflowTracker:
 
     def finish(self, status: str) -> None:
         if self._away_since is not None:
-            self._away_since = -self.AWAY_SECONDS  # a last try
+            self._away_since = -math.inf  # a last try
         self.flush()
         self._send(lambda run: run.client.set_terminated(run.id, status))
         if self._points or self._files:
@@ -117,9 +118,8 @@ class MlflowTracker:
 class OpenRun:
     client: Any
     id: str
-    logged: Mapping[str, int] = field(
-        default_factory=dict
-    )  # metric -> last step that an attempt before this one logged
+    # metric -> the last step that an attempt before this one logged
+    logged: Mapping[str, int] = field(default_factory=dict)
 
 
 def from_environment(settings: TrackingSettings) -> TrackingSettings:
