@@ -125,6 +125,7 @@ class FakeClient:
 
     def log_artifact(self, run_id: str, path: str) -> None:
         self._call("log_artifact")
+        Path(path).read_bytes()  # as the real one does
 
     def set_terminated(self, run_id: str, status: str) -> None:
         self._call(f"set_terminated {status}")
@@ -189,6 +190,17 @@ def test_a_server_that_comes_back_gets_what_it_missed(capsys: pytest.CaptureFixt
     tracker.finish("FINISHED")
     assert client.calls[-1] == "set_terminated FINISHED"
     assert "lacks" not in capsys.readouterr().err
+
+
+def test_a_file_that_is_gone_keeps_nothing_else_from_the_server(tmp_path: Path) -> None:
+    client = FakeClient()
+    tracker = MlflowTracker(lambda: OpenRun(client, "x"))
+    (tmp_path / "there").touch()
+    tracker.log_file(tmp_path / "gone")
+    tracker.log_file(tmp_path / "there")
+    tracker.log({"loss": 1.0}, 1)
+    tracker.finish("FINISHED")
+    assert client.calls == ["log_artifact", "log_batch", "set_terminated FINISHED"]
 
 
 def test_a_server_that_is_away_at_the_start_may_come_later(capsys: pytest.CaptureFixture[str]) -> None:
