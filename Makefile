@@ -34,7 +34,7 @@ run: .venv/ready ## Run the whole pipeline on this machine (PRESET=full, ARGS="-
 ##@ Develop
 .PHONY: test test-all lint audit compile bench study effects constraints clean
 test: .venv/ready ## Pass every fast test (tiny models, CPU)
-	$(PY) -m pytest -m "not slow and not vllm and not deepspeed" $(ARGS)
+	$(PY) -m pytest -m "not slow and not vllm and not deepspeed" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-all: .venv/ready ## Pass every test: also vLLM, DeepSpeed in two processes, and the real model
 	$(PY) -m pytest $(ARGS)
@@ -61,7 +61,7 @@ effects: .venv/ready ## Change one setting of a finished run at a time (RUN=runs
 	$(PY) -m benchmarks.effects $(RUN)
 
 constraints: .venv/ready ## Resolve constraints.txt anew from pyproject.toml
-	{ echo "# The exact versions that every number in this repository was measured with. Regenerate: make constraints"; \
+	{ echo "# The exact versions that this is tested with. Regenerate: make constraints"; \
 	  echo "torch==2.13.0" | .venv/bin/uv pip compile -q pyproject.toml --extra dev --extra cpu -c - --override overrides.txt --override overrides-cpu.txt --python-version 3.11 \
 	  --no-header --no-annotate | sed 's/+cpu$$//'; } > constraints.new && mv constraints.new constraints.txt
 
@@ -71,7 +71,7 @@ clean: ## Delete the environment and all caches of tools (runs/ stays)
 .venv/ready: pyproject.toml constraints.txt overrides.txt overrides-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Name another with make PYTHON=python3.12")'
 	@test -x .venv/bin/uv || { $(PYTHON) -m venv .venv && .venv/bin/python -m pip install -q uv==0.13.9; }
-	.venv/bin/uv pip install -q --python .venv/bin/python $(TORCH_BACKEND) -c constraints.txt $(OVERRIDES) -e '.[$(EXTRAS)]'
+	.venv/bin/uv pip install -q --compile-bytecode --python .venv/bin/python $(TORCH_BACKEND) -c constraints.txt $(OVERRIDES) -e '.[$(EXTRAS)]'
 	@touch $@
 	@echo "Environment ready: $$($(PY) --version), torch $$($(PY) -c 'import torch; print(torch.__version__)'), in .venv ($$(du -sh .venv | cut -f1))"
 

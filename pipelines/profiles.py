@@ -1,6 +1,7 @@
 """Profiles: those that come with this, those of the params file laid over them, and what a stage's profile says of its processes."""
 
 import functools
+import reprlib
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ def _laid_over(name: str, own: Data, path: tuple[str, ...], key: str = "") -> An
     for layer in layers:
         merged |= layer
     like = merged.pop("like", None)
+    if not isinstance(like, str | None):
+        raise InputError(f"cluster.profiles.{name}.like is {reprlib.repr(like)}; write the name of a profile.")
     under = _laid_over(like, own, (*path, name)) if like else {}
     return under | merged
 

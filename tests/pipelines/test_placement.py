@@ -384,6 +384,7 @@ def check_task(
             "cluster.profiles={a: {memory: 12GB}}",
             "cluster.profiles.a.memory: '12GB' is no such amount; write it like 64Gi.",
         ),
+        ("cluster.profiles={a: {like: 1}}", "cluster.profiles.a.like is 1; write the name of a profile."),
         ("cluster.profiles={a: {cpu: 0}}", "cluster.profiles.a.cpu: 0 is no such amount; write it like 4 or 500m."),
         ("cluster.profiles={a: {gpus: 2}}", "cluster.profiles.a.gpus is not a parameter; "),
         ("cluster.profiles={a: {tolerations: [{kye: x}]}}", "did you mean cluster.profiles.a.tolerations.0.key?"),
