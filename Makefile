@@ -21,6 +21,8 @@ endif
 PARAMS ?= pipelines/params/movie_reviews.yaml
 PRESET ?=
 SEEDS ?= 3
+# Side by side, a file of tests in one process; each process loads torch, 1 GiB.
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 ##@ Use
 .PHONY: setup run
@@ -34,10 +36,10 @@ run: .venv/ready ## Run the whole pipeline on this machine (PRESET=full, ARGS="-
 ##@ Develop
 .PHONY: test test-all lint audit compile bench study effects constraints clean
 test: .venv/ready ## Pass every fast test (tiny models, CPU)
-	$(PY) -m pytest -m "not slow and not vllm and not deepspeed" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(PYTEST) -m "not slow and not vllm and not deepspeed" $(ARGS)
 
 test-all: .venv/ready ## Pass every test: also vLLM, DeepSpeed in two processes, and the real model
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: .venv/ready ## ruff on everything, mypy --strict on components/rlhf
 	$(PY) -m ruff check .
