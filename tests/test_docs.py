@@ -12,7 +12,9 @@ from pipelines.reference import TARGET, as_markdown, leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
-    path for path in ROOT.rglob("*.md") if not {".venv", "runs", "node_modules"} & set(path.relative_to(ROOT).parts)
+    path
+    for path in ROOT.rglob("*.md")
+    if not {".venv", ".pytest_cache", "runs", "node_modules"} & set(path.relative_to(ROOT).parts)
 )
 
 
