@@ -52,6 +52,9 @@ class MlflowTracker:
 
     FLUSH_SECONDS = 5.0  # one request for many points; a single metric takes 50 ms
     AWAY_SECONDS = 30.0  # until a server that failed is asked again: each request may take its time to fail
+    WAIT_SECONDS = 60.0  # at the end of a stage, for a server that this stage has reached: they restart in less
+    UNREACHED_WAIT_SECONDS = 20.0  # for one that has never answered: it may not be there at all
+    PAUSE_SECONDS = 1.0
 
     def __init__(self, find_run: Callable[[], "OpenRun"]) -> None:
         """find_run finds or makes the nested run, and may fail; it is asked now, and again until it has succeeded."""
@@ -76,10 +79,17 @@ class MlflowTracker:
         self.flush()
 
     def finish(self, status: str) -> None:
-        if self._away_since is not None:
-            self._away_since = -math.inf  # a last try
-        self.flush()
-        self._send(lambda run: run.client.set_terminated(run.id, status))
+        """Send what is left, and wait for a server that is away; a stage that failed does not, because it is run again."""
+        wait = 0.0 if status != "FINISHED" else self.WAIT_SECONDS if self._run else self.UNREACHED_WAIT_SECONDS
+        deadline = time.monotonic() + wait
+        while True:
+            if self._away_since is not None:
+                self._away_since = -math.inf  # ask now
+            self.flush()
+            self._send(lambda run: run.client.set_terminated(run.id, status))
+            if self._away_since is None or time.monotonic() + self.PAUSE_SECONDS > deadline:
+                break
+            time.sleep(self.PAUSE_SECONDS)
         if self._points or self._files:
             warn_lost(len(self._points), len(self._files))
 

@@ -192,6 +192,57 @@ def test_a_server_that_comes_back_gets_what_it_missed(capsys: pytest.CaptureFixt
     assert "lacks" not in capsys.readouterr().err
 
 
+def clock(monkeypatch: pytest.MonkeyPatch, client: FakeClient, *, back_after: float) -> list[float]:
+    """Time passes by sleeping alone; the server is away until seconds of it have passed. Returns the sleeps."""
+    now, slept = time.monotonic(), list[float]()
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        client.broken = sum(slept) < back_after
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: now + sum(slept))
+    client.broken = True
+    return slept
+
+
+def test_the_end_of_a_stage_waits_for_a_server_that_restarts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = FakeClient()
+    tracker = MlflowTracker(lambda: OpenRun(client, "x"))
+    slept = clock(monkeypatch, client, back_after=45)
+    (tmp_path / "x").touch()
+    tracker.log_file(tmp_path / "x")
+    tracker.log({"loss": 1.0}, 1)
+    tracker.finish("FINISHED")
+    assert 45 <= sum(slept) < 47
+    assert client.batches == [1]
+    assert client.calls[-2:] == ["log_artifact", "set_terminated FINISHED"]
+    assert "lacks" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "reached", "most"), [("FINISHED", True, 60), ("FINISHED", False, 20), ("FAILED", True, 0)]
+)
+def test_the_wait_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: str, reached: bool, most: int
+) -> None:
+    client = FakeClient()
+
+    def find_run() -> OpenRun:
+        if not reached:
+            raise ConnectionError("nobody there")
+        return OpenRun(client, "x")
+
+    tracker = MlflowTracker(find_run)
+    slept = clock(monkeypatch, client, back_after=1000)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.finish(status)
+    assert most - 2 <= sum(slept) <= most
+    assert "lacks 1 points and 0 files" in capsys.readouterr().err
+
+
 def test_a_file_that_is_gone_keeps_nothing_else_from_the_server(tmp_path: Path) -> None:
     client = FakeClient()
     tracker = MlflowTracker(lambda: OpenRun(client, "x"))
@@ -226,7 +277,8 @@ def use(tracker: Tracker) -> None:
     tracker.finish("FINISHED")
 
 
-def test_a_dead_server_costs_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_server_costs_seconds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(MlflowTracker, "UNREACHED_WAIT_SECONDS", 0.0)
     started = time.monotonic()
     tracker = start_tracking(TrackingSettings(uri="http://127.0.0.1:9"), run_id="x", stage="sft", params={"a": 1})
     assert time.monotonic() - started < 20
@@ -238,7 +290,10 @@ def test_a_dead_server_costs_seconds(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize("uri", ["nonsense://x", "sqlite:///{file}/mlflow.db"])
-def test_a_wrong_uri(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_uri(
+    monkeypatch: pytest.MonkeyPatch, uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(MlflowTracker, "UNREACHED_WAIT_SECONDS", 0.0)
     (tmp_path / "file").touch()
     settings = TrackingSettings(uri=uri.format(file=tmp_path / "file"))
     use(start_tracking(settings, run_id="x", stage="sft", params={}))
