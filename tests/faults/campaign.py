@@ -96,7 +96,10 @@ def disturb(
             continue
         if code != 0:
             print(f"the run {run} ends with {code}:\n{attempt.said}", flush=True)
-        equal = code == 0 and models_of(run) == whole.models and place.curves(run) in (None, whole.curves)
+        equal = code == 0 and models_of(run) == whole.models
+        if equal and place.curves(run) not in (None, whole.curves):
+            print(f"the run {run} has the same models and other curves", flush=True)
+            equal = False
         for _, counts in done:
             counts["equal"] = int(equal and not tracebacks)
         return done

@@ -38,11 +38,12 @@ def test_a_small_campaign_ends_with_equal_models(tmp_path: Path) -> None:
     assert last in report.read_text()
 
 
-def test_the_report_is_of_every_kind_and_equal_throughout() -> None:
+def test_the_report_is_of_every_kind_and_the_last_word_on_each_is_equal() -> None:
     report = (Path(__file__).parent / "REPORT.md").read_text()
     rows = re.findall(r"^\| (\w+) \| .* \| (\d+) \| (\d+) \| (\d+) \| \d+ \|$", report, re.MULTILINE)
-    assert {kind for kind, times, *_ in rows if times != "0"} == set(KINDS)
-    assert all(times == went_on == equal for _, times, went_on, equal in rows)
+    last = {kind: counts for kind, *counts in rows}
+    assert set(last) == set(KINDS)
+    assert all(int(times) and times == went_on == equal for times, went_on, equal in last.values())
     lines = re.findall(r"^`kills=(\d+) resumed=(\d+) equal=(\d+) .* hangs=0 orphans=0`$", report, re.MULTILINE)
-    assert all(len(set(line)) == 1 for line in lines)
-    assert sum(int(line[0]) for line in lines) == sum(int(times) for _, times, *_ in rows)
+    for column in range(3):
+        assert sum(int(line[column]) for line in lines) == sum(int(counts[column]) for _, *counts in rows)
