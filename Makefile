@@ -21,7 +21,7 @@ endif
 PARAMS ?= pipelines/params/movie_reviews.yaml
 PRESET ?=
 SEEDS ?= 3
-# Side by side, a file of tests in one process; each process loads torch, 1 GiB.
+# Side by side, a file of tests in one process; no more than 4, because each loads torch.
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 ##@ Use

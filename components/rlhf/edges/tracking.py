@@ -82,6 +82,7 @@ class MlflowTracker:
         """Send what is left, and wait for a server that is away; a stage that failed does not, because it is run again."""
         wait = 0.0 if status != "FINISHED" else self.WAIT_SECONDS if self._run else self.UNREACHED_WAIT_SECONDS
         deadline = time.monotonic() + wait
+        said = False
         while True:
             if self._away_since is not None:
                 self._away_since = -math.inf  # ask now
@@ -89,6 +90,9 @@ class MlflowTracker:
             self._send(lambda run: run.client.set_terminated(run.id, status))
             if self._away_since is None or time.monotonic() + self.PAUSE_SECONDS > deadline:
                 break
+            if not said:
+                print(f"waiting up to {wait:.0f} s for MLflow", file=sys.stderr, flush=True)
+                said = True
             time.sleep(self.PAUSE_SECONDS)
         if self._points or self._files:
             warn_lost(len(self._points), len(self._files))

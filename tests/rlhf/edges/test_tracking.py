@@ -240,7 +240,9 @@ def test_the_wait_ends(
     tracker.log({"loss": 1.0}, 1)
     tracker.finish(status)
     assert most - 2 <= sum(slept) <= most
-    assert "lacks 1 points and 0 files" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "lacks 1 points and 0 files" in err
+    assert err.count("waiting up to") == err.count(f"waiting up to {most} s for MLflow\n") == (most > 0)
 
 
 def test_a_file_that_is_gone_keeps_nothing_else_from_the_server(tmp_path: Path) -> None:
