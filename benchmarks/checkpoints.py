@@ -15,11 +15,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.record import machine
-from components.rlhf.checkpoints.folder import CheckpointFolder
-from components.rlhf.config.model import TrainingSettings
-from components.rlhf.config.storage import CheckpointSettings
-from components.rlhf.edges.storage import FolderStore
-from components.rlhf.engine.plain import TorchEngine
+from components.rlhf.checkpoints.manager import CheckpointManager
+from components.rlhf.config.model import TrainingConfig
+from components.rlhf.config.storage import CheckpointConfig
+from components.rlhf.engine.torch import TorchEngine
+from components.rlhf.storage.store import FolderStore
 
 SHAPE = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    engine = TorchEngine(model, TrainingSettings(schedule="constant"), num_steps=1000)
+    engine = TorchEngine(model, TrainingConfig(schedule="constant"), num_steps=1000)
     tokens = torch.randint(0, SHAPE["vocab_size"], (8, 32))
 
     def step() -> float:
@@ -46,7 +46,7 @@ def main() -> None:
     times: dict[str, list[float]] = {"alone": [], "stall": [], "beside": [], "written": []}
     for number in range(options.repeats + 1):
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            checkpoints = CheckpointFolder(FolderStore(Path(folder)), "benchmark", CheckpointSettings())
+            checkpoints = CheckpointManager(FolderStore(Path(folder)), "benchmark", CheckpointConfig())
             measured = _once(step, checkpoints, {"actor": engine})
         if number > 0:  # the first also makes the optimiser's moments and warms up
             for name, values in measured.items():
@@ -60,13 +60,13 @@ def main() -> None:
     print(f"| until it is complete, training beside it | {_spread(times['written'])} |")
 
 
-def _once(step, checkpoints: CheckpointFolder, engines) -> dict[str, list[float]]:
+def _once(step, checkpoints: CheckpointManager, engines) -> dict[str, list[float]]:
     alone = [step() for _ in range(4)]
     started = time.monotonic()
     checkpoints.save(1, engines, {})
     stall = time.monotonic() - started
     beside = []
-    while checkpoints.newest is None:
+    while checkpoints.latest is None:
         beside.append(step())
     written = time.monotonic() - started
     return {"alone": alone, "stall": [stall], "beside": beside, "written": [written]}

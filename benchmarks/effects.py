@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from benchmarks.record import ROOT, append, digest_of, machine, rewrite, rows_of
+from benchmarks.record import ROOT, append, command_digest, machine, rewrite, rows_of
 from benchmarks.stages import rerun, stages_to_run
 from components.rlhf.artifacts.revision import code_revision
 from pipelines.settings import load_params
@@ -85,11 +85,11 @@ def main(run: Path, names: tuple[str, ...], out: Path) -> None:
     unknown = [name for name in names if name not in (AS_IT_IS, *changes)]
     if unknown:
         sys.exit(f"no change is called {unknown[0]!r}; preset {before.preset} has: {'; '.join(changes) or 'none'}")
-    same_run = {"preset": before.preset, "seed": before.seed, "base_digest": digest_of(before)}
+    same_run = {"preset": before.preset, "seed": before.seed, "base_digest": command_digest(before)}
     for name in names or (AS_IT_IS, *changes):
         overrides = changes.get(name, [])
         params = load_params(run / "params.yaml", overrides)
-        key = same_run | {"change": name, "settings_digest": digest_of(params)}
+        key = same_run | {"change": name, "settings_digest": command_digest(params)}
         if any(key.items() <= row.items() for row in rows_of(ROWS)):
             print(f"{name}: measured already")
             continue

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from components.rlhf.config.model import SamplingSettings, TrainingSettings
-from components.rlhf.config.ppo import VllmSettings
+from components.rlhf.config.model import SamplingConfig, TrainingConfig
+from components.rlhf.config.ppo import VllmConfig
 from components.rlhf.data.batching import TokenBatch, collate
 from components.rlhf.data.records import Prompt
-from components.rlhf.engine.choose import make_engine
-from components.rlhf.engine.group import ALONE
+from components.rlhf.engine.factory import create_engine
+from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.maths.losses import aggregate
-from components.rlhf.models.actor import Actor, Distribution
-from components.rlhf.models.layers import checkpoint_layers
+from components.rlhf.models.actor import Actor, SamplingDistribution
+from components.rlhf.models.layers import enable_gradient_checkpointing
 from components.rlhf.models.loading import load_causal_lm
-from tests.tiny import make_tiny_tokenizer
+from tests.support.tiny_model import make_tiny_tokenizer
 
 GIB = 2**30
 SEQUENCES, LENGTH = 8, 1024
@@ -94,7 +94,7 @@ def training_table(model: Path) -> None:
         {"engine": "deepspeed", "zero_stage": 3},
     ):
         for checkpointing in (False, True):
-            training = TrainingSettings(gradient_checkpointing=checkpointing, learning_rate=1e-4, **changes)
+            training = TrainingConfig(gradient_checkpointing=checkpointing, learning_rate=1e-4, **changes)
             print(training_row(model, training), flush=True)
     print()
 
@@ -110,22 +110,22 @@ class Steps:
     num_parameters: int
 
 
-def train(model: Path, training: TrainingSettings) -> Steps:
+def train(model: Path, training: TrainingConfig) -> Steps:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     lm = load_causal_lm(model, num_frozen_layers=0, dtype=torch.bfloat16)
     if training.gradient_checkpointing:
-        checkpoint_layers(lm)
+        enable_gradient_checkpointing(lm)
     actor = Actor(lm.to("cuda"), num_frozen_layers=0, dtype=torch.bfloat16)
     num_parameters = sum(parameter.numel() for parameter in actor.parameters())
-    engine = make_engine(actor, training, num_steps=10, group=ALONE, dtype=torch.bfloat16)
+    engine = create_engine(actor, training, num_steps=10, group=SINGLE_PROCESS, dtype=torch.bfloat16)
     batch = a_batch()
     losses, seconds = [], []
     for _ in range(5):
         torch.cuda.synchronize()
         started = time.monotonic()
-        logprobs, _ = actor(batch, Distribution())
+        logprobs, _ = actor(batch, SamplingDistribution())
         loss = aggregate(-logprobs, batch.response_mask)
         engine.backward(loss, last=True)
         engine.step()
@@ -141,7 +141,7 @@ def train(model: Path, training: TrainingSettings) -> Steps:
     )
 
 
-def training_row(model: Path, training: TrainingSettings) -> str:
+def training_row(model: Path, training: TrainingConfig) -> str:
     steps = train(model, training)
     name = training.engine if training.engine == "torch" else f"deepspeed, ZeRO-{training.zero_stage}"
     return (
@@ -158,10 +158,10 @@ def sync_table(model: Path) -> None:
     size = sum(parameter.numel() * parameter.element_size() for parameter in lm.parameters())
     free_before = torch.cuda.mem_get_info()[0]
     engine = VllmRolloutEngine(
-        model, VllmSettings(), stop_ids=(0,), dtype=torch.bfloat16, max_model_len=512, num_sequences=256
+        model, VllmConfig(), stop_ids=(0,), dtype=torch.bfloat16, max_model_len=512, num_sequences=256
     )
     free_awake = torch.cuda.mem_get_info()[0]
-    sampling = SamplingSettings(max_new_tokens=128, min_new_tokens=128, batch_size=256)
+    sampling = SamplingConfig(max_new_tokens=128, min_new_tokens=128, batch_size=256)
     prompts = [Prompt(prompt=f"prompt number {number} is") for number in range(256)]
     started = time.monotonic()
     completions = engine.generate(prompts, sampling, list(range(len(prompts))))

@@ -24,7 +24,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def digest_of(params: Params) -> str:
+def command_digest(params: Params) -> str:
     """What tells settings apart: the first digits of the sha256 of those that are not at their defaults.
 
     So a setting that did not exist when a row was measured does not disown it. A default that changes goes unseen.

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import ROOT, machine, rewrite
-from components.evaluation.table import table_rows
-from components.rlhf.edges.progress import clock
+from components.rlhf.text.comparison_table import comparison_rows
+from components.rlhf.text.progress import format_duration
 
 
 def result_table(summary: dict[str, Any]) -> str:
     lines = ["| | SFT | PPO |", "|---|---:|---:|"]
-    lines += [f"| {row['name']} | {row['sft']} | {row['ppo']} |" for row in table_rows(summary["evaluation_all"])]
+    lines += [f"| {row['name']} | {row['sft']} | {row['ppo']} |" for row in comparison_rows(summary["evaluation_all"])]
     verdict = "Promoted" if summary["promoted"] else "Rejected"
     return "\n".join(
         [*lines, "", f"{verdict}: {summary['reason']}. Preset {summary['preset']}, seed {summary['seed']}."]
@@ -57,8 +57,12 @@ def max_memory(summaries: list[dict[str, Any]], stage: str) -> float:
 
 
 def spread(seconds: list[float]) -> str:
-    middle = clock(statistics.median(seconds))
-    return middle if len(seconds) == 1 else f"{middle} ({clock(min(seconds))} to {clock(max(seconds))})"
+    middle = format_duration(statistics.median(seconds))
+    return (
+        middle
+        if len(seconds) == 1
+        else f"{middle} ({format_duration(min(seconds))} to {format_duration(max(seconds))})"
+    )
 
 
 def write_tables(summaries: list[dict[str, Any]]) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 from benchmarks.record import rows_of
 from components.rlhf.config.params import Params
-from pipelines.runner import RunLog, StageRecord, run_process
+from pipelines.local.runner import LocalRun, StageRecord, run_process
+from pipelines.local.summary import find_output
 from pipelines.settings import settings_of_stage
-from pipelines.summary import find_output
 
 # What each stage program reads, as (option, stage and output that it comes from), and what it writes.
 WIRES: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...]]] = {
@@ -70,7 +70,7 @@ def rerun(run: Path, params: Params, stages: list[str], folder: Path) -> dict[st
 
     Returns the cost of each, the evaluation's numbers and decision, and the rows of the training.
     """
-    log = RunLog(folder / "logs", environment={}, on_line=lambda _stage, line: print(line, flush=True))
+    log = LocalRun(folder / "logs", environment={}, on_line=lambda _stage, line: print(line, flush=True))
 
     def output_of(stage: str, name: str) -> Path:
         if stage in stages:

@@ -20,8 +20,8 @@ import boto3
 from botocore.config import Config
 
 from benchmarks.record import machine
-from components.rlhf.config.storage import StorageSettings
-from components.rlhf.edges.storage import open_store
+from components.rlhf.config.storage import StorageConfig
+from components.rlhf.storage.store import open_store
 
 GOAL = 0.8
 
@@ -39,14 +39,14 @@ def main() -> None:
         uri, endpoint = options.uri, options.endpoint_url
         if uri is None:
             uri, endpoint = stack.enter_context(own_server(folder / "server"))
-        settings = StorageSettings(endpoint_url=endpoint, region=options.region or "us-east-1")
+        settings = StorageConfig(endpoint_url=endpoint, region=options.region or "us-east-1")
         seconds = measure(uri, settings, folder, options.megabytes * 10**6, options.repeats)
     print_table(seconds, options.megabytes, options.repeats)
 
 
 @contextlib.contextmanager
 def own_server(folder: Path) -> Iterator[tuple[str, str]]:
-    from tests.rlhf.edges.seaweed import BUCKET, SeaweedFS, credentials
+    from tests.support.seaweed import BUCKET, SeaweedFS, credentials
 
     os.environ.update(credentials())
     server = SeaweedFS(folder)
@@ -58,7 +58,7 @@ def own_server(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def measure(
-    uri: str, settings: StorageSettings, folder: Path, size: int, repeats: int
+    uri: str, settings: StorageConfig, folder: Path, size: int, repeats: int
 ) -> dict[tuple[str, str], list[float]]:
     """Seconds of every transfer, by (direction, who)."""
     file, back = folder / "file", folder / "back"

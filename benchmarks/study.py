@@ -16,16 +16,16 @@ from typing import Any
 
 import click
 
-from benchmarks.record import ROOT, append, digest_of, machine, rows_of
+from benchmarks.record import ROOT, append, command_digest, machine, rows_of
 from benchmarks.report import write_tables
 from benchmarks.stages import rerun, stages_to_run
 from benchmarks.study_report import write_report
 from components.evaluation.samples import choose_rows
 from components.rlhf.artifacts.revision import code_revision
 from components.rlhf.config.params import Params
-from components.rlhf.edges.progress import clock
+from components.rlhf.text.progress import format_duration
+from pipelines.local.summary import EVALUATION
 from pipelines.settings import load_params
-from pipelines.summary import EVALUATION
 
 ROWS = ROOT / "benchmarks" / "movie_study.jsonl"
 PARAMS = ROOT / "pipelines" / "params" / "movie_reviews.yaml"
@@ -64,7 +64,7 @@ class Run:
 
     def row(self) -> dict[str, Any] | None:
         """What the file of rows has of these settings, if anything."""
-        key = {"arm": self.arm.name, "seed": self.seed, "settings_digest": digest_of(self.params)}
+        key = {"arm": self.arm.name, "seed": self.seed, "settings_digest": command_digest(self.params)}
         return next((row for row in rows_of(ROWS) if key.items() <= row.items()), None)
 
 
@@ -81,7 +81,7 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
     base = sharing(run.params, folder.parent)
     if base is None:
         command = [sys.executable, "-m", "pipelines", "run", str(PARAMS), "--out", str(out)]
-        for setting in run.settings:
+        for setting in run.config:
             command += ["--set", setting]
         if subprocess.run(command, cwd=ROOT).returncode != 0:
             sys.exit(f"{run.arm.name}, seed {run.seed} failed; see {out}")
@@ -92,8 +92,8 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
         "arm": run.arm.name,
         "seed": run.seed,
         "preset": run.params.preset,
-        "settings": run.settings,
-        "settings_digest": digest_of(run.params),
+        "settings": run.config,
+        "settings_digest": command_digest(run.params),
         "revision": code_revision(),
         "reused": {"run": base.name, "stages": [stage for stage in costs if stage not in found["stages"]]}
         if base
@@ -154,7 +154,7 @@ def main(seeds: int, out: Path) -> None:
         numbers = row["evaluation"]
         print(
             f"[study] {run.arm.name}, seed {run.seed}: win rate {numbers['win_rate']:.3f}, KL {numbers['kl']:.2f}, "
-            f"{clock(row['seconds'])}, {'promoted' if row['promoted'] else 'rejected'}",
+            f"{format_duration(row['seconds'])}, {'promoted' if row['promoted'] else 'rejected'}",
             flush=True,
         )
     rows = [row for run in runs if (row := run.row()) is not None]

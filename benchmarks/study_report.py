@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.record import ROOT, rewrite
-from components.rlhf.edges.progress import clock
+from components.rlhf.text.progress import format_duration
 
 Row = dict[str, Any]
 PLOT = ROOT / "benchmarks" / "movie_study.svg"
@@ -82,7 +82,7 @@ def by_seed(rows: Sequence[Row]) -> str:
             f"| {n['kl']:.2f} | {n['judge_score_ppo'] - n['judge_score_sft']:+.2f} "
             f"| {n['reward_ppo'] - n['reward_sft']:+.2f} | {n['distinct2_sft']:.3f}, {n['distinct2_ppo']:.3f} "
             f"| {n['length_sft']:.1f}, {n['length_ppo']:.1f} | {n['eos_rate_sft']:.0%}, {n['eos_rate_ppo']:.0%} "
-            f"| {clock(row['seconds'])} | {peak_gib(row):.1f} GiB | {'promoted' if row['promoted'] else 'rejected'} |"
+            f"| {format_duration(row['seconds'])} | {peak_gib(row):.1f} GiB | {'promoted' if row['promoted'] else 'rejected'} |"
         )
     return "\n".join([*lines, "", f"Of {numbers_of(rows[0])['num_prompts']:.0f} prompts each; {rows[0]['machine']}."])
 
@@ -175,8 +175,12 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def spread_of_times(seconds: Sequence[float]) -> str:
-    middle = clock(mean(seconds))
-    return middle if len(seconds) == 1 else f"{middle} ({clock(min(seconds))} to {clock(max(seconds))})"
+    middle = format_duration(mean(seconds))
+    return (
+        middle
+        if len(seconds) == 1
+        else f"{middle} ({format_duration(min(seconds))} to {format_duration(max(seconds))})"
+    )
 
 
 def cell(text: str) -> str:

@@ -1,0 +1,1 @@
+"""The stages of the DAG, and `rlhf`, the library that they share."""

@@ -16,7 +16,7 @@ from pathlib import Path
 ALL = ("import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation", "register", "notify")
 STAGES = {"tools": ("register", "notify"), "trainer": ALL, "rollout": ALL}
 # Starting several processes; a stage of the tools image never does.
-NEEDS_TORCH = ("components.rlhf.edges.launcher",)
+NEEDS_TORCH = ("components.rlhf.runtime.launcher",)
 FORBIDDEN = {"tools": ("kfp", "torch", "transformers"), "trainer": ("kfp", "vllm"), "rollout": ("kfp",)}
 REQUIRED = {"rollout": ("vllm",)}
 

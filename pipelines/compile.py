@@ -7,7 +7,7 @@ from pathlib import Path
 from kfp.compiler import Compiler
 
 from components.rlhf.config.params import Params
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
 from pipelines.dag import build_pipeline
 from pipelines.settings import load_params
 
@@ -32,7 +32,7 @@ def compile_manifests(params: Params, target: Path, *, namespace: str | None = N
     """Write a Pipeline and a PipelineVersion, as clusters with the Kubernetes native API of Kubeflow Pipelines take them from git."""
     from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
-    from pipelines.versions import version_name
+    from pipelines.cluster.versions import version_name
 
     compile_pipeline(params, target)
     name = params.cluster.pipeline

@@ -18,15 +18,16 @@ from components.ppo.component import ppo
 from components.prepare_data.component import prepare_data
 from components.register.component import register
 from components.reward_model.component import reward_model
-from components.rlhf.config.cluster import NotifyStage
-from components.rlhf.config.data import PrepareDataStage
-from components.rlhf.config.evaluation import EvaluationStage
-from components.rlhf.config.imports import ImportStage, RegisterStage
-from components.rlhf.config.judge import JudgeStage
+from components.rlhf.config.evaluation import EvaluationStageConfig
+from components.rlhf.config.import_model import ImportModelStageConfig
+from components.rlhf.config.judge import JudgeStageConfig
+from components.rlhf.config.notify import NotifyStageConfig
 from components.rlhf.config.params import Params
-from components.rlhf.config.ppo import PpoStage
-from components.rlhf.config.reward_model import RewardModelStage
-from components.rlhf.config.sft import SftStage
+from components.rlhf.config.ppo import PpoStageConfig
+from components.rlhf.config.prepare_data import PrepareDataStageConfig
+from components.rlhf.config.register import RegisterStageConfig
+from components.rlhf.config.reward_model import RewardModelStageConfig
+from components.rlhf.config.sft import SftStageConfig
 from components.sft.component import sft
 from pipelines import placement
 
@@ -42,9 +43,9 @@ def build_pipeline(params: Params) -> Any:
         # A nested pipeline, because a condition on a component's named output is silently false on a laptop.
         for branch in ("promote", "reject"):
             with dsl.If(decision == branch, name=branch):
-                settings = RegisterStage.model_validate({"decision": branch}).canonical_json()
+                settings = RegisterStageConfig.model_validate({"decision": branch}).canonical_json()
                 task = register(policy=policy, evaluation=verdict, settings=settings, tracking=tracking)
-                placement.place(task, "register", params)
+                placement.configure_task(task, "register", params)
 
     @dsl.pipeline(name=NAME, description="RLHF: SFT, reward model, PPO, held-out comparison, gate.")
     def rlhf(
@@ -55,23 +56,23 @@ def build_pipeline(params: Params) -> Any:
     ) -> None:
         where = {"node_selector": gpu_node_selector, "tolerations": gpu_tolerations}
 
-        def place(task: Any, stage: str, name: str = "", source: str = "") -> Any:
-            placement.place(task, stage, params, source=source, where=where)
+        def configure_task(task: Any, stage: str, name: str = "", source: str = "") -> Any:
+            placement.configure_task(task, stage, params, source=source, where=where)
             return task.set_display_name(name or stage.replace("_", " "))
 
-        def bring(kind: str, source: str, name: str, revision: str | None = None) -> Any:
-            settings = ImportStage.model_validate({"kind": kind, "source": source, "revision": revision})
+        def import_task(kind: str, source: str, name: str, revision: str | None = None) -> Any:
+            settings = ImportModelStageConfig.model_validate({"kind": kind, "source": source, "revision": revision})
             task = import_model(settings=settings.canonical_json(), tracking=tracking, storage=storage)
-            return place(task, "import_model", name, source)
+            return configure_task(task, "import_model", name, source)
 
-        settings = NotifyStage(preset=params.preset, ui_url=params.cluster.ui_url).canonical_json()
-        last = place(notify(settings=settings, tracking=tracking, storage=storage), "notify")
+        settings = NotifyStageConfig(preset=params.preset, ui_url=params.cluster.ui_url).canonical_json()
+        last = configure_task(notify(settings=settings, tracking=tracking, storage=storage), "notify")
         with dsl.ExitHandler(last, name="run"):
-            base = bring("base_model", params.model.source, "import model", params.model.revision)
-            data = place(
+            base = import_task("base_model", params.model.source, "import model", params.model.revision)
+            data = configure_task(
                 prepare_data(
                     base_model=base.outputs["model"],
-                    settings=params.stage(PrepareDataStage).canonical_json(),
+                    settings=params.stage(PrepareDataStageConfig).canonical_json(),
                     tracking=tracking,
                     storage=storage,
                 ),
@@ -79,13 +80,13 @@ def build_pipeline(params: Params) -> Any:
             )
 
             if params.sft.use:
-                tuned = bring("sft_model", params.sft.use, "import SFT model")
+                tuned = import_task("sft_model", params.sft.use, "import SFT model")
             else:
-                tuned = place(
+                tuned = configure_task(
                     sft(
                         base_model=base.outputs["model"],
                         demonstrations=data.outputs["demonstrations"],
-                        settings=params.stage(SftStage).canonical_json(),
+                        settings=params.stage(SftStageConfig).canonical_json(),
                         tracking=tracking,
                         storage=storage,
                     ),
@@ -94,50 +95,50 @@ def build_pipeline(params: Params) -> Any:
                 )
 
             if params.reward_model.use:
-                rewarder = bring("reward_model", params.reward_model.use, "import reward model")
+                rewarder = import_task("reward_model", params.reward_model.use, "import reward model")
             else:
-                rewarder = place(
+                rewarder = configure_task(
                     reward_model(
                         base_model=base.outputs["model"],
                         sft_model=tuned.outputs["model"],
                         preferences=data.outputs["preferences"],
                         prompts=data.outputs["prompts"],
-                        settings=params.stage(RewardModelStage).canonical_json(),
+                        settings=params.stage(RewardModelStageConfig).canonical_json(),
                         tracking=tracking,
                         storage=storage,
                     ),
                     "reward_model",
                 )
 
-            judging = place(
+            judging = configure_task(
                 judge(
                     preferences=data.outputs["judge_preferences"],
                     base_model=base.outputs["model"],
-                    settings=params.stage(JudgeStage).canonical_json(),
+                    settings=params.stage(JudgeStageConfig).canonical_json(),
                     tracking=tracking,
                 ),
                 "judge",
             )
-            policy = place(
+            policy = configure_task(
                 ppo(
                     sft_model=tuned.outputs["model"],
                     reward_model=rewarder.outputs["model"],
                     prompts=data.outputs["prompts"],
-                    settings=params.stage(PpoStage).canonical_json(),
+                    settings=params.stage(PpoStageConfig).canonical_json(),
                     tracking=tracking,
                     storage=storage,
                 ),
                 "ppo",
                 "PPO",
             )
-            verdict = place(
+            verdict = configure_task(
                 evaluation(
                     sft_model=tuned.outputs["model"],
                     policy=policy.outputs["model"],
                     reward_model=rewarder.outputs["model"],
                     judge=judging.outputs["judge"],
                     prompts=data.outputs["heldout_prompts"],
-                    settings=params.stage(EvaluationStage).canonical_json(),
+                    settings=params.stage(EvaluationStageConfig).canonical_json(),
                     tracking=tracking,
                 ),
                 "evaluation",

@@ -7,11 +7,11 @@ from typing import Any
 
 from kfp import kubernetes
 
-from components.rlhf.config.cluster import TRAINED, ClusterSettings, Mirrors, NodeAffinity, Profile, has_digest
+from components.rlhf.config.cluster import TRAINING_STAGES, ClusterConfig, Mirrors, NodeAffinity, Profile, has_digest
 from components.rlhf.config.params import Params
-from components.rlhf.config.storage import StorageSettings
-from components.rlhf.edges.packages import PREFIX
-from components.rlhf.errors import InputError
+from components.rlhf.config.storage import StorageConfig
+from components.rlhf.storage.pypi import PREFIX
+from components.rlhf.text.errors import InputError
 
 IMAGE_OF = {
     "import_model": "trainer",
@@ -24,8 +24,8 @@ IMAGE_OF = {
     "register": "tools",
     "notify": "tools",
 }
-FETCHES = ("import_model", "prepare_data")  # what comes from outside comes in here
-DETERMINISTIC = (*FETCHES, "judge")
+DOWNLOADING_STAGES = ("import_model", "prepare_data")  # what comes from outside comes in here
+DETERMINISTIC = (*DOWNLOADING_STAGES, "judge")
 FILES = (".jsonl", ".json", ".ndjson", ".parquet")
 CHECKPOINTS = "/checkpoints"
 PART_OF = ("app.kubernetes.io/part-of", "kfp-rlhf")  # the network policies of manifests/ select by it
@@ -35,11 +35,13 @@ S3_MORE = ("AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION")
 MLFLOW_KEYS = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
-def place(task: Any, stage: str, params: Params, *, source: str = "", where: Mapping[str, Any] | None = None) -> Any:
+def configure_task(
+    task: Any, stage: str, params: Params, *, source: str = "", where: Mapping[str, Any] | None = None
+) -> Any:
     """Give a task all that its stage gets from the platform.
 
     source is what an import_model reads. where holds the pipeline's parameters node_selector and tolerations; they stand in for those
-    of the profile, on the stages that share the profile of steered_stage.
+    of the profile, on the stages that share the profile of gpu_stage.
     """
     cluster, profile = params.cluster, params.cluster.profile(stage)
     sources = [source] if stage == "import_model" else data_sources(params) if stage == "prepare_data" else []
@@ -49,7 +51,7 @@ def place(task: Any, stage: str, params: Params, *, source: str = "", where: Map
         task.set_env_variable(name, value)
     _set_pod(task, stage, cluster, profile, needs_hub=any(is_remote(s) for s in sources))
     _set_resources(task, profile)
-    steered = profile.num_accelerators and profile == cluster.profile(steered_stage(params))
+    steered = profile.num_accelerators and profile == cluster.profile(gpu_stage(params))
     _set_node(task, profile, where if steered else None)
     _set_secrets(task, stage, params, sources)
     _set_volumes(task, stage, params, profile)
@@ -60,7 +62,7 @@ def place(task: Any, stage: str, params: Params, *, source: str = "", where: Map
     return task.set_caching_options(_may_cache(stage, cluster, profile, sources))
 
 
-def image(cluster: ClusterSettings, stage: str) -> str:
+def image(cluster: ClusterConfig, stage: str) -> str:
     """The image of a stage, from the registry's mirror where there is one."""
     name: str = getattr(cluster.images, IMAGE_OF[stage])
     host = name.split("/")[0]
@@ -68,7 +70,7 @@ def image(cluster: ClusterSettings, stage: str) -> str:
     return name if has_registry or not cluster.mirrors.registry else f"{cluster.mirrors.registry.rstrip('/')}/{name}"
 
 
-def require_digests(cluster: ClusterSettings) -> None:
+def require_digests(cluster: ClusterConfig) -> None:
     """Raise InputError for an image without a digest where the settings demand one."""
     for role in sorted(set(IMAGE_OF.values())):
         name = getattr(cluster.images, role)
@@ -79,24 +81,24 @@ def require_digests(cluster: ClusterSettings) -> None:
             )
 
 
-def steered_stage(params: Params) -> str:
+def gpu_stage(params: Params) -> str:
     """The stage whose profile the run parameters gpu_node_selector and gpu_tolerations stand in for: ppo, or the first with GPUs."""
     return next((s for s in ("ppo", "sft", "reward_model", "evaluation") if params.cluster.num_accelerators(s)), "ppo")
 
 
 def gpu_node_selector(params: Params) -> dict[str, str]:
     """The default of the run parameter; empty where no stage has accelerators."""
-    profile = params.cluster.profile(steered_stage(params))
+    profile = params.cluster.profile(gpu_stage(params))
     return dict(profile.node_selector) if profile.num_accelerators else {}
 
 
 def gpu_tolerations(params: Params) -> list[dict[str, str]]:
     """The default of the run parameter, as Kubernetes writes tolerations."""
-    profile = params.cluster.profile(steered_stage(params))
+    profile = params.cluster.profile(gpu_stage(params))
     return [t.model_dump(exclude_none=True) for t in profile.tolerations] if profile.num_accelerators else []
 
 
-def cluster_storage(params: Params) -> StorageSettings:
+def cluster_storage(params: Params) -> StorageConfig:
     """The storage settings of a run on a cluster: without a place for checkpoints they go to the claim's volume."""
     place_of = params.storage.checkpoint_uri or (CHECKPOINTS if params.cluster.checkpoint_claim else None)
     return params.storage.model_copy(update={"checkpoint_uri": place_of})
@@ -113,13 +115,13 @@ def is_remote(source: str) -> bool:
     return not (source.startswith(("s3://", "/", "./", "../", "~")) or PurePosixPath(source).suffix in FILES)
 
 
-def _environment(cluster: ClusterSettings, stage: str) -> dict[str, str]:
+def _environment(cluster: ClusterConfig, stage: str) -> dict[str, str]:
     mirrors: Mirrors = cluster.mirrors
-    found = {"PIP_INDEX_URL": mirrors.pypi, "HF_ENDPOINT": mirrors.hub} if stage in FETCHES else {}
+    found = {"PIP_INDEX_URL": mirrors.pypi, "HF_ENDPOINT": mirrors.hub} if stage in DOWNLOADING_STAGES else {}
     return {name: value for name, value in found.items() if value} | dict(cluster.environment)
 
 
-def _set_pod(task: Any, stage: str, cluster: ClusterSettings, profile: Profile, *, needs_hub: bool) -> None:
+def _set_pod(task: Any, stage: str, cluster: ClusterConfig, profile: Profile, *, needs_hub: bool) -> None:
     labels = dict([PART_OF, ("kfp-rlhf/stage", stage.replace("_", "-"))]) | (dict([HUB]) if needs_hub else {})
     if profile.queue:
         labels["kueue.x-k8s.io/queue-name"] = profile.queue
@@ -162,9 +164,9 @@ def _expressions(affinity: NodeAffinity) -> list[dict[str, Any]]:
 def _set_secrets(task: Any, stage: str, params: Params, sources: list[str]) -> None:
     secrets, stored = params.cluster.secrets, cluster_storage(params)
     uris = [*sources]
-    if stage in (*TRAINED, "notify"):
+    if stage in (*TRAINING_STAGES, "notify"):
         uris += [stored.checkpoint_uri or ""]
-    if stage in TRAINED:
+    if stage in TRAINING_STAGES:
         uris += [stored.publish_uri or ""]
     if secrets.s3 and not stored.anonymous and any(uri.startswith("s3://") for uri in uris):
         # Without these the stage could only fail later; a pod that waits for its Secret says so by itself.
@@ -187,9 +189,9 @@ def _use_secret(task: Any, name: str, keys: tuple[str, ...], *, optional: bool) 
 
 def _set_volumes(task: Any, stage: str, params: Params, profile: Profile) -> None:
     cluster, checkpoints = params.cluster, cluster_storage(params).checkpoint_uri or ""
-    if stage in (*TRAINED, "notify") and cluster.checkpoint_claim and is_within(checkpoints, CHECKPOINTS):
+    if stage in (*TRAINING_STAGES, "notify") and cluster.checkpoint_claim and is_within(checkpoints, CHECKPOINTS):
         kubernetes.mount_pvc(task, cluster.checkpoint_claim, CHECKPOINTS)
-    if stage in FETCHES:
+    if stage in DOWNLOADING_STAGES:
         for path, claim in cluster.claims.items():
             kubernetes.mount_pvc(task, claim, path)
     if profile.scratch:
@@ -208,7 +210,7 @@ def is_within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-def _may_cache(stage: str, cluster: ClusterSettings, profile: Profile, sources: list[str]) -> bool:
+def _may_cache(stage: str, cluster: ClusterConfig, profile: Profile, sources: list[str]) -> bool:
     """Only where the same inputs give the same outputs: KFP's key holds the image's name and not its content, and URIs, not data."""
     fixed = all(_is_fixed(source) for source in sources)
     return stage in DETERMINISTIC and not profile.num_accelerators and has_digest(image(cluster, stage)) and fixed

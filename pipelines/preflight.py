@@ -4,13 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from components.rlhf.config.data import DataSource
 from components.rlhf.config.params import Params
+from components.rlhf.config.prepare_data import DataSource
 from components.rlhf.data.clean import clean
-from components.rlhf.data.forms import to_demonstration, to_pair, to_prompt
+from components.rlhf.data.schemas import to_demonstration, to_pair, to_prompt
 from components.rlhf.data.sources import read_rows
-from components.rlhf.edges.storage import open_store
-from components.rlhf.errors import InputError
+from components.rlhf.storage.store import open_store
+from components.rlhf.text.errors import InputError
 
 
 class AnyTemplate:

@@ -8,18 +8,18 @@ from typing import Any
 
 import yaml
 
-from components.rlhf.config.cluster import TRAINED
-from components.rlhf.errors import InputError
+from components.rlhf.config.cluster import TRAINING_STAGES
+from components.rlhf.text.errors import InputError
 
-SHIPPED = Path(__file__).parent / "profiles.yaml"
+BUILTIN = Path(__file__).parent / "profiles.yaml"
 DEFAULT = "cpu"
 Data = dict[str, Any]
 
 
 @functools.cache
-def shipped() -> Data:
+def builtin_profiles() -> Data:
     """The profiles of profiles.yaml by name, as they are written there."""
-    profiles: Data = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+    profiles: Data = yaml.safe_load(BUILTIN.read_text(encoding="utf-8"))
     return profiles
 
 
@@ -35,28 +35,28 @@ def resolve_profiles(content: Data) -> Data:
     own, stages = cluster.get("profiles") or {}, cluster.get("stages") or {}
     if not isinstance(own, dict) or not isinstance(stages, dict):
         return content
-    known = {name: _laid_over(name, own, ()) for name in own}
+    known = {name: _resolve_profile(name, own, ()) for name in own}
     used = {
         "cluster.default_profile": cluster.get("default_profile", DEFAULT),
         **{f"cluster.stages.{stage}": profile for stage, profile in stages.items()},
     }
     for key, name in used.items():
-        known.setdefault(name, _laid_over(str(name), own, (), key))
+        known.setdefault(name, _resolve_profile(str(name), own, (), key))
     content = content | {"cluster": cluster | {"profiles": known}}
-    for stage in TRAINED:
+    for stage in TRAINING_STAGES:
         profile = known[stages.get(stage, used["cluster.default_profile"])]
         _set_processes(content, stage, profile.get("num_accelerators", 0) if isinstance(profile, dict) else 0)
     return content
 
 
-def _laid_over(name: str, own: Data, path: tuple[str, ...], key: str = "") -> Any:
+def _resolve_profile(name: str, own: Data, path: tuple[str, ...], key: str = "") -> Any:
     """A profile with what it is like under it. path is the profiles that led here by their `like`."""
     where = key or (f"cluster.profiles.{path[-1]}.like" if path else "")
     if name in path:
         raise InputError(f"cluster.profiles: {' is like '.join([*path, name])}, which goes round; take one `like` out.")
-    if name not in own and name not in shipped():
-        raise InputError(f"{where} is {name}, which is no profile{_hint(name, [*shipped(), *own])}")
-    layers = [layer[name] for layer in (shipped(), own) if name in layer]
+    if name not in own and name not in builtin_profiles():
+        raise InputError(f"{where} is {name}, which is no profile{_hint(name, [*builtin_profiles(), *own])}")
+    layers = [layer[name] for layer in (builtin_profiles(), own) if name in layer]
     if not all(isinstance(layer, dict) for layer in layers):
         return layers[-1]  # validation says what is wrong with it
     merged: Data = {}
@@ -65,7 +65,7 @@ def _laid_over(name: str, own: Data, path: tuple[str, ...], key: str = "") -> An
     like = merged.pop("like", None)
     if not isinstance(like, str | None):
         raise InputError(f"cluster.profiles.{name}.like is {reprlib.repr(like)}; write the name of a profile.")
-    under = _laid_over(like, own, (*path, name)) if like else {}
+    under = _resolve_profile(like, own, (*path, name)) if like else {}
     return under | merged
 
 

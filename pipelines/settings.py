@@ -10,20 +10,20 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from components.rlhf.config.base import Settings
-from components.rlhf.config.data import PrepareDataStage
-from components.rlhf.config.evaluation import EvaluationStage
-from components.rlhf.config.imports import ImportStage
-from components.rlhf.config.judge import JudgeStage
-from components.rlhf.config.params import Params, explain, shown
-from components.rlhf.config.ppo import PpoStage
-from components.rlhf.config.reward_model import RewardModelStage
-from components.rlhf.config.sft import SftStage
-from components.rlhf.edges.secrets import secrets_in
-from components.rlhf.edges.tracking import flatten
-from components.rlhf.errors import InputError
+from components.rlhf.config.base import BaseConfig
+from components.rlhf.config.evaluation import EvaluationStageConfig
+from components.rlhf.config.import_model import ImportModelStageConfig
+from components.rlhf.config.judge import JudgeStageConfig
+from components.rlhf.config.params import Params, explain_validation_error, short_repr
+from components.rlhf.config.ppo import PpoStageConfig
+from components.rlhf.config.prepare_data import PrepareDataStageConfig
+from components.rlhf.config.reward_model import RewardModelStageConfig
+from components.rlhf.config.sft import SftStageConfig
+from components.rlhf.text.errors import InputError
+from components.rlhf.text.redaction import find_secrets
+from components.rlhf.text.strict_yaml import MAX_BYTES, NotYamlError, parse_yaml
+from components.rlhf.tracking.mlflow import flatten
 from pipelines.profiles import resolve_profiles
-from pipelines.strict_yaml import MOST_BYTES, NotYamlError, parse_yaml
 
 
 def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
@@ -36,7 +36,7 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
     chosen = [override for override in overrides if override.partition("=")[0].strip() == "preset"]
     for override in chosen:
         _apply(content, override)
-    content = _lay_preset(content, path)
+    content = _apply_preset(content, path)
     for override in overrides:
         if override not in chosen:
             _apply(content, override)
@@ -44,7 +44,7 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
     try:
         params = Params.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path}: {explain(error, Params)}") from None
+        raise InputError(f"{path}: {explain_validation_error(error, Params)}") from None
     _refuse_secrets(params, path)
     return params
 
@@ -52,10 +52,10 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
             raise InputError(
-                f"{path} is longer than {MOST_BYTES // 2**20} MiB, which no params file is; correct the path."
+                f"{path} is longer than {MAX_BYTES // 2**20} MiB, which no params file is; correct the path."
             )
         content = parse_yaml(data.decode("utf-8"))
     except FileNotFoundError:
@@ -78,7 +78,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _refuse_secrets(params: Params, path: Path) -> None:
     """Raise InputError for a parameter with a secret of this environment in it: it would stand in pipelines, reports and MLflow."""
     values = {key: str(value) for key, value in flatten(params.model_dump(mode="json")).items()}
-    for name, secret in secrets_in(os.environ).items():
+    for name, secret in find_secrets(os.environ).items():
         for key, value in values.items():
             if secret in value:
                 raise InputError(
@@ -87,7 +87,7 @@ def _refuse_secrets(params: Params, path: Path) -> None:
                 )
 
 
-def _lay_preset(content: dict[str, Any], path: Path) -> dict[str, Any]:
+def _apply_preset(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """The content with its chosen preset over it. Without presets in the file, `preset` is no more than a name."""
     presets = content.pop("presets", None)
     if presets is None:
@@ -97,7 +97,7 @@ def _lay_preset(content: dict[str, Any], path: Path) -> dict[str, Any]:
     name = content.get("preset")
     if not isinstance(name, str) or name not in presets:
         raise InputError(
-            f"{path} has no preset {shown(name)}; presets there: {', '.join(map(str, presets)) or 'none'}."
+            f"{path} has no preset {short_repr(name)}; presets there: {', '.join(map(str, presets)) or 'none'}."
         )
     merged = _merge(content, presets[name])
     assert isinstance(merged, dict)
@@ -115,19 +115,19 @@ def _apply(content: dict[str, Any], override: str) -> None:
     """Put KEY.KEY=VALUE into the nested content; VALUE is read as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise InputError(f"--set {shown(override)} is not of the form SECTION.KEY=VALUE.")
+        raise InputError(f"--set {short_repr(override)} is not of the form SECTION.KEY=VALUE.")
     *sections, name = key.strip().split(".")
     for section in sections:
         inner = content.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise InputError(f"--set {shown(override)}: {section} is not a section.")
+            raise InputError(f"--set {short_repr(override)}: {section} is not a section.")
         # YAML anchors make two sections one object; an override of one must not reach the other.
         content[section] = dict(inner)
         content = content[section]
     try:
         content[name] = _value(text)
     except NotYamlError as error:
-        raise InputError(f"--set {shown(override)}: the value is not YAML ({error}).") from None
+        raise InputError(f"--set {short_repr(override)}: the value is not YAML ({error}).") from None
 
 
 def _value(text: str) -> Any:
@@ -144,16 +144,16 @@ def dump_yaml(params: Params) -> str:
 
 def settings_of_stage(params: Params, stage: str) -> str:
     """The canonical JSON that the pipeline hands to one stage."""
-    stages: dict[str, type[Settings]] = {
-        "prepare_data": PrepareDataStage,
-        "sft": SftStage,
-        "reward_model": RewardModelStage,
-        "judge": JudgeStage,
-        "ppo": PpoStage,
-        "evaluation": EvaluationStage,
+    stages: dict[str, type[BaseConfig]] = {
+        "prepare_data": PrepareDataStageConfig,
+        "sft": SftStageConfig,
+        "reward_model": RewardModelStageConfig,
+        "judge": JudgeStageConfig,
+        "ppo": PpoStageConfig,
+        "evaluation": EvaluationStageConfig,
     }
     if stage == "import_model":
-        return ImportStage(
+        return ImportModelStageConfig(
             kind="base_model", source=params.model.source, revision=params.model.revision
         ).canonical_json()
     if stage not in stages:

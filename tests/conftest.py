@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.tiny import make_tiny_model
+from tests.support.tiny_model import make_tiny_model
 
 # kfp asks for the stack 50 times a pipeline, only to read a name; where torch is loaded, finding the lines of its source takes seconds.
 inspect.stack = functools.partial(inspect.stack, context=0)

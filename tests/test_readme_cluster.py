@@ -19,10 +19,10 @@ import pytest
 import yaml
 
 from pipelines.__main__ import cli
-from pipelines.server import MINIMUM
-from tests.manifests.build import KUBECTL
-from tests.pipelines.kfp_api import KfpApi, serving
-from tests.pipelines.toy import write_data
+from pipelines.cluster.server import MINIMUM
+from tests.support.kfp_api import KfpApi, serving
+from tests.support.overlays import KUBECTL
+from tests.support.toy_pipeline import write_data
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTION = re.search(r"\n## On a cluster\n(.*?)\n## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -73,7 +73,7 @@ def play(tmp_path: Path) -> Play:
     write_data(folder / "data")
     bin_folder.mkdir()
     for name in ("docker", "kind", "kubectl"):
-        _write(bin_folder / name, f'exec {sys.executable} {ROOT}/tests/stand_ins.py {name} "$@"')
+        _write(bin_folder / name, f'exec {sys.executable} {ROOT}/tests/support/stand_in_commands.py {name} "$@"')
 
     def run(script: str) -> Played:
         api = KfpApi()
@@ -177,7 +177,7 @@ def test_kubectl_has_every_command_and_option(page: str, tmp_path: Path) -> None
     for line in commands:
         words = shlex.split(line, comments=True)
         words = words[: words.index("&")] if "&" in words else words
-        command = [sys.executable, ROOT / "tests" / "stand_ins.py", *words]
+        command = [sys.executable, ROOT / "tests" / "support" / "stand_in_commands.py", *words]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 
@@ -200,5 +200,5 @@ def test_the_command_line_has_every_command_and_option() -> None:
 )
 def test_a_wrong_command_is_seen(command: str, tmp_path: Path) -> None:
     environment = os.environ | {"CALLS": str(tmp_path / "calls"), "KUBECTL": str(KUBECTL)}
-    stand_in = [sys.executable, ROOT / "tests" / "stand_ins.py", "kubectl"]
+    stand_in = [sys.executable, ROOT / "tests" / "support" / "stand_in_commands.py", "kubectl"]
     assert subprocess.run([*stand_in, *command.split()], env=environment, capture_output=True).returncode == 1

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import click
 
-from components.rlhf.config.evaluation import EvaluationStage
-from components.rlhf.edges.stage import input_folder, output_path, stage_options, stage_run
+from components.rlhf.config.evaluation import EvaluationStageConfig
+from components.rlhf.runtime.stage import input_artifact, output_path, stage_options, stage_run
 
 
 @click.command(help=__doc__)
-@input_folder("--sft-model")
-@input_folder("--policy")
-@input_folder("--reward-model")
-@input_folder("--judge")
-@input_folder("--prompts")
+@input_artifact("--sft-model")
+@input_artifact("--policy")
+@input_artifact("--reward-model")
+@input_artifact("--judge")
+@input_artifact("--prompts")
 @output_path("--evaluation", "evaluation_path")
 @output_path("--metrics")
 @output_path("--report")
@@ -26,27 +26,27 @@ def main(
     report: Path, summary: Path, decision: Path, reason: Path, settings: str, tracking: str, executor_input: str,
 ) -> None:  # fmt: skip
     with stage_run(
-        "evaluation", EvaluationStage, settings=settings, tracking=tracking, executor_input=executor_input
+        "evaluation", EvaluationStageConfig, settings=settings, tracking=tracking, executor_input=executor_input
     ) as run:
         from components.evaluation.compare import compare
+        from components.evaluation.judge_curve import judge_curve
         from components.evaluation.report import as_html, as_markdown
         from components.evaluation.samples import save_comparison
-        from components.evaluation.training import judge_training
         from components.evaluation.verdict import decide, summarise
         from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer
         from components.rlhf.data.datasets import load_records
         from components.rlhf.data.records import Prompt, ValidationSample
-        from components.rlhf.edges.kfp_io import write_parameter
         from components.rlhf.rewards.linear import load_judge
+        from components.rlhf.runtime.executor import write_parameter
 
         folders = dict(
             sft_model=sft_model, policy_model=policy, reward_model=reward_model, judge=judge, prompts=prompts
         )
         inputs = {kind: open_artifact(folder, kind) for kind, folder in folders.items()}
         require_same_tokenizer(**{kind: (folders[kind], manifest) for kind, manifest in inputs.items()})
-        asked = load_records(prompts, "heldout", Prompt)[: run.settings.evaluation.num_prompts]
+        asked = load_records(prompts, "heldout", Prompt)[: run.config.evaluation.num_prompts]
         comparison = compare(
-            run.settings,
+            run.config,
             asked,
             sft_model=sft_model,
             policy=policy,
@@ -56,9 +56,9 @@ def main(
         )
         measured = {role: inputs[role].facts.get("heldout_accuracy") for role in ("judge", "reward_model")}
         accuracy = {role: float(value) for role, value in measured.items() if value is not None}
-        numbers = summarise(comparison, run.settings.evaluation, accuracy=accuracy, seed=run.settings.seed)
-        training = judge_training(load_records(policy, "validation", ValidationSample), load_judge(judge))
-        verdict = decide(numbers, run.settings.gate)
+        numbers = summarise(comparison, run.config.evaluation, accuracy=accuracy, seed=run.config.seed)
+        training = judge_curve(load_records(policy, "validation", ValidationSample), load_judge(judge))
+        verdict = decide(numbers, run.config.gate)
         run.write_artifact(
             "evaluation",
             evaluation_path,
@@ -67,12 +67,12 @@ def main(
             parents=inputs,
             facts={**numbers, "decision": verdict.decision, "reason": verdict.reason},
         )
-        run.wrote_report("report", report, as_html(comparison, numbers, verdict, training, seed=run.settings.seed))
-        run.wrote_report("summary", summary, as_markdown(numbers, verdict))
-        run.wrote_metrics(metrics, numbers)
+        run.write_report("report", report, as_html(comparison, numbers, verdict, training, seed=run.config.seed))
+        run.write_report("summary", summary, as_markdown(numbers, verdict))
+        run.write_metrics(metrics, numbers)
         write_parameter(decision, verdict.decision)
         write_parameter(reason, verdict.reason)
-        run.progress.say(f"{verdict.decision}: {verdict.reason}")
+        run.progress.log(f"{verdict.decision}: {verdict.reason}")
 
 
 if __name__ == "__main__":

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from components.rlhf.config.evaluation import EvaluationStage
+from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.data.batching import collate, split_by_tokens
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.data.tokenizer import load_tokenizer
-from components.rlhf.edges.progress import Progress
 from components.rlhf.maths.kl import estimate_kl
-from components.rlhf.models.actor import Actor, Distribution
+from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import share_trunk
-from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, normalisation_of, stop_ids_of
+from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, load_stop_ids, reward_normalization
 from components.rlhf.models.precision import compute_dtype, default_device
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rewards.linear import load_judge
 from components.rlhf.rewards.reward_model import RewardModelScorer
 from components.rlhf.rollout.hf import HfRolloutEngine
+from components.rlhf.text.progress import Progress
 
 MICROBATCH_TOKENS = 4096
 
@@ -45,7 +45,7 @@ class Comparison:
 
 
 def compare(
-    stage: EvaluationStage,
+    config: EvaluationStageConfig,
     prompts: Sequence[Prompt],
     *,
     sft_model: Path,
@@ -54,30 +54,30 @@ def compare(
     judge: Path,
     progress: Progress,
 ) -> Comparison:
-    dtype, device = compute_dtype(stage.model.precision), default_device()
-    tokenizer, stop_ids = load_tokenizer(sft_model), stop_ids_of(sft_model)
+    dtype, device = compute_dtype(config.model.precision), default_device()
+    tokenizer, stop_ids = load_tokenizer(sft_model), load_stop_ids(sft_model)
     # The same seed for the same prompt in both models: what differs is the model, not the luck of the draw.
-    seeds = [stage.seed * 1_000_003 + 500_009 + number for number in range(len(prompts))]
+    seeds = [config.seed * 1_000_003 + 500_009 + number for number in range(len(prompts))]
     answers: dict[str, list[Completion]] = {}
     lms = {}
     for name, folder in (("fine-tuned", sft_model), ("PPO", policy)):
         lms[name] = load_causal_lm(folder, num_frozen_layers=0, dtype=dtype, trainable=False).to(device)
         engine = HfRolloutEngine(lms[name], tokenizer, stop_ids=stop_ids)
-        size = stage.sampling.batch_size
+        size = config.sampling.batch_size
         answers[name] = []
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
-            answers[name] += engine.generate(prompts[part], stage.sampling, seeds[part])
+            answers[name] += engine.generate(prompts[part], config.sampling, seeds[part])
             progress.step(len(answers[name]), len(prompts), {}, unit=f"{name} model answered")
-    distribution = Distribution(
-        temperature=stage.sampling.temperature, min_new_tokens=stage.sampling.min_new_tokens, stop_ids=stop_ids
+    distribution = SamplingDistribution(
+        temperature=config.sampling.temperature, min_new_tokens=config.sampling.min_new_tokens, stop_ids=stop_ids
     )
-    frozen = stage.model.num_frozen_layers
+    frozen = config.model.num_frozen_layers
     if not share_trunk(lms["fine-tuned"], [lms["PPO"]], frozen):
         frozen = 0
     actors = {name: Actor(lm, num_frozen_layers=frozen, dtype=dtype) for name, lm in lms.items()}
     kl = sequence_kl(actors["PPO"], actors["fine-tuned"], answers["PPO"], distribution, device)
-    mean, std = normalisation_of(reward_model)
+    mean, std = reward_normalization(reward_model)
     lm = load_scalar_lm(reward_model, num_frozen_layers=0, dtype=dtype, trainable=False).to(device)
     rewarder = RewardModelScorer(
         ScalarModel(lm, num_frozen_layers=0, dtype=dtype, mean=mean, std=std), microbatch_tokens=MICROBATCH_TOKENS
@@ -121,7 +121,11 @@ def cut_to_equal_length(
 
 @torch.no_grad()
 def sequence_kl(
-    actor: Actor, reference: Actor, completions: Sequence[Completion], distribution: Distribution, device: torch.device
+    actor: Actor,
+    reference: Actor,
+    completions: Sequence[Completion],
+    distribution: SamplingDistribution,
+    device: torch.device,
 ) -> list[float]:
     """log pi(response) - log ref(response) of responses that pi sampled: its mean is an unbiased estimate of the KL.
 

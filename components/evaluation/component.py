@@ -3,6 +3,8 @@
 from kfp import dsl
 from kfp.dsl import HTML, Artifact, Dataset, Input, Markdown, Metrics, Model, Output
 
+from components.container import container_spec
+
 
 @dsl.container_component
 def evaluation(
@@ -34,40 +36,7 @@ def evaluation(
         summary: The same for people.
         decision: promote or reject.
         reason: Why, in one sentence.
-        settings: Canonical JSON of EvaluationStage.
-        tracking: Canonical JSON of TrackingSettings.
+        settings: Canonical JSON of EvaluationStageConfig.
+        tracking: Canonical JSON of TrackingConfig.
     """
-    return dsl.ContainerSpec(
-        image="kfp-rlhf/rollout:0.1.0",
-        command=["python", "-m", "components.evaluation"],
-        args=[
-            "--settings",
-            settings,
-            "--tracking",
-            tracking,
-            "--sft-model",
-            sft_model.path,
-            "--policy",
-            policy.path,
-            "--reward-model",
-            reward_model.path,
-            "--judge",
-            judge.path,
-            "--prompts",
-            prompts.path,
-            "--evaluation",
-            evaluation.path,
-            "--metrics",
-            metrics.path,
-            "--report",
-            report.path,
-            "--summary",
-            summary.path,
-            "--decision",
-            decision,
-            "--reason",
-            reason,
-            "--executor-input",
-            dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER,
-        ],
-    )
+    return container_spec("evaluation", "rollout", locals())

@@ -14,9 +14,9 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from components.evaluation.compare import Comparison
-from components.evaluation.samples import NUM_RANDOM, SAMPLES_EACH, choose_rows
-from components.evaluation.table import table_rows
+from components.evaluation.samples import NUM_EXTREMES, NUM_RANDOM, choose_rows
 from components.evaluation.verdict import Decision
+from components.rlhf.text.comparison_table import comparison_rows
 
 TRAINING_PANELS = (
     ("reward", "reward model's score"),
@@ -28,7 +28,7 @@ TRAINING_PANELS = (
 
 def as_markdown(numbers: Mapping[str, float], verdict: Decision) -> str:
     lines = [f"# {verdict.decision.capitalize()}", "", f"{verdict.reason}.", "", "| | SFT | PPO |", "|---|---:|---:|"]
-    lines += [f"| {row['name']} | {row['sft']} | {row['ppo']} |" for row in table_rows(numbers)]
+    lines += [f"| {row['name']} | {row['sft']} | {row['ppo']} |" for row in comparison_rows(numbers)]
     return "\n".join(lines) + "\n"
 
 
@@ -47,11 +47,11 @@ def as_html(
     return template.render(
         numbers=numbers,
         verdict=verdict,
-        rows=table_rows(numbers),
+        rows=comparison_rows(numbers),
         plot=_plot(comparison),
         training_plot=_training_plot(training) if training else "",
         groups=choose_samples(comparison, seed=seed),
-        samples_each=SAMPLES_EACH,
+        samples_each=NUM_EXTREMES,
         num_random=NUM_RANDOM,
     )
 

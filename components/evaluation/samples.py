@@ -7,16 +7,16 @@ from pathlib import Path
 
 from components.evaluation.compare import Comparison, Side
 
-SAMPLES_EACH, NUM_RANDOM = 5, 10
+NUM_EXTREMES, NUM_RANDOM = 5, 10
 
 
 def choose_rows(gains: Sequence[float], *, seed: int) -> dict[str, list[int]]:
     """Which prompts are shown, by rule and not by hand: the largest gains, the largest losses, and a seeded choice of the rest."""
     order = sorted(range(len(gains)), key=lambda i: gains[i], reverse=True)
-    middle = order[SAMPLES_EACH:-SAMPLES_EACH]
+    middle = order[NUM_EXTREMES:-NUM_EXTREMES]
     return {
-        "Largest gains": order[:SAMPLES_EACH],
-        "Largest losses": order[-SAMPLES_EACH:][::-1],
+        "Largest gains": order[:NUM_EXTREMES],
+        "Largest losses": order[-NUM_EXTREMES:][::-1],
         "At random": random.Random(seed).sample(middle, min(NUM_RANDOM, len(middle))),
     }
 

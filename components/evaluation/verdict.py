@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from components.evaluation.compare import Comparison
 from components.evaluation.statistics import bootstrap_mean, distinct_2, wins
-from components.rlhf.config.evaluation import EvaluationSettings, GateSettings
+from components.rlhf.config.evaluation import EvaluationConfig, GateConfig
 from components.rlhf.data.records import Completion
 
 
@@ -19,14 +19,14 @@ class Decision:
 
 
 def summarise(
-    comparison: Comparison, settings: EvaluationSettings, *, accuracy: Mapping[str, float], seed: int
+    comparison: Comparison, config: EvaluationConfig, *, accuracy: Mapping[str, float], seed: int
 ) -> dict[str, float]:
     """Every number of the verdict. Prompts are the unit of each interval.
 
     accuracy holds the agreement of judge and reward_model with people on held-out pairs, of each where it was measured.
     """
     sft, ppo = comparison.sft, comparison.ppo
-    options = {"num_resamples": settings.num_bootstrap, "confidence": settings.confidence, "seed": seed}
+    options = {"num_resamples": config.num_bootstrap, "confidence": config.confidence, "seed": seed}
     rate = bootstrap_mean(wins(ppo.judge_scores, sft.judge_scores), **options)
     matched = matching_rows(sft.completions, ppo.completions)
     at_match = wins(np.array(ppo.judge_scores)[matched], np.array(sft.judge_scores)[matched])
@@ -36,7 +36,7 @@ def summarise(
     kl = bootstrap_mean(np.array(comparison.kl), **options)
     numbers: dict[str, float] = {
         "num_prompts": len(comparison.prompts),
-        "confidence": settings.confidence,
+        "confidence": config.confidence,
         "win_rate": rate.value,
         "win_rate_low": rate.low,
         "win_rate_high": rate.high,
@@ -74,7 +74,7 @@ def matching_rows(sft: Sequence[Completion], ppo: Sequence[Completion]) -> NDArr
     return np.array(rows, dtype=np.int64)
 
 
-def decide(numbers: dict[str, float], gate: GateSettings) -> Decision:
+def decide(numbers: dict[str, float], gate: GateConfig) -> Decision:
     """Promote when the win rate is surely above the gate's and the KL within it."""
     low, kl = numbers["win_rate_low"], numbers["kl"]
     rate = f"win rate {numbers['win_rate']:.3f} [{low:.3f}, {numbers['win_rate_high']:.3f}]"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from components.rlhf.config.imports import ImportStage
-from components.rlhf.edges.stage import output_path, stage_options, stage_run, storage_option
+from components.rlhf.config.import_model import ImportModelStageConfig
+from components.rlhf.runtime.stage import output_path, stage_options, stage_run, storage_option
 
 
 @click.command(help=__doc__)
@@ -15,7 +15,7 @@ from components.rlhf.edges.stage import output_path, stage_options, stage_run, s
 def main(model_path: Path, settings: str, tracking: str, storage: str, executor_input: str) -> None:
     with stage_run(
         "import_model",
-        ImportStage,
+        ImportModelStageConfig,
         settings=settings,
         tracking=tracking,
         executor_input=executor_input,
@@ -25,23 +25,23 @@ def main(model_path: Path, settings: str, tracking: str, storage: str, executor_
         from components.rlhf.artifacts.directory import writing
         from components.rlhf.artifacts.manifest import write_manifest
         from components.rlhf.data.tokenizer import chat_template_digest, tokenizer_digest
-        from components.rlhf.edges.fetch import local_copy
+        from components.rlhf.storage.copy import local_copy
 
-        run.progress.say(f"importing {run.settings.source} as {run.settings.kind}")
-        source = run.settings.source
-        with local_copy(source, run.storage, run.progress.say) as local, writing(model_path) as draft:
-            tokenizer, facts = import_model(run.settings.model_copy(update={"source": local}), draft)
+        run.progress.log(f"importing {run.config.source} as {run.config.kind}")
+        source = run.config.source
+        with local_copy(source, run.storage, run.progress.log) as local, writing(model_path) as draft:
+            tokenizer, facts = import_model(run.config.model_copy(update={"source": local}), draft)
             facts["source"] = source
             manifest = write_manifest(
                 draft,
-                kind=run.settings.kind,
+                kind=run.config.kind,
                 settings=run.settings_text,
                 tokenizer_digest=tokenizer_digest(tokenizer),
                 chat_template_digest=chat_template_digest(tokenizer),
                 facts=facts,
             )
-        run.wrote("model", manifest)
-        run.progress.say(
+        run.report_output("model", manifest)
+        run.progress.log(
             f"{facts['num_parameters']:,} parameters in {facts['num_layers']} layers, written to {model_path}"
         )
 

@@ -13,17 +13,17 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from components.rlhf.config.strict_json import NotJsonError, parse_json
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
+from components.rlhf.text.strict_json import NotJsonError, parse_json
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack", "*.npy", "*.npz", "*.joblib")
 INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 64 * 2**20
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-ROOM = 8  # parameters a stored byte: far more than any quantisation packs
+MAX_PARAMETERS_PER_BYTE = 8  # parameters a stored byte: far more than any quantisation packs
 
 
-def require_safe(folder: Path) -> None:
+def require_safe_model_folder(folder: Path) -> None:
     """Raise InputError for a folder whose weights are pickles, that needs code of its own, whose files name others outside,
     or whose config describes a model far larger than its weights."""
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", INDEX):
@@ -113,7 +113,10 @@ def _require_plausible(folder: Path, config: Mapping[str, Any], shards: list[Pat
                 AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
                 trust_remote_code=False,
             )
-        if sum(p.numel() for p in built.parameters()) > ROOM * sum(path.stat().st_size for path in shards) + 2**20:
+        if (
+            sum(p.numel() for p in built.parameters())
+            > MAX_PARAMETERS_PER_BYTE * sum(path.stat().st_size for path in shards) + 2**20
+        ):
             raise ValueError("config.json describes a model far larger than its weights")
     except Exception as error:  # whatever a broken config.json or broken weights make the libraries raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:500]

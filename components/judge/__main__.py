@@ -4,13 +4,13 @@ from pathlib import Path
 
 import click
 
-from components.rlhf.config.judge import JudgeStage
-from components.rlhf.edges.stage import input_folder, output_path, stage_options, stage_run
+from components.rlhf.config.judge import JudgeStageConfig
+from components.rlhf.runtime.stage import input_artifact, output_path, stage_options, stage_run
 
 
 @click.command(help=__doc__)
-@input_folder("--preferences")
-@input_folder("--base-model")
+@input_artifact("--preferences")
+@input_artifact("--base-model")
 @output_path("--judge", "judge_path")
 @output_path("--metrics")
 @output_path("--summary")
@@ -25,7 +25,9 @@ def main(
     tracking: str,
     executor_input: str,
 ) -> None:
-    with stage_run("judge", JudgeStage, settings=settings, tracking=tracking, executor_input=executor_input) as run:
+    with stage_run(
+        "judge", JudgeStageConfig, settings=settings, tracking=tracking, executor_input=executor_input
+    ) as run:
         from components.judge.fit import as_markdown, fit
         from components.rlhf.artifacts.directory import open_artifact
         from components.rlhf.data.datasets import load_records, read_header
@@ -35,8 +37,8 @@ def main(
 
         base, data = open_artifact(base_model, "base_model"), open_artifact(preferences, "preferences")
         ratings = load_records(preferences, "ratings", RatedText)
-        judge = fit(run.settings.judge, ratings, load_records(preferences, "train", PreferencePair))
-        pairs, max_tokens = load_records(preferences, "heldout", PreferencePair), read_header(preferences)["max_tokens"]
+        judge = fit(run.config.judge, ratings, load_records(preferences, "train", PreferencePair))
+        pairs, max_tokens = load_records(preferences, "heldout", PreferencePair), read_header(preferences).max_tokens
         numbers = {
             "heldout_accuracy": pair_accuracy(judge, pairs, load_tokenizer(base_model), max_tokens=max_tokens),
             "num_heldout_pairs": float(len(pairs)),
@@ -49,11 +51,11 @@ def main(
             judge.save,
             kind="judge",
             parents={"base_model": base, "preferences": data},
-            facts={**numbers, "judge_kind": run.settings.judge.kind},
+            facts={**numbers, "judge_kind": run.config.judge.kind},
         )
-        run.progress.say(f"agrees with people on {numbers['heldout_accuracy']:.1%} of {len(pairs)} held-out pairs")
-        run.wrote_report("summary", summary, as_markdown(numbers, judge))
-        run.wrote_metrics(metrics, numbers)
+        run.progress.log(f"agrees with people on {numbers['heldout_accuracy']:.1%} of {len(pairs)} held-out pairs")
+        run.write_report("summary", summary, as_markdown(numbers, judge))
+        run.write_metrics(metrics, numbers)
 
 
 if __name__ == "__main__":

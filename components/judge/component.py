@@ -3,6 +3,8 @@
 from kfp import dsl
 from kfp.dsl import Artifact, Dataset, Input, Markdown, Metrics, Model, Output
 
+from components.container import container_spec
+
 
 @dsl.container_component
 def judge(
@@ -22,28 +24,7 @@ def judge(
         judge: Vocabulary and coefficients.
         metrics: Numbers of the stage.
         summary: The same for people.
-        settings: Canonical JSON of JudgeStage.
-        tracking: Canonical JSON of TrackingSettings.
+        settings: Canonical JSON of JudgeStageConfig.
+        tracking: Canonical JSON of TrackingConfig.
     """
-    return dsl.ContainerSpec(
-        image="kfp-rlhf/trainer:0.1.0",
-        command=["python", "-m", "components.judge"],
-        args=[
-            "--settings",
-            settings,
-            "--tracking",
-            tracking,
-            "--preferences",
-            preferences.path,
-            "--base-model",
-            base_model.path,
-            "--judge",
-            judge.path,
-            "--metrics",
-            metrics.path,
-            "--summary",
-            summary.path,
-            "--executor-input",
-            dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER,
-        ],
-    )
+    return container_spec("judge", "trainer", locals())

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from components.rlhf.config.judge import JudgeSettings
+from components.rlhf.config.judge import JudgeConfig
 from components.rlhf.data.records import PreferencePair, RatedText
 from components.rlhf.rewards.linear import LinearJudge, fit_to_pairs, fit_to_ratings
 
 
-def fit(settings: JudgeSettings, ratings: Sequence[RatedText], pairs: Sequence[PreferencePair]) -> LinearJudge:
+def fit(config: JudgeConfig, ratings: Sequence[RatedText], pairs: Sequence[PreferencePair]) -> LinearJudge:
     """On ratings where the data has them, else on pairs."""
-    options = {"max_ngram": settings.max_ngram, "regularisation": settings.regularisation}
+    options = {"max_ngram": config.max_ngram, "regularisation": config.regularisation}
     return fit_to_ratings(ratings, **options) if ratings else fit_to_pairs(pairs, **options)
 
 

@@ -5,11 +5,11 @@ import sys
 
 import click
 
-from components.rlhf.config.cluster import NotifyStage
-from components.rlhf.config.storage import StorageSettings, TrackingSettings
-from components.rlhf.edges.secrets import redact_output
-from components.rlhf.edges.stage import RUN_ID, parse_settings, storage_option
-from components.rlhf.errors import InputError
+from components.rlhf.config.notify import NotifyStageConfig
+from components.rlhf.config.storage import StorageConfig, TrackingConfig
+from components.rlhf.runtime.stage import RUN_ID, parse_config, storage_option
+from components.rlhf.text.errors import InputError
+from components.rlhf.text.redaction import redact_output
 
 
 @click.command(help=__doc__)
@@ -18,19 +18,19 @@ from components.rlhf.errors import InputError
 @click.option("--tracking", default="{}", help="Tracking settings as JSON.")
 @storage_option
 def main(status: str, settings: str, tracking: str, storage: str) -> None:
-    from components.notify.ending import clean_up, ending_of, message, send
-    from components.rlhf.edges.tracking import close_parent, from_environment
+    from components.notify.outcome import clean_up, determine_outcome, message, send
+    from components.rlhf.tracking.mlflow import finish_parent_run, with_environment_uri
 
     redact_output()
-    stage = parse_settings(NotifyStage, settings)
-    track = from_environment(parse_settings(TrackingSettings, tracking))
+    stage = parse_config(NotifyStageConfig, settings)
+    track = with_environment_uri(parse_config(TrackingConfig, tracking))
     run_id = os.environ.get(RUN_ID, "")
-    ending = ending_of(status, track, run_id)
-    print(f"[notify] {message(stage, ending)['text']}", flush=True)
+    outcome = determine_outcome(status, track, run_id)
+    print(f"[notify] {message(stage, outcome)['text']}", flush=True)
     if run_id:
-        close_parent(track, run_id=run_id, status=ending.mlflow_status, metrics={}, files=[])
-        clean_up(parse_settings(StorageSettings, storage), ending)
-    send(os.environ.get("RLHF_WEBHOOK_URL", ""), message(stage, ending))
+        finish_parent_run(track, run_id=run_id, status=outcome.mlflow_status, metrics={}, files=[])
+        clean_up(parse_config(StorageConfig, storage), outcome)
+    send(os.environ.get("RLHF_WEBHOOK_URL", ""), message(stage, outcome))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from kfp import dsl
 from kfp.dsl import PipelineTaskFinalStatus
 
+from components.container import container_spec
+
 
 @dsl.container_component
 def notify(
@@ -12,12 +14,8 @@ def notify(
 
     Args:
         status: How the run ended; Kubeflow Pipelines fills it in.
-        settings: Canonical JSON of NotifyStage.
-        tracking: Canonical JSON of TrackingSettings.
-        storage: Canonical JSON of StorageSettings: where checkpoints lie.
+        settings: Canonical JSON of NotifyStageConfig.
+        tracking: Canonical JSON of TrackingConfig.
+        storage: Canonical JSON of StorageConfig: where checkpoints lie.
     """
-    return dsl.ContainerSpec(
-        image="kfp-rlhf/tools:0.1.0",
-        command=["python", "-m", "components.notify"],
-        args=["--settings", settings, "--tracking", tracking, "--storage", storage, "--status", status],
-    )
+    return container_spec("notify", "tools", locals())

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import click
 
-from components.rlhf.config.ppo import PpoStage
-from components.rlhf.edges.stage import input_folder, output_path, stage_options, stage_run, storage_option
+from components.rlhf.config.ppo import PpoStageConfig
+from components.rlhf.runtime.stage import input_artifact, output_path, stage_options, stage_run, storage_option
 
 
 @click.command(help=__doc__)
-@input_folder("--sft-model")
-@input_folder("--reward-model")
-@input_folder("--prompts")
+@input_artifact("--sft-model")
+@input_artifact("--reward-model")
+@input_artifact("--prompts")
 @output_path("--model", "model_path")
 @output_path("--metrics")
 @output_path("--curves")
@@ -22,36 +22,32 @@ def main(
     settings: str, tracking: str, executor_input: str,
 ) -> None:  # fmt: skip
     with stage_run(
-        "ppo", PpoStage, settings=settings, tracking=tracking, executor_input=executor_input, storage=storage
+        "ppo", PpoStageConfig, settings=settings, tracking=tracking, executor_input=executor_input, storage=storage
     ) as run:
         from components.ppo.curves import as_html
         from components.ppo.models import load_models
         from components.ppo.policy import save_policy
         from components.ppo.trainer import PpoTrainer, final_metrics
         from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer
-        from components.rlhf.checkpoints.folder import CheckpointFolder
-        from components.rlhf.checkpoints.key import checkpoint_key
         from components.rlhf.data.datasets import load_records
         from components.rlhf.data.records import Prompt
-        from components.rlhf.engine.choose import engine_name
-        from components.rlhf.engine.group import joined_group
+        from components.rlhf.engine.factory import engine_name
+        from components.rlhf.engine.group import join_process_group
         from components.rlhf.models.precision import compute_dtype
 
         folders = dict(sft_model=sft_model, reward_model=reward_model, prompts=prompts)
         inputs = {kind: open_artifact(path, kind) for kind, path in folders.items()}
         require_same_tokenizer(**{kind: (folders[kind], manifest) for kind, manifest in inputs.items()})
-        dtype, training = compute_dtype(run.settings.model.precision), run.settings.ppo.training
-        with joined_group(timeout_minutes=training.timeout_minutes) as group:
+        dtype, training = compute_dtype(run.config.model.precision), run.config.ppo.training
+        with join_process_group(timeout_minutes=training.timeout_minutes) as group:
             train, validation = (load_records(prompts, split, Prompt) for split in ("train", "validation"))
             models, rollout = load_models(
-                run.settings, sft_model, reward_model, prompts=[*train, *validation], dtype=dtype, group=group
+                run.config, sft_model, reward_model, prompts=[*train, *validation], dtype=dtype, group=group
             )
-            run.progress.say("frozen layers are held once" if models.shared_trunk else "each model has its own layers")
-            key = checkpoint_key("ppo", run.settings, *inputs.values())
-            kept, say, stop = run.settings.checkpoint, run.progress.say, run.stop
-            folder = CheckpointFolder(run.checkpoint_store(), key, kept, group, say, stop)
-            parts = dict(checkpoints=folder, progress=run.progress, tracker=run.tracker, group=group)
-            trainer = PpoTrainer(run.settings, models, rollout, stop_ids=rollout.stop_ids, **parts)
+            run.progress.log("frozen layers are held once" if models.shared_trunk else "each model has its own layers")
+            checkpoints = run.checkpoints(run.config.checkpoint, group, *inputs.values())
+            parts = dict(checkpoints=checkpoints, progress=run.progress, tracker=run.tracker, group=group)
+            trainer = PpoTrainer(run.config, models, rollout, stop_ids=rollout.stop_ids, **parts)
             history = trainer.train(train, validation)
             weights = trainer.weights()
             rollout.close()
@@ -65,9 +61,8 @@ def main(
             tokenizer_of=inputs["sft_model"],
             facts={**numbers, "training_engine": engine_name(training, group), "rollout_engine": rollout.name},
         )
-        run.wrote_report("curves", curves, as_html(history, run.settings.ppo))
-        run.wrote_metrics(metrics, numbers)
-        run.afterwards.append(folder.clear)
+        run.write_report("curves", curves, as_html(history, run.config.ppo))
+        run.write_metrics(metrics, numbers)
 
 
 if __name__ == "__main__":

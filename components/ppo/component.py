@@ -3,6 +3,8 @@
 from kfp import dsl
 from kfp.dsl import HTML, Dataset, Input, Metrics, Model, Output
 
+from components.container import container_spec
+
 
 @dsl.container_component
 def ppo(
@@ -25,33 +27,8 @@ def ppo(
         model: The trained policy in the Hugging Face layout.
         metrics: Numbers of the stage.
         curves: Every curve of the run.
-        settings: Canonical JSON of PpoStage.
-        tracking: Canonical JSON of TrackingSettings.
-        storage: Canonical JSON of StorageSettings: where checkpoints and published models lie, and how S3 is reached.
+        settings: Canonical JSON of PpoStageConfig.
+        tracking: Canonical JSON of TrackingConfig.
+        storage: Canonical JSON of StorageConfig: where checkpoints and published models lie, and how S3 is reached.
     """
-    return dsl.ContainerSpec(
-        image="kfp-rlhf/rollout:0.1.0",
-        command=["python", "-m", "components.ppo"],
-        args=[
-            "--settings",
-            settings,
-            "--tracking",
-            tracking,
-            "--sft-model",
-            sft_model.path,
-            "--reward-model",
-            reward_model.path,
-            "--prompts",
-            prompts.path,
-            "--model",
-            model.path,
-            "--metrics",
-            metrics.path,
-            "--curves",
-            curves.path,
-            "--storage",
-            storage,
-            "--executor-input",
-            dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER,
-        ],
-    )
+    return container_spec("ppo", "rollout", locals())

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from components.rlhf.config.ppo import PpoSettings
+from components.rlhf.config.ppo import PpoConfig
 
 Row = dict[str, float]
 PANELS = (
@@ -21,7 +21,7 @@ PANELS = (
     ("response/eos_rate", "share of responses that end by themselves"),
     ("actor/clip_fraction", "share of clipped tokens"),
     ("loss/value", "value loss"),
-    ("value/explained_variance", "explained variance of the critic"),
+    ("value/explained_variance", "translate_api_errors variance of the critic"),
     ("actor/grad_norm", "actor gradient norm"),
 )
 
@@ -48,7 +48,7 @@ def as_svg(history: Sequence[Row]) -> str:
     return re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), count=1, flags=re.DOTALL)
 
 
-def as_html(history: Sequence[Row], ppo: PpoSettings) -> str:
+def as_html(history: Sequence[Row], ppo: PpoConfig) -> str:
     last = history[-1]
     facts = (
         f"{len(history)} iterations of {ppo.rollout.num_prompts * ppo.rollout.samples_per_prompt} responses; "

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.rlhf.config.ppo import PpoSettings
+from components.rlhf.config.ppo import PpoConfig
 from components.rlhf.data.batching import TokenBatch, collate
 from components.rlhf.data.records import Completion
-from components.rlhf.engine.group import ALONE
+from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.engine.protocol import Group
-from components.rlhf.errors import InputError
 from components.rlhf.maths.advantages import estimate_advantages
 from components.rlhf.maths.kl import estimate_kl
 from components.rlhf.maths.masked import whiten
 from components.rlhf.maths.rewards import token_rewards
-from components.rlhf.models.actor import Actor, Distribution
+from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.scalar import ScalarModel
+from components.rlhf.text.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +55,11 @@ class Experience:
 def make_experience(
     models: Models,
     completions: Sequence[Completion],
-    ppo: PpoSettings,
-    distribution: Distribution,
+    ppo: PpoConfig,
+    distribution: SamplingDistribution,
     *,
     kl_coef: float,
-    group: Group = ALONE,
+    group: Group = SINGLE_PROCESS,
 ) -> Experience:
     """Score a rollout (this process's share of it) with all four models and estimate its advantages.
 
@@ -74,26 +74,28 @@ def make_experience(
     # The widest row of all processes, so that all of them run the same number of passes.
     width = group.max_int(batch.input_ids.shape[1])
     rows = microbatches(
-        len(batch), minibatch=ppo.minibatch // group.world_size, most=ppo.training.microbatch_tokens // width
+        len(batch), minibatch=ppo.minibatch // group.world_size, max_rows=ppo.training.microbatch_tokens // width
     )
     rows = [part.to(mask.device) for part in rows]
 
     # 2. The frozen layers, once.
-    states = by_rows(rows, lambda r: models.actor.trunk(batch.select(r))) if models.shared_trunk else None
+    states = map_microbatches(rows, lambda r: models.actor.trunk(batch.select(r))) if models.shared_trunk else None
 
     # 3. Log-probs of actor and reference, values, scores.
-    def given(r: Tensor) -> Tensor | None:
+    def states_at(r: Tensor) -> Tensor | None:
         return None if states is None else states[r]
 
-    old_logprobs, entropy = _two_by_rows(
-        rows, lambda r: models.actor(batch.select(r), distribution, given(r), with_entropy=True)
+    old_logprobs, entropy = _map_microbatches_pair(
+        rows, lambda r: models.actor(batch.select(r), distribution, states_at(r), with_entropy=True)
     )
-    ref_logprobs, _ = _two_by_rows(rows, lambda r: models.reference(batch.select(r), distribution, given(r)))
-    features = by_rows(rows, lambda r: models.reward_model.features(batch.select(r), given(r)))
-    scores = models.reward_model.read(features[torch.arange(len(batch)), batch.last_positions()])
+    ref_logprobs, _ = _map_microbatches_pair(
+        rows, lambda r: models.reference(batch.select(r), distribution, states_at(r))
+    )
+    features = map_microbatches(rows, lambda r: models.reward_model.features(batch.select(r), states_at(r)))
+    scores = models.reward_model.apply_head(features[torch.arange(len(batch)), batch.last_positions()])
     keep_features = models.critic.trains == "head"
-    old_values = by_rows(
-        rows, lambda r: models.critic(batch.select(r), given(r), features=features[r] if keep_features else None)
+    old_values = map_microbatches(
+        rows, lambda r: models.critic(batch.select(r), states_at(r), features=features[r] if keep_features else None)
     )
     _require_finite_scores(scores, completions)
 
@@ -125,19 +127,23 @@ def make_experience(
     )
 
 
-def microbatches(num_rows: int, *, minibatch: int, most: int) -> list[Tensor]:
+def microbatches(num_rows: int, *, minibatch: int, max_rows: int) -> list[Tensor]:
     """Row indices of each forward pass: whole minibatches, or equal parts of them with at most `most` rows."""
     return [
-        part for rows in torch.arange(num_rows).split(minibatch) for part in rows.split(max(min(minibatch, most), 1))
+        part
+        for rows in torch.arange(num_rows).split(minibatch)
+        for part in rows.split(max(min(minibatch, max_rows), 1))
     ]
 
 
-def by_rows(rows: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> Tensor:
+def map_microbatches(rows: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> Tensor:
     """compute over each group of rows, one after the other, as one tensor."""
     return torch.cat([compute(group) for group in rows])
 
 
-def _two_by_rows(rows: Sequence[Tensor], compute: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _map_microbatches_pair(
+    rows: Sequence[Tensor], compute: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
     first, second = zip(*(compute(group) for group in rows), strict=True)
     return torch.cat(first), torch.cat(second)
 

@@ -10,22 +10,22 @@ from torch import Tensor
 
 from components.ppo.experience import Experience, Models, make_experience
 from components.ppo.update import update
-from components.rlhf.checkpoints.folder import CheckpointFolder
-from components.rlhf.config.ppo import PpoStage
+from components.rlhf.checkpoints.manager import CheckpointManager
+from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.data.batching import collate, epoch_order
 from components.rlhf.data.records import Prompt, ValidationSample
-from components.rlhf.edges.process import give_back_memory
-from components.rlhf.edges.progress import Progress
-from components.rlhf.edges.tracking import Tracker
-from components.rlhf.engine.choose import make_engine
-from components.rlhf.engine.group import ALONE
+from components.rlhf.engine.factory import create_engine
+from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.engine.protocol import Group
 from components.rlhf.maths.kl import adapt_kl_coef
 from components.rlhf.maths.masked import masked_moments
-from components.rlhf.models.actor import Distribution
+from components.rlhf.models.actor import SamplingDistribution
 from components.rlhf.models.loading import collect_weights
 from components.rlhf.rollout.probe import check_sync, probe_ids
 from components.rlhf.rollout.protocol import RolloutEngine
+from components.rlhf.runtime.memory import release_freed_memory
+from components.rlhf.text.progress import Progress
+from components.rlhf.tracking.mlflow import Tracker
 
 History = list[dict[str, float]]
 # Nats at any token of the probe. In bf16 engines round logits of 20 to the nearest 0.1 or so, each in its own way.
@@ -38,21 +38,21 @@ class PpoTrainer:
 
     def __init__(
         self,
-        stage: PpoStage,
+        config: PpoStageConfig,
         models: Models,
         rollout: RolloutEngine,
         *,
         stop_ids: tuple[int, ...],
-        checkpoints: CheckpointFolder,
+        checkpoints: CheckpointManager,
         progress: Progress,
         tracker: Tracker,
-        group: Group = ALONE,
+        group: Group = SINGLE_PROCESS,
     ) -> None:
-        self.stage, self.ppo, self.group = stage, stage.ppo, group
+        self.config, self.ppo, self.group = config, config.ppo, group
         self.models, self.rollout = models, rollout
         self.checkpoints, self.progress, self.tracker = checkpoints, progress, tracker
         sampling = self.ppo.rollout.sampling
-        self.distribution = Distribution(
+        self.distribution = SamplingDistribution(
             temperature=sampling.temperature, min_new_tokens=sampling.min_new_tokens, stop_ids=stop_ids
         )
         batch = self.ppo.rollout.num_prompts * self.ppo.rollout.samples_per_prompt
@@ -60,7 +60,7 @@ class PpoTrainer:
         rates = {"actor": self.ppo.training.learning_rate, "critic": self.ppo.critic.learning_rate}
         modules = {"actor": models.actor, "critic": models.critic}
         self.engines = {
-            name: make_engine(
+            name: create_engine(
                 module,
                 self.ppo.training,
                 num_steps=steps,
@@ -75,7 +75,7 @@ class PpoTrainer:
         self.kl_coef = self.ppo.kl_coef
         self.history: History = []
         self.validation: list[ValidationSample] = []
-        self.looks_without_gain = 0
+        self.evals_without_improvement = 0
         self.best_objective = float("-inf")
 
     def train(self, prompts: Sequence[Prompt], validation: Sequence[Prompt]) -> History:
@@ -83,22 +83,22 @@ class PpoTrainer:
         first = self._restore() + 1
         self._check_sync()
         if first == 1 and self.ppo.eval_every and validation:
-            self.tracker.log(self._look(validation, 0), 0)  # what training starts from
+            self.tracker.log(self._validate(validation, 0), 0)  # what training starts from
         for iteration in range(first, self.ppo.num_iterations + 1):
             # Asked before the iteration, not after it: a run that was saved as it converged and then died stays converged.
-            if self.ppo.patience and self.looks_without_gain >= self.ppo.patience:
-                self.progress.say(f"converged: no gain in {self.ppo.patience} looks at the validation prompts")
+            if self.ppo.patience and self.evals_without_improvement >= self.ppo.patience:
+                self.progress.log(f"converged: no gain in {self.ppo.patience} looks at the validation prompts")
                 break
             row = self._iterate(iteration, prompts)
             if self.lengths_differ:
-                give_back_memory()
+                release_freed_memory()
             if self.ppo.eval_every and iteration % self.ppo.eval_every == 0 and validation:
-                row |= self._look(validation, iteration)
+                row |= self._validate(validation, iteration)
             self.history.append(row)
             self.tracker.log({name: value for name, value in row.items() if name != "iteration"}, iteration)
             shown = {"score": row["score/mean"], "kl": row["kl/sequence"], "length": row["response/length"]}
             self.progress.step(iteration, self.ppo.num_iterations, shown, unit="iteration")
-            if self.checkpoints.due():
+            if self.checkpoints.should_save():
                 self._save(iteration)
         return self.history
 
@@ -110,34 +110,39 @@ class PpoTrainer:
         started = time.monotonic()
         asked = [p for p in self._prompts_of(iteration, prompts) for _ in range(self.ppo.rollout.samples_per_prompt)]
         # A generator takes 64 bits, which the product of a large seed exceeds.
-        start = (self.stage.seed * 1_000_003 + iteration) * 1_000_003 % 2**63
-        own = own_rows(len(asked), self.ppo.minibatch, self.group)
-        self.group.begins(f"PPO iteration {iteration}, rollout")
+        start = (self.config.seed * 1_000_003 + iteration) * 1_000_003 % 2**63
+        own = local_rows(len(asked), self.ppo.minibatch, self.group)
+        self.group.watchdog(f"PPO iteration {iteration}, rollout")
         completions = self.rollout.generate(
             [asked[row] for row in own], self.ppo.rollout.sampling, [start + row for row in own]
         )
         generated = time.monotonic()
-        self.group.begins(f"PPO iteration {iteration}, scoring")
+        self.group.watchdog(f"PPO iteration {iteration}, scoring")
         experience = make_experience(
             self.models, completions, self.ppo, self.distribution, kl_coef=self.kl_coef, group=self.group
         )
         scored = time.monotonic()
-        self.group.begins(f"PPO iteration {iteration}, update")
+        self.group.watchdog(f"PPO iteration {iteration}, update")
         losses = update(
             experience,
             self.models,
             self.engines,
             self.ppo,
             self.distribution,
-            seed=self.stage.seed,
+            seed=self.config.seed,
             iteration=iteration,
             group=self.group,
-            checkpoint=self.checkpoints.newest,
+            checkpoint=self.checkpoints.latest,
         )
         updated = time.monotonic()
-        self.group.begins(f"PPO iteration {iteration}, weight sync")
+        self.group.watchdog(f"PPO iteration {iteration}, weight sync")
         self._sync()
-        row = {"iteration": float(iteration), **describe(experience, self.group), **losses, "kl/coef": self.kl_coef}
+        row = {
+            "iteration": float(iteration),
+            **rollout_metrics(experience, self.group),
+            **losses,
+            "kl/coef": self.kl_coef,
+        }
         if self.ppo.kl_target is not None:
             self.kl_coef = adapt_kl_coef(
                 self.kl_coef,
@@ -159,14 +164,16 @@ class PpoTrainer:
         start = (iteration - 1) * size
         return [
             prompts[
-                epoch_order(len(prompts), seed=self.stage.seed, epoch=position // len(prompts))[position % len(prompts)]
+                epoch_order(len(prompts), seed=self.config.seed, epoch=position // len(prompts))[
+                    position % len(prompts)
+                ]
             ]
             for position in range(start, start + size)
         ]
 
-    def _look(self, validation: Sequence[Prompt], iteration: int) -> dict[str, float]:
+    def _validate(self, validation: Sequence[Prompt], iteration: int) -> dict[str, float]:
         """Sample the validation prompts as they are; the objective is the mean score less its KL cost."""
-        self.group.begins(f"PPO look at the validation prompts after iteration {iteration}")
+        self.group.watchdog(f"PPO look at the validation prompts after iteration {iteration}")
         equal = len(validation) - len(validation) % self.group.world_size  # all processes run as many passes
         own = range(equal)[self.group.rank :: self.group.world_size]
         completions = self.rollout.generate(
@@ -175,7 +182,7 @@ class PpoTrainer:
         experience = make_experience(
             self.models, completions, self.ppo, self.distribution, kl_coef=0.0, group=self.group
         )
-        found = describe(experience, self.group)
+        found = rollout_metrics(experience, self.group)
         samples = [
             ValidationSample(
                 iteration=iteration,
@@ -193,7 +200,7 @@ class PpoTrainer:
         ]
         self.validation += self.group.gather(samples)
         objective = found["score/mean"] - self.kl_coef * found["kl/sequence"]
-        self.looks_without_gain = 0 if objective > self.best_objective else self.looks_without_gain + 1
+        self.evals_without_improvement = 0 if objective > self.best_objective else self.evals_without_improvement + 1
         self.best_objective = max(objective, self.best_objective)
         return {f"validation/{name}": value for name, value in found.items()} | {"validation/objective": objective}
 
@@ -205,8 +212,8 @@ class PpoTrainer:
     def _check_sync(self) -> None:
         """Let trainer and rollout engine score the same fixed text; they may differ by rounding."""
         ids = probe_ids(self.rollout.tokenizer)
-        ours, _ = self.models.actor(collate([ids[:1]], [ids[1:]]).to(self.device), Distribution())
-        theirs = self.rollout.logprobs_of(ids)
+        ours, _ = self.models.actor(collate([ids[:1]], [ids[1:]]).to(self.device), SamplingDistribution())
+        theirs = self.rollout.prompt_logprobs(ids)
         check_sync(theirs, ours[0], tolerance=PROBE_TOLERANCE[self.models.actor.dtype], version=self.rollout.version)
 
     def _save(self, iteration: int) -> None:
@@ -214,7 +221,7 @@ class PpoTrainer:
             "kl_coef": self.kl_coef,
             "history": self.history,
             "validation": [asdict(sample) for sample in self.validation],
-            "looks_without_gain": self.looks_without_gain,
+            "evals_without_improvement": self.evals_without_improvement,
             "best_objective": self.best_objective if self.history and self.best_objective > float("-inf") else None,
         }
         self.tracker.flush()
@@ -227,21 +234,21 @@ class PpoTrainer:
             return 0
         self.kl_coef, self.history = state["kl_coef"], state["history"]
         self.validation = [ValidationSample(**sample) for sample in state["validation"]]
-        self.looks_without_gain = state["looks_without_gain"]
+        self.evals_without_improvement = state["evals_without_improvement"]
         self.best_objective = float("-inf") if state["best_objective"] is None else state["best_objective"]
         self._sync()
-        self.progress.say(f"resuming after iteration {state['step']} from {self.checkpoints.newest}")
+        self.progress.log(f"resuming after iteration {state['step']} from {self.checkpoints.latest}")
         return int(state["step"])
 
 
-def own_rows(total: int, minibatch: int, group: Group) -> list[int]:
+def local_rows(total: int, minibatch: int, group: Group) -> list[int]:
     """Rows of a rollout that this process samples and trains on: its equal share of every minibatch."""
     share = minibatch // group.world_size
     return [row for row in range(total) if row % minibatch // share == group.rank]
 
 
-def describe(e: Experience, group: Group = ALONE) -> dict[str, float]:
-    """What one rollout looks like over all processes. Each name is explained in components/ppo/README.md."""
+def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, float]:
+    """What one rollout looks like over all processes. Each name is translate_api_errors in components/ppo/README.md."""
     mask, rows = e.batch.response_mask, torch.ones_like(e.truncated)
     ended = ~e.truncated
     gap = torch.where(mask, (e.old_logprobs - e.engine_logprobs).abs(), 0)

@@ -6,26 +6,26 @@ import torch
 from torch import Tensor
 
 from components.ppo.experience import Experience, Models
-from components.rlhf.config.ppo import PpoSettings
-from components.rlhf.engine.group import ALONE
+from components.rlhf.config.ppo import PpoConfig
+from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.engine.protocol import Group, TrainEngine
-from components.rlhf.errors import require_finite
 from components.rlhf.maths.importance import importance_weights
 from components.rlhf.maths.losses import denominator_of, policy_loss, value_loss
 from components.rlhf.maths.masked import masked_moments
-from components.rlhf.models.actor import Distribution
+from components.rlhf.models.actor import SamplingDistribution
+from components.rlhf.text.errors import require_finite
 
 
 def update(
     experience: Experience,
     models: Models,
     engines: dict[str, TrainEngine],
-    ppo: PpoSettings,
-    distribution: Distribution,
+    ppo: PpoConfig,
+    distribution: SamplingDistribution,
     *,
     seed: int,
     iteration: int,
-    group: Group = ALONE,
+    group: Group = SINGLE_PROCESS,
     checkpoint: object = None,
 ) -> dict[str, float]:
     """Train on every response num_epochs times; return means over all optimiser steps, and the largest first ratio's error.
@@ -64,8 +64,8 @@ def _step(
     e: Experience,
     models: Models,
     engines: dict[str, TrainEngine],
-    ppo: PpoSettings,
-    distribution: Distribution,
+    ppo: PpoConfig,
+    distribution: SamplingDistribution,
     weights: Tensor | None,
     parts: list[Tensor],
     group: Group,
@@ -120,7 +120,7 @@ def _step(
     return values
 
 
-def _importance(e: Experience, ppo: PpoSettings, group: Group) -> tuple[Tensor | None, dict[str, float]]:
+def _importance(e: Experience, ppo: PpoConfig, group: Group) -> tuple[Tensor | None, dict[str, float]]:
     """Weight of each token against the rollout engine [B, T], the same in every epoch, and its metrics; nothing if off."""
     if ppo.importance_clip is None:
         return None, {}

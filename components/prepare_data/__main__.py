@@ -5,12 +5,12 @@ from pathlib import Path
 
 import click
 
-from components.rlhf.config.data import PrepareDataStage
-from components.rlhf.edges.stage import input_folder, output_path, stage_options, stage_run, storage_option
+from components.rlhf.config.prepare_data import PrepareDataStageConfig
+from components.rlhf.runtime.stage import input_artifact, output_path, stage_options, stage_run, storage_option
 
 
 @click.command(help=__doc__)
-@input_folder("--base-model")
+@input_artifact("--base-model")
 @output_path("--demonstrations")
 @output_path("--preferences")
 @output_path("--judge-preferences")
@@ -25,23 +25,23 @@ def main(
     **outputs: Path,
 ) -> None:  # fmt: skip
     with stage_run(
-        "prepare_data", PrepareDataStage, settings=settings, tracking=tracking, executor_input=executor_input, storage=storage,
+        "prepare_data", PrepareDataStageConfig, settings=settings, tracking=tracking, executor_input=executor_input, storage=storage,
     ) as run:  # fmt: skip
         from components.prepare_data.prepare import prepare
         from components.prepare_data.report import as_markdown, as_metrics
-        from components.prepare_data.sources import local_sources
+        from components.prepare_data.sources import download_sources
         from components.rlhf.artifacts.directory import open_artifact
         from components.rlhf.data.datasets import save_dataset
         from components.rlhf.data.tokenizer import load_tokenizer
 
         base = open_artifact(base_model, "base_model")
-        data = run.settings.data
-        with local_sources(data, run.storage, run.progress.say) as local:
+        data = run.config.data
+        with download_sources(data, run.storage, run.progress.log) as local:
             out = prepare(
                 local,
                 load_tokenizer(base_model),
-                seed=run.settings.seed,
-                num_evaluation_prompts=run.settings.num_evaluation_prompts,
+                seed=run.config.seed,
+                num_evaluation_prompts=run.config.num_evaluation_prompts,
             )
         contents = {
             "demonstrations": ("demonstrations", {"train": out.demonstrations, "heldout": out.heldout_demonstrations}),
@@ -64,9 +64,9 @@ def main(
                 tokenizer_of=base,
                 facts={f"num_{split}": size for split, size in sizes.items()},
             )
-            run.progress.say(f"{name}: {', '.join(f'{size} {split}' for split, size in sizes.items())}")
-        run.wrote_report("summary", summary, as_markdown(out))
-        run.wrote_metrics(metrics, as_metrics(out))
+            run.progress.log(f"{name}: {', '.join(f'{size} {split}' for split, size in sizes.items())}")
+        run.write_report("summary", summary, as_markdown(out))
+        run.write_metrics(metrics, as_metrics(out))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Markdown, Metrics, Model, Output
 
+from components.container import container_spec
+
 
 @dsl.container_component
 def prepare_data(
@@ -29,37 +31,8 @@ def prepare_data(
         heldout_prompts: For evaluation alone.
         metrics: Numbers of the stage.
         summary: The same for people.
-        settings: Canonical JSON of PrepareDataStage.
-        tracking: Canonical JSON of TrackingSettings.
-        storage: Canonical JSON of StorageSettings: how S3 is reached.
+        settings: Canonical JSON of PrepareDataStageConfig.
+        tracking: Canonical JSON of TrackingConfig.
+        storage: Canonical JSON of StorageConfig: how S3 is reached.
     """
-    return dsl.ContainerSpec(
-        image="kfp-rlhf/trainer:0.1.0",
-        command=["python", "-m", "components.prepare_data"],
-        args=[
-            "--settings",
-            settings,
-            "--tracking",
-            tracking,
-            "--storage",
-            storage,
-            "--base-model",
-            base_model.path,
-            "--demonstrations",
-            demonstrations.path,
-            "--preferences",
-            preferences.path,
-            "--judge-preferences",
-            judge_preferences.path,
-            "--prompts",
-            prompts.path,
-            "--heldout-prompts",
-            heldout_prompts.path,
-            "--metrics",
-            metrics.path,
-            "--summary",
-            summary.path,
-            "--executor-input",
-            dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER,
-        ],
-    )
+    return container_spec("prepare_data", "trainer", locals())

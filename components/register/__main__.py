@@ -5,25 +5,25 @@ from pathlib import Path
 
 import click
 
-from components.rlhf.config.imports import RegisterStage
-from components.rlhf.config.storage import TrackingSettings
-from components.rlhf.edges.stage import RUN_ID, input_folder, output_path, parse_settings, stage_options, stage_run
+from components.rlhf.config.register import RegisterStageConfig
+from components.rlhf.config.storage import TrackingConfig
+from components.rlhf.runtime.stage import RUN_ID, input_artifact, output_path, parse_config, stage_options, stage_run
 
 
 @click.command(help=__doc__)
-@input_folder("--policy")
-@input_folder("--evaluation", "evaluation_path")
+@input_artifact("--policy")
+@input_artifact("--evaluation", "evaluation_path")
 @output_path("--summary")
 @stage_options
 def main(policy: Path, evaluation_path: Path, summary: Path, settings: str, tracking: str, executor_input: str) -> None:
     with stage_run(
-        "register", RegisterStage, settings=settings, tracking=tracking, executor_input=executor_input
+        "register", RegisterStageConfig, settings=settings, tracking=tracking, executor_input=executor_input
     ) as run:
-        from components.register.registry import ALIAS, register_version
         from components.rlhf.artifacts.directory import open_artifact
-        from components.rlhf.edges.kfp_io import input_uri
-        from components.rlhf.edges.tracking import from_environment
-        from components.rlhf.errors import InputError
+        from components.rlhf.runtime.executor import input_uri
+        from components.rlhf.text.errors import InputError
+        from components.rlhf.tracking.mlflow import with_environment_uri
+        from components.rlhf.tracking.registry import ALIAS, register_version
 
         model, evaluation = open_artifact(policy, "policy_model"), open_artifact(evaluation_path, "evaluation")
         if evaluation.parents.get("policy_model") != model.digest:
@@ -31,14 +31,14 @@ def main(policy: Path, evaluation_path: Path, summary: Path, settings: str, trac
                 f"{evaluation_path} is an evaluation of another model than {policy}; pass the pair that belongs together."
             )
         decision, reason = str(evaluation.facts["decision"]), str(evaluation.facts["reason"])
-        if decision != run.settings.decision:
+        if decision != run.config.decision:
             raise InputError(
-                f"The evaluation says {decision}, but this branch would {run.settings.decision}; the pipeline is miswired."
+                f"The evaluation says {decision}, but this branch would {run.config.decision}; the pipeline is miswired."
             )
         lineage = {f"parent_{role}": digest for role, digest in model.parents.items()}
         lineage |= {"digest": model.digest, "code_revision": model.code_revision, "evaluation": evaluation.digest}
         version = register_version(
-            from_environment(parse_settings(TrackingSettings, tracking)),
+            with_environment_uri(parse_config(TrackingConfig, tracking)),
             source=input_uri(executor_input, "policy") if executor_input else str(policy.resolve()),
             run_id=os.environ.get(RUN_ID, "by-hand"),
             decision=decision,
@@ -51,8 +51,8 @@ def main(policy: Path, evaluation_path: Path, summary: Path, settings: str, trac
         lines += [
             f"- {role.replace('_', ' ')} {digest}" for role, digest in lineage.items() if role.startswith("parent_")
         ]
-        run.wrote_report("summary", summary, "\n".join(lines) + "\n")
-        run.progress.say(f"{decision}: {where}")
+        run.write_report("summary", summary, "\n".join(lines) + "\n")
+        run.progress.log(f"{decision}: {where}")
 
 
 if __name__ == "__main__":

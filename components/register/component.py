@@ -3,6 +3,8 @@
 from kfp import dsl
 from kfp.dsl import Artifact, Input, Markdown, Model, Output
 
+from components.container import container_spec
+
 
 @dsl.container_component
 def register(
@@ -18,24 +20,7 @@ def register(
         policy: The model.
         evaluation: What was decided about it.
         summary: The same for people.
-        settings: Canonical JSON of RegisterStage.
-        tracking: Canonical JSON of TrackingSettings.
+        settings: Canonical JSON of RegisterStageConfig.
+        tracking: Canonical JSON of TrackingConfig.
     """
-    return dsl.ContainerSpec(
-        image="kfp-rlhf/tools:0.1.0",
-        command=["python", "-m", "components.register"],
-        args=[
-            "--settings",
-            settings,
-            "--tracking",
-            tracking,
-            "--policy",
-            policy.path,
-            "--evaluation",
-            evaluation.path,
-            "--summary",
-            summary.path,
-            "--executor-input",
-            dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER,
-        ],
-    )
+    return container_spec("register", "tools", locals())

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import click
 
-from components.rlhf.config.reward_model import RewardModelStage
-from components.rlhf.edges.stage import input_folder, output_path, stage_options, stage_run, storage_option
+from components.rlhf.config.reward_model import RewardModelStageConfig
+from components.rlhf.runtime.stage import input_artifact, output_path, stage_options, stage_run, storage_option
 
 
 @click.command(help=__doc__)
-@input_folder("--base-model")
-@input_folder("--sft-model")
-@input_folder("--preferences")
-@input_folder("--prompts")
+@input_artifact("--base-model")
+@input_artifact("--sft-model")
+@input_artifact("--preferences")
+@input_artifact("--prompts")
 @output_path("--model", "model_path")
 @output_path("--metrics")
 @output_path("--summary")
@@ -23,37 +23,34 @@ def main(
     storage: str, settings: str, tracking: str, executor_input: str,
 ) -> None:  # fmt: skip
     with stage_run(
-        "reward_model", RewardModelStage, settings=settings, tracking=tracking, executor_input=executor_input, storage=storage,
+        "reward_model", RewardModelStageConfig, settings=settings, tracking=tracking, executor_input=executor_input, storage=storage,
     ) as run:  # fmt: skip
-        from components.reward_model.evaluate import finish
+        from components.reward_model.evaluate import calibrate_and_measure
         from components.reward_model.trainer import RewardModelTrainer, as_markdown
         from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer
-        from components.rlhf.checkpoints.folder import CheckpointFolder
-        from components.rlhf.checkpoints.key import checkpoint_key
         from components.rlhf.data.datasets import load_records, read_header
         from components.rlhf.data.records import PreferencePair, Prompt
         from components.rlhf.data.tokenizer import load_tokenizer
-        from components.rlhf.engine.choose import engine_name
-        from components.rlhf.engine.group import joined_group
+        from components.rlhf.engine.factory import engine_name
+        from components.rlhf.engine.group import join_process_group
         from components.rlhf.models.layers import HEAD_NAME
         from components.rlhf.models.loading import save_model
 
         folders = dict(base_model=base_model, sft_model=sft_model, preferences=preferences, prompts=prompts)
         inputs = {kind: open_artifact(path, kind) for kind, path in folders.items()}
         require_same_tokenizer(**{kind: (folders[kind], manifest) for kind, manifest in inputs.items()})
-        training = run.settings.reward_model.training
-        start = sft_model if run.settings.reward_model.init == "sft" else base_model
-        tokenizer, max_tokens = load_tokenizer(sft_model), read_header(preferences)["max_tokens"]
-        with joined_group(timeout_minutes=training.timeout_minutes) as group:
-            key = checkpoint_key("reward_model", run.settings, *(inputs[k] for k in folders if k != "prompts"))
-            kept, say, stop = run.settings.checkpoint, run.progress.say, run.stop
-            folder = CheckpointFolder(run.checkpoint_store(), key, kept, group, say, stop)
-            trainer = RewardModelTrainer(run.settings, start, folder, run.progress, run.tracker, group)
+        training = run.config.reward_model.training
+        start = sft_model if run.config.reward_model.init == "sft" else base_model
+        tokenizer, max_tokens = load_tokenizer(sft_model), read_header(preferences).max_tokens
+        with join_process_group(timeout_minutes=training.timeout_minutes) as group:
+            # The prompts are not among the inputs that a checkpoint depends on: they only calibrate the trained model.
+            checkpoints = run.checkpoints(run.config.checkpoint, group, *(inputs[k] for k in folders if k != "prompts"))
+            trainer = RewardModelTrainer(run.config, start, checkpoints, run.progress, run.tracker, group)
             train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
             numbers = trainer.train(tokenizer, train, max_tokens=max_tokens)
             asked = load_records(prompts, "train", Prompt)
-            numbers |= finish(
-                trainer.model, run.settings, sft_model, tokenizer, pairs=heldout, prompts=asked, max_tokens=max_tokens
+            numbers |= calibrate_and_measure(
+                trainer.model, run.config, sft_model, tokenizer, pairs=heldout, prompts=asked, max_tokens=max_tokens
             )
             weights = trainer.weights()
         run.write_artifact(
@@ -66,10 +63,9 @@ def main(
             facts=numbers
             | {"training_engine": engine_name(training, group), "head_name": HEAD_NAME, "padding_side": "right"},
         )
-        run.progress.say(f"agrees with people on {numbers['heldout_accuracy']:.1%} of held-out pairs")
-        run.wrote_report("summary", summary, as_markdown(numbers))
-        run.wrote_metrics(metrics, numbers)
-        run.afterwards.append(folder.clear)
+        run.progress.log(f"agrees with people on {numbers['heldout_accuracy']:.1%} of held-out pairs")
+        run.write_report("summary", summary, as_markdown(numbers))
+        run.write_metrics(metrics, numbers)
 
 
 if __name__ == "__main__":

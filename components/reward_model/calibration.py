@@ -5,29 +5,29 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from components.rlhf.config.model import SamplingSettings
+from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.records import Completion, PreferencePair, Prompt
 from components.rlhf.data.tokenizer import encode_text
-from components.rlhf.errors import InputError
-from components.rlhf.models.loading import load_causal_lm, stop_ids_of
+from components.rlhf.models.loading import load_causal_lm, load_stop_ids
 from components.rlhf.models.precision import default_device
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rewards.protocol import Scorer
 from components.rlhf.rollout.hf import HfRolloutEngine
+from components.rlhf.text.errors import InputError
 
 
 def sample_responses(
     sft_model: Path,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    sampling: SamplingSettings,
+    sampling: SamplingConfig,
     *,
     model: ScalarModel,
     seed: int,
 ) -> list[Completion]:
     """One response of the fine-tuned model to each prompt, sampled as PPO will sample."""
     lm = load_causal_lm(sft_model, num_frozen_layers=0, dtype=model.dtype, trainable=False).to(default_device())
-    engine = HfRolloutEngine(lm, tokenizer, stop_ids=stop_ids_of(sft_model))
+    engine = HfRolloutEngine(lm, tokenizer, stop_ids=load_stop_ids(sft_model))
     return engine.generate(prompts, sampling, [seed * 1_000_003 + number for number in range(len(prompts))])
 
 

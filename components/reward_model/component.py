@@ -3,6 +3,8 @@
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Markdown, Metrics, Model, Output
 
+from components.container import container_spec
+
 
 @dsl.container_component
 def reward_model(
@@ -27,35 +29,8 @@ def reward_model(
         model: A sequence-classification model with one output.
         metrics: Numbers of the stage.
         summary: The same for people.
-        settings: Canonical JSON of RewardModelStage.
-        tracking: Canonical JSON of TrackingSettings.
-        storage: Canonical JSON of StorageSettings: where checkpoints and published models lie, and how S3 is reached.
+        settings: Canonical JSON of RewardModelStageConfig.
+        tracking: Canonical JSON of TrackingConfig.
+        storage: Canonical JSON of StorageConfig: where checkpoints and published models lie, and how S3 is reached.
     """
-    return dsl.ContainerSpec(
-        image="kfp-rlhf/trainer:0.1.0",
-        command=["python", "-m", "components.reward_model"],
-        args=[
-            "--settings",
-            settings,
-            "--tracking",
-            tracking,
-            "--base-model",
-            base_model.path,
-            "--sft-model",
-            sft_model.path,
-            "--preferences",
-            preferences.path,
-            "--prompts",
-            prompts.path,
-            "--model",
-            model.path,
-            "--metrics",
-            metrics.path,
-            "--summary",
-            summary.path,
-            "--storage",
-            storage,
-            "--executor-input",
-            dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER,
-        ],
-    )
+    return container_spec("reward_model", "trainer", locals())

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from components.reward_model.calibration import calibrate, cut_to_half, sample_responses
-from components.rlhf.config.reward_model import RewardModelStage
+from components.rlhf.config.reward_model import RewardModelStageConfig
 from components.rlhf.data.records import PreferencePair, Prompt
 from components.rlhf.models.layers import HEAD_NAME
 from components.rlhf.models.scalar import ScalarModel
@@ -15,9 +15,9 @@ from components.rlhf.rewards.reward_model import RewardModelScorer, pair_accurac
 MAX_HELDOUT_PAIRS = 384  # behind the held-out accuracies: a standard error of at most 2.6%
 
 
-def finish(
+def calibrate_and_measure(
     model: ScalarModel,
-    stage: RewardModelStage,
+    config: RewardModelStageConfig,
     sft_model: Path,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -27,15 +27,15 @@ def finish(
 ) -> dict[str, float]:
     """Fix the normalisation in the model's config, then measure accuracy with the scorer that PPO uses."""
     pairs = pairs[:MAX_HELDOUT_PAIRS]
-    scorer = RewardModelScorer(model, microbatch_tokens=stage.reward_model.training.microbatch_tokens)
-    asked = prompts[: stage.reward_model.num_calibration_samples]
+    scorer = RewardModelScorer(model, microbatch_tokens=config.reward_model.training.microbatch_tokens)
+    asked = prompts[: config.reward_model.num_calibration_samples]
     responses = (
-        sample_responses(sft_model, tokenizer, asked, stage.sampling, model=model, seed=stage.seed) if asked else []
+        sample_responses(sft_model, tokenizer, asked, config.sampling, model=model, seed=config.seed) if asked else []
     )
     model.mean, model.std = calibrate(scorer, responses)
-    config = model.lm.config
-    config.reward_mean, config.reward_std = model.mean, model.std
-    config.head_name, config.padding_side = HEAD_NAME, "right"
+    lm_config = model.lm.config
+    lm_config.reward_mean, lm_config.reward_std = model.mean, model.std
+    lm_config.head_name, lm_config.padding_side = HEAD_NAME, "right"
     cut = [cut_to_half(tokenizer, pair, max_tokens=max_tokens) for pair in pairs]
     return {
         "heldout_accuracy": pair_accuracy(scorer, pairs, tokenizer, max_tokens=max_tokens),

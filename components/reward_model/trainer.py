@@ -8,23 +8,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from components.rlhf.checkpoints.folder import CheckpointFolder
-from components.rlhf.config.reward_model import RewardModelStage
-from components.rlhf.data.batching import TokenBatch, collate, num_steps, own_microbatches, step_batches
+from components.rlhf.checkpoints.manager import CheckpointManager
+from components.rlhf.config.reward_model import RewardModelStageConfig
+from components.rlhf.data.batching import TokenBatch, collate, local_microbatches, num_steps, step_batches
 from components.rlhf.data.records import PreferencePair
 from components.rlhf.data.tokenizer import EncodedText, encode_text
-from components.rlhf.edges.progress import Progress
-from components.rlhf.edges.tracking import Tracker
-from components.rlhf.engine.choose import make_engine, shards_weights
-from components.rlhf.engine.group import ALONE
+from components.rlhf.engine.factory import create_engine, shards_weights
+from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.engine.protocol import Group, TrainEngine
-from components.rlhf.errors import require_finite
 from components.rlhf.maths.losses import pairwise_loss
-from components.rlhf.models.layers import checkpoint_layers
+from components.rlhf.models.layers import enable_gradient_checkpointing
 from components.rlhf.models.loading import collect_weights, load_scalar_lm
 from components.rlhf.models.lora import add_adapters
 from components.rlhf.models.precision import compute_dtype, default_device
 from components.rlhf.models.scalar import ScalarModel
+from components.rlhf.text.errors import require_finite
+from components.rlhf.text.progress import Progress
+from components.rlhf.tracking.mlflow import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,64 +39,64 @@ class RewardModelTrainer:
 
     def __init__(
         self,
-        stage: RewardModelStage,
+        config: RewardModelStageConfig,
         start: Path,
-        checkpoints: CheckpointFolder,
+        checkpoints: CheckpointManager,
         progress: Progress,
         tracker: Tracker,
-        group: Group = ALONE,
+        group: Group = SINGLE_PROCESS,
     ) -> None:
-        self.stage, self.group = stage, group
+        self.config, self.group = config, group
         self.checkpoints = checkpoints
         self.progress = progress
         self.tracker = tracker
-        self.dtype = compute_dtype(stage.model.precision)
+        self.dtype = compute_dtype(config.model.precision)
         self.device = default_device()
-        frozen, lora = stage.model.num_frozen_layers, stage.model.lora
-        lm = load_scalar_lm(start, num_frozen_layers=frozen, dtype=self.dtype, trainable=lora is None, seed=stage.seed)
+        frozen, lora = config.model.num_frozen_layers, config.model.lora
+        lm = load_scalar_lm(start, num_frozen_layers=frozen, dtype=self.dtype, trainable=lora is None, seed=config.seed)
         if lora:
-            add_adapters(lm, lora, num_frozen_layers=frozen, seed=stage.seed)
-        training = stage.reward_model.training
+            add_adapters(lm, lora, num_frozen_layers=frozen, seed=config.seed)
+        training = config.reward_model.training
         if not shards_weights(training):
             lm.to(self.device)
         if training.gradient_checkpointing:
-            checkpoint_layers(lm)
+            enable_gradient_checkpointing(lm)
         self.model = ScalarModel(lm, num_frozen_layers=frozen, dtype=self.dtype)
         self.engine: TrainEngine | None = None
 
     def train(
         self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], *, max_tokens: int
     ) -> dict[str, float]:
-        settings = self.stage.reward_model
+        config = self.config.reward_model
         encoded = [self._encode(tokenizer, pair, max_tokens) for pair in pairs]
-        schedule = {"num_epochs": settings.num_epochs, "max_steps": settings.max_steps}
-        total = num_steps(len(encoded), settings.batch_size, **schedule)
-        engine = make_engine(self.model, settings.training, num_steps=total, group=self.group, dtype=self.dtype)
+        schedule = {"num_epochs": config.num_epochs, "max_steps": config.max_steps}
+        total = num_steps(len(encoded), config.batch_size, **schedule)
+        engine = create_engine(self.model, config.training, num_steps=total, group=self.group, dtype=self.dtype)
         self.engine = engine
         state = self.checkpoints.restore({"reward_model": engine})
         done = int(state["step"]) if state else 0
         if state:
-            self.progress.say(f"resuming after step {done} from {self.checkpoints.newest}")
+            self.progress.log(f"resuming after step {done} from {self.checkpoints.latest}")
         for step, indices in enumerate(
-            step_batches(len(encoded), settings.batch_size, seed=self.stage.seed, **schedule), start=1
+            step_batches(len(encoded), config.batch_size, seed=self.config.seed, **schedule), start=1
         ):
             if step <= done:
                 continue
-            self.group.begins(f"reward model step {step}")
+            self.group.watchdog(f"reward model step {step}")
             values = self._step(engine, [encoded[i] for i in indices], step, indices)
             self.tracker.log(values, step)
             self.progress.step(step, total, {"loss": values["train/loss"], "accuracy": values["train/accuracy"]})
-            if self.checkpoints.due():
+            if self.checkpoints.should_save():
                 self.tracker.flush()
                 self.checkpoints.save(step, {"reward_model": engine}, {})
-        self.group.begins("reward model, last measurements")
+        self.group.watchdog("reward model, last measurements")
         return {"num_steps": float(total)}
 
     def _encode(self, tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, max_tokens: int) -> EncodedPair:
         return EncodedPair(
             chosen=encode_text(tokenizer, pair.prompt, pair.chosen, max_tokens=max_tokens),
             rejected=encode_text(tokenizer, pair.prompt, pair.rejected, max_tokens=max_tokens),
-            margin=pair.margin or 0.0 if self.stage.reward_model.use_margin else 0.0,
+            margin=pair.margin or 0.0 if self.config.reward_model.use_margin else 0.0,
         )
 
     def weights(self) -> dict[str, Tensor]:
@@ -106,12 +106,12 @@ class RewardModelTrainer:
 
     def _step(self, engine: TrainEngine, pairs: list[EncodedPair], step: int, indices: list[int]) -> dict[str, float]:
         lengths = [2 * max(pair.chosen.num_tokens, pair.rejected.num_tokens) for pair in pairs]
-        parts = own_microbatches(
+        parts = local_microbatches(
             lengths,
-            self.stage.reward_model.training.microbatch_tokens,
+            self.config.reward_model.training.microbatch_tokens,
             rank=self.group.rank,
             world_size=self.group.world_size,
-            most=self.group.max_int,
+            max_over_ranks=self.group.max_int,
         )
         own = torch.zeros(2, device=self.device)  # loss, pairs in the right order
         for number, (rows, weight) in enumerate(parts, start=1):
@@ -122,7 +122,7 @@ class RewardModelTrainer:
         total, correct = self.group.sum(own).tolist()
         info = engine.step()
         for what, value in (("The loss", total), ("The gradient", info.grad_norm)):
-            require_finite(value, what=what, step=step, batch=f"pairs {indices}", checkpoint=self.checkpoints.newest)
+            require_finite(value, what=what, step=step, batch=f"pairs {indices}", checkpoint=self.checkpoints.latest)
         return {
             "train/loss": total,
             "train/accuracy": correct / len(pairs),
@@ -138,7 +138,7 @@ class RewardModelTrainer:
         a text that does not end is out of distribution, and PPO learns not to end (the score of the same human text rises
         when its EOS is taken away).
         """
-        settings = self.stage.reward_model
+        config = self.config.reward_model
         texts = [p.chosen for p in pairs] + [p.rejected for p in pairs]
         batch: TokenBatch = collate([t.prompt_ids for t in texts], [t.response_ids for t in texts]).to(self.device)
         by_length = self.model.prefix_scores(batch)  # [2N, T]
@@ -146,16 +146,16 @@ class RewardModelTrainer:
         chosen, rejected = whole.chunk(2)
         margin = torch.tensor([p.margin for p in pairs], device=self.device)
         loss = pairwise_loss(chosen, rejected, margin)
-        if settings.prefix_loss > 0:
+        if config.prefix_loss > 0:
             cut_chosen, cut_rejected = by_length.chunk(2)
             cuts = torch.arange(1, by_length.shape[1] + 1, device=self.device)  # column t is a cut after t + 1 tokens
             shared = (
-                batch.response_mask.chunk(2)[0] & batch.response_mask.chunk(2)[1] & (cuts >= settings.min_prefix_tokens)
+                batch.response_mask.chunk(2)[0] & batch.response_mask.chunk(2)[1] & (cuts >= config.min_prefix_tokens)
             )
             weights = torch.where(shared, cuts, 0).float()
             mean = (pairwise_loss(cut_chosen, cut_rejected) * weights).sum(1) / weights.sum(1).clamp(min=1)
             # A pair with no shared cut is judged on its whole texts alone.
-            share = torch.where(shared.any(dim=1), settings.prefix_loss, 0.0)
+            share = torch.where(shared.any(dim=1), config.prefix_loss, 0.0)
             loss = (1 - share) * loss + share * mean
         return loss, (chosen > rejected).detach()
 

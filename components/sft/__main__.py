@@ -4,13 +4,13 @@ from pathlib import Path
 
 import click
 
-from components.rlhf.config.sft import SftStage
-from components.rlhf.edges.stage import input_folder, output_path, stage_options, stage_run, storage_option
+from components.rlhf.config.sft import SftStageConfig
+from components.rlhf.runtime.stage import input_artifact, output_path, stage_options, stage_run, storage_option
 
 
 @click.command(help=__doc__)
-@input_folder("--base-model")
-@input_folder("--demonstrations")
+@input_artifact("--base-model")
+@input_artifact("--demonstrations")
 @output_path("--model", "model_path")
 @output_path("--metrics")
 @output_path("--summary")
@@ -21,33 +21,29 @@ def main(
     settings: str, tracking: str, executor_input: str,
 ) -> None:  # fmt: skip
     with stage_run(
-        "sft", SftStage, settings=settings, tracking=tracking, executor_input=executor_input, storage=storage
+        "sft", SftStageConfig, settings=settings, tracking=tracking, executor_input=executor_input, storage=storage
     ) as run:
         from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer
-        from components.rlhf.checkpoints.folder import CheckpointFolder
-        from components.rlhf.checkpoints.key import checkpoint_key
         from components.rlhf.data.datasets import load_records, read_header
         from components.rlhf.data.records import Demonstration
         from components.rlhf.data.tokenizer import load_tokenizer
-        from components.rlhf.engine.choose import engine_name
-        from components.rlhf.engine.group import joined_group
+        from components.rlhf.engine.factory import engine_name
+        from components.rlhf.engine.group import join_process_group
         from components.rlhf.models.loading import save_model
         from components.sft.trainer import SftTrainer, as_markdown
 
         base, data = open_artifact(base_model, "base_model"), open_artifact(demonstrations, "demonstrations")
         require_same_tokenizer(base_model=(base_model, base), demonstrations=(demonstrations, data))
-        training = run.settings.sft.training
+        training = run.config.sft.training
         tokenizer = load_tokenizer(base_model)
-        with joined_group(timeout_minutes=training.timeout_minutes) as group:
-            key = checkpoint_key("sft", run.settings, base, data)
-            kept, say, stop = run.settings.checkpoint, run.progress.say, run.stop
-            folder = CheckpointFolder(run.checkpoint_store(), key, kept, group, say, stop)
-            trainer = SftTrainer(run.settings, base_model, folder, run.progress, run.tracker, group)
+        with join_process_group(timeout_minutes=training.timeout_minutes) as group:
+            checkpoints = run.checkpoints(run.config.checkpoint, group, base, data)
+            trainer = SftTrainer(run.config, base_model, checkpoints, run.progress, run.tracker, group)
             numbers = trainer.train(
                 tokenizer,
                 load_records(demonstrations, "train", Demonstration),
                 load_records(demonstrations, "heldout", Demonstration),
-                max_tokens=read_header(demonstrations)["max_tokens"],
+                max_tokens=read_header(demonstrations).max_tokens,
             )
             weights = trainer.weights()
         run.write_artifact(
@@ -59,12 +55,11 @@ def main(
             tokenizer_of=base,
             facts={**numbers, "training_engine": engine_name(training, group)},
         )
-        run.progress.say(
+        run.progress.log(
             f"held-out loss {numbers['heldout_loss_before']:.3f} -> {numbers['heldout_loss']:.3f} nats per token"
         )
-        run.wrote_report("summary", summary, as_markdown(numbers))
-        run.wrote_metrics(metrics, numbers)
-        run.afterwards.append(folder.clear)
+        run.write_report("summary", summary, as_markdown(numbers))
+        run.write_metrics(metrics, numbers)
 
 
 if __name__ == "__main__":

@@ -8,23 +8,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from components.rlhf.checkpoints.folder import CheckpointFolder
-from components.rlhf.config.sft import SftStage
-from components.rlhf.data.batching import TokenBatch, collate, num_steps, own_microbatches, step_batches
+from components.rlhf.checkpoints.manager import CheckpointManager
+from components.rlhf.config.sft import SftStageConfig
+from components.rlhf.data.batching import TokenBatch, collate, local_microbatches, num_steps, step_batches
 from components.rlhf.data.records import Demonstration
 from components.rlhf.data.tokenizer import EncodedText, encode_text
-from components.rlhf.edges.progress import Progress
-from components.rlhf.edges.tracking import Tracker
-from components.rlhf.engine.choose import make_engine, shards_weights
-from components.rlhf.engine.group import ALONE
+from components.rlhf.engine.factory import create_engine, shards_weights
+from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.engine.protocol import Group, TrainEngine
-from components.rlhf.errors import require_finite
 from components.rlhf.maths.losses import aggregate
-from components.rlhf.models.actor import Actor, Distribution
-from components.rlhf.models.layers import checkpoint_layers
+from components.rlhf.models.actor import Actor, SamplingDistribution
+from components.rlhf.models.layers import enable_gradient_checkpointing
 from components.rlhf.models.loading import collect_weights, load_causal_lm
 from components.rlhf.models.lora import add_adapters
 from components.rlhf.models.precision import compute_dtype, default_device
+from components.rlhf.text.errors import require_finite
+from components.rlhf.text.progress import Progress
+from components.rlhf.tracking.mlflow import Tracker
 
 MAX_HELDOUT = 256  # demonstrations behind the held-out loss
 
@@ -34,27 +34,27 @@ class SftTrainer:
 
     def __init__(
         self,
-        stage: SftStage,
+        config: SftStageConfig,
         base_model: Path,
-        checkpoints: CheckpointFolder,
+        checkpoints: CheckpointManager,
         progress: Progress,
         tracker: Tracker,
-        group: Group = ALONE,
+        group: Group = SINGLE_PROCESS,
     ) -> None:
-        self.stage, self.group = stage, group
+        self.config, self.group = config, group
         self.checkpoints = checkpoints
         self.progress = progress
         self.tracker = tracker
-        self.dtype = compute_dtype(stage.model.precision)
+        self.dtype = compute_dtype(config.model.precision)
         self.device = default_device()
-        frozen, lora = stage.model.num_frozen_layers, stage.model.lora
+        frozen, lora = config.model.num_frozen_layers, config.model.lora
         lm = load_causal_lm(base_model, num_frozen_layers=frozen, dtype=self.dtype, trainable=lora is None)
         if lora:
-            add_adapters(lm, lora, num_frozen_layers=frozen, seed=stage.seed)
-        if not shards_weights(stage.sft.training):
+            add_adapters(lm, lora, num_frozen_layers=frozen, seed=config.seed)
+        if not shards_weights(config.sft.training):
             lm.to(self.device)
-        if stage.sft.training.gradient_checkpointing:
-            checkpoint_layers(lm)
+        if config.sft.training.gradient_checkpointing:
+            enable_gradient_checkpointing(lm)
         self.actor = Actor(lm, num_frozen_layers=frozen, dtype=self.dtype)
         self.engine: TrainEngine | None = None
 
@@ -67,33 +67,33 @@ class SftTrainer:
         max_tokens: int,
     ) -> dict[str, float]:
         """Train on every batch once more than the last checkpoint had seen; return the final metrics."""
-        sft = self.stage.sft
+        sft = self.config.sft
         texts = [encode_text(tokenizer, d.prompt, d.completion, max_tokens=max_tokens) for d in train]
         heldout_texts = [
             encode_text(tokenizer, d.prompt, d.completion, max_tokens=max_tokens) for d in heldout[:MAX_HELDOUT]
         ]
         total = num_steps(len(texts), sft.batch_size, num_epochs=sft.num_epochs, max_steps=sft.max_steps)
-        engine = make_engine(self.actor, sft.training, num_steps=total, group=self.group, dtype=self.dtype)
+        engine = create_engine(self.actor, sft.training, num_steps=total, group=self.group, dtype=self.dtype)
         self.engine = engine
         state = self.checkpoints.restore({"actor": engine})
         done = int(state["step"]) if state else 0
         metrics = {"heldout_loss_before": self.heldout_loss(heldout_texts)} if not state else dict(state["metrics"])
         if state:
-            self.progress.say(f"resuming after step {done} from {self.checkpoints.newest}")
+            self.progress.log(f"resuming after step {done} from {self.checkpoints.latest}")
         batches = step_batches(
-            len(texts), sft.batch_size, seed=self.stage.seed, num_epochs=sft.num_epochs, max_steps=sft.max_steps
+            len(texts), sft.batch_size, seed=self.config.seed, num_epochs=sft.num_epochs, max_steps=sft.max_steps
         )
         for step, indices in enumerate(batches, start=1):
             if step <= done:
                 continue
-            self.group.begins(f"SFT step {step}")
+            self.group.watchdog(f"SFT step {step}")
             values = self._step(engine, [texts[i] for i in indices], step, indices)
             self.tracker.log(values, step)
             self.progress.step(step, total, {"loss": values["train/loss"]})
-            if self.checkpoints.due():
+            if self.checkpoints.should_save():
                 self.tracker.flush()
                 self.checkpoints.save(step, {"actor": engine}, {"metrics": metrics})
-        self.group.begins("SFT held-out loss")
+        self.group.watchdog("SFT held-out loss")
         loss = self.heldout_loss(heldout_texts)
         # No loss of training sees what the last step did to the weights; this one does.
         require_finite(
@@ -101,7 +101,7 @@ class SftTrainer:
             what="The held-out loss",
             step=total,
             batch="all held-out demonstrations",
-            checkpoint=self.checkpoints.newest,
+            checkpoint=self.checkpoints.latest,
         )
         self.tracker.log({"heldout/loss": loss, "heldout/perplexity": math.exp(loss)}, total)
         return metrics | {"heldout_loss": loss, "heldout_perplexity": math.exp(loss), "num_steps": float(total)}
@@ -114,7 +114,7 @@ class SftTrainer:
     def _step(self, engine: TrainEngine, texts: list[EncodedText], step: int, indices: list[int]) -> dict[str, float]:
         """One optimiser step over its microbatches; the loss is the mean over all response tokens of the step."""
         denominator = sum(len(text.response_ids) for text in texts)
-        parts = self._own_microbatches(texts)
+        parts = self._local_microbatches(texts)
         own = torch.zeros((), device=self.device)
         for number, (rows, weight) in enumerate(parts, start=1):
             loss = weight * self._loss([texts[i] for i in rows], denominator)
@@ -124,22 +124,22 @@ class SftTrainer:
         info = engine.step()
         for what, value in (("The loss", total), ("The gradient", info.grad_norm)):
             require_finite(
-                value, what=what, step=step, batch=f"demonstrations {indices}", checkpoint=self.checkpoints.newest
+                value, what=what, step=step, batch=f"demonstrations {indices}", checkpoint=self.checkpoints.latest
             )
         return {"train/loss": total, "train/grad_norm": info.grad_norm, "train/learning_rate": info.learning_rate}
 
-    def _own_microbatches(self, texts: Sequence[EncodedText]) -> list[tuple[list[int], float]]:
-        return own_microbatches(
+    def _local_microbatches(self, texts: Sequence[EncodedText]) -> list[tuple[list[int], float]]:
+        return local_microbatches(
             [text.num_tokens for text in texts],
-            self.stage.sft.training.microbatch_tokens,
+            self.config.sft.training.microbatch_tokens,
             rank=self.group.rank,
             world_size=self.group.world_size,
-            most=self.group.max_int,
+            max_over_ranks=self.group.max_int,
         )
 
     def _loss(self, texts: Sequence[EncodedText], denominator: int) -> torch.Tensor:
         batch: TokenBatch = collate([t.prompt_ids for t in texts], [t.response_ids for t in texts]).to(self.device)
-        logprobs, _ = self.actor(batch, Distribution())
+        logprobs, _ = self.actor(batch, SamplingDistribution())
         return aggregate(-logprobs, batch.response_mask, "token-mean", denominator)
 
     @torch.no_grad()
@@ -149,7 +149,7 @@ class SftTrainer:
             return 0.0
         denominator = sum(len(t.response_ids) for t in texts)
         own = torch.zeros((), device=self.device)
-        for rows, weight in self._own_microbatches(texts):
+        for rows, weight in self._local_microbatches(texts):
             own += weight * self._loss([texts[i] for i in rows], denominator)
         return self.group.sum(own).item()
 

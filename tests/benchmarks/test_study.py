@@ -112,7 +112,7 @@ class TestBookkeeping:
     ) -> None:
         monkeypatch.setattr(study, "ROWS", tmp_path / "rows.jsonl")
         first, second = (Run(study.ARMS[0], seed) for seed in (0, 1))
-        digest = benchmarks.record.digest_of(first.params)
+        digest = benchmarks.record.command_digest(first.params)
         append(study.ROWS, {"arm": "quick", "seed": 1, "settings_digest": digest})  # of another seed: not this run
         assert first.row() is None
         append(study.ROWS, {"arm": "quick", "seed": 0, "settings_digest": "of settings that have changed since"})

@@ -7,14 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.evaluation.compare import Comparison, compare, cut_to_equal_length, sequence_kl
-from components.rlhf.config.evaluation import EvaluationSettings, EvaluationStage, GateSettings
-from components.rlhf.config.model import ModelSettings, SamplingSettings
+from components.rlhf.config.evaluation import EvaluationConfig, EvaluationStageConfig, GateConfig
+from components.rlhf.config.model import ModelConfig, SamplingConfig
 from components.rlhf.data.records import Completion, Prompt, RatedText
-from components.rlhf.edges.progress import Progress
-from components.rlhf.models.actor import Actor, Distribution
+from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, save_model
 from components.rlhf.rewards.linear import fit_to_ratings, load_judge
-from tests.tiny import make_tiny_model
+from components.rlhf.text.progress import Progress
+from tests.support.tiny_model import make_tiny_model
 
 PROMPTS = [Prompt(prompt=text, id=str(i)) for i, text in enumerate(["It is", "We", "A film that", "So", "It", "One"])]
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -41,11 +41,11 @@ def folders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def run(folders: dict[str, Path], *, seed: int = 0, frozen: int = 0, **sampling: Any) -> Comparison:
-    stage = EvaluationStage(
-        model=ModelSettings(precision="fp32", num_frozen_layers=frozen),
-        evaluation=EvaluationSettings(),
-        sampling=SamplingSettings(**({"max_new_tokens": 5, "batch_size": 4} | sampling)),
-        gate=GateSettings(),
+    stage = EvaluationStageConfig(
+        model=ModelConfig(precision="fp32", num_frozen_layers=frozen),
+        evaluation=EvaluationConfig(),
+        sampling=SamplingConfig(**({"max_new_tokens": 5, "batch_size": 4} | sampling)),
+        gate=GateConfig(),
         seed=seed,
     )
     return compare(stage, PROMPTS, **folders, progress=Progress("evaluation"))
@@ -168,7 +168,7 @@ def test_the_kl_does_not_count_what_neither_model_may_say(folders: dict[str, Pat
     answers = run(folders, min_new_tokens=5).ppo.completions
     free, bound = (
         sequence_kl(*actors, answers, distribution, CPU)
-        for distribution in (Distribution(), Distribution(min_new_tokens=5, stop_ids=(0,)))
+        for distribution in (SamplingDistribution(), SamplingDistribution(min_new_tokens=5, stop_ids=(0,)))
     )
     assert all(a != b for a, b in zip(free, bound, strict=True))
 

@@ -8,10 +8,10 @@ import pytest
 from components.evaluation.compare import Comparison
 from components.evaluation.report import as_html, as_markdown, choose_samples
 from components.evaluation.samples import save_comparison
-from components.evaluation.table import table_rows
 from components.evaluation.verdict import Decision, decide, summarise
-from components.rlhf.config.evaluation import EvaluationSettings, GateSettings
-from tests.evaluation.build import comparison_of
+from components.rlhf.config.evaluation import EvaluationConfig, GateConfig
+from components.rlhf.text.comparison_table import comparison_rows
+from tests.support.comparisons import comparison_of
 
 # Gains of -20, -19, ..., 19 in an order that is not their own.
 GAINS = [float((17 * i) % 40 - 20) for i in range(40)]
@@ -23,7 +23,7 @@ def many() -> Comparison:
 
 def numbers_of(comparison: Comparison) -> dict[str, float]:
     return summarise(
-        comparison, EvaluationSettings(num_bootstrap=200), accuracy={"judge": 0.811, "reward_model": 0.722}, seed=0
+        comparison, EvaluationConfig(num_bootstrap=200), accuracy={"judge": 0.811, "reward_model": 0.722}, seed=0
     )
 
 
@@ -35,7 +35,7 @@ LOOKS = [
 
 def page_of(comparison: Comparison, training: list[dict[str, float]] = LOOKS) -> str:
     numbers = numbers_of(comparison)
-    return as_html(comparison, numbers, decide(numbers, GateSettings()), training, seed=0)
+    return as_html(comparison, numbers, decide(numbers, GateConfig()), training, seed=0)
 
 
 class TestSamples:
@@ -133,7 +133,7 @@ class TestPage:
 
 class TestTable:
     def test_every_line_has_both_sides(self) -> None:
-        rows = table_rows(numbers_of(comparison_of([0.0, 1.0], [1.0, 1.0], kl=[2.0, 4.0])))
+        rows = comparison_rows(numbers_of(comparison_of([0.0, 1.0], [1.0, 1.0], kl=[2.0, 4.0])))
         found = {row["name"]: (row["sft"], row["ppo"]) for row in rows}
         assert found["judge prefers it, [95% interval]"] == ("", "0.750 [0.500, 1.000]")
         assert found["the same where length and ending are equal (2 prompts)"] == ("", "0.750 [0.500, 1.000]")
@@ -148,4 +148,4 @@ class TestTable:
         assert lines[0] == "# Promote"
         assert lines[2] == "it is better."
         assert "| judge's score | 0.500 | 1.000 |" in lines
-        assert len([line for line in lines if line.startswith("|")]) == 2 + len(table_rows(numbers))
+        assert len([line for line in lines if line.startswith("|")]) == 2 + len(comparison_rows(numbers))

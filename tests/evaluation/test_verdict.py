@@ -3,11 +3,11 @@ import math
 import pytest
 
 from components.evaluation.verdict import decide, matching_rows, summarise
-from components.rlhf.config.evaluation import EvaluationSettings, GateSettings
-from tests.evaluation.build import comparison_of
+from components.rlhf.config.evaluation import EvaluationConfig, GateConfig
+from tests.support.comparisons import comparison_of
 
-SETTINGS = EvaluationSettings(num_bootstrap=500)
-GATE = GateSettings(min_win_rate=0.5, max_kl=10.0)
+SETTINGS = EvaluationConfig(num_bootstrap=500)
+GATE = GateConfig(min_win_rate=0.5, max_kl=10.0)
 
 
 def numbers(low: float, kl: float) -> dict[str, float]:
@@ -35,15 +35,15 @@ class TestDecide:
     def test_the_reason_says_which_numbers(self) -> None:
         promoted = decide(numbers(0.6, 2.5), GATE).reason
         assert promoted == "win rate 0.700 [0.600, 0.900] lies above 0.5, and KL 2.50 is within 10"
-        rejected = decide(numbers(0.4, 12.5), GateSettings(min_win_rate=0.55, max_kl=10.0)).reason
+        rejected = decide(numbers(0.4, 12.5), GateConfig(min_win_rate=0.55, max_kl=10.0)).reason
         assert rejected == (
             "win rate 0.700 [0.400, 0.900]: its lower end is not above 0.55; KL 12.50 nats per response is above 10"
         )
 
     def test_the_gate_is_the_settings(self) -> None:
-        assert decide(numbers(0.6, 2.0), GateSettings(min_win_rate=0.65)).decision == "reject"
-        assert decide(numbers(0.1, 2.0), GateSettings(min_win_rate=0.0)).decision == "promote"
-        assert decide(numbers(0.6, 2.0), GateSettings(max_kl=1.0)).decision == "reject"
+        assert decide(numbers(0.6, 2.0), GateConfig(min_win_rate=0.65)).decision == "reject"
+        assert decide(numbers(0.1, 2.0), GateConfig(min_win_rate=0.0)).decision == "promote"
+        assert decide(numbers(0.6, 2.0), GateConfig(max_kl=1.0)).decision == "reject"
 
 
 class TestMatchingRows:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from components.rlhf.artifacts.manifest import read_manifest
 from tests.faults.places import Curves, FolderPlace, Services, SmallDisk, curves_of
-from tests.pipelines.toy import toy_params, write_data, write_params
-from tests.tiny import make_tiny_model
+from tests.support.tiny_model import make_tiny_model
+from tests.support.toy_pipeline import toy_params, write_data, write_params
 
 IN_A_FOLDER = {
     "stage": "the stage that runs is killed",

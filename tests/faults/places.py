@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 from mlflow import MlflowClient
 
-from tests.rlhf.edges.fault_proxy import FaultProxy
-from tests.rlhf.edges.seaweed import BUCKET, SeaweedFS, bare_client, credentials, free_port
+from tests.support.fault_proxy import FaultProxy
+from tests.support.seaweed import BUCKET, SeaweedFS, bare_client, credentials, free_port
 
 Curves = dict[str, dict[str, list[int]]]  # stage -> metric -> steps
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.gpu import SEQUENCES, Steps, make_model, train
-from components.rlhf.config.model import SamplingSettings, TrainingSettings
-from components.rlhf.config.ppo import VllmSettings
+from components.rlhf.config.model import SamplingConfig, TrainingConfig
+from components.rlhf.config.ppo import VllmConfig
 from components.rlhf.data.records import Prompt
 from components.rlhf.models.loading import load_causal_lm
 
@@ -22,7 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def steps(model: Path, **changes: Any) -> Steps:
-    return train(model, TrainingSettings(learning_rate=1e-4, **changes))
+    return train(model, TrainingConfig(learning_rate=1e-4, **changes))
 
 
 def test_checkpointing_costs_no_accuracy_and_saves_memory(model: Path) -> None:
@@ -42,10 +42,10 @@ def test_vllm_sleeps_wakes_and_takes_weights(model: Path) -> None:
     from components.rlhf.rollout.vllm import VllmRolloutEngine
 
     engine = VllmRolloutEngine(
-        model, VllmSettings(), stop_ids=(0,), dtype=torch.bfloat16, max_model_len=256, num_sequences=SEQUENCES
+        model, VllmConfig(), stop_ids=(0,), dtype=torch.bfloat16, max_model_len=256, num_sequences=SEQUENCES
     )
     awake = torch.cuda.mem_get_info()[0]
-    sampling = SamplingSettings(max_new_tokens=16, batch_size=SEQUENCES)
+    sampling = SamplingConfig(max_new_tokens=16, batch_size=SEQUENCES)
     engine.generate([Prompt(prompt="It is")], sampling, [0])
     assert torch.cuda.mem_get_info()[0] > awake + 2**30  # asleep
     lm = load_causal_lm(model, num_frozen_layers=0, dtype=torch.bfloat16, trainable=False).to("cuda")
@@ -53,7 +53,7 @@ def test_vllm_sleeps_wakes_and_takes_weights(model: Path) -> None:
         for parameter in lm.parameters():
             parameter.mul_(1.1)
     ids = [5, 6, 7, 8, 9, 10]
-    before = engine.logprobs_of(ids)
+    before = engine.prompt_logprobs(ids)
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         yield from ((name, parameter.detach()) for name, parameter in lm.named_parameters())
@@ -61,7 +61,7 @@ def test_vllm_sleeps_wakes_and_takes_weights(model: Path) -> None:
     engine.sync(weights())
     logprobs = lm(torch.tensor([ids], device="cuda")).logits.float().log_softmax(-1)[0, :-1]
     expected = logprobs.gather(1, torch.tensor(ids[1:], device="cuda")[:, None]).squeeze(1).cpu()
-    after = engine.logprobs_of(ids)
+    after = engine.prompt_logprobs(ids)
     engine.close()
     assert (after - expected).abs().max() < 0.3
     assert (after - before).abs().max() > (after - expected).abs().max()

@@ -13,14 +13,23 @@ from kfp import dsl, local
 
 from components.import_model.component import import_model
 from components.prepare_data.component import prepare_data
-from components.rlhf.config.data import PrepareDataStage
-from components.rlhf.config.imports import ImportStage
+from components.rlhf.config.import_model import ImportModelStageConfig
 from components.rlhf.config.params import Params
-from components.rlhf.config.sft import SftStage
+from components.rlhf.config.prepare_data import PrepareDataStageConfig
+from components.rlhf.config.sft import SftStageConfig
 from components.sft.component import sft
-from tests.images.podman import NO_NETWORK, SETTINGS, build, make_base, missing, podman, podman_service, true_exit_codes
-from tests.pipelines.toy import toy_params, write_data
-from tests.tiny import make_tiny_model
+from tests.support.podman import (
+    NO_NETWORK,
+    SETTINGS,
+    build,
+    make_base,
+    missing,
+    podman,
+    podman_service,
+    true_exit_codes,
+)
+from tests.support.tiny_model import make_tiny_model
+from tests.support.toy_pipeline import toy_params, write_data
 
 pytestmark = [
     pytest.mark.containers,
@@ -159,18 +168,18 @@ def root(tmp_path: Path) -> Path:
 def pipeline_of(image: str, source: Path, root: Path) -> Any:
     data = {name: root / "inputs" / f"{name}.jsonl" for name in ("demonstrations", "preferences", "prompts")}
     params = Params.model_validate(toy_params(root / "inputs" / "model", data))
-    imports = ImportStage(kind="base_model", source=str(source))
+    imports = ImportModelStageConfig(kind="base_model", source=str(source))
 
     @dsl.pipeline(name="containers")
     def containers() -> None:
         base = import_model(settings=imports.canonical_json()).set_container_image(image)
         prepared = prepare_data(
-            base_model=base.outputs["model"], settings=params.stage(PrepareDataStage).canonical_json()
+            base_model=base.outputs["model"], settings=params.stage(PrepareDataStageConfig).canonical_json()
         ).set_container_image(image)
         sft(
             base_model=base.outputs["model"],
             demonstrations=prepared.outputs["demonstrations"],
-            settings=params.stage(SftStage).canonical_json(),
+            settings=params.stage(SftStageConfig).canonical_json(),
         ).set_container_image(image)
 
     return containers

@@ -22,16 +22,16 @@ from transformers import (
 from components.import_model.__main__ import main
 from components.rlhf.artifacts.directory import open_artifact
 from components.rlhf.artifacts.manifest import Manifest
-from components.rlhf.config.imports import ImportStage
+from components.rlhf.config.import_model import ImportModelStageConfig
 from components.rlhf.data.tokenizer import chat_template_digest, tokenizer_digest
-from components.rlhf.models.loading import normalisation_of, stop_ids_of
-from tests.tiny import make_tiny_tokenizer
+from components.rlhf.models.loading import load_stop_ids, reward_normalization
+from tests.support.tiny_model import make_tiny_tokenizer
 
 Copy = Callable[..., Path]
 
 
 def run(source: object, out: Path, kind: str = "base_model", **settings: Any) -> Any:
-    stage = ImportStage.model_validate({"kind": kind, "source": str(source), **settings})
+    stage = ImportModelStageConfig.model_validate({"kind": kind, "source": str(source), **settings})
     return CliRunner().invoke(main, ["--model", str(out), "--settings", stage.canonical_json()])
 
 
@@ -126,13 +126,13 @@ def test_sampling_settings_are_not_inherited_and_stop_ids_are(copy: Copy, tmp_pa
     )
     imported(folder, tmp_path / "out")
     ours = GenerationConfig.from_pretrained(tmp_path / "out")
-    assert stop_ids_of(tmp_path / "out") == (0, 5)
+    assert load_stop_ids(tmp_path / "out") == (0, 5)
     assert not ours.do_sample and ours.temperature in (None, 1.0) and ours.top_k in (None, 50)
 
 
 def test_stop_ids_of_config_where_there_are_no_generation_settings(copy: Copy, tmp_path: Path) -> None:
     imported(copy("generation_config.json"), tmp_path / "out")
-    assert stop_ids_of(tmp_path / "out") == (0,)
+    assert load_stop_ids(tmp_path / "out") == (0,)
 
 
 def test_a_model_in_bfloat16_stays_in_it(copy: Copy, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_reward_model(reward_folder: Path, tmp_path: Path) -> None:
     )
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
     assert ours["score.weight"].shape == (1, 32)
-    assert normalisation_of(out) == (0.25, 2.0)
+    assert reward_normalization(out) == (0.25, 2.0)
 
 
 # --- folders that lack something ---

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from components.import_model.checks import PICKLES, require_safe
-from components.rlhf.errors import InputError
+from components.import_model.checks import PICKLES, require_safe_model_folder
+from components.rlhf.text.errors import InputError
 
 
 class Touch:
@@ -30,7 +30,7 @@ def folder(tiny_model: Path, tmp_path: Path) -> Path:
 
 def refusal(folder: Path) -> str:
     with pytest.raises(InputError) as caught:
-        require_safe(folder)
+        require_safe_model_folder(folder)
     return str(caught.value)
 
 
@@ -49,7 +49,7 @@ def test_weights_that_are_a_pickle(folder: Path, pattern: str) -> None:
 
 def test_a_pickle_beside_safetensors_is_not_looked_at(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"no pickle at all")
-    require_safe(folder)
+    require_safe_model_folder(folder)
 
 
 def test_code_that_comes_with_a_model(folder: Path) -> None:
@@ -82,7 +82,7 @@ def test_code_of_an_architecture_that_transformers_has_is_left_aside(folder: Pat
     (folder / "config.json").write_text(
         json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling_mine.Model"}})
     )
-    require_safe(folder)
+    require_safe_model_folder(folder)
 
 
 def test_code_that_comes_with_a_tokenizer(folder: Path) -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 
 from components.judge.fit import as_markdown, fit
-from components.rlhf.config.judge import JudgeSettings
+from components.rlhf.config.judge import JudgeConfig
 from components.rlhf.data.records import PreferencePair, RatedText
 from components.rlhf.rewards.linear import fit_to_pairs, fit_to_ratings
 
@@ -14,7 +14,7 @@ PAIRS = [
     PreferencePair(prompt="A ", chosen="dull film", rejected="great film"),
     PreferencePair(prompt="A ", chosen="dull day", rejected="great day"),
 ]
-SETTINGS = JudgeSettings(max_ngram=1, regularisation=0.5)
+SETTINGS = JudgeConfig(max_ngram=1, regularisation=0.5)
 
 
 def test_ratings_are_preferred_to_pairs() -> None:

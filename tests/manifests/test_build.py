@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.manifests.build import BUILDS, KUBECTL, ROOT, Object, built, containers, objects, of_kind, pods
+from tests.support.overlays import BUILDS, KUBECTL, ROOT, Object, built, containers, objects, of_kind, pods
 
 KUEUE = yaml.safe_load((ROOT / "tests" / "manifests" / "kueue_schema.yaml").read_text())
 # What others bring: Kubeflow Pipelines its namespace, Kubernetes the namespace of its DNS, the profile controller a profile.

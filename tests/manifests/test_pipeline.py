@@ -7,11 +7,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from pipelines.cluster.submit import DEFAULT_NAMESPACE
 from pipelines.settings import load_params
-from pipelines.submit import INSTALLED_IN
-from tests.manifests.build import BUILDS, OVERLAYS, ROOT, Object, objects, of_kind, pods
 from tests.manifests.test_build import selects
-from tests.pipelines.compiled import Compiled
+from tests.support.compiled_pipelines import Compiled
+from tests.support.overlays import BUILDS, OVERLAYS, ROOT, Object, objects, of_kind, pods
 
 PARAMS = ROOT / "pipelines" / "params"
 IN_S3 = ("storage.checkpoint_uri=s3://rlhf/checkpoints", "model.source=s3://rlhf/model")
@@ -19,7 +19,7 @@ RUNS_IN = {"multi-user": "rlhf-team"}  # elsewhere where Kubeflow Pipelines is i
 
 
 def runs_in(name: str) -> str:
-    return RUNS_IN.get(name, INSTALLED_IN)
+    return RUNS_IN.get(name, DEFAULT_NAMESPACE)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_the_queue_of_a_profile_is_where_runs_are(node: Compiled) -> None:
     queues = {
         found["kueue.x-k8s.io/queue-name"] for found in labels(node).values() if "kueue.x-k8s.io/queue-name" in found
     }
-    assert queues == {"rlhf"} == named("standalone+kueue", "LocalQueue", INSTALLED_IN)
+    assert queues == {"rlhf"} == named("standalone+kueue", "LocalQueue", DEFAULT_NAMESPACE)
 
 
 @pytest.mark.parametrize("name", BUILDS)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.manifests.build import BUILDS, OVERLAYS, ROOT, built, containers, copy_manifests, objects, of_kind, pods
+from tests.support.overlays import BUILDS, OVERLAYS, ROOT, built, containers, copy_manifests, objects, of_kind, pods
 
 PINNED = re.compile(r"[\w./-]+:(?:\d+\.)+\d+(?:@sha256:[0-9a-f]{64})?")
 

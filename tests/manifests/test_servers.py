@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.manifests.build import ROOT, of_kind
+from tests.support.overlays import ROOT, of_kind
 
 BIN = Path(sys.executable).parent
 SCRIPT = ROOT / "manifests" / "components" / "seaweedfs" / "services" / "bucket.py"

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from components.rlhf.config.params import Params
-from components.rlhf.config.strict_json import parse_json
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
+from components.rlhf.text.strict_json import parse_json
 from pipelines.settings import dump_yaml, load_params
-from tests.hostile import one_sentence
+from tests.support.hostile_input import one_sentence
 
 FOLDER = Path(__file__).resolve().parents[2] / "pipelines/params"
 TINY, LARGE = (FOLDER / name for name in ("tiny.yaml", "llama3_8b_8gpu.yaml"))
@@ -39,7 +39,7 @@ VALUE = st.recursive(
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(place for key, below in inner for place in places(below, (*path, key)))]
+    return [path, *(configure_task for key, below in inner for configure_task in places(below, (*path, key)))]
 
 
 CONTENTS = {path: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (TINY, LARGE)}
@@ -85,18 +85,18 @@ def test_anything_in_any_place(tmp_path: Path, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_a_file_with_lines_dropped_doubled_swapped_and_bytes_changed(tmp_path: Path, data: st.DataObject) -> None:
     lines = TINY.read_bytes().splitlines(keepends=True)[5:]
-    place = data.draw(st.integers(0, len(lines) - 1))
+    configure_task = data.draw(st.integers(0, len(lines) - 1))
     match data.draw(st.sampled_from(["drop", "double", "cut", "indent", "bytes"])):
         case "drop":
-            del lines[place]
+            del lines[configure_task]
         case "double":
-            lines.insert(data.draw(st.integers(0, len(lines))), lines[place])
+            lines.insert(data.draw(st.integers(0, len(lines))), lines[configure_task])
         case "cut":
-            lines[place] = lines[place][: data.draw(st.integers(0, len(lines[place])))]
+            lines[configure_task] = lines[configure_task][: data.draw(st.integers(0, len(lines[configure_task])))]
         case "indent":
-            lines[place] = b" " * data.draw(st.integers(1, 4)) + lines[place]
+            lines[configure_task] = b" " * data.draw(st.integers(1, 4)) + lines[configure_task]
         case "bytes":
-            lines[place] = lines[place][:-1] + data.draw(st.binary(max_size=6)) + b"\n"
+            lines[configure_task] = lines[configure_task][:-1] + data.draw(st.binary(max_size=6)) + b"\n"
     read(b"".join(lines), tmp_path)
 
 

@@ -10,12 +10,12 @@ from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from components.rlhf.config.cluster import STAGES
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
 from pipelines.compile import ROOT
 from pipelines.placement import IMAGE_OF, require_digests
-from pipelines.profiles import shipped
+from pipelines.profiles import builtin_profiles
 from pipelines.settings import load_params
-from tests.pipelines.compiled import Compiled
+from tests.support.compiled_pipelines import Compiled
 
 MOVIES, TINY = (ROOT / "pipelines" / "params" / f"{name}.yaml" for name in ("movie_reviews", "tiny"))
 DIGEST = "sha256:" + "ab" * 32
@@ -298,7 +298,7 @@ def test_a_registry_in_a_name_is_left_alone(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("profile", sorted(shipped()))
+@pytest.mark.parametrize("profile", sorted(builtin_profiles()))
 def test_every_profile_is_valid_and_says_how_many_processes(profile: str) -> None:
     params = load_params(TINY, [f"cluster.default_profile={profile}"])
     num = params.cluster.num_accelerators("ppo")

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from components.rlhf.config.params import Params
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
 from pipelines.preflight import check_inputs, check_stores
-from tests.pipelines.toy import toy_params, write_data
-from tests.rlhf.edges.seaweed import credentials, free_port
+from tests.support.seaweed import credentials, free_port
+from tests.support.toy_pipeline import toy_params, write_data
 
 
 def checked(model: Path, data: dict[str, Path], **sections: dict[str, Any]) -> None:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from components.rlhf.config.storage import TrackingSettings
-from components.rlhf.edges.stage import parse_settings
-from components.rlhf.errors import InputError
+from components.rlhf.config.storage import TrackingConfig
+from components.rlhf.runtime.stage import parse_config
+from components.rlhf.text.errors import InputError
 from pipelines.compile import compile_pipeline
 from pipelines.settings import load_params
-from tests.planted import PLANTED, places_of_secrets
+from tests.support.planted_secrets import PLANTED, files_with_secrets
 
 TINY = Path(__file__).resolve().parents[2] / "pipelines/params/tiny.yaml"
 
@@ -74,7 +74,7 @@ def test_a_value_that_the_environment_keeps_as_a_secret(monkeypatch: pytest.Monk
 
 def test_a_stage_refuses_it_too() -> None:
     with pytest.raises(InputError, match="Settings: uri: credentials do not belong here") as caught:
-        parse_settings(TrackingSettings, '{"uri": "https://someone:hunter2@mlflow.example.com"}')
+        parse_config(TrackingConfig, '{"uri": "https://someone:hunter2@mlflow.example.com"}')
     assert "hunter2" not in str(caught.value)
 
 
@@ -83,4 +83,4 @@ def test_a_compiled_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv(name, value)
     compile_pipeline(load_params(TINY), tmp_path / "pipeline.yaml")
     assert (tmp_path / "pipeline.yaml").stat().st_size > 10_000
-    assert places_of_secrets(tmp_path) == []
+    assert files_with_secrets(tmp_path) == []

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.rlhf.config.data import PrepareDataStage
-from components.rlhf.config.imports import ImportStage
-from components.rlhf.errors import InputError
+from components.rlhf.config.import_model import ImportModelStageConfig
+from components.rlhf.config.prepare_data import PrepareDataStageConfig
+from components.rlhf.text.errors import InputError
 from pipelines.settings import dump_yaml, load_params, settings_of_stage
 
 MOVIES = Path(__file__).resolve().parents[2] / "pipelines/params/movie_reviews.yaml"
@@ -218,8 +218,8 @@ def test_settings_of_a_stage_are_canonical_json(file: Path) -> None:
     params = load_params(file, ["model.source=org/name", "model.revision=abc"])
     text = settings_of_stage(params, "import_model")
     assert text == '{"kind":"base_model","revision":"abc","source":"org/name"}'
-    assert ImportStage.from_json(text).source == "org/name"
-    assert settings_of_stage(params, "prepare_data") == params.stage(PrepareDataStage).canonical_json()
+    assert ImportModelStageConfig.from_json(text).source == "org/name"
+    assert settings_of_stage(params, "prepare_data") == params.stage(PrepareDataStageConfig).canonical_json()
     for stage in ("sft", "reward_model", "judge", "ppo", "evaluation"):
         assert json.loads(settings_of_stage(params, stage))["seed"] == 0
 

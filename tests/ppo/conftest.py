@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ppo.build import make_reward_model
+from tests.support.ppo_runs import make_reward_model
 
 
 @pytest.fixture(scope="session")

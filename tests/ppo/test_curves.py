@@ -2,24 +2,24 @@ import re
 import xml.etree.ElementTree as ET
 
 from components.ppo.curves import PANELS, as_html, as_svg
-from components.rlhf.config.ppo import PpoSettings, RolloutSettings
+from components.rlhf.config.ppo import PpoConfig, RolloutConfig
 
-PPO = PpoSettings(rollout=RolloutSettings(num_prompts=16, samples_per_prompt=2))
+PPO = PpoConfig(rollout=RolloutConfig(num_prompts=16, samples_per_prompt=2))
 
 
-def history(length: int, *, looks: bool = False) -> list[dict[str, float]]:
+def history(length: int, *, evals: bool = False) -> list[dict[str, float]]:
     rows = []
     for iteration in range(1, length + 1):
         row = {name: float(iteration * (1 + number)) for number, (name, _) in enumerate(PANELS)}
         row |= {"iteration": float(iteration), "kl/coef": 0.0625}
-        if looks and iteration % 2 == 0:
+        if evals and iteration % 2 == 0:
             row["validation/score/mean"] = float(iteration)
         rows.append(row)
     return rows
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
-    page = as_html(history(4, looks=True), PPO)
+    page = as_html(history(4, evals=True), PPO)
     # The names of XML namespaces and vocabularies look like addresses; nothing fetches them.
     fetched = re.findall(r"""(?:src|href|data|action)\s*=\s*["'](?!#)([^"']*)|url\((?!#)([^)]*)\)|@import""", page)
     assert fetched == []
@@ -43,7 +43,7 @@ def test_every_panel_is_drawn_with_its_title() -> None:
 
 def test_looks_are_points_of_their_own() -> None:
     assert "validation prompts" not in as_svg(history(4))
-    assert "validation prompts" in as_svg(history(4, looks=True))
+    assert "validation prompts" in as_svg(history(4, evals=True))
 
 
 def test_one_iteration_is_enough() -> None:

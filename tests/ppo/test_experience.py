@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from components.ppo.experience import Experience, Models, make_experience, microbatches
-from components.ppo.trainer import describe
+from components.ppo.trainer import rollout_metrics
 from components.rlhf.data.batching import collate
 from components.rlhf.data.records import Completion
-from components.rlhf.errors import InputError
-from components.rlhf.models.actor import Distribution
-from tests.ppo.build import RewardFunction, completion, load, stage_of
+from components.rlhf.models.actor import SamplingDistribution
+from components.rlhf.text.errors import InputError
+from tests.support.ppo_runs import RewardFunction, completion, config_of, load
 
-DISTRIBUTION = Distribution(temperature=0.8, min_new_tokens=1, stop_ids=(0,))
+DISTRIBUTION = SamplingDistribution(temperature=0.8, min_new_tokens=1, stop_ids=(0,))
 COMPLETIONS = [
     completion([5, 6, 7], [3, 4, 0]),
     completion([8], [1, 2, 9, 10, 11, 12], truncated=True),
@@ -37,7 +37,7 @@ def trained(models: Models) -> Models:
 def experience_of(
     models: Models, completions: list[Completion] | None = None, *, kl_coef: float = 0.1, **ppo: Any
 ) -> Experience:
-    settings = stage_of(**ppo).ppo
+    settings = config_of(**ppo).ppo
     return make_experience(models, completions or COMPLETIONS, settings, DISTRIBUTION, kl_coef=kl_coef)
 
 
@@ -82,7 +82,7 @@ class TestAgainstALoop:
     @pytest.mark.parametrize("trains", ["layers", "head"])
     def test_every_number(self, tiny_model: Path, reward_model: Path, frozen: int, trains: str) -> None:
         options: dict[str, Any] = {"frozen": frozen, "critic": {"trains": trains}}
-        models = trained(load(stage_of(**options), tiny_model, reward_model)[0])
+        models = trained(load(config_of(**options), tiny_model, reward_model)[0])
         assert models.shared_trunk == (frozen > 0)
         e = experience_of(
             models, kl_coef=0.3, missing_eos_penalty=0.7, reward_clip=0.9, gamma=0.9, gae_lambda=0.8, **options
@@ -110,7 +110,7 @@ class TestAgainstALoop:
         assert max(abs(x) for s in slow for x in s.kl) > 0.05
 
     def test_advantages_may_stay_as_they_are(self, tiny_model: Path, reward_model: Path) -> None:
-        models = trained(load(stage_of(), tiny_model, reward_model)[0])
+        models = trained(load(config_of(), tiny_model, reward_model)[0])
         e = experience_of(models, gamma=0.9, gae_lambda=0.8, whiten_advantages=False)
         slow = [Slow(models, c, kl_coef=0.1, penalty=0.0, clip=10.0) for c in COMPLETIONS]
         for row, s in enumerate(slow):
@@ -121,7 +121,7 @@ class TestRewards:
     """Returns with gamma 1, lambda 1 and no KL are the shaped score of the response."""
 
     def returns(self, tiny_model: Path, reward_model: Path, score: float, **ppo: Any) -> list[float]:
-        models = load(stage_of(), tiny_model, reward_model)[0]
+        models = load(config_of(), tiny_model, reward_model)[0]
         models = replace(models, reward_model=RewardFunction(lambda _prompt, _response: score))
         e = experience_of(models, kl_coef=0.0, gamma=1.0, gae_lambda=1.0, **ppo)
         assert e.scores.tolist() == [score] * 4  # what is logged is what the reward model said
@@ -143,7 +143,7 @@ class TestRewards:
         assert found == pytest.approx([50.0] * 4, abs=1e-4)
 
     def test_the_kl_is_not_clipped_with_the_score(self, tiny_model: Path, reward_model: Path) -> None:
-        models = trained(load(stage_of(), tiny_model, reward_model)[0])
+        models = trained(load(config_of(), tiny_model, reward_model)[0])
         models = replace(models, reward_model=RewardFunction(lambda _prompt, _response: 0.0))
         options: dict[str, Any] = {"gamma": 1.0, "gae_lambda": 1.0}
         wide = experience_of(models, kl_coef=1.0, reward_clip=10.0, **options)
@@ -153,7 +153,7 @@ class TestRewards:
 
     @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
     def test_the_estimator_is_of_the_penalty_alone(self, tiny_model: Path, reward_model: Path, estimator: str) -> None:
-        models = trained(load(stage_of(), tiny_model, reward_model)[0])
+        models = trained(load(config_of(), tiny_model, reward_model)[0])
         models = replace(models, reward_model=RewardFunction(lambda _prompt, _response: 0.0))
         e = experience_of(models, kl_coef=1.0, kl_estimator=estimator, gamma=1.0, gae_lambda=1.0)
         d = e.old_logprobs - e.ref_logprobs
@@ -165,7 +165,7 @@ class TestRewards:
 class TestMicrobatches:
     @pytest.mark.parametrize("tokens", [1, 14, 20, 10_000])
     def test_do_not_change_experience(self, tiny_model: Path, reward_model: Path, tokens: int) -> None:
-        models = trained(load(stage_of(frozen=1), tiny_model, reward_model)[0])
+        models = trained(load(config_of(frozen=1), tiny_model, reward_model)[0])
         whole = experience_of(models, frozen=1, training={"microbatch_tokens": 10_000})
         parts = experience_of(models, frozen=1, training={"microbatch_tokens": tokens})
         for name in (
@@ -181,17 +181,17 @@ class TestMicrobatches:
             assert torch.allclose(getattr(parts, name), getattr(whole, name), atol=1e-4), name
 
     def test_split_each_minibatch_under_the_budget(self) -> None:
-        assert [rows.tolist() for rows in microbatches(12, minibatch=6, most=4)] == [
+        assert [rows.tolist() for rows in microbatches(12, minibatch=6, max_rows=4)] == [
             [0, 1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11]
         ]  # fmt: skip
-        assert [rows.tolist() for rows in microbatches(12, minibatch=6, most=0)] == [[i] for i in range(12)]
-        assert [len(rows) for rows in microbatches(12, minibatch=6, most=999)] == [6, 6]
+        assert [rows.tolist() for rows in microbatches(12, minibatch=6, max_rows=0)] == [[i] for i in range(12)]
+        assert [len(rows) for rows in microbatches(12, minibatch=6, max_rows=999)] == [6, 6]
 
 
 def test_the_shared_path_gives_what_the_unshared_one_gives(tiny_model: Path, reward_model: Path) -> None:
     found = []
     for frozen in (0, 2):
-        e = experience_of(load(stage_of(frozen=frozen), tiny_model, reward_model)[0], frozen=frozen)
+        e = experience_of(load(config_of(frozen=frozen), tiny_model, reward_model)[0], frozen=frozen)
         assert (e.states is not None) == (frozen > 0)
         found.append(e)
     for name in ("old_logprobs", "ref_logprobs", "old_values", "scores", "entropy", "advantages", "returns", "kl"):
@@ -199,7 +199,7 @@ def test_the_shared_path_gives_what_the_unshared_one_gives(tiny_model: Path, rew
 
 
 def test_a_score_that_is_no_number_names_its_prompt(tiny_model: Path, reward_model: Path) -> None:
-    models = load(stage_of(), tiny_model, reward_model)[0]
+    models = load(config_of(), tiny_model, reward_model)[0]
     models = replace(
         models, reward_model=RewardFunction(lambda _prompt, response: math.nan if len(response) == 4 else 1.0)
     )
@@ -250,11 +250,11 @@ class TestDescribe:
             "engine_gap/mean": 0.75 / 4,
             "engine_gap/max": 0.5,
         }
-        assert describe(self.by_hand()) == pytest.approx(expected)
+        assert rollout_metrics(self.by_hand()) == pytest.approx(expected)
 
     def test_nothing_is_undefined_when_nothing_ended_or_varies(self) -> None:
         e = replace(self.by_hand(), truncated=torch.tensor([True, True]), returns=torch.zeros(2, 3))
-        found = describe(e)
+        found = rollout_metrics(e)
         assert found["score/mean_ended"] == 0.0
         assert found["value/explained_variance"] == 0.0
         assert all(math.isfinite(value) for value in found.values())
@@ -262,5 +262,5 @@ class TestDescribe:
     def test_a_perfect_critic_and_a_constant_one(self) -> None:
         e = self.by_hand()
         for values, expected in ((e.returns, 1.0), (torch.full((2, 3), 7.0), 0.0)):
-            found = describe(replace(e, old_values=values))["value/explained_variance"]
+            found = rollout_metrics(replace(e, old_values=values))["value/explained_variance"]
             assert found == pytest.approx(expected, abs=1e-6)

@@ -12,27 +12,27 @@ from transformers import AutoModelForCausalLM
 from components.ppo.experience import Models
 from components.ppo.models import load_models
 from components.ppo.policy import save_policy
-from components.rlhf.config.model import LoraSettings
+from components.rlhf.config.model import LoraConfig
 from components.rlhf.data.batching import collate
-from components.rlhf.errors import InputError
-from components.rlhf.models.actor import Distribution
-from tests.ppo.build import (
+from components.rlhf.models.actor import SamplingDistribution
+from components.rlhf.text.errors import InputError
+from tests.support.ppo_runs import (
     FP32,
     PROMPTS,
     VALIDATION,
+    checkpoints_every_step,
+    config_of,
     largest_gap,
     load,
     make_reward_model,
-    saving,
     share_of_low_ids,
-    stage_of,
     trainer_of,
     weights,
     without_times,
 )
-from tests.tiny import make_tiny_model
+from tests.support.tiny_model import make_tiny_model
 
-LORA = LoraSettings(rank=8, alpha=16.0)
+LORA = LoraConfig(rank=8, alpha=16.0)
 BF16 = torch.bfloat16
 BATCH = collate([[5, 6, 7], [8]], [[3, 4, 0], [1, 2, 9, 10]])
 
@@ -55,14 +55,14 @@ def stir(module: nn.Module) -> None:
 
 
 def logprobs(models: Models) -> list[Tensor]:
-    return [actor(BATCH, Distribution())[0] for actor in (models.actor, models.reference)]
+    return [actor(BATCH, SamplingDistribution())[0] for actor in (models.actor, models.reference)]
 
 
 class TestModels:
     @pytest.mark.parametrize("trains", ["layers", "head"])
     @pytest.mark.parametrize("frozen", [0, 2])
     def test_hold_each_backbone_once(self, tiny_model: Path, reward_model: Path, frozen: int, trains: str) -> None:
-        models, rollout = load(stage_of(frozen=frozen, lora=LORA, critic={"trains": trains}), tiny_model, reward_model)
+        models, rollout = load(config_of(frozen=frozen, lora=LORA, critic={"trains": trains}), tiny_model, reward_model)
         policy, scalar = matrices(models.actor), matrices(models.critic)
         assert matrices(models.reference) == policy
         assert matrices(models.reward_model) == scalar
@@ -76,7 +76,7 @@ class TestModels:
         self, tiny_model: Path, tmp_path: Path
     ) -> None:
         other = make_reward_model(make_tiny_model(tmp_path / "other", seed=8), tmp_path / "reward")
-        models, rollout = load(stage_of(frozen=2, lora=LORA), tiny_model, other)
+        models, rollout = load(config_of(frozen=2, lora=LORA), tiny_model, other)
         assert not models.shared_trunk
         assert not matrices(models.actor) & matrices(models.critic)
         assert matrices(models.reward_model) == matrices(models.critic)
@@ -84,7 +84,7 @@ class TestModels:
 
     def test_train_adapters_and_the_critics_head(self, tiny_model: Path, reward_model: Path) -> None:
         for trains in ("layers", "head"):
-            stage = stage_of(frozen=1, lora=LORA, critic={"trains": trains})
+            stage = config_of(frozen=1, lora=LORA, critic={"trains": trains})
             models, rollout = load(stage, tiny_model, reward_model)
             named = {
                 kind: {name for name, p in module.named_parameters() if p.requires_grad and ".lora_" not in name}
@@ -100,7 +100,7 @@ class TestModels:
     def test_the_reference_and_the_reward_model_stay_what_they_were(
         self, tiny_model: Path, reward_model: Path, frozen: int, dtype: torch.dtype
     ) -> None:
-        stage = stage_of(frozen=frozen, lora=LORA)
+        stage = config_of(frozen=frozen, lora=LORA)
         models, _ = load_models(stage, tiny_model, reward_model, dtype=dtype, prompts=[])
         ours, theirs = logprobs(models)
         assert torch.equal(ours, theirs)  # the KL is exactly 0
@@ -121,7 +121,7 @@ class TestTraining:
 
     @pytest.mark.parametrize("frozen", [0, 2])
     def test_starts_at_a_ratio_of_one_and_a_kl_of_zero(self, tiny_model: Path, reward_model: Path, frozen: int) -> None:
-        stage = stage_of(frozen=frozen, lora=LORA, num_epochs=2, training={"microbatch_tokens": 30})
+        stage = config_of(frozen=frozen, lora=LORA, num_epochs=2, training={"microbatch_tokens": 30})
         trainer = trainer_of(stage, tiny_model, reward_model)
         base = {
             name: weight for name, weight in weights(trainer).items() if ".lora_" not in name and "score" not in name
@@ -137,7 +137,7 @@ class TestTraining:
     def test_the_rollout_samples_from_the_merged_weights(
         self, tiny_model: Path, reward_model: Path, frozen: int
     ) -> None:
-        trainer = trainer_of(stage_of(frozen=frozen, lora=LORA), tiny_model, reward_model)
+        trainer = trainer_of(config_of(frozen=frozen, lora=LORA), tiny_model, reward_model)
         before = {name: p.clone() for name, p in trainer.rollout.model.named_parameters()}
         history = trainer.train(PROMPTS, [])
         moved = {name for name, p in trainer.rollout.model.named_parameters() if not torch.equal(p, before[name])}
@@ -146,7 +146,7 @@ class TestTraining:
         assert max(row["engine_gap/max"] for row in history) < 1e-4
 
     def test_raises_the_score(self, tiny_model: Path, reward_model: Path) -> None:
-        stage = stage_of(
+        stage = config_of(
             lora=LORA,
             num_iterations=12,
             num_epochs=2,
@@ -166,21 +166,23 @@ class TestTraining:
     def test_goes_on_from_a_checkpoint_as_if_nothing_had_happened(
         self, tiny_model: Path, reward_model: Path, tmp_path: Path, frozen: int, trains: str
     ) -> None:
-        stage = stage_of(frozen=frozen, lora=LORA, critic={"trains": trains}, **self.OPTIONS)
+        stage = config_of(frozen=frozen, lora=LORA, critic={"trains": trains}, **self.OPTIONS)
         undisturbed = trainer_of(stage, tiny_model, reward_model)
         expected = undisturbed.train(PROMPTS, VALIDATION)
-        dying = trainer_of(stage, tiny_model, reward_model, checkpoints=saving(tmp_path), die_at=3)
+        dying = trainer_of(stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path), die_at=3)
         with pytest.raises(KeyboardInterrupt):
             dying.train(PROMPTS, VALIDATION)
-        resumed = trainer_of(stage, tiny_model, reward_model, checkpoints=saving(tmp_path))
+        resumed = trainer_of(stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path))
         assert without_times(resumed.train(PROMPTS, VALIDATION)) == without_times(expected)
         assert largest_gap(weights(resumed), weights(undisturbed)) == 0.0
 
     def test_a_checkpoint_without_adapters_is_refused(
         self, tiny_model: Path, reward_model: Path, tmp_path: Path
     ) -> None:
-        trainer_of(stage_of(), tiny_model, reward_model, checkpoints=saving(tmp_path)).train(PROMPTS, [])
-        other = trainer_of(stage_of(lora=LORA), tiny_model, reward_model, checkpoints=saving(tmp_path))
+        trainer_of(config_of(), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path)).train(
+            PROMPTS, []
+        )
+        other = trainer_of(config_of(lora=LORA), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path))
         with pytest.raises(InputError, match="holds other weights than are trained here"):
             other.train(PROMPTS, [])
 
@@ -188,7 +190,7 @@ class TestTraining:
 def test_a_saved_policy_is_an_ordinary_model_with_its_adapter_beside_it(
     tiny_model: Path, reward_model: Path, tmp_path: Path
 ) -> None:
-    trainer = trainer_of(stage_of(lora=LORA, training={"learning_rate": 1e-2}), tiny_model, reward_model)
+    trainer = trainer_of(config_of(lora=LORA, training={"learning_rate": 1e-2}), tiny_model, reward_model)
     trainer.train(PROMPTS, [])
     lm = trainer.models.actor.lm
     logits = lm(BATCH.input_ids).logits

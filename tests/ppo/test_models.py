@@ -7,17 +7,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components.ppo.models import load_models, with_own_head
+from components.ppo.models import copy_with_own_head, load_models
 from components.ppo.policy import save_policy
 from components.rlhf.data.batching import collate
 from components.rlhf.data.datasets import load_records
 from components.rlhf.data.records import ValidationSample
-from components.rlhf.errors import InputError
-from components.rlhf.models.actor import Distribution
+from components.rlhf.models.actor import SamplingDistribution
 from components.rlhf.models.loading import load_scalar_lm, save_model
 from components.rlhf.models.scalar import ScalarModel
-from tests.ppo.build import FP32, load, make_reward_model, stage_of, trainer_of
-from tests.tiny import make_tiny_model
+from components.rlhf.text.errors import InputError
+from tests.support.ppo_runs import FP32, config_of, load, make_reward_model, trainer_of
+from tests.support.tiny_model import make_tiny_model
 
 BATCH = collate([[5, 6, 7], [8]], [[3, 4, 0], [1, 2, 9, 10]])
 
@@ -29,7 +29,7 @@ def parameters_of(*modules: nn.Module) -> int:
 class TestSharing:
     @pytest.mark.parametrize("trains", ["layers", "head"])
     def test_frozen_layers_are_held_once_by_all(self, tiny_model: Path, reward_model: Path, trains: str) -> None:
-        models, rollout = load(stage_of(frozen=2, critic={"trains": trains}), tiny_model, reward_model)
+        models, rollout = load(config_of(frozen=2, critic={"trains": trains}), tiny_model, reward_model)
         assert models.shared_trunk
         lms = [models.reference.lm, models.critic.lm, models.reward_model.lm, rollout.model]
         for lm in lms:
@@ -37,20 +37,20 @@ class TestSharing:
             assert all(lm.model.layers[i] is models.actor.lm.model.layers[i] for i in range(2))
             assert lm.model.layers[2] is not models.actor.lm.model.layers[2]
         assert (models.critic.lm.model is models.reward_model.lm.model) == (trains == "head")
-        apart = load(stage_of(frozen=0, critic={"trains": trains}), tiny_model, reward_model)
+        apart = load(config_of(frozen=0, critic={"trains": trains}), tiny_model, reward_model)
         trunk = parameters_of(*models.actor.lm.model.layers[:2], models.actor.lm.get_input_embeddings())
         copies = 4 if trains == "layers" else 3
         assert _count(*apart) - _count(models, rollout) == copies * trunk
 
     def test_also_in_bf16(self, tiny_model: Path, reward_model: Path) -> None:
-        models, _ = load_models(stage_of(frozen=2), tiny_model, reward_model, dtype=torch.bfloat16, prompts=[])
+        models, _ = load_models(config_of(frozen=2), tiny_model, reward_model, dtype=torch.bfloat16, prompts=[])
         assert models.shared_trunk
         assert models.actor.lm.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
         assert models.actor.lm.model.layers[2].mlp.up_proj.weight.dtype == torch.float32
 
     def test_a_reward_model_from_elsewhere_keeps_its_own_layers(self, tiny_model: Path, tmp_path: Path) -> None:
         other = make_reward_model(make_tiny_model(tmp_path / "other", seed=8), tmp_path / "reward")
-        models, rollout = load(stage_of(frozen=2), tiny_model, other)
+        models, rollout = load(config_of(frozen=2), tiny_model, other)
         assert not models.shared_trunk
         first = models.actor.lm.model.layers[0]
         assert models.reward_model.lm.model.layers[0] is not first
@@ -63,7 +63,7 @@ class TestSharing:
 
     def test_a_reward_model_of_another_depth_too(self, tiny_model: Path, tmp_path: Path) -> None:
         deeper = make_tiny_model(tmp_path / "deeper", seed=8, num_layers=4)
-        models, _ = load(stage_of(frozen=1), tiny_model, make_reward_model(deeper, tmp_path / "reward"))
+        models, _ = load(config_of(frozen=1), tiny_model, make_reward_model(deeper, tmp_path / "reward"))
         assert not models.shared_trunk
 
 
@@ -74,14 +74,14 @@ def _count(models: Any, rollout: Any) -> int:
 class TestWhatIsTrained:
     @pytest.mark.parametrize("frozen", [0, 2])
     def test_actor_and_critic_and_nothing_else(self, tiny_model: Path, reward_model: Path, frozen: int) -> None:
-        models, rollout = load(stage_of(frozen=frozen), tiny_model, reward_model)
+        models, rollout = load(config_of(frozen=frozen), tiny_model, reward_model)
         assert any(p.requires_grad for p in models.actor.parameters())
         assert any(p.requires_grad for p in models.critic.parameters())
         for module in (models.reference, models.reward_model, rollout.model):
             assert not any(p.requires_grad for p in module.parameters())
 
     def test_reference_and_rollout_start_as_the_actor(self, tiny_model: Path, reward_model: Path) -> None:
-        models, rollout = load(stage_of(), tiny_model, reward_model)
+        models, rollout = load(config_of(), tiny_model, reward_model)
         for lm in (models.reference.lm, rollout.model):
             pairs = zip(lm.parameters(), models.actor.lm.parameters(), strict=True)
             assert all(torch.equal(a, b) and a is not b for a, b in pairs)
@@ -91,14 +91,14 @@ class TestWhatIsTrained:
     def test_before_the_first_update_the_kl_is_exactly_zero(
         self, tiny_model: Path, reward_model: Path, frozen: int, dtype: torch.dtype
     ) -> None:
-        models, _ = load_models(stage_of(frozen=frozen), tiny_model, reward_model, dtype=dtype, prompts=[])
-        ours, theirs = (actor(BATCH, Distribution())[0] for actor in (models.actor, models.reference))
+        models, _ = load_models(config_of(frozen=frozen), tiny_model, reward_model, dtype=dtype, prompts=[])
+        ours, theirs = (actor(BATCH, SamplingDistribution())[0] for actor in (models.actor, models.reference))
         assert torch.equal(ours, theirs)
 
     def test_the_critic_starts_as_the_reward_model(self, tiny_model: Path, reward_model: Path) -> None:
         """Same weights and same scale: the value of a whole text is its score."""
         for trains in ("layers", "head"):
-            models, _ = load(stage_of(critic={"trains": trains}), tiny_model, reward_model)
+            models, _ = load(config_of(critic={"trains": trains}), tiny_model, reward_model)
             # To rounding: two copies of the same weights lie differently in memory, and some processors multiply accordingly.
             torch.testing.assert_close(
                 models.critic.scores(BATCH), models.reward_model.scores(BATCH), rtol=1e-6, atol=1e-6
@@ -108,7 +108,7 @@ class TestWhatIsTrained:
     def test_a_critic_head_is_trained_apart_from_the_reward_models(
         self, tiny_model: Path, reward_model: Path, frozen: int
     ) -> None:
-        models, _ = load(stage_of(frozen=frozen, critic={"trains": "head"}), tiny_model, reward_model)
+        models, _ = load(config_of(frozen=frozen, critic={"trains": "head"}), tiny_model, reward_model)
         assert {n for n, p in models.critic.named_parameters() if p.requires_grad} == {"lm.score.weight"}
         before = models.reward_model.scores(BATCH)
         models.critic(BATCH).sum().backward()
@@ -121,7 +121,7 @@ class TestWhatIsTrained:
 class TestWithOwnHead:
     def test_shares_everything_but_the_head(self, reward_model: Path) -> None:
         lm = load_scalar_lm(reward_model, num_frozen_layers=0, dtype=torch.bfloat16, trainable=False)
-        twin = with_own_head(lm)
+        twin = copy_with_own_head(lm)
         assert twin.model is lm.model
         assert twin.score is not lm.score
         assert torch.equal(twin.score.weight, lm.score.weight.float())
@@ -133,28 +133,28 @@ class TestWithOwnHead:
 
 class TestScale:
     def test_is_the_artifacts(self, tiny_model: Path, reward_model: Path) -> None:
-        models, _ = load(stage_of(), tiny_model, reward_model)
+        models, _ = load(config_of(), tiny_model, reward_model)
         assert [(m.mean, m.std) for m in (models.reward_model, models.critic)] == [(0.2, 1.5)] * 2
 
     def test_is_none_where_the_settings_say_so(self, tiny_model: Path, reward_model: Path) -> None:
-        models, _ = load(stage_of(normalize_reward=False), tiny_model, reward_model)
+        models, _ = load(config_of(normalize_reward=False), tiny_model, reward_model)
         assert [(m.mean, m.std) for m in (models.reward_model, models.critic)] == [(0.0, 1.0)] * 2
 
     def test_must_be_there(self, tiny_model: Path, tmp_path: Path) -> None:
         lm = load_scalar_lm(tiny_model, num_frozen_layers=0, dtype=FP32, seed=0)
         save_model(lm, AutoTokenizer.from_pretrained(tiny_model), tmp_path, dtype=FP32)
         with pytest.raises(InputError, match="lacks reward_mean and reward_std"):
-            load(stage_of(), tiny_model, tmp_path)
-        load(stage_of(normalize_reward=False), tiny_model, tmp_path)
+            load(config_of(), tiny_model, tmp_path)
+        load(config_of(normalize_reward=False), tiny_model, tmp_path)
 
 
 def test_a_fine_tuned_model_is_no_reward_model(tiny_model: Path) -> None:
     with pytest.raises(InputError, match=r"lacks the weights score\.weight"):
-        load(stage_of(normalize_reward=False), tiny_model, tiny_model)
+        load(config_of(normalize_reward=False), tiny_model, tiny_model)
 
 
 def test_a_saved_policy_loads_and_carries_its_history(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
-    trainer = trainer_of(stage_of(), tiny_model, reward_model)
+    trainer = trainer_of(config_of(), tiny_model, reward_model)
     history = [{"iteration": 1.0, "score/mean": 0.1 + 0.2}, {"iteration": 2.0, "score/mean": -1e-9}]
     sample = ValidationSample(
         iteration=1, num_rollouts=8, prompt="It", response="is", num_tokens=2, truncated=True, score=0.5, kl=-0.1
@@ -168,5 +168,5 @@ def test_a_saved_policy_loads_and_carries_its_history(tiny_model: Path, reward_m
 
 
 def test_the_rollout_stops_at_the_models_own_stop_ids(tiny_model: Path, reward_model: Path) -> None:
-    _, rollout = load(stage_of(), tiny_model, reward_model)
+    _, rollout = load(config_of(), tiny_model, reward_model)
     assert rollout.stop_ids == (0,)

@@ -5,18 +5,18 @@ from statistics import mean
 
 import pytest
 
-from components.rlhf.checkpoints.folder import CheckpointFolder
-from components.rlhf.config.model import ModelSettings, SamplingSettings, TrainingSettings
-from components.rlhf.config.sft import SftSettings, SftStage
-from components.rlhf.config.storage import CheckpointSettings
+from components.rlhf.checkpoints.manager import CheckpointManager
+from components.rlhf.config.model import ModelConfig, SamplingConfig, TrainingConfig
+from components.rlhf.config.sft import SftConfig, SftStageConfig
+from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.data.records import Demonstration, Prompt
 from components.rlhf.data.tokenizer import load_tokenizer
-from components.rlhf.edges.progress import Progress
 from components.rlhf.models.loading import save_model
 from components.rlhf.rollout.protocol import RolloutEngine
+from components.rlhf.text.progress import Progress
 from components.sft.trainer import SftTrainer
-from tests.ppo.build import FP32, Recorder, load, make_reward_model, stage_of, trainer_of
-from tests.ppo.random_walks import EOS, GOAL, MAX_NODES, NUM_NODES, Walks, as_text, make_model, make_walks
+from tests.support.ppo_runs import FP32, Recorder, config_of, load, make_reward_model, trainer_of
+from tests.support.random_walks import EOS, GOAL, MAX_NODES, NUM_NODES, Walks, as_text, make_model, make_walks
 
 STARTS = [Prompt(prompt=as_text([node]), id=str(node)) for node in range(1, NUM_NODES)]
 
@@ -31,18 +31,18 @@ def imitator(walks: Walks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that was fine-tuned on the behaviour, with a fresh scalar head beside it for the critic to start from."""
     folder = tmp_path_factory.mktemp("walks")
     base = make_model(folder / "base", hidden_size=32)
-    stage = SftStage(
-        model=ModelSettings(precision="fp32"),
-        sft=SftSettings(
+    stage = SftStageConfig(
+        model=ModelConfig(precision="fp32"),
+        sft=SftConfig(
             num_epochs=100,
             max_steps=300,
             batch_size=128,
-            training=TrainingSettings(learning_rate=5e-3, warmup_fraction=0.05),
+            training=TrainingConfig(learning_rate=5e-3, warmup_fraction=0.05),
         ),
-        checkpoint=CheckpointSettings(),
+        checkpoint=CheckpointConfig(),
         seed=0,
     )
-    nowhere = CheckpointFolder(None, "sft/x", CheckpointSettings())
+    nowhere = CheckpointManager(None, "sft/x", CheckpointConfig())
     trainer = SftTrainer(stage, base, nowhere, Progress("sft"), Recorder())
     texts = [Demonstration(prompt=as_text(walk[:1]), completion=as_text(walk[1:])) for walk in walks.behaviour]
     tokenizer = load_tokenizer(base)
@@ -56,7 +56,7 @@ def mean_optimality(rollout: RolloutEngine, walks: Walks) -> float:
     """Over a hundred samples from each start, with draws that no training sees."""
     number = 100
     completions = rollout.generate(
-        STARTS * number, SamplingSettings(max_new_tokens=MAX_NODES, batch_size=500), range(10**9, 10**9 + 20 * number)
+        STARTS * number, SamplingConfig(max_new_tokens=MAX_NODES, batch_size=500), range(10**9, 10**9 + 20 * number)
     )
     return mean(walks.reward(c.prompt_ids, c.response_ids) for c in completions)
 
@@ -85,14 +85,14 @@ class TestTask:
 
 
 def test_imitation_walks_like_the_behaviour(imitator: Path, walks: Walks) -> None:
-    _, rollout = load(stage_of(), imitator / "sft", imitator / "critic")
+    _, rollout = load(config_of(), imitator / "sft", imitator / "critic")
     behaviour = mean(walks.optimality(walk) for walk in walks.behaviour)
     assert mean_optimality(rollout, walks) == pytest.approx(behaviour, abs=0.05)
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_ppo_finds_the_best_walks(imitator: Path, walks: Walks, frozen: int) -> None:
-    stage = stage_of(
+    stage = config_of(
         frozen=frozen,
         seed=0,
         num_iterations=30,

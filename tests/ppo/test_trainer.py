@@ -9,21 +9,21 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from components.ppo.curves import PANELS
-from components.ppo.trainer import PpoTrainer, final_metrics, own_rows
+from components.ppo.trainer import PpoTrainer, final_metrics, local_rows
 from components.rlhf.data.records import Prompt
 from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.engine.group import SingleProcess
-from components.rlhf.errors import InputError
 from components.rlhf.maths.kl import adapt_kl_coef
-from tests.ppo.build import (
+from components.rlhf.text.errors import InputError
+from tests.support.ppo_runs import (
     PROMPTS,
     VALIDATION,
     Row,
+    checkpoints_every_step,
+    config_of,
     largest_gap,
     load,
-    saving,
     share_of_low_ids,
-    stage_of,
     trainer_of,
     weights,
     without_times,
@@ -37,7 +37,7 @@ def number_of(value: float) -> Any:
 
 class TestHistory:
     def test_has_every_curve_and_only_numbers(self, tiny_model: Path, reward_model: Path) -> None:
-        trainer = trainer_of(stage_of(eval_every=1), tiny_model, reward_model)
+        trainer = trainer_of(config_of(eval_every=1), tiny_model, reward_model)
         history = trainer.train(PROMPTS, VALIDATION)
         assert [row["iteration"] for row in history] == [1.0, 2.0]
         for row in history:
@@ -48,7 +48,7 @@ class TestHistory:
         assert set(history[0]) == set(history[1])
 
     def test_is_what_was_tracked(self, tiny_model: Path, reward_model: Path) -> None:
-        trainer = trainer_of(stage_of(), tiny_model, reward_model)
+        trainer = trainer_of(config_of(), tiny_model, reward_model)
         history = trainer.train(PROMPTS, [])
         rows = trainer.tracker.rows
         assert [{"iteration": float(step), **row} for step, row in rows.items()] == history
@@ -68,7 +68,7 @@ class TestPrompts:
         return [[p.id for p in trainer._prompts_of(i, prompts)] for i in range(1, iterations + 1)]
 
     def test_every_prompt_once_an_epoch_in_another_order(self, tiny_model: Path, reward_model: Path) -> None:
-        trainer = trainer_of(stage_of(rollout={"num_prompts": 4}), tiny_model, reward_model)
+        trainer = trainer_of(config_of(rollout={"num_prompts": 4}), tiny_model, reward_model)
         prompts = [Prompt(prompt="a", id=str(i)) for i in range(10)]
         stream = sum(self.asked(trainer, prompts, 10), [])
         epochs = [stream[start : start + 10] for start in range(0, 40, 10)]
@@ -76,7 +76,7 @@ class TestPrompts:
         assert len({tuple(epoch) for epoch in epochs}) == 4
 
     def test_fewer_prompts_than_an_iteration_asks_for(self, tiny_model: Path, reward_model: Path) -> None:
-        trainer = trainer_of(stage_of(), tiny_model, reward_model)
+        trainer = trainer_of(config_of(), tiny_model, reward_model)
         for ids in self.asked(trainer, PROMPTS[:3], 3):
             assert len(ids) == 8
             assert min(ids.count(p.id) for p in PROMPTS[:3]) >= 2
@@ -84,7 +84,7 @@ class TestPrompts:
     def test_several_samples_of_each(
         self, tiny_model: Path, reward_model: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        stage = stage_of(rollout={"num_prompts": 4, "samples_per_prompt": 3}, minibatch=6)
+        stage = config_of(rollout={"num_prompts": 4, "samples_per_prompt": 3}, minibatch=6)
         trainer = trainer_of(stage, tiny_model, reward_model)
         calls: list[Any] = []
         plain = trainer.rollout.generate
@@ -113,7 +113,7 @@ class TestPrompts:
 
 class TestSeeds:
     def test_the_same_run_twice(self, tiny_model: Path, reward_model: Path) -> None:
-        runs = [trainer_of(stage_of(eval_every=2), tiny_model, reward_model) for _ in range(2)]
+        runs = [trainer_of(config_of(eval_every=2), tiny_model, reward_model) for _ in range(2)]
         torch.manual_seed(1)
         first = runs[0].train(PROMPTS, VALIDATION)
         torch.manual_seed(2)  # nothing hangs on torch's own generator
@@ -123,14 +123,14 @@ class TestSeeds:
 
     def test_another_seed_is_another_run(self, tiny_model: Path, reward_model: Path) -> None:
         rows = [
-            trainer_of(stage_of(seed=seed, num_iterations=1), tiny_model, reward_model).train(PROMPTS, [])[0]
+            trainer_of(config_of(seed=seed, num_iterations=1), tiny_model, reward_model).train(PROMPTS, [])[0]
             for seed in (1, 2)
         ]
         assert rows[0]["score/mean"] != rows[1]["score/mean"]
 
     @pytest.mark.parametrize("seed", [20_240_101, 2**31 - 1])
     def test_every_seed_that_the_settings_allow(self, tiny_model: Path, reward_model: Path, seed: int) -> None:
-        assert trainer_of(stage_of(seed=seed, num_epochs=2), tiny_model, reward_model).train(PROMPTS, [])
+        assert trainer_of(config_of(seed=seed, num_epochs=2), tiny_model, reward_model).train(PROMPTS, [])
 
 
 COEFFICIENTS = (0.0, 0.5, 5.0)
@@ -140,7 +140,7 @@ COEFFICIENTS = (0.0, 0.5, 5.0)
 def histories(tiny_model: Path, reward_model: Path) -> dict[float, list[Row]]:
     found = {}
     for kl_coef in COEFFICIENTS:
-        stage = stage_of(
+        stage = config_of(
             num_iterations=12,
             num_epochs=2,
             minibatch=64,
@@ -176,12 +176,12 @@ class TestLearning:
 
 class TestKlCoefficient:
     def test_stays_where_it_is(self, tiny_model: Path, reward_model: Path) -> None:
-        history = trainer_of(stage_of(kl_coef=0.3), tiny_model, reward_model).train(PROMPTS, [])
+        history = trainer_of(config_of(kl_coef=0.3), tiny_model, reward_model).train(PROMPTS, [])
         assert [row["kl/coef"] for row in history] == [0.3, 0.3]
 
     @pytest.mark.parametrize("target", [1e-4, 1e4])
     def test_steers_to_its_target(self, tiny_model: Path, reward_model: Path, target: float) -> None:
-        stage = stage_of(kl_coef=0.3, kl_target=target, kl_horizon=16.0, num_iterations=3)
+        stage = config_of(kl_coef=0.3, kl_target=target, kl_horizon=16.0, num_iterations=3)
         trainer = trainer_of(stage, tiny_model, reward_model)
         history = trainer.train(PROMPTS, [])
         coefficients = [*(row["kl/coef"] for row in history), trainer.kl_coef]
@@ -196,66 +196,66 @@ class TestKlCoefficient:
 
 
 class TestEnding:
-    def looks(self, tiny_model: Path, reward_model: Path, scores: list[float], **ppo: Any) -> PpoTrainer:
+    def evals(self, tiny_model: Path, reward_model: Path, scores: list[float], **ppo: Any) -> PpoTrainer:
         """A run whose validation objective is the next of the given scores, one a look."""
-        stage = stage_of(**({"num_iterations": 9, "eval_every": 1, "patience": 2, "kl_coef": 0.0} | ppo))
+        stage = config_of(**({"num_iterations": 9, "eval_every": 1, "patience": 2, "kl_coef": 0.0} | ppo))
         trainer = trainer_of(stage, tiny_model, reward_model)
         follow(trainer, scores)
         return trainer
 
     def test_after_so_many_looks_without_gain(self, tiny_model: Path, reward_model: Path) -> None:
-        trainer = self.looks(tiny_model, reward_model, [0.0, 1.0, 3.0, 2.0, 4.0, 4.0, 3.75, 99.0])
+        trainer = self.evals(tiny_model, reward_model, [0.0, 1.0, 3.0, 2.0, 4.0, 4.0, 3.75, 99.0])
         history = trainer.train(PROMPTS, VALIDATION)
         assert [row["validation/objective"] for row in history] == [1.0, 3.0, 2.0, 4.0, 4.0, 3.75]
 
     def test_looks_are_as_rare_as_the_settings_say(self, tiny_model: Path, reward_model: Path) -> None:
-        trainer = self.looks(tiny_model, reward_model, [0.0, 1.0, 0.5, 0.4, 99.0], eval_every=2)
+        trainer = self.evals(tiny_model, reward_model, [0.0, 1.0, 0.5, 0.4, 99.0], eval_every=2)
         history = trainer.train(PROMPTS, VALIDATION)
         assert len(history) == 6
         assert ["validation/objective" in row for row in history] == [False, True] * 3
 
     def test_never_without_patience(self, tiny_model: Path, reward_model: Path) -> None:
-        trainer = self.looks(tiny_model, reward_model, [4.0, 3.0, 2.0, 1.0, 0.0], patience=0, num_iterations=4)
+        trainer = self.evals(tiny_model, reward_model, [4.0, 3.0, 2.0, 1.0, 0.0], patience=0, num_iterations=4)
         assert len(trainer.train(PROMPTS, VALIDATION)) == 4
 
     def test_a_run_that_died_as_it_converged_stays_converged(
         self, tiny_model: Path, reward_model: Path, tmp_path: Path
     ) -> None:
         scores = [0.0, 1.0, 0.5, 0.4, 99.0]
-        first = self.looks(tiny_model, reward_model, scores)
-        first.checkpoints = saving(tmp_path)
+        first = self.evals(tiny_model, reward_model, scores)
+        first.checkpoints = checkpoints_every_step(tmp_path)
         history = first.train(PROMPTS, VALIDATION)  # and dies before its artifact is written
         assert len(history) == 3
-        again = self.looks(tiny_model, reward_model, scores[4:])
-        again.checkpoints = saving(tmp_path)
+        again = self.evals(tiny_model, reward_model, scores[4:])
+        again.checkpoints = checkpoints_every_step(tmp_path)
         assert again.train(PROMPTS, VALIDATION) == history
         assert largest_gap(weights(again), weights(first)) == 0.0
 
     def test_a_model_that_never_gets_better_than_it_started_has_converged(
         self, tiny_model: Path, reward_model: Path
     ) -> None:
-        trainer = self.looks(tiny_model, reward_model, [5.0, 1.0, 2.0, 99.0])
+        trainer = self.evals(tiny_model, reward_model, [5.0, 1.0, 2.0, 99.0])
         assert len(trainer.train(PROMPTS, VALIDATION)) == 2
 
     def test_the_objective_is_the_score_less_its_kl_cost(self, tiny_model: Path, reward_model: Path) -> None:
-        history = trainer_of(stage_of(kl_coef=0.7, eval_every=1), tiny_model, reward_model).train(PROMPTS, VALIDATION)
+        history = trainer_of(config_of(kl_coef=0.7, eval_every=1), tiny_model, reward_model).train(PROMPTS, VALIDATION)
         for row in history:
             expected = row["validation/score/mean"] - 0.7 * row["validation/kl/sequence"]
             assert row["validation/objective"] == pytest.approx(expected)
         assert history[1]["validation/kl/sequence"] != 0  # and the looks see the trained policy
 
     def test_looks_differ_by_the_policy_alone(self, tiny_model: Path, reward_model: Path) -> None:
-        stage = stage_of(eval_every=1, training={"learning_rate": 1e-12}, critic={"learning_rate": 1e-12})
+        stage = config_of(eval_every=1, training={"learning_rate": 1e-12}, critic={"learning_rate": 1e-12})
         rows = trainer_of(stage, tiny_model, reward_model).train(PROMPTS, VALIDATION)
-        looks = [{name: value for name, value in row.items() if name.startswith("validation/")} for row in rows]
-        assert looks[0] == pytest.approx(looks[1], abs=1e-4)
+        evals = [{name: value for name, value in row.items() if name.startswith("validation/")} for row in rows]
+        assert evals[0] == pytest.approx(evals[1], abs=1e-4)
 
 
 class TestLooks:
     """What a run says to its validation prompts is kept, so that a judge can look at the training afterwards."""
 
     def test_keep_every_response_from_before_the_first_update_on(self, tiny_model: Path, reward_model: Path) -> None:
-        trainer = trainer_of(stage_of(num_iterations=4, eval_every=2), tiny_model, reward_model)
+        trainer = trainer_of(config_of(num_iterations=4, eval_every=2), tiny_model, reward_model)
         history = trainer.train(PROMPTS, VALIDATION)
         size = len(VALIDATION)
         assert [s.iteration for s in trainer.validation] == [0] * size + [2] * size + [4] * size
@@ -271,25 +271,25 @@ class TestLooks:
         assert sum(not s.truncated for s in last) / size == pytest.approx(row["validation/response/eos_rate"])
 
     def test_the_first_is_tracked_at_step_0(self, tiny_model: Path, reward_model: Path) -> None:
-        trainer = trainer_of(stage_of(eval_every=1), tiny_model, reward_model)
+        trainer = trainer_of(config_of(eval_every=1), tiny_model, reward_model)
         trainer.train(PROMPTS, VALIDATION)
         assert trainer.tracker.rows[0]["validation/kl/sequence"] == 0.0
 
     def test_without_looks_nothing_is_kept(self, tiny_model: Path, reward_model: Path) -> None:
-        trainer = trainer_of(stage_of(), tiny_model, reward_model)
+        trainer = trainer_of(config_of(), tiny_model, reward_model)
         trainer.train(PROMPTS, VALIDATION)
         assert trainer.validation == []
         assert 0 not in trainer.tracker.rows
 
     def test_survive_a_death(self, tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
-        whole = trainer_of(stage_of(num_iterations=3, eval_every=1), tiny_model, reward_model)
+        whole = trainer_of(config_of(num_iterations=3, eval_every=1), tiny_model, reward_model)
         whole.train(PROMPTS, VALIDATION)
-        first = trainer_of(stage_of(num_iterations=3, eval_every=1), tiny_model, reward_model)
-        first.checkpoints = saving(tmp_path)
+        first = trainer_of(config_of(num_iterations=3, eval_every=1), tiny_model, reward_model)
+        first.checkpoints = checkpoints_every_step(tmp_path)
         first.ppo = first.ppo.model_copy(update={"num_iterations": 2})
         first.train(PROMPTS, VALIDATION)
-        again = trainer_of(stage_of(num_iterations=3, eval_every=1), tiny_model, reward_model)
-        again.checkpoints = saving(tmp_path)
+        again = trainer_of(config_of(num_iterations=3, eval_every=1), tiny_model, reward_model)
+        again.checkpoints = checkpoints_every_step(tmp_path)
         again.train(PROMPTS, VALIDATION)
         assert again.validation == whole.validation
 
@@ -308,8 +308,8 @@ def follow(trainer: PpoTrainer, scores: list[float]) -> None:
 
     trainer.rollout.generate = generate
     model = trainer.models.reward_model
-    read = model.read
-    model.read = lambda features: (
+    read = model.apply_head
+    model.apply_head = lambda features: (
         torch.full(features.shape[:-1], state["score"]) if state["looking"] else read(features)
     )
 
@@ -329,13 +329,13 @@ class TestResume:
     def test_goes_on_as_if_nothing_had_happened(
         self, tiny_model: Path, reward_model: Path, tmp_path: Path, die_at: int, frozen: int, trains: str
     ) -> None:
-        stage = stage_of(frozen=frozen, critic={"trains": trains}, **self.OPTIONS)
+        stage = config_of(frozen=frozen, critic={"trains": trains}, **self.OPTIONS)
         undisturbed = trainer_of(stage, tiny_model, reward_model)
         expected = undisturbed.train(PROMPTS, VALIDATION)
-        dying = trainer_of(stage, tiny_model, reward_model, checkpoints=saving(tmp_path), die_at=die_at)
+        dying = trainer_of(stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path), die_at=die_at)
         with pytest.raises(KeyboardInterrupt):
             dying.train(PROMPTS, VALIDATION)
-        resumed = trainer_of(stage, tiny_model, reward_model, checkpoints=saving(tmp_path))
+        resumed = trainer_of(stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path))
         assert without_times(resumed.train(PROMPTS, VALIDATION)) == without_times(expected)
         assert largest_gap(weights(resumed), weights(undisturbed)) == 0.0
         assert resumed.kl_coef == undisturbed.kl_coef
@@ -343,8 +343,10 @@ class TestResume:
         assert set(resumed.tracker.rows) == set(range(die_at, 5))
 
     def test_other_frozen_layers_are_refused(self, tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
-        trainer_of(stage_of(), tiny_model, reward_model, checkpoints=saving(tmp_path)).train(PROMPTS, [])
-        other = trainer_of(stage_of(frozen=1), tiny_model, reward_model, checkpoints=saving(tmp_path))
+        trainer_of(config_of(), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path)).train(
+            PROMPTS, []
+        )
+        other = trainer_of(config_of(frozen=1), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path))
         with pytest.raises(InputError, match="holds other weights than are trained here"):
             other.train(PROMPTS, [])
 
@@ -368,7 +370,7 @@ class TestPadding:
         assert load_tokenizer(tiny_model).pad_token_id == load_tokenizer(tiny_model).eos_token_id == 0
         assert load_tokenizer(folders[0]).pad_token_id == 200
         options: dict[str, Any] = {"frozen": 1, "missing_eos_penalty": 1.0, "sampling": {"temperature": 2.0}}
-        runs = [trainer_of(stage_of(**options), *pair) for pair in ((tiny_model, reward_model), folders)]
+        runs = [trainer_of(config_of(**options), *pair) for pair in ((tiny_model, reward_model), folders)]
         for run in runs:
             run.distribution = type(run.distribution)(temperature=2.0, stop_ids=(0, 200, *range(1, 50)))
             run.rollout.stop_ids = run.distribution.stop_ids
@@ -381,7 +383,7 @@ class TestPadding:
 class TestSync:
     def test_the_rollout_samples_from_what_was_trained(self, tiny_model: Path, reward_model: Path) -> None:
         for frozen in (0, 2):
-            trainer = trainer_of(stage_of(frozen=frozen), tiny_model, reward_model)
+            trainer = trainer_of(config_of(frozen=frozen), tiny_model, reward_model)
             history = trainer.train(PROMPTS, [])
             ours = dict(trainer.models.actor.lm.named_parameters())
             assert all(torch.equal(p, ours[name]) for name, p in trainer.rollout.model.named_parameters())
@@ -392,7 +394,9 @@ class TestSync:
 
 class TestNotFinite:
     def test_weights_that_are_no_numbers(self, tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
-        trainer = trainer_of(stage_of(num_iterations=3), tiny_model, reward_model, checkpoints=saving(tmp_path))
+        trainer = trainer_of(
+            config_of(num_iterations=3), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path)
+        )
         save = trainer.checkpoints.save
 
         def save_and_break(step: int, *args: Any) -> None:
@@ -409,25 +413,25 @@ class TestNotFinite:
         assert f"the last good checkpoint is {tmp_path}/ppo/x/step-00000001" in str(error.value)
 
     def test_a_learning_rate_beyond_all_measure(self, tiny_model: Path, reward_model: Path) -> None:
-        stage = stage_of(training={"learning_rate": 1e30})
+        stage = config_of(training={"learning_rate": 1e30})
         with pytest.raises(InputError, match="is (nan|inf) at step"):
             trainer_of(stage, tiny_model, reward_model).train(PROMPTS, [])
 
     def test_a_reward_that_is_no_number_names_its_prompt(self, tiny_model: Path, reward_model: Path) -> None:
-        trainer = trainer_of(stage_of(), tiny_model, reward_model, reward=number_of(math.inf))
+        trainer = trainer_of(config_of(), tiny_model, reward_model, reward=number_of(math.inf))
         with pytest.raises(InputError, match="The reward model gave inf to the response .* to prompt 'prompt-"):
             trainer.train(PROMPTS, [])
 
 
 def test_fixed_lengths_are_all_truncated(tiny_model: Path, reward_model: Path) -> None:
-    stage = stage_of(sampling={"max_new_tokens": 4, "min_new_tokens": 4}, num_iterations=1)
+    stage = config_of(sampling={"max_new_tokens": 4, "min_new_tokens": 4}, num_iterations=1)
     row = trainer_of(stage, tiny_model, reward_model).train(PROMPTS, [])[0]
     assert row["response/length"] == 4.0
     assert row["response/eos_rate"] == 0.0
 
 
 def test_loading_twice_gives_models_of_their_own(tiny_model: Path, reward_model: Path) -> None:
-    a, b = (load(stage_of(), tiny_model, reward_model)[0] for _ in range(2))
+    a, b = (load(config_of(), tiny_model, reward_model)[0] for _ in range(2))
     assert a.actor.lm.model.norm is not b.actor.lm.model.norm
 
 
@@ -436,5 +440,5 @@ def test_each_process_has_an_equal_share_of_every_minibatch() -> None:
     for rank in (0, 1):
         group = SingleProcess()
         group.rank, group.world_size = rank, 2
-        shares.append(own_rows(12, 6, group))
+        shares.append(local_rows(12, 6, group))
     assert shares == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]

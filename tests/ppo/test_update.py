@@ -11,8 +11,8 @@ from components.ppo.experience import Experience, make_experience
 from components.ppo.trainer import PpoTrainer
 from components.ppo.update import _order, update
 from components.rlhf.data.records import Completion
-from components.rlhf.errors import InputError
-from tests.ppo.build import PROMPTS, completion, largest_gap, stage_of, trainer_of, weights
+from components.rlhf.text.errors import InputError
+from tests.support.ppo_runs import PROMPTS, completion, config_of, largest_gap, trainer_of, weights
 
 
 def completions() -> list[Completion]:
@@ -46,7 +46,7 @@ class TestFirstRatio:
     @pytest.mark.parametrize("frozen", [0, 1, 2])
     @pytest.mark.parametrize("microbatch_tokens", [1, 20, 4096])
     def test_is_exactly_one(self, tiny_model: Path, reward_model: Path, frozen: int, microbatch_tokens: int) -> None:
-        stage = stage_of(
+        stage = config_of(
             frozen=frozen, minibatch=8, sampling={"temperature": 0.7}, training={"microbatch_tokens": microbatch_tokens}
         )
         row = run(trainer_of(stage, tiny_model, reward_model))
@@ -59,7 +59,7 @@ class TestFirstRatio:
     def test_also_in_the_loop_where_the_kl_to_the_reference_is_exactly_zero(
         self, tiny_model: Path, reward_model: Path, frozen: int
     ) -> None:
-        stage = stage_of(frozen=frozen, minibatch=4, num_epochs=2, training={"microbatch_tokens": 30})
+        stage = config_of(frozen=frozen, minibatch=4, num_epochs=2, training={"microbatch_tokens": 30})
         first, second = trainer_of(stage, tiny_model, reward_model).train(PROMPTS, [])
         assert first["actor/first_ratio_error"] == 0.0
         assert first["kl/sequence"] == 0.0
@@ -69,7 +69,7 @@ class TestFirstRatio:
         assert second["kl/sequence"] != 0.0
 
     def test_is_not_one_when_the_old_policy_is_another(self, tiny_model: Path, reward_model: Path) -> None:
-        trainer = trainer_of(stage_of(minibatch=8), tiny_model, reward_model)
+        trainer = trainer_of(config_of(minibatch=8), tiny_model, reward_model)
         e = experience_of(trainer)
         shifted = replace(e, old_logprobs=torch.where(e.batch.response_mask, e.old_logprobs - math.log(2), 0))
         row = run(trainer, shifted)
@@ -83,7 +83,7 @@ class TestSteps:
     def test_one_a_minibatch_and_epoch(
         self, tiny_model: Path, reward_model: Path, minibatch: int, epochs: int, steps: int, microbatch_tokens: int
     ) -> None:
-        stage = stage_of(minibatch=minibatch, num_epochs=epochs, training={"microbatch_tokens": microbatch_tokens})
+        stage = config_of(minibatch=minibatch, num_epochs=epochs, training={"microbatch_tokens": microbatch_tokens})
         trainer = trainer_of(stage, tiny_model, reward_model)
         run(trainer)
         assert [engine.steps_done for engine in trainer.engines.values()] == [steps, steps]
@@ -92,7 +92,7 @@ class TestSteps:
         self, tiny_model: Path, reward_model: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         trainer = trainer_of(
-            stage_of(minibatch=4, num_epochs=2, training={"microbatch_tokens": 20}), tiny_model, reward_model
+            config_of(minibatch=4, num_epochs=2, training={"microbatch_tokens": 20}), tiny_model, reward_model
         )
         seen: list[list[int]] = []
         plain = update_module._step
@@ -124,7 +124,7 @@ class TestSteps:
         runs, rows = [], []
         for tokens in (4096, 30, 1):
             training = {"microbatch_tokens": tokens, "learning_rate": 1e-4}
-            stage = stage_of(
+            stage = config_of(
                 frozen=1, minibatch=8, loss_aggregation=aggregation, training=training, critic={"learning_rate": 1e-4}
             )
             trainer = trainer_of(stage, tiny_model, reward_model)
@@ -140,7 +140,7 @@ class TestSteps:
     def test_the_shared_path_updates_like_the_unshared_one(
         self, tiny_model: Path, reward_model: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        stage = stage_of(frozen=2, minibatch=4, num_epochs=2)
+        stage = config_of(frozen=2, minibatch=4, num_epochs=2)
         shared = trainer_of(stage, tiny_model, reward_model)
         unshared = trainer_of(stage, tiny_model, reward_model)
         unshared.models = replace(unshared.models, shared_trunk=False)
@@ -154,7 +154,7 @@ class TestSteps:
     def test_a_critic_with_its_head_alone_uses_the_features_of_the_rollout(
         self, tiny_model: Path, reward_model: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        trainer = trainer_of(stage_of(frozen=1, critic={"trains": "head"}), tiny_model, reward_model)
+        trainer = trainer_of(config_of(frozen=1, critic={"trains": "head"}), tiny_model, reward_model)
         e = experience_of(trainer)
         assert e.features is not None
         before = weights(trainer)
@@ -170,7 +170,7 @@ class TestSteps:
 
     def test_the_reward_model_and_the_reference_stay(self, tiny_model: Path, reward_model: Path) -> None:
         for trains in ("layers", "head"):
-            trainer = trainer_of(stage_of(frozen=1, critic={"trains": trains}), tiny_model, reward_model)
+            trainer = trainer_of(config_of(frozen=1, critic={"trains": trains}), tiny_model, reward_model)
             kept = [trainer.models.reward_model, trainer.models.reference]
             before = [[p.clone() for p in module.parameters()] for module in kept]
             run(trainer)
@@ -183,7 +183,7 @@ class TestDirection:
 
     def test_good_responses_become_likelier(self, tiny_model: Path, reward_model: Path) -> None:
         training = {"learning_rate": 3e-3, "max_grad_norm": 0.0}
-        stage = stage_of(minibatch=8, num_epochs=20, clip_range=1.0, training=training)
+        stage = config_of(minibatch=8, num_epochs=20, clip_range=1.0, training=training)
         trainer = trainer_of(stage, tiny_model, reward_model)
         e = experience_of(trainer)
         run(trainer, e)
@@ -194,7 +194,7 @@ class TestDirection:
     @pytest.mark.parametrize("trains", ["layers", "head"])
     def test_values_come_closer_to_the_returns(self, tiny_model: Path, reward_model: Path, trains: str) -> None:
         critic = {"trains": trains, "learning_rate": {"layers": 3e-3, "head": 3e-2}[trains]}
-        stage = stage_of(minibatch=8, num_epochs=20, value_clip_range=None, critic=critic)
+        stage = config_of(minibatch=8, num_epochs=20, value_clip_range=None, critic=critic)
         trainer = trainer_of(stage, tiny_model, reward_model)
         e = experience_of(trainer)
         run(trainer, e)
@@ -207,7 +207,7 @@ class TestDirection:
 class TestNotFinite:
     @pytest.mark.parametrize("name", ["advantages", "returns"])
     def test_names_the_minibatch_and_touches_nothing(self, tiny_model: Path, reward_model: Path, name: str) -> None:
-        trainer = trainer_of(stage_of(minibatch=4), tiny_model, reward_model)
+        trainer = trainer_of(config_of(minibatch=4), tiny_model, reward_model)
         e = experience_of(trainer)
         bad = getattr(e, name).clone()
         bad[6, 0] = math.nan
@@ -223,7 +223,7 @@ class TestNotFinite:
         assert all(torch.equal(after[key], stage_before[key]) for key in after if key.startswith(model))
 
     def test_names_the_second_minibatch(self, tiny_model: Path, reward_model: Path) -> None:
-        trainer = trainer_of(stage_of(minibatch=4, training={"microbatch_tokens": 20}), tiny_model, reward_model)
+        trainer = trainer_of(config_of(minibatch=4, training={"microbatch_tokens": 20}), tiny_model, reward_model)
         e = experience_of(trainer)
         bad = e.advantages.clone()
         bad[6, 0] = math.inf
@@ -245,7 +245,7 @@ class TestImportance:
             return plain(*args, **options)
 
         monkeypatch.setattr(update_module, "policy_loss", recording)
-        stage = stage_of(importance_clip=(0.01, 2.0), minibatch=4, num_epochs=2)
+        stage = config_of(importance_clip=(0.01, 2.0), minibatch=4, num_epochs=2)
         trainer = trainer_of(stage, tiny_model, reward_model)
         e = experience_of(trainer)
         row = run(trainer, e)
@@ -262,7 +262,7 @@ class TestImportance:
     def test_of_engines_that_agree_changes_nothing(self, tiny_model: Path, reward_model: Path) -> None:
         rows, ends = [], []
         for clip in (None, (0.5, 5.0)):
-            trainer = trainer_of(stage_of(importance_clip=clip), tiny_model, reward_model)
+            trainer = trainer_of(config_of(importance_clip=clip), tiny_model, reward_model)
             e = experience_of(trainer)
             rows.append(run(trainer, replace(e, engine_logprobs=e.old_logprobs)))
             ends.append(weights(trainer))

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from components.rlhf.errors import InputError
-from tests.ppo.build import PROMPTS, VALIDATION, make_reward_model, share_of_low_ids, stage_of, trainer_of
-from tests.tiny import make_tiny_model
+from components.rlhf.text.errors import InputError
+from tests.support.ppo_runs import PROMPTS, VALIDATION, config_of, make_reward_model, share_of_low_ids, trainer_of
+from tests.support.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.vllm
 RUN = {
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scores_of(folder: Path, engine: str, **changes: object) -> list[float]:
-    stage = stage_of(**RUN, rollout={"engine": engine, "num_prompts": 128}, sampling=SAMPLING, **changes)
+    stage = config_of(**RUN, rollout={"engine": engine, "num_prompts": 128}, sampling=SAMPLING, **changes)
     trainer = trainer_of(stage, folder / "sft", folder / "reward", reward=lambda p, r: 3 * share_of_low_ids(p, r))
     try:
         history = trainer.train(PROMPTS, VALIDATION)

@@ -17,8 +17,8 @@ from click.testing import CliRunner, Result
 from components.import_model.__main__ import main as import_model
 from components.prepare_data.__main__ import main as prepare_data
 from components.rlhf.artifacts.directory import open_artifact
-from components.rlhf.config.data import PrepareDataStage
-from components.rlhf.config.imports import ImportStage
+from components.rlhf.config.import_model import ImportModelStageConfig
+from components.rlhf.config.prepare_data import PrepareDataStageConfig
 from components.rlhf.data.datasets import load_records, read_header
 from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText
 
@@ -69,7 +69,7 @@ def write_sources(folder: Path) -> dict[str, Any]:
 def arguments(
     base: Path, out: Path, data: dict[str, Any], *, num_evaluation_prompts: int = 8, seed: int = 0
 ) -> list[str]:
-    stage = PrepareDataStage.model_validate(
+    stage = PrepareDataStageConfig.model_validate(
         {"data": data, "num_evaluation_prompts": num_evaluation_prompts, "seed": seed}
     )
     options = [item for name in OUTPUTS for item in (f"--{name.replace('_', '-')}", str(out / name))]
@@ -83,7 +83,7 @@ def call(*given: Any, executor_input: str = "", **options: Any) -> Result:
 @pytest.fixture(scope="module")
 def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("base") / "model"
-    settings = ImportStage(kind="base_model", source=str(tiny_model)).canonical_json()
+    settings = ImportModelStageConfig(kind="base_model", source=str(tiny_model)).canonical_json()
     done = CliRunner().invoke(import_model, ["--model", str(target), "--settings", settings])
     assert done.exit_code == 0, done.stderr
     return target
@@ -138,7 +138,7 @@ def test_every_output_is_a_whole_artifact_made_from_the_base_model(good: Path, b
         assert manifest.parents == {"base_model": parent.digest}
         assert manifest.tokenizer_digest == parent.tokenizer_digest
         assert manifest.chat_template_digest == parent.chat_template_digest
-        assert read_header(good / output)["max_tokens"] == 100
+        assert read_header(good / output).max_tokens == 100
     assert not [path for path in good.iterdir() if path.name.startswith(".")]
 
 

@@ -7,14 +7,14 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from components.reward_model.calibration import calibrate, cut_to_half, sample_responses
-from components.reward_model.evaluate import finish
-from components.rlhf.config.model import SamplingSettings
+from components.reward_model.evaluate import calibrate_and_measure
+from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.records import Completion, PreferencePair, Prompt
-from components.rlhf.errors import InputError
-from components.rlhf.models.loading import load_scalar_lm, normalisation_of, save_model
+from components.rlhf.models.loading import load_scalar_lm, reward_normalization, save_model
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rewards.reward_model import RewardModelScorer
-from tests.reward_model.build import HELDOUT, PAIRS, stage_of, trainer_of
+from components.rlhf.text.errors import InputError
+from tests.support.reward_model_runs import HELDOUT, PAIRS, config_of, trainer_of
 
 PROMPTS = [Prompt(prompt=text, id=text) for text in ("It is", "It was", "We saw", "This", "A", "So")]
 
@@ -69,7 +69,7 @@ class TestCutToHalf:
 class TestSampleResponses:
     def test_one_a_prompt_and_the_same_every_time(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         model = trainer_of(tiny_model).model
-        sampling = SamplingSettings(max_new_tokens=5, batch_size=4)
+        sampling = SamplingConfig(max_new_tokens=5, batch_size=4)
         found = [sample_responses(tiny_model, tokenizer, PROMPTS, sampling, model=model, seed=s) for s in (1, 1, 2)]
         ids = [[c.response_ids for c in responses] for responses in found]
         assert ids[0] == ids[1] != ids[2]
@@ -78,25 +78,27 @@ class TestSampleResponses:
 
 
 class TestFinish:
-    def finish(
+    def calibrate_and_measure(
         self, folder: Path, model: ScalarModel, tokenizer: PreTrainedTokenizerBase, **settings: int
     ) -> dict[str, float]:
-        return finish(model, stage_of(**settings), folder, tokenizer, pairs=HELDOUT, prompts=PROMPTS * 3, max_tokens=64)
+        return calibrate_and_measure(
+            model, config_of(**settings), folder, tokenizer, pairs=HELDOUT, prompts=PROMPTS * 3, max_tokens=64
+        )
 
     def test_scores_of_the_fine_tuned_model_have_mean_zero_and_spread_one(
         self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
     ) -> None:
         trainer = trainer_of(tiny_model, num_epochs=8)
         trainer.train(tokenizer, PAIRS, max_tokens=64)
-        stage = stage_of()
-        numbers = self.finish(tiny_model, trainer.model, tokenizer)
+        stage = config_of()
+        numbers = self.calibrate_and_measure(tiny_model, trainer.model, tokenizer)
         assert numbers["num_calibration_samples"] == 16
         assert numbers["num_heldout_pairs"] == len(HELDOUT)
         assert 0.5 < numbers["heldout_accuracy"] <= 1
         assert 0 <= numbers["heldout_accuracy_cut"] <= 1
         # PPO loads the artifact and scores with its scale: its first scores are standard.
         save_model(trainer.model.lm, tokenizer, tmp_path, dtype=torch.float32)
-        mean, std = normalisation_of(tmp_path)
+        mean, std = reward_normalization(tmp_path)
         assert (mean, std) == (numbers["reward_mean"], numbers["reward_std"])
         lm = load_scalar_lm(tmp_path, num_frozen_layers=0, dtype=torch.float32)
         loaded = ScalarModel(lm, num_frozen_layers=0, dtype=torch.float32, mean=mean, std=std)
@@ -109,7 +111,7 @@ class TestFinish:
 
     def test_no_samples_leave_raw_scores(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         model = trainer_of(tiny_model).model
-        numbers = self.finish(tiny_model, model, tokenizer, num_calibration_samples=0)
+        numbers = self.calibrate_and_measure(tiny_model, model, tokenizer, num_calibration_samples=0)
         assert (numbers["reward_mean"], numbers["reward_std"]) == (0.0, 1.0)
         assert (model.mean, model.std) == (0.0, 1.0)
 
@@ -117,6 +119,8 @@ class TestFinish:
         names = ("heldout_accuracy", "heldout_accuracy_cut")
         found = []
         for samples in (0, 16):
-            numbers = self.finish(tiny_model, trainer_of(tiny_model).model, tokenizer, num_calibration_samples=samples)
+            numbers = self.calibrate_and_measure(
+                tiny_model, trainer_of(tiny_model).model, tokenizer, num_calibration_samples=samples
+            )
             found.append([numbers[name] for name in names])
         assert found[0] == found[1]

@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from components.reward_model.trainer import EncodedPair, RewardModelTrainer, as_markdown
-from components.rlhf.config.model import LoraSettings
+from components.rlhf.config.model import LoraConfig
 from components.rlhf.data.records import PreferencePair
 from components.rlhf.data.tokenizer import EncodedText
-from components.rlhf.errors import InputError
-from tests.reward_model.build import PAIRS, saving, trainer_of
+from components.rlhf.text.errors import InputError
+from tests.support.reward_model_runs import PAIRS, checkpoints_every_step, trainer_of
 
 # Tokens of a pair's two responses: unequal, equal, and one too short to share a cut of 3.
 SIZES = [(5, 3), (4, 4), (6, 2), (1, 1)]
@@ -145,7 +145,7 @@ class TestTraining:
 
 class TestAdapters:
     def test_learn_the_pairs_with_the_head(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        trainer = trainer_of(tiny_model, frozen=1, lora=LoraSettings(rank=8), num_epochs=8)
+        trainer = trainer_of(tiny_model, frozen=1, lora=LoraConfig(rank=8), num_epochs=8)
         before = weights(trainer)
         train(trainer, tokenizer)
         rows = trainer.tracker.rows
@@ -156,7 +156,7 @@ class TestAdapters:
 
     def test_start_at_the_loss_of_the_plain_model(self, tiny_model: Path) -> None:
         losses = [
-            trainer_of(tiny_model, lora=lora).losses(encoded_pairs())[0].tolist() for lora in (None, LoraSettings())
+            trainer_of(tiny_model, lora=lora).losses(encoded_pairs())[0].tolist() for lora in (None, LoraConfig())
         ]
         assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
@@ -169,8 +169,8 @@ class TestResume:
         undisturbed = trainer_of(tiny_model)
         expected = train(undisturbed, tokenizer)
         with pytest.raises(KeyboardInterrupt):
-            train(trainer_of(tiny_model, checkpoints=saving(tmp_path), die_at=die_at), tokenizer)
-        resumed = trainer_of(tiny_model, checkpoints=saving(tmp_path))
+            train(trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path), die_at=die_at), tokenizer)
+        resumed = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path))
         assert train(resumed, tokenizer) == expected
         assert all(torch.equal(weight, weights(undisturbed)[name]) for name, weight in weights(resumed).items())
         assert resumed.tracker.rows == {step: undisturbed.tracker.rows[step] for step in range(die_at, 7)}
@@ -188,8 +188,8 @@ class TestNotFinite:
         self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
     ) -> None:
         with pytest.raises(KeyboardInterrupt):
-            train(trainer_of(tiny_model, checkpoints=saving(tmp_path), die_at=3), tokenizer)
-        broken = trainer_of(tiny_model, checkpoints=saving(tmp_path))
+            train(trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path), die_at=3), tokenizer)
+        broken = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path))
         broken._step = lambda *args, **options: _broken_step(broken, *args, **options)  # type: ignore[method-assign]
         with pytest.raises(InputError, match="is nan at step 3") as error:
             train(broken, tokenizer)

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from components.rlhf.checkpoints.folder import CheckpointFolder
-from components.rlhf.config.model import LoraSettings, ModelSettings, TrainingSettings
-from components.rlhf.config.sft import SftSettings, SftStage
-from components.rlhf.config.storage import CheckpointSettings
+from components.rlhf.checkpoints.manager import CheckpointManager
+from components.rlhf.config.model import LoraConfig, ModelConfig, TrainingConfig
+from components.rlhf.config.sft import SftConfig, SftStageConfig
+from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.data.records import Demonstration
 from components.rlhf.data.tokenizer import EncodedText, encode_text
-from components.rlhf.edges.progress import Progress
-from components.rlhf.edges.storage import FolderStore
-from components.rlhf.edges.tracking import NullTracker
-from components.rlhf.errors import InputError
+from components.rlhf.storage.store import FolderStore
+from components.rlhf.text.errors import InputError
+from components.rlhf.text.progress import Progress
+from components.rlhf.tracking.mlflow import NullTracker
 from components.sft.trainer import SftTrainer, as_markdown
 
 DATA = [
@@ -44,21 +44,21 @@ class Recorder(NullTracker):
 def trainer_of(
     folder: Path,
     *,
-    checkpoints: CheckpointFolder | None = None,
+    checkpoints: CheckpointManager | None = None,
     frozen: int = 0,
-    lora: LoraSettings | None = None,
+    lora: LoraConfig | None = None,
     die_at: int = 0,
     **sft: Any,
 ) -> SftTrainer:
     training = {"learning_rate": 1e-2, "schedule": "cosine", "warmup_fraction": 0.2, "microbatch_tokens": 64}
     defaults = {"num_epochs": 2, "batch_size": 4}
-    stage = SftStage(
-        model=ModelSettings(num_frozen_layers=frozen, precision="fp32", lora=lora),
-        sft=SftSettings(training=TrainingSettings(**(training | sft.pop("training", {}))), **(defaults | sft)),
-        checkpoint=CheckpointSettings(),
+    stage = SftStageConfig(
+        model=ModelConfig(num_frozen_layers=frozen, precision="fp32", lora=lora),
+        sft=SftConfig(training=TrainingConfig(**(training | sft.pop("training", {}))), **(defaults | sft)),
+        checkpoint=CheckpointConfig(),
         seed=3,
     )
-    nowhere = CheckpointFolder(None, "sft/x", CheckpointSettings())
+    nowhere = CheckpointManager(None, "sft/x", CheckpointConfig())
     return SftTrainer(stage, folder, checkpoints or nowhere, Progress("sft"), Recorder(die_at=die_at))
 
 
@@ -66,14 +66,14 @@ def train(trainer: SftTrainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     return trainer.train(tokenizer, DATA, HELDOUT, max_tokens=64)
 
 
-def saving(root: Path) -> CheckpointFolder:
+def checkpoints_every_step(root: Path) -> CheckpointManager:
     """Checkpoints after every step. Who held the folder before is dead, as far as this test goes."""
     for thread in threading.enumerate():
         if thread.name == "checkpoint":
             thread.join()
     for lease in root.rglob("lease.json"):
         lease.unlink()
-    return CheckpointFolder(FolderStore(root), "sft/x", CheckpointSettings(every_minutes=0.0))
+    return CheckpointManager(FolderStore(root), "sft/x", CheckpointConfig(every_minutes=0.0))
 
 
 def weights(trainer: SftTrainer) -> dict[str, Tensor]:
@@ -187,7 +187,7 @@ class TestTraining:
 
 class TestAdapters:
     def test_lower_the_loss_and_leave_the_base(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        trainer = trainer_of(tiny_model, frozen=1, lora=LoraSettings(rank=8), num_epochs=8)
+        trainer = trainer_of(tiny_model, frozen=1, lora=LoraConfig(rank=8), num_epochs=8)
         before = weights(trainer)
         numbers = train(trainer, tokenizer)
         assert numbers["heldout_loss"] < 0.8 * numbers["heldout_loss_before"]
@@ -195,17 +195,20 @@ class TestAdapters:
         assert moved == {name for name in before if ".lora_" in name}
 
     def test_start_at_the_loss_of_the_plain_model(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        losses = [trainer_of(tiny_model, lora=lora).heldout_loss(encoded(tokenizer)) for lora in (None, LoraSettings())]
+        losses = [trainer_of(tiny_model, lora=lora).heldout_loss(encoded(tokenizer)) for lora in (None, LoraConfig())]
         assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
     def test_go_on_from_a_checkpoint(
         self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
     ) -> None:
-        undisturbed = trainer_of(tiny_model, lora=LoraSettings())
+        undisturbed = trainer_of(tiny_model, lora=LoraConfig())
         expected = train(undisturbed, tokenizer)
         with pytest.raises(KeyboardInterrupt):
-            train(trainer_of(tiny_model, lora=LoraSettings(), checkpoints=saving(tmp_path), die_at=4), tokenizer)
-        resumed = trainer_of(tiny_model, lora=LoraSettings(), checkpoints=saving(tmp_path))
+            train(
+                trainer_of(tiny_model, lora=LoraConfig(), checkpoints=checkpoints_every_step(tmp_path), die_at=4),
+                tokenizer,
+            )
+        resumed = trainer_of(tiny_model, lora=LoraConfig(), checkpoints=checkpoints_every_step(tmp_path))
         assert train(resumed, tokenizer) == expected
         assert all(torch.equal(weight, weights(undisturbed)[name]) for name, weight in weights(resumed).items())
 
@@ -218,8 +221,8 @@ class TestResume:
         undisturbed = trainer_of(tiny_model)
         expected = train(undisturbed, tokenizer)
         with pytest.raises(KeyboardInterrupt):
-            train(trainer_of(tiny_model, checkpoints=saving(tmp_path), die_at=die_at), tokenizer)
-        resumed = trainer_of(tiny_model, checkpoints=saving(tmp_path))
+            train(trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path), die_at=die_at), tokenizer)
+        resumed = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path))
         assert train(resumed, tokenizer) == expected
         assert all(torch.equal(weight, weights(undisturbed)[name]) for name, weight in weights(resumed).items())
         assert set(resumed.tracker.rows) == set(range(die_at, 7))
@@ -229,18 +232,18 @@ class TestResume:
     def test_after_the_last_step_nothing_is_trained_again(
         self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
     ) -> None:
-        done = trainer_of(tiny_model, checkpoints=saving(tmp_path))
+        done = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path))
         expected = train(done, tokenizer)
-        again = trainer_of(tiny_model, checkpoints=saving(tmp_path))
+        again = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path))
         assert train(again, tokenizer) == expected
         assert all(torch.equal(weight, weights(done)[name]) for name, weight in weights(again).items())
 
     def test_other_frozen_layers_are_refused(
         self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
     ) -> None:
-        train(trainer_of(tiny_model, checkpoints=saving(tmp_path)), tokenizer)
+        train(trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path)), tokenizer)
         with pytest.raises(InputError, match="holds other weights than are trained here"):
-            train(trainer_of(tiny_model, checkpoints=saving(tmp_path), frozen=1), tokenizer)
+            train(trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path), frozen=1), tokenizer)
 
 
 class TestNotFinite:
@@ -270,7 +273,7 @@ class TestNotFinite:
     def test_names_the_last_checkpoint(
         self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
     ) -> None:
-        trainer = trainer_of(tiny_model, checkpoints=saving(tmp_path))
+        trainer = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path))
         save = trainer.checkpoints.save
 
         def save_and_break(step: int, *args: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from components.rlhf.artifacts.manifest import Manifest, files_of, read_manifest, sha256_of
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
 
 
 @contextlib.contextmanager

@@ -13,16 +13,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, cast, get_args
+
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from components.rlhf.artifacts.revision import code_revision
-from components.rlhf.config.strict_json import NotJsonError, parse_json
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
+from components.rlhf.text.strict_json import NotJsonError, parse_json, parse_json_as
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 MAX_BYTES = 16 * 2**20  # of a manifest; ours have some KiB
-KINDS = (
+Kind = Literal[
     "base_model",
     "prompts",
     "demonstrations",
@@ -33,20 +35,28 @@ KINDS = (
     "policy_model",
     "evaluation",
     "code",
-)
+]
+KINDS: tuple[str, ...] = get_args(Kind)
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Fact = str | Int64 | float
+STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    sha256: str
-    size: int  # bytes
+    __pydantic_config__ = STRICT
+
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    size: Annotated[int, Field(ge=0, lt=2**63)]  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What one artifact says of itself. Digests are lowercase hex sha256; an absent one is the empty string."""
 
-    kind: str
+    __pydantic_config__ = STRICT
+
+    kind: Kind
     files: Mapping[str, FileEntry]  # posix path relative to the directory -> entry
     parents: Mapping[str, str] = field(default_factory=dict)  # role -> digest of that input's manifest
     tokenizer_digest: str = ""
@@ -54,7 +64,7 @@ class Manifest:
     config_digest: str = ""
     code_revision: str = ""
     created_at: str = ""  # ISO 8601, UTC
-    facts: Mapping[str, str | int | float] = field(default_factory=dict)  # flat, for people and for KFP metadata
+    facts: Mapping[str, Fact] = field(default_factory=dict)  # flat, for people and for KFP metadata
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -79,6 +89,9 @@ class Manifest:
         return flat | dict(self.facts)
 
 
+MANIFEST_TYPE = TypeAdapter(Manifest)
+
+
 def write_manifest(directory: Path, *, kind: str, settings: str = "", **fields: Any) -> Manifest:
     """Digest every file of the directory and write its manifest. settings is the stage's canonical JSON."""
     if kind not in KINDS:
@@ -87,7 +100,7 @@ def write_manifest(directory: Path, *, kind: str, settings: str = "", **fields: 
         name: FileEntry(sha256=sha256_of(path), size=path.stat().st_size) for name, path in files_of(directory).items()
     }
     manifest = Manifest(
-        kind=kind,
+        kind=cast(Kind, kind),
         files=files,
         config_digest=hashlib.sha256(settings.encode()).hexdigest() if settings else "",
         code_revision=code_revision(),
@@ -113,13 +126,14 @@ def read_manifest(directory: Path) -> Manifest:
             text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
             raise NotJsonError(f"longer than {MAX_BYTES // 2**20} MiB")
-        return _parse(path, parse_json(text))
+        return _parse(path, text)
     except (OSError, NotJsonError) as error:
         raise InputError(f"{path} is not a manifest ({error}); make the artifact again.") from error
 
 
-def _parse(path: Path, content: Any) -> Manifest:
-    """Types and forms of every field: whoever wrote this file may not be one of ours. Raises NotJsonError for the first mistake."""
+def _parse(path: Path, text: bytes) -> Manifest:
+    """Every field is checked, because others may write to the store. Raises NotJsonError for the first mistake."""
+    content = parse_json(text)
     if not isinstance(content, dict):
         raise NotJsonError(f"a {type(content).__name__}")
     if content.get("schema_version") != SCHEMA_VERSION:
@@ -127,27 +141,16 @@ def _parse(path: Path, content: Any) -> Manifest:
             f"{path} has schema version {repr(content.get('schema_version'))[:40]}; this version reads {SCHEMA_VERSION}. "
             "Make the artifact again."
         )
-    wrong = set(content) ^ {field.name for field in fields(Manifest)}
-    if wrong:
-        raise NotJsonError(f"{sorted(wrong)[0][:80]!a} is missing, or no field of one")
-    texts = ("kind", "tokenizer_digest", "chat_template_digest", "config_digest", "code_revision", "created_at")
-    if not all(isinstance(content[name], str) for name in texts):
-        raise NotJsonError("a text is missing")
-    if content["kind"] not in KINDS:
-        raise NotJsonError("its kind is none of ours")
-    if not all(isinstance(content[name], dict) for name in ("files", "parents", "facts")):
-        raise NotJsonError("files, parents and facts must be objects")
-    if not all(isinstance(digest, str) for digest in content["parents"].values()):
-        raise NotJsonError("a parent is no digest")
-    if not all(type(fact) in (str, int, float) for fact in content["facts"].values()):
-        raise NotJsonError("a fact is neither text nor number")
-    if not all(abs(fact) < 2**63 for fact in content["facts"].values() if type(fact) is int):
-        raise NotJsonError("a fact is too large")
-    files = {name: _entry(path, name, entry) for name, entry in content["files"].items()}
-    return Manifest(**{**content, "files": files})
+    missing = {field.name for field in fields(Manifest)} - set(content)
+    if missing:
+        raise NotJsonError(f"{min(missing)} is missing")
+    manifest = parse_json_as(MANIFEST_TYPE, text)
+    for name in manifest.files:
+        _require_plain_path(path, name)
+    return manifest
 
 
-def _entry(path: Path, name: str, entry: Any) -> FileEntry:
+def _require_plain_path(path: Path, name: str) -> None:
     parts = name.split("/")
     plain = name.isprintable() and len(name) < 1000 and "\\" not in name and not re.match("[A-Za-z]:", name)
     if not plain or not all(parts) or {".", ".."} & set(parts):
@@ -155,13 +158,6 @@ def _entry(path: Path, name: str, entry: Any) -> FileEntry:
             f"{path.parent}: its manifest names {ascii(name)[1:-1][:200]}, which lies outside or is no plain path; "
             "do not trust this artifact."
         )
-    if not isinstance(entry, dict) or set(entry) != {"sha256", "size"}:
-        raise NotJsonError("a file needs sha256 and size, and nothing else")
-    if type(entry["size"]) is not int or not 0 <= entry["size"] < 2**63:
-        raise NotJsonError("a size is no number of bytes")
-    if not isinstance(entry["sha256"], str) or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
-        raise NotJsonError("a sha256 is none")
-    return FileEntry(**entry)
 
 
 def files_of(directory: Path) -> dict[str, Path]:

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
 
-from components.rlhf.config.strict_json import parse_json
-from components.rlhf.edges.storage import FolderStore, Store
-from components.rlhf.errors import InputError
+from components.rlhf.storage.store import FolderStore, Store
+from components.rlhf.text.errors import InputError
+from components.rlhf.text.strict_json import NotJsonError, parse_json, parse_json_as
 
 COMPLETE, MANIFEST, STATE = ".complete", "manifest.json", "state.json"
 LIMIT = 256 * 2**20  # bytes of a manifest or a state; histories of long runs are some MiB
@@ -33,6 +34,7 @@ OURS = re.compile(r"manifest\.json|\.complete|shards-\d{5}\.json")  # beside wha
 WAIT_SECONDS = 600.0  # of the first process for the shards of the others
 
 Entry = tuple[str, int]  # sha256, size in bytes
+ENTRIES_TYPE = TypeAdapter(dict[str, Entry])
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Shards:
     tensors: Mapping[str, Mapping[str, Tensor]]
 
 
-def write(store: Store, folder: str, shards: Shards, state: str) -> None:
+def write_checkpoint(store: Store, folder: str, shards: Shards, state: str) -> None:
     """Write the share of this process; the first one waits for those of the others and completes the checkpoint."""
     try:
         entries = {
@@ -69,23 +71,23 @@ def write(store: Store, folder: str, shards: Shards, state: str) -> None:
     store.write(f"{folder}/{COMPLETE}", b"")
 
 
-def steps_in(store: Store, key: str) -> list[str]:
+def list_checkpoints(store: Store, key: str) -> list[str]:
     """Folders of all checkpoints under a key, complete or not, the newest first."""
     names = {path.removeprefix(f"{key}/").split("/")[0] for path in store.list(key)}
     return [f"{key}/{name}" for name in sorted(names, reverse=True) if STEP.fullmatch(name)]
 
 
-def complete(store: Store, folder: str) -> bool:
+def is_complete(store: Store, folder: str) -> bool:
     return store.read(f"{folder}/{COMPLETE}", limit=LIMIT) is not None
 
 
-def fetch(store: Store, folder: str, into: Path) -> tuple[Path, dict[str, Any]]:
+def fetch_checkpoint(store: Store, folder: str, into: Path) -> tuple[Path, dict[str, Any]]:
     """A local folder with the verified files of a checkpoint, and its state; into is used where the store is elsewhere.
 
     Raises InputError that says what is wrong with it.
     """
     entries = _manifest(store, folder)
-    local = place(store, folder, into)
+    local = local_folder(store, folder, into)
     if local is not into:  # an engine may read every shard that it finds
         names = {name.removeprefix(f"{folder}/") for name in store.list(folder)} - entries.keys()
         strange = next((name for name in sorted(names) if not OURS.fullmatch(name)), None)
@@ -113,18 +115,17 @@ def fetch(store: Store, folder: str, into: Path) -> tuple[Path, dict[str, Any]]:
         raise InputError(f"{STATE} cannot be read ({str(error)[:200]})") from None
 
 
-def place(store: Store, folder: str, into: Path) -> Path:
+def local_folder(store: Store, folder: str, into: Path) -> Path:
     """Where the files of a checkpoint lie on this machine once they are fetched."""
     return store.folder / folder if isinstance(store, FolderStore) else into
 
 
 def _manifest(store: Store, folder: str) -> dict[str, Entry]:
-    if not complete(store, folder):
+    if not is_complete(store, folder):
         raise InputError(f"it has no {COMPLETE}: its writing was interrupted")
     try:
-        content = parse_json(store.read(f"{folder}/{MANIFEST}", limit=LIMIT) or b"")
-        entries = {str(name): (str(sha256), int(size)) for name, (sha256, size) in content.items()}
-    except (ValueError, TypeError, AttributeError):
+        entries = parse_json_as(ENTRIES_TYPE, store.read(f"{folder}/{MANIFEST}", limit=LIMIT) or b"")
+    except NotJsonError:
         raise InputError(f"its {MANIFEST} cannot be read") from None
     strange = next((name for name in entries if not FILE.fullmatch(name)), None)
     if strange is not None:

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from components.rlhf.config.strict_json import parse_json
-from components.rlhf.edges.storage import Store
-from components.rlhf.errors import InputError
+from components.rlhf.storage.store import Store
+from components.rlhf.text.errors import InputError
+from components.rlhf.text.strict_json import parse_json
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0  # without a beat. Clocks of two machines are never compared: a beat is a number that changes.
@@ -23,10 +23,15 @@ LIMIT = 10_000  # bytes
 class Lease:
     """Held from acquire() to release(), by a thread that writes a beat; lost when somebody else's name stands there."""
 
-    def __init__(self, store: Store, key: str, say: Callable[[str], None]) -> None:
-        self.store, self.key, self.say = store, key, say
+    def __init__(self, store: Store, key: str, log: Callable[[str], None]) -> None:
+        self.store, self.key, self.log = store, key, log
         pid = os.getpid()
-        self.me = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": pid, "started": _started(pid)}
+        self.identity = {
+            "owner": uuid.uuid4().hex,
+            "host": socket.gethostname(),
+            "pid": pid,
+            "started": _start_time(pid),
+        }
         self.beat = 0
         self.lost = ""
         self._stop = threading.Event()
@@ -35,7 +40,7 @@ class Lease:
     def acquire(self) -> None:
         """Take the lease. Raises InputError while somebody who is alive holds it; waits for a sign of life up to STALE_SECONDS."""
         try:
-            self._take()
+            self._acquire_once()
         except OSError as error:
             raise InputError(
                 f"{self.store.uri}/{self.key} cannot be written ({error.strerror}); make room for it, or correct storage.checkpoint_uri."
@@ -43,16 +48,16 @@ class Lease:
         self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
         self._thread.start()
 
-    def _take(self) -> None:
+    def _acquire_once(self) -> None:
         if not self.store.write(self.key, self._text(), only_if_absent=True):
             other = self._read()
-            if other and not self._is_dead(other):
+            if other and not self._owner_is_dead(other):
                 self._wait_for_a_beat(other)
             self.store.write(self.key, self._text())
             time.sleep(min(0.2, BEAT_SECONDS))  # of two that take over at once, the later stays
             now = self._read()
-            if now.get("owner") != self.me["owner"]:
-                raise InputError(_held(self.store.uri, self.key, now))
+            if now.get("owner") != self.identity["owner"]:
+                raise InputError(_held_message(self.store.uri, self.key, now))
 
     def check(self) -> None:
         """Raise InputError when another process has taken over."""
@@ -64,7 +69,7 @@ class Lease:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            if self._read().get("owner") == self.me["owner"]:
+            if self._read().get("owner") == self.identity["owner"]:
                 self.store.delete(self.key)
 
     def _keep_beating(self) -> None:
@@ -73,14 +78,14 @@ class Lease:
                 now = self._read()
                 if not now:
                     continue  # deleted by hand, or unreadable for a moment: who comes next shows itself
-                if now.get("owner") != self.me["owner"]:
-                    self.lost = _held(self.store.uri, self.key, now)
+                if now.get("owner") != self.identity["owner"]:
+                    self.lost = _held_message(self.store.uri, self.key, now)
                     return
                 self.beat += 1
                 self.store.write(self.key, self._text())
 
     def _wait_for_a_beat(self, other: dict[str, Any]) -> None:
-        self.say(
+        self.log(
             f"waiting up to {STALE_SECONDS:.0f} s for a sign of life of {_name(other)}, which holds the checkpoints"
         )
         deadline = time.monotonic() + STALE_SECONDS
@@ -90,15 +95,15 @@ class Lease:
             if not now:
                 return
             if (now.get("owner"), now.get("beat")) != (other.get("owner"), other.get("beat")):
-                raise InputError(_held(self.store.uri, self.key, now))
-        self.say(f"{_name(other)} shows no sign of life; going on in its place")
+                raise InputError(_held_message(self.store.uri, self.key, now))
+        self.log(f"{_name(other)} shows no sign of life; going on in its place")
 
-    def _is_dead(self, other: dict[str, Any]) -> bool:
+    def _owner_is_dead(self, other: dict[str, Any]) -> bool:
         """Of this machine, and gone. A process of the same number that started at another time is another one."""
         pid = other.get("pid")
-        if other.get("host") != self.me["host"] or not isinstance(pid, int) or not 0 < pid < 2**31:
+        if other.get("host") != self.identity["host"] or not isinstance(pid, int) or not 0 < pid < 2**31:
             return False
-        return _started(pid) != other.get("started")
+        return _start_time(pid) != other.get("started")
 
     def _read(self) -> dict[str, Any]:
         """Who holds it; {} for nobody, and for what cannot be read."""
@@ -109,10 +114,10 @@ class Lease:
         return content if isinstance(content, dict) else {}
 
     def _text(self) -> bytes:
-        return json.dumps({**self.me, "beat": self.beat}).encode()
+        return json.dumps({**self.identity, "beat": self.beat}).encode()
 
 
-def _started(pid: int) -> str:
+def _start_time(pid: int) -> str:
     """When a process of this machine started, in the kernel's own count; "" when there is none, or no /proc."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -131,7 +136,7 @@ def _name(holder: dict[str, Any]) -> str:
     return f"process {pid} on {host}" if (pid + host).isprintable() else f"process {pid!a} on {host!a}"
 
 
-def _held(uri: str, key: str, holder: dict[str, Any]) -> str:
+def _held_message(uri: str, key: str, holder: dict[str, Any]) -> str:
     return (
         f"{_name(holder)} trains with the same settings and inputs, and writes checkpoints to {uri}/{key.rpartition('/')[0]}; "
         "wait for it to end, or give this run another storage.checkpoint_uri."

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from components.rlhf.config.credentials import gives_access
+from components.rlhf.text.credentials import contains_credentials
 
 PositiveInt = Annotated[int, Field(ge=1, lt=2**53)]  # JSON's numbers are exact up to there
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -18,7 +18,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class Settings(BaseModel):
+class BaseConfig(BaseModel):
     """Unknown keys are errors and values never change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
@@ -26,7 +26,7 @@ class Settings(BaseModel):
     @field_validator("*")
     @classmethod
     def _no_credentials(cls, value: Any) -> Any:
-        if any(gives_access(text) for text in _texts(value)):
+        if any(contains_credentials(text) for text in _texts(value)):
             raise ValueError(
                 "credentials do not belong here: settings are copied into pipelines and reports; leave user, password and signature out "
                 "of the address, and give them by environment variables or files (SECURITY.md)"

@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from components.rlhf.config.base import Count, Positive, Settings
-from components.rlhf.config.credentials import names_a_secret
+from components.rlhf.config.base import BaseConfig, Count, Positive
+from components.rlhf.text.credentials import is_secret_name
 
 STAGES = ("import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation", "register", "notify")
-TRAINED = ("sft", "reward_model", "ppo")
+TRAINING_STAGES = ("sft", "reward_model", "ppo")
 
 
 def _quantity(pattern: str, example: str) -> Callable[[object], str]:
@@ -36,7 +36,7 @@ UNITS = {"Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")
 
 
-class MatchExpression(Settings):
+class MatchExpression(BaseConfig):
     """One condition on a node's label."""
 
     key: str
@@ -47,7 +47,7 @@ class MatchExpression(Settings):
     """What the label is compared with."""
 
 
-class NodeAffinity(Settings):
+class NodeAffinity(BaseConfig):
     """Nodes that a stage must or would rather run on. All conditions of one hold together; several that demand are alternatives."""
 
     match_expressions: Annotated[tuple[MatchExpression, ...], Field(min_length=1)]
@@ -55,7 +55,7 @@ class NodeAffinity(Settings):
     """How much it is preferred; null demands it."""
 
 
-class Toleration(Settings):
+class Toleration(BaseConfig):
     """A taint that does not keep a stage off a node."""
 
     key: str | None = None
@@ -76,7 +76,7 @@ class Toleration(Settings):
         return self
 
 
-class Scratch(Settings):
+class Scratch(BaseConfig):
     """A volume of the task alone, mounted at /tmp, where caches and temporary files go. Without one they go to the node's disk."""
 
     size: Memory
@@ -85,7 +85,7 @@ class Scratch(Settings):
     """StorageClass of the volume; null is the cluster's default."""
 
 
-class Profile(Settings):
+class Profile(BaseConfig):
     """What one kind of node gives to a stage."""
 
     accelerator: str = "nvidia.com/gpu"
@@ -115,7 +115,7 @@ class Profile(Settings):
         return f"{total // 2**30}Gi" if total % 2**30 == 0 else f"{total // 2**20}Mi"
 
 
-class Images(Settings):
+class Images(BaseConfig):
     """Container images by role, each name:tag or name@sha256:digest."""
 
     trainer: str = "kfp-rlhf/trainer:0.1.0"
@@ -126,7 +126,7 @@ class Images(Settings):
     """No torch: register, notify."""
 
 
-class Mirrors(Settings):
+class Mirrors(BaseConfig):
     """What stands in for the internet in an air-gapped cluster."""
 
     registry: str | None = None
@@ -137,7 +137,7 @@ class Mirrors(Settings):
     """Hugging Face mirror (HF_ENDPOINT) of import_model and prepare_data."""
 
 
-class Secrets(Settings):
+class Secrets(BaseConfig):
     """Names of Kubernetes Secrets in the namespace of the runs; null uses none."""
 
     s3: str | None = "rlhf-s3"
@@ -150,7 +150,7 @@ class Secrets(Settings):
     """WEBHOOK_URL for notify; may be missing."""
 
 
-class ClusterSettings(Settings):
+class ClusterConfig(BaseConfig):
     """What a cluster needs to know; a run on this machine heeds none of it but environment."""
 
     launcher: Literal["local", "trainjob"] = "local"
@@ -198,7 +198,7 @@ class ClusterSettings(Settings):
     @field_validator("environment")
     @classmethod
     def _environment(cls, value: dict[str, str]) -> dict[str, str]:
-        secret = next((name for name in value if names_a_secret(name)), None)
+        secret = next((name for name in value if is_secret_name(name)), None)
         if secret is not None:
             raise ValueError(
                 f"{secret} is a secret by its name, and these variables are written into the pipeline; put it into a Secret "
@@ -215,7 +215,7 @@ class ClusterSettings(Settings):
         return value
 
     @model_validator(mode="after")
-    def _known(self) -> "ClusterSettings":
+    def _known(self) -> "ClusterConfig":
         for stage, profile in self.stages.items():
             if stage not in STAGES:
                 raise ValueError(f"stages names {stage}, which is no stage; stages: {', '.join(STAGES)}")
@@ -233,13 +233,6 @@ class ClusterSettings(Settings):
 
     def num_accelerators(self, stage: str) -> int:
         return self.profile(stage).num_accelerators
-
-
-class NotifyStage(Settings):
-    """What the exit handler tells people of the run."""
-
-    preset: str
-    ui_url: str | None = None
 
 
 def bytes_of(quantity: str) -> int:

@@ -1,15 +1,15 @@
 """Settings of the held-out comparison and of the gate that follows it."""
 
-from components.rlhf.config.base import Fraction, NonNegative, PositiveInt, Settings
-from components.rlhf.config.model import ModelSettings, SamplingSettings, Seed
+from components.rlhf.config.base import BaseConfig, Fraction, NonNegative, PositiveInt
+from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed
 
 
-class EvaluationSettings(Settings):
+class EvaluationConfig(BaseConfig):
     """PPO against the fine-tuned model on prompts that nothing was trained on."""
 
     num_prompts: PositiveInt = 256
     """Held-out prompts; each is one vote."""
-    sampling: SamplingSettings | None = None
+    sampling: SamplingConfig | None = None
     """How both models sample; null is as in PPO's rollouts."""
     num_bootstrap: PositiveInt = 2000
     """Resamples of the prompts behind each interval."""
@@ -17,7 +17,7 @@ class EvaluationSettings(Settings):
     """Of each interval."""
 
 
-class GateSettings(Settings):
+class GateConfig(BaseConfig):
     """What a model must show to be promoted."""
 
     min_win_rate: Fraction = 0.5
@@ -26,9 +26,9 @@ class GateSettings(Settings):
     """Nats per sequence from the fine-tuned model, at the most."""
 
 
-class EvaluationStage(Settings):
-    model: ModelSettings
-    evaluation: EvaluationSettings
-    sampling: SamplingSettings
-    gate: GateSettings
+class EvaluationStageConfig(BaseConfig):
+    model: ModelConfig
+    evaluation: EvaluationConfig
+    sampling: SamplingConfig
+    gate: GateConfig
     seed: Seed

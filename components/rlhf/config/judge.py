@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from components.rlhf.config.base import Positive, PositiveInt, Settings
+from components.rlhf.config.base import BaseConfig, Positive, PositiveInt
 from components.rlhf.config.model import Seed
 
 
-class JudgeSettings(Settings):
+class JudgeConfig(BaseConfig):
     """A linear model on word n-grams, fitted to ratings (ridge) or, where there are none, to pairs (logistic)."""
 
     kind: Literal["linear"] = "linear"
@@ -17,6 +17,6 @@ class JudgeSettings(Settings):
     """Weight of the squared coefficients in the fit."""
 
 
-class JudgeStage(Settings):
-    judge: JudgeSettings
+class JudgeStageConfig(BaseConfig):
+    judge: JudgeConfig
     seed: Seed

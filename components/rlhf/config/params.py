@@ -5,38 +5,38 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError, model_validator
 
-from components.rlhf.config.base import Settings
-from components.rlhf.config.cluster import TRAINED, ClusterSettings
-from components.rlhf.config.data import DataSettings
-from components.rlhf.config.evaluation import EvaluationSettings, GateSettings
-from components.rlhf.config.judge import JudgeSettings
-from components.rlhf.config.model import ModelSettings, Seed, require_own_weights
-from components.rlhf.config.ppo import PpoSettings
-from components.rlhf.config.reward_model import RewardModelSettings
-from components.rlhf.config.sft import SftSettings
-from components.rlhf.config.storage import CheckpointSettings, StorageSettings, TrackingSettings
+from components.rlhf.config.base import BaseConfig
+from components.rlhf.config.cluster import TRAINING_STAGES, ClusterConfig
+from components.rlhf.config.evaluation import EvaluationConfig, GateConfig
+from components.rlhf.config.judge import JudgeConfig
+from components.rlhf.config.model import ModelConfig, Seed, reject_zero3_with_shared_weights
+from components.rlhf.config.ppo import PpoConfig
+from components.rlhf.config.prepare_data import DataConfig
+from components.rlhf.config.reward_model import RewardModelConfig
+from components.rlhf.config.sft import SftConfig
+from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
 
-Stage = TypeVar("Stage", bound=Settings)
-MOST_SHOWN, LONGEST_SHOWN = 5, 120  # mistakes, and characters of a value
+Stage = TypeVar("Stage", bound=BaseConfig)
+MAX_SHOWN, MAX_VALUE_CHARS = 5, 120  # mistakes, and characters of a value
 
 
-class Params(Settings):
+class Params(BaseConfig):
     """One run of the pipeline."""
 
     preset: str = "custom"
     """A name for these settings; it is shown in the summary."""
-    model: ModelSettings = ModelSettings()
-    data: DataSettings
-    sft: SftSettings = SftSettings()
-    reward_model: RewardModelSettings = RewardModelSettings()
-    judge: JudgeSettings = JudgeSettings()
-    ppo: PpoSettings = PpoSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
-    gate: GateSettings = GateSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    tracking: TrackingSettings = TrackingSettings()
-    storage: StorageSettings = StorageSettings()
-    cluster: ClusterSettings = ClusterSettings()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    sft: SftConfig = SftConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    judge: JudgeConfig = JudgeConfig()
+    ppo: PpoConfig = PpoConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    gate: GateConfig = GateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    storage: StorageConfig = StorageConfig()
+    cluster: ClusterConfig = ClusterConfig()
     seed: Seed = 0
     """Of the splits, the orders, the fresh heads and all sampling."""
 
@@ -45,15 +45,15 @@ class Params(Settings):
         if self.data.demonstrations is None and self.sft.use is None:
             raise ValueError("data.demonstrations is missing; name a source, or your own model in sft.use")
         for section in (self.sft, self.reward_model, self.ppo):
-            head_only = isinstance(section, PpoSettings) and section.critic.trains == "head"
-            require_own_weights(self.model, section.training, head_only=head_only)
+            head_only = isinstance(section, PpoConfig) and section.critic.trains == "head"
+            reject_zero3_with_shared_weights(self.model, section.training, head_only=head_only)
         if self.data.max_prompt_tokens >= self.data.max_tokens:
             raise ValueError("data.max_prompt_tokens leaves no room for a completion; raise data.max_tokens above it")
         return self
 
     @model_validator(mode="after")
     def _one_process_each(self) -> "Params":
-        for stage in TRAINED:
+        for stage in TRAINING_STAGES:
             num, training = self.cluster.num_accelerators(stage), getattr(self, stage).training
             if num and training.num_processes != num and getattr(getattr(self, stage), "use", None) is None:
                 profile = self.cluster.stages.get(stage, self.cluster.default_profile)
@@ -73,22 +73,22 @@ class Params(Settings):
         return stage(**{name: sections[name] for name in stage.model_fields})
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
+def explain_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
     """One clear sentence per mistake: the key, what is wrong with it, and the nearest valid key of a misspelt one."""
     mistakes = error.errors(include_url=False)
-    text = "; ".join(_explain_one(dict(mistake), model) for mistake in mistakes[:MOST_SHOWN])
-    if len(mistakes) > MOST_SHOWN:
-        text += f"; and {len(mistakes) - MOST_SHOWN} more"
+    text = "; ".join(_explain_one(dict(mistake), model) for mistake in mistakes[:MAX_SHOWN])
+    if len(mistakes) > MAX_SHOWN:
+        text += f"; and {len(mistakes) - MAX_SHOWN} more"
     return text if text.endswith("?") else f"{text}."
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value as part of a sentence: one line, and not longer than one."""
     try:
         text = repr(value)
     except ValueError:  # an integer with more digits than Python writes
         return "a number with thousands of digits"
-    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 20]}... ({len(text):,} characters)"
+    return text if len(text) <= MAX_VALUE_CHARS else f"{text[: MAX_VALUE_CHARS - 20]}... ({len(text):,} characters)"
 
 
 def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:
@@ -105,12 +105,12 @@ def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:
     message = str(mistake["msg"]).removeprefix("Value error, ")
     if mistake["type"] == "value_error":
         return f"{key}: {message}"
-    return f"{key} is {shown(mistake['input'])}: {message[0].lower()}{message[1:]}"
+    return f"{key} is {short_repr(mistake['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def _key(part: str | int) -> str:
     text = str(part)
-    return text if text.isprintable() and len(text) <= LONGEST_SHOWN else shown(text)
+    return text if text.isprintable() and len(text) <= MAX_VALUE_CHARS else short_repr(text)
 
 
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:

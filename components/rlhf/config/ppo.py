@@ -4,12 +4,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from components.rlhf.config.base import Count, Fraction, NonNegative, Positive, PositiveInt, Settings
-from components.rlhf.config.model import ModelSettings, SamplingSettings, Seed, TrainingSettings, require_own_weights
-from components.rlhf.config.storage import CheckpointSettings
+from components.rlhf.config.base import BaseConfig, Count, Fraction, NonNegative, Positive, PositiveInt
+from components.rlhf.config.model import (
+    ModelConfig,
+    SamplingConfig,
+    Seed,
+    TrainingConfig,
+    reject_zero3_with_shared_weights,
+)
+from components.rlhf.config.storage import CheckpointConfig
 
 
-class VllmSettings(Settings):
+class VllmConfig(BaseConfig):
     """vLLM inside each training process."""
 
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
@@ -20,22 +26,22 @@ class VllmSettings(Settings):
     """Neighbouring processes that hold one engine together."""
 
 
-class RolloutSettings(Settings):
+class RolloutConfig(BaseConfig):
     """What one iteration samples."""
 
     engine: Literal["hf", "vllm"] = "hf"
     """What generates: transformers or vLLM, inside each training process."""
-    vllm: VllmSettings = VllmSettings()
+    vllm: VllmConfig = VllmConfig()
     """Of the engine vllm."""
     num_prompts: PositiveInt = 64
     """Prompts in one iteration."""
     samples_per_prompt: PositiveInt = 1
     """Responses to each prompt; rollout_batch = num_prompts x samples_per_prompt."""
-    sampling: SamplingSettings = SamplingSettings()
+    sampling: SamplingConfig = SamplingConfig()
     """Temperature and lengths."""
 
 
-class CriticSettings(Settings):
+class CriticConfig(BaseConfig):
     """The value model, started from the reward model."""
 
     trains: Literal["layers", "head"] = "layers"
@@ -44,19 +50,19 @@ class CriticSettings(Settings):
     """Peak of the critic's schedule."""
 
 
-class PpoSettings(Settings):
+class PpoConfig(BaseConfig):
     """Proximal policy optimisation with a per-token KL penalty to the fine-tuned model."""
 
     num_iterations: PositiveInt = 100
     """Rounds of rollout and update at the most."""
-    rollout: RolloutSettings = RolloutSettings()
+    rollout: RolloutConfig = RolloutConfig()
     num_epochs: PositiveInt = 1
     """Passes over each rollout batch."""
     minibatch: PositiveInt = 32
     """Responses in one optimiser step."""
-    training: TrainingSettings = TrainingSettings(learning_rate=1e-6)
+    training: TrainingConfig = TrainingConfig(learning_rate=1e-6)
     """Engine and optimiser of the actor; the critic differs only in its learning rate."""
-    critic: CriticSettings = CriticSettings()
+    critic: CriticConfig = CriticConfig()
     kl_coef: NonNegative = 0.05
     """Weight of the KL penalty in the reward; the start of it where kl_target is set."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
@@ -95,7 +101,7 @@ class PpoSettings(Settings):
     """Stop after this many looks without a better score less its KL cost; 0 never stops early."""
 
     @model_validator(mode="after")
-    def _batches(self) -> "PpoSettings":
+    def _batches(self) -> "PpoConfig":
         batch = self.rollout.num_prompts * self.rollout.samples_per_prompt
         if batch % self.minibatch:
             raise ValueError(
@@ -129,13 +135,13 @@ class PpoSettings(Settings):
         return self
 
 
-class PpoStage(Settings):
-    model: ModelSettings
-    ppo: PpoSettings
-    checkpoint: CheckpointSettings
+class PpoStageConfig(BaseConfig):
+    model: ModelConfig
+    ppo: PpoConfig
+    checkpoint: CheckpointConfig
     seed: Seed
 
     @model_validator(mode="after")
-    def _weights(self) -> "PpoStage":
-        require_own_weights(self.model, self.ppo.training, head_only=self.ppo.critic.trains == "head")
+    def _weights(self) -> "PpoStageConfig":
+        reject_zero3_with_shared_weights(self.model, self.ppo.training, head_only=self.ppo.critic.trains == "head")
         return self

@@ -4,12 +4,18 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from components.rlhf.config.base import Count, Fraction, PositiveInt, Settings
-from components.rlhf.config.model import ModelSettings, SamplingSettings, Seed, TrainingSettings, require_own_weights
-from components.rlhf.config.storage import CheckpointSettings
+from components.rlhf.config.base import BaseConfig, Count, Fraction, PositiveInt
+from components.rlhf.config.model import (
+    ModelConfig,
+    SamplingConfig,
+    Seed,
+    TrainingConfig,
+    reject_zero3_with_shared_weights,
+)
+from components.rlhf.config.storage import CheckpointConfig
 
 
-class RewardModelSettings(Settings):
+class RewardModelConfig(BaseConfig):
     """Pairwise (Bradley-Terry) training of a scalar head on preferences."""
 
     use: str | None = None
@@ -30,18 +36,18 @@ class RewardModelSettings(Settings):
     """Shortest such cut, in completion tokens."""
     num_calibration_samples: Count = 128
     """Responses of the fine-tuned model whose scores fix the mean and the spread that PPO normalises by; 0 leaves raw scores."""
-    training: TrainingSettings = TrainingSettings()
+    training: TrainingConfig = TrainingConfig()
     """Engine and optimiser."""
 
 
-class RewardModelStage(Settings):
-    model: ModelSettings
-    reward_model: RewardModelSettings
-    sampling: SamplingSettings
-    checkpoint: CheckpointSettings
+class RewardModelStageConfig(BaseConfig):
+    model: ModelConfig
+    reward_model: RewardModelConfig
+    sampling: SamplingConfig
+    checkpoint: CheckpointConfig
     seed: Seed
 
     @model_validator(mode="after")
-    def _weights(self) -> "RewardModelStage":
-        require_own_weights(self.model, self.reward_model.training)
+    def _weights(self) -> "RewardModelStageConfig":
+        reject_zero3_with_shared_weights(self.model, self.reward_model.training)
         return self

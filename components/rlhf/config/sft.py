@@ -2,12 +2,12 @@
 
 from pydantic import model_validator
 
-from components.rlhf.config.base import Count, PositiveInt, Settings
-from components.rlhf.config.model import ModelSettings, Seed, TrainingSettings, require_own_weights
-from components.rlhf.config.storage import CheckpointSettings
+from components.rlhf.config.base import BaseConfig, Count, PositiveInt
+from components.rlhf.config.model import ModelConfig, Seed, TrainingConfig, reject_zero3_with_shared_weights
+from components.rlhf.config.storage import CheckpointConfig
 
 
-class SftSettings(Settings):
+class SftConfig(BaseConfig):
     """Completion-only language modelling on demonstrations."""
 
     use: str | None = None
@@ -18,17 +18,17 @@ class SftSettings(Settings):
     """Stop after this many steps; 0 is no limit."""
     batch_size: PositiveInt = 16
     """Demonstrations in one optimiser step."""
-    training: TrainingSettings = TrainingSettings()
+    training: TrainingConfig = TrainingConfig()
     """Engine and optimiser."""
 
 
-class SftStage(Settings):
-    model: ModelSettings
-    sft: SftSettings
-    checkpoint: CheckpointSettings
+class SftStageConfig(BaseConfig):
+    model: ModelConfig
+    sft: SftConfig
+    checkpoint: CheckpointConfig
     seed: Seed
 
     @model_validator(mode="after")
-    def _weights(self) -> "SftStage":
-        require_own_weights(self.model, self.sft.training)
+    def _weights(self) -> "SftStageConfig":
+        reject_zero3_with_shared_weights(self.model, self.sft.training)
         return self

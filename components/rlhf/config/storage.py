@@ -2,10 +2,10 @@
 
 from pydantic import field_validator
 
-from components.rlhf.config.base import NonNegative, PositiveInt, Settings
+from components.rlhf.config.base import BaseConfig, NonNegative, PositiveInt
 
 
-class CheckpointSettings(Settings):
+class CheckpointConfig(BaseConfig):
     """How often a training stage saves what it needs to go on after a death."""
 
     every_minutes: NonNegative = 5.0
@@ -14,7 +14,7 @@ class CheckpointSettings(Settings):
     """Newest checkpoints that are kept."""
 
 
-class StorageSettings(Settings):
+class StorageConfig(BaseConfig):
     """Where a run keeps what is not an artifact, and how S3 is reached. Credentials come from the environment, never from here."""
 
     checkpoint_uri: str | None = None
@@ -52,7 +52,7 @@ class StorageSettings(Settings):
         return value
 
 
-class TrackingSettings(Settings):
+class TrackingConfig(BaseConfig):
     """MLflow."""
 
     enabled: bool = True

@@ -1,0 +1,7 @@
+"""Record types, readers, cleaning, splits, chat templates, tokenization and batches.
+
+Rooms: config, maths, text.
+Packages: datasets, pyarrow, pydantic, torch, transformers.
+
+It has no models and no losses; of transformers it uses tokenizers only.
+"""

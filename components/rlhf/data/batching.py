@@ -96,8 +96,8 @@ def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
-def own_microbatches(
-    lengths: Sequence[int], max_tokens: int, *, rank: int, world_size: int, most: Callable[[int], int]
+def local_microbatches(
+    lengths: Sequence[int], max_tokens: int, *, rank: int, world_size: int, max_over_ranks: Callable[[int], int]
 ) -> list[tuple[list[int], float]]:
     """This process's microbatches of one step: (indices, weight), as many of them in every process.
 
@@ -108,7 +108,7 @@ def own_microbatches(
     mine = range(rank, len(lengths), world_size)
     groups = split_by_tokens([lengths[index] for index in mine], max_tokens)
     parts = [([mine[i] for i in group], 1.0) for group in groups]
-    return parts + [([0], 0.0)] * (most(len(groups)) - len(groups))
+    return parts + [([0], 0.0)] * (max_over_ranks(len(groups)) - len(groups))
 
 
 def epoch_order(size: int, *, seed: int, epoch: int) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
 
 Record = Demonstration | PreferencePair | Prompt | RatedText
 R = TypeVar("R", Demonstration, PreferencePair, Prompt, RatedText)

@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, TypeVar
 
-from components.rlhf.config.strict_json import NotJsonError, parse_json
+from pydantic import ConfigDict, Field, TypeAdapter
+
 from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText, ValidationSample
 from components.rlhf.data.sources import read_jsonl
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
+from components.rlhf.text.strict_json import NotJsonError, parse_json_as
 
 R = TypeVar("R", Demonstration, PreferencePair, Prompt, RatedText, ValidationSample)
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 HEADER = "dataset.json"
 MAX_HEADER_BYTES = 2**20
 
@@ -47,44 +50,36 @@ def load_records(directory: Path, split: str, record: type[R]) -> list[R]:
     path = directory / f"{split}.jsonl"
     if not path.is_file():
         raise InputError(f"{directory} has no split {split!r}; make the data set again with prepare_data.")
-    hints = get_type_hints(record)
-    needed = {field.name for field in fields(record)}
+    validator = TypeAdapter(record)
     records = []
     for place, row in read_jsonl(path):
-        wrong = sorted(set(row) ^ needed) or [name for name, value in row.items() if not _is(value, hints[name])]
-        if wrong:
+        try:
+            records.append(parse_json_as(validator, json.dumps(row)))
+        except NotJsonError as error:
             raise InputError(
-                f"{place} is no {record.__name__} (look at {wrong[0][:80]!a}); make the data set again with prepare_data."
-            )
-        records.append(record(**row))
+                f"{place} is no {record.__name__} ({error}); make the data set again with prepare_data."
+            ) from None
     return records
 
 
-def read_header(directory: Path) -> dict[str, Any]:
-    """max_tokens (longest prompt and completion together), sizes per split, and the counts of what was dropped.
+@dataclass(frozen=True, kw_only=True)
+class DatasetHeader:
+    """What the records of all splits share."""
 
-    Raises InputError when it is not a header that save_dataset wrote.
-    """
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    max_tokens: Annotated[int, Field(gt=0, lt=2**63)]  # longest prompt and completion together
+    sizes: dict[str, Count]  # records per split
+    counts: dict[str, Count]  # records that were read, kept, and dropped by reason
+
+
+def read_header(directory: Path) -> DatasetHeader:
+    """The header that save_dataset wrote. Raises InputError for anything else."""
     path = directory / HEADER
     try:
         with path.open("rb") as file:
-            header = parse_json(file.read(MAX_HEADER_BYTES + 1)[:MAX_HEADER_BYTES])
-        if not isinstance(header, dict) or set(header) != {"max_tokens", "sizes", "counts"}:
-            raise NotJsonError("max_tokens, sizes and counts are needed, and nothing else")
-        numbers = [header["max_tokens"], *header["sizes"].values(), *header["counts"].values()]
-        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers) or header["max_tokens"] == 0:
-            raise NotJsonError("a number in it is no count")
-    except (OSError, AttributeError, NotJsonError) as error:
+            return parse_json_as(TypeAdapter(DatasetHeader), file.read(MAX_HEADER_BYTES + 1)[:MAX_HEADER_BYTES])
+    except (OSError, NotJsonError) as error:
         raise InputError(
             f"{path} is not the header of a data set ({error}); make the data set again with prepare_data."
         ) from None
-    return header
-
-
-def _is(value: object, hint: Any) -> bool:
-    """Whether a JSON value is of a record's type; a whole number is a float, and true is no number."""
-    if isinstance(value, bool):
-        return hint is bool
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return False
-    return isinstance(value, hint | int if hint in (float, float | None) else hint)

@@ -6,15 +6,15 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from components.rlhf.config.data import DataSettings
+from components.rlhf.config.prepare_data import DataConfig
 from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText
 from components.rlhf.data.tokenizer import encode_prompt
 
 R = TypeVar("R", Demonstration, PreferencePair, Prompt, RatedText)
 
 
-def drop_long(
-    records: list[R], data: DataSettings, tokenizer: PreTrainedTokenizerBase, counts: Counter[str]
+def drop_too_long(
+    records: list[R], data: DataConfig, tokenizer: PreTrainedTokenizerBase, counts: Counter[str]
 ) -> list[R]:
     """The records whose prompt and texts fit, by max_prompt_tokens and max_tokens; over_length 'cut' keeps long texts.
 

@@ -14,9 +14,9 @@ import zlib
 from pathlib import Path
 from typing import IO
 
-from components.rlhf.config.strict_json import NotJsonError, parse_json
 from components.rlhf.data.records import RatedText
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
+from components.rlhf.text.strict_json import NotJsonError, parse_json
 
 TEXTS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_anonDataRatings.txt"
@@ -30,9 +30,9 @@ def read_movie_ratings(sdist: Path) -> list[RatedText]:
 
     The means are computed from the raw ratings; the file of texts carries rounded ones. Raises InputError for another archive.
     """
-    texts = {key: fields[1] for key, *fields in _table(sdist, TEXTS, num_columns=3)}
+    texts = {key: fields[1] for key, *fields in _read_table(sdist, TEXTS, num_columns=3)}
     rated = []
-    for key, _mean, _spread, ratings in _table(sdist, RATINGS, num_columns=4):
+    for key, _mean, _spread, ratings in _read_table(sdist, RATINGS, num_columns=4):
         words = texts.get(key, "").split()
         if len(words) < MIN_WORDS:
             continue
@@ -40,7 +40,7 @@ def read_movie_ratings(sdist: Path) -> list[RatedText]:
             RatedText(
                 prompt=" ".join(words[:PROMPT_WORDS]),
                 completion=" " + " ".join(words[PROMPT_WORDS:]),
-                rating=_mean_of(sdist, ratings),
+                rating=_parse_mean(sdist, ratings),
             )
         )
     return rated
@@ -51,7 +51,7 @@ def opening(text: str, num_words: int) -> str:
     return " ".join(text.split()[:num_words]).casefold()
 
 
-def _mean_of(sdist: Path, ratings: str) -> float:
+def _parse_mean(sdist: Path, ratings: str) -> float:
     try:
         numbers = parse_json(ratings)
         if not isinstance(numbers, list) or not numbers or any(type(n) not in (int, float) for n in numbers):
@@ -64,7 +64,7 @@ def _mean_of(sdist: Path, ratings: str) -> float:
         raise InputError(f"{sdist}: the ratings {ratings[:40]!a} cannot be read ({error}); fetch it again.") from None
 
 
-def _table(sdist: Path, name: str, *, num_columns: int) -> list[list[str]]:
+def _read_table(sdist: Path, name: str, *, num_columns: int) -> list[list[str]]:
     try:
         with sdist.open("rb") as file:
             inner = _member(file, "hutto_ICWSM_2014.tar.gz")

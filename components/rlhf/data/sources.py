@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from components.rlhf.config.data import DataSource
-from components.rlhf.config.strict_json import NotJsonError, parse_json
-from components.rlhf.errors import InputError
+from components.rlhf.config.prepare_data import DataSource
+from components.rlhf.text.errors import InputError
+from components.rlhf.text.strict_json import NotJsonError, parse_json
 
 Row = dict[str, Any]
 MAX_LINE_BYTES = 16 * 2**20  # of one record: far longer than any model reads, and still read in bounded memory

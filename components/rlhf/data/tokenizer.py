@@ -7,7 +7,7 @@ from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from components.rlhf.config.model import TrainingSettings
+from components.rlhf.config.model import TrainingConfig
 from components.rlhf.engine.protocol import Group, StepInfo
 from components.rlhf.engine.schedule import learning_rate_at
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed
@@ -42,7 +42,7 @@ class DeepSpeedEngine:
     def __init__(
         self,
         module: nn.Module,
-        training: TrainingSettings,
+        training: TrainingConfig,
         *,
         num_steps: int,
         group: Group,
@@ -57,11 +57,11 @@ class DeepSpeedEngine:
         optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=self.peak, betas=(0.9, 0.95), weight_decay=training.weight_decay
         )
-        join_deepspeed()
+        init_deepspeed()
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            config=config_of(training, dtype=dtype, world_size=group.world_size),
+            config=deepspeed_config(training, dtype=dtype, world_size=group.world_size),
             dist_init_required=False,
         )
         self._allocate_moments()
@@ -86,7 +86,7 @@ class DeepSpeedEngine:
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """One weight at a time: under stage 3 a process holds its shards and the one weight that is gathered."""
         for name, parameter in self.module.named_parameters():
-            with whole(parameter):
+            with gathered(parameter):
                 yield name, parameter.detach()
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ class DeepSpeedEngine:
         else:
             safe_set_full_optimizer_state(parameter, value, key)
         if key == "weight":
-            with whole(parameter, changed=True):  # what the forward pass multiplies with
+            with gathered(parameter, changed=True):  # what the forward pass multiplies with
                 parameter.copy_(value)
 
     @torch.no_grad()
@@ -157,19 +157,19 @@ class DeepSpeedEngine:
             state["step"] = torch.tensor(float(number))
 
 
-def shard_frozen(module: nn.Module, training: TrainingSettings, *, group: Group, dtype: torch.dtype) -> None:
+def shard_frozen_model(module: nn.Module, training: TrainingConfig, *, group: Group, dtype: torch.dtype) -> None:
     """Spread the weights of a module that is not trained over the processes; each layer is gathered while it computes."""
-    join_deepspeed()
-    config = config_of(training, dtype=dtype, world_size=group.world_size)
+    init_deepspeed()
+    config = deepspeed_config(training, dtype=dtype, world_size=group.world_size)
     deepspeed.initialize(model=module, config=config, dist_init_required=False)
 
 
-def whole(parameter: nn.Parameter, *, changed: bool = False) -> Any:
+def gathered(parameter: nn.Parameter, *, changed: bool = False) -> Any:
     """Within the block the parameter is whole on this process; changed says that all processes write the same into it."""
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if changed else None)
 
 
-def join_deepspeed() -> None:
+def init_deepspeed() -> None:
     """Let DeepSpeed use the group that torch has already joined, or make one of this process alone."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # An extension for shared memory that it would compile, for minutes, before the first collective on a CPU.
@@ -183,7 +183,7 @@ def join_deepspeed() -> None:
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False)
 
 
-def config_of(training: TrainingSettings, *, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
+def deepspeed_config(training: TrainingConfig, *, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration (https://www.deepspeed.ai/docs/config-json)."""
     zero: dict[str, Any] = {
         "stage": training.zero_stage,

@@ -39,7 +39,7 @@ class SingleProcess:
     def barrier(self) -> None:
         return
 
-    def begins(self, step: str) -> None:
+    def watchdog(self, step: str) -> None:
         return
 
 
@@ -54,7 +54,7 @@ class ProcessGroup:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
         self._watch: threading.Timer | None = None
-        self.begins("joining the other processes")
+        self.watchdog("joining the other processes")
         # torch's own time-out does not know what the step was for; it is the second line of defence.
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=2 * timeout_minutes)
@@ -77,7 +77,7 @@ class ProcessGroup:
     def barrier(self) -> None:
         dist.barrier()
 
-    def begins(self, step: str) -> None:
+    def watchdog(self, step: str) -> None:
         if self._watch:
             self._watch.cancel()
         self._watch = threading.Timer(60 * self.timeout_minutes, self._give_up, [step])
@@ -106,14 +106,19 @@ class ProcessGroup:
         os._exit(1)
 
 
-ALONE = SingleProcess()
+def local_rank() -> int:
+    """Which of the processes on this machine this is, as torchrun says."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+SINGLE_PROCESS = SingleProcess()
 
 
 @contextlib.contextmanager
-def joined_group(*, timeout_minutes: float) -> Iterator[Group]:
+def join_process_group(*, timeout_minutes: float) -> Iterator[Group]:
     """The group that torchrun started this process in; the group of one when it was started alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     group = ProcessGroup(timeout_minutes=timeout_minutes)
     yield group

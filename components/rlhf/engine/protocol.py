@@ -70,6 +70,6 @@ class Group(Protocol):
 
     def barrier(self) -> None: ...
 
-    def begins(self, step: str) -> None:
+    def watchdog(self, step: str) -> None:
         """From here on the process works on step (for people to read); a step that takes too long ends the process."""
         ...

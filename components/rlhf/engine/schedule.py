@@ -2,10 +2,10 @@
 
 import math
 
-from components.rlhf.config.model import TrainingSettings
+from components.rlhf.config.model import TrainingConfig
 
 
-def learning_rate_at(step: int, training: TrainingSettings, *, peak: float, num_steps: int) -> float:
+def learning_rate_at(step: int, training: TrainingConfig, *, peak: float, num_steps: int) -> float:
     """The learning rate of a step (from 0): linear warm-up to the peak, then constant, linear or cosine to the floor."""
     warmup = math.ceil(training.warmup_fraction * num_steps)
     if step < warmup:

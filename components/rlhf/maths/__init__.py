@@ -1,0 +1,8 @@
+"""Tensors in, tensors out: masked statistics, log-probs, KL, rewards, advantages and losses.
+
+Rooms: none.
+Packages: torch.
+
+It has no modules, devices, config objects, files or process groups. A caller with several processes passes `reduce`,
+which sums a tensor over all of them.
+"""

@@ -11,21 +11,21 @@ from torch.utils.checkpoint import checkpoint
 from components.rlhf.data.batching import TokenBatch
 from components.rlhf.maths.logprobs import entropy, token_logprobs
 from components.rlhf.models.layers import freeze_lower_layers, run_layers
-from components.rlhf.models.lora import adapters, merged_weights
-from components.rlhf.models.precision import compute_in
+from components.rlhf.models.lora import adapters_enabled, merged_weights
+from components.rlhf.models.precision import autocast_to
 
 MAX_LOGITS = 2**24  # logits that exist at once: 64 MiB in fp32, a few times over in the softmax and its gradient
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distribution:
+class SamplingDistribution:
     """What tokens are sampled from: logits / temperature, with stop tokens impossible before min_new_tokens."""
 
     temperature: float = 1.0
     min_new_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
 
-    def forbid(self, logits: Tensor, steps: Tensor) -> Tensor:
+    def mask_early_stops(self, logits: Tensor, steps: Tensor) -> Tensor:
         """logits [N, V] with -inf at stop ids in the rows whose step (steps [N], from 0) is too early to stop."""
         if self.min_new_tokens == 0 or not self.stop_ids:
             return logits
@@ -55,11 +55,16 @@ class Actor(nn.Module):
         """Frozen states [B, S, H], or None when no layer is frozen."""
         if self.num_frozen_layers == 0:
             return None
-        with compute_in(self.dtype, batch.input_ids.device):
+        with autocast_to(self.dtype, batch.input_ids.device):
             return run_layers(self.lm, batch.input_ids, start=0, stop=self.num_frozen_layers)
 
     def forward(
-        self, batch: TokenBatch, distribution: Distribution, states: Tensor | None = None, *, with_entropy: bool = False
+        self,
+        batch: TokenBatch,
+        distribution: SamplingDistribution,
+        states: Tensor | None = None,
+        *,
+        with_entropy: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Log-prob of each response token, and the entropy of its distribution, both [B, T] fp32 and 0 at padding.
 
@@ -67,7 +72,7 @@ class Actor(nn.Module):
         """
         if states is None:
             states = self.trunk(batch)
-        with compute_in(self.dtype, batch.input_ids.device), adapters(self.lm, on=self.with_adapters):
+        with autocast_to(self.dtype, batch.input_ids.device), adapters_enabled(self.lm, on=self.with_adapters):
             inputs, start = (batch.input_ids, 0) if states is None else (states, self.num_frozen_layers)
             hidden = run_layers(self.lm, inputs, start=start, stop=None)
             mask = batch.response_mask
@@ -96,12 +101,12 @@ class Actor(nn.Module):
         return merged_weights(self.lm, ((name.removeprefix("lm."), weight) for name, weight in named))
 
     def _head(
-        self, hidden: Tensor, labels: Tensor, steps: Tensor, distribution: Distribution, with_entropy: bool
+        self, hidden: Tensor, labels: Tensor, steps: Tensor, distribution: SamplingDistribution, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of one chunk. The logits are computed again in the backward pass, not kept."""
 
         def head(hidden: Tensor) -> tuple[Tensor, Tensor]:
-            logits = distribution.forbid(self.lm.get_output_embeddings()(hidden), steps)
+            logits = distribution.mask_early_stops(self.lm.get_output_embeddings()(hidden), steps)
             logprobs = token_logprobs(logits, labels, distribution.temperature)
             if not with_entropy:
                 return logprobs, torch.zeros_like(logprobs)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
 
 HEAD_NAME = "score"  # transformers' name for the head of a sequence classification model
 
@@ -49,7 +49,7 @@ def run_layers(model: nn.Module, inputs: Tensor, *, start: int, stop: int | None
     return hidden
 
 
-def checkpoint_layers(model: nn.Module) -> None:
+def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Keep only the states between layers for the backward pass, which computes the rest of each layer again."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     for layer in decoder_of(model).layers:
@@ -66,7 +66,7 @@ def freeze_lower_layers(model: nn.Module, num_frozen: int) -> None:
         raise InputError(
             f"model.num_frozen_layers is {num_frozen}, but the model has {total} layers; choose at most {total - 1}."
         )
-    for module in trunk_of(model, num_frozen):
+    for module in frozen_modules(model, num_frozen):
         module.requires_grad_(False)
 
 
@@ -79,7 +79,7 @@ def require_layers_to_train(model: nn.Module, num_frozen: int) -> None:
         )
 
 
-def trunk_of(model: nn.Module, num_frozen: int) -> list[nn.Module]:
+def frozen_modules(model: nn.Module, num_frozen: int) -> list[nn.Module]:
     """The frozen modules: the token embeddings (and with them a tied head) and the lowest layers."""
     decoder = decoder_of(model)
     return [decoder.get_input_embeddings(), *decoder.layers[:num_frozen]]
@@ -92,8 +92,8 @@ def share_trunk(owner: nn.Module, others: list[nn.Module], num_frozen: int) -> b
     """
     if num_frozen == 0:
         return False
-    ours = trunk_of(owner, num_frozen)
-    if not all(_equal(ours, trunk_of(other, num_frozen)) for other in others):
+    ours = frozen_modules(owner, num_frozen)
+    if not all(_equal(ours, frozen_modules(other, num_frozen)) for other in others):
         return False
     for other in others:
         decoder = decoder_of(other)

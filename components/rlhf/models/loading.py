@@ -17,9 +17,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from components.rlhf.errors import InputError
-from components.rlhf.models.layers import HEAD_NAME, require_layers_to_train, trunk_of
-from components.rlhf.models.lora import merged_weights, save_adapter, scale_of
+from components.rlhf.models.layers import HEAD_NAME, frozen_modules, require_layers_to_train
+from components.rlhf.models.lora import lora_scale, merged_weights, save_adapter
+from components.rlhf.text.errors import InputError
 
 
 class Fp32Head(nn.Linear):
@@ -33,7 +33,7 @@ class Fp32Head(nn.Linear):
 def load_causal_lm(directory: Path, *, num_frozen_layers: int, dtype: torch.dtype, trainable: bool = True) -> Any:
     """A causal language model with dropout off: frozen parts in dtype, what can be trained in fp32 (in dtype if nothing is)."""
     model = _load(AutoModelForCausalLM, directory)
-    return _place(model, num_frozen_layers=num_frozen_layers, dtype=dtype, trainable=trainable)
+    return _set_precision(model, num_frozen_layers=num_frozen_layers, dtype=dtype, trainable=trainable)
 
 
 def load_scalar_lm(
@@ -52,10 +52,10 @@ def load_scalar_lm(
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1))
-    return _place(model, num_frozen_layers=num_frozen_layers, dtype=dtype, trainable=trainable)
+    return _set_precision(model, num_frozen_layers=num_frozen_layers, dtype=dtype, trainable=trainable)
 
 
-def normalisation_of(directory: Path) -> tuple[float, float]:
+def reward_normalization(directory: Path) -> tuple[float, float]:
     """The mean and std of a reward model's folder. Raises InputError when it has none: identity would be a silent guess."""
     config = _config(directory)
     mean, std = getattr(config, "reward_mean", None), getattr(config, "reward_std", None)
@@ -70,7 +70,7 @@ def normalisation_of(directory: Path) -> tuple[float, float]:
     return float(mean), float(std)
 
 
-def stop_ids_of(directory: Path) -> tuple[int, ...]:
+def load_stop_ids(directory: Path) -> tuple[int, ...]:
     """Every id that ends a response, from the generation settings of a model folder, or else from its config."""
     try:
         ids = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
@@ -125,17 +125,17 @@ def save_model(
         )
     state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in merged_weights(model, weights.items())}
     model.config.dtype = dtype
-    with _deepspeed_unseen():
+    with _without_deepspeed_import():
         model.save_pretrained(directory, state_dict=state, safe_serialization=True)
     tokenizer.save_pretrained(directory)
-    if scale_of(model):
+    if lora_scale(model):
         save_adapter(model, weights, directory / "adapter")
     for file in directory.rglob("*.safetensors"):  # they come out readable by their owner alone; pods differ in user
         file.chmod(0o644)
 
 
 @contextlib.contextmanager
-def _deepspeed_unseen() -> Iterator[None]:
+def _without_deepspeed_import() -> Iterator[None]:
     """save_pretrained imports DeepSpeed, for seconds, to see whether it wraps the model; here it wraps none that is saved."""
     original = accelerate.utils.other.is_deepspeed_available
     accelerate.utils.other.is_deepspeed_available = lambda: False
@@ -184,7 +184,7 @@ def _load(kind: Any, directory: Path, *, needs_head: bool = True, **options: Any
     return model
 
 
-def _place(model: Any, *, num_frozen_layers: int, dtype: torch.dtype, trainable: bool) -> Any:
+def _set_precision(model: Any, *, num_frozen_layers: int, dtype: torch.dtype, trainable: bool) -> Any:
     # Dropout would make log-probs of the same tokens differ between rollout and update: eval mode, always.
     model.eval()
     if not trainable:
@@ -192,7 +192,7 @@ def _place(model: Any, *, num_frozen_layers: int, dtype: torch.dtype, trainable:
         return model.to(dtype)
     require_layers_to_train(model, num_frozen_layers)
     model.float()
-    for module in trunk_of(model, num_frozen_layers) if num_frozen_layers else []:
+    for module in frozen_modules(model, num_frozen_layers) if num_frozen_layers else []:
         module.to(dtype)
     return model
 

@@ -15,20 +15,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from components.rlhf.config.model import LoraSettings
-from components.rlhf.errors import InputError
+from components.rlhf.config.model import LoraConfig
 from components.rlhf.models.layers import HEAD_NAME, decoder_of, num_layers, require_layers_to_train
+from components.rlhf.text.errors import InputError
 
 ADAPTER = "default"  # peft's name for the only adapter of a model; a part of its weights' names
 
 
-def add_adapters(lm: Any, lora: LoraSettings, *, num_frozen_layers: int, seed: int) -> None:
+def add_adapters(lm: Any, lora: LoraConfig, *, num_frozen_layers: int, seed: int) -> None:
     """Freeze lm as it is, and give the linear layers of its layers from num_frozen_layers on adapters in fp32.
 
     B is 0, so that nothing changes yet; A follows from the seed. A scalar head is trained whole, in fp32, beside the adapters.
     Raises InputError for a module that no layer has.
     """
-    from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import, and few runs have adapters
+    import peft  # takes seconds to import, and few runs have adapters
 
     require_layers_to_train(lm, num_frozen_layers)
     found = {
@@ -43,7 +43,7 @@ def add_adapters(lm: Any, lora: LoraSettings, *, num_frozen_layers: int, seed: i
             f"choose among {', '.join(sorted(found))}."
         )
     head = getattr(lm, HEAD_NAME, None)
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank; it need not be whole
         target_modules=list(lora.target_modules),
@@ -52,9 +52,9 @@ def add_adapters(lm: Any, lora: LoraSettings, *, num_frozen_layers: int, seed: i
         task_type="CAUSAL_LM" if head is None else "SEQ_CLS",
     )
     lm.requires_grad_(False)
-    inject_adapter_in_model(config, lm, adapter_name=ADAPTER)
+    peft.inject_adapter_in_model(config, lm, adapter_name=ADAPTER)
     generator = torch.Generator().manual_seed(seed)
-    for layer in _adapted(lm):
+    for layer in _lora_layers(lm):
         a, b = layer.lora_A[ADAPTER].float().weight, layer.lora_B[ADAPTER].float().weight
         bound = 1 / math.sqrt(a.shape[1])  # kaiming_uniform with a = sqrt(5), as peft and the paper's code draw it
         with torch.no_grad():
@@ -65,9 +65,9 @@ def add_adapters(lm: Any, lora: LoraSettings, *, num_frozen_layers: int, seed: i
 
 
 @contextlib.contextmanager
-def adapters(lm: nn.Module, *, on: bool) -> Iterator[None]:
+def adapters_enabled(lm: nn.Module, *, on: bool) -> Iterator[None]:
     """Run lm with its adapters or, with on False, exactly as it was without them."""
-    layers = [] if on else _adapted(lm)
+    layers = [] if on else _lora_layers(lm)
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -84,7 +84,7 @@ def merged_weights(lm: Any, named: Iterable[tuple[str, Tensor]]) -> Iterator[tup
     may come from an engine that gathers one weight at a time: nothing of it is kept but a copy of one layer's W and A. The
     sum is taken in fp32 and rounded to W's dtype. Without adapters everything goes through as it is.
     """
-    scale = scale_of(lm)
+    scale = lora_scale(lm)
     for name, weight in named:
         layer, is_adapted, rest = name.partition(".base_layer.")
         if is_adapted and rest == "weight":
@@ -100,7 +100,7 @@ def merged_weights(lm: Any, named: Iterable[tuple[str, Tensor]]) -> Iterator[tup
             yield name, weight
 
 
-def scale_of(lm: Any) -> float:
+def lora_scale(lm: Any) -> float:
     """alpha / rank of lm's adapters; 0 if it has none."""
     config = getattr(lm, "peft_config", {}).get(ADAPTER)
     return 0.0 if config is None else float(config.lora_alpha / config.r)
@@ -128,5 +128,5 @@ def save_adapter(lm: Any, weights: Mapping[str, Tensor], directory: Path) -> Non
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _adapted(lm: nn.Module) -> list[Any]:
+def _lora_layers(lm: nn.Module) -> list[Any]:
     return [module for module in lm.modules() if hasattr(module, "lora_A")]

@@ -20,7 +20,7 @@ def compute_dtype(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def compute_in(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[object]:
+def autocast_to(dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Matrix products in dtype, weights in whatever they are."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from components.rlhf.data.batching import TokenBatch
 from components.rlhf.models.layers import freeze_lower_layers, num_layers, run_layers
-from components.rlhf.models.lora import adapters
-from components.rlhf.models.precision import compute_in
+from components.rlhf.models.lora import adapters_enabled
+from components.rlhf.models.precision import autocast_to
 
 
 class ScalarModel(nn.Module):
@@ -43,7 +43,7 @@ class ScalarModel(nn.Module):
 
     def features(self, batch: TokenBatch, states: Tensor | None = None) -> Tensor:
         """Final hidden states [B, S, H]; states [B, S, H] above the frozen layers are used where given."""
-        with compute_in(self.dtype, batch.input_ids.device), adapters(self.lm, on=self.with_adapters):
+        with autocast_to(self.dtype, batch.input_ids.device), adapters_enabled(self.lm, on=self.with_adapters):
             if states is None and self.num_frozen_layers:
                 with torch.no_grad():
                     states = run_layers(self.lm, batch.input_ids, start=0, stop=self.num_frozen_layers)
@@ -53,7 +53,7 @@ class ScalarModel(nn.Module):
                     return run_layers(self.lm, inputs, start=start, stop=None)
             return run_layers(self.lm, inputs, start=start, stop=None)
 
-    def read(self, features: Tensor) -> Tensor:
+    def apply_head(self, features: Tensor) -> Tensor:
         """Normalised scalar at features [..., H] -> [...] fp32."""
         raw: Tensor = self.lm.score(features).squeeze(-1)
         return (raw - self.mean) / self.std
@@ -63,17 +63,17 @@ class ScalarModel(nn.Module):
         if features is None:
             features = self.features(batch, states)
         rows = torch.arange(len(batch), device=features.device)[:, None]
-        return torch.where(batch.response_mask, self.read(features[rows, batch.state_positions()]), 0)
+        return torch.where(batch.response_mask, self.apply_head(features[rows, batch.state_positions()]), 0)
 
     def scores(self, batch: TokenBatch, states: Tensor | None = None) -> Tensor:
         """Score of each whole text, read at its last real token: [B] fp32."""
         features = self.features(batch, states)
         rows = torch.arange(len(batch), device=features.device)
-        return self.read(features[rows, batch.last_positions()])
+        return self.apply_head(features[rows, batch.last_positions()])
 
     def prefix_scores(self, batch: TokenBatch) -> Tensor:
         """Score of the text cut after each response token: [B, T] fp32; column t reads at response token t. 0 at padding."""
         features = self.features(batch)
         rows = torch.arange(len(batch), device=features.device)[:, None]
         positions = (batch.state_positions() + 1).clamp(max=features.shape[1] - 1)
-        return torch.where(batch.response_mask, self.read(features[rows, positions]), 0)
+        return torch.where(batch.response_mask, self.apply_head(features[rows, positions]), 0)

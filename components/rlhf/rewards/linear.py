@@ -6,23 +6,35 @@ transforms; nothing is pickled.
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor
 
-from components.rlhf.config.strict_json import NotJsonError, parse_json
 from components.rlhf.data.records import Completion, PreferencePair, RatedText
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
+from components.rlhf.text.strict_json import NotJsonError, parse_json_as
 
 FEATURES, WEIGHTS = "judge.json", "judge.safetensors"
 MAX_FEATURES_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeFeatures:
+    """Content of judge.json."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    max_ngram: Annotated[int, Field(ge=1, le=100)]
+    vocabulary: Annotated[dict[str, int], Field(min_length=1)]  # n-gram -> its column of idf and coefficients
 
 
 class LinearJudge:
@@ -60,7 +72,10 @@ def load_judge(directory: Path) -> LinearJudge:
             text = file.read(MAX_FEATURES_BYTES + 1)
         if len(text) > MAX_FEATURES_BYTES:
             raise NotJsonError(f"longer than {MAX_FEATURES_BYTES // 2**20} MiB")
-        max_ngram, vocabulary = _features(parse_json(text))
+        features = parse_json_as(TypeAdapter(JudgeFeatures), text)
+        max_ngram, vocabulary = features.max_ngram, features.vocabulary
+        if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+            raise NotJsonError("the vocabulary does not number its words")
         weights = {name: values.astype(np.float64) for name, values in load_file(directory / WEIGHTS).items()}
         shapes = {"idf": (len(vocabulary),), "coefficients": (len(vocabulary),), "intercept": (1,)}
         if {name: values.shape for name, values in weights.items()} != shapes:
@@ -73,21 +88,6 @@ def load_judge(directory: Path) -> LinearJudge:
     vectorizer = _vectorizer(max_ngram, vocabulary=vocabulary)
     vectorizer.idf_ = weights["idf"]
     return LinearJudge(vectorizer, weights["coefficients"], float(weights["intercept"][0]))
-
-
-def _features(content: Any) -> tuple[int, dict[str, int]]:
-    """Longest n-gram, and the column of every term: each column once."""
-    if not isinstance(content, dict) or set(content) != {"max_ngram", "vocabulary"}:
-        raise NotJsonError("max_ngram and vocabulary are needed, and nothing else")
-    max_ngram, vocabulary = content["max_ngram"], content["vocabulary"]
-    if type(max_ngram) is not int or not 1 <= max_ngram <= 100:
-        raise NotJsonError("max_ngram is not between 1 and 100")
-    if not isinstance(vocabulary, dict) or not vocabulary:
-        raise NotJsonError("it has no vocabulary")
-    columns = list(vocabulary.values())
-    if any(type(column) is not int for column in columns) or sorted(columns) != list(range(len(columns))):
-        raise NotJsonError("the vocabulary does not number its words")
-    return max_ngram, vocabulary
 
 
 def fit_to_ratings(rated: Sequence[RatedText], *, max_ngram: int, regularisation: float) -> LinearJudge:

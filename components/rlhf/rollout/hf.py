@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from components.rlhf.config.model import SamplingSettings
+from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.data.tokenizer import encode_prompt
-from components.rlhf.models.actor import Distribution
+from components.rlhf.models.actor import SamplingDistribution
 
 
 class HfRolloutEngine:
@@ -26,7 +26,7 @@ class HfRolloutEngine:
         self.version = 0
         self._parameters = dict(model.named_parameters())
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, seeds: Sequence[int]) -> list[Completion]:
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int]) -> list[Completion]:
         completions: list[Completion] = []
         for start in range(0, len(prompts), sampling.batch_size):
             stop = start + sampling.batch_size
@@ -41,7 +41,7 @@ class HfRolloutEngine:
         return self.version
 
     @torch.inference_mode()
-    def logprobs_of(self, ids: Sequence[int]) -> Tensor:
+    def prompt_logprobs(self, ids: Sequence[int]) -> Tensor:
         tokens = torch.tensor([list(ids)], device=self.model.device)
         logits = self.model(input_ids=tokens, use_cache=False).logits[0, :-1]
         return torch.log_softmax(logits.float(), dim=-1).gather(1, tokens[0, 1:, None]).squeeze(1).cpu()
@@ -51,7 +51,7 @@ class HfRolloutEngine:
 
     @torch.inference_mode()
     def _generate_batch(
-        self, prompts: Sequence[Prompt], sampling: SamplingSettings, seeds: Sequence[int]
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[Completion]:
         prompt_ids = [encode_prompt(self.tokenizer, prompt.prompt) for prompt in prompts]
         device = self.model.device
@@ -59,7 +59,7 @@ class HfRolloutEngine:
         draws = torch.stack(
             [torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         ).to(device)
-        distribution = Distribution(
+        distribution = SamplingDistribution(
             temperature=sampling.temperature, min_new_tokens=sampling.min_new_tokens, stop_ids=self.stop_ids
         )
         tokens, mask = _left_pad(prompt_ids, device)
@@ -76,14 +76,14 @@ class HfRolloutEngine:
             # The last column as a matrix of its own: the head on a strided slice would copy its weights once a row.
             logits = self.model.get_output_embeddings()(hidden[:, -1].contiguous())
             steps = torch.full((len(alive),), step, device=device)
-            logits = distribution.forbid(logits.float(), steps) / sampling.temperature
-            chosen, chosen_logprobs = _draw(logits, draws[alive, step])
+            logits = distribution.mask_early_stops(logits.float(), steps) / sampling.temperature
+            chosen, chosen_logprobs = _sample(logits, draws[alive, step])
             for row, token, logprob in zip(alive.tolist(), chosen.tolist(), chosen_logprobs.tolist(), strict=True):
                 responses[row].append(token)
                 logprobs[row].append(logprob)
-            going_on = ~torch.isin(chosen, stops)
-            if not going_on.all():  # rows that stopped cost nothing from here on
-                keep = going_on.nonzero().squeeze(1)
+            unfinished = ~torch.isin(chosen, stops)
+            if not unfinished.all():  # rows that stopped cost nothing from here on
+                keep = unfinished.nonzero().squeeze(1)
                 alive, chosen, mask = alive[keep], chosen[keep], mask[keep]
                 cache.batch_select_indices(keep)
             if len(alive) == 0:
@@ -115,7 +115,7 @@ def _left_pad(prompt_ids: Sequence[Sequence[int]], device: torch.device) -> tupl
     return tokens.to(device), mask.to(device)
 
 
-def _draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def _sample(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """One token a row by inverse transform sampling, with its log-prob. logits [B, V], uniforms [B] in [0, 1) -> [B], [B].
 
     One uniform number a row instead of one exponential variate a vocabulary entry, which torch draws serially on CPU.

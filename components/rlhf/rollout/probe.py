@@ -4,7 +4,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.data.tokenizer import encode_prompt
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
 
 # Words of many kinds: every weight but the embeddings of other tokens has a part in their log-probs.
 PROBE_TEXT = "In 1969 the quick brown fox, 38 years old, said: 'What a film!' Then it left."

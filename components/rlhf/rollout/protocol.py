@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from components.rlhf.config.model import SamplingSettings
+from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.records import Completion, Prompt
 
 
@@ -19,7 +19,7 @@ class RolloutEngine(Protocol):
     stop_ids: tuple[int, ...]
     version: int  # of the weights: the number of syncs
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, seeds: Sequence[int]) -> list[Completion]:
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int]) -> list[Completion]:
         """One completion a prompt. A completion depends on its prompt, its seed and the weights, not on its neighbours."""
         ...
 
@@ -30,7 +30,7 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def logprobs_of(self, ids: Sequence[int]) -> Tensor:
+    def prompt_logprobs(self, ids: Sequence[int]) -> Tensor:
         """Log-prob of each id but the first, given those before it, at temperature 1: [len(ids) - 1] fp32.
 
         For check_sync: what the trainer says of the same ids must agree after every sync.

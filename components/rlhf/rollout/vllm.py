@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.rlhf.config.model import SamplingSettings
-from components.rlhf.config.ppo import VllmSettings
+from components.rlhf.config.model import SamplingConfig
+from components.rlhf.config.ppo import VllmConfig
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.data.tokenizer import encode_prompt, load_tokenizer
-from components.rlhf.errors import InputError
-from components.rlhf.rollout.vllm_errors import explain
+from components.rlhf.rollout.vllm_errors import start_error
+from components.rlhf.text.errors import InputError
 
 # What vLLM itself accepts; outside of it, it would refuse, or silently sample at another temperature.
 TEMPERATURES = (0.01, 2.0)
@@ -34,7 +34,7 @@ class VllmRolloutEngine:
     def __init__(
         self,
         model_folder: Path,
-        settings: VllmSettings,
+        config: VllmConfig,
         *,
         stop_ids: tuple[int, ...],
         dtype: torch.dtype,
@@ -48,11 +48,11 @@ class VllmRolloutEngine:
         self.version = 0
         self.max_model_len = max_model_len
         self.dtype = dtype
-        self.tensor_parallel_size = settings.tensor_parallel_size
-        self._asleep: set[str] = set()  # of "weights" and "kv_cache"
+        self.tensor_parallel_size = config.tensor_parallel_size
+        self._sleeping: set[str] = set()  # of "weights" and "kv_cache"
         self._owns_process_group = not torch.distributed.is_initialized()
-        _check_processes(settings.tensor_parallel_size)
-        _set_environment()
+        _check_processes(config.tensor_parallel_size)
+        _configure_environment()
         try:
             import vllm
             from vllm.platforms import current_platform
@@ -65,17 +65,17 @@ class VllmRolloutEngine:
         # On a CPU no prompt is cut in pieces: after each piece vLLM winds a row's generator back, which only GPUs can.
         memory: dict[str, Any] = (
             {
-                "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
+                "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(max_model_len, 2048),
             }
             if self.on_cpu
-            else {"gpu_memory_utilization": settings.gpu_memory_utilization, "enable_sleep_mode": True}
+            else {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": True}
         )
         several = not self._owns_process_group and torch.distributed.get_world_size() > 1
         self._llm: Any = None
         try:
-            with _process_left_alone():
+            with _preserve_process_state():
                 self._llm = vllm.LLM(
                     str(model_folder),
                     skip_tokenizer_init=True,  # ids go in and ids come out
@@ -84,7 +84,7 @@ class VllmRolloutEngine:
                     max_model_len=max_model_len,
                     max_num_seqs=num_sequences,
                     logprobs_mode="processed_logprobs",  # of logits / temperature, without stops that are still forbidden
-                    tensor_parallel_size=settings.tensor_parallel_size,
+                    tensor_parallel_size=config.tensor_parallel_size,
                     distributed_executor_backend="external_launcher" if several else "uni",
                     enforce_eager=self.on_cpu,
                     use_tqdm_on_load=False,
@@ -94,13 +94,13 @@ class VllmRolloutEngine:
             # stop_ids count here, and in the trainer's log-probs.
             self._llm.llm_engine.input_processor.generation_config_fields = {}
             # What a kernel refuses (a head size, say) shows at the first step, not at the start.
-            self.logprobs_of([0, 0])
+            self.prompt_logprobs([0, 0])
         except Exception as error:  # whatever vLLM and its kernels raise
             self.close()
-            raise explain(error, model_folder=model_folder, settings=settings, max_model_len=max_model_len) from error
+            raise start_error(error, model_folder=model_folder, config=config, max_model_len=max_model_len) from error
         self.name = f"vllm {vllm.__version__}"
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, seeds: Sequence[int]) -> list[Completion]:
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int]) -> list[Completion]:
         """sampling.batch_size is not used: num_sequences of them grow at once. On a GPU the engine sleeps afterwards.
 
         With tensor_parallel_size above 1 all ranks that hold the engine call it together, each with prompts of its own.
@@ -153,7 +153,7 @@ class VllmRolloutEngine:
         self.version += 1
         return self.version
 
-    def logprobs_of(self, ids: Sequence[int]) -> Tensor:
+    def prompt_logprobs(self, ids: Sequence[int]) -> Tensor:
         # A request for log-probs of the prompt reads no prefix cache, so all of it is computed with the weights of now.
         (output,) = self._run([list(ids)], [{"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0}])
         scored = zip(output.prompt_logprobs[1:], ids[1:], strict=True)
@@ -191,7 +191,7 @@ class VllmRolloutEngine:
             return []
         self._wake("weights")
         self._wake("kv_cache")
-        with _process_left_alone():
+        with _preserve_process_state():
             return list(
                 self._llm.generate(
                     [{"prompt_token_ids": ids} for ids in prompt_ids],
@@ -200,7 +200,7 @@ class VllmRolloutEngine:
                 )
             )
 
-    def _check_request(self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingSettings) -> None:
+    def _check_request(self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig) -> None:
         longest = max((len(ids) for ids in prompt_ids), default=0)
         if longest + sampling.max_new_tokens > self.max_model_len:
             raise InputError(
@@ -234,12 +234,12 @@ class VllmRolloutEngine:
         """Hand the GPU's memory to the updates: the cache is dropped, the weights wait in main memory."""
         if not self.on_cpu:
             self._llm.sleep(level=1)  # at level 2 a second generate without a sync would run on no weights
-            self._asleep = {"weights", "kv_cache"}
+            self._sleeping = {"weights", "kv_cache"}
 
     def _wake(self, what: str) -> None:
-        if what in self._asleep:
+        if what in self._sleeping:
             self._llm.wake_up(tags=[what])
-            self._asleep.remove(what)
+            self._sleeping.remove(what)
 
 
 def _pack_heads(model: torch.nn.Module) -> None:
@@ -255,7 +255,7 @@ def _pack_heads(model: torch.nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-def _set_environment() -> None:
+def _configure_environment() -> None:
     """What vLLM reads from the environment. A user's own value counts where setdefault is."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: weights need no transport
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_gib
@@ -280,7 +280,7 @@ def _check_processes(tensor_parallel_size: int) -> None:
 
 
 @contextlib.contextmanager
-def _process_left_alone() -> Iterator[None]:
+def _preserve_process_state() -> Iterator[None]:
     """vLLM seeds and draws from the process's generators, and on a CPU disables torch.set_num_threads: undo both."""
     set_num_threads, num_threads, state = torch.set_num_threads, torch.get_num_threads(), random.getstate()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -3,17 +3,17 @@
 import re
 from pathlib import Path
 
-from components.rlhf.config.ppo import VllmSettings
-from components.rlhf.errors import InputError
+from components.rlhf.config.ppo import VllmConfig
+from components.rlhf.text.errors import InputError
 
 
-def explain(error: Exception, *, model_folder: Path, settings: VllmSettings, max_model_len: int) -> InputError:
+def start_error(error: Exception, *, model_folder: Path, config: VllmConfig, max_model_len: int) -> InputError:
     """The patterns are those of vLLM 0.32; what none of them fits is passed on by its first telling line."""
     text = str(error)
     where = f"vLLM cannot start with {model_folder}: "
     memory = (
-        f"ppo.rollout.vllm.kv_cache_gib (now {settings.kv_cache_gib:g}, on a CPU) or "
-        f"gpu_memory_utilization (now {settings.gpu_memory_utilization:g}, on a GPU)"
+        f"ppo.rollout.vllm.kv_cache_gib (now {config.kv_cache_gib:g}, on a CPU) or "
+        f"gpu_memory_utilization (now {config.gpu_memory_utilization:g}, on a GPU)"
     )
     if found := re.search(r"\(([\d.]+) GiB KV cache is needed.*?memory \(([\d.]+) GiB\)", text, re.DOTALL):
         fits = re.search(r"estimated maximum model length is (\d+)", text)
@@ -40,11 +40,11 @@ def explain(error: Exception, *, model_folder: Path, settings: VllmSettings, max
             "config.json); shorten prompts or max_new_tokens."
         )
     return InputError(
-        f"{where}{_telling_line(text) or type(error).__name__}; correct it, or set ppo.rollout.engine to hf."
+        f"{where}{_first_informative_line(text) or type(error).__name__}; correct it, or set ppo.rollout.engine to hf."
     )
 
 
-def _telling_line(text: str) -> str:
+def _first_informative_line(text: str) -> str:
     """The first line with content: pydantic puts 'N validation errors for X' before what is wrong."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     wrong = [line.removeprefix("Value error, ") for line in lines if "validation error" not in line]

@@ -12,7 +12,7 @@ import pytest
 from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer, writing
 from components.rlhf.artifacts.manifest import KINDS, MANIFEST, FileEntry, Manifest, read_manifest, write_manifest
 from components.rlhf.artifacts.revision import code_revision
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
 
 SHA_OF_ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # the standard's own example
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from components.rlhf.artifacts.directory import open_artifact
 from components.rlhf.artifacts.manifest import MANIFEST, read_manifest, write_manifest
-from components.rlhf.errors import InputError
-from tests.hostile import one_sentence
+from components.rlhf.text.errors import InputError
+from tests.support.hostile_input import one_sentence
 
 FUZZ = settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from components.rlhf.checkpoints import lease as lease_module
 from components.rlhf.checkpoints.files import COMPLETE, MANIFEST, STATE
-from components.rlhf.checkpoints.folder import CheckpointFolder
 from components.rlhf.checkpoints.lease import Lease
-from components.rlhf.config.model import TrainingSettings
-from components.rlhf.config.storage import CheckpointSettings
-from components.rlhf.edges.storage import FolderStore
-from components.rlhf.engine.plain import TorchEngine
-from components.rlhf.errors import InputError
-from tests.hostile import one_sentence
+from components.rlhf.checkpoints.manager import CheckpointManager
+from components.rlhf.config.model import TrainingConfig
+from components.rlhf.config.storage import CheckpointConfig
+from components.rlhf.engine.torch import TorchEngine
+from components.rlhf.storage.store import FolderStore
+from components.rlhf.text.errors import InputError
+from tests.support.hostile_input import one_sentence
 
 FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
@@ -44,14 +44,14 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 def engine(value: float) -> TorchEngine:
     module = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.constant_(module.weight, value)
-    return TorchEngine(module, TrainingSettings(), num_steps=4)
+    return TorchEngine(module, TrainingConfig(), num_steps=4)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with two checkpoints: step 1, whose weights are 1, and step 2, whose weights are 2."""
     root = tmp_path_factory.mktemp("saved")
-    folder = CheckpointFolder(FolderStore(root), KEY, CheckpointSettings())
+    folder = CheckpointManager(FolderStore(root), KEY, CheckpointConfig())
     for step in (1, 2):
         folder.save(step, {"actor": engine(step)}, {"history": [0.5]})
         folder.wait()
@@ -68,7 +68,7 @@ def root(saved: Path, tmp_path: Path) -> Path:
 def start(root: Path) -> tuple[int | None, float, list[str]]:
     """The step that a start goes on from, the weights that it then has, and what it says; None and 0.0 for a fresh one."""
     said: list[str] = []
-    folder = CheckpointFolder(FolderStore(root), KEY, CheckpointSettings(), say=said.append)
+    folder = CheckpointManager(FolderStore(root), KEY, CheckpointConfig(), log=said.append)
     actor = engine(0.0)
     try:
         state = folder.restore({"actor": actor})

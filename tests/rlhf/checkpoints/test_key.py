@@ -6,11 +6,11 @@ import pytest
 from components.rlhf.artifacts.manifest import FileEntry, Manifest
 from components.rlhf.checkpoints import key as key_module
 from components.rlhf.checkpoints.key import checkpoint_key
-from components.rlhf.config.model import ModelSettings, TrainingSettings
-from components.rlhf.config.sft import SftSettings, SftStage
-from components.rlhf.config.storage import CheckpointSettings
+from components.rlhf.config.model import ModelConfig, TrainingConfig
+from components.rlhf.config.sft import SftConfig, SftStageConfig
+from components.rlhf.config.storage import CheckpointConfig
 
-STAGE = SftStage(model=ModelSettings(), sft=SftSettings(), checkpoint=CheckpointSettings(), seed=0)
+STAGE = SftStageConfig(model=ModelConfig(), sft=SftConfig(), checkpoint=CheckpointConfig(), seed=0)
 BASE = Manifest(kind="base_model", files={"a": FileEntry(sha256="0", size=1)}, created_at="yesterday")
 DATA = Manifest(kind="demonstrations", files={"b": FileEntry(sha256="1", size=1)})
 
@@ -20,8 +20,8 @@ def _one_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(key_module, "code_revision", lambda: "abc")
 
 
-def changed(**settings: Any) -> SftStage:
-    return SftStage(**(dict(STAGE) | settings))
+def changed(**config: Any) -> SftStageConfig:
+    return SftStageConfig(**(dict(STAGE) | config))
 
 
 def test_is_the_stage_and_a_digest() -> None:
@@ -32,36 +32,36 @@ def test_is_the_stage_and_a_digest() -> None:
 
 
 def test_is_the_same_for_the_same_things() -> None:
-    again = SftStage.from_json(STAGE.canonical_json())
+    again = SftStageConfig.from_json(STAGE.canonical_json())
     assert checkpoint_key("sft", again, BASE, DATA) == checkpoint_key("sft", STAGE, BASE, DATA)
 
 
 def test_does_not_change_with_how_often_is_saved_nor_with_when_an_input_was_made() -> None:
     expected = checkpoint_key("sft", STAGE, BASE, DATA)
-    often = changed(checkpoint=CheckpointSettings(every_minutes=0.5, keep=9))
+    often = changed(checkpoint=CheckpointConfig(every_minutes=0.5, keep=9))
     assert checkpoint_key("sft", often, BASE, DATA) == expected
     assert checkpoint_key("sft", STAGE, replace(BASE, created_at="today"), DATA) == expected
 
 
 @pytest.mark.parametrize("training", [{"num_processes": 2}, {"timeout_minutes": 1}])
 def test_does_not_change_with_how_many_train_and_wait(training: dict[str, Any]) -> None:
-    other = changed(sft=SftSettings(training=TrainingSettings(**training)))
+    other = changed(sft=SftConfig(training=TrainingConfig(**training)))
     assert checkpoint_key("sft", other, BASE, DATA) == checkpoint_key("sft", STAGE, BASE, DATA)
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "config",
     [
         {"seed": 1},
-        {"model": ModelSettings(num_frozen_layers=1)},
-        {"sft": SftSettings(max_steps=5)},
-        {"sft": SftSettings(training=TrainingSettings(learning_rate=2e-5))},
-        {"sft": SftSettings(training=TrainingSettings(engine="deepspeed"))},
+        {"model": ModelConfig(num_frozen_layers=1)},
+        {"sft": SftConfig(max_steps=5)},
+        {"sft": SftConfig(training=TrainingConfig(learning_rate=2e-5))},
+        {"sft": SftConfig(training=TrainingConfig(engine="deepspeed"))},
     ],
     ids=["seed", "frozen layers", "steps", "learning rate", "engine"],
 )
-def test_changes_with_every_other_setting(settings: dict[str, Any]) -> None:
-    assert checkpoint_key("sft", changed(**settings), BASE, DATA) != checkpoint_key("sft", STAGE, BASE, DATA)
+def test_changes_with_every_other_setting(config: dict[str, Any]) -> None:
+    assert checkpoint_key("sft", changed(**config), BASE, DATA) != checkpoint_key("sft", STAGE, BASE, DATA)
 
 
 def test_changes_with_the_inputs() -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from components.rlhf.checkpoints import lease as module
 from components.rlhf.checkpoints.lease import Lease
-from components.rlhf.edges.storage import FolderStore
-from components.rlhf.errors import InputError
+from components.rlhf.storage.store import FolderStore
+from components.rlhf.text.errors import InputError
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_a_holder_on_another_machine_without_a_sign_of_life_is_replaced(tmp_path
 def test_a_dead_process_of_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from components.rlhf.checkpoints.lease import Lease; "
-        "from components.rlhf.edges.storage import FolderStore; import os, signal; "
+        "from components.rlhf.storage.store import FolderStore; import os, signal; "
         "Lease(FolderStore(Path(sys.argv[1])), 'ppo/abc/lease.json', print).acquire(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)

@@ -6,16 +6,16 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from components.rlhf.config.base import Settings
-from components.rlhf.config.data import PrepareDataStage
-from components.rlhf.config.evaluation import EvaluationStage
-from components.rlhf.config.imports import ImportStage
-from components.rlhf.config.judge import JudgeStage
-from components.rlhf.config.model import SamplingSettings, TrainingSettings
-from components.rlhf.config.params import Params, explain
-from components.rlhf.config.ppo import PpoSettings, PpoStage, RolloutSettings
-from components.rlhf.config.reward_model import RewardModelStage
-from components.rlhf.config.sft import SftStage
+from components.rlhf.config.base import BaseConfig
+from components.rlhf.config.evaluation import EvaluationStageConfig
+from components.rlhf.config.import_model import ImportModelStageConfig
+from components.rlhf.config.judge import JudgeStageConfig
+from components.rlhf.config.model import SamplingConfig, TrainingConfig
+from components.rlhf.config.params import Params, explain_validation_error
+from components.rlhf.config.ppo import PpoConfig, PpoStageConfig, RolloutConfig
+from components.rlhf.config.prepare_data import PrepareDataStageConfig
+from components.rlhf.config.reward_model import RewardModelStageConfig
+from components.rlhf.config.sft import SftStageConfig
 from pipelines.profiles import resolve_profiles
 
 PARAMS = Path(__file__).resolve().parents[3] / "pipelines/params"
@@ -45,7 +45,7 @@ def with_value(path: str, value: object) -> dict[str, Any]:
 def complaint(content: dict[str, Any]) -> str:
     with pytest.raises(ValidationError) as caught:
         Params.model_validate(content)
-    return explain(caught.value, Params)
+    return explain_validation_error(caught.value, Params)
 
 
 # --- what is accepted ---
@@ -54,7 +54,7 @@ def complaint(content: dict[str, Any]) -> str:
 def test_defaults_are_valid() -> None:
     params = Params.model_validate(smallest())
     assert params.seed == 0
-    assert params.ppo.rollout.sampling == SamplingSettings()
+    assert params.ppo.rollout.sampling == SamplingConfig()
     # Defaults are validated like anything else, so a whole number in a float field is a float in every digest.
     assert type(params.ppo.kl_horizon) is float
 
@@ -82,7 +82,7 @@ def test_demonstrations_may_be_missing_where_a_model_replaces_them() -> None:
 
 
 def test_canonical_json_by_hand() -> None:
-    settings = ImportStage(kind="base_model", source="mödel")
+    settings = ImportModelStageConfig(kind="base_model", source="mödel")
     assert settings.canonical_json() == '{"kind":"base_model","revision":null,"source":"mödel"}'
 
 
@@ -215,14 +215,14 @@ def test_the_edge_of_what_is_valid(path: str, value: object) -> None:
 
 
 def test_patience_with_looks_is_valid() -> None:
-    assert PpoSettings(eval_every=5, patience=2).patience == 2
+    assert PpoConfig(eval_every=5, patience=2).patience == 2
 
 
 def test_the_rollout_batch_counts_samples() -> None:
-    rollout = RolloutSettings(num_prompts=3, samples_per_prompt=8)
-    assert PpoSettings(rollout=rollout, minibatch=12).minibatch == 12
+    rollout = RolloutConfig(num_prompts=3, samples_per_prompt=8)
+    assert PpoConfig(rollout=rollout, minibatch=12).minibatch == 12
     with pytest.raises(ValidationError, match="rollout batch of 24"):
-        PpoSettings(rollout=rollout, minibatch=16)
+        PpoConfig(rollout=rollout, minibatch=16)
 
 
 def test_every_mistake_is_named_at_once() -> None:
@@ -236,24 +236,27 @@ def test_every_mistake_is_named_at_once() -> None:
 
 def test_a_stage_explains_mistakes_in_its_own_settings() -> None:
     with pytest.raises(ValidationError) as caught:
-        ImportStage.model_validate({"kind": "base_model", "sorce": "x"})
-    assert explain(caught.value, ImportStage) == "source is missing; sorce is not a parameter; did you mean source?"
+        ImportModelStageConfig.model_validate({"kind": "base_model", "sorce": "x"})
+    assert (
+        explain_validation_error(caught.value, ImportModelStageConfig)
+        == "source is missing; sorce is not a parameter; did you mean source?"
+    )
 
 
 # --- what each stage is given ---
 
 SECTIONS = {
-    PrepareDataStage: {"data", "num_evaluation_prompts", "seed"},
-    SftStage: {"model", "sft", "checkpoint", "seed"},
-    RewardModelStage: {"model", "reward_model", "sampling", "checkpoint", "seed"},
-    JudgeStage: {"judge", "seed"},
-    PpoStage: {"model", "ppo", "checkpoint", "seed"},
-    EvaluationStage: {"model", "evaluation", "sampling", "gate", "seed"},
+    PrepareDataStageConfig: {"data", "num_evaluation_prompts", "seed"},
+    SftStageConfig: {"model", "sft", "checkpoint", "seed"},
+    RewardModelStageConfig: {"model", "reward_model", "sampling", "checkpoint", "seed"},
+    JudgeStageConfig: {"judge", "seed"},
+    PpoStageConfig: {"model", "ppo", "checkpoint", "seed"},
+    EvaluationStageConfig: {"model", "evaluation", "sampling", "gate", "seed"},
 }
 
 
 @pytest.mark.parametrize(("stage", "sections"), SECTIONS.items(), ids=lambda part: getattr(part, "__name__", ""))
-def test_a_stage_is_given_its_own_sections_alone(stage: type[Settings], sections: set[str]) -> None:
+def test_a_stage_is_given_its_own_sections_alone(stage: type[BaseConfig], sections: set[str]) -> None:
     params = Params.model_validate(with_value("seed", 5))
     given = params.stage(stage)
     assert set(json.loads(given.canonical_json())) == sections
@@ -261,8 +264,8 @@ def test_a_stage_is_given_its_own_sections_alone(stage: type[Settings], sections
         assert getattr(given, name) == getattr(params, name)
 
 
-@pytest.mark.parametrize("stage", [SftStage, RewardModelStage, JudgeStage, PrepareDataStage])
-def test_a_change_of_ppo_leaves_the_stages_before_it_alone(stage: type[Settings]) -> None:
+@pytest.mark.parametrize("stage", [SftStageConfig, RewardModelStageConfig, JudgeStageConfig, PrepareDataStageConfig])
+def test_a_change_of_ppo_leaves_the_stages_before_it_alone(stage: type[BaseConfig]) -> None:
     """Their digests, and with them KFP's cache and the checkpoints, must survive the tuning of PPO."""
     before, after = (Params.model_validate(with_value("ppo.kl_coef", value)).stage(stage) for value in (0.05, 0.5))
     assert before.canonical_json() == after.canonical_json()
@@ -270,22 +273,22 @@ def test_a_change_of_ppo_leaves_the_stages_before_it_alone(stage: type[Settings]
 
 def test_the_reward_model_is_calibrated_on_what_ppo_samples() -> None:
     params = Params.model_validate(with_value("ppo.rollout.sampling.temperature", 0.7))
-    assert params.stage(RewardModelStage).sampling.temperature == 0.7
+    assert params.stage(RewardModelStageConfig).sampling.temperature == 0.7
 
 
 def test_evaluation_samples_as_ppo_does_unless_told_otherwise() -> None:
     content = with_value("ppo.rollout.sampling.temperature", 0.7)
-    assert Params.model_validate(content).stage(EvaluationStage).sampling.temperature == 0.7
+    assert Params.model_validate(content).stage(EvaluationStageConfig).sampling.temperature == 0.7
     content["evaluation"] = {"sampling": {"temperature": 0.1}}
-    assert Params.model_validate(content).stage(EvaluationStage).sampling.temperature == 0.1
-    assert Params.model_validate(content).stage(RewardModelStage).sampling.temperature == 0.7
+    assert Params.model_validate(content).stage(EvaluationStageConfig).sampling.temperature == 0.1
+    assert Params.model_validate(content).stage(RewardModelStageConfig).sampling.temperature == 0.7
 
 
 def test_prepare_data_is_told_how_many_prompts_evaluation_needs() -> None:
     params = Params.model_validate(with_value("evaluation.num_prompts", 17))
-    assert params.stage(PrepareDataStage).num_evaluation_prompts == 17
+    assert params.stage(PrepareDataStageConfig).num_evaluation_prompts == 17
 
 
 def test_the_actor_learns_more_slowly_than_other_models_by_default() -> None:
-    assert PpoSettings().training.learning_rate == 1e-6
-    assert TrainingSettings().learning_rate == 1e-5
+    assert PpoConfig().training.learning_rate == 1e-6
+    assert TrainingConfig().learning_rate == 1e-5

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from components.rlhf.data.batching import (
     collate,
     epoch_order,
+    local_microbatches,
     num_steps,
-    own_microbatches,
     split_by_tokens,
     step_batches,
 )
@@ -153,7 +153,9 @@ def test_num_steps_agrees(size: int, batch_size: int, num_epochs: int, max_steps
 def test_processes_share_a_step_and_run_as_many_passes(lengths: list[int], world_size: int, max_tokens: int) -> None:
     counts = [len(split_by_tokens(lengths[rank::world_size], max_tokens)) for rank in range(world_size)]
     shares = [
-        own_microbatches(lengths, max_tokens, rank=rank, world_size=world_size, most=lambda n: max([n, *counts]))
+        local_microbatches(
+            lengths, max_tokens, rank=rank, world_size=world_size, max_over_ranks=lambda n: max([n, *counts])
+        )
         for rank in range(world_size)
     ]
     assert {len(share) for share in shares} == {max(counts)}

@@ -2,7 +2,7 @@ import pytest
 
 from components.rlhf.data.clean import clean
 from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
 
 
 def prompts(*texts: str) -> list[Prompt]:

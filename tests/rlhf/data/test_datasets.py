@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from components.rlhf.data.datasets import load_records, read_header, save_dataset
+from components.rlhf.data.datasets import DatasetHeader, load_records, read_header, save_dataset
 from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
 
 RECORDS: list[list[Any]] = [
     [Demonstration(prompt="p", completion=" c"), Demonstration(prompt="ü\u2028\n\x85", completion="\U0001f600")],
@@ -24,11 +24,9 @@ def test_what_is_saved_is_loaded(tmp_path: Path, records: list[Any]) -> None:
     save_dataset(tmp_path, {"train": records, "heldout": []}, max_tokens=8, counts={"read": 3})
     assert load_records(tmp_path, "train", type(records[0])) == records
     assert load_records(tmp_path, "heldout", type(records[0])) == []
-    assert read_header(tmp_path) == {
-        "max_tokens": 8,
-        "sizes": {"train": len(records), "heldout": 0},
-        "counts": {"read": 3},
-    }
+    assert read_header(tmp_path) == DatasetHeader(
+        max_tokens=8, sizes={"train": len(records), "heldout": 0}, counts={"read": 3}
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"train.jsonl", "heldout.jsonl", "dataset.json"}
 
 

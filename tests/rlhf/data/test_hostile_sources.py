@@ -13,17 +13,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from components.rlhf.config.data import DataSource
+from components.rlhf.config.prepare_data import DataSource
 from components.rlhf.data.sources import read_rows
-from tests.hostile import one_sentence
+from tests.support.hostile_input import one_sentence
 
 FUZZ = settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ROWS = [{"prompt": f"a film {n}", "chosen": " good é", "rejected": [" bad"], "n": n / 3} for n in range(20)]
 MEMORY = """
 import resource, sys
-from components.rlhf.config.data import DataSource
+from components.rlhf.config.prepare_data import DataSource
 from components.rlhf.data.sources import read_rows
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     print(len(list(read_rows(DataSource(path=sys.argv[1])))))

@@ -3,23 +3,23 @@ from typing import Any
 
 import pytest
 
-from components.rlhf.config.data import DataSettings, DataSource
-from components.rlhf.data.lengths import drop_long
+from components.rlhf.config.prepare_data import DataConfig, DataSource
+from components.rlhf.data.lengths import drop_too_long
 from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText
-from tests.tiny import make_tiny_tokenizer
+from tests.support.tiny_model import make_tiny_tokenizer
 
 TOKENIZER = make_tiny_tokenizer()  # one token a character
 SOURCE = DataSource(path="x.jsonl")
 
 
-def settings(**changes: Any) -> DataSettings:
-    return DataSettings(preferences=SOURCE, prompts=SOURCE, max_prompt_tokens=4, max_tokens=10, **changes)
+def settings(**changes: Any) -> DataConfig:
+    return DataConfig(preferences=SOURCE, prompts=SOURCE, max_prompt_tokens=4, max_tokens=10, **changes)
 
 
 def drop(record: Any, **changes: Any) -> tuple[bool, Counter[str]]:
     """Whether the record is kept, and the counts."""
     counts: Counter[str] = Counter(read=1, kept=1)
-    return bool(drop_long([record], settings(**changes), TOKENIZER, counts)), counts
+    return bool(drop_too_long([record], settings(**changes), TOKENIZER, counts)), counts
 
 
 def test_a_prompt_may_be_as_long_as_the_limit() -> None:
@@ -63,5 +63,5 @@ def test_cutting_is_for_texts_and_not_for_prompts() -> None:
 def test_order_and_counts_of_many() -> None:
     counts = Counter(read=5, kept=4, dropped_empty=1)
     records = [Prompt(prompt=text) for text in ("b", "12345", "a", "67890")]
-    assert drop_long(records, settings(), TOKENIZER, counts) == [records[0], records[2]]
+    assert drop_too_long(records, settings(), TOKENIZER, counts) == [records[0], records[2]]
     assert counts == {"read": 5, "kept": 2, "dropped_empty": 1, "dropped_long_prompt": 2}

@@ -7,7 +7,7 @@ import pytest
 
 from components.rlhf.data.movie_ratings import opening, read_movie_ratings
 from components.rlhf.data.records import RatedText
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
 
 TEXTS = (
     "1_1\t0.1\ta film of great charm and wit\n"

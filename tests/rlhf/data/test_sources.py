@@ -6,9 +6,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from components.rlhf.config.data import DataSource
+from components.rlhf.config.prepare_data import DataSource
 from components.rlhf.data.sources import read_rows
-from components.rlhf.errors import InputError
+from components.rlhf.text.errors import InputError
 
 Write = Callable[[bytes], Path]
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.rlhf.data.split import HELD_OUT, assign_role, unit_interval
+from components.rlhf.data.split import HELD_OUT, assign_role, hash_to_unit_interval
 
 KEYS = [f"prompt number {number}" for number in range(4000)]
 WEIGHTS = {"sft": 0.2, "reward_model": 0.5, "judge": 0.3}
@@ -64,5 +64,5 @@ def test_every_key_has_one_of_the_roles(key: str, seed: int, held_out: float) ->
 
 
 def test_parts_are_not_confused_with_each_other() -> None:
-    assert unit_interval(0, "a", "b") != unit_interval(0, "ab")
-    assert unit_interval(1, "1") != unit_interval(11, "")
+    assert hash_to_unit_interval(0, "a", "b") != hash_to_unit_interval(0, "ab")
+    assert hash_to_unit_interval(1, "1") != hash_to_unit_interval(11, "")

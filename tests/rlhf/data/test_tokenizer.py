@@ -11,8 +11,8 @@ from components.rlhf.data.tokenizer import (
     load_tokenizer,
     tokenizer_digest,
 )
-from components.rlhf.errors import InputError
-from tests.tiny import make_tiny_tokenizer
+from components.rlhf.text.errors import InputError
+from tests.support.tiny_model import make_tiny_tokenizer
 
 TOKENIZER = make_tiny_tokenizer()
 EOS = 0

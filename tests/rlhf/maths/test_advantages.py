@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from components.rlhf.maths.advantages import estimate_advantages, reward_to_go
-from tests.rlhf.maths.batches import GARBAGE, doubles, equal, ragged, randn, spoil
+from tests.support.random_batches import GARBAGE, doubles, equal, ragged, randn, spoil
 
 MASK = ragged(4, 1, 0, 3)
 VALUES, REWARDS = randn(4, 4), randn(4, 4, seed=1)

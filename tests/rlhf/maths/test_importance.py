@@ -7,7 +7,7 @@ from torch import Tensor
 
 from components.rlhf.maths.importance import importance_weights
 from components.rlhf.maths.losses import policy_loss
-from tests.rlhf.maths.batches import GARBAGE, doubles, equal, ragged, randn, spoil
+from tests.support.random_batches import GARBAGE, doubles, equal, ragged, randn, spoil
 
 BOUNDS = {"low": 0.5, "high": 5.0}
 

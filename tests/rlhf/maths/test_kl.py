@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.rlhf.maths.kl import KlEstimator, adapt_kl_coef, estimate_kl
-from tests.rlhf.maths.batches import GARBAGE, doubles, equal, ragged, randn, spoil
+from tests.support.random_batches import GARBAGE, doubles, equal, ragged, randn, spoil
 
 ESTIMATORS = get_args(KlEstimator)
 MASK = ragged(4, 1, 0, 3)

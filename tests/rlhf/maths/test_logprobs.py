@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from components.rlhf.maths.logprobs import entropy, token_logprobs
-from tests.rlhf.maths.batches import doubles, equal, randn
+from tests.support.random_batches import doubles, equal, randn
 
 LOGITS, LABELS = 3 * randn(2, 5, 7), torch.randint(0, 7, (2, 5), generator=torch.Generator().manual_seed(0))
 

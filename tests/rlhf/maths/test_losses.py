@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from components.rlhf.maths.losses import Aggregation, aggregate, denominator_of, pairwise_loss, policy_loss, value_loss
-from tests.rlhf.maths.batches import GARBAGE, doubles, equal, ragged, randn, spoil
+from tests.support.random_batches import GARBAGE, doubles, equal, ragged, randn, spoil
 
 AGGREGATIONS = get_args(Aggregation)
 MASK = ragged(4, 1, 0, 3)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from components.rlhf.maths.masked import Reduce, masked_mean, masked_moments, whiten
-from tests.rlhf.maths.batches import GARBAGE, doubles, equal, ragged, randn, spoil
+from tests.support.random_batches import GARBAGE, doubles, equal, ragged, randn, spoil
 
 MASK = ragged(4, 1, 0, 3)
 

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.rlhf.maths.masks import length_mask, next_token_mask, state_positions
-from tests.rlhf.maths.batches import equal, randn
+from tests.support.random_batches import equal, randn
 
 # One (prompt length, response length) a row.
 ROWS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4)

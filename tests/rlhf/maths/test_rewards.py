@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from components.rlhf.maths.rewards import token_rewards
-from tests.rlhf.maths.batches import GARBAGE, doubles, equal, ragged, randn, spoil
+from tests.support.random_batches import GARBAGE, doubles, equal, ragged, randn, spoil
 
 MASK = ragged(4, 1, 0, 3)
 SCORES, KL = 3 * randn(4, seed=1), randn(4, 4)

@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM
 
 import components.rlhf.models.actor as actor_module
 from components.rlhf.data.batching import collate
-from components.rlhf.models.actor import Actor, Distribution
-from tests.rlhf.models.build import PROMPTS, RESPONSES, actor_of, batch, rows_of
+from components.rlhf.models.actor import Actor, SamplingDistribution
+from tests.support.small_models import PROMPTS, RESPONSES, actor_of, batch, rows_of
 
 LENGTHS = [len(response) for response in RESPONSES]
-PLAIN = Distribution()
+PLAIN = SamplingDistribution()
 
 
 def slow_logprobs(
@@ -37,14 +37,14 @@ def slow_logprobs(
 class TestLogprobs:
     @pytest.mark.parametrize("temperature", [1.0, 0.6, 2.5])
     def test_are_those_of_plain_transformers(self, tiny_model: Path, temperature: float) -> None:
-        logprobs, _ = actor_of(tiny_model)(batch(), Distribution(temperature=temperature))
+        logprobs, _ = actor_of(tiny_model)(batch(), SamplingDistribution(temperature=temperature))
         for got, expected in zip(
             rows_of(logprobs, LENGTHS), slow_logprobs(tiny_model, temperature=temperature), strict=True
         ):
             assert got == pytest.approx(expected, abs=1e-5)
 
     def test_of_stop_tokens_before_they_are_possible(self, tiny_model: Path) -> None:
-        early = Distribution(temperature=0.8, min_new_tokens=3, stop_ids=(0, 104))
+        early = SamplingDistribution(temperature=0.8, min_new_tokens=3, stop_ids=(0, 104))
         logprobs, _ = actor_of(tiny_model)(batch(), early)
         expected = slow_logprobs(tiny_model, temperature=0.8, early=3, stops=(0, 104))
         for got, row in zip(rows_of(logprobs, LENGTHS), expected, strict=True):
@@ -66,7 +66,7 @@ class TestLogprobs:
 
 class TestEntropy:
     def test_is_that_of_the_sampling_distribution(self, tiny_model: Path) -> None:
-        distribution = Distribution(temperature=0.7, min_new_tokens=2, stop_ids=(0,))
+        distribution = SamplingDistribution(temperature=0.7, min_new_tokens=2, stop_ids=(0,))
         _, entropy = actor_of(tiny_model)(batch(), distribution, with_entropy=True)
         lm = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
         for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):

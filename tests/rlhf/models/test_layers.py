@@ -5,11 +5,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from components.rlhf.errors import InputError
-from components.rlhf.models.layers import checkpoint_layers, decoder_of, freeze_lower_layers, run_layers, share_trunk
+from components.rlhf.models.layers import (
+    decoder_of,
+    enable_gradient_checkpointing,
+    freeze_lower_layers,
+    run_layers,
+    share_trunk,
+)
 from components.rlhf.models.loading import load_causal_lm, load_scalar_lm
-from tests.rlhf.models.build import trained_names
-from tests.tiny import make_tiny_model
+from components.rlhf.text.errors import InputError
+from tests.support.small_models import trained_names
+from tests.support.tiny_model import make_tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 0, 9, 10], [1, 2, 3, 4, 5, 6]])
 FP32 = torch.float32
@@ -170,7 +176,7 @@ def _unique_parameters(models: list[Any]) -> int:
 def test_checkpointed_layers_are_computed_again_with_the_same_gradients(tiny_model: Path, checkpointed: bool) -> None:
     lm, plain = (load_causal_lm(tiny_model, num_frozen_layers=0, dtype=torch.float32) for _ in range(2))
     if checkpointed:
-        checkpoint_layers(lm)
+        enable_gradient_checkpointing(lm)
     calls = []
     for layer in lm.model.layers:
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))

@@ -15,18 +15,18 @@ from transformers import (
 )
 
 from components.rlhf.data.tokenizer import load_tokenizer
-from components.rlhf.errors import InputError
-from components.rlhf.models.actor import Distribution
+from components.rlhf.models.actor import SamplingDistribution
 from components.rlhf.models.loading import (
     load_causal_lm,
     load_scalar_lm,
-    normalisation_of,
+    load_stop_ids,
+    reward_normalization,
     save_model,
-    stop_ids_of,
     trainable_parameters,
 )
-from tests.rlhf.models.build import actor_of, batch, scalar_of, trained_names
-from tests.tiny import make_tiny_model
+from components.rlhf.text.errors import InputError
+from tests.support.small_models import actor_of, batch, scalar_of, trained_names
+from tests.support.tiny_model import make_tiny_model
 
 IDS = torch.tensor([[5, 6, 7, 0, 9, 10]])
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -52,7 +52,7 @@ class TestSaving:
     def test_a_trained_actor_loads_with_from_pretrained(self, tmp_path: Path, tied: bool, frozen: int) -> None:
         folder = make_tiny_model(tmp_path / "start", seed=2, tied=tied)
         actor = actor_of(folder, frozen=frozen)
-        descend(-actor(batch(), Distribution())[0].mean(), actor)
+        descend(-actor(batch(), SamplingDistribution())[0].mean(), actor)
         logits = actor.lm(IDS).logits
         save_model(actor.lm, AutoTokenizer.from_pretrained(folder), tmp_path / "saved", dtype=FP32)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
@@ -82,7 +82,7 @@ class TestSaving:
         assert loaded.num_labels == 1
         ids = torch.tensor([[5, 6, 7, 9, 10]])
         assert torch.equal(loaded(ids).logits, model.lm(ids).logits)
-        assert normalisation_of(tmp_path / "saved") == (0.25, 2.0)
+        assert reward_normalization(tmp_path / "saved") == (0.25, 2.0)
         again = load_scalar_lm(tmp_path / "saved", num_frozen_layers=1, dtype=FP32)
         assert torch.equal(again.score.weight, model.lm.score.weight)
 
@@ -178,7 +178,7 @@ class TestErrors:
         folder = make_tiny_model(tmp_path / "model", seed=0)
         edit_json(folder / "config.json", **({"reward_mean": 0.5, "reward_std": 2.0} | {missing: None}))
         with pytest.raises(InputError, match="lacks reward_mean and reward_std"):
-            normalisation_of(folder)
+            reward_normalization(folder)
 
 
 class TestStopIds:
@@ -207,7 +207,7 @@ class TestStopIds:
     def test_come_from_the_generation_settings_then_the_config(
         self, tmp_path: Path, generation: Any, config: Any, expected: tuple[int, ...]
     ) -> None:
-        assert stop_ids_of(self.folder(tmp_path, generation=generation, config=config)) == expected
+        assert load_stop_ids(self.folder(tmp_path, generation=generation, config=config)) == expected
 
     def test_there_must_be_one(self, tmp_path: Path) -> None:
         folder = self.folder(tmp_path, generation=None, config=None)
@@ -215,7 +215,7 @@ class TestStopIds:
         content = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(content | {"eos_token_id": None}))
         with pytest.raises(InputError, match="no eos_token_id"):
-            stop_ids_of(folder)
+            load_stop_ids(folder)
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny_model: Path, tmp_path: Path) -> None:

@@ -9,17 +9,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from components.rlhf.config.model import LoraSettings
-from components.rlhf.errors import InputError
-from components.rlhf.models.actor import Actor, Distribution
+from components.rlhf.config.model import LoraConfig
+from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, save_model, trainable_parameters
-from components.rlhf.models.lora import adapters, add_adapters, merged_weights
+from components.rlhf.models.lora import adapters_enabled, add_adapters, merged_weights
 from components.rlhf.models.scalar import ScalarModel
-from tests.rlhf.models.build import batch, trained_names
-from tests.tiny import make_tiny_model
+from components.rlhf.text.errors import InputError
+from tests.support.small_models import batch, trained_names
+from tests.support.tiny_model import make_tiny_model
 
 FP32, BF16 = torch.float32, torch.bfloat16
-LORA = LoraSettings(rank=4, alpha=12.0)
+LORA = LoraConfig(rank=4, alpha=12.0)
 IDS = torch.tensor([[5, 6, 7, 0, 9, 10]])
 
 
@@ -76,7 +76,7 @@ class TestAdapters:
         with_them = lm(IDS).logits
         assert not torch.equal(with_them, before)
         trained = trained_names(lm)
-        with adapters(lm, on=False):
+        with adapters_enabled(lm, on=False):
             assert torch.equal(lm(IDS).logits, before)
         assert torch.equal(lm(IDS).logits, with_them)
         assert trained_names(lm) == trained
@@ -85,7 +85,7 @@ class TestAdapters:
         lm = adapted(tiny_model)
         stir(lm)
         before = lm(IDS).logits
-        with pytest.raises(KeyError), adapters(lm, on=False):
+        with pytest.raises(KeyError), adapters_enabled(lm, on=False):
             raise KeyError
         assert torch.equal(lm(IDS).logits, before)
 
@@ -103,7 +103,7 @@ class TestAdapters:
     def test_alone_have_gradients(self, tiny_model: Path) -> None:
         actor = Actor(adapted(tiny_model, frozen=1), num_frozen_layers=1, dtype=FP32)
         stir(actor)
-        actor(batch(), Distribution())[0].sum().backward()
+        actor(batch(), SamplingDistribution())[0].sum().backward()
         with_gradient = {name for name, p in actor.named_parameters() if p.grad is not None and p.grad.any()}
         assert with_gradient == trained_names(actor)
         assert all(".lora_" in name for name in with_gradient)
@@ -121,16 +121,16 @@ class TestAdapters:
     def test_reference_is_the_same_model_without_them(self, tiny_model: Path) -> None:
         lm = adapted(tiny_model, frozen=1)
         actor, reference = (Actor(lm, num_frozen_layers=1, dtype=FP32, with_adapters=on) for on in (True, False))
-        first = actor(batch(), Distribution())[0]
-        assert torch.equal(first, reference(batch(), Distribution())[0])
+        first = actor(batch(), SamplingDistribution())[0]
+        assert torch.equal(first, reference(batch(), SamplingDistribution())[0])
         stir(lm)
-        assert not torch.equal(actor(batch(), Distribution())[0], first)
-        assert torch.equal(reference(batch(), Distribution())[0], first)
+        assert not torch.equal(actor(batch(), SamplingDistribution())[0], first)
+        assert torch.equal(reference(batch(), SamplingDistribution())[0], first)
 
 
 class TestErrors:
     def test_a_module_that_no_layer_has(self, tiny_model: Path) -> None:
-        lora = LoraSettings(target_modules=("q_proj", "c_attn", "lm_head"))
+        lora = LoraConfig(target_modules=("q_proj", "c_attn", "lm_head"))
         with pytest.raises(InputError) as error:
             adapted(tiny_model, lora=lora)
         assert str(error.value) == (

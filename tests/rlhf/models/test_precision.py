@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from components.rlhf.models import precision
-from components.rlhf.models.precision import compute_dtype, compute_in
+from components.rlhf.models.precision import autocast_to, compute_dtype
 
 
 def test_what_is_asked_for() -> None:
@@ -30,5 +30,5 @@ def test_a_processor_says_it_in_its_flags(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_computed_in_it(dtype: torch.dtype) -> None:
-    with compute_in(dtype, torch.device("cpu")):
+    with autocast_to(dtype, torch.device("cpu")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from components.rlhf.data.batching import collate
 from components.rlhf.models.loading import load_scalar_lm
 from components.rlhf.models.scalar import ScalarModel
-from tests.rlhf.models.build import PROMPTS, RESPONSES, batch, rows_of, scalar_of, trained_names
+from tests.support.small_models import PROMPTS, RESPONSES, batch, rows_of, scalar_of, trained_names
 
 LENGTHS = [len(response) for response in RESPONSES]
 
@@ -139,7 +139,7 @@ class TestScale:
         with torch.no_grad():
             lm.score.weight.fill_(1 / 32)
         with torch.autocast("cpu", dtype=torch.bfloat16):  # in which 1 + 2^-12 is 1
-            assert model.read(torch.full((2, 32), 1 + 2**-12)).tolist() == [1 + 2**-12] * 2
+            assert model.apply_head(torch.full((2, 32), 1 + 2**-12)).tolist() == [1 + 2**-12] * 2
         assert model.scores(batch()).dtype == torch.float32
 
 

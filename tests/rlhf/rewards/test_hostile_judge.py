@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from components.rlhf.data.records import RatedText
-from components.rlhf.errors import InputError
 from components.rlhf.rewards.linear import FEATURES, WEIGHTS, fit_to_ratings, load_judge
-from tests.hostile import one_sentence
+from components.rlhf.text.errors import InputError
+from tests.support.hostile_input import one_sentence
 
 FUZZ = settings(max_examples=700, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(

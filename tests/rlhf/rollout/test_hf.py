@@ -10,13 +10,13 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components.rlhf.config.model import SamplingSettings
+from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.batching import collate
 from components.rlhf.data.records import Completion, Prompt
-from components.rlhf.models.actor import Actor, Distribution
+from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.loading import load_causal_lm
-from components.rlhf.rollout.hf import HfRolloutEngine, _draw
-from tests.tiny import make_tiny_model
+from components.rlhf.rollout.hf import HfRolloutEngine, _sample
+from tests.support.tiny_model import make_tiny_model
 
 TEXTS = ["a film", "b", "the longest prompt of all", "no", "what a day it was", "zz"]
 PROMPTS = [Prompt(prompt=text) for text in TEXTS]
@@ -29,8 +29,8 @@ def engine_of(folder: Path, *, stop_ids: tuple[int, ...] = (0,)) -> HfRolloutEng
     return HfRolloutEngine(lm, AutoTokenizer.from_pretrained(folder), stop_ids=stop_ids)
 
 
-def sampling(**settings: Any) -> SamplingSettings:
-    return SamplingSettings(**({"max_new_tokens": 8} | settings))
+def sampling(**settings: Any) -> SamplingConfig:
+    return SamplingConfig(**({"max_new_tokens": 8} | settings))
 
 
 def ids_of(completions: Sequence[Completion]) -> list[list[int]]:
@@ -155,7 +155,9 @@ class TestLogprobs:
             num_frozen_layers=0,
             dtype=torch.float32,
         )
-        distribution = Distribution(temperature=how.temperature, min_new_tokens=how.min_new_tokens, stop_ids=MANY_STOPS)
+        distribution = SamplingDistribution(
+            temperature=how.temperature, min_new_tokens=how.min_new_tokens, stop_ids=MANY_STOPS
+        )
         with torch.no_grad():
             logprobs, _ = actor(rows, distribution)
         for row, completion in zip(logprobs, found, strict=True):
@@ -205,7 +207,7 @@ class TestDraw:
         ("u", "token"), [(0.0, 0), (0.1, 0), (0.199, 0), (0.201, 1), (0.499, 1), (0.501, 2), (0.999, 2)]
     )
     def test_is_the_inverse_of_the_cumulative_distribution(self, u: float, token: int) -> None:
-        chosen, logprob = _draw(self.LOGITS[None], torch.tensor([u]))
+        chosen, logprob = _sample(self.LOGITS[None], torch.tensor([u]))
         assert chosen.tolist() == [token]
         assert logprob.item() == pytest.approx(self.LOGITS[token].item(), abs=1e-6)
 
@@ -217,7 +219,7 @@ class TestDraw:
         borders = torch.softmax(logits, -1).cumsum(-1).tolist()
         uniforms = [0.0, 2**-24, 0.5, 1 - 2**-24, *(x for x in borders if x < 1)]
         uniforms += [random.Random(0).random() for _ in range(100)]
-        chosen, logprobs = _draw(logits.expand(len(uniforms), -1), torch.tensor(uniforms, dtype=torch.float64))
+        chosen, logprobs = _sample(logits.expand(len(uniforms), -1), torch.tensor(uniforms, dtype=torch.float64))
         assert set(chosen.tolist()) <= set(possible)
         assert logprobs.isfinite().all()
         assert chosen[0] == possible[0]
@@ -226,14 +228,14 @@ class TestDraw:
     def test_a_large_vocabulary_loses_no_mass_to_rounding(self) -> None:
         """A hundred tokens of 1e-9 each behind a sure one: added up in fp32 they would be nothing, or all the same."""
         logits = torch.cat([torch.zeros(1), torch.full((100,), math.log(1e-9))])
-        chosen, _ = _draw(logits[None], torch.tensor([1 - 2**-24]))  # 6e-8 below 1: about the 41st of them
+        chosen, _ = _sample(logits[None], torch.tensor([1 - 2**-24]))  # 6e-8 below 1: about the 41st of them
         assert 30 < chosen.item() < 50
-        equal, _ = _draw(torch.zeros(2, 50_000), torch.tensor([1 - 2**-24, 0.50001]))
+        equal, _ = _sample(torch.zeros(2, 50_000), torch.tensor([1 - 2**-24, 0.50001]))
         assert equal.tolist() == [49_999, 25_000]
 
     def test_rows_are_apart(self) -> None:
         logits = torch.stack([self.LOGITS, self.LOGITS.flip(0)])
-        chosen, _ = _draw(logits, torch.tensor([0.4, 0.4]))
+        chosen, _ = _sample(logits, torch.tensor([0.4, 0.4]))
         assert chosen.tolist() == [1, 0]
 
 

@@ -5,12 +5,12 @@ import torch
 from transformers import AutoTokenizer
 
 from components.rlhf.data.batching import collate
-from components.rlhf.errors import InputError
-from components.rlhf.models.actor import Actor, Distribution
+from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.loading import load_causal_lm
 from components.rlhf.rollout.hf import HfRolloutEngine
 from components.rlhf.rollout.probe import check_sync, probe_ids
-from tests.tiny import make_tiny_model
+from components.rlhf.text.errors import InputError
+from tests.support.tiny_model import make_tiny_model
 
 
 class TestCheckSync:
@@ -40,11 +40,11 @@ class TestHfEngine:
         new = load_causal_lm(make_tiny_model(tmp_path, seed=7), num_frozen_layers=0, dtype=torch.float32)
         actor = Actor(new, num_frozen_layers=0, dtype=torch.float32)
         with torch.no_grad():
-            trainers = actor(collate([ids[:1]], [ids[1:]]), Distribution())[0][0]
+            trainers = actor(collate([ids[:1]], [ids[1:]]), SamplingDistribution())[0][0]
         with pytest.raises(InputError, match="version 0"):
-            check_sync(engine.logprobs_of(ids), trainers, tolerance=1e-3, version=engine.version)
+            check_sync(engine.prompt_logprobs(ids), trainers, tolerance=1e-3, version=engine.version)
         engine.sync(new.named_parameters())
-        found = engine.logprobs_of(ids)
+        found = engine.prompt_logprobs(ids)
         assert found.shape == (len(ids) - 1,) and found.dtype == torch.float32
         check_sync(found, trainers, tolerance=1e-4, version=engine.version)
 

@@ -15,18 +15,18 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components.rlhf.config.model import SamplingSettings
-from components.rlhf.config.ppo import VllmSettings
+from components.rlhf.config.model import SamplingConfig
+from components.rlhf.config.ppo import VllmConfig
 from components.rlhf.data.batching import collate
 from components.rlhf.data.records import Completion, Prompt
-from components.rlhf.errors import InputError
-from components.rlhf.models.actor import Actor, Distribution
+from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.loading import load_causal_lm
 from components.rlhf.rollout import vllm as engine_module
 from components.rlhf.rollout.hf import HfRolloutEngine
 from components.rlhf.rollout.probe import check_sync, probe_ids
 from components.rlhf.rollout.vllm import VllmRolloutEngine
-from tests.tiny import make_tiny_model
+from components.rlhf.text.errors import InputError
+from tests.support.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[3]
 # The last is longer than a block of vLLM's cache (128 tokens on a CPU), so that there is a prefix to reuse.
@@ -62,25 +62,25 @@ def hf(folder: Path, stop_ids: tuple[int, ...] = (0,)) -> HfRolloutEngine:
 
 
 def start(folder: Path, *, kv_cache_gib: float = 0.05, **options: Any) -> VllmRolloutEngine:
-    settings = VllmSettings(kv_cache_gib=kv_cache_gib)
+    settings = VllmConfig(kv_cache_gib=kv_cache_gib)
     defaults = {"stop_ids": (0,), "dtype": torch.float32, "max_model_len": MAX_MODEL_LEN, "num_sequences": 16}
     return VllmRolloutEngine(folder, settings, **(defaults | options))
 
 
-def sampling(**settings: Any) -> SamplingSettings:
-    return SamplingSettings(**({"max_new_tokens": 8} | settings))
+def sampling(**settings: Any) -> SamplingConfig:
+    return SamplingConfig(**({"max_new_tokens": 8} | settings))
 
 
 def ids_of(completions: Sequence[Completion]) -> list[list[int]]:
     return [completion.response_ids for completion in completions]
 
 
-def logprobs_of(completion: Completion) -> Tensor:
+def prompt_logprobs(completion: Completion) -> Tensor:
     assert completion.logprobs is not None
     return completion.logprobs
 
 
-def trainers_logprobs(lm: Any, found: Sequence[Completion], distribution: Distribution) -> list[Tensor]:
+def trainers_logprobs(lm: Any, found: Sequence[Completion], distribution: SamplingDistribution) -> list[Tensor]:
     rows = collate([c.prompt_ids for c in found], [c.response_ids for c in found])
     with torch.no_grad():
         logprobs, _ = Actor(lm, num_frozen_layers=0, dtype=torch.float32)(rows, distribution)
@@ -89,7 +89,9 @@ def trainers_logprobs(lm: Any, found: Sequence[Completion], distribution: Distri
 
 def probe(lm: Any, ids: list[int]) -> Tensor:
     with torch.no_grad():
-        logprobs, _ = Actor(lm, num_frozen_layers=0, dtype=torch.float32)(collate([ids[:1]], [ids[1:]]), Distribution())
+        logprobs, _ = Actor(lm, num_frozen_layers=0, dtype=torch.float32)(
+            collate([ids[:1]], [ids[1:]]), SamplingDistribution()
+        )
     return logprobs[0]
 
 
@@ -127,7 +129,7 @@ class TestSync:
         found, expected = (e.generate(PROMPTS, how, seeds) for e in (engine, hf(folder)))
         assert ids_of(found) == ids_of(expected)
         for a, b in zip(found, expected, strict=True):
-            assert torch.allclose(logprobs_of(a), logprobs_of(b), atol=1e-2)
+            assert torch.allclose(prompt_logprobs(a), prompt_logprobs(b), atol=1e-2)
             assert (a.prompt, a.prompt_ids, a.response, a.truncated) == (
                 b.prompt,
                 b.prompt_ids,
@@ -144,7 +146,7 @@ class TestSync:
             lm = trained(model(models, seed))
             assert engine.sync(lm.named_parameters()) == engine.version == version
             self.same(engine, model(models, seed), version=version)
-            check_sync(engine.logprobs_of(ids), probe(lm, ids), tolerance=1e-2, version=version)
+            check_sync(engine.prompt_logprobs(ids), probe(lm, ids), tolerance=1e-2, version=version)
 
     def test_weights_that_their_owner_frees_are_taken(self, engine: VllmRolloutEngine, models: Path) -> None:
         """As a trainer that shards its weights yields them: whole for a moment."""
@@ -185,7 +187,7 @@ class TestSync:
         some = {name: w for name, w in new.named_parameters() if ".layers.2." in name or name == "model.norm.weight"}
         mixed.load_state_dict(some, strict=False)
         version = engine.sync(some.items())
-        check_sync(engine.logprobs_of(ids), probe(mixed, ids), tolerance=1e-2, version=version)
+        check_sync(engine.prompt_logprobs(ids), probe(mixed, ids), tolerance=1e-2, version=version)
 
     def test_the_probe_notices_a_head_that_stays_old(
         self, engine: VllmRolloutEngine, models: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
@@ -197,9 +199,9 @@ class TestSync:
             broken.setattr(engine_module, "_pack_heads", lambda _: None)
             version = engine.sync((name, w) for name, w in lm.named_parameters() if name != "lm_head.weight")
         with pytest.raises(InputError, match=f"The sync of version {version} did not take"):
-            check_sync(engine.logprobs_of(ids), probe(lm, ids), tolerance=1e-2, version=version)
+            check_sync(engine.prompt_logprobs(ids), probe(lm, ids), tolerance=1e-2, version=version)
         version = engine.sync(lm.named_parameters())
-        check_sync(engine.logprobs_of(ids), probe(lm, ids), tolerance=1e-2, version=version)
+        check_sync(engine.prompt_logprobs(ids), probe(lm, ids), tolerance=1e-2, version=version)
 
 
 @pytest.fixture(scope="class")
@@ -224,9 +226,11 @@ class TestSampling:
     ) -> None:
         how = sampling(**settings)
         found = sampler.generate(PROMPTS * 4, how, list(range(24)))
-        distribution = Distribution(temperature=how.temperature, min_new_tokens=how.min_new_tokens, stop_ids=MANY_STOPS)
+        distribution = SamplingDistribution(
+            temperature=how.temperature, min_new_tokens=how.min_new_tokens, stop_ids=MANY_STOPS
+        )
         for c, expected in zip(found, trainers_logprobs(trained(folder), found, distribution), strict=True):
-            assert torch.allclose(logprobs_of(c), expected, atol=1e-4)
+            assert torch.allclose(prompt_logprobs(c), expected, atol=1e-4)
 
     def test_a_stop_token_is_kept_and_ends_the_response(self, sampler: VllmRolloutEngine) -> None:
         found = sampler.generate(PROMPTS * 10, sampling(max_new_tokens=3), list(range(60)))
@@ -250,9 +254,9 @@ class TestSampling:
         how = sampling(temperature=2.0, max_new_tokens=40, min_new_tokens=40)
         found = sampler.generate(PROMPTS[:5] * 6, how, list(range(30)))
         assert any(0 in c.response_ids[:-1] for c in found)
-        distribution = Distribution(temperature=2.0, min_new_tokens=40, stop_ids=(5,))
+        distribution = SamplingDistribution(temperature=2.0, min_new_tokens=40, stop_ids=(5,))
         for c, expected in zip(found, trainers_logprobs(trained(folder), found, distribution), strict=True):
-            assert torch.allclose(logprobs_of(c), expected, atol=1e-4)
+            assert torch.allclose(prompt_logprobs(c), expected, atol=1e-4)
 
     def test_a_completion_depends_on_its_prompt_and_seed_alone(self, sampler: VllmRolloutEngine) -> None:
         seeds = [11, 5, 11, 3, 1_000_003 * 1_000_003 + 2, 0]
@@ -360,7 +364,7 @@ def test_processes_that_do_not_divide(tiny_model: Path) -> None:
     with pytest.raises(InputError, match="tensor_parallel_size is 3, and 1 processes train"):
         VllmRolloutEngine(
             tiny_model,
-            VllmSettings(tensor_parallel_size=3),
+            VllmConfig(tensor_parallel_size=3),
             stop_ids=(0,),
             dtype=torch.float32,
             max_model_len=64,
@@ -372,7 +376,7 @@ TWO_PROCESSES = """
 import sys, torch
 from pathlib import Path
 torch.distributed.init_process_group("gloo")
-from components.rlhf.config.ppo import VllmSettings
+from components.rlhf.config.ppo import VllmConfig
 from components.rlhf.rollout.probe import check_sync, probe_ids
 from components.rlhf.rollout.vllm import VllmRolloutEngine
 from tests.rlhf.rollout.test_vllm import COLD, PROMPTS, hf, ids_of, model, probe, sampling, trained
@@ -380,7 +384,7 @@ folder, rank = Path(sys.argv[1]), torch.distributed.get_rank()
 mine = PROMPTS[:4] if rank == 0 else PROMPTS[4:]  # unlike in number, so that a mix-up shows
 how, seeds = sampling(temperature=COLD, max_new_tokens=16), list(range(len(mine)))
 for parallel in (1, 2):
-    settings = VllmSettings(tensor_parallel_size=parallel, kv_cache_gib=0.05)
+    settings = VllmConfig(tensor_parallel_size=parallel, kv_cache_gib=0.05)
     engine = VllmRolloutEngine(
         model(folder, 0), settings, stop_ids=(0,), dtype=torch.float32, max_model_len=200, num_sequences=16
     )
@@ -391,7 +395,7 @@ for parallel in (1, 2):
         found, expected = (e.generate(mine, how, seeds) for e in (engine, hf(model(folder, seed))))
         assert ids_of(found) == ids_of(expected), (rank, parallel, seed, ids_of(found), ids_of(expected))
         ids = probe_ids(engine.tokenizer)
-        check_sync(engine.logprobs_of(ids), probe(lm, ids), tolerance=1e-2, version=engine.version)
+        check_sync(engine.prompt_logprobs(ids), probe(lm, ids), tolerance=1e-2, version=engine.version)
     engine.close()
     total = torch.ones(1)
     torch.distributed.all_reduce(total)  # the trainer's group is still there

@@ -1,0 +1,23 @@
+"""The container of a stage: how the signature of its KFP component becomes the command line of its program."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kfp import dsl
+
+from components.rlhf.config.cluster import Images
+
+
+def container_spec(stage: str, image: str, arguments: Mapping[str, Any]) -> dsl.ContainerSpec:
+    """`python -m components.STAGE`, with one option per argument of the component, in the order of its signature.
+
+    arguments are the locals() of the component's function: `sft_model` becomes `--sft-model`, with the path of an artifact or
+    the value of a parameter. image is the role of the image: trainer, rollout or tools. Every stage but notify, which has no
+    outputs, is also given KFP's executor input.
+    """
+    args: list[Any] = []
+    for name, value in arguments.items():
+        args += [f"--{name.replace('_', '-')}", getattr(value, "path", value)]
+    if stage != "notify":
+        args += ["--executor-input", dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER]
+    return dsl.ContainerSpec(image=getattr(Images(), image), command=["python", "-m", f"components.{stage}"], args=args)

@@ -1,0 +1,103 @@
+"""The engine without sharding: plain torch in every process."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from components.rlhf.config.model import TrainingConfig
+from components.rlhf.engine.group import SINGLE_PROCESS
+from components.rlhf.engine.protocol import Group, StepInfo
+from components.rlhf.engine.schedule import learning_rate_at
+from components.rlhf.text.errors import InputError
+
+
+class TorchEngine:
+    """AdamW over whatever in the module has gradients. Implements TrainEngine.
+
+    num_steps is the length of the learning-rate schedule; steps beyond it use its last value. Gradients are added up over the
+    processes of the group, which all hold the same weights and take the same step.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        training: TrainingConfig,
+        *,
+        num_steps: int,
+        group: Group = SINGLE_PROCESS,
+        learning_rate: float | None = None,
+    ) -> None:
+        self.module, self.training, self.group = module, training, group
+        self.num_steps = num_steps
+        self.peak = training.learning_rate if learning_rate is None else learning_rate
+        self.steps_done = 0
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=self.peak,
+            betas=(0.9, 0.95),
+            weight_decay=training.weight_decay,
+            fused=True,
+        )
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        torch.autograd.backward(loss)
+
+    def step(self) -> StepInfo:
+        rate = learning_rate_at(self.steps_done, self.training, peak=self.peak, num_steps=self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self._sum_gradients()
+        limit = self.training.max_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+        return StepInfo(grad_norm=norm, learning_rate=rate)
+
+    def _sum_gradients(self) -> None:
+        if self.group.world_size == 1:
+            return
+        for parameter in self.parameters.values():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.group.sum(gradient)
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, parameter.detach()) for name, parameter in self.module.named_parameters())
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Weights that are trained, and the optimiser's moments; they are the same in every process, so the first has all."""
+        if self.group.rank > 0:
+            return {}
+        tensors = {f"weight/{name}": _copy_to_cpu(p) for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"{key}/{name}"] = _copy_to_cpu(value)
+        tensors["steps_done"] = torch.tensor(self.steps_done)
+        return tensors
+
+    def load(self, directory: Path) -> None:
+        tensors = load_file(directory / "engine-00000.safetensors")
+        self.steps_done = int(tensors.pop("steps_done"))
+        saved = {key.removeprefix("weight/") for key in tensors if key.startswith("weight/")}
+        if saved != set(self.parameters):
+            raise InputError(
+                f"{directory} holds other weights than are trained here; delete the checkpoint or restore the settings."
+            )
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(tensors.pop(f"weight/{name}"))
+        for key, value in tensors.items():
+            moment, name = key.split("/", 1)
+            parameter = self.parameters[name]
+            self.optimizer.state[parameter][moment] = value.to(parameter.device)  # the file was read into main memory
+
+
+def _copy_to_cpu(x: Tensor) -> Tensor:
+    """In main memory, and not changed by the next step."""
+    return x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

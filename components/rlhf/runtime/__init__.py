@@ -1,0 +1,8 @@
+"""What surrounds every stage program: options, config, tracking, errors, KFP's executor protocol, processes and memory.
+
+Rooms: artifacts, checkpoints, config, engine, storage, text, tracking.
+Packages: click, pydantic.
+Packages of launcher.py: torch.
+
+It knows nothing of models and losses.
+"""

@@ -1,0 +1,260 @@
+"""What every stage program does at its edges: options, settings, tracking, errors, and KFP's executor output."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import click
+from pydantic import ValidationError
+
+from components.rlhf.artifacts.directory import writing
+from components.rlhf.artifacts.manifest import MANIFEST, Manifest, write_manifest
+from components.rlhf.checkpoints.stop_signal import StopSignal
+from components.rlhf.config.base import BaseConfig
+from components.rlhf.config.model import TrainingConfig
+from components.rlhf.config.params import explain_validation_error
+from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
+from components.rlhf.runtime.executor import output_uri, write_executor_output
+from components.rlhf.runtime.memory import keep_freed_memory
+from components.rlhf.runtime.process import die_with_parent
+from components.rlhf.storage.copy import upload_folder
+from components.rlhf.storage.store import open_store
+from components.rlhf.text.errors import InputError
+from components.rlhf.text.progress import Progress
+from components.rlhf.text.redaction import redact, redact_output
+from components.rlhf.tracking.mlflow import MANUAL_RUN_ID, Tracker, start_tracking, with_environment_uri
+
+if TYPE_CHECKING:  # register and notify run where torch is not installed
+    from components.rlhf.checkpoints.manager import CheckpointManager
+    from components.rlhf.engine.protocol import Group
+
+S = TypeVar("S", bound=BaseConfig)
+RUN_ID = "RLHF_RUN_ID"
+PEER_ERROR_GRACE_SECONDS = 5.0
+
+
+def rank() -> int:
+    """Which of the processes of this stage this is."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@dataclass
+class StageRun(Generic[S]):
+    """What a stage works with; outputs are reported to KFP when it ends well."""
+
+    name: str
+    config: S
+    settings_text: str  # the JSON text that config was parsed from; manifests hold its digest
+    progress: Progress
+    tracker: Tracker
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    executor_input: str = ""
+    stop: StopSignal = field(default_factory=StopSignal)
+    published: dict[str, str] = field(default_factory=dict)  # output -> the URI that KFP is told instead of its own
+    outputs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)
+    on_success: list[Callable[[], None]] = field(default_factory=list)  # when the outputs have been reported
+
+    def checkpoints(self, config: CheckpointConfig, group: "Group", *inputs: Manifest) -> "CheckpointManager":
+        """The checkpoints of this stage for these inputs, under storage.checkpoint_uri; without one nothing is saved.
+
+        They are deleted when the stage succeeds.
+        """
+        from components.rlhf.checkpoints.key import checkpoint_key
+        from components.rlhf.checkpoints.manager import CheckpointManager  # imports torch
+
+        uri, key = self.storage.checkpoint_uri, checkpoint_key(self.name, self.config, *inputs)
+        store = open_store(uri, self.storage, self.progress.log) if uri else None
+        manager = CheckpointManager(store, key, config, group, self.progress.log, self.stop)
+        self.on_success.append(manager.delete_all)
+        return manager
+
+    def report_output(self, output: str, manifest: Manifest) -> None:
+        """Report an artifact with its manifest as metadata."""
+        self.outputs[output] = manifest.metadata()
+
+    def write_artifact(
+        self,
+        output: str,
+        path: Path,
+        fill: Callable[[Path], object],
+        *,
+        kind: str,
+        parents: Mapping[str, Manifest],
+        facts: Mapping[str, str | int | float],
+        tokenizer_of: Manifest | None = None,
+    ) -> None:
+        """Write an artifact whole or not at all: fill(folder) makes its files, then comes the manifest.
+
+        parents are the inputs by their role; tokenizer_of is the one whose tokenizer the artifact goes with. Of several
+        processes the first writes.
+        """
+        if rank() > 0:
+            return
+        with writing(path) as draft:
+            fill(draft)
+            manifest = write_manifest(
+                draft,
+                kind=kind,
+                settings=self.settings_text,
+                parents={role: parent.digest for role, parent in parents.items()},
+                tokenizer_digest=tokenizer_of.tokenizer_digest if tokenizer_of else "",
+                chat_template_digest=tokenizer_of.chat_template_digest if tokenizer_of else "",
+                facts=facts,
+            )
+        self.report_output(output, manifest)
+        if kind.endswith("_model"):
+            self._publish(output, path)
+
+    def _publish(self, output: str, path: Path) -> None:
+        """Copy a finished model to storage.publish_uri. On a cluster KFP is told that place, and makes no copy of its own."""
+        if self.storage.publish_uri is None:
+            return
+        key = f"{os.environ.get(RUN_ID, 'by-hand')}/{self.name}/{output}"
+        uri = f"{self.storage.publish_uri.rstrip('/')}/{key}"
+        upload_folder(open_store(self.storage.publish_uri, self.storage, self.progress.log), path, key, last=MANIFEST)
+        self.progress.log(f"published as {uri}")
+        self.outputs[output] = {**self.outputs[output], "published_uri": uri}
+        # On a laptop the next stage reads the folder itself, and would look for the URI in vain.
+        kept = output_uri(self.executor_input, output) if self.executor_input else ""
+        if "://" in kept and not kept.startswith("file://") and uri.startswith("s3://"):
+            self.published[output] = uri
+
+    def write_metrics(self, path: Path, metrics: Mapping[str, float]) -> None:
+        """Write final numbers as the output `metrics`: a JSON file, KFP's Metrics artifact, and a last point in MLflow."""
+        if rank() > 0:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        self.outputs["metrics"] = dict(metrics)
+        self.tracker.log({f"final/{name}": value for name, value in metrics.items()}, step=0)
+
+    def write_report(self, output: str, path: Path, text: str) -> None:
+        """Write a Markdown or HTML output, and keep a copy in MLflow."""
+        if rank() > 0:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(redact(text), encoding="utf-8")
+        self.outputs[output] = {}
+        self.tracker.log_file(path)
+
+
+def stage_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that every stage has."""
+    for option in (
+        click.option("--executor-input", default="", help="KFP's executor input; leave it out when running by hand."),
+        click.option(
+            "--tracking",
+            default="{}",
+            help="Tracking settings as JSON; nothing is tracked without a uri in them or in MLFLOW_TRACKING_URI.",
+        ),
+        click.option("--settings", required=True, help="The stage's settings: JSON text, or a file that holds it."),
+    ):
+        command = option(command)
+    return command
+
+
+def input_artifact(*names: str, required: bool = True) -> Callable[..., Any]:
+    """An option that names an artifact to read."""
+    return click.option(*names, type=click.Path(path_type=Path), required=required, help="Artifact to read.")
+
+
+def output_path(*names: str) -> Callable[..., Any]:
+    """An option that names what to write."""
+    return click.option(*names, type=click.Path(path_type=Path), required=True, help="Where to write.")
+
+
+def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where checkpoints and published models lie, and how S3 is reached."""
+    return click.option(
+        "--storage",
+        default="{}",
+        help="Storage settings as JSON; with a checkpoint_uri a training stage that is started again continues from there.",
+    )(command)
+
+
+@contextlib.contextmanager
+def stage_run(
+    name: str, model: type[S], *, settings: str, tracking: str, executor_input: str, storage: str = "{}"
+) -> Iterator[StageRun[S]]:
+    """Run the body of a stage. An InputError becomes one line on stderr and exit code 1; other errors keep their traceback."""
+    redact_output()
+    tracker: Tracker | None = None
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars would drown ours, and make logs unreadable
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin on a busy core stall torch
+    keep_freed_memory()
+    die_with_parent()
+    stop = StopSignal()
+    stop.install()
+    try:
+        text = settings if settings.lstrip().startswith("{") else _read(settings)
+        parsed = parse_config(model, text)
+        launch_processes(getattr(getattr(parsed, name, None), "training", None))
+        track = with_environment_uri(parse_config(TrackingConfig, tracking))
+        stored = parse_config(StorageConfig, storage)
+        if rank() > 0:
+            track = track.model_copy(update={"enabled": False})  # one process speaks for all
+        run_id = os.environ.get(RUN_ID, MANUAL_RUN_ID)
+        tracker = start_tracking(track, run_id=run_id, stage=name, params=parsed.model_dump(mode="json"))
+        progress = Progress(name, silent=rank() > 0)
+        run = StageRun(
+            name=name,
+            config=parsed,
+            settings_text=text,
+            progress=progress,
+            tracker=tracker,
+            storage=stored,
+            executor_input=executor_input,
+            stop=stop,
+        )
+        yield run
+        if executor_input and rank() == 0:
+            write_executor_output(executor_input, run.outputs, run.published)
+        for call in run.on_success:
+            call()
+        tracker.finish("FINISHED")
+    except InputError as error:
+        if tracker:
+            tracker.finish("FAILED")
+        if rank() > 0:
+            time.sleep(PEER_ERROR_GRACE_SECONDS)  # where all fail alike, one says so, and the launcher ends the others
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except BaseException as error:
+        if tracker:
+            tracker.finish("FAILED")
+        if "WORLD_SIZE" in os.environ and isinstance(error, RuntimeError):
+            time.sleep(
+                PEER_ERROR_GRACE_SECONDS
+            )  # losing another process looks like this: that one is to be heard, and ends us
+        raise
+
+
+def launch_processes(training: TrainingConfig | None) -> None:
+    """Where the settings ask for several processes and this is not one of them yet: start them, and end as they end."""
+    if training and training.num_processes > 1 and "WORLD_SIZE" not in os.environ:
+        from components.rlhf.runtime.launcher import launch  # imports torch
+
+        sys.exit(launch(training.num_processes))
+
+
+def parse_config(model: type[S], text: str) -> S:
+    try:
+        return model.from_json(text)
+    except ValidationError as error:
+        raise InputError(f"Settings: {explain_validation_error(error, model)}") from None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--settings {path} is neither JSON text nor a readable file ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--settings {path} is not UTF-8; save it as UTF-8.") from None

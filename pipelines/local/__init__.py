@@ -1,0 +1,7 @@
+"""Running the compiled pipeline on this machine, through kfp.local.
+
+Rooms: artifacts, config, runtime, text, tracking.
+Packages: kfp, rich.
+
+Nothing here loads torch.
+"""

@@ -1,0 +1,91 @@
+"""summary.json: what a run came to, for programs. No number in it is null."""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from components.rlhf.config.params import Params
+from pipelines.local.runner import StageRecord
+
+EVALUATION = (
+    "num_prompts", "win_rate", "win_rate_low", "win_rate_high", "judge_score_sft", "judge_score_ppo", "reward_sft", "reward_ppo",
+    "kl", "length_sft", "length_ppo", "eos_rate_sft", "eos_rate_ppo", "distinct2_sft", "distinct2_ppo",
+)  # fmt: skip
+
+
+def find_output(artifacts: Path, stage: str, output: str) -> Path | None:
+    """Where kfp.local put an output of a stage of this run: ARTIFACTS/PIPELINE-TIME/STAGE/OUTPUT."""
+    found = sorted(artifacts.glob(f"*/{stage}/{output}"))
+    return found[-1] if found else None
+
+
+def build_summary(
+    params: Params, run: Path, stages: Sequence[StageRecord], *, run_id: str, error: str, tracking_uri: str
+) -> dict[str, Any]:
+    """The summary of a run that has ended, well (error is empty) or not."""
+    artifacts = run / "artifacts"
+    folder = find_output(artifacts, "evaluation", "evaluation")
+    numbers: dict[str, float] = json.loads((folder / "evaluation.json").read_text()) if folder and not error else {}
+    facts = json.loads((folder / "manifest.json").read_text())["facts"] if numbers and folder else {}
+    database = tracking_uri.removeprefix("sqlite:///")
+    paths = {"run": str(run), **_link_outputs(run, artifacts), "tracking": database}
+    return {
+        "status": "failed" if error else "succeeded",
+        "promoted": facts.get("decision") == "promote",
+        "reason": error or facts.get("reason", ""),
+        "run_id": run_id,
+        "preset": params.preset,
+        "seed": params.seed,
+        "stages": {
+            stage.name: {
+                "status": stage.status,
+                "seconds": round(stage.seconds, 3),
+                "peak_memory_bytes": stage.peak_memory_bytes,
+                "reused": stage.reused,
+                "engines": _engines(artifacts, stage.name),
+            }
+            for stage in stages
+        },
+        "evaluation": {name: numbers[name] for name in EVALUATION} if numbers else {},
+        "evaluation_all": numbers,
+        "paths": paths,
+        "open": _commands(paths, tracking_uri) if numbers else {},
+    }
+
+
+def _engines(artifacts: Path, stage: str) -> dict[str, str]:
+    """What really trained and generated in a stage, with versions, as its model's manifest says; {} for other stages."""
+    manifest = find_output(artifacts, stage.replace("_", "-"), "model/manifest.json")
+    facts = json.loads(manifest.read_text()).get("facts", {}) if manifest else {}
+    return {kind: facts[f"{kind}_engine"] for kind in ("training", "rollout") if f"{kind}_engine" in facts}
+
+
+def _link_outputs(run: Path, artifacts: Path) -> dict[str, str]:
+    """Put the model, the report and the curves where people look first; return the paths of model and report ("" if none)."""
+    model = find_output(artifacts, "ppo", "model")
+    if model:
+        (run / "model").unlink(missing_ok=True)
+        (run / "model").symlink_to(model.relative_to(run))
+    for stage, output, name in (("evaluation", "report", "report.html"), ("ppo", "curves", "ppo_curves.html")):
+        page = find_output(artifacts, stage, output)
+        if page:
+            shutil.copyfile(page, run / name)
+    return {
+        name.partition(".")[0]: str(run / name) if (run / name).exists() else "" for name in ("model", "report.html")
+    }
+
+
+def _commands(paths: dict[str, str], tracking_uri: str) -> dict[str, str]:
+    """The one command that opens each thing."""
+    python = sys.executable
+    ask = f"from transformers import pipeline; print(pipeline('text-generation', '{paths['model']}')('This movie'))"
+    commands = {
+        "report": f"{'open' if sys.platform == 'darwin' else 'xdg-open'} {paths['report']}",
+        "model": f'{python} -c "{ask}"',
+    }
+    if tracking_uri:
+        commands["tracking"] = f"{python} -m mlflow ui --backend-store-uri {tracking_uri}"
+    return commands

@@ -1,0 +1,143 @@
+"""What finished is found again; what came out otherwise, or was touched since, runs again."""
+
+from pathlib import Path
+
+import kfp.local
+import pytest
+from kfp import dsl
+
+from pipelines.local.journal import Journal
+from pipelines.local.run import quiet_kfp
+from pipelines.local.runner import LocalRun, container_processes
+
+INPUT = dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER
+
+
+@dsl.container_component
+def make(script: str, said: dsl.OutputPath(str)):
+    return dsl.ContainerSpec(
+        image="any",
+        command=["sh", "-c"],
+        args=[f'mkdir -p "$(dirname "$1")"; echo ran; {script}', "make", said, "--executor-input", INPUT],
+    )
+
+
+@dsl.container_component
+def use(word: str, said: dsl.OutputPath(str)):
+    return dsl.ContainerSpec(
+        image="any",
+        command=["sh", "-c"],
+        args=[
+            'mkdir -p "$(dirname "$1")"; echo "used $2"; printf x > "$1"',
+            "use",
+            said,
+            word,
+            "--executor-input",
+            INPUT,
+        ],
+    )
+
+
+@dsl.pipeline
+def two(script: str):
+    first = make(script=script)
+    use(word=first.outputs["said"])
+
+
+def execute(folder: Path, script: str) -> list[str]:
+    """The lines of the tasks of one run, or of the resumption of the run that is in the folder."""
+    lines: list[str] = []
+    local_run = LocalRun(folder / "logs", {}, lambda _stage, line: lines.append(line), Journal(folder / "finished"))
+    with container_processes(local_run), quiet_kfp():
+        kfp.local.init(
+            runner=kfp.local.SubprocessRunner(use_venv=False), pipeline_root=str(folder / "out"), raise_on_error=True
+        )
+        two(script=script)
+    return lines
+
+
+def words(lines: list[str]) -> list[str]:
+    return [line.partition("] ")[2] or line for line in lines]
+
+
+SAY_HELLO = 'printf hello > "$1"'
+REUSED = "finished earlier, verified"
+
+
+def test_what_finished_is_not_run_again(tmp_path: Path) -> None:
+    assert execute(tmp_path, SAY_HELLO) == ["ran", "used hello"]
+    assert words(execute(tmp_path, SAY_HELLO)) == [REUSED, REUSED]
+
+
+def test_what_failed_runs_again_and_what_came_before_does_not(tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    with pytest.raises(RuntimeError):
+        execute(tmp_path, f'test -e {flag} && printf hello > "$1"')
+    flag.touch()
+    assert execute(tmp_path, f'test -e {flag} && printf hello > "$1"') == ["ran", "used hello"]
+
+
+def test_a_file_that_was_touched_since_is_made_again_and_what_used_it_stays_if_it_is_the_same(tmp_path: Path) -> None:
+    execute(tmp_path, SAY_HELLO)
+    said = tmp_path / "out" / "two" / "make" / "said"
+    said.write_text("hellO")
+    lines = words(execute(tmp_path, SAY_HELLO))
+    assert lines == [f"runs again: {said} is not what it wrote", "ran", REUSED]
+    assert said.read_text() == "hello"
+
+
+@pytest.mark.parametrize("change", ["missing", "added"])
+def test_a_missing_or_an_added_file_counts_as_touched(tmp_path: Path, change: str) -> None:
+    execute(tmp_path, SAY_HELLO)
+    folder = tmp_path / "out" / "two" / "use"
+    (folder / "said").unlink() if change == "missing" else (folder / "more").touch()
+    lines = words(execute(tmp_path, SAY_HELLO))
+    assert lines[0] == REUSED
+    assert lines[1].endswith("is not what it wrote")
+    assert lines[2] == "used hello"
+    assert not (folder / "more").exists()
+
+
+def test_another_input_makes_the_next_stage_run_again(tmp_path: Path) -> None:
+    execute(tmp_path, SAY_HELLO)
+    lines = words(execute(tmp_path, 'printf goodbye > "$1"'))
+    why = "runs again: its settings, its inputs or the code are others now"
+    assert lines == [why, "ran", why, "used goodbye"]
+
+
+REPORTS = SAY_HELLO + '; printf %s "{\\"artifacts\\": {}}" > "$(dirname "$1")/executor_output.json"'
+
+
+@pytest.mark.parametrize(("script", "runs_again"), [(REPORTS, False), (SAY_HELLO, True)], ids=["reported", "not"])
+def test_a_stage_that_nobody_was_left_to_note_is_noted_later(tmp_path: Path, script: str, runs_again: bool) -> None:
+    execute(tmp_path, script)
+    (tmp_path / "finished" / "sh.json").unlink()
+    assert ("ran" in execute(tmp_path, script)) is runs_again
+    assert words(execute(tmp_path, script)) == [REUSED, REUSED]
+
+
+@pytest.mark.parametrize("broken", ["no such artifact", "another command", "no beginning", "folder without manifest"])
+def test_a_stage_that_nobody_noted_runs_again_when_anything_is_amiss(tmp_path: Path, broken: str) -> None:
+    execute(tmp_path, REPORTS)
+    root, finished = tmp_path / "out" / "two" / "make", tmp_path / "finished"
+    (finished / "sh.json").unlink()
+    if broken == "another command":
+        (finished / "sh.begun").write_text('{"command": "0123", "at": 0}')
+    elif broken == "no beginning":
+        (finished / "sh.begun").unlink()
+    else:
+        (root / "executor_output.json").write_text('{"artifacts": {"model": {}}}')
+        if broken == "folder without manifest":
+            (root / "model").mkdir()
+    assert "ran" in execute(tmp_path, REPORTS)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"record": {}, "files": {}, "command": ""}', '{"record": 1}'])
+def test_a_broken_note_means_not_finished(tmp_path: Path, content: str) -> None:
+    execute(tmp_path, SAY_HELLO)
+    notes = sorted((tmp_path / "finished").glob("*.json"))
+    assert len(notes) == 2
+    notes[0].write_text(content)
+    lines = words(execute(tmp_path, SAY_HELLO))
+    assert lines.count(REUSED) == 1
+    assert lines.count("ran") + lines.count("used hello") == 1

@@ -1,0 +1,327 @@
+"""Checkpoints in a folder: written whole or not at all, verified, the newest good one found again."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from components.rlhf.checkpoints import files, manager
+from components.rlhf.checkpoints.files import COMPLETE
+from components.rlhf.checkpoints.manager import CheckpointManager
+from components.rlhf.checkpoints.stop_signal import StopSignal
+from components.rlhf.config.storage import CheckpointConfig
+from components.rlhf.engine.group import SingleProcess
+from components.rlhf.engine.protocol import StepInfo
+from components.rlhf.storage.store import FolderStore
+from components.rlhf.text.errors import InputError
+
+
+class Counter:
+    """An engine that keeps one number."""
+
+    module = nn.Identity()
+
+    def __init__(self, number: int = 0) -> None:
+        self.number = torch.tensor(number)
+
+    def backward(self, loss: Tensor, last: bool) -> None: ...
+
+    def step(self) -> StepInfo:
+        raise NotImplementedError
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield "number", self.number
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return {"number": self.number.clone()}
+
+    def load(self, directory: Path) -> None:
+        self.number = load_file(directory / "engine-00000.safetensors")["number"]
+
+
+class Broken(FolderStore):
+    """A store that fails to write files of some name."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(folder)
+        self.name = name
+
+    def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> bool:
+        if key.endswith(self.name):
+            raise OSError(28, "No space left on device")
+        return super().write(key, data, only_if_absent=only_if_absent)
+
+
+class Saver:
+    """A stage that saves to a folder; what it says is kept."""
+
+    def __init__(
+        self, store: FolderStore | Path | None, *, key: str = "ppo/abc", stop: StopSignal | None = None, **config: Any
+    ) -> None:
+        self.said: list[str] = []
+        store = FolderStore(store) if isinstance(store, Path) else store
+        self.folder = CheckpointManager(store, key, CheckpointConfig(**config), SingleProcess(), self.said.append, stop)
+
+    def save(self, step: int, number: int | None = None, **state: Any) -> None:
+        self.folder.save(step, {"actor": Counter(step if number is None else number)}, state)
+        self.folder.wait()
+
+    def restore(self) -> tuple[dict[str, Any] | None, int]:
+        actor = Counter(-1)
+        try:
+            return self.folder.restore({"actor": actor}), int(actor.number)
+        finally:
+            if self.folder._lease:
+                self.folder._lease.release()
+
+
+def steps(root: Path) -> list[str]:
+    return sorted(path.name.rpartition("-")[0] for path in (root / "ppo" / "abc").glob("step-*"))
+
+
+def latest(root: Path) -> Path:
+    return max((root / "ppo" / "abc").glob("step-*"))
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    state = {"kl_coef": 0.1 + 0.2, "history": [{"a": 1.5}], "best": None}
+    first = Saver(tmp_path)
+    first.folder.save(7, {"actor": Counter(3), "critic": Counter(4)}, state)
+    first.folder.wait()
+    actor, critic = Counter(), Counter()
+    again = Saver(tmp_path).folder
+    assert again.latest is None
+    assert again.restore({"actor": actor, "critic": critic}) == {"step": 7, **state}
+    assert (int(actor.number), int(critic.number)) == (3, 4)
+    assert again.latest == str(latest(tmp_path))
+    again.delete_all()
+
+
+def test_a_manifest_says_what_it_holds(tmp_path: Path) -> None:
+    """Digests by sha256sum of coreutils on the same bytes would be the same: sha256 of the empty input is well known."""
+    import subprocess
+
+    Saver(tmp_path).save(1)
+    manifest = json.loads((latest(tmp_path) / "manifest.json").read_text())
+    assert set(manifest) == {"actor/engine-00000.safetensors", "state.json"}
+    for name, (sha256, size) in manifest.items():
+        said = subprocess.run(["sha256sum", latest(tmp_path) / name], capture_output=True, text=True, check=True)
+        assert said.stdout.split()[0] == sha256
+        assert (latest(tmp_path) / name).stat().st_size == size
+
+
+def test_the_newest_counts_and_the_newest_are_kept(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, keep=2)
+    for step in (9, 10, 100):
+        saver.save(step)
+    assert steps(tmp_path) == ["step-00000010", "step-00000100"]
+    assert Saver(tmp_path).restore() == ({"step": 100}, 100)
+
+
+def test_a_step_that_is_saved_again_counts_once_more(tmp_path: Path) -> None:
+    Saver(tmp_path, keep=1).save(5, 1)
+    Saver(tmp_path, keep=1).save(5, 1)
+    assert steps(tmp_path) == ["step-00000005"]
+    assert Saver(tmp_path).restore()[1] == 1
+
+
+def test_one_that_was_passed_over_goes_when_training_has_gone_on(tmp_path: Path) -> None:
+    saver = Saver(tmp_path)
+    saver.save(1)
+    saver.save(3)
+    break_byte(latest(tmp_path) / "state.json")
+    again = Saver(tmp_path)
+    assert again.restore() == ({"step": 1}, 1)
+    again.save(2)
+    assert steps(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def break_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no marker": (lambda f: (f / COMPLETE).unlink(), "no .complete"),
+    "a byte of the weights": (lambda f: break_byte(f / "actor/engine-00000.safetensors"), "sha256"),
+    "a byte of the state": (lambda f: break_byte(f / "state.json"), "sha256"),
+    "no weights": (lambda f: (f / "actor/engine-00000.safetensors").unlink(), "missing"),
+    "short weights": (lambda f: (f / "actor/engine-00000.safetensors").write_bytes(b"x"), "has 1 bytes instead of"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
+    "half a manifest": (
+        lambda f: (f / "manifest.json").write_text('{"state.json": ["'),
+        "manifest.json cannot be read",
+    ),
+    "a list": (lambda f: (f / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
+    "deep nesting": (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json cannot be read"),
+    "an empty manifest": (lambda f: (f / "manifest.json").write_text("{}"), "lacks state.json"),
+    "a way out": (lambda f: (f / "manifest.json").write_text('{"../../x": ["", 1]}'), "no file of a checkpoint"),
+    "a pickle": (lambda f: (f / "manifest.json").write_text('{"actor/engine.pt": ["", 1]}'), "no file of a checkpoint"),
+    "a link": (
+        lambda f: (f / "state.json").rename(f.parent / "s") and (f / "state.json").symlink_to(f.parent / "s"),
+        "state.json is reached over a link",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_what_does_not_verify_is_passed_over_and_it_says_why(tmp_path: Path, what: str) -> None:
+    damage, why = BREAKS[what]
+    saver = Saver(tmp_path)
+    saver.save(1)
+    saver.save(2)
+    damage(latest(tmp_path))
+    again = Saver(tmp_path)
+    assert again.restore() == ({"step": 1}, 1)
+    (said,) = again.said
+    assert said.startswith(f"checkpoint {latest(tmp_path).name} is passed over: ")
+    assert why in said
+
+
+def test_when_none_verifies_training_begins_anew(tmp_path: Path) -> None:
+    Saver(tmp_path).save(1)
+    (latest(tmp_path) / COMPLETE).unlink()
+    again = Saver(tmp_path)
+    assert again.restore() == (None, -1)
+    assert len(again.said) == 1
+    again.save(1)  # what was interrupted is swept away
+    assert len(list((tmp_path / "ppo" / "abc").glob("step-*"))) == 1
+
+
+@pytest.mark.parametrize("name", ["state.json", "manifest.json", COMPLETE])
+def test_a_save_that_fails_leaves_the_last_one_and_training_goes_on(tmp_path: Path, name: str) -> None:
+    Saver(tmp_path).save(1)
+    failing = Saver(Broken(tmp_path, name))
+    failing.save(2)
+    assert failing.said == [
+        "a checkpoint could not be written, going on without it ([Errno 28] No space left on device)"
+    ]
+    assert Saver(tmp_path).restore() == ({"step": 1}, 1)
+
+
+def test_saves_that_fail_again_and_again_end_it(tmp_path: Path) -> None:
+    failing = Saver(Broken(tmp_path, COMPLETE))
+    failing.save(1)
+    failing.save(2)
+    with pytest.raises(InputError, match="3 checkpoints in a row could not be written to ppo/abc"):
+        failing.save(3)
+
+
+def test_a_save_that_succeeds_is_a_new_beginning(tmp_path: Path) -> None:
+    store = Broken(tmp_path, COMPLETE)
+    saver = Saver(store)
+    for step in range(1, 10):
+        store.name = "nothing" if step % 3 == 0 else COMPLETE
+        saver.save(step)
+    assert len(saver.said) == 6
+
+
+def test_saving_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    gate = threading.Event()
+    write = files.write_checkpoint
+    monkeypatch.setattr(files, "write_checkpoint", lambda *arguments: gate.wait(60) and write(*arguments))
+    saver = Saver(tmp_path)
+    actor = Counter(1)
+    saver.folder.save(1, {"actor": actor}, {})
+    actor.number += 100  # training goes on while the gate is shut
+    assert saver.folder.latest is None
+    gate.set()
+    saver.folder.wait()
+    assert Saver(tmp_path).restore() == ({"step": 1}, 1)
+
+
+def test_what_is_no_json_is_an_error_at_once(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        Saver(tmp_path).folder.save(1, {"actor": Counter(1)}, {"no JSON": object()})
+    assert not list(tmp_path.rglob(COMPLETE))
+
+
+def test_nothing_is_found_in_an_empty_folder_or_under_another_key(tmp_path: Path) -> None:
+    assert Saver(tmp_path).restore() == (None, -1)
+    Saver(tmp_path, key="ppo/abc").save(1)
+    assert Saver(tmp_path, key="ppo/abd").restore() == (None, -1)
+
+
+def test_clear_deletes_this_stage_alone(tmp_path: Path) -> None:
+    ours, others = Saver(tmp_path), Saver(tmp_path, key="sft/def")
+    ours.save(1)
+    others.save(1)
+    ours.folder.delete_all()
+    assert ours.restore() == (None, -1)
+    assert others.restore() == ({"step": 1}, 1)
+    ours.folder.delete_all()  # twice is no error
+
+
+def test_without_a_store_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    saver = Saver(None, every_minutes=0.0)
+    assert not saver.folder.should_save()
+    saver.save(1)
+    assert saver.restore() == (None, -1)
+    saver.folder.delete_all()
+    assert saver.folder.latest is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_due_every_so_many_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(manager.time, "monotonic", lambda: now)
+    saver = Saver(tmp_path, every_minutes=2.0)
+    assert not saver.folder.should_save()
+    now += 119
+    assert not saver.folder.should_save()
+    now += 1
+    assert saver.folder.should_save()
+    saver.save(1)
+    assert not saver.folder.should_save()
+    now += 120
+    assert saver.folder.should_save()
+
+
+def test_a_signal_saves_and_ends(tmp_path: Path) -> None:
+    stop = StopSignal()
+    saver = Saver(tmp_path, stop=stop)
+    assert not saver.folder.should_save()
+    stop.signal = 15
+    assert saver.folder.should_save()
+    with pytest.raises(SystemExit) as end:
+        saver.save(4)
+    assert end.value.code == 143
+    assert saver.said == ["saved step 4; ending on SIGTERM, and going on from there when started again"]
+    assert Saver(tmp_path).restore() == ({"step": 4}, 4)
+
+
+def test_shares_of_several_processes_are_one_checkpoint(tmp_path: Path) -> None:
+    """The first waits for the digests of the others, and its manifest names all shards."""
+    import threading
+
+    store = FolderStore(tmp_path)
+    shares = [files.Shards(rank, 2, {"actor": {"number": torch.tensor(rank)}}) for rank in (0, 1)]
+    first = threading.Thread(
+        target=files.write_checkpoint, args=(store, "k/step-00000001-00000000", shares[0], '{"step": 1}')
+    )
+    first.start()
+    first.join(0.5)
+    assert first.is_alive()
+    assert not files.is_complete(store, "k/step-00000001-00000000")
+    files.write_checkpoint(store, "k/step-00000001-00000000", shares[1], "")
+    first.join(10)
+    local, state = files.fetch_checkpoint(store, "k/step-00000001-00000000", tmp_path / "unused")
+    assert state == {"step": 1}
+    assert [int(load_file(local / f"actor/engine-0000{rank}.safetensors")["number"]) for rank in (0, 1)] == [0, 1]
+
+
+def test_a_share_that_fails_fails_the_checkpoint(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    store.write("k/step-00000001-00000000/shards-00001.json", b'{"error": "disk full"}')
+    with pytest.raises(InputError, match="another process could not write its share: disk full"):
+        files.write_checkpoint(store, "k/step-00000001-00000000", files.Shards(0, 2, {}), "{}")
+    assert not files.is_complete(store, "k/step-00000001-00000000")

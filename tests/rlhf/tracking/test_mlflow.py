@@ -1,0 +1,335 @@
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from components.rlhf.config.storage import TrackingConfig
+from components.rlhf.tracking.mlflow import (
+    MlflowTracker,
+    NullTracker,
+    OpenRun,
+    Tracker,
+    finish_parent_run,
+    flatten,
+    start_tracking,
+)
+
+EXPERIMENT = "tests"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Making the tables takes MLflow seconds: one database for all tests."""
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture
+def tracking(folder: Path) -> TrackingConfig:
+    return TrackingConfig(uri=f"sqlite:///{folder / 'mlflow.db'}", experiment=EXPERIMENT)
+
+
+@pytest.fixture
+def client(tracking: TrackingConfig) -> MlflowClient:
+    return MlflowClient(tracking_uri=tracking.uri)
+
+
+def runs_of(client: MlflowClient, run_id: str) -> tuple[list[Any], list[Any]]:
+    """Parents with this run id, and their nested runs."""
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    parents = client.search_runs([experiment], filter_string=f"tags.`rlhf.run_id` = '{run_id}'")
+    nested = [
+        run
+        for parent in parents
+        for run in client.search_runs([experiment], filter_string=f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    ]
+    return parents, nested
+
+
+def test_one_parent_and_one_nested_run_a_stage(tracking: TrackingConfig, client: MlflowClient, folder: Path) -> None:
+    for stage, status in (("sft", "FINISHED"), ("ppo", "FAILED")):
+        tracker = start_tracking(tracking, run_id="run-1", stage=stage, params={"seed": 3, "sft": {"use": None}})
+        assert isinstance(tracker, MlflowTracker)
+        tracker.finish(status)
+    start_tracking(tracking, run_id="run-10", stage="sft", params={}).finish("FINISHED")
+
+    parents, nested = runs_of(client, "run-1")
+    assert [parent.info.run_name for parent in parents] == ["run-1"]
+    assert {run.info.run_name: run.info.status for run in nested} == {"sft": "FINISHED", "ppo": "FAILED"}
+    assert {run.data.tags["rlhf.stage"] for run in nested} == {"sft", "ppo"}
+    assert nested[0].data.params == {"seed": "3", "sft.use": "None"}
+    assert parents[0].info.status == "RUNNING"
+
+    report = folder / "report.md"
+    report.write_text("# Done\n", encoding="utf-8")
+    finish_parent_run(tracking, run_id="run-1", status="FINISHED", metrics={"win_rate": 0.75}, files=[report])
+    parents, _ = runs_of(client, "run-1")
+    assert parents[0].data.metrics == {"win_rate": 0.75}
+    assert parents[0].info.status == "FINISHED"
+    assert [file.path for file in client.list_artifacts(parents[0].info.run_id)] == ["report.md"]
+    assert (folder / "mlflow-files").is_dir()  # beside the database, wherever the process stands
+
+
+def test_more_parameters_than_one_request_takes(tracking: TrackingConfig, client: MlflowClient) -> None:
+    params = {f"p{number}": number for number in range(205)} | {"long": "x" * 9000}
+    start_tracking(tracking, run_id="params", stage="sft", params=params).finish("FINISHED")
+    (run,) = runs_of(client, "params")[1]
+    assert len(run.data.params) == 206
+    assert run.data.params["p204"] == "204"
+    assert run.data.params["long"] == "x" * 6000
+
+
+def test_metrics_wait_for_company_and_are_all_there_in_the_end(tracking: TrackingConfig, client: MlflowClient) -> None:
+    tracker = start_tracking(tracking, run_id="metrics", stage="sft", params={})
+    for step in range(1, 4):
+        tracker.log({"train/loss": 1 / step, "train/n": step}, step)
+    (run,) = runs_of(client, "metrics")[1]
+    assert run.data.metrics == {}
+    tracker.finish("FINISHED")
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert client.get_run(run.info.run_id).data.metrics["train/n"] == 3
+
+
+def test_files(tracking: TrackingConfig, client: MlflowClient, tmp_path: Path) -> None:
+    tracker = start_tracking(tracking, run_id="files", stage="sft", params={})
+    (tmp_path / "summary.md").write_text("# x\n", encoding="utf-8")
+    tracker.log_file(tmp_path / "summary.md")
+    tracker.finish("FINISHED")
+    (run,) = runs_of(client, "files")[1]
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["summary.md"]
+
+
+# --- tracking never fails training ---
+
+
+class FakeClient:
+    """Keeps what it is told; fails when broken."""
+
+    def __init__(self) -> None:
+        self.broken = False
+        self.batches: list[int] = []
+        self.calls: list[str] = []
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if self.broken:
+            raise ConnectionError("the server is gone\nand more lines of detail")
+
+    def log_batch(self, run_id: str, metrics: list[Any]) -> None:
+        self._call("log_batch")
+        self.batches.append(len(metrics))
+
+    def log_artifact(self, run_id: str, path: str) -> None:
+        self._call("log_artifact")
+        Path(path).read_bytes()  # as the real one does
+
+    def set_terminated(self, run_id: str, status: str) -> None:
+        self._call(f"set_terminated {status}")
+
+
+def test_points_are_sent_in_requests_that_the_server_takes() -> None:
+    client = FakeClient()
+    tracker = MlflowTracker(lambda: OpenRun(client, "x"))
+    tracker.log({f"m{number}": 0.0 for number in range(2500)}, 1)
+    assert client.calls == []
+    tracker.finish("FINISHED")
+    assert client.batches == [1000, 1000, 500]
+    assert client.calls[-1] == "set_terminated FINISHED"
+
+
+def test_points_are_sent_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = FakeClient()
+    tracker = MlflowTracker(lambda: OpenRun(client, "x"))
+    now = time.monotonic()
+    for seconds, sent in ((1, []), (4, []), (6, [3]), (7, [3]), (12, [3, 2])):
+        monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: now + seconds)
+        tracker.log({"loss": 1.0}, seconds)
+        assert client.batches == sent
+    tracker.finish("FINISHED")
+    assert sum(client.batches) == 5
+
+
+def test_a_server_that_dies_midway_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    client = FakeClient()
+    tracker = MlflowTracker(lambda: OpenRun(client, "x"))
+    tracker.FLUSH_SECONDS = -1.0
+    tracker.log({"loss": 1.0}, 1)
+    client.broken = True
+    for step in range(2, 5):
+        tracker.log({"loss": 1.0}, step)
+    tracker.log_file(tmp_path / "gone")
+    tracker.finish("FAILED")
+    # Asked again once, at the end: each request may take its time to fail.
+    assert client.calls == ["log_batch", "log_batch", "log_batch"]
+    assert capsys.readouterr().err == (
+        "warning: MLflow could not be used, going on without it (the server is gone)\n"
+        "warning: MLflow lacks 3 points and 1 files of this stage\n"
+    )
+
+
+def test_a_server_that_comes_back_gets_what_it_missed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    client = FakeClient()
+    tracker = MlflowTracker(lambda: OpenRun(client, "x", {"loss": 1}))
+    tracker.FLUSH_SECONDS = -1.0
+    client.broken = True
+    tracker.log({"loss": 1.0}, 1)  # an attempt before this one has logged it
+    tracker.log({"loss": 1.0, "kl": 0.5}, 2)
+    (tmp_path / "x").touch()
+    tracker.log_file(tmp_path / "x")
+    client.broken = False
+    tracker.log({"loss": 1.0}, 3)  # too early to ask again
+    assert client.batches == []
+    tracker.RETRY_SECONDS = 0.0
+    tracker.log({"loss": 1.0}, 4)
+    assert client.batches == [4]
+    assert client.calls[-1] == "log_artifact"
+    tracker.finish("FINISHED")
+    assert client.calls[-1] == "set_terminated FINISHED"
+    assert "lacks" not in capsys.readouterr().err
+
+
+def format_duration(monkeypatch: pytest.MonkeyPatch, client: FakeClient, *, back_after: float) -> list[float]:
+    """Time passes by sleeping alone; the server is away until seconds of it have passed. Returns the sleeps."""
+    now, slept = time.monotonic(), list[float]()
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        client.broken = sum(slept) < back_after
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: now + sum(slept))
+    client.broken = True
+    return slept
+
+
+def test_the_end_of_a_stage_waits_for_a_server_that_restarts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = FakeClient()
+    tracker = MlflowTracker(lambda: OpenRun(client, "x"))
+    slept = format_duration(monkeypatch, client, back_after=45)
+    (tmp_path / "x").touch()
+    tracker.log_file(tmp_path / "x")
+    tracker.log({"loss": 1.0}, 1)
+    tracker.finish("FINISHED")
+    assert 45 <= sum(slept) < 47
+    assert client.batches == [1]
+    assert client.calls[-2:] == ["log_artifact", "set_terminated FINISHED"]
+    assert "lacks" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "reached", "most"), [("FINISHED", True, 60), ("FINISHED", False, 20), ("FAILED", True, 0)]
+)
+def test_the_wait_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: str, reached: bool, most: int
+) -> None:
+    client = FakeClient()
+
+    def find_run() -> OpenRun:
+        if not reached:
+            raise ConnectionError("nobody there")
+        return OpenRun(client, "x")
+
+    tracker = MlflowTracker(find_run)
+    slept = format_duration(monkeypatch, client, back_after=1000)
+    tracker.log({"loss": 1.0}, 1)
+    tracker.finish(status)
+    assert most - 2 <= sum(slept) <= most
+    err = capsys.readouterr().err
+    assert "lacks 1 points and 0 files" in err
+    assert err.count("waiting up to") == err.count(f"waiting up to {most} s for MLflow\n") == (most > 0)
+
+
+def test_a_file_that_is_gone_keeps_nothing_else_from_the_server(tmp_path: Path) -> None:
+    client = FakeClient()
+    tracker = MlflowTracker(lambda: OpenRun(client, "x"))
+    (tmp_path / "there").touch()
+    tracker.log_file(tmp_path / "gone")
+    tracker.log_file(tmp_path / "there")
+    tracker.log({"loss": 1.0}, 1)
+    tracker.finish("FINISHED")
+    assert client.calls == ["log_artifact", "log_batch", "set_terminated FINISHED"]
+
+
+def test_a_server_that_is_away_at_the_start_may_come_later(capsys: pytest.CaptureFixture[str]) -> None:
+    client, asked = FakeClient(), []
+
+    def find_run() -> OpenRun:
+        asked.append(1)
+        if len(asked) < 3:
+            raise ConnectionError("not yet")
+        return OpenRun(client, "x")
+
+    tracker = MlflowTracker(find_run)
+    tracker.RETRY_SECONDS = tracker.FLUSH_SECONDS = -1.0
+    for step in (1, 2, 3):
+        tracker.log({"loss": 1.0}, step)
+    assert len(asked) == 3 and client.batches == [2, 1]
+    assert capsys.readouterr().err.count("not yet") == 1
+
+
+def use(tracker: Tracker) -> None:
+    tracker.log({"loss": 1.0}, 1)
+    tracker.log_file(Path("/no/such/file"))
+    tracker.finish("FINISHED")
+
+
+def test_a_dead_server_costs_seconds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(MlflowTracker, "UNREACHED_WAIT_SECONDS", 0.0)
+    started = time.monotonic()
+    tracker = start_tracking(TrackingConfig(uri="http://127.0.0.1:9"), run_id="x", stage="sft", params={"a": 1})
+    assert time.monotonic() - started < 20
+    use(tracker)
+    assert time.monotonic() - started < 40
+    err = capsys.readouterr().err
+    assert err.startswith("warning: MLflow could not be used, going on without it (")
+    assert "127.0.0.1:9" in err and "lacks 1 points and 1 files" in err and err.count("\n") == 2
+
+
+@pytest.mark.parametrize("uri", ["nonsense://x", "sqlite:///{file}/mlflow.db"])
+def test_a_wrong_uri(
+    monkeypatch: pytest.MonkeyPatch, uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(MlflowTracker, "UNREACHED_WAIT_SECONDS", 0.0)
+    (tmp_path / "file").touch()
+    config = TrackingConfig(uri=uri.format(file=tmp_path / "file"))
+    use(start_tracking(config, run_id="x", stage="sft", params={}))
+    finish_parent_run(config, run_id="x", status="FINISHED", metrics={}, files=[])
+    assert capsys.readouterr().err.count("warning: MLflow could not be used") == 2
+
+
+@pytest.mark.parametrize("config", [TrackingConfig(), TrackingConfig(uri="http://127.0.0.1:9", enabled=False)])
+def test_no_tracking(config: TrackingConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = start_tracking(config, run_id="x", stage="sft", params={})
+    assert isinstance(tracker, NullTracker)
+    use(tracker)
+    finish_parent_run(config, run_id="x", status="FINISHED", metrics={}, files=[])
+    assert capsys.readouterr().err == ""
+
+
+def test_flatten() -> None:
+    assert flatten({"a": {"b": {"c": 1}, "d": None}, "e": [1], "f": {}}) == {"a.b.c": 1, "a.d": None, "e": [1]}
+
+
+def test_a_second_attempt_goes_on_with_the_curves_of_the_first(tracking: TrackingConfig, client: MlflowClient) -> None:
+    first = start_tracking(tracking, run_id="resumed", stage="ppo", params={"processes": 1})
+    for step in (1, 2, 3):
+        first.log({"score": step / 4}, step)
+    first.flush()  # and is killed; its checkpoint is of step 2
+    second = start_tracking(tracking, run_id="resumed", stage="ppo", params={"processes": 2})
+    for step in (3, 4):
+        second.log({"score": step / 4}, step)
+    second.log({"final/score": 1.0}, 0)
+    second.finish("FINISHED")
+
+    _, nested = runs_of(client, "resumed")
+    assert [(run.info.run_name, run.info.status) for run in nested] == [("ppo", "FINISHED")]
+    history = client.get_metric_history(nested[0].info.run_id, "score")
+    assert [(point.step, point.value) for point in history] == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
+    assert nested[0].data.metrics["final/score"] == 1.0
+    third = start_tracking(tracking, run_id="resumed", stage="ppo", params={})
+    third.finish("FINISHED")
+    assert len(runs_of(client, "resumed")[1]) == 2  # what ended well is left alone

@@ -1,0 +1,158 @@
+"""Small PPO runs, against a reward model or against any function of token ids."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from components.ppo.experience import Models
+from components.ppo.models import load_models
+from components.ppo.trainer import PpoTrainer
+from components.rlhf.checkpoints.manager import CheckpointManager
+from components.rlhf.config.model import LoraConfig, ModelConfig
+from components.rlhf.config.ppo import PpoConfig, PpoStageConfig
+from components.rlhf.config.storage import CheckpointConfig
+from components.rlhf.data.batching import TokenBatch
+from components.rlhf.data.records import Completion, Prompt
+from components.rlhf.models.loading import load_scalar_lm, save_model
+from components.rlhf.rollout.hf import HfRolloutEngine
+from components.rlhf.storage.store import FolderStore
+from components.rlhf.text.progress import Progress
+from components.rlhf.tracking.mlflow import NullTracker
+
+PROMPTS = [Prompt(prompt=text, id=f"prompt-{i}") for i, text in enumerate(["It is", "We", "A film that", "So", "It"])]
+VALIDATION = [Prompt(prompt=text, id=f"validation-{i}") for i, text in enumerate(["It was", "I", "One film"])]
+FP32, CPU = torch.float32, torch.device("cpu")
+Row = dict[str, float]
+
+
+class Recorder(NullTracker):
+    """Keeps what was logged; may end the run like a lost node, before the given iteration is saved."""
+
+    def __init__(self, *, die_at: int = -1) -> None:
+        self.rows: dict[int, Row] = {}
+        self.die_at = die_at
+
+    def log(self, metrics: Any, step: int) -> None:
+        if step == self.die_at:
+            raise KeyboardInterrupt
+        self.rows[step] = dict(metrics)
+
+
+class RewardFunction:
+    """Stands in for the frozen reward model: any function of (prompt ids, response ids), placed at the last token."""
+
+    def __init__(self, function: Callable[[list[int], list[int]], float]) -> None:
+        self.function = function
+
+    def features(self, batch: TokenBatch, states: Tensor | None = None) -> Tensor:
+        found = torch.zeros(*batch.input_ids.shape, 1)
+        for row, (size, length) in enumerate(
+            zip(batch.prompt_lengths.tolist(), batch.response_lengths.tolist(), strict=True)
+        ):
+            ids = batch.input_ids[row].tolist()
+            found[row, size + length - 1, 0] = self.function(ids[:size], ids[size : size + length])
+        return found
+
+    def apply_head(self, features: Tensor) -> Tensor:
+        return features.squeeze(-1)
+
+
+def share_of_low_ids(prompt_ids: list[int], response_ids: list[int]) -> float:
+    return sum(token < 128 for token in response_ids) / len(response_ids)
+
+
+def make_reward_model(
+    sft: Path, folder: Path, *, mean: float = 0.2, std: float = 1.5, seed: int = 1, head_scale: float = 20.0
+) -> Path:
+    """A reward model on the layers of sft, with a head whose scores differ clearly."""
+    lm = load_scalar_lm(sft, num_frozen_layers=0, dtype=FP32, seed=seed)
+    with torch.no_grad():
+        lm.score.weight.mul_(head_scale)
+    lm.config.reward_mean, lm.config.reward_std = mean, std
+    save_model(lm, AutoTokenizer.from_pretrained(sft), folder, dtype=FP32)
+    return folder
+
+
+def config_of(*, frozen: int = 0, seed: int = 3, lora: LoraConfig | None = None, **ppo: Any) -> PpoStageConfig:
+    """Settings of a run; rollout, sampling, training and critic are merged into small defaults."""
+    sampling = {"max_new_tokens": 6, "batch_size": 8} | ppo.pop("sampling", {})
+    rollout = {"num_prompts": 8, "sampling": sampling} | ppo.pop("rollout", {})
+    training = {"learning_rate": 1e-3, "schedule": "constant", "warmup_fraction": 0.0} | ppo.pop("training", {})
+    critic = {"learning_rate": 1e-3} | ppo.pop("critic", {})
+    merged = {"num_iterations": 2, "minibatch": 4, "rollout": rollout, "training": training, "critic": critic}
+    return PpoStageConfig(
+        model=ModelConfig(num_frozen_layers=frozen, precision="fp32", lora=lora),
+        ppo=PpoConfig(**(merged | ppo)),
+        checkpoint=CheckpointConfig(),
+        seed=seed,
+    )
+
+
+def load(config: PpoStageConfig, sft: Path, reward_model: Path) -> tuple[Models, HfRolloutEngine]:
+    return load_models(config, sft, reward_model, dtype=FP32, prompts=[])
+
+
+def trainer_of(
+    config: PpoStageConfig,
+    sft: Path,
+    reward_model: Path,
+    *,
+    reward: Callable[[list[int], list[int]], float] | None = None,
+    checkpoints: CheckpointManager | None = None,
+    die_at: int = -1,
+) -> PpoTrainer:
+    models, rollout = load(config, sft, reward_model)
+    if reward is not None:
+        models = replace(models, reward_model=RewardFunction(reward))
+    return PpoTrainer(
+        config,
+        models,
+        rollout,
+        stop_ids=rollout.stop_ids,
+        checkpoints=checkpoints or CheckpointManager(None, "ppo/x", CheckpointConfig()),
+        progress=Progress("ppo"),
+        tracker=Recorder(die_at=die_at),
+    )
+
+
+def checkpoints_every_step(root: Path) -> CheckpointManager:
+    """Checkpoints after every step. Who held the folder before is dead, as far as this test goes."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
+    for lease in root.rglob("lease.json"):
+        lease.unlink()
+    return CheckpointManager(FolderStore(root), "ppo/x", CheckpointConfig(every_minutes=0.0))
+
+
+def weights(trainer: PpoTrainer) -> dict[str, Tensor]:
+    modules = (("actor", trainer.models.actor), ("critic", trainer.models.critic))
+    return {f"{kind}.{name}": p.detach().clone() for kind, m in modules for name, p in m.named_parameters()}
+
+
+def without_times(rows: list[Row]) -> list[Row]:
+    return [{name: value for name, value in row.items() if not name.startswith("seconds/")} for row in rows]
+
+
+def largest_gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def completion(
+    prompt_ids: list[int], response_ids: list[int], *, truncated: bool = False, prompt: str = "a prompt"
+) -> Completion:
+    return Completion(
+        prompt=Prompt(prompt=prompt),
+        prompt_ids=prompt_ids,
+        response_ids=response_ids,
+        response="a response",
+        logprobs=torch.full((len(response_ids),), -1.0),
+        truncated=truncated,
+    )
