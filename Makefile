@@ -27,8 +27,8 @@ PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 ##@ Use
 .PHONY: setup run
 setup: .venv/ready ## Make .venv with pinned dependencies; fetch the model and the ratings into the cache
-	@$(PY) -m pipelines fetch $(PARAMS)
-	@echo "Ready: make run, make test, or . .venv/bin/activate and python -m pipelines --help"
+	@$(PY) -m pipelines dev fetch $(PARAMS)
+	@echo "Ready: make run, make test, or . .venv/bin/activate and kfp-rlhf --help"
 
 run: .venv/ready ## Run the whole pipeline on this machine (PRESET=full, ARGS="--set ppo.num_iterations=4")
 	@$(PY) -m pipelines run $(PARAMS) $(if $(PRESET),--set preset=$(PRESET)) $(ARGS)
@@ -51,7 +51,7 @@ audit: .venv/ready ## Look up known vulnerabilities of every pinned version; rev
 	$(PY) -m pytest -q tests/test_dependencies.py tests/test_nothing_unsafe.py
 
 compile: .venv/ready ## Write the component.yaml of every stage, pipelines/compiled and the reference of all parameters
-	$(PY) -m pipelines components
+	$(PY) -m pipelines dev components
 
 bench: .venv/ready ## Time `make run` and its peak memory, stage by stage
 	$(PY) -m pipelines run $(PARAMS) --out runs/bench-$$(date +%Y%m%d-%H%M%S) && $(PY) -m benchmarks.report

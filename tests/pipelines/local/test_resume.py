@@ -109,7 +109,7 @@ def test_a_pod_that_is_taken_away_goes_on_elsewhere_from_s3(toy: Path, whole: Pa
     server = SeaweedFS(tmp_path / "server")
     try:
         server.start()
-        settings = [sys.executable, "-m", "pipelines", "settings", "ppo", str(toy)]
+        settings = [sys.executable, "-m", "pipelines", "dev", "settings", "ppo", str(toy)]
         storage = {"checkpoint_uri": f"s3://{BUCKET}/checkpoints", "endpoint_url": server.url, "region": "us-east-1"}
         command = [
             sys.executable, "-m", "components.ppo",
@@ -159,7 +159,7 @@ def test_a_pod_that_is_taken_away_goes_on_elsewhere_from_s3(toy: Path, whole: Pa
 def test_an_interrupted_run_says_how_to_go_on(toy: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     said = start_and_signal(toy, run, when="logs/import_model.log", number=signal.SIGINT)
-    assert f"go on with: python -m pipelines run --resume {run}" in said
+    assert f"resume with: python -m pipelines run --resume {run}" in said
     assert summary_of(run)["reason"] == "interrupted"
 
 
