@@ -13,6 +13,7 @@ from components.rlhf.data.batching import collate, split_by_tokens
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.maths.kl import estimate_kl
+from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import share_trunk
 from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, load_stop_ids, reward_normalization
@@ -57,7 +58,7 @@ def compare(
     dtype, device = compute_dtype(config.model.precision), default_device()
     tokenizer, stop_ids = load_tokenizer(sft_model), load_stop_ids(sft_model)
     # The same seed for the same prompt in both models: what differs is the model, not the luck of the draw.
-    seeds = [config.seed * 1_000_003 + 500_009 + number for number in range(len(prompts))]
+    seeds = [derive_seed("evaluation", config.seed, row) for row in range(len(prompts))]
     answers: dict[str, list[Completion]] = {}
     lms = {}
     for name, folder in (("fine-tuned", sft_model), ("PPO", policy)):

@@ -19,7 +19,7 @@ def save_policy(
 
     history.jsonl has one row of numbers an iteration, validation.jsonl each response of each look at the validation prompts.
     """
-    actor = trainer.models.actor
+    actor = trainer.learner.models.actor
     save_model(actor.lm, tokenizer, folder, dtype=actor.dtype, weights=weights)
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trainer.history), encoding="utf-8")
     save_records(folder, "validation", trainer.validation)

@@ -44,8 +44,10 @@ def main(
         tokenizer, max_tokens = load_tokenizer(sft_model), read_header(preferences).max_tokens
         with join_process_group(timeout_minutes=training.timeout_minutes) as group:
             # The prompts are not among the inputs that a checkpoint depends on: they only calibrate the trained model.
-            checkpoints = run.checkpoints(run.config.checkpoint, group, *(inputs[k] for k in folders if k != "prompts"))
-            trainer = RewardModelTrainer(run.config, start, checkpoints, run.progress, run.tracker, group)
+            context = run.training_context(
+                run.config.checkpoint, group, *(inputs[kind] for kind in folders if kind != "prompts")
+            )
+            trainer = RewardModelTrainer(run.config, start, context)
             train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
             numbers = trainer.train(tokenizer, train, max_tokens=max_tokens)
             asked = load_records(prompts, "train", Prompt)

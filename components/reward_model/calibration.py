@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.records import Completion, PreferencePair, Prompt
 from components.rlhf.data.tokenizer import encode_text
+from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.models.loading import load_causal_lm, load_stop_ids
 from components.rlhf.models.precision import default_device
 from components.rlhf.models.scalar import ScalarModel
@@ -28,7 +29,7 @@ def sample_responses(
     """One response of the fine-tuned model to each prompt, sampled as PPO will sample."""
     lm = load_causal_lm(sft_model, num_frozen_layers=0, dtype=model.dtype, trainable=False).to(default_device())
     engine = HfRolloutEngine(lm, tokenizer, stop_ids=load_stop_ids(sft_model))
-    return engine.generate(prompts, sampling, [seed * 1_000_003 + number for number in range(len(prompts))])
+    return engine.generate(prompts, sampling, [derive_seed("calibration", seed, row) for row in range(len(prompts))])
 
 
 def calibrate(scorer: Scorer, responses: Sequence[Completion]) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """PPO with adapters: the backbones are held once, and everything that PPO promises without them holds with them."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -58,133 +58,135 @@ def logprobs(models: Models) -> list[Tensor]:
     return [actor(BATCH, SamplingDistribution())[0] for actor in (models.actor, models.reference)]
 
 
-class TestModels:
-    @pytest.mark.parametrize("trains", ["layers", "head"])
-    @pytest.mark.parametrize("frozen", [0, 2])
-    def test_hold_each_backbone_once(self, tiny_model: Path, reward_model: Path, frozen: int, trains: str) -> None:
-        models, rollout = load(config_of(frozen=frozen, lora=LORA, critic={"trains": trains}), tiny_model, reward_model)
-        policy, scalar = matrices(models.actor), matrices(models.critic)
-        assert matrices(models.reference) == policy
-        assert matrices(models.reward_model) == scalar
-        assert models.shared_trunk == bool(frozen)
-        # Without frozen layers three backbones with 29 matrices; frozen are the embeddings and nine matrices a layer.
-        assert len(policy) == len(scalar) == len(matrices(rollout.model)) == 29
-        trunk = 1 + 9 * frozen if frozen else 0
-        assert len(policy | scalar | matrices(rollout.model)) == 3 * 29 - 2 * trunk
-
-    def test_the_frozen_layers_of_a_reward_model_from_elsewhere_are_its_own(
-        self, tiny_model: Path, tmp_path: Path
-    ) -> None:
-        other = make_reward_model(make_tiny_model(tmp_path / "other", seed=8), tmp_path / "reward")
-        models, rollout = load(config_of(frozen=2, lora=LORA), tiny_model, other)
-        assert not models.shared_trunk
-        assert not matrices(models.actor) & matrices(models.critic)
-        assert matrices(models.reward_model) == matrices(models.critic)
-        assert len(matrices(models.actor) & matrices(rollout.model)) == 19
-
-    def test_train_adapters_and_the_critics_head(self, tiny_model: Path, reward_model: Path) -> None:
-        for trains in ("layers", "head"):
-            stage = config_of(frozen=1, lora=LORA, critic={"trains": trains})
-            models, rollout = load(stage, tiny_model, reward_model)
-            named = {
-                kind: {name for name, p in module.named_parameters() if p.requires_grad and ".lora_" not in name}
-                for kind, module in (("actor", models.actor), ("critic", models.critic), ("rollout", rollout.model))
-            }
-            assert named == {"actor": set(), "critic": {"lm.score.weight"}, "rollout": set()}
-            adapted = [name for name, p in models.critic.named_parameters() if p.requires_grad and ".lora_" in name]
-            assert len(adapted) == {"layers": 2 * 2 * 7, "head": 0}[trains]
-            assert not models.reward_model.lm.score.weight.requires_grad
-
-    @pytest.mark.parametrize("dtype", [FP32, BF16])
-    @pytest.mark.parametrize("frozen", [0, 2])
-    def test_the_reference_and_the_reward_model_stay_what_they_were(
-        self, tiny_model: Path, reward_model: Path, frozen: int, dtype: torch.dtype
-    ) -> None:
-        stage = config_of(frozen=frozen, lora=LORA)
-        models, _ = load_models(stage, tiny_model, reward_model, dtype=dtype, prompts=[])
-        ours, theirs = logprobs(models)
-        assert torch.equal(ours, theirs)  # the KL is exactly 0
-        scores = models.reward_model.scores(BATCH)
-        # To rounding: the head is a copy, which lies differently in memory.
-        torch.testing.assert_close(models.critic.scores(BATCH), scores, rtol=1e-6, atol=1e-6)
-        for module in (models.actor, models.critic):
-            stir(module)
-        moved, still = logprobs(models)
-        assert not torch.equal(moved, ours)
-        assert torch.equal(still, ours)
-        assert torch.equal(models.reward_model.scores(BATCH), scores)
-        assert not torch.allclose(models.critic.scores(BATCH), scores)
+@pytest.mark.parametrize("trains", ["layers", "head"])
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_models_hold_each_backbone_once(tiny_model: Path, reward_model: Path, frozen: int, trains: str) -> None:
+    models, rollout = load(config_of(frozen=frozen, lora=LORA, critic={"trains": trains}), tiny_model, reward_model)
+    policy, scalar = matrices(models.actor), matrices(models.critic)
+    assert matrices(models.reference) == policy
+    assert matrices(models.reward_model) == scalar
+    assert models.shared_trunk == bool(frozen)
+    # Without frozen layers three backbones with 29 matrices; frozen are the embeddings and nine matrices a layer.
+    assert len(policy) == len(scalar) == len(matrices(rollout.model)) == 29
+    trunk = 1 + 9 * frozen if frozen else 0
+    assert len(policy | scalar | matrices(rollout.model)) == 3 * 29 - 2 * trunk
 
 
-class TestTraining:
-    OPTIONS: ClassVar[dict[str, Any]] = {"num_iterations": 4, "num_epochs": 2, "eval_every": 2}
+def test_models_the_frozen_layers_of_a_reward_model_from_elsewhere_are_its_own(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    other = make_reward_model(make_tiny_model(tmp_path / "other", seed=8), tmp_path / "reward")
+    models, rollout = load(config_of(frozen=2, lora=LORA), tiny_model, other)
+    assert not models.shared_trunk
+    assert not matrices(models.actor) & matrices(models.critic)
+    assert matrices(models.reward_model) == matrices(models.critic)
+    assert len(matrices(models.actor) & matrices(rollout.model)) == 19
 
-    @pytest.mark.parametrize("frozen", [0, 2])
-    def test_starts_at_a_ratio_of_one_and_a_kl_of_zero(self, tiny_model: Path, reward_model: Path, frozen: int) -> None:
-        stage = config_of(frozen=frozen, lora=LORA, num_epochs=2, training={"microbatch_tokens": 30})
-        trainer = trainer_of(stage, tiny_model, reward_model)
-        base = {
-            name: weight for name, weight in weights(trainer).items() if ".lora_" not in name and "score" not in name
+
+def test_models_train_adapters_and_the_critics_head(tiny_model: Path, reward_model: Path) -> None:
+    for trains in ("layers", "head"):
+        stage = config_of(frozen=1, lora=LORA, critic={"trains": trains})
+        models, rollout = load(stage, tiny_model, reward_model)
+        named = {
+            kind: {name for name, p in module.named_parameters() if p.requires_grad and ".lora_" not in name}
+            for kind, module in (("actor", models.actor), ("critic", models.critic), ("rollout", rollout.model))
         }
-        first, second = trainer.train(PROMPTS, [])
-        assert first["actor/first_ratio_error"] == first["kl/sequence"] == first["kl/token"] == 0.0
-        assert second["actor/first_ratio_error"] == 0.0
-        assert second["kl/sequence"] != 0.0
-        after = weights(trainer)
-        assert all(torch.equal(after[name], weight) for name, weight in base.items())
+        assert named == {"actor": set(), "critic": {"lm.score.weight"}, "rollout": set()}
+        adapted = [name for name, p in models.critic.named_parameters() if p.requires_grad and ".lora_" in name]
+        assert len(adapted) == {"layers": 2 * 2 * 7, "head": 0}[trains]
+        assert not models.reward_model.lm.score.weight.requires_grad
 
-    @pytest.mark.parametrize("frozen", [0, 2])
-    def test_the_rollout_samples_from_the_merged_weights(
-        self, tiny_model: Path, reward_model: Path, frozen: int
-    ) -> None:
-        trainer = trainer_of(config_of(frozen=frozen, lora=LORA), tiny_model, reward_model)
-        before = {name: p.clone() for name, p in trainer.rollout.model.named_parameters()}
-        history = trainer.train(PROMPTS, [])
-        moved = {name for name, p in trainer.rollout.model.named_parameters() if not torch.equal(p, before[name])}
-        assert len(moved) == 7 * (3 - frozen)
-        assert history[1]["kl/sequence"] != 0.0
-        assert max(row["engine_gap/max"] for row in history) < 1e-4
 
-    def test_raises_the_score(self, tiny_model: Path, reward_model: Path) -> None:
-        stage = config_of(
-            lora=LORA,
-            num_iterations=12,
-            num_epochs=2,
-            minibatch=64,
-            kl_coef=0.0,
-            rollout={"num_prompts": 128},
-            sampling={"batch_size": 128, "max_new_tokens": 4, "min_new_tokens": 4},
-            training={"learning_rate": 1e-2, "schedule": "linear", "min_learning_rate_fraction": 0.0},
-            critic={"learning_rate": 1e-2},
-        )
-        trainer = trainer_of(stage, tiny_model, reward_model, reward=lambda p, r: 3 * share_of_low_ids(p, r))
-        history = trainer.train(PROMPTS, [])
-        assert sum(row["score/mean"] for row in history[-3:]) / 3 > history[0]["score/mean"] + 0.3
-        assert history[-1]["value/explained_variance"] > history[0]["value/explained_variance"]
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_models_the_reference_and_the_reward_model_stay_what_they_were(
+    tiny_model: Path, reward_model: Path, frozen: int, dtype: torch.dtype
+) -> None:
+    stage = config_of(frozen=frozen, lora=LORA)
+    models, _ = load_models(stage, tiny_model, reward_model, dtype=dtype, prompts=[])
+    ours, theirs = logprobs(models)
+    assert torch.equal(ours, theirs)  # the KL is exactly 0
+    scores = models.reward_model.scores(BATCH)
+    # To rounding: the head is a copy, which lies differently in memory.
+    torch.testing.assert_close(models.critic.scores(BATCH), scores, rtol=1e-6, atol=1e-6)
+    for module in (models.actor, models.critic):
+        stir(module)
+    moved, still = logprobs(models)
+    assert not torch.equal(moved, ours)
+    assert torch.equal(still, ours)
+    assert torch.equal(models.reward_model.scores(BATCH), scores)
+    assert not torch.allclose(models.critic.scores(BATCH), scores)
 
-    @pytest.mark.parametrize(("frozen", "trains"), [(0, "layers"), (2, "layers"), (1, "head")])
-    def test_goes_on_from_a_checkpoint_as_if_nothing_had_happened(
-        self, tiny_model: Path, reward_model: Path, tmp_path: Path, frozen: int, trains: str
-    ) -> None:
-        stage = config_of(frozen=frozen, lora=LORA, critic={"trains": trains}, **self.OPTIONS)
-        undisturbed = trainer_of(stage, tiny_model, reward_model)
-        expected = undisturbed.train(PROMPTS, VALIDATION)
-        dying = trainer_of(stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path), die_at=3)
-        with pytest.raises(KeyboardInterrupt):
-            dying.train(PROMPTS, VALIDATION)
-        resumed = trainer_of(stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path))
-        assert without_times(resumed.train(PROMPTS, VALIDATION)) == without_times(expected)
-        assert largest_gap(weights(resumed), weights(undisturbed)) == 0.0
 
-    def test_a_checkpoint_without_adapters_is_refused(
-        self, tiny_model: Path, reward_model: Path, tmp_path: Path
-    ) -> None:
-        trainer_of(config_of(), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path)).train(
-            PROMPTS, []
-        )
-        other = trainer_of(config_of(lora=LORA), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path))
-        with pytest.raises(InputError, match="holds other weights than are trained here"):
-            other.train(PROMPTS, [])
+OPTIONS: dict[str, Any] = {"num_iterations": 4, "num_epochs": 2, "eval_every": 2}
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_training_starts_at_a_ratio_of_one_and_a_kl_of_zero(tiny_model: Path, reward_model: Path, frozen: int) -> None:
+    stage = config_of(frozen=frozen, lora=LORA, num_epochs=2, training={"microbatch_tokens": 30})
+    trainer = trainer_of(stage, tiny_model, reward_model)
+    base = {name: weight for name, weight in weights(trainer).items() if ".lora_" not in name and "score" not in name}
+    first, second = trainer.train(PROMPTS, [])
+    assert first["actor/first_ratio_error"] == first["kl/sequence"] == first["kl/token"] == 0.0
+    assert second["actor/first_ratio_error"] == 0.0
+    assert second["kl/sequence"] != 0.0
+    after = weights(trainer)
+    assert all(torch.equal(after[name], weight) for name, weight in base.items())
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_training_the_rollout_samples_from_the_merged_weights(
+    tiny_model: Path, reward_model: Path, frozen: int
+) -> None:
+    trainer = trainer_of(config_of(frozen=frozen, lora=LORA), tiny_model, reward_model)
+    before = {name: p.clone() for name, p in trainer.rollout.model.named_parameters()}
+    history = trainer.train(PROMPTS, [])
+    moved = {name for name, p in trainer.rollout.model.named_parameters() if not torch.equal(p, before[name])}
+    assert len(moved) == 7 * (3 - frozen)
+    assert history[1]["kl/sequence"] != 0.0
+    assert max(row["engine_gap/max"] for row in history) < 1e-4
+
+
+def test_training_raises_the_score(tiny_model: Path, reward_model: Path) -> None:
+    stage = config_of(
+        lora=LORA,
+        num_iterations=12,
+        num_epochs=2,
+        minibatch=64,
+        kl_coef=0.0,
+        rollout={"num_prompts": 128},
+        sampling={"batch_size": 128, "max_new_tokens": 4, "min_new_tokens": 4},
+        training={"learning_rate": 1e-2, "schedule": "linear", "min_learning_rate_fraction": 0.0},
+        critic={"learning_rate": 1e-2},
+    )
+    trainer = trainer_of(stage, tiny_model, reward_model, reward=lambda p, r: 3 * share_of_low_ids(p, r))
+    history = trainer.train(PROMPTS, [])
+    assert sum(row["score/mean"] for row in history[-3:]) / 3 > history[0]["score/mean"] + 0.3
+    assert history[-1]["value/explained_variance"] > history[0]["value/explained_variance"]
+
+
+@pytest.mark.parametrize(("frozen", "trains"), [(0, "layers"), (2, "layers"), (1, "head")])
+def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(
+    tiny_model: Path, reward_model: Path, tmp_path: Path, frozen: int, trains: str
+) -> None:
+    stage = config_of(frozen=frozen, lora=LORA, critic={"trains": trains}, **OPTIONS)
+    undisturbed = trainer_of(stage, tiny_model, reward_model)
+    expected = undisturbed.train(PROMPTS, VALIDATION)
+    dying = trainer_of(stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path), die_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        dying.train(PROMPTS, VALIDATION)
+    resumed = trainer_of(stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path))
+    assert without_times(resumed.train(PROMPTS, VALIDATION)) == without_times(expected)
+    assert largest_gap(weights(resumed), weights(undisturbed)) == 0.0
+
+
+def test_training_a_checkpoint_without_adapters_is_refused(
+    tiny_model: Path, reward_model: Path, tmp_path: Path
+) -> None:
+    trainer_of(config_of(), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path)).train(PROMPTS, [])
+    other = trainer_of(config_of(lora=LORA), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path))
+    with pytest.raises(InputError, match="holds other weights than are trained here"):
+        other.train(PROMPTS, [])
 
 
 def test_a_saved_policy_is_an_ordinary_model_with_its_adapter_beside_it(
@@ -192,7 +194,7 @@ def test_a_saved_policy_is_an_ordinary_model_with_its_adapter_beside_it(
 ) -> None:
     trainer = trainer_of(config_of(lora=LORA, training={"learning_rate": 1e-2}), tiny_model, reward_model)
     trainer.train(PROMPTS, [])
-    lm = trainer.models.actor.lm
+    lm = trainer.learner.models.actor.lm
     logits = lm(BATCH.input_ids).logits
     save_policy(trainer, trainer.rollout.tokenizer, trainer.weights(), tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tiny_model)

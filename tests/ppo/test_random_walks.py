@@ -11,8 +11,10 @@ from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.data.records import Demonstration, Prompt
 from components.rlhf.data.tokenizer import load_tokenizer
+from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.models.loading import save_model
 from components.rlhf.rollout.protocol import RolloutEngine
+from components.rlhf.runtime.training import TrainingContext
 from components.rlhf.text.progress import Progress
 from components.sft.trainer import SftTrainer
 from tests.support.ppo_runs import FP32, Recorder, config_of, load, make_reward_model, trainer_of
@@ -43,7 +45,8 @@ def imitator(walks: Walks, tmp_path_factory: pytest.TempPathFactory) -> Path:
         seed=0,
     )
     nowhere = CheckpointManager(None, "sft/x", CheckpointConfig())
-    trainer = SftTrainer(stage, base, nowhere, Progress("sft"), Recorder())
+    context = TrainingContext(checkpoints=nowhere, progress=Progress("sft"), tracker=Recorder(), group=SINGLE_PROCESS)
+    trainer = SftTrainer(stage, base, context)
     texts = [Demonstration(prompt=as_text(walk[:1]), completion=as_text(walk[1:])) for walk in walks.behaviour]
     tokenizer = load_tokenizer(base)
     trainer.train(tokenizer, texts, [], max_tokens=MAX_NODES + 1)
@@ -61,27 +64,29 @@ def mean_optimality(rollout: RolloutEngine, walks: Walks) -> float:
     return mean(walks.reward(c.prompt_ids, c.response_ids) for c in completions)
 
 
-class TestTask:
-    """The numbers of the task itself, as it was published: 43 edges with the goal's own, best walks of 3.55 nodes, 0.79."""
+# The numbers of the task itself, as it was published: 43 edges with the goal's own, best walks of 3.55 nodes, 0.79.
 
-    def test_graph(self, walks: Walks) -> None:
-        assert sum(len(there) for there in walks.edges) + 1 == 43
-        assert mean(walks.shortest[start] for start in range(1, NUM_NODES)) == pytest.approx(3.55)
 
-    def test_behaviour(self, walks: Walks) -> None:
-        assert mean(walks.optimality(walk) for walk in walks.behaviour) == pytest.approx(0.79, abs=0.03)
-        assert mean(walk[-1] == GOAL for walk in walks.behaviour) == pytest.approx(0.985, abs=0.01)
+def test_task_graph(walks: Walks) -> None:
+    assert sum(len(there) for there in walks.edges) + 1 == 43
+    assert mean(walks.shortest[start] for start in range(1, NUM_NODES)) == pytest.approx(3.55)
 
-    def test_optimality_by_hand(self) -> None:
-        line = Walks(edges=[[], [0], [1, 3], [1, 2]], shortest={0: 1, 1: 2, 2: 3, 3: 3}, behaviour=[])
-        assert line.optimality([1, 0]) == 1.0
-        assert line.optimality([2, 1, 0]) == 1.0
-        assert line.optimality([2, 3, 1, 0]) == pytest.approx(6 / 7)
-        assert line.optimality([2, 3, 2, 3, 2, 3, 2, 3, 1, 0]) == 0.0  # all ten nodes
-        assert line.optimality([2, 0]) == 0.0  # no such edge
-        assert line.optimality([2, 3]) == 0.0  # never arrives
-        assert line.reward([2], [1, 0, EOS]) == 1.0
-        assert line.reward([2], [1, EOS, 0]) == 0.0
+
+def test_task_behaviour(walks: Walks) -> None:
+    assert mean(walks.optimality(walk) for walk in walks.behaviour) == pytest.approx(0.79, abs=0.03)
+    assert mean(walk[-1] == GOAL for walk in walks.behaviour) == pytest.approx(0.985, abs=0.01)
+
+
+def test_task_optimality_by_hand() -> None:
+    line = Walks(edges=[[], [0], [1, 3], [1, 2]], shortest={0: 1, 1: 2, 2: 3, 3: 3}, behaviour=[])
+    assert line.optimality([1, 0]) == 1.0
+    assert line.optimality([2, 1, 0]) == 1.0
+    assert line.optimality([2, 3, 1, 0]) == pytest.approx(6 / 7)
+    assert line.optimality([2, 3, 2, 3, 2, 3, 2, 3, 1, 0]) == 0.0  # all ten nodes
+    assert line.optimality([2, 0]) == 0.0  # no such edge
+    assert line.optimality([2, 3]) == 0.0  # never arrives
+    assert line.reward([2], [1, 0, EOS]) == 1.0
+    assert line.reward([2], [1, EOS, 0]) == 0.0
 
 
 def test_imitation_walks_like_the_behaviour(imitator: Path, walks: Walks) -> None:

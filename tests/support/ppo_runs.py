@@ -19,8 +19,10 @@ from components.rlhf.config.ppo import PpoConfig, PpoStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.data.batching import TokenBatch
 from components.rlhf.data.records import Completion, Prompt
+from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.models.loading import load_scalar_lm, save_model
 from components.rlhf.rollout.hf import HfRolloutEngine
+from components.rlhf.runtime.training import TrainingContext
 from components.rlhf.storage.store import FolderStore
 from components.rlhf.text.progress import Progress
 from components.rlhf.tracking.mlflow import NullTracker
@@ -110,15 +112,13 @@ def trainer_of(
     models, rollout = load(config, sft, reward_model)
     if reward is not None:
         models = replace(models, reward_model=RewardFunction(reward))
-    return PpoTrainer(
-        config,
-        models,
-        rollout,
-        stop_ids=rollout.stop_ids,
+    context = TrainingContext(
         checkpoints=checkpoints or CheckpointManager(None, "ppo/x", CheckpointConfig()),
         progress=Progress("ppo"),
         tracker=Recorder(die_at=die_at),
+        group=SINGLE_PROCESS,
     )
+    return PpoTrainer(config, models, rollout, context)
 
 
 def checkpoints_every_step(root: Path) -> CheckpointManager:
@@ -132,7 +132,7 @@ def checkpoints_every_step(root: Path) -> CheckpointManager:
 
 
 def weights(trainer: PpoTrainer) -> dict[str, Tensor]:
-    modules = (("actor", trainer.models.actor), ("critic", trainer.models.critic))
+    modules = (("actor", trainer.learner.models.actor), ("critic", trainer.learner.models.critic))
     return {f"{kind}.{name}": p.detach().clone() for kind, m in modules for name, p in m.named_parameters()}
 
 

@@ -10,6 +10,8 @@ from components.rlhf.config.model import LoraConfig, ModelConfig, SamplingConfig
 from components.rlhf.config.reward_model import RewardModelConfig, RewardModelStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.data.records import PreferencePair
+from components.rlhf.engine.group import SINGLE_PROCESS
+from components.rlhf.runtime.training import TrainingContext
 from components.rlhf.storage.store import FolderStore
 from components.rlhf.text.progress import Progress
 from components.rlhf.tracking.mlflow import NullTracker
@@ -54,9 +56,13 @@ def trainer_of(
     folder: Path, *, checkpoints: CheckpointManager | None = None, die_at: int = 0, **settings: Any
 ) -> RewardModelTrainer:
     nowhere = CheckpointManager(None, "reward_model/x", CheckpointConfig())
-    return RewardModelTrainer(
-        config_of(**settings), folder, checkpoints or nowhere, Progress("reward_model"), Recorder(die_at=die_at)
+    context = TrainingContext(
+        checkpoints=checkpoints or nowhere,
+        progress=Progress("reward_model"),
+        tracker=Recorder(die_at=die_at),
+        group=SINGLE_PROCESS,
     )
+    return RewardModelTrainer(config_of(**settings), folder, context)
 
 
 def checkpoints_every_step(root: Path) -> CheckpointManager:

@@ -4,13 +4,14 @@ Law of this room: the engine protocol and files; no word of PPO. A checkpoint is
 the same run, and is deleted when the stage ends well.
 """
 
+import contextlib
 import json
 import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.engine.group import SINGLE_PROCESS, local_rank
 from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.storage.store import Store
-from components.rlhf.text.errors import InputError
+from components.rlhf.text.errors import InputError, NonFiniteError
 
 MAX_FAILURES = 3  # saves in a row, after which going on would risk more than it gains
 
@@ -141,6 +142,15 @@ class CheckpointManager:
                 f"checkpoint {folder} verifies, and its {directory.name} cannot be loaded ({str(error)[:200] or type(error).__name__}); "
                 "delete it, and the one before it is used."
             ) from error
+
+    @contextlib.contextmanager
+    def named_on_failure(self) -> Iterator[None]:
+        """Within the block a NonFiniteError becomes an InputError that names the latest checkpoint."""
+        try:
+            yield
+        except NonFiniteError as error:
+            latest = f"the latest checkpoint is {self.latest}" if self.latest else "no checkpoint had been saved yet"
+            raise InputError(f"{error}; {latest}. Lower the learning rate, or inspect these records.") from None
 
     def delete_all(self) -> None:
         """Delete this stage's checkpoints: its artifact has been written."""

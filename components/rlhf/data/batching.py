@@ -128,9 +128,3 @@ def step_batches(size: int, batch_size: int, *, seed: int, num_epochs: int, max_
                 return
             yield order[start : start + batch_size]
             step += 1
-
-
-def num_steps(size: int, batch_size: int, *, num_epochs: int, max_steps: int) -> int:
-    """How many batches step_batches yields."""
-    steps = num_epochs * -(-size // batch_size)
-    return min(steps, max_steps) if max_steps else steps
