@@ -80,7 +80,7 @@ class Slow:
 
 @pytest.mark.parametrize("frozen", [0, 2], ids=["unshared", "shared"])
 @pytest.mark.parametrize("trains", ["layers", "head"])
-def test_against_a_loop_every_number(tiny_model: Path, reward_model: Path, frozen: int, trains: str) -> None:
+def test_experience_equals_a_loop_over_tokens(tiny_model: Path, reward_model: Path, frozen: int, trains: str) -> None:
     options: dict[str, Any] = {"frozen": frozen, "critic": {"trains": trains}}
     models = trained(load(config_of(**options), tiny_model, reward_model)[0])
     assert models.shared_trunk == (frozen > 0)
@@ -110,7 +110,7 @@ def test_against_a_loop_every_number(tiny_model: Path, reward_model: Path, froze
     assert max(abs(x) for s in slow for x in s.kl) > 0.05
 
 
-def test_against_a_loop_advantages_may_stay_as_they_are(tiny_model: Path, reward_model: Path) -> None:
+def test_advantages_are_not_whitened_when_whitening_is_off(tiny_model: Path, reward_model: Path) -> None:
     models = trained(load(config_of(), tiny_model, reward_model)[0])
     e = experience_of(models, gamma=0.9, gae_lambda=0.8, whiten_advantages=False)
     slow = [Slow(models, c, kl_coef=0.1, penalty=0.0, clip=10.0) for c in COMPLETIONS]
@@ -130,24 +130,24 @@ def returns(tiny_model: Path, reward_model: Path, score: float, **ppo: Any) -> l
     return [e.returns[row, 0].item() for row in range(len(mask))]
 
 
-def test_rewards_a_missing_end_costs_its_penalty(tiny_model: Path, reward_model: Path) -> None:
+def test_truncated_response_pays_the_missing_eos_penalty(tiny_model: Path, reward_model: Path) -> None:
     found = returns(tiny_model, reward_model, 2.0, missing_eos_penalty=0.5)
     assert found == pytest.approx([2.0, 1.5, 2.0, 1.5], abs=1e-5)
 
 
-def test_rewards_the_penalty_comes_before_the_clip(tiny_model: Path, reward_model: Path) -> None:
+def test_missing_eos_penalty_is_applied_before_the_clip(tiny_model: Path, reward_model: Path) -> None:
     found = returns(tiny_model, reward_model, 3.0, missing_eos_penalty=2.5, reward_clip=1.0)
     assert found == pytest.approx([1.0, 0.5, 1.0, 0.5], abs=1e-5)  # after it, it would be 1 - 2.5
     found = returns(tiny_model, reward_model, 3.0, missing_eos_penalty=9.0, reward_clip=1.0)
     assert found == pytest.approx([1.0, -1.0, 1.0, -1.0], abs=1e-5)
 
 
-def test_rewards_no_clip(tiny_model: Path, reward_model: Path) -> None:
+def test_scores_are_unclipped_without_reward_clip(tiny_model: Path, reward_model: Path) -> None:
     found = returns(tiny_model, reward_model, 50.0, reward_clip=None)
     assert found == pytest.approx([50.0] * 4, abs=1e-4)
 
 
-def test_rewards_the_kl_is_not_clipped_with_the_score(tiny_model: Path, reward_model: Path) -> None:
+def test_kl_penalty_is_not_clipped(tiny_model: Path, reward_model: Path) -> None:
     models = trained(load(config_of(), tiny_model, reward_model)[0])
     models = replace(models, reward_model=RewardFunction(lambda _prompt, _response: 0.0))
     options: dict[str, Any] = {"gamma": 1.0, "gae_lambda": 1.0}
@@ -158,7 +158,7 @@ def test_rewards_the_kl_is_not_clipped_with_the_score(tiny_model: Path, reward_m
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_rewards_the_estimator_is_of_the_penalty_alone(tiny_model: Path, reward_model: Path, estimator: str) -> None:
+def test_kl_estimator_changes_only_the_penalty(tiny_model: Path, reward_model: Path, estimator: str) -> None:
     models = trained(load(config_of(), tiny_model, reward_model)[0])
     models = replace(models, reward_model=RewardFunction(lambda _prompt, _response: 0.0))
     e = experience_of(models, kl_coef=1.0, kl_estimator=estimator, gamma=1.0, gae_lambda=1.0)
@@ -186,7 +186,7 @@ def test_microbatches_do_not_change_experience(tiny_model: Path, reward_model: P
         assert torch.allclose(getattr(parts, name), getattr(whole, name), atol=1e-4), name
 
 
-def test_microbatches_split_each_minibatch_under_the_budget() -> None:
+def test_microbatches_split_each_minibatch_within_the_token_budget() -> None:
     assert [rows.tolist() for rows in microbatches(12, minibatch=6, max_rows=4)] == [
         [0, 1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11]
     ]  # fmt: skip
@@ -194,7 +194,7 @@ def test_microbatches_split_each_minibatch_under_the_budget() -> None:
     assert [len(rows) for rows in microbatches(12, minibatch=6, max_rows=999)] == [6, 6]
 
 
-def test_the_shared_path_gives_what_the_unshared_one_gives(tiny_model: Path, reward_model: Path) -> None:
+def test_shared_trunk_gives_the_same_experience_as_separate_models(tiny_model: Path, reward_model: Path) -> None:
     found = []
     for frozen in (0, 2):
         e = experience_of(load(config_of(frozen=frozen), tiny_model, reward_model)[0], frozen=frozen)
@@ -204,7 +204,7 @@ def test_the_shared_path_gives_what_the_unshared_one_gives(tiny_model: Path, rew
         assert torch.allclose(getattr(found[0], name), getattr(found[1], name), atol=1e-5), name
 
 
-def test_a_score_that_is_no_number_names_its_prompt(tiny_model: Path, reward_model: Path) -> None:
+def test_non_finite_score_names_its_prompt(tiny_model: Path, reward_model: Path) -> None:
     models = load(config_of(), tiny_model, reward_model)[0]
     models = replace(
         models, reward_model=RewardFunction(lambda _prompt, response: math.nan if len(response) == 4 else 1.0)
@@ -242,7 +242,7 @@ def by_hand() -> Experience:
     )
 
 
-def test_describe_by_hand() -> None:
+def test_rollout_metrics_of_a_hand_computed_example() -> None:
     # Returns 1, 2, 3, 8 have variance 29/4; the errors 0, 0, 0, 4 have variance 3.
     expected = {
         "score/mean": 1.0,
@@ -261,7 +261,7 @@ def test_describe_by_hand() -> None:
     assert rollout_metrics(by_hand()) == pytest.approx(expected)
 
 
-def test_describe_nothing_is_undefined_when_nothing_ended_or_varies() -> None:
+def test_rollout_metrics_are_finite_when_no_response_ended_and_returns_are_constant() -> None:
     e = replace(by_hand(), truncated=torch.tensor([True, True]), returns=torch.zeros(2, 3))
     found = rollout_metrics(e)
     assert found["score/mean_ended"] == 0.0
@@ -269,7 +269,7 @@ def test_describe_nothing_is_undefined_when_nothing_ended_or_varies() -> None:
     assert all(math.isfinite(value) for value in found.values())
 
 
-def test_describe_a_perfect_critic_and_a_constant_one() -> None:
+def test_explained_variance_is_1_for_a_perfect_critic_and_0_for_a_constant_one() -> None:
     e = by_hand()
     for values, expected in ((e.returns, 1.0), (torch.full((2, 3), 7.0), 0.0)):
         found = rollout_metrics(replace(e, old_values=values))["value/explained_variance"]

@@ -72,9 +72,7 @@ def test_models_hold_each_backbone_once(tiny_model: Path, reward_model: Path, fr
     assert len(policy | scalar | matrices(rollout.model)) == 3 * 29 - 2 * trunk
 
 
-def test_models_the_frozen_layers_of_a_reward_model_from_elsewhere_are_its_own(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_foreign_reward_model_keeps_its_own_frozen_layers(tiny_model: Path, tmp_path: Path) -> None:
     other = make_reward_model(make_tiny_model(tmp_path / "other", seed=8), tmp_path / "reward")
     models, rollout = load(config_of(frozen=2, lora=LORA), tiny_model, other)
     assert not models.shared_trunk
@@ -83,7 +81,7 @@ def test_models_the_frozen_layers_of_a_reward_model_from_elsewhere_are_its_own(
     assert len(matrices(models.actor) & matrices(rollout.model)) == 19
 
 
-def test_models_train_adapters_and_the_critics_head(tiny_model: Path, reward_model: Path) -> None:
+def test_only_adapters_and_the_critic_head_are_trained(tiny_model: Path, reward_model: Path) -> None:
     for trains in ("layers", "head"):
         stage = config_of(frozen=1, lora=LORA, critic={"trains": trains})
         models, rollout = load(stage, tiny_model, reward_model)
@@ -99,7 +97,7 @@ def test_models_train_adapters_and_the_critics_head(tiny_model: Path, reward_mod
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("frozen", [0, 2])
-def test_models_the_reference_and_the_reward_model_stay_what_they_were(
+def test_reference_and_reward_model_do_not_change_during_training(
     tiny_model: Path, reward_model: Path, frozen: int, dtype: torch.dtype
 ) -> None:
     stage = config_of(frozen=frozen, lora=LORA)
@@ -122,7 +120,7 @@ OPTIONS: dict[str, Any] = {"num_iterations": 4, "num_epochs": 2, "eval_every": 2
 
 
 @pytest.mark.parametrize("frozen", [0, 2])
-def test_training_starts_at_a_ratio_of_one_and_a_kl_of_zero(tiny_model: Path, reward_model: Path, frozen: int) -> None:
+def test_first_ratio_is_1_and_first_kl_is_0_with_adapters(tiny_model: Path, reward_model: Path, frozen: int) -> None:
     stage = config_of(frozen=frozen, lora=LORA, num_epochs=2, training={"microbatch_tokens": 30})
     trainer = trainer_of(stage, tiny_model, reward_model)
     base = {name: weight for name, weight in weights(trainer).items() if ".lora_" not in name and "score" not in name}
@@ -135,9 +133,7 @@ def test_training_starts_at_a_ratio_of_one_and_a_kl_of_zero(tiny_model: Path, re
 
 
 @pytest.mark.parametrize("frozen", [0, 2])
-def test_training_the_rollout_samples_from_the_merged_weights(
-    tiny_model: Path, reward_model: Path, frozen: int
-) -> None:
+def test_rollout_samples_from_the_merged_weights(tiny_model: Path, reward_model: Path, frozen: int) -> None:
     trainer = trainer_of(config_of(frozen=frozen, lora=LORA), tiny_model, reward_model)
     before = {name: p.clone() for name, p in trainer.rollout.model.named_parameters()}
     history = trainer.train(PROMPTS, [])
@@ -147,7 +143,7 @@ def test_training_the_rollout_samples_from_the_merged_weights(
     assert max(row["engine_gap/max"] for row in history) < 1e-4
 
 
-def test_training_raises_the_score(tiny_model: Path, reward_model: Path) -> None:
+def test_training_adapters_raises_the_score(tiny_model: Path, reward_model: Path) -> None:
     stage = config_of(
         lora=LORA,
         num_iterations=12,
@@ -166,7 +162,7 @@ def test_training_raises_the_score(tiny_model: Path, reward_model: Path) -> None
 
 
 @pytest.mark.parametrize(("frozen", "trains"), [(0, "layers"), (2, "layers"), (1, "head")])
-def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(
+def test_resumed_adapter_run_equals_an_uninterrupted_one(
     tiny_model: Path, reward_model: Path, tmp_path: Path, frozen: int, trains: str
 ) -> None:
     stage = config_of(frozen=frozen, lora=LORA, critic={"trains": trains}, **OPTIONS)
@@ -180,16 +176,14 @@ def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(
     assert largest_gap(weights(resumed), weights(undisturbed)) == 0.0
 
 
-def test_training_a_checkpoint_without_adapters_is_refused(
-    tiny_model: Path, reward_model: Path, tmp_path: Path
-) -> None:
+def test_checkpoint_without_adapters_is_refused(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
     trainer_of(config_of(), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path)).train(PROMPTS, [])
     other = trainer_of(config_of(lora=LORA), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path))
     with pytest.raises(InputError, match="holds other weights than are trained here"):
         other.train(PROMPTS, [])
 
 
-def test_a_saved_policy_is_an_ordinary_model_with_its_adapter_beside_it(
+def test_saved_policy_is_a_merged_model_with_an_adapter_folder(
     tiny_model: Path, reward_model: Path, tmp_path: Path
 ) -> None:
     trainer = trainer_of(config_of(lora=LORA, training={"learning_rate": 1e-2}), tiny_model, reward_model)

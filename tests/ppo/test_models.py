@@ -27,7 +27,7 @@ def parameters_of(*modules: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("trains", ["layers", "head"])
-def test_sharing_frozen_layers_are_held_once_by_all(tiny_model: Path, reward_model: Path, trains: str) -> None:
+def test_all_four_models_hold_the_same_frozen_layers(tiny_model: Path, reward_model: Path, trains: str) -> None:
     models, rollout = load(config_of(frozen=2, critic={"trains": trains}), tiny_model, reward_model)
     assert models.shared_trunk
     lms = [models.reference.lm, models.critic.lm, models.reward_model.lm, rollout.model]
@@ -42,14 +42,14 @@ def test_sharing_frozen_layers_are_held_once_by_all(tiny_model: Path, reward_mod
     assert _count(*apart) - _count(models, rollout) == copies * trunk
 
 
-def test_sharing_also_in_bf16(tiny_model: Path, reward_model: Path) -> None:
+def test_frozen_layers_are_shared_in_bf16(tiny_model: Path, reward_model: Path) -> None:
     models, _ = load_models(config_of(frozen=2), tiny_model, reward_model, dtype=torch.bfloat16, prompts=[])
     assert models.shared_trunk
     assert models.actor.lm.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     assert models.actor.lm.model.layers[2].mlp.up_proj.weight.dtype == torch.float32
 
 
-def test_sharing_a_reward_model_from_elsewhere_keeps_its_own_layers(tiny_model: Path, tmp_path: Path) -> None:
+def test_reward_model_with_other_weights_keeps_its_own_layers(tiny_model: Path, tmp_path: Path) -> None:
     other = make_reward_model(make_tiny_model(tmp_path / "other", seed=8), tmp_path / "reward")
     models, rollout = load(config_of(frozen=2), tiny_model, other)
     assert not models.shared_trunk
@@ -63,7 +63,7 @@ def test_sharing_a_reward_model_from_elsewhere_keeps_its_own_layers(tiny_model: 
     assert torch.equal(models.reward_model.scores(BATCH), expected)
 
 
-def test_sharing_a_reward_model_of_another_depth_too(tiny_model: Path, tmp_path: Path) -> None:
+def test_reward_model_of_another_depth_keeps_its_own_layers(tiny_model: Path, tmp_path: Path) -> None:
     deeper = make_tiny_model(tmp_path / "deeper", seed=8, num_layers=4)
     models, _ = load(config_of(frozen=1), tiny_model, make_reward_model(deeper, tmp_path / "reward"))
     assert not models.shared_trunk
@@ -74,7 +74,7 @@ def _count(models: Any, rollout: Any) -> int:
 
 
 @pytest.mark.parametrize("frozen", [0, 2])
-def test_what_is_trained_actor_and_critic_and_nothing_else(tiny_model: Path, reward_model: Path, frozen: int) -> None:
+def test_only_actor_and_critic_are_trained(tiny_model: Path, reward_model: Path, frozen: int) -> None:
     models, rollout = load(config_of(frozen=frozen), tiny_model, reward_model)
     assert any(p.requires_grad for p in models.actor.parameters())
     assert any(p.requires_grad for p in models.critic.parameters())
@@ -82,7 +82,7 @@ def test_what_is_trained_actor_and_critic_and_nothing_else(tiny_model: Path, rew
         assert not any(p.requires_grad for p in module.parameters())
 
 
-def test_what_is_trained_reference_and_rollout_start_as_the_actor(tiny_model: Path, reward_model: Path) -> None:
+def test_reference_and_rollout_start_with_the_actors_weights(tiny_model: Path, reward_model: Path) -> None:
     models, rollout = load(config_of(), tiny_model, reward_model)
     for lm in (models.reference.lm, rollout.model):
         pairs = zip(lm.parameters(), models.actor.lm.parameters(), strict=True)
@@ -91,7 +91,7 @@ def test_what_is_trained_reference_and_rollout_start_as_the_actor(tiny_model: Pa
 
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
 @pytest.mark.parametrize("frozen", [0, 2])
-def test_what_is_trained_before_the_first_update_the_kl_is_exactly_zero(
+def test_kl_is_exactly_0_before_the_first_update(
     tiny_model: Path, reward_model: Path, frozen: int, dtype: torch.dtype
 ) -> None:
     models, _ = load_models(config_of(frozen=frozen), tiny_model, reward_model, dtype=dtype, prompts=[])
@@ -99,7 +99,7 @@ def test_what_is_trained_before_the_first_update_the_kl_is_exactly_zero(
     assert torch.equal(ours, theirs)
 
 
-def test_what_is_trained_the_critic_starts_as_the_reward_model(tiny_model: Path, reward_model: Path) -> None:
+def test_critic_starts_as_the_reward_model(tiny_model: Path, reward_model: Path) -> None:
     """Same weights and same scale: the value of a whole text is its score."""
     for trains in ("layers", "head"):
         models, _ = load(config_of(critic={"trains": trains}), tiny_model, reward_model)
@@ -108,9 +108,7 @@ def test_what_is_trained_the_critic_starts_as_the_reward_model(tiny_model: Path,
 
 
 @pytest.mark.parametrize("frozen", [0, 2])
-def test_what_is_trained_a_critic_head_is_trained_apart_from_the_reward_models(
-    tiny_model: Path, reward_model: Path, frozen: int
-) -> None:
+def test_critic_head_is_separate_from_the_reward_models_head(tiny_model: Path, reward_model: Path, frozen: int) -> None:
     models, _ = load(config_of(frozen=frozen, critic={"trains": "head"}), tiny_model, reward_model)
     assert {n for n, p in models.critic.named_parameters() if p.requires_grad} == {"lm.score.weight"}
     before = models.reward_model.scores(BATCH)
@@ -121,7 +119,7 @@ def test_what_is_trained_a_critic_head_is_trained_apart_from_the_reward_models(
     assert not torch.equal(models.critic.scores(BATCH), before)
 
 
-def test_with_own_head_shares_everything_but_the_head(reward_model: Path) -> None:
+def test_copy_with_own_head_shares_everything_but_the_head(reward_model: Path) -> None:
     lm = load_scalar_lm(reward_model, num_frozen_layers=0, dtype=torch.bfloat16, trainable=False)
     twin = copy_with_own_head(lm)
     assert twin.model is lm.model
@@ -133,17 +131,17 @@ def test_with_own_head_shares_everything_but_the_head(reward_model: Path) -> Non
     assert lm.score.weight.dtype == torch.bfloat16
 
 
-def test_scale_is_the_artifacts(tiny_model: Path, reward_model: Path) -> None:
+def test_scores_are_normalized_by_the_artifacts_mean_and_std(tiny_model: Path, reward_model: Path) -> None:
     models, _ = load(config_of(), tiny_model, reward_model)
     assert [(m.mean, m.std) for m in (models.reward_model, models.critic)] == [(0.2, 1.5)] * 2
 
 
-def test_scale_is_none_where_the_settings_say_so(tiny_model: Path, reward_model: Path) -> None:
+def test_scores_are_raw_when_normalization_is_off(tiny_model: Path, reward_model: Path) -> None:
     models, _ = load(config_of(normalize_reward=False), tiny_model, reward_model)
     assert [(m.mean, m.std) for m in (models.reward_model, models.critic)] == [(0.0, 1.0)] * 2
 
 
-def test_scale_must_be_there(tiny_model: Path, tmp_path: Path) -> None:
+def test_reward_model_without_mean_and_std_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     lm = load_scalar_lm(tiny_model, num_frozen_layers=0, dtype=FP32, seed=0)
     save_model(lm, AutoTokenizer.from_pretrained(tiny_model), tmp_path, dtype=FP32)
     with pytest.raises(InputError, match="lacks reward_mean and reward_std"):
@@ -151,12 +149,14 @@ def test_scale_must_be_there(tiny_model: Path, tmp_path: Path) -> None:
     load(config_of(normalize_reward=False), tiny_model, tmp_path)
 
 
-def test_a_fine_tuned_model_is_no_reward_model(tiny_model: Path) -> None:
+def test_sft_model_is_refused_as_a_reward_model(tiny_model: Path) -> None:
     with pytest.raises(InputError, match=r"lacks the weights score\.weight"):
         load(config_of(normalize_reward=False), tiny_model, tiny_model)
 
 
-def test_a_saved_policy_loads_and_carries_its_history(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
+def test_saved_policy_loads_and_holds_the_training_history(
+    tiny_model: Path, reward_model: Path, tmp_path: Path
+) -> None:
     trainer = trainer_of(config_of(), tiny_model, reward_model)
     history = [{"iteration": 1.0, "score/mean": 0.1 + 0.2}, {"iteration": 2.0, "score/mean": -1e-9}]
     sample = ValidationSample(
@@ -170,6 +170,6 @@ def test_a_saved_policy_loads_and_carries_its_history(tiny_model: Path, reward_m
     assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == history
 
 
-def test_the_rollout_stops_at_the_models_own_stop_ids(tiny_model: Path, reward_model: Path) -> None:
+def test_rollout_stops_at_the_models_stop_ids(tiny_model: Path, reward_model: Path) -> None:
     _, rollout = load(config_of(), tiny_model, reward_model)
     assert rollout.stop_ids == (0,)

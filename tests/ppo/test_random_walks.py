@@ -67,17 +67,17 @@ def mean_optimality(rollout: RolloutEngine, walks: Walks) -> float:
 # The numbers of the task itself, as it was published: 43 edges with the goal's own, best walks of 3.55 nodes, 0.79.
 
 
-def test_task_graph(walks: Walks) -> None:
+def test_graph_of_the_task(walks: Walks) -> None:
     assert sum(len(there) for there in walks.edges) + 1 == 43
     assert mean(walks.shortest[start] for start in range(1, NUM_NODES)) == pytest.approx(3.55)
 
 
-def test_task_behaviour(walks: Walks) -> None:
+def test_behaviour_policy_walks_along_edges(walks: Walks) -> None:
     assert mean(walks.optimality(walk) for walk in walks.behaviour) == pytest.approx(0.79, abs=0.03)
     assert mean(walk[-1] == GOAL for walk in walks.behaviour) == pytest.approx(0.985, abs=0.01)
 
 
-def test_task_optimality_by_hand() -> None:
+def test_optimality_of_hand_computed_walks() -> None:
     line = Walks(edges=[[], [0], [1, 3], [1, 2]], shortest={0: 1, 1: 2, 2: 3, 3: 3}, behaviour=[])
     assert line.optimality([1, 0]) == 1.0
     assert line.optimality([2, 1, 0]) == 1.0
@@ -89,14 +89,14 @@ def test_task_optimality_by_hand() -> None:
     assert line.reward([2], [1, EOS, 0]) == 0.0
 
 
-def test_imitation_walks_like_the_behaviour(imitator: Path, walks: Walks) -> None:
+def test_sft_imitates_the_behaviour_policy(imitator: Path, walks: Walks) -> None:
     _, rollout = load(config_of(), imitator / "sft", imitator / "critic")
     behaviour = mean(walks.optimality(walk) for walk in walks.behaviour)
     assert mean_optimality(rollout, walks) == pytest.approx(behaviour, abs=0.05)
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_ppo_finds_the_best_walks(imitator: Path, walks: Walks, frozen: int) -> None:
+def test_ppo_finds_the_shortest_walks(imitator: Path, walks: Walks, frozen: int) -> None:
     stage = config_of(
         frozen=frozen,
         seed=0,

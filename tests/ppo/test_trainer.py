@@ -50,14 +50,14 @@ def test_history_has_every_curve_and_only_numbers(tiny_model: Path, reward_model
     assert set(history[0]) == set(history[1])
 
 
-def test_history_is_what_was_tracked(tiny_model: Path, reward_model: Path) -> None:
+def test_tracked_metrics_equal_the_history(tiny_model: Path, reward_model: Path) -> None:
     trainer = trainer_of(config_of(), tiny_model, reward_model)
     history = trainer.train(PROMPTS, [])
     rows = trainer.tracker.rows
     assert [{"iteration": float(step), **row} for step, row in rows.items()] == history
 
 
-def test_history_ends_in_flat_final_metrics() -> None:
+def test_final_metrics_are_the_last_row_under_flat_names() -> None:
     first, last = {"score/mean": 0.5, "kl/sequence": 0.0}, {"score/mean": 2.0, "kl/sequence": 3.0}
     assert final_metrics([first, last]) == {
         "num_iterations": 2.0,
@@ -71,7 +71,7 @@ def asked(trainer: PpoTrainer, prompts: list[Prompt], iterations: int) -> list[l
     return [[p.id for p in trainer._prompts_of(i, prompts)] for i in range(1, iterations + 1)]
 
 
-def test_prompts_every_prompt_once_an_epoch_in_another_order(tiny_model: Path, reward_model: Path) -> None:
+def test_every_epoch_takes_each_prompt_once_in_a_new_order(tiny_model: Path, reward_model: Path) -> None:
     trainer = trainer_of(config_of(rollout={"num_prompts": 4}), tiny_model, reward_model)
     prompts = [Prompt(prompt="a", id=str(i)) for i in range(10)]
     stream = sum(asked(trainer, prompts, 10), [])
@@ -80,14 +80,16 @@ def test_prompts_every_prompt_once_an_epoch_in_another_order(tiny_model: Path, r
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_prompts_fewer_prompts_than_an_iteration_asks_for(tiny_model: Path, reward_model: Path) -> None:
+def test_iteration_may_need_more_prompts_than_there_are(tiny_model: Path, reward_model: Path) -> None:
     trainer = trainer_of(config_of(), tiny_model, reward_model)
     for ids in asked(trainer, PROMPTS[:3], 3):
         assert len(ids) == 8
         assert min(ids.count(p.id) for p in PROMPTS[:3]) >= 2
 
 
-def test_prompts_several_samples_of_each(tiny_model: Path, reward_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_per_prompt_are_consecutive_rows(
+    tiny_model: Path, reward_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage = config_of(rollout={"num_prompts": 4, "samples_per_prompt": 3}, minibatch=6)
     trainer = trainer_of(stage, tiny_model, reward_model)
     calls: list[Any] = []
@@ -113,7 +115,7 @@ def test_prompts_several_samples_of_each(tiny_model: Path, reward_model: Path, m
     assert len(set(every)) == 24
 
 
-def test_seeds_the_same_run_twice(tiny_model: Path, reward_model: Path) -> None:
+def test_same_seed_gives_the_same_run(tiny_model: Path, reward_model: Path) -> None:
     runs = [trainer_of(config_of(eval_every=2), tiny_model, reward_model) for _ in range(2)]
     torch.manual_seed(1)
     first = runs[0].train(PROMPTS, VALIDATION)
@@ -123,7 +125,7 @@ def test_seeds_the_same_run_twice(tiny_model: Path, reward_model: Path) -> None:
     assert largest_gap(weights(runs[0]), weights(runs[1])) == 0.0
 
 
-def test_seeds_another_seed_is_another_run(tiny_model: Path, reward_model: Path) -> None:
+def test_different_seed_gives_a_different_run(tiny_model: Path, reward_model: Path) -> None:
     rows = [
         trainer_of(config_of(seed=seed, num_iterations=1), tiny_model, reward_model).train(PROMPTS, [])[0]
         for seed in (1, 2)
@@ -132,7 +134,7 @@ def test_seeds_another_seed_is_another_run(tiny_model: Path, reward_model: Path)
 
 
 @pytest.mark.parametrize("seed", [20_240_101, 2**31 - 1])
-def test_seeds_every_seed_that_the_settings_allow(tiny_model: Path, reward_model: Path, seed: int) -> None:
+def test_largest_allowed_seed_works(tiny_model: Path, reward_model: Path, seed: int) -> None:
     assert trainer_of(config_of(seed=seed, num_epochs=2), tiny_model, reward_model).train(PROMPTS, [])
 
 
@@ -165,28 +167,28 @@ def final(history: list[Row], name: str) -> float:
     return sum(row[name] for row in history[-3:]) / 3
 
 
-def test_learning_the_score_rises(histories: dict[float, list[Row]]) -> None:
+def test_score_rises_during_training(histories: dict[float, list[Row]]) -> None:
     assert final(histories[0.0], "score/mean") > histories[0.0][0]["score/mean"] + 0.3
 
 
-def test_learning_the_more_the_kl_costs_the_less_of_it_there_is(histories: dict[float, list[Row]]) -> None:
+def test_higher_kl_coef_gives_lower_kl(histories: dict[float, list[Row]]) -> None:
     free, dear, dearest = (final(histories[kl_coef], "kl/sequence") for kl_coef in COEFFICIENTS)
     assert free > 1.5 * dear
     assert dear > 1.3 * dearest
 
 
-def test_learning_and_the_less_the_score_rises(histories: dict[float, list[Row]]) -> None:
+def test_higher_kl_coef_gives_a_lower_score(histories: dict[float, list[Row]]) -> None:
     free, dear, dearest = (final(histories[kl_coef], "score/mean") for kl_coef in COEFFICIENTS)
     assert free > dear > dearest
 
 
-def test_kl_coefficient_stays_where_it_is(tiny_model: Path, reward_model: Path) -> None:
+def test_fixed_kl_coef_does_not_change(tiny_model: Path, reward_model: Path) -> None:
     history = trainer_of(config_of(kl_coef=0.3), tiny_model, reward_model).train(PROMPTS, [])
     assert [row["kl/coef"] for row in history] == [0.3, 0.3]
 
 
 @pytest.mark.parametrize("target", [1e-4, 1e4])
-def test_kl_coefficient_steers_to_its_target(tiny_model: Path, reward_model: Path, target: float) -> None:
+def test_adaptive_kl_coef_moves_towards_its_target(tiny_model: Path, reward_model: Path, target: float) -> None:
     stage = config_of(kl_coef=0.3, kl_target=target, kl_horizon=16.0, num_iterations=3)
     trainer = trainer_of(stage, tiny_model, reward_model)
     history = trainer.train(PROMPTS, [])
@@ -209,25 +211,25 @@ def evals(tiny_model: Path, reward_model: Path, scores: list[float], **ppo: Any)
     return trainer
 
 
-def test_ending_after_so_many_looks_without_gain(tiny_model: Path, reward_model: Path) -> None:
+def test_training_stops_after_patience_evaluations_without_improvement(tiny_model: Path, reward_model: Path) -> None:
     trainer = evals(tiny_model, reward_model, [0.0, 1.0, 3.0, 2.0, 4.0, 4.0, 3.75, 99.0])
     history = trainer.train(PROMPTS, VALIDATION)
     assert [row["validation/objective"] for row in history] == [1.0, 3.0, 2.0, 4.0, 4.0, 3.75]
 
 
-def test_ending_looks_are_as_rare_as_the_settings_say(tiny_model: Path, reward_model: Path) -> None:
+def test_validation_runs_every_eval_every_iterations(tiny_model: Path, reward_model: Path) -> None:
     trainer = evals(tiny_model, reward_model, [0.0, 1.0, 0.5, 0.4, 99.0], eval_every=2)
     history = trainer.train(PROMPTS, VALIDATION)
     assert len(history) == 6
     assert ["validation/objective" in row for row in history] == [False, True] * 3
 
 
-def test_ending_never_without_patience(tiny_model: Path, reward_model: Path) -> None:
+def test_training_never_stops_early_without_patience(tiny_model: Path, reward_model: Path) -> None:
     trainer = evals(tiny_model, reward_model, [4.0, 3.0, 2.0, 1.0, 0.0], patience=0, num_iterations=4)
     assert len(trainer.train(PROMPTS, VALIDATION)) == 4
 
 
-def test_ending_a_run_that_died_as_it_converged_stays_converged(
+def test_run_interrupted_after_convergence_stays_converged(
     tiny_model: Path, reward_model: Path, tmp_path: Path
 ) -> None:
     scores = [0.0, 1.0, 0.5, 0.4, 99.0]
@@ -241,14 +243,12 @@ def test_ending_a_run_that_died_as_it_converged_stays_converged(
     assert largest_gap(weights(again), weights(first)) == 0.0
 
 
-def test_ending_a_model_that_never_gets_better_than_it_started_has_converged(
-    tiny_model: Path, reward_model: Path
-) -> None:
+def test_model_that_never_improves_on_its_start_has_converged(tiny_model: Path, reward_model: Path) -> None:
     trainer = evals(tiny_model, reward_model, [5.0, 1.0, 2.0, 99.0])
     assert len(trainer.train(PROMPTS, VALIDATION)) == 2
 
 
-def test_ending_the_objective_is_the_score_less_its_kl_cost(tiny_model: Path, reward_model: Path) -> None:
+def test_validation_objective_is_score_minus_kl_cost(tiny_model: Path, reward_model: Path) -> None:
     history = trainer_of(config_of(kl_coef=0.7, eval_every=1), tiny_model, reward_model).train(PROMPTS, VALIDATION)
     for row in history:
         expected = row["validation/score/mean"] - 0.7 * row["validation/kl/sequence"]
@@ -256,7 +256,7 @@ def test_ending_the_objective_is_the_score_less_its_kl_cost(tiny_model: Path, re
     assert history[1]["validation/kl/sequence"] != 0  # and the looks see the trained policy
 
 
-def test_ending_looks_differ_by_the_policy_alone(tiny_model: Path, reward_model: Path) -> None:
+def test_validation_uses_the_same_draws_every_time(tiny_model: Path, reward_model: Path) -> None:
     stage = config_of(eval_every=1, training={"learning_rate": 1e-12}, critic={"learning_rate": 1e-12})
     rows = trainer_of(stage, tiny_model, reward_model).train(PROMPTS, VALIDATION)
     evals = [{name: value for name, value in row.items() if name.startswith("validation/")} for row in rows]
@@ -266,7 +266,7 @@ def test_ending_looks_differ_by_the_policy_alone(tiny_model: Path, reward_model:
 # What a run says to its validation prompts is kept, so that a judge can look at the training afterwards.
 
 
-def test_looks_keep_every_response_from_before_the_first_update_on(tiny_model: Path, reward_model: Path) -> None:
+def test_validation_samples_include_the_model_before_the_first_update(tiny_model: Path, reward_model: Path) -> None:
     trainer = trainer_of(config_of(num_iterations=4, eval_every=2), tiny_model, reward_model)
     history = trainer.train(PROMPTS, VALIDATION)
     size = len(VALIDATION)
@@ -283,20 +283,20 @@ def test_looks_keep_every_response_from_before_the_first_update_on(tiny_model: P
     assert sum(not s.truncated for s in last) / size == pytest.approx(row["validation/response/eos_rate"])
 
 
-def test_looks_the_first_is_tracked_at_step_0(tiny_model: Path, reward_model: Path) -> None:
+def test_first_validation_is_tracked_at_step_0(tiny_model: Path, reward_model: Path) -> None:
     trainer = trainer_of(config_of(eval_every=1), tiny_model, reward_model)
     trainer.train(PROMPTS, VALIDATION)
     assert trainer.tracker.rows[0]["validation/kl/sequence"] == 0.0
 
 
-def test_looks_without_looks_nothing_is_kept(tiny_model: Path, reward_model: Path) -> None:
+def test_no_validation_samples_without_validation(tiny_model: Path, reward_model: Path) -> None:
     trainer = trainer_of(config_of(), tiny_model, reward_model)
     trainer.train(PROMPTS, VALIDATION)
     assert trainer.validation == []
     assert 0 not in trainer.tracker.rows
 
 
-def test_looks_survive_a_death(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
+def test_validation_samples_survive_an_interruption(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
     whole = trainer_of(config_of(num_iterations=3, eval_every=1), tiny_model, reward_model)
     whole.train(PROMPTS, VALIDATION)
     first = trainer_of(config_of(num_iterations=3, eval_every=1), tiny_model, reward_model)
@@ -341,7 +341,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.mark.parametrize("die_at", [2, 4])
 @pytest.mark.parametrize(("frozen", "trains"), [(0, "layers"), (2, "layers"), (1, "head")])
-def test_resume_goes_on_as_if_nothing_had_happened(
+def test_resumed_run_equals_an_uninterrupted_one(
     tiny_model: Path, reward_model: Path, tmp_path: Path, die_at: int, frozen: int, trains: str
 ) -> None:
     stage = config_of(frozen=frozen, critic={"trains": trains}, **OPTIONS)
@@ -358,14 +358,14 @@ def test_resume_goes_on_as_if_nothing_had_happened(
     assert set(resumed.tracker.rows) == set(range(die_at, 5))
 
 
-def test_resume_other_frozen_layers_are_refused(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
+def test_checkpoint_with_other_frozen_layers_is_refused(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
     trainer_of(config_of(), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path)).train(PROMPTS, [])
     other = trainer_of(config_of(frozen=1), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path))
     with pytest.raises(InputError, match="holds other weights than are trained here"):
         other.train(PROMPTS, [])
 
 
-def test_padding_that_pad_is_eos_changes_nothing(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
+def test_pad_equal_to_eos_changes_nothing(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
     """The same models with another pad id everywhere: every number and every weight is the same."""
     folders = []
     for folder in (tiny_model, reward_model):
@@ -394,7 +394,7 @@ def test_padding_that_pad_is_eos_changes_nothing(tiny_model: Path, reward_model:
     assert largest_gap(weights(runs[0]), weights(runs[1])) == 0.0
 
 
-def test_sync_the_rollout_samples_from_what_was_trained(tiny_model: Path, reward_model: Path) -> None:
+def test_rollout_samples_from_the_trained_weights(tiny_model: Path, reward_model: Path) -> None:
     for frozen in (0, 2):
         trainer = trainer_of(config_of(frozen=frozen), tiny_model, reward_model)
         history = trainer.train(PROMPTS, [])
@@ -405,7 +405,7 @@ def test_sync_the_rollout_samples_from_what_was_trained(tiny_model: Path, reward
         assert max(row["engine_gap/max"] for row in history) < 1e-4
 
 
-def test_not_finite_weights_that_are_no_numbers(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
+def test_non_finite_weights_are_an_error(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
     trainer = trainer_of(
         config_of(num_iterations=3), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path)
     )
@@ -423,31 +423,31 @@ def test_not_finite_weights_that_are_no_numbers(tiny_model: Path, reward_model: 
     assert f"the latest checkpoint is {tmp_path}/ppo/x/step-00000001" in str(error.value)
 
 
-def test_not_finite_a_learning_rate_beyond_all_measure(tiny_model: Path, reward_model: Path) -> None:
+def test_huge_learning_rate_is_an_error(tiny_model: Path, reward_model: Path) -> None:
     stage = config_of(training={"learning_rate": 1e30})
     with pytest.raises(InputError, match="is (nan|inf) at step"):
         trainer_of(stage, tiny_model, reward_model).train(PROMPTS, [])
 
 
-def test_not_finite_a_reward_that_is_no_number_names_its_prompt(tiny_model: Path, reward_model: Path) -> None:
+def test_non_finite_reward_names_its_prompt(tiny_model: Path, reward_model: Path) -> None:
     trainer = trainer_of(config_of(), tiny_model, reward_model, reward=number_of(math.inf))
     with pytest.raises(InputError, match="The reward model scored the response .* to prompt 'prompt-[0-9]+' as inf"):
         trainer.train(PROMPTS, [])
 
 
-def test_fixed_lengths_are_all_truncated(tiny_model: Path, reward_model: Path) -> None:
+def test_responses_of_fixed_length_are_all_truncated(tiny_model: Path, reward_model: Path) -> None:
     stage = config_of(sampling={"max_new_tokens": 4, "min_new_tokens": 4}, num_iterations=1)
     row = trainer_of(stage, tiny_model, reward_model).train(PROMPTS, [])[0]
     assert row["response/length"] == 4.0
     assert row["response/eos_rate"] == 0.0
 
 
-def test_loading_twice_gives_models_of_their_own(tiny_model: Path, reward_model: Path) -> None:
+def test_loading_twice_gives_independent_models(tiny_model: Path, reward_model: Path) -> None:
     a, b = (load(config_of(), tiny_model, reward_model)[0] for _ in range(2))
     assert a.actor.lm.model.norm is not b.actor.lm.model.norm
 
 
-def test_each_process_has_an_equal_share_of_every_minibatch() -> None:
+def test_each_rank_has_an_equal_share_of_every_minibatch() -> None:
     shares = []
     for rank in (0, 1):
         group = SingleProcess()

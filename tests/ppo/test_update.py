@@ -36,7 +36,7 @@ def run(trainer: PpoTrainer, experience: Experience | None = None) -> dict[str, 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 @pytest.mark.parametrize("microbatch_tokens", [1, 20, 4096])
-def test_first_ratio_is_exactly_one(tiny_model: Path, reward_model: Path, frozen: int, microbatch_tokens: int) -> None:
+def test_first_ratio_is_exactly_1(tiny_model: Path, reward_model: Path, frozen: int, microbatch_tokens: int) -> None:
     stage = config_of(
         frozen=frozen, minibatch=8, sampling={"temperature": 0.7}, training={"microbatch_tokens": microbatch_tokens}
     )
@@ -48,7 +48,7 @@ def test_first_ratio_is_exactly_one(tiny_model: Path, reward_model: Path, frozen
 
 
 @pytest.mark.parametrize("frozen", [0, 2])
-def test_first_ratio_also_in_the_loop_where_the_kl_to_the_reference_is_exactly_zero(
+def test_first_ratio_is_1_and_first_kl_is_0_in_the_training_loop(
     tiny_model: Path, reward_model: Path, frozen: int
 ) -> None:
     stage = config_of(frozen=frozen, minibatch=4, num_epochs=2, training={"microbatch_tokens": 30})
@@ -61,7 +61,7 @@ def test_first_ratio_also_in_the_loop_where_the_kl_to_the_reference_is_exactly_z
     assert second["kl/sequence"] != 0.0
 
 
-def test_first_ratio_is_not_one_when_the_old_policy_is_another(tiny_model: Path, reward_model: Path) -> None:
+def test_first_ratio_is_not_1_when_the_old_policy_differs(tiny_model: Path, reward_model: Path) -> None:
     trainer = trainer_of(config_of(minibatch=8), tiny_model, reward_model)
     e = experience_of(trainer)
     shifted = replace(e, old_logprobs=torch.where(e.batch.response_mask, e.old_logprobs - math.log(2), 0))
@@ -72,7 +72,7 @@ def test_first_ratio_is_not_one_when_the_old_policy_is_another(tiny_model: Path,
 
 @pytest.mark.parametrize(("minibatch", "epochs", "steps"), [(8, 1, 1), (4, 1, 2), (4, 3, 6), (1, 1, 8)])
 @pytest.mark.parametrize("microbatch_tokens", [20, 4096])
-def test_steps_one_a_minibatch_and_epoch(
+def test_one_optimizer_step_per_minibatch_and_epoch(
     tiny_model: Path, reward_model: Path, minibatch: int, epochs: int, steps: int, microbatch_tokens: int
 ) -> None:
     stage = config_of(minibatch=minibatch, num_epochs=epochs, training={"microbatch_tokens": microbatch_tokens})
@@ -81,7 +81,7 @@ def test_steps_one_a_minibatch_and_epoch(
     assert [engine.steps_done for engine in trainer.learner.engines.values()] == [steps, steps]
 
 
-def test_steps_every_response_once_an_epoch(
+def test_every_epoch_takes_each_response_once(
     tiny_model: Path, reward_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_of(
@@ -101,7 +101,7 @@ def test_steps_every_response_once_an_epoch(
     assert seen[2] + seen[3] != list(range(8))
 
 
-def test_steps_orders_follow_from_seed_iteration_and_epoch() -> None:
+def test_epoch_order_depends_on_seed_iteration_and_epoch() -> None:
     assert _epoch_order(6, seed=1, iteration=2, epoch=0).tolist() == [0, 1, 2, 3, 4, 5]
     orders = [
         _epoch_order(32, seed=seed, iteration=iteration, epoch=epoch).tolist()
@@ -113,7 +113,7 @@ def test_steps_orders_follow_from_seed_iteration_and_epoch() -> None:
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean"])
-def test_steps_microbatches_do_not_change_the_update(tiny_model: Path, reward_model: Path, aggregation: str) -> None:
+def test_microbatches_do_not_change_the_update(tiny_model: Path, reward_model: Path, aggregation: str) -> None:
     runs, rows = [], []
     for tokens in (4096, 30, 1):
         training = {"microbatch_tokens": tokens, "learning_rate": 1e-4}
@@ -131,7 +131,7 @@ def test_steps_microbatches_do_not_change_the_update(tiny_model: Path, reward_mo
         assert largest_gap(found, runs[0]) < 0.05 * moved
 
 
-def test_steps_the_shared_path_updates_like_the_unshared_one(
+def test_shared_trunk_gives_the_same_update_as_separate_models(
     tiny_model: Path, reward_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = config_of(frozen=2, minibatch=4, num_epochs=2)
@@ -147,7 +147,7 @@ def test_steps_the_shared_path_updates_like_the_unshared_one(
     assert largest_gap(weights(shared), weights(unshared)) < 1e-4
 
 
-def test_steps_a_critic_with_its_head_alone_uses_the_features_of_the_rollout(
+def test_critic_head_is_trained_on_the_features_of_the_rollout(
     tiny_model: Path, reward_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_of(config_of(frozen=1, critic={"trains": "head"}), tiny_model, reward_model)
@@ -165,7 +165,7 @@ def test_steps_a_critic_with_its_head_alone_uses_the_features_of_the_rollout(
     assert row["critic/grad_norm"] > 0
 
 
-def test_steps_the_reward_model_and_the_reference_stay(tiny_model: Path, reward_model: Path) -> None:
+def test_update_leaves_reward_model_and_reference_unchanged(tiny_model: Path, reward_model: Path) -> None:
     for trains in ("layers", "head"):
         trainer = trainer_of(config_of(frozen=1, critic={"trains": trains}), tiny_model, reward_model)
         kept = [trainer.learner.models.reward_model, trainer.learner.models.reference]
@@ -178,7 +178,7 @@ def test_steps_the_reward_model_and_the_reference_stay(tiny_model: Path, reward_
 # Many epochs on one rollout, without clipping.
 
 
-def test_direction_good_responses_become_likelier(tiny_model: Path, reward_model: Path) -> None:
+def test_update_raises_the_probability_of_good_responses(tiny_model: Path, reward_model: Path) -> None:
     training = {"learning_rate": 3e-3, "max_grad_norm": 0.0}
     stage = config_of(minibatch=8, num_epochs=20, clip_range=1.0, training=training)
     trainer = trainer_of(stage, tiny_model, reward_model)
@@ -190,7 +190,7 @@ def test_direction_good_responses_become_likelier(tiny_model: Path, reward_model
 
 
 @pytest.mark.parametrize("trains", ["layers", "head"])
-def test_direction_values_come_closer_to_the_returns(tiny_model: Path, reward_model: Path, trains: str) -> None:
+def test_update_moves_values_towards_returns(tiny_model: Path, reward_model: Path, trains: str) -> None:
     critic = {"trains": trains, "learning_rate": {"layers": 3e-3, "head": 3e-2}[trains]}
     stage = config_of(minibatch=8, num_epochs=20, value_clip_range=None, critic=critic)
     trainer = trainer_of(stage, tiny_model, reward_model)
@@ -203,7 +203,9 @@ def test_direction_values_come_closer_to_the_returns(tiny_model: Path, reward_mo
 
 
 @pytest.mark.parametrize("name", ["advantages", "returns"])
-def test_not_finite_names_the_minibatch_and_touches_nothing(tiny_model: Path, reward_model: Path, name: str) -> None:
+def test_non_finite_loss_names_the_minibatch_and_changes_no_weight(
+    tiny_model: Path, reward_model: Path, name: str
+) -> None:
     trainer = trainer_of(config_of(minibatch=4), tiny_model, reward_model)
     e = experience_of(trainer)
     bad = getattr(e, name).clone()
@@ -219,7 +221,7 @@ def test_not_finite_names_the_minibatch_and_touches_nothing(tiny_model: Path, re
     assert all(torch.equal(after[key], stage_before[key]) for key in after if key.startswith(model))
 
 
-def test_not_finite_names_the_second_minibatch(tiny_model: Path, reward_model: Path) -> None:
+def test_non_finite_loss_names_the_second_minibatch(tiny_model: Path, reward_model: Path) -> None:
     trainer = trainer_of(config_of(minibatch=4, training={"microbatch_tokens": 20}), tiny_model, reward_model)
     e = experience_of(trainer)
     bad = e.advantages.clone()
@@ -231,7 +233,7 @@ def test_not_finite_names_the_second_minibatch(tiny_model: Path, reward_model: P
 # The rollout engine's log-probs are -1 everywhere; those of the actor are the tiny model's own, and far below.
 
 
-def test_importance_weighs_the_loss_and_says_so(
+def test_importance_clip_weights_the_loss_and_is_logged(
     tiny_model: Path, reward_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Any] = []
@@ -257,7 +259,7 @@ def test_importance_weighs_the_loss_and_says_so(
     assert torch.equal(torch.cat(given[2:]), expected[order])
 
 
-def test_importance_of_engines_that_agree_changes_nothing(tiny_model: Path, reward_model: Path) -> None:
+def test_importance_clip_changes_nothing_when_engines_agree(tiny_model: Path, reward_model: Path) -> None:
     rows, ends = [], []
     for clip in (None, (0.5, 5.0)):
         trainer = trainer_of(config_of(importance_clip=clip), tiny_model, reward_model)

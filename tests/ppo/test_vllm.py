@@ -43,7 +43,7 @@ def scores_of(folder: Path, engine: str, **changes: object) -> list[float]:
     return [row["score/mean"] for row in history]
 
 
-def test_learns_what_it_learns_with_transformers(folder: Path) -> None:
+def test_ppo_with_vllm_learns_like_with_transformers(folder: Path) -> None:
     hf, vllm = scores_of(folder, "hf"), scores_of(folder, "vllm")
     # Three times the share of 4 tokens: a standard deviation of at most 0.75, so the mean of 128 rows has one of 0.07.
     assert hf[0] == pytest.approx(vllm[0], abs=0.2)
@@ -57,7 +57,7 @@ def test_importance_correction_of_equal_engines_changes_nothing(folder: Path) ->
     assert with_it == pytest.approx(scores_of(folder, "vllm"), abs=0.3)
 
 
-def test_a_sync_that_does_not_take_stops_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_weight_sync_stops_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from components.rlhf.rollout import vllm as module
 
     monkeypatch.setattr(module, "_pack_heads", lambda model: None)  # what a plain reload of a tied head comes to

@@ -41,35 +41,33 @@ def answers(number: int) -> list[Completion]:
     return [one] * number
 
 
-def test_calibrate_is_the_mean_and_the_standard_deviation() -> None:
+def test_calibration_is_mean_and_standard_deviation() -> None:
     assert calibrate(Fixed(1.0, 2.0, 6.0), answers(3)) == pytest.approx((3.0, 7**0.5))
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_calibrate_fewer_than_two_samples_leave_raw_scores(number: int) -> None:
+def test_fewer_than_2_samples_leave_raw_scores(number: int) -> None:
     assert calibrate(Fixed(5.0), answers(number)) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("scores", [(2.0, 2.0, 2.0), (float("nan"), 1.0, 2.0)])
-def test_calibrate_a_model_that_cannot_tell_responses_apart_is_refused(scores: tuple[float, ...]) -> None:
+def test_constant_scores_are_refused(scores: tuple[float, ...]) -> None:
     with pytest.raises(InputError, match="the same score"):
         calibrate(Fixed(*scores), answers(3))
 
 
-def test_cut_to_half_both_texts_lose_all_but_half_of_the_shorter(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_cut_to_half_keeps_half_of_the_shorter_text(tokenizer: PreTrainedTokenizerBase) -> None:
     pair = PreferencePair(prompt="a", chosen="abcdefgh", rejected="12345")
     cut = cut_to_half(tokenizer, pair, max_tokens=100)  # the shorter one has 6 tokens with its EOS
     assert (cut.prompt, cut.chosen, cut.rejected) == ("a", "abc", "123")
 
 
-def test_cut_to_half_at_least_one_token_stays(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_cut_to_half_keeps_at_least_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
     cut = cut_to_half(tokenizer, PreferencePair(prompt="a", chosen="xyz", rejected="z"), max_tokens=100)
     assert (cut.chosen, cut.rejected) == ("x", "z")
 
 
-def test_sample_responses_one_a_prompt_and_the_same_every_time(
-    tiny_model: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_samples_are_one_per_prompt_and_reproducible(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     model = trainer_of(tiny_model).model
     sampling = SamplingConfig(max_new_tokens=5, batch_size=4)
     found = [sample_responses(tiny_model, tokenizer, PROMPTS, sampling, model=model, seed=s) for s in (1, 1, 2)]
@@ -85,7 +83,7 @@ def measured(folder: Path, model: ScalarModel, tokenizer: PreTrainedTokenizerBas
     )
 
 
-def test_finish_scores_of_the_fine_tuned_model_have_mean_zero_and_spread_one(
+def test_scores_of_the_sft_model_have_mean_0_and_std_1(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     trainer = trainer_of(tiny_model, num_epochs=8)
@@ -110,14 +108,14 @@ def test_finish_scores_of_the_fine_tuned_model_have_mean_zero_and_spread_one(
     assert (lm.config.head_name, lm.config.padding_side) == ("score", "right")
 
 
-def test_finish_no_samples_leave_raw_scores(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_no_samples_leave_raw_scores(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     model = trainer_of(tiny_model).model
     numbers = measured(tiny_model, model, tokenizer, num_calibration_samples=0)
     assert (numbers["reward_mean"], numbers["reward_std"]) == (0.0, 1.0)
     assert (model.mean, model.std) == (0.0, 1.0)
 
 
-def test_finish_the_scale_does_not_change_the_accuracy(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_normalization_does_not_change_the_accuracy(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     names = ("heldout_accuracy", "heldout_accuracy_cut")
     found = []
     for samples in (0, 16):

@@ -76,7 +76,7 @@ def slow_loss(lm: Any, pair: EncodedPair, *, prefix_loss: float, least: int) -> 
 
 @pytest.mark.parametrize("prefix_loss", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("least", [1, 3])
-def test_losses_are_those_of_a_double_loop(tiny_model: Path, prefix_loss: float, least: int) -> None:
+def test_losses_equal_a_double_loop(tiny_model: Path, prefix_loss: float, least: int) -> None:
     trainer = scaled(trainer_of(tiny_model, prefix_loss=prefix_loss, min_prefix_tokens=least))
     pairs = encoded_pairs(margins=(0.0, 0.5, 0.0, 1.5))
     losses, wins = trainer.losses(pairs)
@@ -95,14 +95,14 @@ def test_losses_do_not_depend_on_the_other_pairs(tiny_model: Path) -> None:
     assert trainer.losses(pairs[::-1])[0].tolist() == pytest.approx(together[::-1], abs=1e-5)
 
 
-def test_losses_equal_texts_cost_log_two(tiny_model: Path) -> None:
+def test_equal_texts_have_a_loss_of_log_2(tiny_model: Path) -> None:
     text = encoded_pairs()[0].chosen
     losses, _ = trainer_of(tiny_model).losses([EncodedPair(chosen=text, rejected=text, margin=0.0)])
     assert losses.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize(("use", "expected"), [(True, [2.5, 0.0]), (False, [0.0, 0.0])])
-def test_losses_margins_count_where_the_settings_say_so(
+def test_margins_are_used_only_with_use_margin(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase, use: bool, expected: list[float]
 ) -> None:
     trainer = trainer_of(tiny_model, use_margin=use)
@@ -119,7 +119,7 @@ def test_training_learns_the_pairs(tiny_model: Path, tokenizer: PreTrainedTokeni
     assert rows[24]["train/accuracy"] == 1.0
 
 
-def test_training_frozen_layers_stay(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_frozen_layers_do_not_change(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     trainer = trainer_of(tiny_model, frozen=2)
     before = weights(trainer)
     train(trainer, tokenizer)
@@ -128,7 +128,7 @@ def test_training_frozen_layers_stay(tiny_model: Path, tokenizer: PreTrainedToke
     assert moved == {name for name in before if name.startswith(trained)}
 
 
-def test_training_microbatches_do_not_change_it(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_microbatches_do_not_change_training(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     runs, rows = [], []
     for budget in (4096, 60, 1):
         trainer = trainer_of(tiny_model, training={"microbatch_tokens": budget, "learning_rate": 1e-3})
@@ -142,7 +142,7 @@ def test_training_microbatches_do_not_change_it(tiny_model: Path, tokenizer: Pre
         assert max((other[name] - runs[0][name]).abs().max() for name in start) < 0.02 * moved
 
 
-def test_training_a_fresh_head_follows_the_seed(tiny_model: Path) -> None:
+def test_new_head_depends_on_the_seed(tiny_model: Path) -> None:
     heads = [trainer_of(tiny_model).model.lm.score.weight for _ in range(2)]
     assert torch.equal(heads[0], heads[1])
 
@@ -164,7 +164,7 @@ def test_adapters_start_at_the_loss_of_the_plain_model(tiny_model: Path) -> None
 
 
 @pytest.mark.parametrize("die_at", [2, 5])
-def test_resume_goes_on_as_if_nothing_had_happened(
+def test_resumed_run_equals_an_uninterrupted_one(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, die_at: int
 ) -> None:
     undisturbed = trainer_of(tiny_model)
@@ -177,7 +177,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(
     assert resumed.context.tracker.rows == {step: undisturbed.context.tracker.rows[step] for step in range(die_at, 7)}
 
 
-def test_not_finite_names_step_pairs_and_what_to_do(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_non_finite_loss_names_step_and_pairs(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     trainer = trainer_of(tiny_model, training={"learning_rate": 1e30, "warmup_fraction": 0.0})
     with pytest.raises(InputError, match=r"(loss|grad_norm) is (nan|inf) at step 2 \(pairs \[\d") as error:
         train(trainer, tokenizer)
@@ -185,7 +185,7 @@ def test_not_finite_names_step_pairs_and_what_to_do(tiny_model: Path, tokenizer:
     assert "Lower the learning rate" in str(error.value)
 
 
-def test_not_finite_names_the_last_checkpoint(
+def test_non_finite_loss_names_the_latest_checkpoint(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     trainer = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path))
@@ -204,7 +204,7 @@ def test_not_finite_names_the_last_checkpoint(
     assert f"the latest checkpoint is {tmp_path}/reward_model/x/step-00000002" in str(error.value)
 
 
-def test_the_summary_says_what_people_prefer() -> None:
+def test_summary_states_the_heldout_accuracy() -> None:
     text = as_markdown(
         {
             "num_heldout_pairs": 250.0,

@@ -97,7 +97,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, max_tokens: int = 64) -> list[En
     return [encode_text(tokenizer, d.prompt, d.completion, max_tokens=max_tokens) for d in DATA]
 
 
-def test_loss_is_transformers_own_with_prompts_ignored(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_loss_equals_transformers_with_prompts_ignored(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     texts = encoded(tokenizer)
     width = max(t.num_tokens for t in texts)
     ids = torch.zeros(len(texts), width, dtype=torch.int64)
@@ -118,7 +118,7 @@ def test_loss_is_transformers_own_with_prompts_ignored(tiny_model: Path, tokeniz
         assert torch.allclose(p.grad, gradients[name], atol=1e-6, rtol=1e-4), name
 
 
-def test_loss_token_by_token(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_loss_equals_a_loop_over_tokens(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Prompts carry no loss, EOS does."""
     lm, total, count = AutoModelForCausalLM.from_pretrained(tiny_model).eval(), 0.0, 0
     for d in HELDOUT:
@@ -131,7 +131,7 @@ def test_loss_token_by_token(tiny_model: Path, tokenizer: PreTrainedTokenizerBas
     assert trainer_of(tiny_model).heldout_loss(texts) == pytest.approx(total / count, abs=1e-5)
 
 
-def test_loss_a_cut_text_teaches_no_end(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_truncated_text_has_no_eos_in_its_loss(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     cut = encode_text(tokenizer, "ab", "cdef", max_tokens=4)
     assert cut.response_ids == tokenizer("cd")["input_ids"]
     whole = encode_text(tokenizer, "ab", "cdef", max_tokens=40)
@@ -140,11 +140,11 @@ def test_loss_a_cut_text_teaches_no_end(tiny_model: Path, tokenizer: PreTrainedT
     assert logprobs[0] > logprobs[1]  # the sum over fewer tokens
 
 
-def test_loss_without_heldout_texts_it_is_zero(tiny_model: Path) -> None:
+def test_heldout_loss_is_0_without_heldout_texts(tiny_model: Path) -> None:
     assert trainer_of(tiny_model).heldout_loss([]) == 0.0
 
 
-def test_training_lowers_the_loss_on_held_out_texts(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_training_lowers_the_heldout_loss(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     trainer = trainer_of(tiny_model, num_epochs=8)
     numbers = train(trainer, tokenizer)
     assert numbers["heldout_loss"] < 0.6 * numbers["heldout_loss_before"]
@@ -157,7 +157,7 @@ def test_training_lowers_the_loss_on_held_out_texts(tiny_model: Path, tokenizer:
 
 
 @pytest.mark.parametrize("microbatch_tokens", [4096, 30])
-def test_training_a_step_is_on_the_mean_over_its_response_tokens(
+def test_step_takes_the_mean_over_its_response_tokens(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase, microbatch_tokens: int
 ) -> None:
     training = {"microbatch_tokens": microbatch_tokens, "max_grad_norm": 0.0}
@@ -170,7 +170,7 @@ def test_training_a_step_is_on_the_mean_over_its_response_tokens(
     assert trainer.context.tracker.rows[1]["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
-def test_training_frozen_layers_stay(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_frozen_layers_do_not_change(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     trainer = trainer_of(tiny_model, frozen=2)
     before = weights(trainer)
     train(trainer, tokenizer)
@@ -178,7 +178,7 @@ def test_training_frozen_layers_stay(tiny_model: Path, tokenizer: PreTrainedToke
     assert moved == {name for name in before if name.startswith(("lm.model.layers.2.", "lm.model.norm."))}
 
 
-def test_training_microbatches_do_not_change_it(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_microbatches_do_not_change_training(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     runs = []
     for budget in (4096, 40, 1):
         trainer = trainer_of(tiny_model, training={"microbatch_tokens": budget, "learning_rate": 1e-3})
@@ -190,13 +190,15 @@ def test_training_microbatches_do_not_change_it(tiny_model: Path, tokenizer: Pre
         assert max((other[name] - runs[0][name]).abs().max() for name in start) < 0.02 * moved
 
 
-def test_training_max_steps_ends_it(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_max_steps_ends_training(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     trainer = trainer_of(tiny_model, max_steps=2)
     assert train(trainer, tokenizer)["num_steps"] == 2
     assert set(trainer.context.tracker.rows) == {1, 2}
 
 
-def test_adapters_lower_the_loss_and_leave_the_base(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_adapters_lower_the_loss_and_leave_the_base_model_unchanged(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     trainer = trainer_of(tiny_model, frozen=1, lora=LoraConfig(rank=8), num_epochs=8)
     before = weights(trainer)
     numbers = train(trainer, tokenizer)
@@ -210,7 +212,9 @@ def test_adapters_start_at_the_loss_of_the_plain_model(tiny_model: Path, tokeniz
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
-def test_adapters_go_on_from_a_checkpoint(tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_adapters_resume_from_a_checkpoint(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     undisturbed = trainer_of(tiny_model, lora=LoraConfig())
     expected = train(undisturbed, tokenizer)
     with pytest.raises(KeyboardInterrupt):
@@ -224,7 +228,7 @@ def test_adapters_go_on_from_a_checkpoint(tiny_model: Path, tokenizer: PreTraine
 
 
 @pytest.mark.parametrize("die_at", [2, 4, 6])
-def test_resume_goes_on_as_if_nothing_had_happened(
+def test_resumed_run_equals_an_uninterrupted_one(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, die_at: int
 ) -> None:
     undisturbed = trainer_of(tiny_model)
@@ -239,7 +243,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(
         assert resumed.context.tracker.rows[step] == undisturbed.context.tracker.rows[step]
 
 
-def test_resume_after_the_last_step_nothing_is_trained_again(
+def test_resume_after_the_last_step_trains_nothing(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     done = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path))
@@ -249,7 +253,7 @@ def test_resume_after_the_last_step_nothing_is_trained_again(
     assert all(torch.equal(weight, weights(done)[name]) for name, weight in weights(again).items())
 
 
-def test_resume_other_frozen_layers_are_refused(
+def test_checkpoint_with_other_frozen_layers_is_refused(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     train(trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path)), tokenizer)
@@ -257,7 +261,7 @@ def test_resume_other_frozen_layers_are_refused(
         train(trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path), frozen=1), tokenizer)
 
 
-def test_not_finite_names_step_records_and_what_to_do(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_non_finite_loss_names_step_and_records(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     trainer = trainer_of(tiny_model, training={"learning_rate": 1e30, "warmup_fraction": 0.0})
     with pytest.raises(InputError, match=r"(loss|grad_norm) is (nan|inf) at step 2 \(demonstrations \[\d") as error:
         train(trainer, tokenizer)
@@ -265,7 +269,7 @@ def test_not_finite_names_step_records_and_what_to_do(tiny_model: Path, tokenize
     assert "Lower the learning rate" in str(error.value)
 
 
-def test_not_finite_also_after_the_last_step(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_non_finite_loss_after_the_last_step_is_an_error(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Nothing is trained on the weights that the last step made; a ruined model must not end well."""
     trainer = trainer_of(tiny_model, max_steps=1)
     log = trainer.context.tracker.log
@@ -280,7 +284,7 @@ def test_not_finite_also_after_the_last_step(tiny_model: Path, tokenizer: PreTra
         train(trainer, tokenizer)
 
 
-def test_not_finite_names_the_last_checkpoint(
+def test_non_finite_loss_names_the_latest_checkpoint(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     trainer = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path))
@@ -299,7 +303,7 @@ def test_not_finite_names_the_last_checkpoint(
     assert f"the latest checkpoint is {tmp_path}/sft/x/step-00000003" in str(error.value)
 
 
-def test_the_summary_shows_before_and_after() -> None:
+def test_summary_shows_loss_before_and_after() -> None:
     text = as_markdown({"heldout_loss_before": 2.0, "heldout_loss": 1.0, "heldout_perplexity": math.e})
     assert "| held-out loss (nats per token) | 2.000 | 1.000 |" in text
     assert "| held-out perplexity | 7.4 | 2.7 |" in text

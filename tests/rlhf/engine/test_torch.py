@@ -52,7 +52,7 @@ def gap(a: nn.Module, b: nn.Module) -> float:
 
 
 @pytest.mark.parametrize("sizes", [[1] * 6, [3, 3], [1, 5], [4, 2]])
-def test_step_microbatches_add_up_to_one_batch(sizes: list[int]) -> None:
+def test_microbatches_add_up_to_one_batch(sizes: list[int]) -> None:
     whole, parts = engine_of(model()), engine_of(model())
     for _ in range(3):
         one, many = one_step(whole, [6]), one_step(parts, sizes)
@@ -60,7 +60,7 @@ def test_step_microbatches_add_up_to_one_batch(sizes: list[int]) -> None:
     assert gap(whole.module, parts.module) < 1e-5
 
 
-def test_step_the_first_step_of_adam_by_hand() -> None:
+def test_first_step_of_adam_by_hand() -> None:
     """Bias-corrected moments of one gradient g are g and g^2: the step is rate * g / (|g| + eps) = rate * sign(g)."""
     engine = engine_of(model(), max_grad_norm=0.0)
     before = weights(engine.module)
@@ -70,7 +70,7 @@ def test_step_the_first_step_of_adam_by_hand() -> None:
         assert torch.allclose(p, before[name] - 0.1 * gradient.sign(), atol=1e-5), name
 
 
-def test_step_two_steps_by_hand() -> None:
+def test_two_steps_of_adam_by_hand() -> None:
     """Adam with betas 0.9 and 0.95, on f(x) = c x with another slope c a step, with decay."""
     weight = nn.Parameter(torch.tensor([2.0]))
     module = nn.ParameterList([weight])
@@ -85,13 +85,13 @@ def test_step_two_steps_by_hand() -> None:
         assert weight.item() == pytest.approx(x, rel=1e-6)
 
 
-def test_step_gradients_do_not_outlive_their_step() -> None:
+def test_gradients_are_cleared_after_the_step() -> None:
     engine = engine_of(model())
     one_step(engine, [6])
     assert all(p.grad is None for p in engine.module.parameters())
 
 
-def test_step_what_needs_no_gradient_is_left_alone() -> None:
+def test_parameters_without_gradient_do_not_change() -> None:
     module = model()
     module[0].requires_grad_(False)
     before = weights(module)
@@ -114,21 +114,21 @@ def step(max_grad_norm: float) -> tuple[float, list[float]]:
     return info.grad_norm, [engine.optimizer.state[p]["exp_avg"].item() * 10 for p in module]
 
 
-def test_clipping_long_gradients_are_scaled_to_the_limit() -> None:
+def test_long_gradients_are_scaled_to_max_grad_norm() -> None:
     norm, gradient = step(1.0)
     assert norm == 5.0  # before clipping
     assert gradient == pytest.approx([0.6, 0.8], rel=1e-4)
 
 
 @pytest.mark.parametrize("limit", [0.0, 5.1, 100.0])
-def test_clipping_short_ones_are_not_and_zero_is_no_limit(limit: float) -> None:
+def test_short_gradients_are_not_scaled_and_0_disables_clipping(limit: float) -> None:
     norm, gradient = step(limit)
     assert norm == 5.0
     assert gradient == pytest.approx([3.0, 4.0], rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_non_finite_a_gradient_that_is_not_finite_touches_nothing(bad: float) -> None:
+def test_non_finite_gradient_changes_no_weight(bad: float) -> None:
     engine = engine_of(model())
     one_step(engine, [6])
     weights_before, moments_before = weights(engine.module), moments(engine)
@@ -169,23 +169,23 @@ def test_learning_rate_schedules_by_hand(
     assert rates == pytest.approx(expected, abs=1e-12)
 
 
-def test_learning_rate_a_quarter_of_the_cosine() -> None:
+def test_cosine_schedule_after_a_quarter() -> None:
     training = TrainingConfig(schedule="cosine", warmup_fraction=0.0, min_learning_rate_fraction=0.0)
     assert learning_rate_at(2, training, peak=1.0, num_steps=8) == pytest.approx((1 + math.sqrt(0.5)) / 2)
 
 
-def test_learning_rate_steps_follow_it_and_report_it() -> None:
+def test_steps_follow_the_schedule_and_report_it() -> None:
     engine = engine_of(model(), num_steps=4, schedule="linear", min_learning_rate_fraction=0.0, learning_rate=0.4)
     assert [one_step(engine, [6]).learning_rate for _ in range(5)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
 
 
-def test_learning_rate_a_rate_of_its_own_replaces_the_peak() -> None:
+def test_learning_rate_argument_replaces_the_peak() -> None:
     training = TrainingConfig(learning_rate=0.1, schedule="constant", warmup_fraction=0.0)
     engine = TorchEngine(model(), training, num_steps=4, learning_rate=0.7)
     assert one_step(engine, [6]).learning_rate == 0.7
 
 
-def test_learning_rate_a_rate_of_zero_moves_nothing() -> None:
+def test_learning_rate_0_changes_nothing() -> None:
     engine = engine_of(model(), num_steps=1, schedule="linear", min_learning_rate_fraction=0.0)
     one_step(engine, [6])
     before = weights(engine.module)
@@ -193,7 +193,7 @@ def test_learning_rate_a_rate_of_zero_moves_nothing() -> None:
     assert all(torch.equal(p, before[name]) for name, p in engine.module.named_parameters())
 
 
-def test_saving_a_loaded_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_loaded_engine_continues_bit_for_bit(tmp_path: Path) -> None:
     options: dict[str, Any] = {"num_steps": 6, "schedule": "cosine", "warmup_fraction": 0.2, "weight_decay": 0.1}
     straight = engine_of(model(), **options)
     rates = [one_step(straight, [2, 4]).learning_rate for _ in range(6)]
@@ -207,7 +207,7 @@ def test_saving_a_loaded_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert gap(straight.module, second.module) == 0.0
 
 
-def test_saving_a_snapshot_is_a_copy(tmp_path: Path) -> None:
+def test_snapshot_is_a_copy(tmp_path: Path) -> None:
     engine = engine_of(model())
     one_step(engine, [6])
     before = engine.snapshot()
@@ -217,7 +217,7 @@ def test_saving_a_snapshot_is_a_copy(tmp_path: Path) -> None:
     assert not torch.equal(engine.snapshot()["weight/0.weight"], before["weight/0.weight"])
 
 
-def test_saving_before_the_first_step(tmp_path: Path) -> None:
+def test_snapshot_before_the_first_step(tmp_path: Path) -> None:
     save(engine_of(model()), tmp_path)
     loaded, fresh = engine_of(model(seed=9)), engine_of(model())
     loaded.load(tmp_path)
@@ -226,7 +226,7 @@ def test_saving_before_the_first_step(tmp_path: Path) -> None:
     assert gap(loaded.module, fresh.module) == 0.0
 
 
-def test_saving_only_what_is_trained_is_kept(tmp_path: Path) -> None:
+def test_snapshot_holds_only_trained_weights(tmp_path: Path) -> None:
     module = model()
     module[0].requires_grad_(False)
     save(engine_of(module), tmp_path)
@@ -238,7 +238,7 @@ def test_saving_only_what_is_trained_is_kept(tmp_path: Path) -> None:
     assert torch.equal(other[2].weight, module[2].weight)
 
 
-def test_saving_other_parameters_are_refused_and_nothing_is_changed(tmp_path: Path) -> None:
+def test_snapshot_of_other_parameters_is_refused(tmp_path: Path) -> None:
     save(engine_of(model()), tmp_path)
     fewer = model(seed=9)
     fewer[0].requires_grad_(False)
@@ -248,7 +248,7 @@ def test_saving_other_parameters_are_refused_and_nothing_is_changed(tmp_path: Pa
     assert all(torch.equal(p, before[name]) for name, p in fewer.named_parameters())
 
 
-def test_saving_tied_weights_are_one(tmp_path: Path) -> None:
+def test_tied_weights_are_saved_once(tmp_path: Path) -> None:
     def tied() -> nn.ModuleDict:
         torch.manual_seed(0)
         a, b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
@@ -263,7 +263,7 @@ def test_saving_tied_weights_are_one(tmp_path: Path) -> None:
     assert again.module["b"].weight is again.module["a"].weight
 
 
-def test_full_weights_are_all_of_them_without_gradients() -> None:
+def test_full_weights_are_complete_and_detached() -> None:
     module = model()
     module[0].requires_grad_(False)
     found = dict(engine_of(module).full_weights())
@@ -272,7 +272,7 @@ def test_full_weights_are_all_of_them_without_gradients() -> None:
     assert found["2.weight"].data_ptr() == module[2].weight.data_ptr()  # no copy
 
 
-def test_a_group_of_one_adds_nothing() -> None:
+def test_single_process_reductions_are_identities() -> None:
     group = SingleProcess()
     assert (group.rank, group.world_size, group.max_int(3)) == (0, 1, 3)
     assert group.sum(torch.tensor(2.0)).item() == 2.0
