@@ -1,4 +1,4 @@
-"""Train the fine-tuned model with PPO against the reward model."""
+"""Train the SFT model with PPO against the reward model."""
 
 from pathlib import Path
 
@@ -45,7 +45,9 @@ def main(
             models, rollout = load_models(
                 run.config, sft_model, reward_model, prompts=[*train, *validation], dtype=dtype, group=group
             )
-            run.progress.log("frozen layers are held once" if models.shared_trunk else "each model has its own layers")
+            run.progress.log(
+                "all models share the frozen layers" if models.shared_trunk else "each model has its own layers"
+            )
             context = run.training_context(run.config.checkpoint, group, *inputs.values())
             trainer = PpoTrainer(run.config, models, rollout, context)
             history = trainer.train(train, validation)

@@ -1,4 +1,4 @@
-"""What PPO leaves behind."""
+"""The artifact of PPO."""
 
 import json
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ from components.rlhf.models.loading import save_model
 def save_policy(
     trainer: PpoTrainer, tokenizer: PreTrainedTokenizerBase, weights: Mapping[str, Tensor], folder: Path
 ) -> None:
-    """The trained actor as an ordinary model folder, with how training went.
+    """Write the trained actor as a Hugging Face model folder, with the history of its training.
 
-    history.jsonl has one row of numbers an iteration, validation.jsonl each response of each look at the validation prompts.
+    history.jsonl has one row of metrics per iteration, validation.jsonl every response to the validation prompts.
     """
     actor = trainer.learner.models.actor
     save_model(actor.lm, tokenizer, folder, dtype=actor.dtype, weights=weights)

@@ -361,7 +361,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
 def test_checkpoint_with_other_frozen_layers_is_refused(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
     trainer_of(config_of(), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path)).train(PROMPTS, [])
     other = trainer_of(config_of(frozen=1), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path))
-    with pytest.raises(InputError, match="holds other weights than are trained here"):
+    with pytest.raises(InputError, match="holds a different set of trained weights"):
         other.train(PROMPTS, [])
 
 

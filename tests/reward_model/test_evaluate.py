@@ -119,8 +119,6 @@ def test_normalization_does_not_change_the_accuracy(tiny_model: Path, tokenizer:
     names = ("heldout_accuracy", "heldout_accuracy_cut")
     found = []
     for samples in (0, 16):
-        numbers = calibrate_and_measure(
-            tiny_model, trainer_of(tiny_model).model, tokenizer, num_calibration_samples=samples
-        )
+        numbers = measured(tiny_model, trainer_of(tiny_model).model, tokenizer, num_calibration_samples=samples)
         found.append([numbers[name] for name in names])
     assert found[0] == found[1]

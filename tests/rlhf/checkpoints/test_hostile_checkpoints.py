@@ -136,7 +136,7 @@ def test_file_of_arbitrary_bytes(root: Path, name: str, content: bytes) -> None:
     try:
         step, weight, (said,) = start(root)
         assert (step, weight) == (1, 1.0)
-        assert said.startswith(f"checkpoint {NEW} is passed over: ")
+        assert said.startswith(f"checkpoint {NEW} is skipped: ")
     finally:
         undo()
 
@@ -172,7 +172,7 @@ SHARDS = {
 def test_invalid_shard_with_a_matching_digest(root: Path, name: str) -> None:
     consistent(root / KEY / NEW, shard=SHARDS[name])
     with pytest.raises(
-        InputError, match=f"checkpoint {KEY}/{NEW} verifies, and its actor cannot be loaded .*; delete it"
+        InputError, match=f"checkpoint {KEY}/{NEW} verifies, but its actor cannot be loaded .*; delete it"
     ):
         start(root)
     one_sentence(lambda: start(root))
@@ -197,7 +197,7 @@ def test_manifest_names_that_leave_the_checkpoint(root: Path, name: str) -> None
     entries = json.loads(path.read_bytes())
     path.write_text(json.dumps(entries | {name: entries[STATE]}))
     step, _, (said,) = start(root)
-    assert step == 1 and "which is no file of a checkpoint" in said
+    assert step == 1 and "which is not a checkpoint file" in said
 
 
 @pytest.mark.parametrize("name", ["actor/engine-00001.safetensors", "actor/engine.safetensors", "critic/x", "code.py"])
@@ -212,7 +212,7 @@ def test_file_missing_from_the_manifest(root: Path, name: str, linked: bool) -> 
         path.write_bytes((root / KEY / OLD / SHARD).read_bytes())
     step, weight, (said,) = start(root)
     assert (step, weight) == (1, 1.0)
-    assert said.endswith(f"it holds '{name}', which its manifest.json does not list")
+    assert said.endswith(f"it contains '{name}', which its manifest.json does not list")
 
 
 def link_out(path: Path, root: Path) -> None:
@@ -255,7 +255,7 @@ def test_pipe_or_folder_instead_of_a_file(root: Path, name: str, make: Callable[
     (root / KEY / NEW / name).unlink()
     make(root / KEY / NEW / name)
     step, weight, (said,) = start(root)
-    assert (step, weight) == (1, 1.0) and f"checkpoint {NEW} is passed over" in said
+    assert (step, weight) == (1, 1.0) and f"checkpoint {NEW} is skipped" in said
 
 
 @pytest.mark.parametrize("name", [MANIFEST, STATE, SHARD])
@@ -305,5 +305,5 @@ def test_lease_that_is_a_pipe_or_symlink_is_replaced_and_a_folder_is_refused(roo
     assert start(root)[0] == 2
     assert outside.read_text() == "mine"
     path.mkdir()
-    with pytest.raises(InputError, match="lease.json cannot be written .Is a directory.; make room for it"):
+    with pytest.raises(InputError, match="lease.json cannot be written .Is a directory.; free some space"):
         Lease(FolderStore(root), f"{KEY}/lease.json", print).acquire()

@@ -33,7 +33,7 @@ def write_other(root: Path, **other: object) -> None:
 def test_second_writer_fails_and_names_the_first(tmp_path: Path) -> None:
     first = lease_in(tmp_path)
     first.acquire()
-    with pytest.raises(InputError, match=r"process \d+ on .* trains with the same settings and inputs, and writes"):
+    with pytest.raises(InputError, match=r"process \d+ on .* is training with the same settings and inputs and writes"):
         lease_in(tmp_path).acquire()
     first.check()
     first.release()
@@ -50,7 +50,7 @@ def test_silent_holder_on_another_machine_is_replaced(tmp_path: Path) -> None:
     lease = lease_in(tmp_path, said)
     lease.acquire()
     assert time.monotonic() - started > 1.0
-    assert said[1] == "process 1 on elsewhere shows no sign of life; going on in its place"
+    assert said[1] == "process 1 on elsewhere sent no heartbeat; taking over its checkpoints"
     lease.release()
 
 
@@ -90,7 +90,7 @@ def test_replaced_holder_fails_and_leaves_the_new_lease_alone(tmp_path: Path) ->
     while not first.lost:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    with pytest.raises(InputError, match="process 9 on elsewhere trains"):
+    with pytest.raises(InputError, match="process 9 on elsewhere is training"):
         first.check()
     first.release()
     assert json.loads(path.read_text())["owner"] == "other"

@@ -152,7 +152,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a byte of the weights": (lambda f: break_byte(f / "actor/engine-00000.safetensors"), "sha256"),
     "a byte of the state": (lambda f: break_byte(f / "state.json"), "sha256"),
     "no weights": (lambda f: (f / "actor/engine-00000.safetensors").unlink(), "missing"),
-    "short weights": (lambda f: (f / "actor/engine-00000.safetensors").write_bytes(b"x"), "has 1 bytes instead of"),
+    "short weights": (lambda f: (f / "actor/engine-00000.safetensors").write_bytes(b"x"), "has 1 bytes, expected"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
     "half a manifest": (
         lambda f: (f / "manifest.json").write_text('{"state.json": ["'),
@@ -161,11 +161,11 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (lambda f: (f / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
     "deep nesting": (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json cannot be read"),
     "an empty manifest": (lambda f: (f / "manifest.json").write_text("{}"), "lacks state.json"),
-    "a way out": (lambda f: (f / "manifest.json").write_text('{"../../x": ["", 1]}'), "no file of a checkpoint"),
-    "a pickle": (lambda f: (f / "manifest.json").write_text('{"actor/engine.pt": ["", 1]}'), "no file of a checkpoint"),
+    "a way out": (lambda f: (f / "manifest.json").write_text('{"../../x": ["", 1]}'), "not a checkpoint file"),
+    "a pickle": (lambda f: (f / "manifest.json").write_text('{"actor/engine.pt": ["", 1]}'), "not a checkpoint file"),
     "a link": (
         lambda f: (f / "state.json").rename(f.parent / "s") and (f / "state.json").symlink_to(f.parent / "s"),
-        "state.json is reached over a link",
+        "state.json is reached through a symbolic link",
     ),
 }
 
@@ -180,7 +180,7 @@ def test_checkpoint_that_does_not_verify_is_skipped_with_a_reason(tmp_path: Path
     again = Saver(tmp_path)
     assert again.restore() == ({"step": 1}, 1)
     (said,) = again.said
-    assert said.startswith(f"checkpoint {latest(tmp_path).name} is passed over: ")
+    assert said.startswith(f"checkpoint {latest(tmp_path).name} is skipped: ")
     assert why in said
 
 
@@ -200,7 +200,7 @@ def test_failed_save_keeps_the_previous_checkpoint(tmp_path: Path, name: str) ->
     failing = Saver(Broken(tmp_path, name))
     failing.save(2)
     assert failing.said == [
-        "a checkpoint could not be written, going on without it ([Errno 28] No space left on device)"
+        "a checkpoint could not be written; training continues without it ([Errno 28] No space left on device)"
     ]
     assert Saver(tmp_path).restore() == ({"step": 1}, 1)
 
@@ -295,7 +295,7 @@ def test_signal_saves_a_checkpoint_and_ends_the_stage(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as end:
         saver.save(4)
     assert end.value.code == 143
-    assert saver.said == ["saved step 4; ending on SIGTERM, and going on from there when started again"]
+    assert saver.said == ["saved step 4 and exiting on SIGTERM; the stage resumes from it when started again"]
     assert Saver(tmp_path).restore() == ({"step": 4}, 4)
 
 
@@ -322,6 +322,6 @@ def test_shards_of_several_ranks_form_one_checkpoint(tmp_path: Path) -> None:
 def test_failed_shard_fails_the_checkpoint(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     store.write("k/step-00000001-00000000/shards-00001.json", b'{"error": "disk full"}')
-    with pytest.raises(InputError, match="another process could not write its share: disk full"):
+    with pytest.raises(InputError, match="another rank could not write its shards: disk full"):
         files.write_checkpoint(store, "k/step-00000001-00000000", files.Shards(0, 2, {}), "{}")
     assert not files.is_complete(store, "k/step-00000001-00000000")
