@@ -115,8 +115,8 @@ class TestPage:
         text = " ".join(tags.text.split())
         assert "Rejected. win rate 0.4" in text
         assert "40 held-out prompts" in text
-        assert "judge agrees with people (held-out pairs)81.1%" in text
-        assert "reward model agrees with people (held-out pairs)72.2%" in text
+        assert "judge accuracy (held-out human pairs)81.1%" in text
+        assert "reward model accuracy (held-out human pairs)72.2%" in text
 
     def test_shows_the_training_where_there_were_looks(self) -> None:
         assert "Over the training" in page_of(many())
@@ -135,17 +135,17 @@ class TestTable:
     def test_every_line_has_both_sides(self) -> None:
         rows = comparison_rows(numbers_of(comparison_of([0.0, 1.0], [1.0, 1.0], kl=[2.0, 4.0])))
         found = {row["name"]: (row["sft"], row["ppo"]) for row in rows}
-        assert found["judge prefers it, [95% interval]"] == ("", "0.750 [0.500, 1.000]")
-        assert found["the same where length and ending are equal (2 prompts)"] == ("", "0.750 [0.500, 1.000]")
-        assert found["judge's score"] == ("0.500", "1.000")
-        assert found["KL to the fine-tuned model (nats per response)"] == ("0", "3.000 [2.000, 4.000]")
+        assert found["win rate (judge), [95% interval]"] == ("", "0.750 [0.500, 1.000]")
+        assert found["win rate at equal length and ending (2 prompts)"] == ("", "0.750 [0.500, 1.000]")
+        assert found["judge score"] == ("0.500", "1.000")
+        assert found["KL to SFT (nats per response)"] == ("0", "3.000 [2.000, 4.000]")
         assert found["length (tokens)"] == ("3.0", "3.0")
-        assert found["ends by itself (EOS)"] == ("100.0%", "100.0%")
+        assert found["EOS rate"] == ("100.0%", "100.0%")
 
     def test_as_markdown(self) -> None:
         numbers = numbers_of(comparison_of([0.0, 1.0], [1.0, 1.0]))
         lines = as_markdown(numbers, Decision(decision="promote", reason="it is better")).splitlines()
         assert lines[0] == "# Promote"
         assert lines[2] == "it is better."
-        assert "| judge's score | 0.500 | 1.000 |" in lines
+        assert "| judge score | 0.500 | 1.000 |" in lines
         assert len([line for line in lines if line.startswith("|")]) == 2 + len(comparison_rows(numbers))
