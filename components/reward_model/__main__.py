@@ -50,15 +50,8 @@ def main(
             trainer = RewardModelTrainer(run.config, start, context)
             train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
             numbers = trainer.train(tokenizer, train, max_tokens=max_tokens)
-            numbers |= calibrate_and_measure(
-                trainer.model,
-                run.config,
-                sft_model,
-                tokenizer,
-                pairs=heldout,
-                prompts=load_records(prompts, "train", Prompt),
-                max_tokens=max_tokens,
-            )
+            texts = dict(pairs=heldout, prompts=load_records(prompts, "train", Prompt), max_tokens=max_tokens)
+            numbers |= calibrate_and_measure(trainer.model, run.config, sft_model, tokenizer, **texts)
             weights = trainer.weights()
         run.write_artifact(
             "model",
