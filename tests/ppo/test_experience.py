@@ -25,7 +25,7 @@ COMPLETIONS = [
 
 @torch.no_grad()
 def trained(models: Models) -> Models:
-    """As after some updates: the actor is not the reference any more, nor the critic the reward model."""
+    """Like after some updates: the actor is different from the reference, and the critic from the reward model."""
     generator = torch.Generator().manual_seed(0)
     for module in (models.actor, models.critic):
         for parameter in module.parameters():
@@ -43,7 +43,7 @@ def experience_of(
 
 
 class Slow:
-    """The whole of it for one response at a time and one token at a time, in plain Python floats."""
+    """The experience of one response, token by token, in plain Python floats."""
 
     def __init__(self, models: Models, c: Completion, *, kl_coef: float, penalty: float, clip: float) -> None:
         ids, start, n = torch.tensor([c.prompt_ids + c.response_ids]), len(c.prompt_ids), len(c.response_ids)
@@ -88,7 +88,7 @@ def test_experience_equals_a_loop_over_tokens(tiny_model: Path, reward_model: Pa
         models, kl_coef=0.3, missing_eos_penalty=0.7, reward_clip=0.9, gamma=0.9, gae_lambda=0.8, **options
     )
     slow = [Slow(models, c, kl_coef=0.3, penalty=0.7, clip=0.9) for c in COMPLETIONS]
-    assert any(abs(s.score) > 0.9 for s in slow)  # the clip counts
+    assert any(abs(s.score) > 0.9 for s in slow)  # the clip has an effect
     every = [a for s in slow for a in s.advantages]
     mean = sum(every) / len(every)
     spread = math.sqrt(sum((a - mean) ** 2 for a in every) / len(every))
@@ -125,7 +125,7 @@ def returns(tiny_model: Path, reward_model: Path, score: float, **ppo: Any) -> l
     models = load(config_of(), tiny_model, reward_model)[0]
     models = replace(models, reward_model=RewardFunction(lambda _prompt, _response: score))
     e = experience_of(models, kl_coef=0.0, gamma=1.0, gae_lambda=1.0, **ppo)
-    assert e.scores.tolist() == [score] * 4  # what is logged is what the reward model said
+    assert e.scores.tolist() == [score] * 4  # scores are logged before penalty and clip
     mask = e.batch.response_mask
     return [e.returns[row, 0].item() for row in range(len(mask))]
 

@@ -1,4 +1,4 @@
-"""PPO with adapters: the backbones are held once, and everything that PPO promises without them holds with them."""
+"""PPO with adapters: shared backbones, and the same guarantees as without adapters."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from tests.support.ppo_runs import (
     FP32,
     PROMPTS,
     VALIDATION,
-    checkpoints_every_step,
     config_of,
     largest_gap,
     load,
@@ -31,6 +30,7 @@ from tests.support.ppo_runs import (
     without_times,
 )
 from tests.support.tiny_model import make_tiny_model
+from tests.support.training import checkpoints_every_step
 
 LORA = LoraConfig(rank=8, alpha=16.0)
 BF16 = torch.bfloat16
@@ -38,7 +38,7 @@ BATCH = collate([[5, 6, 7], [8]], [[3, 4, 0], [1, 2, 9, 10]])
 
 
 def matrices(*modules: nn.Module) -> set[int]:
-    """Addresses of every weight that is no adapter and no head."""
+    """Addresses of every weight except adapters and heads."""
     return {
         p.data_ptr()
         for module in modules
@@ -105,7 +105,7 @@ def test_reference_and_reward_model_do_not_change_during_training(
     ours, theirs = logprobs(models)
     assert torch.equal(ours, theirs)  # the KL is exactly 0
     scores = models.reward_model.scores(BATCH)
-    # To rounding: the head is a copy, which lies differently in memory.
+    # Up to rounding: the head is a copy with another memory alignment.
     torch.testing.assert_close(models.critic.scores(BATCH), scores, rtol=1e-6, atol=1e-6)
     for module in (models.actor, models.critic):
         stir(module)
@@ -168,17 +168,23 @@ def test_resumed_adapter_run_equals_an_uninterrupted_one(
     stage = config_of(frozen=frozen, lora=LORA, critic={"trains": trains}, **OPTIONS)
     undisturbed = trainer_of(stage, tiny_model, reward_model)
     expected = undisturbed.train(PROMPTS, VALIDATION)
-    dying = trainer_of(stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path), die_at=3)
+    dying = trainer_of(
+        stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path, "ppo"), interrupt_at=3
+    )
     with pytest.raises(KeyboardInterrupt):
         dying.train(PROMPTS, VALIDATION)
-    resumed = trainer_of(stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path))
+    resumed = trainer_of(stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path, "ppo"))
     assert without_times(resumed.train(PROMPTS, VALIDATION)) == without_times(expected)
     assert largest_gap(weights(resumed), weights(undisturbed)) == 0.0
 
 
 def test_checkpoint_without_adapters_is_refused(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
-    trainer_of(config_of(), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path)).train(PROMPTS, [])
-    other = trainer_of(config_of(lora=LORA), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path))
+    trainer_of(config_of(), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path, "ppo")).train(
+        PROMPTS, []
+    )
+    other = trainer_of(
+        config_of(lora=LORA), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path, "ppo")
+    )
     with pytest.raises(InputError, match="holds a different set of trained weights"):
         other.train(PROMPTS, [])
 

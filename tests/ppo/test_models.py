@@ -56,7 +56,7 @@ def test_reward_model_with_other_weights_keeps_its_own_layers(tiny_model: Path, 
     first = models.actor.lm.model.layers[0]
     assert models.reward_model.lm.model.layers[0] is not first
     assert models.critic.lm.model.layers[0] is not first
-    assert models.reference.lm.model.layers[0] is first  # these two are the same model in any case
+    assert models.reference.lm.model.layers[0] is first  # both start from the SFT model
     assert rollout.model.model.layers[0] is first
     fresh = load_scalar_lm(other, num_frozen_layers=0, dtype=FP32)
     expected = ScalarModel(fresh, num_frozen_layers=0, dtype=FP32, mean=0.2, std=1.5).scores(BATCH)
@@ -103,7 +103,7 @@ def test_critic_starts_as_the_reward_model(tiny_model: Path, reward_model: Path)
     """Same weights and same scale: the value of a whole text is its score."""
     for trains in ("layers", "head"):
         models, _ = load(config_of(critic={"trains": trains}), tiny_model, reward_model)
-        # To rounding: two copies of the same weights lie differently in memory, and some processors multiply accordingly.
+        # Up to rounding: matrix products depend on memory alignment on some CPUs.
         torch.testing.assert_close(models.critic.scores(BATCH), models.reward_model.scores(BATCH), rtol=1e-6, atol=1e-6)
 
 

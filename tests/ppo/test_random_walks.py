@@ -1,23 +1,19 @@
-"""The whole of RLHF on a task whose best answer is known: imitation lands where the behaviour is, PPO goes on to the best."""
+"""RLHF on a task with a known optimum: SFT imitates the behaviour policy, PPO then reaches the optimum."""
 
 from pathlib import Path
 from statistics import mean
 
 import pytest
 
-from components.rlhf.checkpoints.manager import CheckpointManager
 from components.rlhf.config.model import ModelConfig, SamplingConfig, TrainingConfig
 from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.data.records import Demonstration, Prompt
 from components.rlhf.data.tokenizer import load_tokenizer
-from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.models.loading import save_model
 from components.rlhf.rollout.protocol import RolloutEngine
-from components.rlhf.runtime.training import TrainingContext
-from components.rlhf.text.progress import Progress
 from components.sft.trainer import SftTrainer
-from tests.support.ppo_runs import FP32, Recorder, config_of, load, make_reward_model, trainer_of
+from tests.support.ppo_runs import FP32, config_of, load, make_reward_model, trainer_of
 from tests.support.random_walks import EOS, GOAL, MAX_NODES, NUM_NODES, Walks, as_text, make_model, make_walks
 
 STARTS = [Prompt(prompt=as_text([node]), id=str(node)) for node in range(1, NUM_NODES)]
@@ -30,7 +26,7 @@ def walks() -> Walks:
 
 @pytest.fixture(scope="module")
 def imitator(walks: Walks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that was fine-tuned on the behaviour, with a fresh scalar head beside it for the critic to start from."""
+    """A model that was fine-tuned on the behaviour policy, and a reward model with a new head that the critic starts from."""
     folder = tmp_path_factory.mktemp("walks")
     base = make_model(folder / "base", hidden_size=32)
     stage = SftStageConfig(
@@ -44,8 +40,7 @@ def imitator(walks: Walks, tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint=CheckpointConfig(),
         seed=0,
     )
-    nowhere = CheckpointManager(None, "sft/x", CheckpointConfig())
-    context = TrainingContext(checkpoints=nowhere, progress=Progress("sft"), tracker=Recorder(), group=SINGLE_PROCESS)
+    context = context_of("sft")
     trainer = SftTrainer(stage, base, context)
     texts = [Demonstration(prompt=as_text(walk[:1]), completion=as_text(walk[1:])) for walk in walks.behaviour]
     tokenizer = load_tokenizer(base)
@@ -56,7 +51,7 @@ def imitator(walks: Walks, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mean_optimality(rollout: RolloutEngine, walks: Walks) -> float:
-    """Over a hundred samples from each start, with draws that no training sees."""
+    """Mean optimality over a hundred samples from each start, with seeds that training does not use."""
     number = 100
     completions = rollout.generate(
         STARTS * number, SamplingConfig(max_new_tokens=MAX_NODES, batch_size=500), range(10**9, 10**9 + 20 * number)
@@ -64,7 +59,7 @@ def mean_optimality(rollout: RolloutEngine, walks: Walks) -> float:
     return mean(walks.reward(c.prompt_ids, c.response_ids) for c in completions)
 
 
-# The numbers of the task itself, as it was published: 43 edges with the goal's own, best walks of 3.55 nodes, 0.79.
+# Published properties of the task: 43 edges with the goal's own, best walks of 3.55 nodes, 0.79.
 
 
 def test_graph_of_the_task(walks: Walks) -> None:
@@ -116,4 +111,4 @@ def test_ppo_finds_the_shortest_walks(imitator: Path, walks: Walks, frozen: int)
     assert before < 0.84
     assert after >= 0.97
     assert history[-1]["response/length"] < history[0]["response/length"]  # shorter walks
-    assert history[-1]["kl/sequence"] > 0.2  # that were bought with distance from the behaviour
+    assert history[-1]["kl/sequence"] > 0.2  # at the cost of distance from the behaviour policy

@@ -22,7 +22,6 @@ from tests.support.ppo_runs import (
     PROMPTS,
     VALIDATION,
     Row,
-    checkpoints_every_step,
     config_of,
     largest_gap,
     load,
@@ -31,6 +30,7 @@ from tests.support.ppo_runs import (
     weights,
     without_times,
 )
+from tests.support.training import checkpoints_every_step
 
 
 def number_of(value: float) -> Any:
@@ -119,7 +119,7 @@ def test_same_seed_gives_the_same_run(tiny_model: Path, reward_model: Path) -> N
     runs = [trainer_of(config_of(eval_every=2), tiny_model, reward_model) for _ in range(2)]
     torch.manual_seed(1)
     first = runs[0].train(PROMPTS, VALIDATION)
-    torch.manual_seed(2)  # nothing hangs on torch's own generator
+    torch.manual_seed(2)  # torch's global generator has no effect
     second = runs[1].train(PROMPTS, VALIDATION)
     assert without_times(first) == without_times(second)
     assert largest_gap(weights(runs[0]), weights(runs[1])) == 0.0
@@ -204,7 +204,7 @@ def test_adaptive_kl_coef_moves_towards_its_target(tiny_model: Path, reward_mode
 
 
 def evals(tiny_model: Path, reward_model: Path, scores: list[float], **ppo: Any) -> PpoTrainer:
-    """A run whose validation objective is the next of the given scores, one a look."""
+    """A run whose validation scores are the given ones, one per evaluation."""
     stage = config_of(**({"num_iterations": 9, "eval_every": 1, "patience": 2, "kl_coef": 0.0} | ppo))
     trainer = trainer_of(stage, tiny_model, reward_model)
     follow(trainer, scores)
@@ -234,11 +234,11 @@ def test_run_interrupted_after_convergence_stays_converged(
 ) -> None:
     scores = [0.0, 1.0, 0.5, 0.4, 99.0]
     first = evals(tiny_model, reward_model, scores)
-    first.checkpoints = checkpoints_every_step(tmp_path)
-    history = first.train(PROMPTS, VALIDATION)  # and dies before its artifact is written
+    first.checkpoints = checkpoints_every_step(tmp_path, "ppo")
+    history = first.train(PROMPTS, VALIDATION)  # interrupted before its artifact is written
     assert len(history) == 3
     again = evals(tiny_model, reward_model, scores[4:])
-    again.checkpoints = checkpoints_every_step(tmp_path)
+    again.checkpoints = checkpoints_every_step(tmp_path, "ppo")
     assert again.train(PROMPTS, VALIDATION) == history
     assert largest_gap(weights(again), weights(first)) == 0.0
 
@@ -253,7 +253,7 @@ def test_validation_objective_is_score_minus_kl_cost(tiny_model: Path, reward_mo
     for row in history:
         expected = row["validation/score/mean"] - 0.7 * row["validation/kl/sequence"]
         assert row["validation/objective"] == pytest.approx(expected)
-    assert history[1]["validation/kl/sequence"] != 0  # and the looks see the trained policy
+    assert history[1]["validation/kl/sequence"] != 0  # validation uses the trained policy
 
 
 def test_validation_uses_the_same_draws_every_time(tiny_model: Path, reward_model: Path) -> None:
@@ -263,7 +263,7 @@ def test_validation_uses_the_same_draws_every_time(tiny_model: Path, reward_mode
     assert evals[0] == pytest.approx(evals[1], abs=1e-4)
 
 
-# What a run says to its validation prompts is kept, so that a judge can look at the training afterwards.
+# Responses to the validation prompts are kept, so that the judge can score them later.
 
 
 def test_validation_samples_include_the_model_before_the_first_update(tiny_model: Path, reward_model: Path) -> None:
@@ -274,7 +274,7 @@ def test_validation_samples_include_the_model_before_the_first_update(tiny_model
     batch = trainer.ppo.rollout.num_prompts
     assert [s.num_rollouts for s in trainer.validation[::size]] == [0, 2 * batch, 4 * batch]
     assert [s.prompt for s in trainer.validation[:size]] == [p.prompt for p in VALIDATION]
-    assert [s.kl for s in trainer.validation[:size]] == [0.0] * size  # the fine-tuned model itself
+    assert [s.kl for s in trainer.validation[:size]] == [0.0] * size  # the SFT model
     last = trainer.validation[-size:]
     row = history[-1]
     assert sum(s.score for s in last) / size == pytest.approx(row["validation/score/mean"], abs=1e-5)
@@ -300,17 +300,17 @@ def test_validation_samples_survive_an_interruption(tiny_model: Path, reward_mod
     whole = trainer_of(config_of(num_iterations=3, eval_every=1), tiny_model, reward_model)
     whole.train(PROMPTS, VALIDATION)
     first = trainer_of(config_of(num_iterations=3, eval_every=1), tiny_model, reward_model)
-    first.checkpoints = checkpoints_every_step(tmp_path)
+    first.checkpoints = checkpoints_every_step(tmp_path, "ppo")
     first.ppo = first.ppo.model_copy(update={"num_iterations": 2})
     first.train(PROMPTS, VALIDATION)
     again = trainer_of(config_of(num_iterations=3, eval_every=1), tiny_model, reward_model)
-    again.checkpoints = checkpoints_every_step(tmp_path)
+    again.checkpoints = checkpoints_every_step(tmp_path, "ppo")
     again.train(PROMPTS, VALIDATION)
     assert again.validation == whole.validation
 
 
 def follow(trainer: PpoTrainer, scores: list[float]) -> None:
-    """Let the looks of a run see these scores, one after the other."""
+    """Replace the validation scores of a run by these, one per evaluation."""
     remaining = iter(scores)
     plain = trainer.rollout.generate
     state = {"looking": False, "score": 0.0}
@@ -339,34 +339,40 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("die_at", [2, 4])
+@pytest.mark.parametrize("interrupt_at", [2, 4])
 @pytest.mark.parametrize(("frozen", "trains"), [(0, "layers"), (2, "layers"), (1, "head")])
 def test_resumed_run_equals_an_uninterrupted_one(
-    tiny_model: Path, reward_model: Path, tmp_path: Path, die_at: int, frozen: int, trains: str
+    tiny_model: Path, reward_model: Path, tmp_path: Path, interrupt_at: int, frozen: int, trains: str
 ) -> None:
     stage = config_of(frozen=frozen, critic={"trains": trains}, **OPTIONS)
     undisturbed = trainer_of(stage, tiny_model, reward_model)
     expected = undisturbed.train(PROMPTS, VALIDATION)
-    dying = trainer_of(stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path), die_at=die_at)
+    dying = trainer_of(
+        stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path, "ppo"), interrupt_at=interrupt_at
+    )
     with pytest.raises(KeyboardInterrupt):
         dying.train(PROMPTS, VALIDATION)
-    resumed = trainer_of(stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path))
+    resumed = trainer_of(stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path, "ppo"))
     assert without_times(resumed.train(PROMPTS, VALIDATION)) == without_times(expected)
     assert largest_gap(weights(resumed), weights(undisturbed)) == 0.0
     assert resumed.kl_coef == undisturbed.kl_coef
     assert resumed.best_objective == undisturbed.best_objective
-    assert set(resumed.tracker.rows) == set(range(die_at, 5))
+    assert set(resumed.tracker.rows) == set(range(interrupt_at, 5))
 
 
 def test_checkpoint_with_other_frozen_layers_is_refused(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
-    trainer_of(config_of(), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path)).train(PROMPTS, [])
-    other = trainer_of(config_of(frozen=1), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path))
+    trainer_of(config_of(), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path, "ppo")).train(
+        PROMPTS, []
+    )
+    other = trainer_of(
+        config_of(frozen=1), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path, "ppo")
+    )
     with pytest.raises(InputError, match="holds a different set of trained weights"):
         other.train(PROMPTS, [])
 
 
 def test_pad_equal_to_eos_changes_nothing(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
-    """The same models with another pad id everywhere: every number and every weight is the same."""
+    """The same models with another pad id give the same metrics and weights."""
     folders = []
     for folder in (tiny_model, reward_model):
         copy = tmp_path / f"other-{len(folders)}"
@@ -401,13 +407,13 @@ def test_rollout_samples_from_the_trained_weights(tiny_model: Path, reward_model
         ours = dict(trainer.learner.models.actor.lm.named_parameters())
         assert all(torch.equal(p, ours[name]) for name, p in trainer.rollout.model.named_parameters())
         assert trainer.rollout.version == 2
-        # What the engine says of its tokens is what the trained actor says of them, also after an update.
+        # The engine's log-probs equal the trained actor's, also after an update.
         assert max(row["engine_gap/max"] for row in history) < 1e-4
 
 
 def test_non_finite_weights_are_an_error(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
     trainer = trainer_of(
-        config_of(num_iterations=3), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path)
+        config_of(num_iterations=3), tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path, "ppo")
     )
     save = trainer.checkpoints.save
 

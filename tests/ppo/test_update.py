@@ -31,7 +31,7 @@ def run(trainer: PpoTrainer, experience: Experience | None = None) -> dict[str, 
     return update(trainer.learner, experience or experience_of(trainer), seed=3, iteration=1)
 
 
-# Experience and the first epoch go through the same shapes: in fp32 nothing at all differs.
+# Experience and the first epoch use the same batch shapes, so in fp32 nothing differs.
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
@@ -56,8 +56,8 @@ def test_first_ratio_is_1_and_first_kl_is_0_in_the_training_loop(
     assert first["actor/first_ratio_error"] == 0.0
     assert first["kl/sequence"] == 0.0
     assert first["kl/token"] == 0.0
-    assert first["actor/approx_kl"] != 0.0  # of all four steps; the later ones have moved on
-    assert second["actor/first_ratio_error"] == 0.0  # the old policy is that of the rollout, not of the start
+    assert first["actor/approx_kl"] != 0.0  # mean of all four steps, of which the later ones see an updated policy
+    assert second["actor/first_ratio_error"] == 0.0  # the old policy is the one of the rollout
     assert second["kl/sequence"] != 0.0
 
 
@@ -127,7 +127,7 @@ def test_microbatches_do_not_change_the_update(tiny_model: Path, reward_model: P
     moved = largest_gap(runs[0], start)
     for row, found in zip(rows[1:], runs[1:], strict=True):
         assert row == pytest.approx(rows[0], rel=1e-3, abs=1e-5)
-        # Adam divides by the size of a gradient: where that is rounding alone, its sign may flip.
+        # Adam normalizes by the gradient's size, so a gradient that is only rounding may flip its sign.
         assert largest_gap(found, runs[0]) < 0.05 * moved
 
 
@@ -230,7 +230,7 @@ def test_non_finite_loss_names_the_second_minibatch(tiny_model: Path, reward_mod
         run(trainer, replace(e, advantages=bad))
 
 
-# The rollout engine's log-probs are -1 everywhere; those of the actor are the tiny model's own, and far below.
+# The rollout engine's log-probs are -1 everywhere; the actor's are far lower.
 
 
 def test_importance_clip_weights_the_loss_and_is_logged(

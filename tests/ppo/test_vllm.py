@@ -24,7 +24,7 @@ SAMPLING = {"batch_size": 128, "max_new_tokens": 4, "min_new_tokens": 4}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An actor whose head size vLLM's attention on a CPU can compute, and its reward model."""
+    """An actor with a head size that vLLM supports on a CPU, and its reward model."""
     folder = tmp_path_factory.mktemp("vllm")
     make_reward_model(make_tiny_model(folder / "sft", seed=0, hidden_size=128), folder / "reward")
     return folder
@@ -39,7 +39,7 @@ def scores_of(folder: Path, engine: str, **changes: object) -> list[float]:
         trainer.rollout.close()
     assert max(row["engine_gap/max"] for row in history) < 1e-4
     assert history[0]["actor/first_ratio_error"] == 0.0
-    assert trainer.rollout.version == 8  # a sync an iteration, each proven on the probe
+    assert trainer.rollout.version == 8  # one sync per iteration, each checked with the probe
     return [row["score/mean"] for row in history]
 
 
@@ -60,6 +60,6 @@ def test_importance_correction_of_equal_engines_changes_nothing(folder: Path) ->
 def test_failed_weight_sync_stops_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from components.rlhf.rollout import vllm as module
 
-    monkeypatch.setattr(module, "_pack_heads", lambda model: None)  # what a plain reload of a tied head comes to
+    monkeypatch.setattr(module, "_pack_heads", lambda model: None)  # the effect of a plain reload of a tied head
     with pytest.raises(InputError, match="The sync of version 1 did not take"):
         scores_of(folder, "vllm")

@@ -25,7 +25,7 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
 
 
 class Fixed:
-    """Scores in the order that they are asked for."""
+    """Returns the given scores in order."""
 
     def __init__(self, *scores: float) -> None:
         self.scores = torch.tensor(scores)
@@ -94,7 +94,7 @@ def test_scores_of_the_sft_model_have_mean_0_and_std_1(
     assert numbers["num_heldout_pairs"] == len(HELDOUT)
     assert 0.5 < numbers["heldout_accuracy"] <= 1
     assert 0 <= numbers["heldout_accuracy_cut"] <= 1
-    # PPO loads the artifact and scores with its scale: its first scores are standard.
+    # PPO loads the artifact and normalizes by its mean and std, so its first scores are standardized.
     save_model(trainer.model.lm, tokenizer, tmp_path, dtype=torch.float32)
     mean, std = reward_normalization(tmp_path)
     assert (mean, std) == (numbers["reward_mean"], numbers["reward_std"])

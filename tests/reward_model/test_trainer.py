@@ -12,7 +12,8 @@ from components.rlhf.config.model import LoraConfig
 from components.rlhf.data.records import PreferencePair
 from components.rlhf.data.tokenizer import EncodedText
 from components.rlhf.text.errors import InputError
-from tests.support.reward_model_runs import PAIRS, checkpoints_every_step, trainer_of
+from tests.support.reward_model_runs import PAIRS, trainer_of
+from tests.support.training import checkpoints_every_step
 
 # Tokens of a pair's two responses: unequal, equal, and one too short to share a cut of 3.
 SIZES = [(5, 3), (4, 4), (6, 2), (1, 1)]
@@ -48,7 +49,7 @@ def encoded_pairs(*, margins: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)) -> list[
 
 
 def scaled(trainer: RewardModelTrainer) -> RewardModelTrainer:
-    """With a head whose scores differ clearly."""
+    """With a head that gives clearly different scores."""
     with torch.no_grad():
         trainer.model.lm.score.weight.mul_(30)
     return trainer
@@ -114,7 +115,7 @@ def test_training_learns_the_pairs(tiny_model: Path, tokenizer: PreTrainedTokeni
     trainer = trainer_of(tiny_model, num_epochs=8)
     assert train(trainer, tokenizer) == {"num_steps": 24.0}
     rows = trainer.context.tracker.rows
-    assert rows[1]["train/loss"] == pytest.approx(math.log(2), abs=0.1)  # a fresh head is nearly indifferent
+    assert rows[1]["train/loss"] == pytest.approx(math.log(2), abs=0.1)  # a new head scores nearly at random
     assert rows[24]["train/loss"] < 0.3
     assert rows[24]["train/accuracy"] == 1.0
 
@@ -163,18 +164,25 @@ def test_adapters_start_at_the_loss_of_the_plain_model(tiny_model: Path) -> None
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
-@pytest.mark.parametrize("die_at", [2, 5])
+@pytest.mark.parametrize("interrupt_at", [2, 5])
 def test_resumed_run_equals_an_uninterrupted_one(
-    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, die_at: int
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, interrupt_at: int
 ) -> None:
     undisturbed = trainer_of(tiny_model)
     expected = train(undisturbed, tokenizer)
     with pytest.raises(KeyboardInterrupt):
-        train(trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path), die_at=die_at), tokenizer)
-    resumed = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path))
+        train(
+            trainer_of(
+                tiny_model, checkpoints=checkpoints_every_step(tmp_path, "reward_model"), interrupt_at=interrupt_at
+            ),
+            tokenizer,
+        )
+    resumed = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path, "reward_model"))
     assert train(resumed, tokenizer) == expected
     assert all(torch.equal(weight, weights(undisturbed)[name]) for name, weight in weights(resumed).items())
-    assert resumed.context.tracker.rows == {step: undisturbed.context.tracker.rows[step] for step in range(die_at, 7)}
+    assert resumed.context.tracker.rows == {
+        step: undisturbed.context.tracker.rows[step] for step in range(interrupt_at, 7)
+    }
 
 
 def test_non_finite_loss_names_step_and_pairs(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -188,7 +196,7 @@ def test_non_finite_loss_names_step_and_pairs(tiny_model: Path, tokenizer: PreTr
 def test_non_finite_loss_names_the_latest_checkpoint(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    trainer = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path))
+    trainer = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path, "reward_model"))
     save = trainer.context.checkpoints.save
 
     def save_and_break(step: int, *args: Any) -> None:

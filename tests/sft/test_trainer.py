@@ -1,5 +1,4 @@
 import math
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,9 @@ from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.data.records import Demonstration
 from components.rlhf.data.tokenizer import EncodedText, encode_text
-from components.rlhf.engine.group import SINGLE_PROCESS
-from components.rlhf.runtime.training import TrainingContext
-from components.rlhf.storage.store import FolderStore
 from components.rlhf.text.errors import InputError
-from components.rlhf.text.progress import Progress
-from components.rlhf.tracking.mlflow import NullTracker
 from components.sft.trainer import SftTrainer, as_markdown
+from tests.support.training import NEVER, checkpoints_every_step, context_of
 
 DATA = [
     Demonstration(prompt=prompt, completion=completion)
@@ -30,26 +25,13 @@ DATA = [
 HELDOUT = [Demonstration(prompt="It was", completion=" good"), Demonstration(prompt="This", completion=" a good film")]
 
 
-class Recorder(NullTracker):
-    """Keeps what was logged; may end the run like a lost node, before the given step is saved."""
-
-    def __init__(self, *, die_at: int = 0) -> None:
-        self.rows: dict[int, dict[str, float]] = {}
-        self.die_at = die_at
-
-    def log(self, metrics: Any, step: int) -> None:
-        if step == self.die_at:
-            raise KeyboardInterrupt
-        self.rows.setdefault(step, {}).update(metrics)
-
-
 def trainer_of(
     folder: Path,
     *,
     checkpoints: CheckpointManager | None = None,
     frozen: int = 0,
     lora: LoraConfig | None = None,
-    die_at: int = 0,
+    interrupt_at: int = NEVER,
     **sft: Any,
 ) -> SftTrainer:
     training = {"learning_rate": 1e-2, "schedule": "cosine", "warmup_fraction": 0.2, "microbatch_tokens": 64}
@@ -60,28 +42,12 @@ def trainer_of(
         checkpoint=CheckpointConfig(),
         seed=3,
     )
-    nowhere = CheckpointManager(None, "sft/x", CheckpointConfig())
-    context = TrainingContext(
-        checkpoints=checkpoints or nowhere,
-        progress=Progress("sft"),
-        tracker=Recorder(die_at=die_at),
-        group=SINGLE_PROCESS,
-    )
+    context = context_of("sft", checkpoints=checkpoints, interrupt_at=interrupt_at)
     return SftTrainer(stage, folder, context)
 
 
 def train(trainer: SftTrainer, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     return trainer.train(tokenizer, DATA, HELDOUT, max_tokens=64)
-
-
-def checkpoints_every_step(root: Path) -> CheckpointManager:
-    """Checkpoints after every step. Who held the folder before is dead, as far as this test goes."""
-    for thread in threading.enumerate():
-        if thread.name == "checkpoint":
-            thread.join()
-    for lease in root.rglob("lease.json"):
-        lease.unlink()
-    return CheckpointManager(FolderStore(root), "sft/x", CheckpointConfig(every_minutes=0.0))
 
 
 def weights(trainer: SftTrainer) -> dict[str, Tensor]:
@@ -219,36 +185,41 @@ def test_adapters_resume_from_a_checkpoint(
     expected = train(undisturbed, tokenizer)
     with pytest.raises(KeyboardInterrupt):
         train(
-            trainer_of(tiny_model, lora=LoraConfig(), checkpoints=checkpoints_every_step(tmp_path), die_at=4),
+            trainer_of(
+                tiny_model, lora=LoraConfig(), checkpoints=checkpoints_every_step(tmp_path, "sft"), interrupt_at=4
+            ),
             tokenizer,
         )
-    resumed = trainer_of(tiny_model, lora=LoraConfig(), checkpoints=checkpoints_every_step(tmp_path))
+    resumed = trainer_of(tiny_model, lora=LoraConfig(), checkpoints=checkpoints_every_step(tmp_path, "sft"))
     assert train(resumed, tokenizer) == expected
     assert all(torch.equal(weight, weights(undisturbed)[name]) for name, weight in weights(resumed).items())
 
 
-@pytest.mark.parametrize("die_at", [2, 4, 6])
+@pytest.mark.parametrize("interrupt_at", [2, 4, 6])
 def test_resumed_run_equals_an_uninterrupted_one(
-    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, die_at: int
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, interrupt_at: int
 ) -> None:
     undisturbed = trainer_of(tiny_model)
     expected = train(undisturbed, tokenizer)
     with pytest.raises(KeyboardInterrupt):
-        train(trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path), die_at=die_at), tokenizer)
-    resumed = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path))
+        train(
+            trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path, "sft"), interrupt_at=interrupt_at),
+            tokenizer,
+        )
+    resumed = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path, "sft"))
     assert train(resumed, tokenizer) == expected
     assert all(torch.equal(weight, weights(undisturbed)[name]) for name, weight in weights(resumed).items())
-    assert set(resumed.context.tracker.rows) == set(range(die_at, 7))
-    for step in range(die_at, 7):
+    assert set(resumed.context.tracker.rows) == set(range(interrupt_at, 7))
+    for step in range(interrupt_at, 7):
         assert resumed.context.tracker.rows[step] == undisturbed.context.tracker.rows[step]
 
 
 def test_resume_after_the_last_step_trains_nothing(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    done = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path))
+    done = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path, "sft"))
     expected = train(done, tokenizer)
-    again = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path))
+    again = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path, "sft"))
     assert train(again, tokenizer) == expected
     assert all(torch.equal(weight, weights(done)[name]) for name, weight in weights(again).items())
 
@@ -256,9 +227,9 @@ def test_resume_after_the_last_step_trains_nothing(
 def test_checkpoint_with_other_frozen_layers_is_refused(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    train(trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path)), tokenizer)
+    train(trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path, "sft")), tokenizer)
     with pytest.raises(InputError, match="holds a different set of trained weights"):
-        train(trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path), frozen=1), tokenizer)
+        train(trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path, "sft"), frozen=1), tokenizer)
 
 
 def test_non_finite_loss_names_step_and_records(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -270,7 +241,7 @@ def test_non_finite_loss_names_step_and_records(tiny_model: Path, tokenizer: Pre
 
 
 def test_non_finite_loss_after_the_last_step_is_an_error(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Nothing is trained on the weights that the last step made; a ruined model must not end well."""
+    """No training loss sees the weights after the last step, but the stage must still fail."""
     trainer = trainer_of(tiny_model, max_steps=1)
     log = trainer.context.tracker.log
 
@@ -287,7 +258,7 @@ def test_non_finite_loss_after_the_last_step_is_an_error(tiny_model: Path, token
 def test_non_finite_loss_names_the_latest_checkpoint(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    trainer = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path))
+    trainer = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path, "sft"))
     save = trainer.context.checkpoints.save
 
     def save_and_break(step: int, *args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints in a store that others write to: a start takes the newest one that verifies, or says why not."""
+"""Checkpoints in a store that others can write to: the latest one that verifies is restored, others are skipped with a reason."""
 
 import hashlib
 import json
@@ -66,7 +66,7 @@ def root(saved: Path, tmp_path: Path) -> Path:
 
 
 def start(root: Path) -> tuple[int | None, float, list[str]]:
-    """The step that a start goes on from, the weights that it then has, and what it says; None and 0.0 for a fresh one."""
+    """The step that a run resumes from, its weights then, and what is logged; None and 0.0 when it starts over."""
     said: list[str] = []
     folder = CheckpointManager(FolderStore(root), KEY, CheckpointConfig(), log=said.append)
     actor = engine(0.0)
@@ -80,14 +80,14 @@ def start(root: Path) -> tuple[int | None, float, list[str]]:
 
 
 def rewrite(path: Path, content: bytes) -> Callable[[], None]:
-    """Write a file; the function that is returned undoes it."""
+    """Write a file; return a function that undoes it."""
     before = path.read_bytes()
     path.write_bytes(content)
     return lambda: path.write_bytes(before) and None
 
 
 def consistent(step: Path, **content: bytes) -> None:
-    """Change files of a checkpoint as somebody would who also writes its manifest."""
+    """Change files of a checkpoint and update its manifest."""
     entries = json.loads((step / MANIFEST).read_bytes())
     for name, data in {STATE if key == "state" else SHARD: data for key, data in content.items()}.items():
         (step / name).write_bytes(data)
@@ -123,7 +123,7 @@ def test_manifest_with_arbitrary_values(root: Path, data: st.DataObject) -> None
     undo = rewrite(path, json.dumps(content).encode())
     try:
         outcome = one_sentence(lambda: start(root))
-        # A manifest without the shard is whole as far as it goes, and the engine finds nothing to load.
+        # A manifest without the shard is valid, but the engine finds nothing to load.
         assert outcome is None or outcome[:2] in [(2, 2.0), (1, 1.0)]
     finally:
         undo()
@@ -216,7 +216,7 @@ def test_file_missing_from_the_manifest(root: Path, name: str, linked: bool) -> 
 
 
 def link_out(path: Path, root: Path) -> None:
-    """Move what lies there out of the store, and put a link in its place: whoever follows it finds all as it was."""
+    """Move a path out of the store and put a symbolic link to it in its place."""
     outside = root.parent / "outside"
     path.rename(outside)
     path.symlink_to(outside)

@@ -1,4 +1,4 @@
-"""One writer a key: the second fails, the dead are replaced, and who was replaced hears of it."""
+"""One writer per key: a second one fails, a dead one is replaced, and a replaced one notices."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Checkpoints in a folder: written whole or not at all, verified, the newest good one found again."""
+"""Checkpoints in a folder: atomic, verified, and the latest valid one is restored."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ class Counter:
 
 
 class Broken(FolderStore):
-    """A store that fails to write files of some name."""
+    """A store that cannot write files of a given name."""
 
     def __init__(self, folder: Path, name: str) -> None:
         super().__init__(folder)
@@ -58,7 +58,7 @@ class Broken(FolderStore):
 
 
 class Saver:
-    """A stage that saves to a folder; what it says is kept."""
+    """A stage that saves to a folder and keeps its log lines."""
 
     def __init__(
         self, store: FolderStore | Path | None, *, key: str = "ppo/abc", stop: StopSignal | None = None, **config: Any
@@ -190,7 +190,7 @@ def test_training_starts_over_when_no_checkpoint_verifies(tmp_path: Path) -> Non
     again = Saver(tmp_path)
     assert again.restore() == (None, -1)
     assert len(again.said) == 1
-    again.save(1)  # what was interrupted is swept away
+    again.save(1)  # interrupted checkpoints are deleted
     assert len(list((tmp_path / "ppo" / "abc").glob("step-*"))) == 1
 
 
@@ -231,7 +231,7 @@ def test_save_returns_before_the_disk_write_ends(tmp_path: Path, monkeypatch: py
     saver = Saver(tmp_path)
     actor = Counter(1)
     saver.folder.save(1, {"actor": actor}, {})
-    actor.number += 100  # training goes on while the gate is shut
+    actor.number += 100  # training continues while the write is blocked
     assert saver.folder.latest is None
     gate.set()
     saver.folder.wait()
@@ -257,7 +257,7 @@ def test_delete_all_deletes_only_this_stage(tmp_path: Path) -> None:
     ours.folder.delete_all()
     assert ours.restore() == (None, -1)
     assert others.restore() == ({"step": 1}, 1)
-    ours.folder.delete_all()  # twice is no error
+    ours.folder.delete_all()  # deleting twice is not an error
 
 
 def test_manager_without_a_store_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +300,7 @@ def test_signal_saves_a_checkpoint_and_ends_the_stage(tmp_path: Path) -> None:
 
 
 def test_shards_of_several_ranks_form_one_checkpoint(tmp_path: Path) -> None:
-    """The first waits for the digests of the others, and its manifest names all shards."""
+    """Rank 0 waits for the digests of the other ranks, and its manifest names all shards."""
     import threading
 
     store = FolderStore(tmp_path)

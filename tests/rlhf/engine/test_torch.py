@@ -28,7 +28,7 @@ def engine_of(module: nn.Module, *, num_steps: int = 10, **training: Any) -> Tor
 
 
 def loss_of(module: nn.Module, rows: Tensor) -> Tensor:
-    """Part of the mean over all rows: what a microbatch of these rows adds."""
+    """The share of these rows in the mean over all rows."""
     return ((module(X[rows]).squeeze(1) - Y[rows]) ** 2).sum() / len(X)
 
 
@@ -158,7 +158,7 @@ def moments(engine: TorchEngine) -> list[Tensor]:
         # Warm-up of 3 of 10 steps: a quarter, a half, three quarters, then the peak.
         ("constant", 0.3, 0.0, {0: 2, 1: 4, 2: 6, 3: 8, 9: 8}),
         ("linear", 0.3, 0.0, {0: 2, 2: 6, 3: 8, 10: 0}),
-        ("cosine", 0.21, 0.0, {0: 2, 2: 6, 3: 8, 10: 0}),  # a started step of warm-up is a whole one
+        ("cosine", 0.21, 0.0, {0: 2, 2: 6, 3: 8, 10: 0}),  # a fraction of a warm-up step counts as a whole one
     ],
 )
 def test_learning_rate_schedules_by_hand(
