@@ -15,6 +15,7 @@ from components.rlhf.rollout.protocol import RolloutEngine
 from components.sft.trainer import SftTrainer
 from tests.support.ppo_runs import FP32, config_of, load, make_reward_model, trainer_of
 from tests.support.random_walks import EOS, GOAL, MAX_NODES, NUM_NODES, Walks, as_text, make_model, make_walks
+from tests.support.training import context_of
 
 STARTS = [Prompt(prompt=as_text([node]), id=str(node)) for node in range(1, NUM_NODES)]
 
