@@ -291,7 +291,7 @@ class TestSampling:
         torch.set_num_threads(before)
 
     def test_requests_that_vllm_cannot_serve(self, sampler: VllmRolloutEngine) -> None:
-        with pytest.raises(InputError, match="prompt of 160 tokens and a response of up to 100 .* 200 tokens"):
+        with pytest.raises(InputError, match="prompt of 160 tokens and a response of up to 100 .* max_model_len of 200"):
             sampler.generate(PROMPTS, sampling(max_new_tokens=100), [0] * 6)
         for temperature in (0.001, 3.0):
             with pytest.raises(InputError, match=f"temperature is {temperature}, .* supports 0.01 to 2.0"):
