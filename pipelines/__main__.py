@@ -107,20 +107,25 @@ def compile_command(params_file: Path, overrides: tuple[str, ...], out: Path, fo
     metavar="NAME",
     help="Your profile namespace on a multi-user server; on others the namespace of the installation. [default: kubeflow]",
 )
-@click.option(
-    "--experiment", metavar="NAME", default="rlhf", show_default=True, help="KFP experiment of the run."
-)
+@click.option("--experiment", metavar="NAME", default="rlhf", show_default=True, help="KFP experiment of the run.")
 @click.option("--name", metavar="NAME", help="Name of the run; default PRESET and time.")
 @click.option("--wait", is_flag=True, help="Wait until the run ends; exit 1 unless it succeeded.")
 @click.option(
-    "--recurring", "cron", metavar="CRON", help='Create a recurring run instead; six cron fields, seconds first: "0 0 3 * * *".'
+    "--recurring",
+    "cron",
+    metavar="CRON",
+    help='Create a recurring run instead; six cron fields, seconds first: "0 0 3 * * *".',
 )
-@click.option("--dry-run", is_flag=True, help="Show the differences from the last uploaded version, and change nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show the differences from the last uploaded version, and change nothing."
+)
 @click.option("--token-file", type=click.Path(path_type=Path), help="File that holds a bearer token; or set KFP_TOKEN.")
 @click.option(
     "--cookies-file", type=click.Path(path_type=Path), help="File that holds session cookies; or set KFP_COOKIES."
 )
-@click.option("--ca-bundle", type=click.Path(path_type=Path, exists=True), help="PEM file with the CA certificate of the server.")
+@click.option(
+    "--ca-bundle", type=click.Path(path_type=Path, exists=True), help="PEM file with the CA certificate of the server."
+)
 @click.option(
     "--kube-context",
     metavar="NAME",

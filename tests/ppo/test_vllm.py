@@ -61,5 +61,5 @@ def test_failed_weight_sync_stops_the_run(folder: Path, monkeypatch: pytest.Monk
     from components.rlhf.rollout import vllm as module
 
     monkeypatch.setattr(module, "_pack_heads", lambda model: None)  # the effect of a plain reload of a tied head
-    with pytest.raises(InputError, match="The sync of version 1 did not take"):
+    with pytest.raises(InputError, match=r"weights \(version 1\) do not match the trainer's"):
         scores_of(folder, "vllm")
