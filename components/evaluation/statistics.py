@@ -16,6 +16,10 @@ class Interval:
     low: float
     high: float
 
+    def named(self, name: str) -> dict[str, float]:
+        """The three numbers as metrics: name, name_low and name_high."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 def pairwise_wins(scores: Sequence[float], baseline_scores: Sequence[float]) -> Floats:
     """1 where the score is higher than the baseline's, 0 where it is lower, 0.5 for a tie: [N]."""

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from components.evaluation.compare import Comparison
-from components.evaluation.statistics import bootstrap_mean, distinct_2, pairwise_wins
+from components.evaluation.statistics import Interval, bootstrap_mean, distinct_2, pairwise_wins
 from components.rlhf.config.evaluation import EvaluationConfig, GateConfig
 from components.rlhf.data.records import Completion
 
@@ -31,26 +31,19 @@ def summarize(
     matched = matching_rows(sft.completions, ppo.completions)
     matched_wins = pairwise_wins(np.array(ppo.judge_scores)[matched], np.array(sft.judge_scores)[matched])
     # Without prompts whose two responses are equal in length and ending, the rate is unknown: 0.5 in [0, 1].
-    matched_rate = bootstrap_mean(matched_wins, **options) if len(matched_wins) else None
+    unknown = Interval(value=0.5, low=0.0, high=1.0)
+    matched_rate = bootstrap_mean(matched_wins, **options) if len(matched_wins) else unknown
     cut_rate = bootstrap_mean(pairwise_wins(ppo.cut_judge_scores, sft.cut_judge_scores), **options)
     kl = bootstrap_mean(np.array(comparison.kl), **options)
     numbers: dict[str, float] = {
         "num_prompts": len(comparison.prompts),
         "confidence": config.confidence,
-        "win_rate": win_rate.value,
-        "win_rate_low": win_rate.low,
-        "win_rate_high": win_rate.high,
+        **win_rate.named("win_rate"),
         "num_matched": len(matched_wins),
-        "win_rate_matched": matched_rate.value if matched_rate else 0.5,
-        "win_rate_matched_low": matched_rate.low if matched_rate else 0.0,
-        "win_rate_matched_high": matched_rate.high if matched_rate else 1.0,
-        "win_rate_cut": cut_rate.value,
-        "win_rate_cut_low": cut_rate.low,
-        "win_rate_cut_high": cut_rate.high,
+        **matched_rate.named("win_rate_matched"),
+        **cut_rate.named("win_rate_cut"),
         "reward_win_rate": float(pairwise_wins(ppo.rewards, sft.rewards).mean()),
-        "kl": kl.value,
-        "kl_low": kl.low,
-        "kl_high": kl.high,
+        **kl.named("kl"),
         **{f"{role}_accuracy": value for role, value in accuracy.items()},
     }
     for name, scored in (("sft", sft), ("ppo", ppo)):
