@@ -48,7 +48,7 @@ def update(
             for name in ("loss/policy", "loss/value", "actor/grad_norm", "critic/grad_norm"):
                 require_finite(
                     values[name],
-                    what=name,
+                    name=name,
                     step=iteration,
                     batch=f"epoch {epoch}, minibatch {start // per_minibatch}, responses {torch.cat(parts).tolist()}",
                     checkpoint=checkpoint,

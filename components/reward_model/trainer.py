@@ -122,7 +122,7 @@ class RewardModelTrainer:
         total, correct = self.group.sum(own).tolist()
         info = engine.step()
         for what, value in (("The loss", total), ("The gradient", info.grad_norm)):
-            require_finite(value, what=what, step=step, batch=f"pairs {indices}", checkpoint=self.checkpoints.latest)
+            require_finite(value, name=what, step=step, batch=f"pairs {indices}", checkpoint=self.checkpoints.latest)
         return {
             "train/loss": total,
             "train/accuracy": correct / len(pairs),

@@ -98,7 +98,7 @@ class SftTrainer:
         # No loss of training sees what the last step did to the weights; this one does.
         require_finite(
             loss,
-            what="The held-out loss",
+            name="The held-out loss",
             step=total,
             batch="all held-out demonstrations",
             checkpoint=self.checkpoints.latest,
@@ -124,7 +124,7 @@ class SftTrainer:
         info = engine.step()
         for what, value in (("The loss", total), ("The gradient", info.grad_norm)):
             require_finite(
-                value, what=what, step=step, batch=f"demonstrations {indices}", checkpoint=self.checkpoints.latest
+                value, name=what, step=step, batch=f"demonstrations {indices}", checkpoint=self.checkpoints.latest
             )
         return {"train/loss": total, "train/grad_norm": info.grad_norm, "train/learning_rate": info.learning_rate}
 

@@ -387,7 +387,7 @@ BAD: dict[str, tuple[Callable[[Path, dict[str, Any]], None], str]] = {
     ),
     "no tokens in it": (
         spoil("demos", 4, b'{"prompt": "\\ud800", "completion": "c"}'),
-        "{folder}/demos.jsonl:4 is not JSON (half of a UTF-16 surrogate pair, \\ud800 to \\udfff); each line must be one object.",
+        "{folder}/demos.jsonl:4 is not JSON (it contains a lone UTF-16 surrogate, \\ud800 to \\udfff); each line must be one object.",
     ),
     "less than 80% usable": (
         mostly_empty,

@@ -1,12 +1,12 @@
-"""The one exception whose message is meant for the person who runs a stage."""
+"""The exception whose message is written for the user."""
 
 import math
 
 
 class InputError(Exception):
-    """What is wrong, where, and what to do, in one sentence. Programs print it without a traceback and exit 1.
+    """An error that the user can fix; the message says what, where and what to do. Programs print it without a traceback and exit 1.
 
-    It may quote names and values from outside: whatever would break a line or steer a terminal is written as an escape.
+    The message may quote untrusted names and values: characters that break a line or control a terminal are escaped.
     """
 
     def __str__(self) -> str:
@@ -14,10 +14,10 @@ class InputError(Exception):
         return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def require_finite(value: float, *, what: str, step: int, batch: str, checkpoint: object) -> None:
-    """Raise InputError when a loss, a reward or a gradient is nan or infinite. batch says which records it came from."""
+def require_finite(value: float, *, name: str, step: int, batch: str, checkpoint: object) -> None:
+    """Raise InputError if a loss, reward or gradient is nan or infinite. name and batch identify it in the message."""
     if not math.isfinite(value):
-        last = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
+        saved = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
         raise InputError(
-            f"{what} is {value} at step {step} ({batch}); {last}. Lower the learning rate, or look at these records."
+            f"{name} is {value} at step {step} ({batch}); {saved}. Lower the learning rate, or inspect these records."
         )

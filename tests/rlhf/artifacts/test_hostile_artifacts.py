@@ -161,7 +161,7 @@ def test_a_manifest_of_millions_of_files_is_refused_in_a_moment(artifact: Path) 
 def test_two_files_of_one_name_in_the_manifest(artifact: Path) -> None:
     text = (artifact / MANIFEST).read_text(encoding="utf-8")
     (artifact / MANIFEST).write_text(text.replace('"sub/b.txt"', '"a.txt"'), encoding="utf-8")
-    with pytest.raises(InputError, match="the key 'a.txt' stands there twice"):
+    with pytest.raises(InputError, match="the key 'a.txt' is duplicated"):
         open_artifact(artifact, "prompts")
 
 

@@ -167,15 +167,15 @@ def test_a_value_out_of_range_is_named(path: str, value: object, said: str) -> N
     ("path", "value", "said"),
     [
         ("ppo.minibatch", 24, "ppo: minibatch is 24, which does not divide the rollout batch of 64"),
-        ("ppo.patience", 2, "ppo: patience needs looks at the validation prompts; set eval_every above 0."),
-        ("ppo.dual_clip", 1.0, "ppo: dual_clip is 1.0; a bound of the loss must be above 1."),
+        ("ppo.patience", 2, "ppo: patience counts evaluations on the validation prompts; set eval_every above 0."),
+        ("ppo.dual_clip", 1.0, "ppo: dual_clip is 1.0, but must be above 1."),
         ("ppo.clip_range_high", 0.1, "ppo: clip_range_high is below clip_range"),
         ("ppo.importance_clip", [5, 0.5], "ppo: importance_clip is [5.0, 0.5], with the lower bound above the upper"),
         ("ppo.rollout.sampling.min_new_tokens", 65, "ppo.rollout.sampling: min_new_tokens is 65, more than"),
         (
             "ppo",
             {"training": {"engine": "deepspeed", "zero_stage": 3}, "critic": {"trains": "head"}},
-            "the parameters: zero_stage 3 shards the weights of each model, and critic.trains: head lets models share them",
+            "the parameters: zero_stage 3 shards the weights of each model, but critic.trains: head lets models share weights",
         ),
         ("sft.training", {"offload_optimizer": True}, "sft.training: offload_optimizer needs the engine deepspeed"),
         (
@@ -188,8 +188,8 @@ def test_a_value_out_of_range_is_named(path: str, value: object, said: str) -> N
             {"engine": "vllm", "vllm": {"tensor_parallel_size": 2}},
             "ppo: rollout.vllm.tensor_parallel_size is 2",
         ),
-        ("data.max_tokens", 512, "the parameters: data.max_prompt_tokens leaves no room for a completion"),
-        ("data.demonstrations", None, "the parameters: data.demonstrations is missing; name a source, or"),
+        ("data.max_tokens", 512, "the parameters: data.max_prompt_tokens leaves no tokens for a completion"),
+        ("data.demonstrations", None, "the parameters: data.demonstrations is missing; set it, or"),
     ],
 )
 def test_contradictions_are_named(path: str, value: object, said: str) -> None:

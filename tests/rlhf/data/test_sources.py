@@ -98,7 +98,7 @@ def test_not_an_object(write: Write, content: bytes, kind: str) -> None:
 def test_half_a_surrogate_pair(write: Write, half: bytes) -> None:
     """No tokenizer takes it, and no file in UTF-8."""
     path = write(b'{"prompt": "a"}\n{"messages": [{"content": "' + half + b'"}]}\n')
-    assert refusal(path).startswith(f"{path}:2 is not JSON (half of a UTF-16 surrogate pair, \\ud800 to \\udfff)")
+    assert refusal(path).startswith(f"{path}:2 is not JSON (it contains a lone UTF-16 surrogate, \\ud800 to \\udfff)")
 
 
 @pytest.mark.parametrize("content", [b"1" * 5000, b"[" * 100_000], ids=["digits", "brackets"])

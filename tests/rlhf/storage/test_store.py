@@ -134,7 +134,7 @@ def test_no_such_store(uri: str) -> None:
     ("config", "sentence"),
     [
         ({"endpoint_url": "localhost:9000"}, "write it as http://HOST:PORT"),
-        ({"endpoint_url": "http://key:secret@host"}, "credentials do not belong here"),
+        ({"endpoint_url": "http://key:secret@host"}, "credentials are not allowed in settings"),
         ({"checkpoint_uri": "gs://bucket"}, "write s3://BUCKET/PREFIX or a folder"),
         ({"publish_uri": "s3://"}, "write s3://BUCKET/PREFIX or a folder"),
     ],
