@@ -22,14 +22,14 @@ def main(model_path: Path, settings: str, tracking: str, storage: str, executor_
         storage=storage,
     ) as run:
         from components.import_model.importer import import_model
-        from components.rlhf.artifacts.directory import writing
+        from components.rlhf.artifacts.directory import atomic_directory
         from components.rlhf.artifacts.manifest import write_manifest
         from components.rlhf.data.tokenizer import chat_template_digest, tokenizer_digest
         from components.rlhf.storage.copy import local_copy
 
         run.progress.log(f"importing {run.config.source} as {run.config.kind}")
         source = run.config.source
-        with local_copy(source, run.storage, run.progress.log) as local, writing(model_path) as draft:
+        with local_copy(source, run.storage, run.progress.log) as local, atomic_directory(model_path) as draft:
             tokenizer, facts = import_model(run.config.model_copy(update={"source": local}), draft)
             facts["source"] = source
             manifest = write_manifest(

@@ -283,7 +283,7 @@ def test_ones_own_artifact_that_was_altered(tiny_model: Path, tmp_path: Path) ->
     imported(tiny_model, own, "sft_model")
     (own / "config.json").write_text((own / "config.json").read_text(encoding="utf-8") + " ", encoding="utf-8")
     assert refusal(own, tmp_path / "out", "sft_model") == (
-        f"{own / 'config.json'} is not what its manifest says (sha256 differs); make the artifact again."
+        f"{own / 'config.json'} does not match its manifest (sha256 differs); create the artifact again."
     )
 
 
@@ -291,7 +291,7 @@ def test_ones_own_artifact_of_another_kind(tiny_model: Path, tmp_path: Path) -> 
     own = tmp_path / "own"
     imported(tiny_model, own, "sft_model")
     assert refusal(own, tmp_path / "out", "base_model") == (
-        f"{own} is a sft_model, but a base_model is needed here; pass the right artifact."
+        f"{own} is a sft_model, expected a base_model; pass the right artifact."
     )
 
 

@@ -15,7 +15,7 @@ from components.rlhf.config.params import Params
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.strict_json import parse_json
 from pipelines.settings import dump_yaml, load_params
-from tests.support.hostile_input import one_sentence
+from tests.support.hostile_input import result_or_refusal
 
 FOLDER = Path(__file__).resolve().parents[2] / "pipelines/params"
 TINY, LARGE = (FOLDER / name for name in ("tiny.yaml", "llama3_8b_8gpu.yaml"))
@@ -52,7 +52,7 @@ def read(text: bytes, folder: Path, *overrides: str) -> Params | None:
     """The params, or None where one sentence refuses them; what is read can be written, and is the same again."""
     path = folder / "params.yaml"
     path.write_bytes(text)
-    params: Params | None = one_sentence(lambda: load_params(path, overrides))
+    params: Params | None = result_or_refusal(lambda: load_params(path, overrides))
     if params is not None:
         parse_json(params.canonical_json())
         path.write_text(dump_yaml(params), encoding="utf-8")
@@ -109,7 +109,7 @@ def test_any_override(tmp_path: Path, text: str, key: str) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(GOOD, encoding="utf-8")
     for override in (f"{key}={text}", text):
-        one_sentence(lambda override=override: load_params(path, [override]))
+        result_or_refusal(lambda override=override: load_params(path, [override]))
 
 
 def refusal(tmp_path: Path, text: str | bytes) -> str:
@@ -117,7 +117,7 @@ def refusal(tmp_path: Path, text: str | bytes) -> str:
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     with pytest.raises(InputError) as caught:
         load_params(path)
-    one_sentence(lambda: load_params(path))
+    result_or_refusal(lambda: load_params(path))
     return str(caught.value).removeprefix(str(path))
 
 

@@ -445,9 +445,7 @@ def test_bad_data_in_a_process_of_its_own(base: Path, tmp_path: Path) -> None:
 def test_an_artifact_of_the_wrong_kind(good: Path, tmp_path: Path) -> None:
     done = call(good / "prompts", tmp_path / "out", write_sources(tmp_path))
     assert done.exit_code == 1
-    assert done.stderr == (
-        f"error: {good / 'prompts'} is a prompts, but a base_model is needed here; pass the right artifact.\n"
-    )
+    assert done.stderr == (f"error: {good / 'prompts'} is a prompts, expected a base_model; pass the right artifact.\n")
     assert is_empty(tmp_path / "out")
 
 
@@ -460,7 +458,7 @@ def test_an_artifact_that_was_altered(base: Path, tmp_path: Path) -> None:
     done = call(copy, tmp_path / "out", write_sources(tmp_path))
     assert done.exit_code == 1
     assert done.stderr == (
-        f"error: {copy / 'model.safetensors'} is not what its manifest says (sha256 differs); make the artifact again.\n"
+        f"error: {copy / 'model.safetensors'} does not match its manifest (sha256 differs); create the artifact again.\n"
     )
     assert is_empty(tmp_path / "out")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import click
 from pydantic import ValidationError
 
-from components.rlhf.artifacts.directory import writing
+from components.rlhf.artifacts.directory import atomic_directory
 from components.rlhf.artifacts.manifest import MANIFEST, Manifest, write_manifest
 from components.rlhf.checkpoints.stop_signal import StopSignal
 from components.rlhf.config.base import BaseConfig
@@ -96,10 +96,10 @@ class StageRun(Generic[S]):
         """
         if rank() > 0:
             return
-        with writing(path) as draft:
-            fill(draft)
+        with atomic_directory(path) as folder:
+            fill(folder)
             manifest = write_manifest(
-                draft,
+                folder,
                 kind=kind,
                 settings=self.settings_text,
                 parents={role: parent.digest for role, parent in parents.items()},

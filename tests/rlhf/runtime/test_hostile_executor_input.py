@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from components.rlhf.runtime.executor import input_uri, output_uri, write_executor_output
 from components.rlhf.text.errors import InputError
-from tests.support.hostile_input import one_sentence
+from tests.support.hostile_input import result_or_refusal
 
 FUZZ = settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
@@ -53,9 +53,9 @@ def test_anything_in_any_place(tmp_path: Path, data: st.DataObject) -> None:
         del holder[way[-1]]
     text = json.dumps(content)
 
-    one_sentence(lambda: write_executor_output(text, {}))
+    result_or_refusal(lambda: write_executor_output(text, {}))
     for read, name in ((input_uri, "policy"), (output_uri, "model")):
-        uri = one_sentence(lambda read=read, name=name: read(text, name))
+        uri = result_or_refusal(lambda read=read, name=name: read(text, name))
         assert uri is None or isinstance(uri, str)
     assert not list(tmp_path.rglob("*.writing"))
 
@@ -63,7 +63,7 @@ def test_anything_in_any_place(tmp_path: Path, data: st.DataObject) -> None:
 @FUZZ
 @given(st.text() | st.just("[" * 100_000))
 def test_any_text(text: str) -> None:
-    assert one_sentence(lambda: write_executor_output(text, {})) is None
+    assert result_or_refusal(lambda: write_executor_output(text, {})) is None
 
 
 @pytest.mark.parametrize("name", ["", "a\0b", 5, None, [], "a\nb"])

@@ -1,7 +1,7 @@
 from components.rlhf.text.errors import InputError
 
 
-def test_a_message_is_one_line_that_steers_no_terminal() -> None:
+def test_message_is_one_line_without_control_characters() -> None:
     assert (
         str(InputError("a\nb\x1b[2J is no file; Prüfung 漢字 stays")) == "a\\nb\\x1b[2J is no file; Prüfung 漢字 stays"
     )

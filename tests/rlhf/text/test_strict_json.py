@@ -1,4 +1,4 @@
-"""Any text is a JSON value or one error; what parsers disagree on is refused."""
+"""Any text is parsed or refused with one type of error; JSON that parsers disagree on is refused."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.rlhf.text.strict_json import NotJsonError, parse_json
-from tests.support.hostile_input import one_sentence
+from tests.support.hostile_input import result_or_refusal
 
 VALUES = st.recursive(
     st.none()
@@ -23,19 +23,19 @@ VALUES = st.recursive(
 
 @settings(max_examples=1000, deadline=None)
 @given(st.text(st.characters()) | st.binary() | VALUES.map(json.dumps) | st.text('{}[]",:0123456789eE+-\\ud8NaIty '))
-def test_any_text_is_a_value_or_one_error(text: str | bytes) -> None:
-    value = one_sentence(lambda: parse_json(text), NotJsonError)
+def test_any_text_is_parsed_or_refused(text: str | bytes) -> None:
+    value = result_or_refusal(lambda: parse_json(text), NotJsonError)
     assert value is None or parse_json(json.dumps(value, ensure_ascii=False)) == value
 
 
 @settings(max_examples=500, deadline=None)
 @given(VALUES)
-def test_what_is_json_is_read(value: Any) -> None:
+def test_valid_json_is_parsed(value: Any) -> None:
     assert parse_json(json.dumps(value)) == value
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('{"a": 1, "a": 2}', "the key 'a' is duplicated"),
         ('[{"x": {"b": 1, "b": 1}}]', "the key 'b' is duplicated"),
@@ -51,7 +51,7 @@ def test_what_is_json_is_read(value: Any) -> None:
         ("{\n1", "Expecting property name enclosed in double quotes, line 2, column 1"),
     ],
 )  # fmt: skip
-def test_what_is_refused(text: str | bytes, said: str) -> None:
+def test_non_strict_json_is_refused(text: str | bytes, message: str) -> None:
     with pytest.raises(NotJsonError) as caught:
         parse_json(text)
-    assert str(caught.value) == said
+    assert str(caught.value) == message
