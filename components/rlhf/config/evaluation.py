@@ -23,7 +23,7 @@ class GateConfig(BaseConfig):
     min_win_rate: Fraction = 0.5
     """The lower bound of the win rate's confidence interval must be above this value."""
     max_kl: NonNegative = 10.0
-    """Largest KL divergence from the SFT model, in nats per sequence."""
+    """Maximum KL divergence from the SFT model, in nats per sequence."""
 
 
 class EvaluationStageConfig(BaseConfig):

@@ -80,7 +80,7 @@ class TrainingConfig(BaseConfig):
         return self
 
 
-def reject_zero3_with_shared_weights(model: ModelConfig, training: TrainingConfig, *, head_only: bool = False) -> None:
+def check_zero3_compatibility(model: ModelConfig, training: TrainingConfig, *, head_only: bool = False) -> None:
     """Raise ValueError if ZeRO-3, which shards the weights of each model, is combined with weights that models share."""
     shares_weights = {"num_frozen_layers": model.num_frozen_layers > 0, "lora": model.lora is not None}
     sharing = [f"model.{name}" for name, is_set in shares_weights.items() if is_set]
@@ -100,7 +100,7 @@ class SamplingConfig(BaseConfig):
     max_new_tokens: PositiveInt = 64
     """Maximum length of a response in tokens; a response that reaches it without a stop token counts as truncated."""
     min_new_tokens: Count = 0
-    """Minimum length of a response in tokens: stop tokens are suppressed before it. max_new_tokens fixes the length."""
+    """Minimum length of a response in tokens, before which stop tokens are suppressed."""
     batch_size: PositiveInt = 64
     """Number of responses that are generated at once."""
 

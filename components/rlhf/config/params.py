@@ -9,7 +9,7 @@ from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.cluster import TRAINING_STAGES, ClusterConfig
 from components.rlhf.config.evaluation import EvaluationConfig, GateConfig
 from components.rlhf.config.judge import JudgeConfig
-from components.rlhf.config.model import ModelConfig, Seed, reject_zero3_with_shared_weights
+from components.rlhf.config.model import ModelConfig, Seed, check_zero3_compatibility
 from components.rlhf.config.ppo import PpoConfig
 from components.rlhf.config.prepare_data import DataConfig
 from components.rlhf.config.reward_model import RewardModelConfig
@@ -46,7 +46,7 @@ class Params(BaseConfig):
             raise ValueError("data.demonstrations is missing; set it, or set sft.use to your own model")
         for section in (self.sft, self.reward_model, self.ppo):
             head_only = isinstance(section, PpoConfig) and section.critic.trains == "head"
-            reject_zero3_with_shared_weights(self.model, section.training, head_only=head_only)
+            check_zero3_compatibility(self.model, section.training, head_only=head_only)
         if self.data.max_prompt_tokens >= self.data.max_tokens:
             raise ValueError("data.max_prompt_tokens leaves no tokens for a completion; raise data.max_tokens above it")
         return self

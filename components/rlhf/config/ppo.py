@@ -5,13 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from components.rlhf.config.base import BaseConfig, Count, Fraction, NonNegative, Positive, PositiveInt
-from components.rlhf.config.model import (
-    ModelConfig,
-    SamplingConfig,
-    Seed,
-    TrainingConfig,
-    reject_zero3_with_shared_weights,
-)
+from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, TrainingConfig, check_zero3_compatibility
 from components.rlhf.config.storage import CheckpointConfig
 
 
@@ -75,9 +69,9 @@ class PpoConfig(BaseConfig):
     missing_eos_penalty: NonNegative = 0.0
     """Penalty that is subtracted from the reward of a truncated response."""
     gamma: Fraction = 1.0
-    """Discount factor."""
+    """Discount factor, between 0 and 1."""
     gae_lambda: Fraction = 0.95
-    """Lambda of generalized advantage estimation (GAE)."""
+    """Lambda of generalized advantage estimation (GAE), between 0 and 1."""
     whiten_advantages: bool = True
     """Whiten advantages to mean 0 and variance 1 over the whole rollout batch."""
     clip_range: Fraction = 0.2
@@ -142,5 +136,5 @@ class PpoStageConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _require_unshared_weights(self) -> "PpoStageConfig":
-        reject_zero3_with_shared_weights(self.model, self.ppo.training, head_only=self.ppo.critic.trains == "head")
+        check_zero3_compatibility(self.model, self.ppo.training, head_only=self.ppo.critic.trains == "head")
         return self

@@ -5,13 +5,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from components.rlhf.config.base import BaseConfig, Count, Fraction, PositiveInt
-from components.rlhf.config.model import (
-    ModelConfig,
-    SamplingConfig,
-    Seed,
-    TrainingConfig,
-    reject_zero3_with_shared_weights,
-)
+from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, TrainingConfig, check_zero3_compatibility
 from components.rlhf.config.storage import CheckpointConfig
 
 
@@ -48,5 +42,5 @@ class RewardModelStageConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _require_unshared_weights(self) -> "RewardModelStageConfig":
-        reject_zero3_with_shared_weights(self.model, self.reward_model.training)
+        check_zero3_compatibility(self.model, self.reward_model.training)
         return self

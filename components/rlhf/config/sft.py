@@ -3,7 +3,7 @@
 from pydantic import model_validator
 
 from components.rlhf.config.base import BaseConfig, Count, PositiveInt
-from components.rlhf.config.model import ModelConfig, Seed, TrainingConfig, reject_zero3_with_shared_weights
+from components.rlhf.config.model import ModelConfig, Seed, TrainingConfig, check_zero3_compatibility
 from components.rlhf.config.storage import CheckpointConfig
 
 
@@ -29,5 +29,5 @@ class SftStageConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _require_unshared_weights(self) -> "SftStageConfig":
-        reject_zero3_with_shared_weights(self.model, self.sft.training)
+        check_zero3_compatibility(self.model, self.sft.training)
         return self

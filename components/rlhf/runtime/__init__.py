@@ -1,8 +1,8 @@
-"""What surrounds every stage program: options, config, tracking, errors, KFP's executor protocol, processes and memory.
+"""The frame of every stage program: options, tracking, errors, KFP's executor protocol, processes and memory.
 
 Rooms: artifacts, checkpoints, config, engine, storage, text, tracking.
 Packages: click, pydantic.
 Packages of launcher.py: torch.
 
-It knows nothing of models and losses.
+It is independent of models and losses.
 """

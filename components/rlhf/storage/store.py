@@ -20,27 +20,21 @@ class Store(Protocol):
 
     def list(self, prefix: str = "") -> dict[str, int]:
         """Sizes in bytes of all objects under prefix/, by key."""
-        ...
 
     def read(self, key: str, *, limit: int) -> bytes | None:
         """Read a small object; None if it does not exist. Raises InputError if it is longer than limit bytes."""
-        ...
 
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> bool:
         """Write a small object. With only_if_absent, return False without writing if it exists."""
-        ...
 
     def upload(self, file: Path, key: str) -> None:
         """Upload a file of any size."""
-        ...
 
     def download(self, key: str, file: Path) -> None:
         """Download an object of any size. Raises InputError if it does not exist or differs from what was uploaded."""
-        ...
 
     def delete(self, prefix: str) -> None:
         """Delete the object at prefix and all objects under prefix/."""
-        ...
 
 
 class FolderStore:
