@@ -53,9 +53,7 @@ def open_artifact(directory: Path, *kinds: str) -> Manifest:
             raise InputError(f"{directory} lacks {name}, which its manifest lists; create the artifact again.")
         if path.stat().st_size != entry.size or sha256_of(path) != entry.sha256:
             raise InputError(f"{path} does not match its manifest (sha256 differs); create the artifact again.")
-    if added := sorted(
-        files.keys() - manifest.files.keys()
-    ):  # a chat template, for example, would change what is loaded
+    if added := sorted(files.keys() - manifest.files.keys()):  # such as a chat template, which transformers would load
         raise InputError(f"{directory} contains {added[0]}, which its manifest does not list; delete that file.")
     return manifest
 

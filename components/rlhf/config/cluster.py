@@ -68,7 +68,7 @@ class Toleration(BaseConfig):
     """Effect of the taint; null matches every effect."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> "Toleration":
+    def _require_consistent_values(self) -> "Toleration":
         if self.operator == "Exists" and self.value is not None:
             raise ValueError("a toleration with a value needs the operator Equal")
         if self.operator == "Equal" and self.key is None:

@@ -51,12 +51,12 @@ class S3Store:
         events.register("after-call.s3.CompleteMultipartUpload", self._on_upload_completed)
 
     def list(self, prefix: str = "") -> dict[str, int]:
-        return self._retries.run("list", lambda: {key: size for key, size in self._objects(prefix) if key})
+        return self._retries.run("list", lambda: {key: size for key, size in self._list_objects(prefix) if key})
 
     def read(self, key: str, *, limit: int) -> bytes | None:
         def attempt() -> bytes | None:
             try:
-                response = self.client.get_object(Bucket=self.bucket, Key=self._full(key), ChecksumMode="ENABLED")
+                response = self.client.get_object(Bucket=self.bucket, Key=self._full_key(key), ChecksumMode="ENABLED")
             except Exception as error:
                 if is_code(error, "NoSuchKey"):
                     return None
@@ -75,7 +75,7 @@ class S3Store:
 
         def attempt() -> bool:
             self._require_bucket()
-            location = {"Bucket": self.bucket, "Key": self._full(key)}
+            location = {"Bucket": self.bucket, "Key": self._full_key(key)}
             try:
                 self.client.put_object(
                     **location, Body=data, ChecksumAlgorithm="CRC32", Metadata={WRITER: write_id}, **condition
@@ -90,7 +90,7 @@ class S3Store:
 
     def upload(self, file: Path, key: str) -> None:
         """Upload a file atomically, with its CRC32 as metadata."""
-        size, full = file.stat().st_size, self._full(key)
+        size, full = file.stat().st_size, self._full_key(key)
         extra = {"ChecksumAlgorithm": "CRC32", "Metadata": {CRC32: crc32_of(file)}}
 
         def attempt() -> None:
@@ -115,12 +115,12 @@ class S3Store:
     def download(self, key: str, file: Path) -> None:
         """Download an object atomically and verify its CRC32; a later call resumes an interrupted download."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        download_object(self.client, self.bucket, self._full(key), file, self._retries, self._log)
+        download_object(self.client, self.bucket, self._full_key(key), file, self._retries, self._log)
 
     def delete(self, prefix: str) -> None:
         def attempt() -> None:
-            full = self._full(prefix)
-            keys = [self._full(key) for key, _ in self._objects(prefix)]
+            full = self._full_key(prefix)
+            keys = [self._full_key(key) for key, _ in self._list_objects(prefix)]
             keys += [full] if full else []
             for start in range(0, len(keys), 1000):  # the server's limit for one request
                 batch = [{"Key": key} for key in keys[start : start + 1000]]
@@ -146,8 +146,8 @@ class S3Store:
                 raise
         self._bucket_exists = True
 
-    def _objects(self, prefix: str) -> Iterator[tuple[str, int]]:
-        start = self._full(prefix)
+    def _list_objects(self, prefix: str) -> Iterator[tuple[str, int]]:
+        start = self._full_key(prefix)
         for page in self.client.get_paginator("list_objects_v2").paginate(
             Bucket=self.bucket, Prefix=f"{start}/" if start else ""
         ):
@@ -157,11 +157,11 @@ class S3Store:
                     key = entry["Key"].removeprefix(f"{self.prefix}/" if self.prefix else "")
                     yield key, entry["Size"]
 
-    def _full(self, key: str) -> str:
+    def _full_key(self, key: str) -> str:
         return "/".join(part for part in (self.prefix, key.strip("/")) if part)
 
     def _uri(self, key: str) -> str:
-        return f"{PREFIX}{self.bucket}/{self._full(key)}"
+        return f"{PREFIX}{self.bucket}/{self._full_key(key)}"
 
     def _on_upload_created(self, parsed: dict[str, Any], **_: Any) -> None:
         if "UploadId" in parsed:

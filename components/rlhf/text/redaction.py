@@ -30,7 +30,7 @@ def redact(text: str) -> str:
 
 def redactor(environment: Mapping[str, str]) -> Callable[[str], str]:
     """Return redact() for the environment of another process."""
-    secrets = _pattern(tuple(sorted(set(find_secrets(environment).values()))))
+    secrets = _secrets_pattern(tuple(sorted(set(find_secrets(environment).values()))))
 
     def redact_text(text: str) -> str:
         if secrets:
@@ -103,7 +103,7 @@ def _encodings(secret: str) -> set[str]:
 
 
 @functools.lru_cache(maxsize=8)
-def _pattern(secrets: tuple[str, ...]) -> re.Pattern[str] | None:
+def _secrets_pattern(secrets: tuple[str, ...]) -> re.Pattern[str] | None:
     """Matches any encoding of any secret; the longest first, because one secret may start with another."""
     encodings = sorted({text for secret in secrets for text in _encodings(secret)}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, encodings))) if encodings else None

@@ -19,9 +19,9 @@ def parse_json(text: str | bytes) -> Any:
     try:
         value = json.loads(
             text if isinstance(text, str) else text.decode("utf-8"),
-            object_pairs_hook=_object,
-            parse_constant=_constant,
-            parse_float=_float,
+            object_pairs_hook=_require_unique_keys,
+            parse_constant=_reject_constant,
+            parse_float=_parse_float,
         )
     except UnicodeDecodeError as error:
         raise NotJsonError(f"not UTF-8, byte {error.start + 1}") from None
@@ -56,7 +56,7 @@ def parse_json_as(validator: Validator[T_co], text: str | bytes) -> T_co:
         raise NotJsonError(f"{location!a}: {problem['msg']}" if location else str(problem["msg"])) from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _require_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -65,11 +65,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _constant(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise NotJsonError(f"{name} is not a JSON number")
 
 
-def _float(text: str) -> float:
+def _parse_float(text: str) -> float:
     value = float(text)
     if math.isinf(value):
         raise NotJsonError(f"the number {text[:40]} is too large")

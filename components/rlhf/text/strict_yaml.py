@@ -36,13 +36,13 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise NotYamlError(_readable(problem), mark.line + 1 if mark else 0) from None
+        raise NotYamlError(_one_line(problem), mark.line + 1 if mark else 0) from None
     except RecursionError:
         raise NotYamlError("it is nested too deeply") from None
     except NotYamlError:
         raise
     except (ValueError, OverflowError) as error:  # an invalid date or number, or one with thousands of digits
-        raise NotYamlError(_readable(str(error))) from None
+        raise NotYamlError(_one_line(str(error))) from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -80,6 +80,6 @@ def _require_printable(node: yaml.ScalarNode) -> None:
         raise NotYamlError(f"a value contains the character {unprintable!a}", node.start_mark.line + 1)
 
 
-def _readable(text: str) -> str:
+def _one_line(text: str) -> str:
     text = " ".join(text.split())[:200]
     return text if text.isprintable() else ascii(text)[1:-1]

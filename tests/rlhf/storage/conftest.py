@@ -24,7 +24,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
 
 @pytest.fixture
 def s3(server: SeaweedFS, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Open:
-    """s3(**settings) opens a store with a prefix of its own for each test; bucket= and log= may be passed too."""
+    """s3(**settings) opens a store with one prefix per test; bucket= and log= may be passed too."""
     for name, value in credentials().items():
         monkeypatch.setenv(name, value)
     prefix = "".join(c if c.isalnum() else "-" for c in request.node.name)
