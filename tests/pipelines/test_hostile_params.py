@@ -15,7 +15,7 @@ from components.rlhf.config.params import Params
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.strict_json import parse_json
 from pipelines.settings import dump_yaml, load_params
-from tests.support.hostile_input import one_sentence
+from tests.support.hostile_input import result_or_refusal
 
 FOLDER = Path(__file__).resolve().parents[2] / "pipelines/params"
 TINY, LARGE = (FOLDER / name for name in ("tiny.yaml", "llama3_8b_8gpu.yaml"))
@@ -52,7 +52,7 @@ def read(text: bytes, folder: Path, *overrides: str) -> Params | None:
     """The params, or None where one sentence refuses them; what is read can be written, and is the same again."""
     path = folder / "params.yaml"
     path.write_bytes(text)
-    params: Params | None = one_sentence(lambda: load_params(path, overrides))
+    params: Params | None = result_or_refusal(lambda: load_params(path, overrides))
     if params is not None:
         parse_json(params.canonical_json())
         path.write_text(dump_yaml(params), encoding="utf-8")
@@ -109,7 +109,7 @@ def test_any_override(tmp_path: Path, text: str, key: str) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(GOOD, encoding="utf-8")
     for override in (f"{key}={text}", text):
-        one_sentence(lambda override=override: load_params(path, [override]))
+        result_or_refusal(lambda override=override: load_params(path, [override]))
 
 
 def refusal(tmp_path: Path, text: str | bytes) -> str:
@@ -117,18 +117,18 @@ def refusal(tmp_path: Path, text: str | bytes) -> str:
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     with pytest.raises(InputError) as caught:
         load_params(path)
-    one_sentence(lambda: load_params(path))
+    result_or_refusal(lambda: load_params(path))
     return str(caught.value).removeprefix(str(path))
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ("seed: 1\nseed: 2\n", ":6 is not YAML (the key 'seed' stands there twice)."),
-        ("ppo: {kl_coef: 0.1, kl_coef: 0.2}\n", ":5 is not YAML (the key 'kl_coef' stands there twice)."),
-        ("preset: \"a\\0b\"\n", ":5 is not YAML (there is the character '\\x00' in a text)."),
-        ("preset: \"a\\nb\"\n", ":5 is not YAML (there is the character '\\n' in a text)."),
-        ("preset: &a [*a]\n", ":5 is not YAML (an alias holds itself)."),
+        ("seed: 1\nseed: 2\n", ":6 is not YAML (the key 'seed' is duplicated)."),
+        ("ppo: {kl_coef: 0.1, kl_coef: 0.2}\n", ":5 is not YAML (the key 'kl_coef' is duplicated)."),
+        ("preset: \"a\\0b\"\n", ":5 is not YAML (a value contains the character '\\x00')."),
+        ("preset: \"a\\nb\"\n", ":5 is not YAML (a value contains the character '\\n')."),
+        ("preset: &a [*a]\n", ":5 is not YAML (an alias contains itself)."),
         ("preset: 2020-13-45\n", " is not YAML (month must be in 1..12)."),
         ("preset: !!python/object/apply:os.system [id]\n", ":5 is not YAML (could not determine a constructor"),
         ("seed: .nan\n", ": seed is nan: input should be a finite number."),
@@ -173,7 +173,7 @@ BOMBS = {
 def test_a_bomb_is_refused_in_seconds(tmp_path: Path, name: str) -> None:
     started = time.monotonic()
     said = refusal(tmp_path, BOMBS[name])
-    assert "come to more than 50,000 values" in said or "nested too deep" in said or "longer than 1 MiB" in said
+    assert "expand to more than 50,000 values" in said or "nested too deeply" in said or "longer than 1 MiB" in said
     assert time.monotonic() - started < 60  # a second or two on an idle machine
 
 

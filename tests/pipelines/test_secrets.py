@@ -38,8 +38,8 @@ def refusal(*overrides: str) -> str:
 )
 def test_an_address_with_credentials(key: str, value: str) -> None:
     said = refusal(f"{key}={value}")
-    assert said.startswith(f"{TINY}: {key}: credentials do not belong here")
-    assert "by environment variables or files" in said
+    assert said.startswith(f"{TINY}: {key}: credentials are not allowed in settings")
+    assert "in environment variables or files" in said
     assert "hunter2" not in said
 
 
@@ -61,7 +61,7 @@ def test_addresses_without(override: str) -> None:
 @pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "WANDB_API_KEY"])
 def test_a_secret_among_the_variables_of_the_stages(name: str) -> None:
     said = refusal(f"cluster.environment={{{name}: hunter2}}")
-    assert said.startswith(f"{TINY}: cluster.environment: {name} is a secret by its name")
+    assert said.startswith(f"{TINY}: cluster.environment: {name} looks like a secret")
     assert "hunter2" not in said
 
 
@@ -73,7 +73,7 @@ def test_a_value_that_the_environment_keeps_as_a_secret(monkeypatch: pytest.Monk
 
 
 def test_a_stage_refuses_it_too() -> None:
-    with pytest.raises(InputError, match="Settings: uri: credentials do not belong here") as caught:
+    with pytest.raises(InputError, match="Settings: uri: credentials are not allowed in settings") as caught:
         parse_config(TrackingConfig, '{"uri": "https://someone:hunter2@mlflow.example.com"}')
     assert "hunter2" not in str(caught.value)
 
