@@ -45,19 +45,10 @@ def main(
     from components.rlhf.rewards.linear import load_judge
     from components.rlhf.runtime.executor import write_parameter
 
-    inputs = open_inputs(
-        sft_model=sft_model, policy_model=policy, reward_model=reward_model, judge=judge, prompts=prompts
-    )
+    compared = dict(sft_model=sft_model, reward_model=reward_model, judge=judge)
+    inputs = open_inputs(**compared, policy_model=policy, prompts=prompts)
     heldout_prompts = load_records(prompts, "heldout", Prompt)[: run.config.evaluation.num_prompts]
-    comparison = compare(
-        run.config,
-        heldout_prompts,
-        sft_model=sft_model,
-        policy=policy,
-        reward_model=reward_model,
-        judge=judge,
-        progress=run.progress,
-    )
+    comparison = compare(run.config, heldout_prompts, **compared, policy=policy, progress=run.progress)
     accuracies = {role: inputs[role].facts.get("heldout_accuracy") for role in ("judge", "reward_model")}
     accuracy = {role: float(value) for role, value in accuracies.items() if value is not None}
     numbers = summarize(comparison, run.config.evaluation, accuracy=accuracy, seed=run.config.seed)

@@ -27,9 +27,7 @@ def main(
     sft_model: Path,
     preferences: Path,
     prompts: Path,
-    model: Path,
-    metrics: Path,
-    summary: Path,
+    **writes: Path,
 ) -> None:
     from components.reward_model.evaluate import calibrate_and_measure
     from components.reward_model.trainer import RewardModelTrainer, as_markdown
@@ -59,7 +57,7 @@ def main(
         weights = trainer.weights()
     run.write_artifact(
         "model",
-        model,
+        writes["model"],
         lambda draft: save_model(trainer.model.lm, tokenizer, draft, dtype=trainer.dtype, weights=weights),
         kind="reward_model",
         parents=inputs,
@@ -72,8 +70,8 @@ def main(
         },
     )
     run.progress.log(f"accuracy on held-out human pairs: {numbers['heldout_accuracy']:.1%}")
-    run.write_report("summary", summary, as_markdown(numbers))
-    run.write_metrics(metrics, numbers)
+    run.write_report("summary", writes["summary"], as_markdown(numbers))
+    run.write_metrics(writes["metrics"], numbers)
 
 
 if __name__ == "__main__":
