@@ -153,7 +153,7 @@ class Secrets(BaseConfig):
 class ClusterConfig(BaseConfig):
     """What a cluster needs to know; a run on this machine heeds none of it but environment."""
 
-    launcher: Literal["local", "trainjob"] = "local"
+    launcher: Literal["local"] = "local"
     """local: a stage starts its processes itself, on one node."""
     stages: dict[str, str] = Field(default_factory=dict)
     """Profile of each stage that runs elsewhere than on default_profile: {ppo: gpu-80gb}."""
@@ -187,13 +187,6 @@ class ClusterConfig(BaseConfig):
     """Name that versions are uploaded under."""
     ui_url: str | None = None
     """Where people open Kubeflow Pipelines; null is the host that the run is submitted to."""
-
-    @field_validator("launcher")
-    @classmethod
-    def _launcher(cls, value: str) -> str:
-        if value != "local":
-            raise ValueError("trainjob is not built; choose local, which uses every GPU of one node")
-        return value
 
     @field_validator("environment")
     @classmethod
