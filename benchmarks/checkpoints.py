@@ -1,8 +1,9 @@
-"""What a checkpoint costs training: how long a step waits for it, and how long it takes to be written beside training.
+"""Measure how long training waits for a checkpoint, and how long writing it in the background takes.
 
-    python -m benchmarks.checkpoints            # a model of SmolLM2-135M's shape, all of it trained, AdamW, into a folder
+    python -m benchmarks.checkpoints
 
-A step is forward, backward and update on 8 rows of 32 tokens.
+The model has the shape of SmolLM2-135M; all layers are trained with AdamW, and checkpoints go to a folder. A step is forward,
+backward and update on 8 sequences of 32 tokens.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.record import machine
+from benchmarks.record import describe_machine
 from components.rlhf.checkpoints.manager import CheckpointManager
 from components.rlhf.config.model import TrainingConfig
 from components.rlhf.config.storage import CheckpointConfig
@@ -29,8 +30,8 @@ SHAPE = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where checkpoints go; a temporary folder without it")
+    parser.add_argument("--repeats", type=int, default=5, help="number of checkpoints to measure")
+    parser.add_argument("--folder", type=Path, help="folder for the checkpoints; default a temporary folder")
     options = parser.parse_args()
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE))
@@ -43,36 +44,36 @@ def main() -> None:
         engine.step()
         return time.monotonic() - started
 
-    times: dict[str, list[float]] = {"alone": [], "stall": [], "beside": [], "written": []}
+    times: dict[str, list[float]] = {"alone": [], "stall": [], "during": [], "written": []}
     for number in range(options.repeats + 1):
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             checkpoints = CheckpointManager(FolderStore(Path(folder)), "benchmark", CheckpointConfig())
-            measured = _once(step, checkpoints, {"actor": engine})
-        if number > 0:  # the first also makes the optimiser's moments and warms up
+            measured = _measure(step, checkpoints, {"actor": engine})
+        if number > 0:  # the first one also allocates the optimizer state and warms up
             for name, values in measured.items():
                 times[name] += values
     size = sum(x.nbytes for x in engine.snapshot().values()) / 1e9
-    print(f"{size:.2f} GB of weights and moments, {options.repeats} checkpoints; {machine()}.\n")
+    print(f"{size:.2f} GB of weights and optimizer state, {options.repeats} checkpoints; {describe_machine()}.\n")
     print("| | seconds, median (range) |\n|---|---:|")
-    print(f"| a step without a checkpoint | {_spread(times['alone'])} |")
-    print(f"| what training waits for a checkpoint | {_spread(times['stall'])} |")
-    print(f"| a step while one is written | {_spread(times['beside'])} |")
-    print(f"| until it is complete, training beside it | {_spread(times['written'])} |")
+    print(f"| a step without a checkpoint | {_median_and_range(times['alone'])} |")
+    print(f"| training blocked by a checkpoint | {_median_and_range(times['stall'])} |")
+    print(f"| a step while a checkpoint is written | {_median_and_range(times['during'])} |")
+    print(f"| until the checkpoint is complete, with training in parallel | {_median_and_range(times['written'])} |")
 
 
-def _once(step, checkpoints: CheckpointManager, engines) -> dict[str, list[float]]:
+def _measure(step, checkpoints: CheckpointManager, engines) -> dict[str, list[float]]:
     alone = [step() for _ in range(4)]
     started = time.monotonic()
     checkpoints.save(1, engines, {})
     stall = time.monotonic() - started
-    beside = []
+    during = []
     while checkpoints.latest is None:
-        beside.append(step())
+        during.append(step())
     written = time.monotonic() - started
-    return {"alone": alone, "stall": [stall], "beside": beside, "written": [written]}
+    return {"alone": alone, "stall": [stall], "during": during, "written": [written]}
 
 
-def _spread(values: list[float]) -> str:
+def _median_and_range(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 

@@ -1,8 +1,8 @@
-"""Change one setting of a finished run and measure what it does: `python -m benchmarks.effects RUN [NAME ...]`.
+"""Change one setting of a finished run and measure the effect: `python -m benchmarks.effects RUN [NAME ...]`.
 
-RUN is a run directory (`make run ARGS="--out runs/base"`). Each change of CHANGES that belongs to the run's preset starts again
-from the first stage whose settings it alters, with the stage programs that containers start, and keeps the run's own artifacts
-for everything before. One row a change is appended to benchmarks/movie_effects.jsonl; what has a row already is not run again.
+RUN is a run directory (`make run ARGS="--out runs/base"`). Each change of CHANGES for the preset of the run reruns the first stage
+whose settings it alters and all later ones, with the stage programs that containers start, and reuses the artifacts of the run for
+the stages before. One row per change is appended to benchmarks/movie_effects.jsonl; changes that have a row are not run again.
 """
 
 import sys
@@ -11,14 +11,14 @@ from typing import Any
 
 import click
 
-from benchmarks.record import ROOT, append, command_digest, machine, rewrite, rows_of
+from benchmarks.record import ROOT, append_row, describe_machine, read_rows, replace_section, settings_digest
 from benchmarks.stages import rerun, stages_to_run
 from components.rlhf.artifacts.revision import code_revision
 from pipelines.settings import load_params
 
 ROWS = ROOT / "benchmarks" / "movie_effects.jsonl"
 LOG = ROOT / "benchmarks" / "LOG.md"
-AS_IT_IS = "as it is"
+BASELINE = "baseline"
 CHANGES: dict[str, dict[str, list[str]]] = {
     "quick": {
         "no warm-up": ["ppo.training.warmup_fraction=0"],
@@ -26,8 +26,8 @@ CHANGES: dict[str, dict[str, list[str]]] = {
         "twice the actor's learning rate": ["ppo.training.learning_rate=2e-4"],
         "KL coefficient 0.10": ["ppo.kl_coef=0.10"],
         "KL coefficient 0.25": ["ppo.kl_coef=0.25"],
-        "far too small a KL coefficient": ["ppo.kl_coef=0.001", "ppo.num_iterations=45"],
-        "the same with a reward model of 10 steps": [
+        "KL coefficient 0.001": ["ppo.kl_coef=0.001", "ppo.num_iterations=45"],
+        "KL coefficient 0.001, reward model of 10 steps": [
             "reward_model.max_steps=10",
             "ppo.kl_coef=0.001",
             "ppo.num_iterations=30",
@@ -36,7 +36,7 @@ CHANGES: dict[str, dict[str, list[str]]] = {
         "critic trains its layers": ["ppo.critic.trains=layers", "ppo.critic.learning_rate=1e-4"],
         "half the rollout batch": ["ppo.rollout.num_prompts=32", "ppo.minibatch=16"],
         "temperature 1": ["ppo.rollout.sampling.temperature=1.0", "ppo.kl_coef=0.05"],
-        "one epoch a rollout": ["ppo.num_epochs=1"],
+        "one epoch per rollout": ["ppo.num_epochs=1"],
         "twice the reward model's steps": ["reward_model.max_steps=180"],
         "longer responses (24 tokens)": [
             "ppo.rollout.sampling.min_new_tokens=24",
@@ -46,20 +46,20 @@ CHANGES: dict[str, dict[str, list[str]]] = {
     },
     "full": {
         "missing-EOS penalty 1": ["ppo.missing_eos_penalty=1"],
-        "reward model on whole texts alone": ["reward_model.prefix_loss=0"],
+        "reward model on whole texts only": ["reward_model.prefix_loss=0"],
         "adaptive KL, target 4": ["ppo.kl_target=4", "ppo.kl_horizon=500"],
     },
 }
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
-    """One line a change, the run as it is first."""
+    """One line per change, with the unchanged run first."""
     lines = [
-        "| change | settings | judge prefers PPO | at equal length | KL | reward's gain | distinct-2 of SFT's | ends by itself, SFT to PPO "
-        "| clipped in iteration 1 | seconds of PPO |",
+        "| change | settings | win rate (judge) | win rate at equal length | KL to SFT | reward gain | distinct-2, PPO / SFT "
+        "| EOS rate, SFT to PPO | clip fraction of iteration 1 | seconds of PPO |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in sorted(rows, key=lambda row: row["change"] != AS_IT_IS):
+    for row in sorted(rows, key=lambda row: row["change"] != BASELINE):
         n, history = row["evaluation"], row["history"]
         seconds = sum(
             value for iteration in history for name, value in iteration.items() if name.startswith("seconds/")
@@ -76,28 +76,32 @@ def as_table(rows: list[dict[str, Any]]) -> str:
 @click.command(help=__doc__)
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("names", nargs=-1)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/effects"), help="Where the stages write.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/effects"), help="Folder for the outputs of the stages."
+)
 def main(run: Path, names: tuple[str, ...], out: Path) -> None:
     if not (run / "summary.json").is_file():
-        sys.exit(f"{run} is not the directory of a finished run; it has no summary.json")
+        sys.exit(f"{run} has no summary.json; expected the directory of a finished run")
     before = load_params(run / "params.yaml")
     changes = CHANGES.get(before.preset, {})
-    unknown = [name for name in names if name not in (AS_IT_IS, *changes)]
+    unknown = [name for name in names if name not in (BASELINE, *changes)]
     if unknown:
-        sys.exit(f"no change is called {unknown[0]!r}; preset {before.preset} has: {'; '.join(changes) or 'none'}")
-    same_run = {"preset": before.preset, "seed": before.seed, "base_digest": command_digest(before)}
-    for name in names or (AS_IT_IS, *changes):
+        sys.exit(f"unknown change {unknown[0]!r}; preset {before.preset} has: {'; '.join(changes) or 'none'}")
+    same_run = {"preset": before.preset, "seed": before.seed, "base_digest": settings_digest(before)}
+    for name in names or (BASELINE, *changes):
         overrides = changes.get(name, [])
         params = load_params(run / "params.yaml", overrides)
-        key = same_run | {"change": name, "settings_digest": command_digest(params)}
-        if any(key.items() <= row.items() for row in rows_of(ROWS)):
-            print(f"{name}: measured already")
+        key = same_run | {"change": name, "settings_digest": settings_digest(params)}
+        if any(key.items() <= row.items() for row in read_rows(ROWS)):
+            print(f"{name}: already measured")
             continue
         stages = stages_to_run(before, params)
         found = rerun(run, params, stages, out / f"{params.preset}-{params.seed}-{name.replace(' ', '-')}")
         del found["training"], found["samples"]
-        append(ROWS, key | {"settings": overrides, "revision": code_revision(), "machine": machine()} | found)
-    rewrite(LOG, before.preset, as_table([row for row in rows_of(ROWS) if same_run.items() <= row.items()]))
+        append_row(
+            ROWS, key | {"settings": overrides, "revision": code_revision(), "machine": describe_machine()} | found
+        )
+    replace_section(LOG, before.preset, as_table([row for row in read_rows(ROWS) if same_run.items() <= row.items()]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What only a GPU can show: memory and speed of training, weight sync, and a colocated vLLM: `python -m benchmarks.gpu`.
+"""Measure training, weight sync and a colocated vLLM on one GPU: `python -m benchmarks.gpu`.
 
-The model is random, of the shape of Llama with half a billion parameters, so nothing is fetched. Each table is printed with
-the date, the device and the versions. Without a CUDA device it says so and ends.
+The model is a randomly initialized Llama with half a billion parameters, so nothing is downloaded. The tables are printed with
+the date, the device and the package versions. Without a CUDA device nothing is measured.
 """
 
 import datetime
@@ -37,7 +37,7 @@ SEQUENCES, LENGTH = 8, 1024
 
 def main() -> None:
     if not torch.cuda.is_available():
-        print("no CUDA device here: nothing measured")
+        print("no CUDA device found; nothing was measured")
         return
     print(f"{datetime.date.today()}, {torch.cuda.get_device_name()}, {versions()}\n")
     with tempfile.TemporaryDirectory() as folder:
@@ -75,17 +75,21 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def a_batch() -> TokenBatch:
+def make_batch() -> TokenBatch:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 200, (SEQUENCES, LENGTH), generator=generator).tolist()
     return collate([row[:16] for row in ids], [row[16:] for row in ids]).to(torch.device("cuda"))
 
 
 def training_table(model: Path) -> None:
-    """bf16 with fp32 masters costs 16 bytes a parameter with AdamW: weights 2 or 4, gradients 4, masters 4, moments 8."""
+    """Print memory and speed of training steps.
+
+    With AdamW, bf16 with fp32 master weights takes about 16 bytes per parameter: gradients 4, master weights 4, moments 8,
+    and the bf16 copy of the weights where there is one.
+    """
     print(f"## Training steps on {SEQUENCES} x {LENGTH} tokens, bf16\n")
     print(
-        "| engine | checkpointing | seconds a step | GiB at the peak | bytes a parameter between steps | loss after 5 steps |"
+        "| engine | gradient checkpointing | seconds per step | peak GiB | bytes per parameter between steps | loss after 5 steps |"
     )
     print("|---|---|---:|---:|---:|---:|")
     for changes in (
@@ -101,11 +105,11 @@ def training_table(model: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """A few optimiser steps on one batch."""
+    """Measurements of a few optimizer steps on one batch."""
 
     losses: list[float]
     seconds: list[float]
-    peak_bytes: int  # above what was held before
+    peak_bytes: int  # in addition to what was allocated before
     bytes_between_steps: int
     num_parameters: int
 
@@ -120,7 +124,7 @@ def train(model: Path, training: TrainingConfig) -> Steps:
     actor = Actor(lm.to("cuda"), num_frozen_layers=0, dtype=torch.bfloat16)
     num_parameters = sum(parameter.numel() for parameter in actor.parameters())
     engine = create_engine(actor, training, num_steps=10, group=SINGLE_PROCESS, dtype=torch.bfloat16)
-    batch = a_batch()
+    batch = make_batch()
     losses, seconds = [], []
     for _ in range(5):
         torch.cuda.synchronize()
@@ -151,7 +155,7 @@ def training_row(model: Path, training: TrainingConfig) -> str:
 
 
 def sync_table(model: Path) -> None:
-    """A colocated vLLM: what a sync moves a second, and what sleep gives back to the updates."""
+    """Print the throughput of a colocated vLLM and of its weight sync, and the memory that it frees while asleep."""
     from components.rlhf.rollout.vllm import VllmRolloutEngine
 
     lm = load_causal_lm(model, num_frozen_layers=0, dtype=torch.bfloat16, trainable=False).to("cuda")
@@ -169,14 +173,14 @@ def sync_table(model: Path) -> None:
     free_asleep = torch.cuda.mem_get_info()[0]
     syncs = [timed_sync(engine, lm) for _ in range(5)]
     print("## Colocated vLLM\n")
-    print("| what | value |\n|---|---:|")
+    print("| measurement | value |\n|---|---:|")
     print(
-        f"| tokens a second, {len(prompts)} prompts | {sum(len(c.response_ids) for c in completions) / seconds:.0f} |"
+        f"| generated tokens per second, {len(prompts)} prompts | {sum(len(c.response_ids) for c in completions) / seconds:.0f} |"
     )
-    print(f"| GiB held awake | {(free_before - free_awake) / GIB:.2f} |")
-    print(f"| GiB held asleep | {(free_before - free_asleep) / GIB:.2f} |")
-    print(f"| sync of {size / GIB:.2f} GiB, wake-up of the weights included: seconds | {syncs[0]:.3f} |")
-    print(f"| the same awake, median of 4: GiB a second | {size / GIB / statistics.median(syncs[1:]):.1f} |")
+    print(f"| GiB allocated awake | {(free_before - free_awake) / GIB:.2f} |")
+    print(f"| GiB allocated asleep | {(free_before - free_asleep) / GIB:.2f} |")
+    print(f"| first sync of {size / GIB:.2f} GiB, including the wake-up of the weights, seconds | {syncs[0]:.3f} |")
+    print(f"| sync while awake, median of 4, GiB per second | {size / GIB / statistics.median(syncs[1:]):.1f} |")
     engine.close()
 
 

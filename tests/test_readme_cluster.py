@@ -1,6 +1,7 @@
-"""The commands of README.md's cluster section, in order, in a copy of the repository: what needs no cluster runs, and the rest is checked.
+"""The cluster commands of README.md and manifests/README.md, run in order in a copy of the repository, without a cluster.
 
-Commands for a cluster that stand in other pages are checked for options that kubectl does not have.
+docker, kind and kubectl are stand-ins that do what needs no cluster and check the rest. The kubectl and kfp-rlhf commands of the
+other pages are checked for unknown commands and options.
 """
 
 import json
@@ -15,23 +16,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 
 from pipelines.__main__ import cli
-from pipelines.cluster.server import MINIMUM
+from pipelines.cluster.server import MIN_VERSION
 from tests.support.kfp_api import KfpApi, serving
 from tests.support.overlays import KUBECTL
 from tests.support.toy_pipeline import write_data
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTION = re.search(r"\n## On a cluster\n(.*?)\n## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-def blocks(text: str) -> list[str]:
-    """The indented blocks of a page, each as a script."""
-    found = re.findall(r"(?:^(?: {4}.*)?\n)+", text, flags=re.MULTILINE)
-    return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE).strip() for block in found if block.strip()]
+def scripts(text: str) -> list[str]:
+    """The shell commands of a page: its fenced sh blocks, then its indented blocks."""
+    fenced = re.findall(r"^```sh\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    rest = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    indented = re.findall(r"(?:^(?: {4}.*)?\n)+", rest, flags=re.MULTILINE)
+    return [
+        block.strip()
+        for block in (*fenced, *(re.sub(r"^ {4}", "", b, flags=re.MULTILINE) for b in indented))
+        if block.strip()
+    ]
+
+
+def script_of(page: str, title: str) -> str:
+    """The one script of a section."""
+    section = re.search(rf"\n## {title}\n(.*?)\n## ", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert section, f"{page} has no section {title}"
+    (script,) = scripts(section[1])
+    return script
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class Played:
     stdout: str
 
     def of(self, kind: str) -> list[str]:
+        """What the stand-ins recorded under this name, in order."""
         return [value for name, value in self.calls if name == kind]
 
     def applied(self) -> list[dict[str, Any]]:
@@ -63,7 +79,7 @@ Play = Callable[[str], Played]
 
 @pytest.fixture
 def play(tmp_path: Path) -> Play:
-    """Runs a script with bash -e, where docker, kind and kubectl are stand-ins, and python is this one."""
+    """Runs a script with bash -e. docker, kind and kubectl are stand-ins; kfp-rlhf and python are those of this environment."""
     folder, bin_folder = tmp_path / "copy", tmp_path / "bin"
     ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", "*.env", "identities.json")
     shutil.copytree(ROOT, folder, ignore=ignored)
@@ -73,15 +89,16 @@ def play(tmp_path: Path) -> Play:
     write_data(folder / "data")
     bin_folder.mkdir()
     for name in ("docker", "kind", "kubectl"):
-        _write(bin_folder / name, f'exec {sys.executable} {ROOT}/tests/support/stand_in_commands.py {name} "$@"')
+        write_command(bin_folder / name, f'exec {sys.executable} {ROOT}/tests/support/stand_in_commands.py {name} "$@"')
+    write_command(bin_folder / "kfp-rlhf", 'exec python -m pipelines "$@"')
 
     def run(script: str) -> Played:
         api = KfpApi()
         api.behind_ui, api.states = True, ["SUCCEEDED"]
         shared = tmp_path / "shared"
         with serving(api) as address:
-            # The forwarded ports: the server of this test, and for S3 a folder that a claim could be.
-            _write(
+            # Replace the forwarded ports: KFP by the server of this test, S3 by a folder that is declared as a claim.
+            write_command(
                 bin_folder / "python",
                 f'grep -q "port-forward service/ml-pipeline-ui 8080:80" "$CALLS" || exit 9\n'
                 f"echo $AWS_ACCESS_KEY_ID $AWS_SECRET_ACCESS_KEY $AWS_ENDPOINT_URL_S3 > {tmp_path}/credentials\n"
@@ -95,7 +112,7 @@ def play(tmp_path: Path) -> Play:
                 "CALLS": str(tmp_path / "calls"),
                 "KUBECTL": str(KUBECTL),
             }
-            # Processes in the background have answered before the next line, as port-forward has on a cluster.
+            # Wait for background processes, so that a port-forward is recorded before the next command.
             waited = re.sub(r"&$", "& wait", script, flags=re.MULTILINE)
             done = subprocess.run(
                 ["bash", "-euc", waited], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
@@ -107,70 +124,66 @@ def play(tmp_path: Path) -> Play:
     return run
 
 
-def _write(path: Path, text: str) -> None:
+def write_command(path: Path, text: str) -> None:
     path.write_text(f"#!/bin/bash\n{text}\n")
     path.chmod(0o755)
 
 
-def section() -> list[str]:
-    assert SECTION is not None
-    return blocks(SECTION.group(1))
-
-
-def test_from_an_empty_cluster_to_a_run(play: Play) -> None:
-    played = play(section()[0])
+def test_commands_for_kind_lead_from_nothing_to_a_run(play: Play) -> None:
+    install = script_of("manifests/README.md", "Kubeflow Pipelines on kind")
+    played = play(f"{install}\n{script_of('README.md', 'On a cluster')}")
     assert len(played.api.runs) == 1 and "state    succeeded" in played.stdout
-    ours = {image for image in played.images_of_servers() if image.startswith("kfp-rlhf/")}
-    assert ours | played.images_of_tasks() == set(played.of("loaded"))
-    upstream = [place for place in played.of("applied") if place.startswith("github.com/kubeflow/pipelines/")]
+    built = {image for image in played.images_of_servers() if image.startswith("kfp-rlhf/")}
+    assert built | played.images_of_tasks() == set(played.of("loaded"))
+    upstream = [url for url in played.of("applied") if url.startswith("github.com/kubeflow/pipelines/")]
     assert len(upstream) == 2
-    for place in upstream:
-        version = re.search(r"\?ref=(\d+)\.(\d+)\.\d+$", place)
-        assert version and tuple(map(int, version.groups())) >= MINIMUM
-    assert_names_are_there(played)
+    for url in upstream:
+        version = re.search(r"\?ref=(\d+)\.(\d+)\.\d+$", url)
+        assert version and tuple(map(int, version.groups())) >= MIN_VERSION
+    assert_named_objects_exist(played)
 
 
-def test_on_a_cluster_with_gpus_and_a_registry(play: Play) -> None:
-    played = play(section()[1])
+def test_commands_for_a_cluster_with_gpus_and_a_registry_lead_to_a_run(play: Play) -> None:
+    played = play(script_of("manifests/README.md", "Your own cluster, with GPUs"))
     assert len(played.api.runs) == 1 and "state    succeeded" in played.stdout
-    ours = {image for image in played.images_of_servers() if "kfp-rlhf" in image}
-    assert ours | played.images_of_tasks() == set(played.of("pushed"))
-    assert {image.split("/")[0] for image in ours} == {"registry.example.com"}
+    built = {image for image in played.images_of_servers() if "kfp-rlhf" in image}
+    assert built | played.images_of_tasks() == set(played.of("pushed"))
+    assert {image.split("/")[0] for image in built} == {"registry.example.com"}
     assert len(list((played.folder / "shared").rglob("*.jsonl"))) == 3
     secret = (played.folder / "copy/manifests/overlays/standalone/secrets/rlhf-s3.env").read_text()
     values = dict(line.split("=", 1) for line in secret.splitlines())
     expected = f"{values['AWS_ACCESS_KEY_ID']} {values['AWS_SECRET_ACCESS_KEY']} http://localhost:8333\n"
     assert (played.folder / "credentials").read_text() == expected
-    assert_names_are_there(played)
+    assert_named_objects_exist(played)
 
 
-def assert_names_are_there(played: Played) -> None:
-    """What kubectl is asked for by name is in the overlay, or comes with Kubeflow Pipelines; labels are those of the tasks."""
-    there = {
+def assert_named_objects_exist(played: Played) -> None:
+    """Objects that kubectl names are in the overlay or part of Kubeflow Pipelines, and label selectors match the tasks."""
+    objects = {
         (found["metadata"].get("namespace"), f"{found['kind'].lower()}/{found['metadata']['name']}"): found
         for found in played.applied()
     }
     (version,) = played.api.versions.values()
     pods = version["pipeline_spec"]["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values()
-    asked = 0
+    checked = 0
     for call in played.of("kubectl"):
         words = shlex.split(call)
         namespace = words[1] if words[0] == "-n" else None
         for name in [word for word in words if re.fullmatch(r"(job|deployment|service|statefulset)/\S+", word)]:
-            assert (namespace, name) in there or name == "service/ml-pipeline-ui", call
-            asked += 1
+            assert (namespace, name) in objects or name == "service/ml-pipeline-ui", call
+            checked += 1
             port = re.search(rf"port-forward {name} (\d+)$", call)
             if port:
-                assert int(port.group(1)) in {p["port"] for p in there[namespace, name]["spec"]["ports"]}
+                assert int(port.group(1)) in {p["port"] for p in objects[namespace, name]["spec"]["ports"]}
         if "-l" in words:
             key, value = words[words.index("-l") + 1].split("=")
             assert all(pod["podMetadata"]["labels"][key] == value for pod in pods)
-    assert asked >= 2
+    assert checked >= 2
 
 
 @pytest.mark.parametrize("page", ["README.md", "manifests/README.md", "pipelines/README.md"])
 def test_kubectl_has_every_command_and_option(page: str, tmp_path: Path) -> None:
-    script = "\n".join(blocks((ROOT / page).read_text(encoding="utf-8"))).replace("\\\n", " ")
+    script = "\n".join(scripts((ROOT / page).read_text(encoding="utf-8"))).replace("\\\n", " ")
     commands = [line for line in script.splitlines() if line.startswith("kubectl ") and " apply -k " not in line]
     assert commands
     environment = os.environ | {"CALLS": str(tmp_path / "calls"), "KUBECTL": str(KUBECTL)}
@@ -182,15 +195,26 @@ def test_kubectl_has_every_command_and_option(page: str, tmp_path: Path) -> None
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
-def test_the_command_line_has_every_command_and_option() -> None:
+def test_kfp_rlhf_has_every_command_and_option() -> None:
     checked = 0
-    for page in ("README.md", "manifests/README.md", "pipelines/README.md", "pipelines/params/README.md"):
-        script = "\n".join(blocks((ROOT / page).read_text(encoding="utf-8"))).replace("\\\n", " ")
-        for line in re.findall(r"^python -m pipelines (.+)$", script, flags=re.MULTILINE):
+    for page in (
+        "README.md",
+        "components/README.md",
+        "manifests/README.md",
+        "pipelines/README.md",
+        "pipelines/params/README.md",
+    ):
+        text = "\n".join(scripts((ROOT / page).read_text(encoding="utf-8"))).replace("\\\n", " ")
+        for line in re.findall(r"(?:^|\$\()(?:python -m pipelines|kfp-rlhf) ([^\n)]+)", text, flags=re.MULTILINE):
             name, *arguments = shlex.split(line.replace("|", " "), comments=True)
             if name == "run" and arguments[:1] == ["compile"]:  # run|compile|submit
                 continue
-            cli.commands[name].make_context(name, [a.strip("[]") for a in arguments])  # raises for what is not there
+            command: click.Command = cli
+            while isinstance(command, click.Group):
+                command = command.commands[name]
+                if isinstance(command, click.Group):
+                    name, *arguments = arguments
+            command.make_context(name, [a.strip("[]") for a in arguments])  # raises an error for unknown options
             checked += 1
     assert checked >= 10
 
@@ -198,7 +222,7 @@ def test_the_command_line_has_every_command_and_option() -> None:
 @pytest.mark.parametrize(
     "command", ["wait --for=x --patience=1 job/x", "rollout stats deployment/x", "rollot status deployment/x"]
 )
-def test_a_wrong_command_is_seen(command: str, tmp_path: Path) -> None:
+def test_stand_in_rejects_unknown_commands_and_options(command: str, tmp_path: Path) -> None:
     environment = os.environ | {"CALLS": str(tmp_path / "calls"), "KUBECTL": str(KUBECTL)}
     stand_in = [sys.executable, ROOT / "tests" / "support" / "stand_in_commands.py", "kubectl"]
     assert subprocess.run([*stand_in, *command.split()], env=environment, capture_output=True).returncode == 1

@@ -1,4 +1,4 @@
-"""Compare PPO with the fine-tuned model on held-out prompts, by a judge that PPO never saw, and decide on promotion."""
+"""Compare PPO with the fine-tuned model on held-out prompts, using a judge that PPO never sees, and decide on promotion."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def main(
         from components.evaluation.judge_curve import judge_curve
         from components.evaluation.report import as_html, as_markdown
         from components.evaluation.samples import save_comparison
-        from components.evaluation.verdict import decide, summarise
+        from components.evaluation.verdict import decide, summarize
         from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer
         from components.rlhf.data.datasets import load_records
         from components.rlhf.data.records import Prompt, ValidationSample
@@ -44,19 +44,19 @@ def main(
         )
         inputs = {kind: open_artifact(folder, kind) for kind, folder in folders.items()}
         require_same_tokenizer(**{kind: (folders[kind], manifest) for kind, manifest in inputs.items()})
-        asked = load_records(prompts, "heldout", Prompt)[: run.config.evaluation.num_prompts]
+        heldout_prompts = load_records(prompts, "heldout", Prompt)[: run.config.evaluation.num_prompts]
         comparison = compare(
             run.config,
-            asked,
+            heldout_prompts,
             sft_model=sft_model,
             policy=policy,
             reward_model=reward_model,
             judge=judge,
             progress=run.progress,
         )
-        measured = {role: inputs[role].facts.get("heldout_accuracy") for role in ("judge", "reward_model")}
-        accuracy = {role: float(value) for role, value in measured.items() if value is not None}
-        numbers = summarise(comparison, run.config.evaluation, accuracy=accuracy, seed=run.config.seed)
+        accuracies = {role: inputs[role].facts.get("heldout_accuracy") for role in ("judge", "reward_model")}
+        accuracy = {role: float(value) for role, value in accuracies.items() if value is not None}
+        numbers = summarize(comparison, run.config.evaluation, accuracy=accuracy, seed=run.config.seed)
         training = judge_curve(load_records(policy, "validation", ValidationSample), load_judge(judge))
         verdict = decide(numbers, run.config.gate)
         run.write_artifact(

@@ -1,4 +1,4 @@
-"""Both models on the same held-out prompts with the same draws, scored by the judge and by the reward model."""
+"""Samples both models on the held-out prompts with the same seeds, and scores the responses with judge and reward model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ from components.rlhf.data.batching import collate, split_by_tokens
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.maths.kl import estimate_kl
+from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import share_trunk
 from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, load_stop_ids, reward_normalization
@@ -27,21 +28,21 @@ MICROBATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
-    """What one model answered, in the order of the prompts, and what was thought of it."""
+class ScoredResponses:
+    """The responses of one model and their scores, in the order of the prompts."""
 
     completions: list[Completion]
     judge_scores: list[float]
-    cut_judge_scores: list[float]  # of the answers cut to the length of the shorter of the two, neither with an end
+    cut_judge_scores: list[float]  # of the responses cut to the length of the shorter of the two, without EOS
     rewards: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     prompts: list[Prompt]
-    sft: Side
-    ppo: Side
-    kl: list[float]  # log-ratio of each PPO response, PPO model to fine-tuned model, summed over its tokens: nats
+    sft: ScoredResponses
+    ppo: ScoredResponses
+    kl: list[float]  # log-ratio of PPO to fine-tuned model in nats, summed over the tokens of each PPO response
 
 
 def compare(
@@ -56,19 +57,19 @@ def compare(
 ) -> Comparison:
     dtype, device = compute_dtype(config.model.precision), default_device()
     tokenizer, stop_ids = load_tokenizer(sft_model), load_stop_ids(sft_model)
-    # The same seed for the same prompt in both models: what differs is the model, not the luck of the draw.
-    seeds = [config.seed * 1_000_003 + 500_009 + number for number in range(len(prompts))]
-    answers: dict[str, list[Completion]] = {}
+    # Both models get the same seed for a prompt, so that they differ only in their weights.
+    seeds = [derive_seed("evaluation", config.seed, row) for row in range(len(prompts))]
+    responses: dict[str, list[Completion]] = {}
     lms = {}
     for name, folder in (("fine-tuned", sft_model), ("PPO", policy)):
         lms[name] = load_causal_lm(folder, num_frozen_layers=0, dtype=dtype, trainable=False).to(device)
         engine = HfRolloutEngine(lms[name], tokenizer, stop_ids=stop_ids)
         size = config.sampling.batch_size
-        answers[name] = []
+        responses[name] = []
         for start in range(0, len(prompts), size):
-            part = slice(start, start + size)
-            answers[name] += engine.generate(prompts[part], config.sampling, seeds[part])
-            progress.step(len(answers[name]), len(prompts), {}, unit=f"{name} model answered")
+            batch = slice(start, start + size)
+            responses[name] += engine.generate(prompts[batch], config.sampling, seeds[batch])
+            progress.step(len(responses[name]), len(prompts), {}, unit=f"{name} model responses")
     distribution = SamplingDistribution(
         temperature=config.sampling.temperature, min_new_tokens=config.sampling.min_new_tokens, stop_ids=stop_ids
     )
@@ -76,27 +77,27 @@ def compare(
     if not share_trunk(lms["fine-tuned"], [lms["PPO"]], frozen):
         frozen = 0
     actors = {name: Actor(lm, num_frozen_layers=frozen, dtype=dtype) for name, lm in lms.items()}
-    kl = sequence_kl(actors["PPO"], actors["fine-tuned"], answers["PPO"], distribution, device)
+    kl = sequence_kl(actors["PPO"], actors["fine-tuned"], responses["PPO"], distribution, device)
     mean, std = reward_normalization(reward_model)
     lm = load_scalar_lm(reward_model, num_frozen_layers=0, dtype=dtype, trainable=False).to(device)
-    rewarder = RewardModelScorer(
+    reward_scorer = RewardModelScorer(
         ScalarModel(lm, num_frozen_layers=0, dtype=dtype, mean=mean, std=std), microbatch_tokens=MICROBATCH_TOKENS
     )
-    judging = load_judge(judge)
+    judge_scorer = load_judge(judge)
 
-    def side(completions: list[Completion], cut: list[Completion]) -> Side:
-        return Side(
+    def score(completions: list[Completion], cut: list[Completion]) -> ScoredResponses:
+        return ScoredResponses(
             completions=completions,
-            judge_scores=judging.score(completions).tolist(),
-            cut_judge_scores=judging.score(cut).tolist(),
-            rewards=rewarder.score(completions).tolist(),
+            judge_scores=judge_scorer.score(completions).tolist(),
+            cut_judge_scores=judge_scorer.score(cut).tolist(),
+            rewards=reward_scorer.score(completions).tolist(),
         )
 
-    cut_sft, cut_ppo = cut_to_equal_length(answers["fine-tuned"], answers["PPO"], tokenizer)
+    cut_sft, cut_ppo = cut_to_equal_length(responses["fine-tuned"], responses["PPO"], tokenizer)
     return Comparison(
         prompts=list(prompts),
-        sft=side(answers["fine-tuned"], cut_sft),
-        ppo=side(answers["PPO"], cut_ppo),
+        sft=score(responses["fine-tuned"], cut_sft),
+        ppo=score(responses["PPO"], cut_ppo),
         kl=kl,
     )
 
@@ -104,19 +105,19 @@ def compare(
 def cut_to_equal_length(
     first: Sequence[Completion], second: Sequence[Completion], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Completion], list[Completion]]:
-    """Both answers to each prompt cut to the tokens of the shorter one, stop token not counted: equal in length and ending."""
+    """Cut both responses to each prompt to the tokens of the shorter one, without stop tokens."""
 
-    def words(completion: Completion) -> list[int]:
+    def ids_without_stop(completion: Completion) -> list[int]:
         return completion.response_ids if completion.truncated else completion.response_ids[:-1]
 
     def cut(completion: Completion, length: int) -> Completion:
-        ids = words(completion)[:length]
+        ids = ids_without_stop(completion)[:length]
         text = str(tokenizer.decode(ids, skip_special_tokens=True))
         return replace(completion, response_ids=ids, response=text, logprobs=None, truncated=True)
 
-    lengths = [min(len(words(a)), len(words(b))) for a, b in zip(first, second, strict=True)]
-    a, b = ([cut(c, n) for c, n in zip(side, lengths, strict=True)] for side in (first, second))
-    return a, b
+    lengths = [min(len(ids_without_stop(a)), len(ids_without_stop(b))) for a, b in zip(first, second, strict=True)]
+    cut_first, cut_second = ([cut(c, n) for c, n in zip(cs, lengths, strict=True)] for cs in (first, second))
+    return cut_first, cut_second
 
 
 @torch.no_grad()
@@ -127,9 +128,9 @@ def sequence_kl(
     distribution: SamplingDistribution,
     device: torch.device,
 ) -> list[float]:
-    """log pi(response) - log ref(response) of responses that pi sampled: its mean is an unbiased estimate of the KL.
+    """log pi(response) - log ref(response) of responses sampled from pi; the mean is an unbiased estimate of the KL.
 
-    Frozen layers, where the two have any, are the same in both and computed once.
+    Frozen layers must be the same in both, and are computed once.
     """
     sums: Tensor = torch.zeros(len(completions))
     lengths = [len(c.prompt_ids) + len(c.response_ids) for c in completions]
@@ -137,7 +138,7 @@ def sequence_kl(
         rows = [completions[i] for i in group]
         batch = collate([c.prompt_ids for c in rows], [c.response_ids for c in rows]).to(device)
         states = reference.trunk(batch)
-        ours, _ = actor(batch, distribution, states)
-        theirs, _ = reference(batch, distribution, states)
-        sums[group] = estimate_kl(ours, theirs, batch.response_mask, "k1").sum(dim=1).cpu()
+        logprobs, _ = actor(batch, distribution, states)
+        ref_logprobs, _ = reference(batch, distribution, states)
+        sums[group] = estimate_kl(logprobs, ref_logprobs, batch.response_mask, "k1").sum(dim=1).cpu()
     return [float(x) for x in sums]

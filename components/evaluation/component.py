@@ -22,20 +22,20 @@ def evaluation(
     settings: str,
     tracking: str = "{}",
 ) -> dsl.ContainerSpec:
-    """Compare PPO with the fine-tuned model on held-out prompts, by a judge that PPO never saw, and decide on promotion.
+    """Compare PPO with the fine-tuned model on held-out prompts, using a judge that PPO never sees, and decide on promotion.
 
     Args:
-        sft_model: The one to beat.
-        policy: The one that PPO trained.
-        reward_model: What PPO was trained against, beside the judge.
-        judge: Who decides.
+        sft_model: Fine-tuned model, the baseline of the comparison.
+        policy: Model trained by PPO.
+        reward_model: Reward model that PPO was trained with.
+        judge: Judge whose scores determine the win rate.
         prompts: Held-out prompts.
-        evaluation: All numbers and all answers.
-        metrics: Numbers of the stage.
-        report: Table, picture and samples.
-        summary: The same for people.
-        decision: promote or reject.
-        reason: Why, in one sentence.
+        evaluation: All numbers and responses of the comparison.
+        metrics: Metrics of the stage.
+        report: HTML page with tables, plots and sample responses.
+        summary: Markdown summary of the decision and the metrics.
+        decision: Decision of the gate, "promote" or "reject".
+        reason: Reason for the decision.
         settings: Canonical JSON of EvaluationStageConfig.
         tracking: Canonical JSON of TrackingConfig.
     """

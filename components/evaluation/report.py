@@ -1,4 +1,4 @@
-"""The comparison for people: a page with a table, a picture and samples, and the same table as Markdown."""
+"""The report of the comparison: an HTML page with table, plots and samples, and the table as Markdown."""
 
 import io
 import re
@@ -19,10 +19,10 @@ from components.evaluation.verdict import Decision
 from components.rlhf.text.comparison_table import comparison_rows
 
 TRAINING_PANELS = (
-    ("reward", "reward model's score"),
-    ("judge_score", "judge's score (PPO never sees it)"),
+    ("reward", "reward model score"),
+    ("judge_score", "judge score (not seen by PPO)"),
     ("kl", "KL (nats per response)"),
-    ("eos_rate", "share that ends by itself"),
+    ("eos_rate", "EOS rate"),
 )
 
 
@@ -40,7 +40,7 @@ def as_html(
     *,
     seed: int,
 ) -> str:
-    """A self-contained page. training has one row a look at the validation prompts, and none when PPO never looked."""
+    """A self-contained HTML page. training has one row per validation pass, and may be empty."""
     template = jinja2.Environment(autoescape=True).from_string(
         (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     )
@@ -57,7 +57,7 @@ def as_html(
 
 
 def choose_samples(comparison: Comparison, *, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Pairs of responses by rule, with what the judge made of them."""
+    """Selected pairs of responses, with the gain in judge score."""
     gains = [p - s for p, s in zip(comparison.ppo.judge_scores, comparison.sft.judge_scores, strict=True)]
     return {
         group: [
@@ -74,15 +74,15 @@ def choose_samples(comparison: Comparison, *, seed: int) -> dict[str, list[dict[
 
 
 def _plot(comparison: Comparison) -> str:
-    """Judge against reward model, per prompt and model; and the two distributions of the judge's score."""
+    """Histogram of the judge scores of both models, and scatter plot of judge score vs. reward model score per prompt."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
-    for side, colour, label in ((comparison.sft, "#9ca3af", "SFT"), (comparison.ppo, "#2563eb", "PPO")):
-        left.hist(side.judge_scores, bins=30, alpha=0.65, color=colour, label=label)
-        right.scatter(side.rewards, side.judge_scores, s=7, alpha=0.5, color=colour, label=label)
-    left.set_xlabel("judge's score")
+    for scored, color, label in ((comparison.sft, "#9ca3af", "SFT"), (comparison.ppo, "#2563eb", "PPO")):
+        left.hist(scored.judge_scores, bins=30, alpha=0.65, color=color, label=label)
+        right.scatter(scored.rewards, scored.judge_scores, s=7, alpha=0.5, color=color, label=label)
+    left.set_xlabel("judge score")
     left.set_ylabel("prompts")
-    right.set_xlabel("reward model's score")
-    right.set_ylabel("judge's score")
+    right.set_xlabel("reward model score")
+    right.set_ylabel("judge score")
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
@@ -90,7 +90,7 @@ def _plot(comparison: Comparison) -> str:
 
 
 def _training_plot(training: Sequence[Mapping[str, float]]) -> str:
-    """Reward model, judge, KL and endings over the iterations, each beside the others."""
+    """One plot of each metric in TRAINING_PANELS over the iterations."""
     figure, axes = plt.subplots(1, 4, figsize=(13, 2.9), constrained_layout=True)
     for axis, (name, title) in zip(axes, TRAINING_PANELS, strict=True):
         axis.plot([r["iteration"] for r in training], [r[name] for r in training], "o-", color="#2563eb", markersize=4)

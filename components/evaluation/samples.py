@@ -1,17 +1,17 @@
-"""Every answer of both models, one line a prompt, for whoever wants to judge again."""
+"""Selects responses for the report, and writes all of them to the artifact."""
 
 import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from components.evaluation.compare import Comparison, Side
+from components.evaluation.compare import Comparison, ScoredResponses
 
 NUM_EXTREMES, NUM_RANDOM = 5, 10
 
 
 def choose_rows(gains: Sequence[float], *, seed: int) -> dict[str, list[int]]:
-    """Which prompts are shown, by rule and not by hand: the largest gains, the largest losses, and a seeded choice of the rest."""
+    """Indices of the prompts to show, by group: the largest gains, the largest losses, and a seeded sample of the rest."""
     order = sorted(range(len(gains)), key=lambda i: gains[i], reverse=True)
     middle = order[NUM_EXTREMES:-NUM_EXTREMES]
     return {
@@ -24,7 +24,7 @@ def choose_rows(gains: Sequence[float], *, seed: int) -> dict[str, list[int]]:
 def save_comparison(
     comparison: Comparison, numbers: Mapping[str, float], training: Sequence[Mapping[str, float]], folder: Path
 ) -> None:
-    """samples.jsonl, training.jsonl with a row a look, and evaluation.json with every number of the verdict."""
+    """Write samples.jsonl (a line per prompt), training.jsonl (a line per validation pass), and evaluation.json (all numbers)."""
     (folder / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in training), encoding="utf-8")
     (folder / "evaluation.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
@@ -32,18 +32,18 @@ def save_comparison(
             row = {
                 "id": prompt.id,
                 "prompt": prompt.prompt,
-                "sft": _answer(comparison.sft, number),
-                "ppo": _answer(comparison.ppo, number) | {"kl": comparison.kl[number]},
+                "sft": _response_row(comparison.sft, number),
+                "ppo": _response_row(comparison.ppo, number) | {"kl": comparison.kl[number]},
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _answer(side: Side, number: int) -> dict[str, str | float | bool]:
-    completion = side.completions[number]
+def _response_row(scored: ScoredResponses, number: int) -> dict[str, str | float | bool]:
+    completion = scored.completions[number]
     return {
         "response": completion.response,
         "num_tokens": len(completion.response_ids),
         "truncated": completion.truncated,
-        "judge_score": side.judge_scores[number],
-        "reward": side.rewards[number],
+        "judge_score": scored.judge_scores[number],
+        "reward": scored.rewards[number],
     }

@@ -1,4 +1,4 @@
-"""Fit the judge on human ratings that no trained stage has seen, and measure it on held-out human pairs."""
+"""Fit the judge to human ratings that no other stage trains on, and measure its accuracy on held-out human pairs."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def main(
             parents={"base_model": base, "preferences": data},
             facts={**numbers, "judge_kind": run.config.judge.kind},
         )
-        run.progress.log(f"agrees with people on {numbers['heldout_accuracy']:.1%} of {len(pairs)} held-out pairs")
+        run.progress.log(f"accuracy {numbers['heldout_accuracy']:.1%} on {len(pairs)} held-out pairs")
         run.write_report("summary", summary, as_markdown(numbers, judge))
         run.write_metrics(metrics, numbers)
 

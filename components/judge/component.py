@@ -16,14 +16,14 @@ def judge(
     settings: str,
     tracking: str = "{}",
 ) -> dsl.ContainerSpec:
-    """Fit the judge on human ratings that no trained stage has seen, and measure it on held-out human pairs.
+    """Fit the judge to human ratings that no other stage trains on, and measure its accuracy on held-out human pairs.
 
     Args:
-        preferences: Ratings and pairs for the judge alone.
-        base_model: Its tokenizer cuts texts as the reward model sees them.
-        judge: Vocabulary and coefficients.
-        metrics: Numbers of the stage.
-        summary: The same for people.
+        preferences: Ratings and pairs that only the judge is trained on.
+        base_model: Base model, whose tokenizer truncates texts as for the reward model.
+        judge: Vocabulary and coefficients of the judge.
+        metrics: Metrics of the stage.
+        summary: Markdown summary of the judge.
         settings: Canonical JSON of JudgeStageConfig.
         tracking: Canonical JSON of TrackingConfig.
     """

@@ -1,4 +1,4 @@
-"""Fitting the linear judge, and showing what it goes by."""
+"""Fits the linear judge, and summarizes it as Markdown."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from components.rlhf.rewards.linear import LinearJudge, fit_to_pairs, fit_to_rat
 
 
 def fit(config: JudgeConfig, ratings: Sequence[RatedText], pairs: Sequence[PreferencePair]) -> LinearJudge:
-    """On ratings where the data has them, else on pairs."""
+    """Fit to the ratings if there are any, else to the pairs."""
     options = {"max_ngram": config.max_ngram, "regularisation": config.regularisation}
     return fit_to_ratings(ratings, **options) if ratings else fit_to_pairs(pairs, **options)
 
@@ -18,10 +18,10 @@ def fit(config: JudgeConfig, ratings: Sequence[RatedText], pairs: Sequence[Prefe
 def as_markdown(metrics: Mapping[str, float], judge: LinearJudge) -> str:
     terms = judge.vectorizer.get_feature_names_out()
     order = np.argsort(judge.coefficients)
-    worst, best = (", ".join(terms[i] for i in side) for side in (order[:12], order[::-1][:12]))
+    worst, best = (", ".join(terms[i] for i in indices) for indices in (order[:12], order[::-1][:12]))
     return (
         "# Judge\n\n"
-        f"A linear model on {metrics['num_features']:.0f} word n-grams. On {metrics['num_heldout_pairs']:.0f} held-out pairs it "
-        f"prefers what people preferred in **{metrics['heldout_accuracy']:.1%}**.\n\n"
-        f"Words that raise its score most: {best}.\n\nWords that lower it most: {worst}.\n"
+        f"A linear model on {metrics['num_features']:.0f} word n-grams. Accuracy on {metrics['num_heldout_pairs']:.0f} held-out "
+        f"pairs: **{metrics['heldout_accuracy']:.1%}**.\n\n"
+        f"Most positive words: {best}.\n\nMost negative words: {worst}.\n"
     )

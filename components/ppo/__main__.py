@@ -1,4 +1,4 @@
-"""Train the fine-tuned model with PPO against the reward model."""
+"""Train the SFT model with PPO against the reward model."""
 
 from pathlib import Path
 
@@ -25,9 +25,10 @@ def main(
         "ppo", PpoStageConfig, settings=settings, tracking=tracking, executor_input=executor_input, storage=storage
     ) as run:
         from components.ppo.curves import as_html
+        from components.ppo.metrics import final_metrics
         from components.ppo.models import load_models
         from components.ppo.policy import save_policy
-        from components.ppo.trainer import PpoTrainer, final_metrics
+        from components.ppo.trainer import PpoTrainer
         from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer
         from components.rlhf.data.datasets import load_records
         from components.rlhf.data.records import Prompt
@@ -44,10 +45,11 @@ def main(
             models, rollout = load_models(
                 run.config, sft_model, reward_model, prompts=[*train, *validation], dtype=dtype, group=group
             )
-            run.progress.log("frozen layers are held once" if models.shared_trunk else "each model has its own layers")
-            checkpoints = run.checkpoints(run.config.checkpoint, group, *inputs.values())
-            parts = dict(checkpoints=checkpoints, progress=run.progress, tracker=run.tracker, group=group)
-            trainer = PpoTrainer(run.config, models, rollout, stop_ids=rollout.stop_ids, **parts)
+            run.progress.log(
+                "all models share the frozen layers" if models.shared_trunk else "each model has its own layers"
+            )
+            context = run.training_context(run.config.checkpoint, group, *inputs.values())
+            trainer = PpoTrainer(run.config, models, rollout, context)
             history = trainer.train(train, validation)
             weights = trainer.weights()
             rollout.close()

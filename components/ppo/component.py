@@ -1,4 +1,4 @@
-"""KFP definition of ppo."""
+"""KFP component of the stage ppo."""
 
 from kfp import dsl
 from kfp.dsl import HTML, Dataset, Input, Metrics, Model, Output
@@ -18,17 +18,17 @@ def ppo(
     tracking: str = "{}",
     storage: str = "{}",
 ) -> dsl.ContainerSpec:
-    """Train the fine-tuned model with PPO against the reward model.
+    """Train the SFT model with PPO against the reward model.
 
     Args:
-        sft_model: Actor and reference.
-        reward_model: Reward model and start of the critic.
-        prompts: What is asked.
-        model: The trained policy in the Hugging Face layout.
-        metrics: Numbers of the stage.
-        curves: Every curve of the run.
+        sft_model: SFT model, the start of the actor and the reference.
+        reward_model: Reward model, also the start of the critic.
+        prompts: Prompts to sample responses for.
+        model: Trained policy in the Hugging Face layout.
+        metrics: Metrics of the last iteration.
+        curves: HTML page with the curves of the training.
         settings: Canonical JSON of PpoStageConfig.
         tracking: Canonical JSON of TrackingConfig.
-        storage: Canonical JSON of StorageConfig: where checkpoints and published models lie, and how S3 is reached.
+        storage: Canonical JSON of StorageConfig: checkpoints, published models, and access to S3.
     """
     return container_spec("ppo", "rollout", locals())

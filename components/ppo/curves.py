@@ -1,4 +1,4 @@
-"""The run as one picture: small curves in a self-contained page, readable without scripts or network."""
+"""The metrics of a run as a self-contained HTML page of small plots, without scripts or network access."""
 
 import html
 import io
@@ -14,14 +14,14 @@ from components.rlhf.config.ppo import PpoConfig
 
 Row = dict[str, float]
 PANELS = (
-    ("score/mean", "reward-model score (mean of the rollout)"),
-    ("kl/sequence", "KL to the fine-tuned model (nats per response)"),
+    ("score/mean", "reward model score (mean of the rollout)"),
+    ("kl/sequence", "KL to SFT (nats per response)"),
     ("entropy", "entropy (nats per token)"),
     ("response/length", "response length (tokens)"),
-    ("response/eos_rate", "share of responses that end by themselves"),
-    ("actor/clip_fraction", "share of clipped tokens"),
+    ("response/eos_rate", "EOS rate"),
+    ("actor/clip_fraction", "clip fraction"),
     ("loss/value", "value loss"),
-    ("value/explained_variance", "translate_api_errors variance of the critic"),
+    ("value/explained_variance", "explained variance of the critic"),
     ("actor/grad_norm", "actor gradient norm"),
 )
 
@@ -31,9 +31,9 @@ def as_svg(history: Sequence[Row]) -> str:
     figure, axes = plt.subplots(3, 3, figsize=(12, 7.5), constrained_layout=True)
     for axis, (name, title) in zip(axes.flat, PANELS, strict=True):
         axis.plot([row["iteration"] for row in history], [row[name] for row in history], color="#2563eb", linewidth=1.6)
-        looks = [row for row in history if f"validation/{name}" in row]
-        if looks:
-            xs, ys = [row["iteration"] for row in looks], [row[f"validation/{name}"] for row in looks]
+        evals = [row for row in history if f"validation/{name}" in row]
+        if evals:
+            xs, ys = [row["iteration"] for row in evals], [row[f"validation/{name}"] for row in evals]
             axis.plot(xs, ys, "o", color="#f97316", markersize=4, label="validation prompts")
             axis.legend(fontsize=7, frameon=False)
         axis.set_title(title, fontsize=9)
@@ -60,5 +60,5 @@ def as_html(history: Sequence[Row], ppo: PpoConfig) -> str:
         "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}"
         "svg{width:100%;height:auto}</style>"
         f"<h1>PPO</h1><p>{html.escape(facts)}</p>{as_svg(history)}"
-        "<p>What each curve means and how a healthy one looks: components/ppo/README.md.</p></html>"
+        "<p>components/ppo/README.md explains each metric and how a healthy run looks.</p></html>"
     )

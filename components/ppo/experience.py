@@ -1,7 +1,7 @@
-"""From completions to experience: what the four models say of a rollout, and the advantages that follow."""
+"""From completions to experience: log-probs, values and scores of a rollout, and its advantages."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from components.rlhf.config.ppo import PpoConfig
 from components.rlhf.data.batching import TokenBatch, collate
 from components.rlhf.data.records import Completion
 from components.rlhf.engine.group import SINGLE_PROCESS
-from components.rlhf.engine.protocol import Group
+from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.maths.advantages import estimate_advantages
 from components.rlhf.maths.kl import estimate_kl
 from components.rlhf.maths.masked import whiten
@@ -24,11 +24,22 @@ from components.rlhf.text.errors import InputError
 class Models:
     """The four models of PPO."""
 
-    actor: Actor  # trained, started from the fine-tuned model
-    reference: Actor  # the fine-tuned model, frozen
-    critic: ScalarModel  # trained, started from the reward model
+    actor: Actor  # trained, starts from the SFT model
+    reference: Actor  # the SFT model, frozen
+    critic: ScalarModel  # trained, starts from the reward model
     reward_model: ScalarModel  # frozen
-    shared_trunk: bool  # the frozen layers are the same modules in all four
+    shared_trunk: bool  # all four models hold the same frozen layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What every iteration of PPO computes with."""
+
+    models: Models
+    config: PpoConfig
+    distribution: SamplingDistribution
+    group: Group = SINGLE_PROCESS
+    engines: Mapping[str, TrainEngine] = field(default_factory=dict)  # of "actor" and "critic", for updates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,78 +47,78 @@ class Experience:
     """One rollout batch, ready for any number of epochs. B responses, T the longest one, all rows right-padded."""
 
     batch: TokenBatch
-    old_logprobs: Tensor  # [B, T] of the actor that sampled, by the training engine
+    old_logprobs: Tensor  # [B, T] of the sampling policy, computed by the training engine
     ref_logprobs: Tensor  # [B, T]
-    engine_logprobs: Tensor  # [B, T] of the rollout engine itself
+    engine_logprobs: Tensor  # [B, T] computed by the rollout engine
     old_values: Tensor  # [B, T]
-    scores: Tensor  # [B] as the reward model gave them, normalised if settings say so
-    kl: Tensor  # [B, T] log-ratio to the reference (k1), whatever estimator is penalised
+    scores: Tensor  # [B] reward-model scores, normalized if the config says so
+    kl: Tensor  # [B, T] log-ratio to the reference (k1), whichever estimator is penalized
     entropy: Tensor  # [B, T]
     advantages: Tensor  # [B, T], whitened
     returns: Tensor  # [B, T]
     truncated: Tensor  # [B] bool
     states: Tensor | None  # [B, S, H] above the frozen layers, computed once for all models and epochs
-    features: Tensor | None  # [B, S, H] of the reward model, where only the critic's head is trained
-    microbatches: list[Tensor]  # rows [b] of each forward pass, in the order of the minibatches
+    features: Tensor | None  # [B, S, H] of the reward model, if only the critic's head is trained
+    microbatches: list[Tensor]  # row indices [b] of each forward pass, in the order of the minibatches
 
 
 @torch.no_grad()
-def make_experience(
-    models: Models,
-    completions: Sequence[Completion],
-    ppo: PpoConfig,
-    distribution: SamplingDistribution,
-    *,
-    kl_coef: float,
-    group: Group = SINGLE_PROCESS,
-) -> Experience:
-    """Score a rollout (this process's share of it) with all four models and estimate its advantages.
+def make_experience(learner: Learner, completions: Sequence[Completion], *, kl_coef: float) -> Experience:
+    """Score this rank's share of a rollout with all four models and estimate its advantages.
 
-    Rows go through the models in microbatches of the same shape as in the first epoch of updates, so that the first ratio is
-    exactly 1.
+    Rows go through the models in the same microbatches as in the first epoch of updates, so that the first ratio is exactly 1.
     """
-    # 1. One batch of known lengths; nothing is overwritten or appended, a truncated response stays as it was sampled.
+    models, config, group = learner.models, learner.config, learner.group
+    # 1. One batch of known lengths. A truncated response stays as it was sampled; no EOS is appended.
     batch = collate([c.prompt_ids for c in completions], [c.response_ids for c in completions])
     batch = batch.to(next(models.actor.parameters()).device)
     mask = batch.response_mask
     truncated = torch.tensor([c.truncated for c in completions], device=mask.device)
-    # The widest row of all processes, so that all of them run the same number of passes.
+    # The widest row of all ranks, so that all of them run the same number of forward passes.
     width = group.max_int(batch.input_ids.shape[1])
-    rows = microbatches(
-        len(batch), minibatch=ppo.minibatch // group.world_size, max_rows=ppo.training.microbatch_tokens // width
+    parts = microbatches(
+        len(batch), minibatch=config.minibatch // group.world_size, max_rows=config.training.microbatch_tokens // width
     )
-    rows = [part.to(mask.device) for part in rows]
+    parts = [rows.to(mask.device) for rows in parts]
 
     # 2. The frozen layers, once.
-    states = map_microbatches(rows, lambda r: models.actor.trunk(batch.select(r))) if models.shared_trunk else None
+    states = (
+        map_microbatches(parts, lambda rows: models.actor.trunk(batch.select(rows))) if models.shared_trunk else None
+    )
 
     # 3. Log-probs of actor and reference, values, scores.
-    def states_at(r: Tensor) -> Tensor | None:
-        return None if states is None else states[r]
+    def states_at(rows: Tensor) -> Tensor | None:
+        return None if states is None else states[rows]
 
     old_logprobs, entropy = _map_microbatches_pair(
-        rows, lambda r: models.actor(batch.select(r), distribution, states_at(r), with_entropy=True)
+        parts,
+        lambda rows: models.actor(batch.select(rows), learner.distribution, states_at(rows), with_entropy=True),
     )
     ref_logprobs, _ = _map_microbatches_pair(
-        rows, lambda r: models.reference(batch.select(r), distribution, states_at(r))
+        parts, lambda rows: models.reference(batch.select(rows), learner.distribution, states_at(rows))
     )
-    features = map_microbatches(rows, lambda r: models.reward_model.features(batch.select(r), states_at(r)))
+    features = map_microbatches(parts, lambda rows: models.reward_model.features(batch.select(rows), states_at(rows)))
     scores = models.reward_model.apply_head(features[torch.arange(len(batch)), batch.last_positions()])
     keep_features = models.critic.trains == "head"
     old_values = map_microbatches(
-        rows, lambda r: models.critic(batch.select(r), states_at(r), features=features[r] if keep_features else None)
+        parts,
+        lambda rows: models.critic(
+            batch.select(rows), states_at(rows), features=features[rows] if keep_features else None
+        ),
     )
     _require_finite_scores(scores, completions)
 
-    # 4. Rewards: the score is penalised and clipped first, then the KL penalty of every token is added.
-    shaped = scores - ppo.missing_eos_penalty * truncated
-    penalty = estimate_kl(old_logprobs, ref_logprobs, mask, ppo.kl_estimator)
-    clip = None if ppo.reward_clip is None else (-ppo.reward_clip, ppo.reward_clip)
-    rewards = token_rewards(shaped, penalty, mask, kl_coef=kl_coef, reward_clip=clip)
+    # 4. Rewards: the score is reduced and clipped first, then the KL penalty of every token is added.
+    penalized = scores - config.missing_eos_penalty * truncated
+    kl_penalty = estimate_kl(old_logprobs, ref_logprobs, mask, config.kl_estimator)
+    clip = None if config.reward_clip is None else (-config.reward_clip, config.reward_clip)
+    rewards = token_rewards(penalized, kl_penalty, mask, kl_coef=kl_coef, reward_clip=clip)
 
     # 5. Advantages; the returns are those of the advantages before whitening.
-    advantages, returns = estimate_advantages(old_values, rewards, mask, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda)
-    if ppo.whiten_advantages:
+    advantages, returns = estimate_advantages(
+        old_values, rewards, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
+    )
+    if config.whiten_advantages:
         advantages = whiten(advantages, mask, reduce=group.sum)
     return Experience(
         batch=batch,
@@ -123,7 +134,7 @@ def make_experience(
         truncated=truncated,
         states=states,
         features=features if keep_features else None,
-        microbatches=rows,
+        microbatches=parts,
     )
 
 
@@ -136,15 +147,15 @@ def microbatches(num_rows: int, *, minibatch: int, max_rows: int) -> list[Tensor
     ]
 
 
-def map_microbatches(rows: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """compute over each group of rows, one after the other, as one tensor."""
-    return torch.cat([compute(group) for group in rows])
+def map_microbatches(parts: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """compute(rows) of each microbatch in turn, concatenated."""
+    return torch.cat([compute(rows) for rows in parts])
 
 
 def _map_microbatches_pair(
-    rows: Sequence[Tensor], compute: Callable[[Tensor], tuple[Tensor, Tensor]]
+    parts: Sequence[Tensor], compute: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    first, second = zip(*(compute(group) for group in rows), strict=True)
+    first, second = zip(*(compute(rows) for rows in parts), strict=True)
     return torch.cat(first), torch.cat(second)
 
 
@@ -161,6 +172,7 @@ def _require_finite_scores(scores: Tensor, completions: Sequence[Completion]) ->
     if bad:
         first = completions[bad[0]]
         raise InputError(
-            f"The reward model gave {float(scores[bad[0]])} to the response {first.response[:80]!r} to prompt "
-            f"{first.prompt.id or first.prompt.prompt[:80]!r} ({len(bad)} of {len(scores)} are not finite); train it again."
+            f"The reward model scored the response {first.response[:80]!r} to prompt "
+            f"{first.prompt.id or first.prompt.prompt[:80]!r} as {float(scores[bad[0]])} ({len(bad)} of {len(scores)} scores are "
+            "not finite); train the reward model again."
         )

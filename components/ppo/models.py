@@ -1,4 +1,4 @@
-"""The four models, in memory once where they are the same."""
+"""Loading the four models, sharing in memory what is equal."""
 
 import copy
 from collections.abc import Sequence
@@ -35,17 +35,17 @@ def load_models(
     prompts: Sequence[Prompt],
     group: Group = SINGLE_PROCESS,
 ) -> tuple[Models, RolloutEngine]:
-    """Actor and reference from the fine-tuned model, critic and reward model from the reward model, and the rollout engine.
+    """Actor and reference from the SFT model, critic and reward model from the reward model, and the rollout engine.
 
-    The frozen layers are held once by all of them when they are equal in the two artifacts. With adapters the reference is the
-    actor without its own, and the reward model the critic without its own (under its own head): no copies of the weights.
-    Under ZeRO-3 the models that are not trained are sharded like the others; actor and critic are, by their engines.
+    All models share the frozen layers if these are equal in both artifacts. With adapters the reference is the actor with its
+    adapters disabled, and the reward model is the critic with its adapters disabled and its own head, without copies of the
+    weights. Under ZeRO-3 reference and reward model are sharded here, and actor and critic by their engines.
     """
     device = default_device()
     frozen, lora = config.model.num_frozen_layers, config.model.lora
     critic_trains = config.ppo.critic.trains
     actor_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=lora is None)
-    # In the actor's own precisions, so that before the first update their log-probs are equal to the last bit.
+    # In the precision of the actor, so that their log-probs are bitwise equal before the first update.
     reference_lm = (
         actor_lm if lora else load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype).requires_grad_(False)
     )
@@ -64,8 +64,8 @@ def load_models(
     if config.ppo.rollout.engine == "hf":
         rollout_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
         copies.append(rollout_lm)
-    everyone = [*copies, reward_lm] + ([] if critic_lm.base_model is reward_lm.base_model else [critic_lm])
-    shared = share_trunk(actor_lm, everyone, frozen)
+    all_lms = [*copies, reward_lm] + ([] if critic_lm.base_model is reward_lm.base_model else [critic_lm])
+    shared = share_trunk(actor_lm, all_lms, frozen)
     if not shared and frozen:
         share_trunk(actor_lm, copies, frozen)
     training = config.ppo.training
@@ -76,12 +76,14 @@ def load_models(
         for lm in (actor_lm, critic_lm):
             lm.to(device)
     mean, std = reward_normalization(reward_model) if config.ppo.normalize_reward else (0.0, 1.0)
-    scale = {"mean": mean, "std": std}
+    normalization = {"mean": mean, "std": std}
     models = Models(
         actor=Actor(actor_lm, num_frozen_layers=frozen, dtype=dtype),
         reference=Actor(reference_lm, num_frozen_layers=frozen, dtype=dtype, with_adapters=False),
-        critic=ScalarModel(critic_lm, num_frozen_layers=frozen, dtype=dtype, trains=critic_trains, **scale),
-        reward_model=ScalarModel(reward_lm, num_frozen_layers=frozen, dtype=dtype, with_adapters=False, **scale),
+        critic=ScalarModel(critic_lm, num_frozen_layers=frozen, dtype=dtype, trains=critic_trains, **normalization),
+        reward_model=ScalarModel(
+            reward_lm, num_frozen_layers=frozen, dtype=dtype, with_adapters=False, **normalization
+        ),
         shared_trunk=shared,
     )
     for model in (models.reference, models.reward_model):
@@ -92,7 +94,7 @@ def load_models(
 def _rollout_engine(
     config: PpoStageConfig, sft_model: Path, lm: nn.Module | None, prompts: Sequence[Prompt], *, dtype: torch.dtype
 ) -> RolloutEngine:
-    """transformers on lm where there is one; else vLLM, which loads the model itself, for the longest of the prompts."""
+    """transformers on lm if it is given, otherwise vLLM, which loads the model itself, sized for the longest prompt."""
     tokenizer, stop_ids = load_tokenizer(sft_model), load_stop_ids(sft_model)
     if lm is not None:
         return HfRolloutEngine(lm.to(default_device()), tokenizer, stop_ids=stop_ids)
@@ -110,7 +112,7 @@ def _rollout_engine(
 
 
 def copy_with_own_head(lm: nn.Module) -> nn.Module:
-    """A model that shares every module of lm but the head, which is its own, in fp32 and trainable."""
+    """A model that shares every module of lm except the head, which is a trainable copy in fp32."""
     twin = copy.copy(lm)
     twin._modules = dict(lm._modules)
     twin.score = copy.deepcopy(lm.score).float().requires_grad_(True)

@@ -1,4 +1,4 @@
-"""What PPO leaves behind."""
+"""The artifact of PPO."""
 
 import json
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ from components.rlhf.models.loading import save_model
 def save_policy(
     trainer: PpoTrainer, tokenizer: PreTrainedTokenizerBase, weights: Mapping[str, Tensor], folder: Path
 ) -> None:
-    """The trained actor as an ordinary model folder, with how training went.
+    """Write the trained actor as a Hugging Face model folder, with the history of its training.
 
-    history.jsonl has one row of numbers an iteration, validation.jsonl each response of each look at the validation prompts.
+    history.jsonl has one row of metrics per iteration, validation.jsonl every response to the validation prompts.
     """
-    actor = trainer.models.actor
+    actor = trainer.learner.models.actor
     save_model(actor.lm, tokenizer, folder, dtype=actor.dtype, weights=weights)
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trainer.history), encoding="utf-8")
     save_records(folder, "validation", trainer.validation)

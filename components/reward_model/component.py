@@ -1,4 +1,4 @@
-"""KFP definition of reward_model."""
+"""KFP component of the stage reward_model."""
 
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Markdown, Metrics, Model, Output
@@ -19,18 +19,18 @@ def reward_model(
     tracking: str = "{}",
     storage: str = "{}",
 ) -> dsl.ContainerSpec:
-    """Train the reward model on preference pairs, measure it on held-out pairs, and fix the scale of its scores.
+    """Train the reward model on preference pairs, measure its held-out accuracy, and calibrate its scores.
 
     Args:
-        base_model: Where training starts with init base.
-        sft_model: Where training starts with init sft; its samples fix the scale.
-        preferences: Pairs to learn from and held-out pairs.
-        prompts: What the samples answer.
-        model: A sequence-classification model with one output.
-        metrics: Numbers of the stage.
-        summary: The same for people.
+        base_model: Base model, where training starts with init: base.
+        sft_model: SFT model, where training starts with init: sft; its samples calibrate the scores.
+        preferences: Pairs to train on, and held-out pairs.
+        prompts: Prompts of the calibration samples.
+        model: Sequence-classification model with one output.
+        metrics: Held-out accuracy and the scale of the scores.
+        summary: The metrics as Markdown.
         settings: Canonical JSON of RewardModelStageConfig.
         tracking: Canonical JSON of TrackingConfig.
-        storage: Canonical JSON of StorageConfig: where checkpoints and published models lie, and how S3 is reached.
+        storage: Canonical JSON of StorageConfig: checkpoints, published models, and access to S3.
     """
     return container_spec("reward_model", "trainer", locals())

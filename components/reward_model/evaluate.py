@@ -1,4 +1,4 @@
-"""What is fixed and measured once the reward model is trained."""
+"""Calibration and held-out accuracy of a trained reward model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from components.rlhf.models.layers import HEAD_NAME
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rewards.reward_model import RewardModelScorer, pair_accuracy
 
-MAX_HELDOUT_PAIRS = 384  # behind the held-out accuracies: a standard error of at most 2.6%
+MAX_HELDOUT_PAIRS = 384  # for the held-out accuracies, whose standard error is then at most 2.6%
 
 
 def calibrate_and_measure(
@@ -25,12 +25,14 @@ def calibrate_and_measure(
     prompts: Sequence[Prompt],
     max_tokens: int,
 ) -> dict[str, float]:
-    """Fix the normalisation in the model's config, then measure accuracy with the scorer that PPO uses."""
+    """Store the normalization in the model's config, then measure accuracy with the scorer that PPO uses."""
     pairs = pairs[:MAX_HELDOUT_PAIRS]
     scorer = RewardModelScorer(model, microbatch_tokens=config.reward_model.training.microbatch_tokens)
-    asked = prompts[: config.reward_model.num_calibration_samples]
+    calibration_prompts = prompts[: config.reward_model.num_calibration_samples]
     responses = (
-        sample_responses(sft_model, tokenizer, asked, config.sampling, model=model, seed=config.seed) if asked else []
+        sample_responses(sft_model, tokenizer, calibration_prompts, config.sampling, model=model, seed=config.seed)
+        if calibration_prompts
+        else []
     )
     model.mean, model.std = calibrate(scorer, responses)
     lm_config = model.lm.config

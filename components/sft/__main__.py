@@ -37,8 +37,8 @@ def main(
         training = run.config.sft.training
         tokenizer = load_tokenizer(base_model)
         with join_process_group(timeout_minutes=training.timeout_minutes) as group:
-            checkpoints = run.checkpoints(run.config.checkpoint, group, base, data)
-            trainer = SftTrainer(run.config, base_model, checkpoints, run.progress, run.tracker, group)
+            context = run.training_context(run.config.checkpoint, group, base, data)
+            trainer = SftTrainer(run.config, base_model, context)
             numbers = trainer.train(
                 tokenizer,
                 load_records(demonstrations, "train", Demonstration),

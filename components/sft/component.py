@@ -1,4 +1,4 @@
-"""KFP definition of sft."""
+"""KFP component of the stage sft."""
 
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Markdown, Metrics, Model, Output
@@ -20,13 +20,13 @@ def sft(
     """Fine-tune the base model on demonstrations; prompts carry no loss.
 
     Args:
-        base_model: Where training starts.
-        demonstrations: What is learned.
-        model: The fine-tuned model in the Hugging Face layout.
-        metrics: Numbers of the stage.
-        summary: The same for people.
+        base_model: Model to fine-tune.
+        demonstrations: Prompts with completions to learn, and held-out ones.
+        model: Fine-tuned model in the Hugging Face layout.
+        metrics: Losses before and after training.
+        summary: The metrics as Markdown.
         settings: Canonical JSON of SftStageConfig.
         tracking: Canonical JSON of TrackingConfig.
-        storage: Canonical JSON of StorageConfig: where checkpoints and published models lie, and how S3 is reached.
+        storage: Canonical JSON of StorageConfig: checkpoints, published models, and access to S3.
     """
     return container_spec("sft", "trainer", locals())

@@ -22,7 +22,7 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 
 @pytest.fixture(scope="module")
 def folders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The models and the judge of one comparison; the policy is another model altogether."""
+    """The models and the judge of one comparison; the policy is an unrelated model."""
     root = tmp_path_factory.mktemp("compare")
     reward = load_scalar_lm(tiny_model, num_frozen_layers=0, dtype=FP32, seed=1)
     reward.config.reward_mean, reward.config.reward_std = 0.5, 0.01
@@ -56,39 +56,47 @@ def ids(completions: list[Completion]) -> list[list[int]]:
 
 
 def test_both_models_answer_every_prompt(folders: dict[str, Path]) -> None:
-    found = run(folders)
-    assert found.prompts == PROMPTS
-    for side in (found.sft, found.ppo):
-        assert [c.prompt for c in side.completions] == PROMPTS
-        assert len(side.judge_scores) == len(side.rewards) == len(PROMPTS)
-    assert ids(found.sft.completions) != ids(found.ppo.completions)
+    comparison = run(folders)
+    assert comparison.prompts == PROMPTS
+    for scored in (comparison.sft, comparison.ppo):
+        assert [c.prompt for c in scored.completions] == PROMPTS
+        assert len(scored.judge_scores) == len(scored.rewards) == len(PROMPTS)
+    assert ids(comparison.sft.completions) != ids(comparison.ppo.completions)
     judge = load_judge(folders["judge"])
-    assert found.ppo.judge_scores == judge.score(found.ppo.completions).tolist()
+    assert comparison.ppo.judge_scores == judge.score(comparison.ppo.completions).tolist()
 
 
-def test_cut_answers_are_judged_at_the_length_of_the_shorter_one(folders: dict[str, Path]) -> None:
-    found = run(folders, max_new_tokens=12, temperature=3.0)
+def test_cut_responses_are_scored_at_the_shorter_length(folders: dict[str, Path]) -> None:
+    comparison = run(folders, max_new_tokens=12, temperature=3.0)
     judge, tokenizer = load_judge(folders["judge"]), AutoTokenizer.from_pretrained(folders["sft_model"])
     stop = 0
-    for i, (a, b) in enumerate(zip(found.sft.completions, found.ppo.completions, strict=True)):
-        words = [[x for x in c.response_ids if x != stop] for c in (a, b)]  # a stop token stands only at the end
-        length = min(map(len, words))
-        for side, ids in ((found.sft, words[0]), (found.ppo, words[1])):
+    for i, (a, b) in enumerate(zip(comparison.sft.completions, comparison.ppo.completions, strict=True)):
+        response_ids = [[x for x in c.response_ids if x != stop] for c in (a, b)]  # a stop token is only at the end
+        length = min(map(len, response_ids))
+        for scored, ids in ((comparison.sft, response_ids[0]), (comparison.ppo, response_ids[1])):
             text = PROMPTS[i].prompt + tokenizer.decode(ids[:length])
-            assert side.cut_judge_scores[i] == pytest.approx(judge.score_texts([text]).item(), abs=1e-6)
+            assert scored.cut_judge_scores[i] == pytest.approx(judge.score_texts([text]).item(), abs=1e-6)
 
 
-def test_cutting_leaves_the_stop_token_out_and_touches_nothing_else(folders: dict[str, Path]) -> None:
+def test_cut_to_equal_length_drops_stop_tokens(folders: dict[str, Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folders["sft_model"])
 
-    def said(ids: list[int], *, truncated: bool) -> Completion:
+    def completion(ids: list[int], *, truncated: bool) -> Completion:
         text = tokenizer.decode(ids, skip_special_tokens=True)
         return Completion(
             prompt=PROMPTS[0], prompt_ids=[5], response_ids=ids, response=text, logprobs=None, truncated=truncated
         )
 
-    first = [said([7, 8, 9, 0], truncated=False), said([7, 8], truncated=True), said([0], truncated=False)]
-    second = [said([4, 5, 6, 7, 8], truncated=True), said([3, 0], truncated=False), said([4, 5], truncated=True)]
+    first = [
+        completion([7, 8, 9, 0], truncated=False),
+        completion([7, 8], truncated=True),
+        completion([0], truncated=False),
+    ]
+    second = [
+        completion([4, 5, 6, 7, 8], truncated=True),
+        completion([3, 0], truncated=False),
+        completion([4, 5], truncated=True),
+    ]
     a, b = cut_to_equal_length(first, second, tokenizer)
     assert ids(a) == [[7, 8, 9], [7], []]
     assert ids(b) == [[4, 5, 6], [3], []]
@@ -96,40 +104,40 @@ def test_cutting_leaves_the_stop_token_out_and_touches_nothing_else(folders: dic
     assert ids(first) == [[7, 8, 9, 0], [7, 8], [0]]
 
 
-def test_rewards_are_in_the_reward_models_own_unit(folders: dict[str, Path]) -> None:
-    found = run(folders)
+def test_rewards_are_normalized(folders: dict[str, Path]) -> None:
+    comparison = run(folders)
     lm = load_scalar_lm(folders["reward_model"], num_frozen_layers=0, dtype=FP32)
-    for side in (found.sft, found.ppo):
-        for c, reward in zip(side.completions, side.rewards, strict=True):
+    for scored in (comparison.sft, comparison.ppo):
+        for c, reward in zip(scored.completions, scored.rewards, strict=True):
             hidden = lm.model(torch.tensor([c.prompt_ids + c.response_ids])).last_hidden_state[0, -1]
             raw = (hidden @ lm.score.weight[0]).item()
             assert reward == pytest.approx((raw - 0.5) / 0.01, rel=1e-3, abs=1e-3)
 
 
-def test_a_model_against_itself_says_the_same_with_the_same_luck(folders: dict[str, Path]) -> None:
-    found = run(folders | {"policy": folders["sft_model"]})
-    assert ids(found.sft.completions) == ids(found.ppo.completions)
-    assert found.sft.judge_scores == found.ppo.judge_scores
-    assert found.kl == [0.0] * len(PROMPTS)
+def test_model_compared_with_itself_gives_identical_responses(folders: dict[str, Path]) -> None:
+    comparison = run(folders | {"policy": folders["sft_model"]})
+    assert ids(comparison.sft.completions) == ids(comparison.ppo.completions)
+    assert comparison.sft.judge_scores == comparison.ppo.judge_scores
+    assert comparison.kl == [0.0] * len(PROMPTS)
 
 
-def test_follows_from_its_seed(folders: dict[str, Path]) -> None:
+def test_same_seed_gives_same_comparison(folders: dict[str, Path]) -> None:
     a, b, c = (run(folders, seed=seed) for seed in (1, 1, 2))
     assert ids(a.ppo.completions) == ids(b.ppo.completions) != ids(c.ppo.completions)
     assert a.kl == b.kl
 
 
-def test_batches_change_nothing(folders: dict[str, Path]) -> None:
+def test_results_do_not_depend_on_batch_size(folders: dict[str, Path]) -> None:
     a, b = run(folders, batch_size=2), run(folders, batch_size=64)
     assert ids(a.ppo.completions) == ids(b.ppo.completions)
     assert a.kl == pytest.approx(b.kl, abs=1e-4)
 
 
-def test_the_kl_is_that_of_the_sampling_distribution(folders: dict[str, Path]) -> None:
-    """Summed over a response, at the temperature it was sampled at: by plain transformers, one response at a time."""
-    found = run(folders, temperature=0.5)
+def test_kl_is_that_of_sampling_distribution(folders: dict[str, Path]) -> None:
+    """The reference sums log-probs at the sampling temperature with plain transformers, one response at a time."""
+    comparison = run(folders, temperature=0.5)
     lms = [AutoModelForCausalLM.from_pretrained(folders[name]).eval() for name in ("policy", "sft_model")]
-    for c, kl in zip(found.ppo.completions, found.kl, strict=True):
+    for c, kl in zip(comparison.ppo.completions, comparison.kl, strict=True):
         sums = []
         for lm in lms:
             with torch.no_grad():
@@ -139,41 +147,41 @@ def test_the_kl_is_that_of_the_sampling_distribution(folders: dict[str, Path]) -
         assert kl == pytest.approx(sums[0] - sums[1], abs=1e-3)
 
 
-def test_frozen_layers_are_computed_once_and_change_nothing(
+def test_frozen_layers_are_computed_once_with_same_kl(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A policy whose two lowest layers are the fine-tuned model's: the KL by the shared path is that of the plain one."""
+    """For a policy with the fine-tuned model's two lowest layers, the KL is the same with and without sharing."""
     trained = AutoModelForCausalLM.from_pretrained(folders["sft_model"])
     with torch.no_grad():
         for parameter in trained.model.layers[2:].parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     save_model(trained, AutoTokenizer.from_pretrained(folders["sft_model"]), tmp_path / "policy", dtype=FP32)
-    near = folders | {"policy": tmp_path / "policy"}
+    partly_frozen = folders | {"policy": tmp_path / "policy"}
     trunks: list[Actor] = []
     plain_trunk = Actor.trunk
     monkeypatch.setattr(Actor, "trunk", lambda self, batch: trunks.append(self) or plain_trunk(self, batch))
-    plain, shared, not_shared = run(near), run(near, frozen=2), run(folders, frozen=2)
+    plain, shared, not_shared = run(partly_frozen), run(partly_frozen, frozen=2), run(folders, frozen=2)
     assert shared.kl == pytest.approx(plain.kl, abs=1e-4)
-    assert min(map(abs, plain.kl)) > 1e-3  # there is something to be equal to
-    assert not_shared.kl == pytest.approx(run(folders).kl, abs=1e-4)  # layers that differ are each model's own
+    assert min(map(abs, plain.kl)) > 1e-3  # the KL is not trivially 0
+    assert not_shared.kl == pytest.approx(run(folders).kl, abs=1e-4)  # different layers are not shared
     with_frozen = [actor for actor in trunks if actor.num_frozen_layers]
     assert len(with_frozen) == 1  # one batch, one pass through the frozen layers
 
 
-def test_the_kl_does_not_count_what_neither_model_may_say(folders: dict[str, Path]) -> None:
+def test_kl_excludes_masked_stop_tokens(folders: dict[str, Path]) -> None:
     actors = [
         Actor(load_causal_lm(folders[name], num_frozen_layers=0, dtype=FP32), num_frozen_layers=0, dtype=FP32)
         for name in ("policy", "sft_model")
     ]
-    answers = run(folders, min_new_tokens=5).ppo.completions
-    free, bound = (
-        sequence_kl(*actors, answers, distribution, CPU)
+    completions = run(folders, min_new_tokens=5).ppo.completions
+    unmasked, masked = (
+        sequence_kl(*actors, completions, distribution, CPU)
         for distribution in (SamplingDistribution(), SamplingDistribution(min_new_tokens=5, stop_ids=(0,)))
     )
-    assert all(a != b for a, b in zip(free, bound, strict=True))
+    assert all(a != b for a, b in zip(unmasked, masked, strict=True))
 
 
-def test_a_reward_model_without_its_scale_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_reward_model_without_normalization_is_rejected(folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["reward_model"], tmp_path / "raw")
     config = tmp_path / "raw" / "config.json"
     config.write_text(config.read_text().replace("reward_mean", "mean_of_rewards"))

@@ -6,7 +6,7 @@ from components.evaluation.judge_curve import judge_curve
 from components.rlhf.data.records import Completion, ValidationSample
 
 
-class CountingJudge:
+class LengthJudge:
     """Scores a text by its length in characters."""
 
     def score(self, completions: Sequence[Completion]) -> torch.Tensor:
@@ -28,18 +28,18 @@ def sample(
     )
 
 
-def test_one_row_a_look_by_hand() -> None:
+def test_one_row_per_validation_pass() -> None:
     samples = [
         sample(0, " is", score=0.0, kl=0.0, num_tokens=2, truncated=False),
         sample(4, " was so", score=1.0, kl=2.0, num_tokens=4, truncated=True),
         sample(0, " was", score=-1.0, kl=0.0, num_tokens=4, truncated=True),
         sample(4, " is so", score=2.0, kl=1.0, num_tokens=4, truncated=True),
     ]
-    assert judge_curve(samples, CountingJudge()) == [
+    assert judge_curve(samples, LengthJudge()) == [
         {"iteration": 0, "num_rollouts": 0, "reward": -0.5, "judge_score": 5.5, "kl": 0, "length": 3, "eos_rate": 0.5},
         {"iteration": 4, "num_rollouts": 40, "reward": 1.5, "judge_score": 8.5, "kl": 1.5, "length": 4, "eos_rate": 0},
     ]
 
 
-def test_no_looks_no_rows() -> None:
-    assert judge_curve([], CountingJudge()) == []
+def test_no_samples_give_no_rows() -> None:
+    assert judge_curve([], LengthJudge()) == []

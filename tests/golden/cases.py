@@ -1,4 +1,4 @@
-"""Reading golden cases, and comparing a result with one."""
+"""Reads golden cases, and compares results with them."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from torch import Tensor
 
 VECTORS = Path(__file__).parent / "vectors"
 
-# How each case's `source` text begins -> the label that the compositions know it by.
+# Prefix of a case's `source` -> label used by the compositions.
 ORIGINS = {
     "OpenRLHF v0.5.5": "openrlhf_v0.5.5",
     "OpenRLHF v0.8.0": "openrlhf_v0.8.0",
@@ -27,11 +27,11 @@ ORIGINS = {
 
 
 class UnknownVariant(Exception):
-    """A case asks for a variant that no composition here computes."""
+    """A case needs a variant that is not implemented here."""
 
 
 class Params(dict[str, Any]):
-    """Parameters that remember which of them were read: one that nobody read is a variant nobody computed."""
+    """Parameters that record which were read: an unread one means that its variant was not computed."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__(values)
@@ -46,7 +46,7 @@ class Params(dict[str, Any]):
         return super().get(key, default)
 
     def ignore(self, *keys: str) -> None:
-        """These have no bearing on the numbers."""
+        """Mark parameters that do not affect the numbers."""
         self.unread.difference_update(keys)
 
 
@@ -103,7 +103,7 @@ def read_folder(folder: Path) -> Iterator[Case]:
 
 
 def all_cases() -> dict[str, Case]:
-    """The cases by test id: family/name; a second folder may be named by the environment."""
+    """All cases by test id, family/name; RLHF_GOLDEN_DIR may name a second folder."""
     folders = [VECTORS]
     if os.environ.get("RLHF_GOLDEN_DIR"):
         folders.append(Path(os.environ["RLHF_GOLDEN_DIR"]))
@@ -118,29 +118,29 @@ def all_cases() -> dict[str, Case]:
 
 
 def check(case: Case, results: dict[str, Any]) -> None:
-    """Every expected number is within the case's own tolerance, and every parameter was used."""
+    """Assert that every expected number is within the case's tolerance, and that every parameter was read."""
     missing = case.expected.keys() - results.keys()
     if missing:
-        raise UnknownVariant(f"nothing computes {sorted(missing)} for {case.source}")
+        raise UnknownVariant(f"{sorted(missing)} are not computed for {case.source}")
     if case.params.unread:
-        raise UnknownVariant(f"nothing reads the parameters {sorted(case.params.unread)} for {case.source}")
+        raise UnknownVariant(f"the parameters {sorted(case.params.unread)} are not read for {case.source}")
     for key, expected in case.expected.items():
-        keep = case.mask() if key in case.masked_outputs else None
+        mask = case.mask() if key in case.masked_outputs else None
         if isinstance(results[key], list):  # rows of different lengths
             for row, (got_row, expected_row) in enumerate(zip(results[key], expected, strict=True)):
                 compare(f"{key}[{row}]", got_row, expected_row, case)
         else:
-            compare(key, results[key], expected, case, keep)
+            compare(key, results[key], expected, case, mask)
 
 
-def compare(key: str, got: Any, expected: Any, case: Case, keep: Tensor | None = None) -> None:
-    """|got - expected| <= atol + rtol * |expected|, where keep is True."""
+def compare(key: str, got: Any, expected: Any, case: Case, mask: Tensor | None = None) -> None:
+    """Assert |got - expected| <= atol + rtol * |expected| where mask is True."""
     got = torch.as_tensor(got, dtype=torch.float64).detach()
     expected = torch.as_tensor(expected, dtype=torch.float64)
     assert got.shape == expected.shape, f"{key}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
-    # A nan in either is outside every tolerance, because no comparison with nan is true.
-    inside = (got == expected) | ((got - expected).abs() <= case.atol + case.rtol * expected.abs())
-    if keep is not None:
-        inside = inside | ~keep
-    report = f"{key}\n     got {got.tolist()}\nexpected {expected.tolist()}\n  inside {inside.tolist()}"
-    assert bool(inside.all()), report
+    # A nan always fails, because comparisons with nan are false.
+    close = (got == expected) | ((got - expected).abs() <= case.atol + case.rtol * expected.abs())
+    if mask is not None:
+        close = close | ~mask
+    report = f"{key}\n     got {got.tolist()}\nexpected {expected.tolist()}\n   close {close.tolist()}"
+    assert bool(close.all()), report

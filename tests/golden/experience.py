@@ -1,4 +1,4 @@
-"""What each source does between log-probs and advantages, composed of our functions."""
+"""Computations of each source from log-probs to advantages, composed of the functions in components/rlhf/maths."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def kl_estimators(case: Case) -> dict[str, Any]:
     if estimator == "abs":
         kl = estimate_kl(logp, ref_logp, mask, "k1", clamp).abs()
     elif inner is not None:
-        # verl bounds the difference before the estimator sees it.
+        # verl clamps the difference before the estimator.
         kl = estimate_kl((logp - ref_logp).clamp(*inner), torch.zeros_like(logp), mask, estimator, clamp)
     else:
         kl = estimate_kl(logp, ref_logp, mask, estimator, clamp)
@@ -33,7 +33,7 @@ def kl_estimators(case: Case) -> dict[str, Any]:
 
 
 def symmetric(bounds: list[float] | None) -> float | None:
-    """[-c, c] -> c, the form our functions take."""
+    """[-c, c] -> c, the argument of estimate_kl."""
     if bounds is not None and bounds[0] != -bounds[1]:
         raise UnknownVariant(f"a clamp that is not symmetric: {bounds}")
     return None if bounds is None else bounds[1]
@@ -50,16 +50,16 @@ def adaptive_kl(case: Case) -> dict[str, Any]:
 
 def rewards(case: Case) -> dict[str, Any]:
     if case.origin in ("trl", "nplus"):
-        return next_slot(case)
+        return next_position(case)
     if "kl_rows" in case.inputs:
         return packed_rewards(case)
     mask, kl_coef = case.mask(), case.params["kl_coef"]
     if case.origin == "verl":
-        # The score already stands at its token.
+        # The score is already at its token.
         kl = estimate_kl(case.floats("logp"), case.floats("ref_logp"), mask)
         no_scores = torch.zeros(len(mask), dtype=torch.float64)
-        placed = torch.where(mask, case.floats("token_level_scores"), 0)
-        return {"rewards": placed + token_rewards(no_scores, kl, mask, kl_coef=kl_coef)}
+        token_scores = torch.where(mask, case.floats("token_level_scores"), 0)
+        return {"rewards": token_scores + token_rewards(no_scores, kl, mask, kl_coef=kl_coef)}
     if "kl" in case.inputs:
         kl = case.floats("kl")
     else:
@@ -75,7 +75,7 @@ def reward_clip(case: Case) -> tuple[float, float] | None:
 
 
 def packed_rewards(case: Case) -> dict[str, Any]:
-    """Rows of different length: padded for us, cut back for the comparison."""
+    """Rows of different lengths: padded for token_rewards, and trimmed for the comparison."""
     lengths = case.inputs["num_actions"]
     kl = torch.zeros(len(lengths), max(lengths), dtype=torch.float64)
     mask = torch.zeros_like(kl, dtype=torch.bool)
@@ -90,13 +90,13 @@ def packed_rewards(case: Case) -> dict[str, Any]:
 
 def gae(case: Case) -> dict[str, Any]:
     if case.origin == "trl":
-        return next_slot(case)
+        return next_position(case)
     mask, gamma = case.mask(), case.params["gamma"]
     if "values" not in case.inputs:
         return {"returns": reward_to_go(case.floats("rewards"), mask, gamma=gamma)}
     values, gae_lambda = case.floats("values"), case.params["lam"]
     if case.origin == "verl":
-        return carried_gae(values, case.floats("rewards"), mask, gamma=gamma, gae_lambda=gae_lambda)
+        return gae_without_gaps(values, case.floats("rewards"), mask, gamma=gamma, gae_lambda=gae_lambda)
     if case.origin == "openrlhf_head":
         token_reward = token_rewards(
             case.floats("score"), case.floats("kl"), mask, kl_coef=case.params["kl_coef"], reward_clip=reward_clip(case)
@@ -107,8 +107,10 @@ def gae(case: Case) -> dict[str, Any]:
     return {"advantages_raw": advantages, "advantages_whitened": whiten(advantages, mask), "returns": returns}
 
 
-def carried_gae(values: Tensor, reward: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float) -> dict[str, Any]:
-    """verl steps over a gap as if it were not there: push the real tokens together, estimate, and pull them apart."""
+def gae_without_gaps(
+    values: Tensor, reward: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float
+) -> dict[str, Any]:
+    """verl skips gaps: remove them, estimate, and insert them again."""
     order = torch.argsort(~mask, dim=1, stable=True)
     packed_advantages, packed_returns = estimate_advantages(
         values.gather(1, order), reward.gather(1, order), mask.gather(1, order), gamma=gamma, gae_lambda=gae_lambda
@@ -122,8 +124,8 @@ def carried_gae(values: Tensor, reward: Tensor, mask: Tensor, *, gamma: float, g
     }
 
 
-def next_slot(case: Case) -> dict[str, Any]:
-    """TRL and N+: the score stands one slot after the last token, and mask_p1 keeps that slot's value."""
+def next_position(case: Case) -> dict[str, Any]:
+    """TRL and N+: the score is one position after the last token, and mask_p1 includes that position."""
     p, mask, mask_p1 = case.params, case.mask(), case.mask("mask_p1")
     bessel = case.origin == "trl"
     scores = case.floats("score")
@@ -131,7 +133,7 @@ def next_slot(case: Case) -> dict[str, Any]:
     if penalty is not None:
         has_eos = (case.ints("response_ids") == p["eos_id"]).any(dim=1)
         scores = torch.where(has_eos, scores, scores - penalty)
-    p.ignore("eos_id", "pad_id")  # without a penalty the lengths say it all
+    p.ignore("eos_id", "pad_id")  # not needed without a penalty
     kl = estimate_kl(case.floats("logp"), case.floats("ref_logp"), mask, p["estimator"])
     reward = token_rewards(scores, kl, mask_p1, kl_coef=p["kl_coef"])
     if p.get("whiten_rewards"):
@@ -164,7 +166,7 @@ def whitening(case: Case) -> dict[str, Any]:
 
 
 def whiten_plus_eps(x: Tensor, mask: Tensor, *, bessel: bool, shift_mean: bool = True) -> Tensor:
-    """The whitening of verl and TRL (Bessel) and of N+ (biased): epsilon is added, not a floor."""
+    """The whitening of verl and TRL (Bessel) and of N+ (biased): epsilon is added instead of a floor."""
     mean, variance = masked_moments(x, mask)
     if bessel:
         variance = variance * mask.sum() / (mask.sum() - 1)

@@ -1,4 +1,4 @@
-"""What each source minimises, composed of our functions."""
+"""Losses of each source, composed of the functions in components/rlhf/maths."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from tests.golden.cases import Case, Params, UnknownVariant
 
 
 def reduction(params: Params, mask: Tensor) -> tuple[Aggregation, Tensor | float | None]:
-    """The source's aggregation as our aggregation and denominator."""
+    """The source's aggregation as aggregation and denominator of components/rlhf/maths/losses.py."""
     name, tokens, rows = params["aggregation"], params.get("batch_num_tokens"), params.get("global_batch_size")
     match name:
         case "token-mean":
@@ -38,7 +38,7 @@ def policy(case: Case, weights: Tensor | None = None) -> dict[str, Any]:
     new_logp = logp
     match p.get("policy_loss_type", "ppo"):
         case "gspo":
-            # One ratio a row, the geometric mean of its tokens' ratios.
+            # One ratio per row, the geometric mean of its tokens' ratios.
             difference = torch.where(mask, logp - old_logp, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
             new_logp = old_logp + difference[:, None]
         case kind if kind != "ppo":
@@ -48,11 +48,11 @@ def policy(case: Case, weights: Tensor | None = None) -> dict[str, Any]:
     result = policy_loss(
         *tensors, **clips, dual_clip=dual_clip, weights=weights, aggregation=aggregation, denominator=denominator
     )
-    # A shard's loss times the number of shards, because the engine averages over them.
+    # A shard's loss times the number of shards, because the engine averages over shards.
     loss = result.loss * p.get("dp_size", 1)
     loss.backward()
     approx_kl = result.approx_kl
-    if case.origin == "verl":  # measured after the clamp, not before
+    if case.origin == "verl":  # computed after the clamp, not before
         approx_kl = masked_mean((old_logp - logp).clamp(-clamp, clamp), mask)
     results = {
         "loss": loss,
@@ -69,14 +69,14 @@ def policy(case: Case, weights: Tensor | None = None) -> dict[str, Any]:
 
 
 def importance(case: Case) -> dict[str, Any]:
-    """The weights alone, or the policy loss with them, whose old log-probs are then the trainer's."""
+    """Only the weights, or the policy loss with them, where old log-probs are the trainer's."""
     p, mask = case.params, case.mask()
     with_loss = "logp" in case.inputs
     trainer, engine = case.floats("old_logp" if with_loss else "trainer_logp"), case.floats("rollout_logp")
     match p["kind"]:
         case "tis":
             low = p["low"]
-        case "token":  # of verl: only the log-ratio is bounded from below
+        case "token":  # verl only bounds the log-ratio from below
             low = math.exp(-p.get("safety_bound", 20.0))
         case kind:
             raise UnknownVariant(f"importance correction {kind}")
@@ -114,7 +114,7 @@ def reward_model(case: Case) -> dict[str, Any]:
     match p["loss"]:
         case "sigmoid":
             loss = pairwise_loss(chosen, rejected, case.floats("margin") if has_margin else None).mean()
-        case "logexp":  # the same function written as log(1 + exp(rejected - chosen)); it knows no margin
+        case "logexp":  # the same function written as log(1 + exp(rejected - chosen)), without a margin
             loss = pairwise_loss(chosen, rejected).mean()
         case kind:
             raise UnknownVariant(f"reward model loss {kind}")

@@ -1,6 +1,6 @@
-"""Our maths against numbers that the reference systems' own functions computed.
+"""Tests components/rlhf/maths against numbers computed by the reference systems' own functions.
 
-RLHF_GOLDEN_DIR may name a second folder of JSON files of the same schema; its cases run beside the packaged ones.
+RLHF_GOLDEN_DIR may name a second folder of JSON files with the same schema, whose cases are added.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from tests.golden.cases import Case, Params, UnknownVariant, all_cases, check
 
 Compose = Callable[[Case], dict[str, Any]]
 
-# family -> how its numbers are composed of our functions, and the sources whose ways are known.
+# family -> its composition, and the supported sources.
 COMPOSITIONS: dict[str, tuple[Compose, set[str]]] = {
     "kl_estimators": (experience.kl_estimators, {"openrlhf_v0.5.5", "openrlhf_head", "verl", "trl"}),
     "adaptive_kl": (
@@ -32,19 +32,19 @@ COMPOSITIONS: dict[str, tuple[Compose, set[str]]] = {
     "masks": (tokens.masks, {"openrlhf_v0.8.0", "openrlhf_head", "trl", "verl"}),
 }
 
-# Everything that is not reproduced, and why. A source of None stands for the whole family.
+# Cases that are skipped, with the reason. A source of None means the whole family.
 SKIPPED: dict[tuple[str, str | None], str] = {
-    ("group_advantages", None): "estimators over groups of samples are not implemented yet",
-    ("masks", "openrlhf_v0.5.5"): "compares ids and writes an EOS over a sampled token: refused by design",
+    ("group_advantages", None): "estimators over groups of samples are not implemented",
+    ("masks", "openrlhf_v0.5.5"): "compares ids and overwrites a sampled token with EOS: unsupported by design",
 }
 
-# Kinds of a family that are not reproduced: of the correction for the rollout engine there is the truncated weight of a token alone.
+# Kinds that are skipped: of the importance corrections only the truncated per-token weight is implemented.
 SKIPPED_KINDS: dict[tuple[str, str], str] = {
     ("importance_correction", "icepop"): "tokens outside the bounds are truncated, not dropped",
-    ("importance_correction", "seq-mask-tis"): "no response is dropped as a whole",
-    ("importance_correction", "sequence"): "weights are of tokens, not of responses",
+    ("importance_correction", "seq-mask-tis"): "whole responses are not dropped",
+    ("importance_correction", "sequence"): "weights are per token, not per response",
     **{
-        ("importance_correction", kind): "nothing is rejected"
+        ("importance_correction", kind): "tokens are not rejected"
         for kind in ("token_k1", "token_k3", "seq_mean_k1", "seq_sum_k1", "seq_mean_k3", "seq_max_k2")
     },
 }
@@ -53,7 +53,7 @@ CASES = all_cases()
 
 
 def run(case: Case) -> None:
-    """Raises unless the case's numbers are reproduced."""
+    """Raise unless the case's numbers are reproduced."""
     if case.family not in COMPOSITIONS:
         raise UnknownVariant(f"unknown family: {case.family}")
     compose, origins = COMPOSITIONS[case.family]
@@ -69,31 +69,31 @@ def test_golden(case_id: str) -> None:
         pytest.skip(SKIPPED[case.family, None])
     if (case.family, case.origin) in SKIPPED:
         pytest.skip(SKIPPED[case.family, case.origin])
-    kind = (case.family, dict.get(case.params, "kind"))  # not a reading of the parameter: the composition must do that
+    kind = (case.family, dict.get(case.params, "kind"))  # does not mark the parameter as read
     if kind in SKIPPED_KINDS:
         pytest.skip(SKIPPED_KINDS[kind])
     run(case)
 
 
-def a_case() -> Case:
+def example_case() -> Case:
     case = CASES["policy_loss/worked_example/openrlhf_v0.5.5"]
     return replace(case, params=Params(dict(case.params)))
 
 
-def test_the_packaged_numbers_are_all_there() -> None:
+def test_packaged_vectors_are_complete() -> None:
     families = {case_id.split("/")[0] for case_id in CASES}
     assert families >= COMPOSITIONS.keys()
     assert len(CASES) >= 342
 
 
-def test_a_wrong_number_is_seen() -> None:
-    case = a_case()
+def test_wrong_number_fails() -> None:
+    case = example_case()
     with pytest.raises(AssertionError, match="loss"):
         run(replace(case, expected=case.expected | {"loss": case.expected["loss"] + 1e-6}))
 
 
-def test_a_nan_is_never_equal() -> None:
-    case = a_case()
+def test_nan_fails() -> None:
+    case = example_case()
     with pytest.raises(AssertionError, match="loss"):
         run(replace(case, expected=case.expected | {"loss": float("nan")}))
 
@@ -108,8 +108,8 @@ def test_a_nan_is_never_equal() -> None:
         {"params": Params({"clip_eps": 0.2, "aggregation": "seq-mean-token-mean", "something_new": 1})},
         {"params": Params({"clip_eps": 0.2, "aggregation": "something-new"})},
     ],
-    ids=["family", "source", "source of the family", "expected key", "parameter", "aggregation"],
+    ids=["family", "source", "source for the family", "expected key", "parameter", "aggregation"],
 )
-def test_an_unknown_variant_fails(change: dict[str, Any]) -> None:
+def test_unknown_variant_fails(change: dict[str, Any]) -> None:
     with pytest.raises(UnknownVariant):
-        run(replace(a_case(), **change))
+        run(replace(example_case(), **change))

@@ -1,4 +1,4 @@
-"""Where each source's tokens, masks and log-probs stand, composed of our functions."""
+"""Masks and log-probs of each source, composed of the functions in components/rlhf/maths."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def masks(case: Case) -> dict[str, Any]:
 
 
 def until_eos(case: Case) -> Tensor:
-    """Tokens up to and including the first EOS, or the whole row without one. Returns [B]."""
+    """Number of tokens up to and including the first EOS, or the row width without one: [B]."""
     return until_first(case.ints("responses_in"), case.params["eos_id"], inclusive=True)
 
 
@@ -56,7 +56,7 @@ def until_first(ids: Tensor, token: int, *, inclusive: bool) -> Tensor:
 
 
 def trl_masks(case: Case) -> dict[str, Any]:
-    """Cut after the first EOS; what stands before the first PAD is real."""
+    """Truncate after the first EOS; the tokens before the first PAD are real."""
     eos, pad = case.params["eos_id"], case.params["pad_id"]
     responses = case.ints("responses_in")
     width = responses.shape[1]
@@ -72,8 +72,8 @@ def trl_masks(case: Case) -> dict[str, Any]:
 
 
 def length_masks(case: Case) -> dict[str, Any]:
-    """OpenRLHF since v0.8.0: prompt and response side by side, padding on the right, masks from lengths."""
-    case.params.ignore("eos_id")  # nothing is compared with it
+    """OpenRLHF since v0.8.0: prompt and response adjacent, padding on the right, masks from lengths."""
+    case.params.ignore("eos_id")  # not used
     pad, max_len = case.params["pad_id"], case.params.get("max_len")
     prompts = case.inputs["prompts"]
     rows = [(prompt + response)[:max_len] for prompt, response in zip(prompts, case.inputs["responses"], strict=True)]
@@ -93,7 +93,7 @@ def length_masks(case: Case) -> dict[str, Any]:
 
 
 def turn_masks(case: Case) -> dict[str, Any]:
-    """One conversation of several turns: every range of actions is a response after the tokens before it."""
+    """One conversation of several turns: every action range is a response to the tokens before it."""
     max_len = case.params["max_len"]
     tokens = case.inputs["observation_tokens"][:max_len]
     width = len(tokens)

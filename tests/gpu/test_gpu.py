@@ -1,4 +1,4 @@
-"""What only a GPU can show. Skipped without one; benchmarks/gpu.py prints the figures behind it."""
+"""Tests that need a GPU, skipped without one. benchmarks/gpu.py prints the underlying measurements."""
 
 from collections.abc import Iterator
 from pathlib import Path

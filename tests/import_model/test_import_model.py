@@ -200,7 +200,7 @@ def test_fewer_layers_than_the_config_says(copy: Copy, tmp_path: Path) -> None:
 def test_a_model_that_could_never_stop(copy: Copy, tmp_path: Path) -> None:
     folder = copy("generation_config.json", eos_token_id=None)
     said = refusal(folder, tmp_path / "out")
-    assert "no eos_token_id in generation_config.json or config.json; a response could never end" in said
+    assert "no eos_token_id in generation_config.json or config.json; add it" in said
 
 
 # --- what is no reward model ---

@@ -36,7 +36,7 @@ def test_messages_are_valid_without_a_tokenizer(tmp_path: Path, tiny_model: Path
     ("name", "line", "message"),
     [
         ("preferences", '{"prompt": "a", "chosen": "b"}', "preferences.jsonl:61 has no field 'rejected'"),
-        ("prompts", '{"prompt": 3}', "prompts.jsonl:61: prompt is a int; it must be text"),
+        ("prompts", '{"prompt": 3}', "prompts.jsonl:61: prompt has type int; it must be a string"),
         ("demonstrations", "[1]", "demonstrations.jsonl:61 is a JSON list"),
     ],
 )

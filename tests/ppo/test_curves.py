@@ -18,7 +18,7 @@ def history(length: int, *, evals: bool = False) -> list[dict[str, float]]:
     return rows
 
 
-def test_the_page_needs_nothing_from_elsewhere() -> None:
+def test_page_is_self_contained() -> None:
     page = as_html(history(4, evals=True), PPO)
     # The names of XML namespaces and vocabularies look like addresses; nothing fetches them.
     fetched = re.findall(r"""(?:src|href|data|action)\s*=\s*["'](?!#)([^"']*)|url\((?!#)([^)]*)\)|@import""", page)
@@ -28,7 +28,7 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
     assert ET.fromstring(svg).tag.endswith("svg")
 
 
-def test_the_page_says_what_was_run() -> None:
+def test_page_describes_the_run() -> None:
     page = as_html(history(4), PPO)
     assert page.startswith("<!doctype html>")
     assert "4 iterations of 32 responses; score 1.00 to 4.00, KL 8.00 nats per response, KL coefficient 0.0625." in page
@@ -41,10 +41,10 @@ def test_every_panel_is_drawn_with_its_title() -> None:
         assert f"<!-- {title} -->" in svg
 
 
-def test_looks_are_points_of_their_own() -> None:
+def test_validation_passes_are_drawn_as_points() -> None:
     assert "validation prompts" not in as_svg(history(4))
     assert "validation prompts" in as_svg(history(4, evals=True))
 
 
-def test_one_iteration_is_enough() -> None:
+def test_one_iteration_can_be_plotted() -> None:
     assert "<svg" in as_html(history(1), PPO)

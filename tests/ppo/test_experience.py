@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from components.ppo.experience import Experience, Models, make_experience, microbatches
-from components.ppo.trainer import rollout_metrics
+from components.ppo.experience import Experience, Learner, Models, make_experience, microbatches
+from components.ppo.metrics import rollout_metrics
 from components.rlhf.data.batching import collate
 from components.rlhf.data.records import Completion
 from components.rlhf.models.actor import SamplingDistribution
@@ -25,7 +25,7 @@ COMPLETIONS = [
 
 @torch.no_grad()
 def trained(models: Models) -> Models:
-    """As after some updates: the actor is not the reference any more, nor the critic the reward model."""
+    """Like after some updates: the actor is different from the reference, and the critic from the reward model."""
     generator = torch.Generator().manual_seed(0)
     for module in (models.actor, models.critic):
         for parameter in module.parameters():
@@ -38,11 +38,12 @@ def experience_of(
     models: Models, completions: list[Completion] | None = None, *, kl_coef: float = 0.1, **ppo: Any
 ) -> Experience:
     settings = config_of(**ppo).ppo
-    return make_experience(models, completions or COMPLETIONS, settings, DISTRIBUTION, kl_coef=kl_coef)
+    learner = Learner(models=models, config=settings, distribution=DISTRIBUTION)
+    return make_experience(learner, completions or COMPLETIONS, kl_coef=kl_coef)
 
 
 class Slow:
-    """The whole of it for one response at a time and one token at a time, in plain Python floats."""
+    """The experience of one response, token by token, in plain Python floats."""
 
     def __init__(self, models: Models, c: Completion, *, kl_coef: float, penalty: float, clip: float) -> None:
         ids, start, n = torch.tensor([c.prompt_ids + c.response_ids]), len(c.prompt_ids), len(c.response_ids)
@@ -77,118 +78,123 @@ class Slow:
         return (float(hidden @ model.lm.score.weight[0]) - 0.2) / 1.5
 
 
-class TestAgainstALoop:
-    @pytest.mark.parametrize("frozen", [0, 2], ids=["unshared", "shared"])
-    @pytest.mark.parametrize("trains", ["layers", "head"])
-    def test_every_number(self, tiny_model: Path, reward_model: Path, frozen: int, trains: str) -> None:
-        options: dict[str, Any] = {"frozen": frozen, "critic": {"trains": trains}}
-        models = trained(load(config_of(**options), tiny_model, reward_model)[0])
-        assert models.shared_trunk == (frozen > 0)
-        e = experience_of(
-            models, kl_coef=0.3, missing_eos_penalty=0.7, reward_clip=0.9, gamma=0.9, gae_lambda=0.8, **options
-        )
-        slow = [Slow(models, c, kl_coef=0.3, penalty=0.7, clip=0.9) for c in COMPLETIONS]
-        assert any(abs(s.score) > 0.9 for s in slow)  # the clip counts
-        every = [a for s in slow for a in s.advantages]
-        mean = sum(every) / len(every)
-        spread = math.sqrt(sum((a - mean) ** 2 for a in every) / len(every))
-        for row, s in enumerate(slow):
-            n = len(s.old)
-            assert e.scores[row].item() == pytest.approx(s.score, abs=1e-4)  # without penalty and clip
-            for got, expected in (
-                (e.old_logprobs, s.old),
-                (e.ref_logprobs, s.ref),
-                (e.kl, s.kl),
-                (e.entropy, s.entropy),
-                (e.old_values, s.values),
-                (e.returns, s.returns),
-                (e.advantages, [(a - mean) / spread for a in s.advantages]),
-            ):
-                assert got[row, :n].tolist() == pytest.approx(expected, abs=1e-3)
-                assert not got[row, n:].any()
-        assert e.truncated.tolist() == [False, True, False, True]
-        assert max(abs(x) for s in slow for x in s.kl) > 0.05
-
-    def test_advantages_may_stay_as_they_are(self, tiny_model: Path, reward_model: Path) -> None:
-        models = trained(load(config_of(), tiny_model, reward_model)[0])
-        e = experience_of(models, gamma=0.9, gae_lambda=0.8, whiten_advantages=False)
-        slow = [Slow(models, c, kl_coef=0.1, penalty=0.0, clip=10.0) for c in COMPLETIONS]
-        for row, s in enumerate(slow):
-            assert e.advantages[row, : len(s.old)].tolist() == pytest.approx(s.advantages, abs=1e-3)
-
-
-class TestRewards:
-    """Returns with gamma 1, lambda 1 and no KL are the shaped score of the response."""
-
-    def returns(self, tiny_model: Path, reward_model: Path, score: float, **ppo: Any) -> list[float]:
-        models = load(config_of(), tiny_model, reward_model)[0]
-        models = replace(models, reward_model=RewardFunction(lambda _prompt, _response: score))
-        e = experience_of(models, kl_coef=0.0, gamma=1.0, gae_lambda=1.0, **ppo)
-        assert e.scores.tolist() == [score] * 4  # what is logged is what the reward model said
-        mask = e.batch.response_mask
-        return [e.returns[row, 0].item() for row in range(len(mask))]
-
-    def test_a_missing_end_costs_its_penalty(self, tiny_model: Path, reward_model: Path) -> None:
-        found = self.returns(tiny_model, reward_model, 2.0, missing_eos_penalty=0.5)
-        assert found == pytest.approx([2.0, 1.5, 2.0, 1.5], abs=1e-5)
-
-    def test_the_penalty_comes_before_the_clip(self, tiny_model: Path, reward_model: Path) -> None:
-        found = self.returns(tiny_model, reward_model, 3.0, missing_eos_penalty=2.5, reward_clip=1.0)
-        assert found == pytest.approx([1.0, 0.5, 1.0, 0.5], abs=1e-5)  # after it, it would be 1 - 2.5
-        found = self.returns(tiny_model, reward_model, 3.0, missing_eos_penalty=9.0, reward_clip=1.0)
-        assert found == pytest.approx([1.0, -1.0, 1.0, -1.0], abs=1e-5)
-
-    def test_no_clip(self, tiny_model: Path, reward_model: Path) -> None:
-        found = self.returns(tiny_model, reward_model, 50.0, reward_clip=None)
-        assert found == pytest.approx([50.0] * 4, abs=1e-4)
-
-    def test_the_kl_is_not_clipped_with_the_score(self, tiny_model: Path, reward_model: Path) -> None:
-        models = trained(load(config_of(), tiny_model, reward_model)[0])
-        models = replace(models, reward_model=RewardFunction(lambda _prompt, _response: 0.0))
-        options: dict[str, Any] = {"gamma": 1.0, "gae_lambda": 1.0}
-        wide = experience_of(models, kl_coef=1.0, reward_clip=10.0, **options)
-        tight = experience_of(models, kl_coef=1.0, reward_clip=1e-6, **options)
-        assert torch.allclose(wide.returns, tight.returns, atol=1e-5)
-        assert torch.allclose(wide.returns[:, 0], -wide.kl.sum(dim=1), atol=1e-4)
-
-    @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-    def test_the_estimator_is_of_the_penalty_alone(self, tiny_model: Path, reward_model: Path, estimator: str) -> None:
-        models = trained(load(config_of(), tiny_model, reward_model)[0])
-        models = replace(models, reward_model=RewardFunction(lambda _prompt, _response: 0.0))
-        e = experience_of(models, kl_coef=1.0, kl_estimator=estimator, gamma=1.0, gae_lambda=1.0)
-        d = e.old_logprobs - e.ref_logprobs
-        penalty = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[estimator]
-        assert torch.allclose(e.returns[:, 0], -penalty.sum(dim=1), atol=1e-4)
-        assert torch.equal(e.kl, d)  # what is logged is always the log-ratio
-
-
-class TestMicrobatches:
-    @pytest.mark.parametrize("tokens", [1, 14, 20, 10_000])
-    def test_do_not_change_experience(self, tiny_model: Path, reward_model: Path, tokens: int) -> None:
-        models = trained(load(config_of(frozen=1), tiny_model, reward_model)[0])
-        whole = experience_of(models, frozen=1, training={"microbatch_tokens": 10_000})
-        parts = experience_of(models, frozen=1, training={"microbatch_tokens": tokens})
-        for name in (
-            "old_logprobs",
-            "ref_logprobs",
-            "old_values",
-            "scores",
-            "entropy",
-            "advantages",
-            "returns",
-            "states",
+@pytest.mark.parametrize("frozen", [0, 2], ids=["unshared", "shared"])
+@pytest.mark.parametrize("trains", ["layers", "head"])
+def test_experience_equals_a_loop_over_tokens(tiny_model: Path, reward_model: Path, frozen: int, trains: str) -> None:
+    options: dict[str, Any] = {"frozen": frozen, "critic": {"trains": trains}}
+    models = trained(load(config_of(**options), tiny_model, reward_model)[0])
+    assert models.shared_trunk == (frozen > 0)
+    e = experience_of(
+        models, kl_coef=0.3, missing_eos_penalty=0.7, reward_clip=0.9, gamma=0.9, gae_lambda=0.8, **options
+    )
+    slow = [Slow(models, c, kl_coef=0.3, penalty=0.7, clip=0.9) for c in COMPLETIONS]
+    assert any(abs(s.score) > 0.9 for s in slow)  # the clip has an effect
+    every = [a for s in slow for a in s.advantages]
+    mean = sum(every) / len(every)
+    spread = math.sqrt(sum((a - mean) ** 2 for a in every) / len(every))
+    for row, s in enumerate(slow):
+        n = len(s.old)
+        assert e.scores[row].item() == pytest.approx(s.score, abs=1e-4)  # without penalty and clip
+        for got, expected in (
+            (e.old_logprobs, s.old),
+            (e.ref_logprobs, s.ref),
+            (e.kl, s.kl),
+            (e.entropy, s.entropy),
+            (e.old_values, s.values),
+            (e.returns, s.returns),
+            (e.advantages, [(a - mean) / spread for a in s.advantages]),
         ):
-            assert torch.allclose(getattr(parts, name), getattr(whole, name), atol=1e-4), name
-
-    def test_split_each_minibatch_under_the_budget(self) -> None:
-        assert [rows.tolist() for rows in microbatches(12, minibatch=6, max_rows=4)] == [
-            [0, 1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11]
-        ]  # fmt: skip
-        assert [rows.tolist() for rows in microbatches(12, minibatch=6, max_rows=0)] == [[i] for i in range(12)]
-        assert [len(rows) for rows in microbatches(12, minibatch=6, max_rows=999)] == [6, 6]
+            assert got[row, :n].tolist() == pytest.approx(expected, abs=1e-3)
+            assert not got[row, n:].any()
+    assert e.truncated.tolist() == [False, True, False, True]
+    assert max(abs(x) for s in slow for x in s.kl) > 0.05
 
 
-def test_the_shared_path_gives_what_the_unshared_one_gives(tiny_model: Path, reward_model: Path) -> None:
+def test_advantages_are_not_whitened_when_whitening_is_off(tiny_model: Path, reward_model: Path) -> None:
+    models = trained(load(config_of(), tiny_model, reward_model)[0])
+    e = experience_of(models, gamma=0.9, gae_lambda=0.8, whiten_advantages=False)
+    slow = [Slow(models, c, kl_coef=0.1, penalty=0.0, clip=10.0) for c in COMPLETIONS]
+    for row, s in enumerate(slow):
+        assert e.advantages[row, : len(s.old)].tolist() == pytest.approx(s.advantages, abs=1e-3)
+
+
+# Returns with gamma 1, lambda 1 and no KL are the shaped score of the response.
+
+
+def returns(tiny_model: Path, reward_model: Path, score: float, **ppo: Any) -> list[float]:
+    models = load(config_of(), tiny_model, reward_model)[0]
+    models = replace(models, reward_model=RewardFunction(lambda _prompt, _response: score))
+    e = experience_of(models, kl_coef=0.0, gamma=1.0, gae_lambda=1.0, **ppo)
+    assert e.scores.tolist() == [score] * 4  # scores are logged before penalty and clip
+    mask = e.batch.response_mask
+    return [e.returns[row, 0].item() for row in range(len(mask))]
+
+
+def test_truncated_response_pays_the_missing_eos_penalty(tiny_model: Path, reward_model: Path) -> None:
+    found = returns(tiny_model, reward_model, 2.0, missing_eos_penalty=0.5)
+    assert found == pytest.approx([2.0, 1.5, 2.0, 1.5], abs=1e-5)
+
+
+def test_missing_eos_penalty_is_applied_before_the_clip(tiny_model: Path, reward_model: Path) -> None:
+    found = returns(tiny_model, reward_model, 3.0, missing_eos_penalty=2.5, reward_clip=1.0)
+    assert found == pytest.approx([1.0, 0.5, 1.0, 0.5], abs=1e-5)  # after it, it would be 1 - 2.5
+    found = returns(tiny_model, reward_model, 3.0, missing_eos_penalty=9.0, reward_clip=1.0)
+    assert found == pytest.approx([1.0, -1.0, 1.0, -1.0], abs=1e-5)
+
+
+def test_scores_are_unclipped_without_reward_clip(tiny_model: Path, reward_model: Path) -> None:
+    found = returns(tiny_model, reward_model, 50.0, reward_clip=None)
+    assert found == pytest.approx([50.0] * 4, abs=1e-4)
+
+
+def test_kl_penalty_is_not_clipped(tiny_model: Path, reward_model: Path) -> None:
+    models = trained(load(config_of(), tiny_model, reward_model)[0])
+    models = replace(models, reward_model=RewardFunction(lambda _prompt, _response: 0.0))
+    options: dict[str, Any] = {"gamma": 1.0, "gae_lambda": 1.0}
+    wide = experience_of(models, kl_coef=1.0, reward_clip=10.0, **options)
+    tight = experience_of(models, kl_coef=1.0, reward_clip=1e-6, **options)
+    assert torch.allclose(wide.returns, tight.returns, atol=1e-5)
+    assert torch.allclose(wide.returns[:, 0], -wide.kl.sum(dim=1), atol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_estimator_changes_only_the_penalty(tiny_model: Path, reward_model: Path, estimator: str) -> None:
+    models = trained(load(config_of(), tiny_model, reward_model)[0])
+    models = replace(models, reward_model=RewardFunction(lambda _prompt, _response: 0.0))
+    e = experience_of(models, kl_coef=1.0, kl_estimator=estimator, gamma=1.0, gae_lambda=1.0)
+    d = e.old_logprobs - e.ref_logprobs
+    penalty = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[estimator]
+    assert torch.allclose(e.returns[:, 0], -penalty.sum(dim=1), atol=1e-4)
+    assert torch.equal(e.kl, d)  # what is logged is always the log-ratio
+
+
+@pytest.mark.parametrize("tokens", [1, 14, 20, 10_000])
+def test_microbatches_do_not_change_experience(tiny_model: Path, reward_model: Path, tokens: int) -> None:
+    models = trained(load(config_of(frozen=1), tiny_model, reward_model)[0])
+    whole = experience_of(models, frozen=1, training={"microbatch_tokens": 10_000})
+    parts = experience_of(models, frozen=1, training={"microbatch_tokens": tokens})
+    for name in (
+        "old_logprobs",
+        "ref_logprobs",
+        "old_values",
+        "scores",
+        "entropy",
+        "advantages",
+        "returns",
+        "states",
+    ):
+        assert torch.allclose(getattr(parts, name), getattr(whole, name), atol=1e-4), name
+
+
+def test_microbatches_split_each_minibatch_within_the_token_budget() -> None:
+    assert [rows.tolist() for rows in microbatches(12, minibatch=6, max_rows=4)] == [
+        [0, 1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11]
+    ]  # fmt: skip
+    assert [rows.tolist() for rows in microbatches(12, minibatch=6, max_rows=0)] == [[i] for i in range(12)]
+    assert [len(rows) for rows in microbatches(12, minibatch=6, max_rows=999)] == [6, 6]
+
+
+def test_shared_trunk_gives_the_same_experience_as_separate_models(tiny_model: Path, reward_model: Path) -> None:
     found = []
     for frozen in (0, 2):
         e = experience_of(load(config_of(frozen=frozen), tiny_model, reward_model)[0], frozen=frozen)
@@ -198,69 +204,73 @@ def test_the_shared_path_gives_what_the_unshared_one_gives(tiny_model: Path, rew
         assert torch.allclose(getattr(found[0], name), getattr(found[1], name), atol=1e-5), name
 
 
-def test_a_score_that_is_no_number_names_its_prompt(tiny_model: Path, reward_model: Path) -> None:
+def test_non_finite_score_names_its_prompt(tiny_model: Path, reward_model: Path) -> None:
     models = load(config_of(), tiny_model, reward_model)[0]
     models = replace(
         models, reward_model=RewardFunction(lambda _prompt, response: math.nan if len(response) == 4 else 1.0)
     )
     unnamed = [*COMPLETIONS[:3], completion([40, 41], [20, 21, 22, 23], prompt="what they asked")]
-    with pytest.raises(InputError, match="gave nan to the response 'a response' to prompt 'what they asked'") as error:
+    with pytest.raises(
+        InputError, match="scored the response 'a response' to prompt 'what they asked' as nan"
+    ) as error:
         experience_of(models, unnamed)
-    assert "(1 of 4 are not finite)" in str(error.value)
+    assert "(1 of 4 scores are not finite)" in str(error.value)
     named = replace(unnamed[3], prompt=replace(unnamed[3].prompt, id="prompt-17"))
     with pytest.raises(InputError, match="to prompt 'prompt-17'"):
         experience_of(models, [*unnamed[:3], named])
 
 
-class TestDescribe:
-    def by_hand(self) -> Experience:
-        batch = collate([[1], [1]], [[2, 3, 4], [5]])
-        mask = batch.response_mask
-        zeros = torch.zeros(2, 3)
-        return Experience(
-            batch=batch,
-            old_logprobs=torch.tensor([[-1.0, -2.0, -3.0], [-0.5, 0.0, 0.0]]),
-            ref_logprobs=zeros,
-            engine_logprobs=torch.tensor([[-1.0, -2.5, -3.0], [-0.25, 9.0, 9.0]]),
-            old_values=torch.where(mask, torch.tensor([[1.0, 2.0, 3.0], [4.0, 99.0, 99.0]]), 0),
-            scores=torch.tensor([3.0, -1.0]),
-            kl=torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.0, 0.0]]),
-            entropy=torch.tensor([[1.0, 1.0, 2.0], [4.0, 0.0, 0.0]]),
-            advantages=zeros,
-            returns=torch.tensor([[1.0, 2.0, 3.0], [8.0, 0.0, 0.0]]),
-            truncated=torch.tensor([True, False]),
-            states=None,
-            features=None,
-            microbatches=[torch.arange(2)],
-        )
+def by_hand() -> Experience:
+    batch = collate([[1], [1]], [[2, 3, 4], [5]])
+    mask = batch.response_mask
+    zeros = torch.zeros(2, 3)
+    return Experience(
+        batch=batch,
+        old_logprobs=torch.tensor([[-1.0, -2.0, -3.0], [-0.5, 0.0, 0.0]]),
+        ref_logprobs=zeros,
+        engine_logprobs=torch.tensor([[-1.0, -2.5, -3.0], [-0.25, 9.0, 9.0]]),
+        old_values=torch.where(mask, torch.tensor([[1.0, 2.0, 3.0], [4.0, 99.0, 99.0]]), 0),
+        scores=torch.tensor([3.0, -1.0]),
+        kl=torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.0, 0.0]]),
+        entropy=torch.tensor([[1.0, 1.0, 2.0], [4.0, 0.0, 0.0]]),
+        advantages=zeros,
+        returns=torch.tensor([[1.0, 2.0, 3.0], [8.0, 0.0, 0.0]]),
+        truncated=torch.tensor([True, False]),
+        states=None,
+        features=None,
+        microbatches=[torch.arange(2)],
+    )
 
-    def test_by_hand(self) -> None:
-        # Returns 1, 2, 3, 8 have variance 29/4; the errors 0, 0, 0, 4 have variance 3.
-        expected = {
-            "score/mean": 1.0,
-            "score/std": 2.0,
-            "score/mean_ended": -1.0,
-            "kl/sequence": 0.5,
-            "kl/token": 0.25,
-            "entropy": 2.0,
-            "response/length": 2.0,
-            "response/eos_rate": 0.5,
-            "value/mean": 2.5,
-            "value/explained_variance": 1 - 3 / 7.25,
-            "engine_gap/mean": 0.75 / 4,
-            "engine_gap/max": 0.5,
-        }
-        assert rollout_metrics(self.by_hand()) == pytest.approx(expected)
 
-    def test_nothing_is_undefined_when_nothing_ended_or_varies(self) -> None:
-        e = replace(self.by_hand(), truncated=torch.tensor([True, True]), returns=torch.zeros(2, 3))
-        found = rollout_metrics(e)
-        assert found["score/mean_ended"] == 0.0
-        assert found["value/explained_variance"] == 0.0
-        assert all(math.isfinite(value) for value in found.values())
+def test_rollout_metrics_of_a_hand_computed_example() -> None:
+    # Returns 1, 2, 3, 8 have variance 29/4; the errors 0, 0, 0, 4 have variance 3.
+    expected = {
+        "score/mean": 1.0,
+        "score/std": 2.0,
+        "score/mean_ended": -1.0,
+        "kl/sequence": 0.5,
+        "kl/token": 0.25,
+        "entropy": 2.0,
+        "response/length": 2.0,
+        "response/eos_rate": 0.5,
+        "value/mean": 2.5,
+        "value/explained_variance": 1 - 3 / 7.25,
+        "engine_gap/mean": 0.75 / 4,
+        "engine_gap/max": 0.5,
+    }
+    assert rollout_metrics(by_hand()) == pytest.approx(expected)
 
-    def test_a_perfect_critic_and_a_constant_one(self) -> None:
-        e = self.by_hand()
-        for values, expected in ((e.returns, 1.0), (torch.full((2, 3), 7.0), 0.0)):
-            found = rollout_metrics(replace(e, old_values=values))["value/explained_variance"]
-            assert found == pytest.approx(expected, abs=1e-6)
+
+def test_rollout_metrics_are_finite_when_no_response_ended_and_returns_are_constant() -> None:
+    e = replace(by_hand(), truncated=torch.tensor([True, True]), returns=torch.zeros(2, 3))
+    found = rollout_metrics(e)
+    assert found["score/mean_ended"] == 0.0
+    assert found["value/explained_variance"] == 0.0
+    assert all(math.isfinite(value) for value in found.values())
+
+
+def test_explained_variance_is_1_for_a_perfect_critic_and_0_for_a_constant_one() -> None:
+    e = by_hand()
+    for values, expected in ((e.returns, 1.0), (torch.full((2, 3), 7.0), 0.0)):
+        found = rollout_metrics(replace(e, old_values=values))["value/explained_variance"]
+        assert found == pytest.approx(expected, abs=1e-6)

@@ -26,134 +26,137 @@ def parameters_of(*modules: nn.Module) -> int:
     return sum(p.numel() for p in {id(p): p for module in modules for p in module.parameters()}.values())
 
 
-class TestSharing:
-    @pytest.mark.parametrize("trains", ["layers", "head"])
-    def test_frozen_layers_are_held_once_by_all(self, tiny_model: Path, reward_model: Path, trains: str) -> None:
-        models, rollout = load(config_of(frozen=2, critic={"trains": trains}), tiny_model, reward_model)
-        assert models.shared_trunk
-        lms = [models.reference.lm, models.critic.lm, models.reward_model.lm, rollout.model]
-        for lm in lms:
-            assert lm.get_input_embeddings() is models.actor.lm.get_input_embeddings()
-            assert all(lm.model.layers[i] is models.actor.lm.model.layers[i] for i in range(2))
-            assert lm.model.layers[2] is not models.actor.lm.model.layers[2]
-        assert (models.critic.lm.model is models.reward_model.lm.model) == (trains == "head")
-        apart = load(config_of(frozen=0, critic={"trains": trains}), tiny_model, reward_model)
-        trunk = parameters_of(*models.actor.lm.model.layers[:2], models.actor.lm.get_input_embeddings())
-        copies = 4 if trains == "layers" else 3
-        assert _count(*apart) - _count(models, rollout) == copies * trunk
+@pytest.mark.parametrize("trains", ["layers", "head"])
+def test_all_four_models_hold_the_same_frozen_layers(tiny_model: Path, reward_model: Path, trains: str) -> None:
+    models, rollout = load(config_of(frozen=2, critic={"trains": trains}), tiny_model, reward_model)
+    assert models.shared_trunk
+    lms = [models.reference.lm, models.critic.lm, models.reward_model.lm, rollout.model]
+    for lm in lms:
+        assert lm.get_input_embeddings() is models.actor.lm.get_input_embeddings()
+        assert all(lm.model.layers[i] is models.actor.lm.model.layers[i] for i in range(2))
+        assert lm.model.layers[2] is not models.actor.lm.model.layers[2]
+    assert (models.critic.lm.model is models.reward_model.lm.model) == (trains == "head")
+    apart = load(config_of(frozen=0, critic={"trains": trains}), tiny_model, reward_model)
+    trunk = parameters_of(*models.actor.lm.model.layers[:2], models.actor.lm.get_input_embeddings())
+    copies = 4 if trains == "layers" else 3
+    assert _count(*apart) - _count(models, rollout) == copies * trunk
 
-    def test_also_in_bf16(self, tiny_model: Path, reward_model: Path) -> None:
-        models, _ = load_models(config_of(frozen=2), tiny_model, reward_model, dtype=torch.bfloat16, prompts=[])
-        assert models.shared_trunk
-        assert models.actor.lm.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
-        assert models.actor.lm.model.layers[2].mlp.up_proj.weight.dtype == torch.float32
 
-    def test_a_reward_model_from_elsewhere_keeps_its_own_layers(self, tiny_model: Path, tmp_path: Path) -> None:
-        other = make_reward_model(make_tiny_model(tmp_path / "other", seed=8), tmp_path / "reward")
-        models, rollout = load(config_of(frozen=2), tiny_model, other)
-        assert not models.shared_trunk
-        first = models.actor.lm.model.layers[0]
-        assert models.reward_model.lm.model.layers[0] is not first
-        assert models.critic.lm.model.layers[0] is not first
-        assert models.reference.lm.model.layers[0] is first  # these two are the same model in any case
-        assert rollout.model.model.layers[0] is first
-        fresh = load_scalar_lm(other, num_frozen_layers=0, dtype=FP32)
-        expected = ScalarModel(fresh, num_frozen_layers=0, dtype=FP32, mean=0.2, std=1.5).scores(BATCH)
-        assert torch.equal(models.reward_model.scores(BATCH), expected)
+def test_frozen_layers_are_shared_in_bf16(tiny_model: Path, reward_model: Path) -> None:
+    models, _ = load_models(config_of(frozen=2), tiny_model, reward_model, dtype=torch.bfloat16, prompts=[])
+    assert models.shared_trunk
+    assert models.actor.lm.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert models.actor.lm.model.layers[2].mlp.up_proj.weight.dtype == torch.float32
 
-    def test_a_reward_model_of_another_depth_too(self, tiny_model: Path, tmp_path: Path) -> None:
-        deeper = make_tiny_model(tmp_path / "deeper", seed=8, num_layers=4)
-        models, _ = load(config_of(frozen=1), tiny_model, make_reward_model(deeper, tmp_path / "reward"))
-        assert not models.shared_trunk
+
+def test_reward_model_with_other_weights_keeps_its_own_layers(tiny_model: Path, tmp_path: Path) -> None:
+    other = make_reward_model(make_tiny_model(tmp_path / "other", seed=8), tmp_path / "reward")
+    models, rollout = load(config_of(frozen=2), tiny_model, other)
+    assert not models.shared_trunk
+    first = models.actor.lm.model.layers[0]
+    assert models.reward_model.lm.model.layers[0] is not first
+    assert models.critic.lm.model.layers[0] is not first
+    assert models.reference.lm.model.layers[0] is first  # both start from the SFT model
+    assert rollout.model.model.layers[0] is first
+    fresh = load_scalar_lm(other, num_frozen_layers=0, dtype=FP32)
+    expected = ScalarModel(fresh, num_frozen_layers=0, dtype=FP32, mean=0.2, std=1.5).scores(BATCH)
+    assert torch.equal(models.reward_model.scores(BATCH), expected)
+
+
+def test_reward_model_of_another_depth_keeps_its_own_layers(tiny_model: Path, tmp_path: Path) -> None:
+    deeper = make_tiny_model(tmp_path / "deeper", seed=8, num_layers=4)
+    models, _ = load(config_of(frozen=1), tiny_model, make_reward_model(deeper, tmp_path / "reward"))
+    assert not models.shared_trunk
 
 
 def _count(models: Any, rollout: Any) -> int:
     return parameters_of(models.actor, models.reference, models.critic, models.reward_model, rollout.model)
 
 
-class TestWhatIsTrained:
-    @pytest.mark.parametrize("frozen", [0, 2])
-    def test_actor_and_critic_and_nothing_else(self, tiny_model: Path, reward_model: Path, frozen: int) -> None:
-        models, rollout = load(config_of(frozen=frozen), tiny_model, reward_model)
-        assert any(p.requires_grad for p in models.actor.parameters())
-        assert any(p.requires_grad for p in models.critic.parameters())
-        for module in (models.reference, models.reward_model, rollout.model):
-            assert not any(p.requires_grad for p in module.parameters())
-
-    def test_reference_and_rollout_start_as_the_actor(self, tiny_model: Path, reward_model: Path) -> None:
-        models, rollout = load(config_of(), tiny_model, reward_model)
-        for lm in (models.reference.lm, rollout.model):
-            pairs = zip(lm.parameters(), models.actor.lm.parameters(), strict=True)
-            assert all(torch.equal(a, b) and a is not b for a, b in pairs)
-
-    @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
-    @pytest.mark.parametrize("frozen", [0, 2])
-    def test_before_the_first_update_the_kl_is_exactly_zero(
-        self, tiny_model: Path, reward_model: Path, frozen: int, dtype: torch.dtype
-    ) -> None:
-        models, _ = load_models(config_of(frozen=frozen), tiny_model, reward_model, dtype=dtype, prompts=[])
-        ours, theirs = (actor(BATCH, SamplingDistribution())[0] for actor in (models.actor, models.reference))
-        assert torch.equal(ours, theirs)
-
-    def test_the_critic_starts_as_the_reward_model(self, tiny_model: Path, reward_model: Path) -> None:
-        """Same weights and same scale: the value of a whole text is its score."""
-        for trains in ("layers", "head"):
-            models, _ = load(config_of(critic={"trains": trains}), tiny_model, reward_model)
-            # To rounding: two copies of the same weights lie differently in memory, and some processors multiply accordingly.
-            torch.testing.assert_close(
-                models.critic.scores(BATCH), models.reward_model.scores(BATCH), rtol=1e-6, atol=1e-6
-            )
-
-    @pytest.mark.parametrize("frozen", [0, 2])
-    def test_a_critic_head_is_trained_apart_from_the_reward_models(
-        self, tiny_model: Path, reward_model: Path, frozen: int
-    ) -> None:
-        models, _ = load(config_of(frozen=frozen, critic={"trains": "head"}), tiny_model, reward_model)
-        assert {n for n, p in models.critic.named_parameters() if p.requires_grad} == {"lm.score.weight"}
-        before = models.reward_model.scores(BATCH)
-        models.critic(BATCH).sum().backward()
-        with torch.no_grad():
-            models.critic.lm.score.weight -= models.critic.lm.score.weight.grad
-        assert torch.equal(models.reward_model.scores(BATCH), before)
-        assert not torch.equal(models.critic.scores(BATCH), before)
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_only_actor_and_critic_are_trained(tiny_model: Path, reward_model: Path, frozen: int) -> None:
+    models, rollout = load(config_of(frozen=frozen), tiny_model, reward_model)
+    assert any(p.requires_grad for p in models.actor.parameters())
+    assert any(p.requires_grad for p in models.critic.parameters())
+    for module in (models.reference, models.reward_model, rollout.model):
+        assert not any(p.requires_grad for p in module.parameters())
 
 
-class TestWithOwnHead:
-    def test_shares_everything_but_the_head(self, reward_model: Path) -> None:
-        lm = load_scalar_lm(reward_model, num_frozen_layers=0, dtype=torch.bfloat16, trainable=False)
-        twin = copy_with_own_head(lm)
-        assert twin.model is lm.model
-        assert twin.score is not lm.score
-        assert torch.equal(twin.score.weight, lm.score.weight.float())
-        assert twin.score.weight.dtype == FP32
-        assert twin.score.weight.requires_grad
-        assert not lm.score.weight.requires_grad
-        assert lm.score.weight.dtype == torch.bfloat16
+def test_reference_and_rollout_start_with_the_actors_weights(tiny_model: Path, reward_model: Path) -> None:
+    models, rollout = load(config_of(), tiny_model, reward_model)
+    for lm in (models.reference.lm, rollout.model):
+        pairs = zip(lm.parameters(), models.actor.lm.parameters(), strict=True)
+        assert all(torch.equal(a, b) and a is not b for a, b in pairs)
 
 
-class TestScale:
-    def test_is_the_artifacts(self, tiny_model: Path, reward_model: Path) -> None:
-        models, _ = load(config_of(), tiny_model, reward_model)
-        assert [(m.mean, m.std) for m in (models.reward_model, models.critic)] == [(0.2, 1.5)] * 2
-
-    def test_is_none_where_the_settings_say_so(self, tiny_model: Path, reward_model: Path) -> None:
-        models, _ = load(config_of(normalize_reward=False), tiny_model, reward_model)
-        assert [(m.mean, m.std) for m in (models.reward_model, models.critic)] == [(0.0, 1.0)] * 2
-
-    def test_must_be_there(self, tiny_model: Path, tmp_path: Path) -> None:
-        lm = load_scalar_lm(tiny_model, num_frozen_layers=0, dtype=FP32, seed=0)
-        save_model(lm, AutoTokenizer.from_pretrained(tiny_model), tmp_path, dtype=FP32)
-        with pytest.raises(InputError, match="lacks reward_mean and reward_std"):
-            load(config_of(), tiny_model, tmp_path)
-        load(config_of(normalize_reward=False), tiny_model, tmp_path)
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_kl_is_exactly_0_before_the_first_update(
+    tiny_model: Path, reward_model: Path, frozen: int, dtype: torch.dtype
+) -> None:
+    models, _ = load_models(config_of(frozen=frozen), tiny_model, reward_model, dtype=dtype, prompts=[])
+    ours, theirs = (actor(BATCH, SamplingDistribution())[0] for actor in (models.actor, models.reference))
+    assert torch.equal(ours, theirs)
 
 
-def test_a_fine_tuned_model_is_no_reward_model(tiny_model: Path) -> None:
+def test_critic_starts_as_the_reward_model(tiny_model: Path, reward_model: Path) -> None:
+    """Same weights and same scale: the value of a whole text is its score."""
+    for trains in ("layers", "head"):
+        models, _ = load(config_of(critic={"trains": trains}), tiny_model, reward_model)
+        # Up to rounding: matrix products depend on memory alignment on some CPUs.
+        torch.testing.assert_close(models.critic.scores(BATCH), models.reward_model.scores(BATCH), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_critic_head_is_separate_from_the_reward_models_head(tiny_model: Path, reward_model: Path, frozen: int) -> None:
+    models, _ = load(config_of(frozen=frozen, critic={"trains": "head"}), tiny_model, reward_model)
+    assert {n for n, p in models.critic.named_parameters() if p.requires_grad} == {"lm.score.weight"}
+    before = models.reward_model.scores(BATCH)
+    models.critic(BATCH).sum().backward()
+    with torch.no_grad():
+        models.critic.lm.score.weight -= models.critic.lm.score.weight.grad
+    assert torch.equal(models.reward_model.scores(BATCH), before)
+    assert not torch.equal(models.critic.scores(BATCH), before)
+
+
+def test_copy_with_own_head_shares_everything_but_the_head(reward_model: Path) -> None:
+    lm = load_scalar_lm(reward_model, num_frozen_layers=0, dtype=torch.bfloat16, trainable=False)
+    twin = copy_with_own_head(lm)
+    assert twin.model is lm.model
+    assert twin.score is not lm.score
+    assert torch.equal(twin.score.weight, lm.score.weight.float())
+    assert twin.score.weight.dtype == FP32
+    assert twin.score.weight.requires_grad
+    assert not lm.score.weight.requires_grad
+    assert lm.score.weight.dtype == torch.bfloat16
+
+
+def test_scores_are_normalized_by_the_artifacts_mean_and_std(tiny_model: Path, reward_model: Path) -> None:
+    models, _ = load(config_of(), tiny_model, reward_model)
+    assert [(m.mean, m.std) for m in (models.reward_model, models.critic)] == [(0.2, 1.5)] * 2
+
+
+def test_scores_are_raw_when_normalization_is_off(tiny_model: Path, reward_model: Path) -> None:
+    models, _ = load(config_of(normalize_reward=False), tiny_model, reward_model)
+    assert [(m.mean, m.std) for m in (models.reward_model, models.critic)] == [(0.0, 1.0)] * 2
+
+
+def test_reward_model_without_mean_and_std_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    lm = load_scalar_lm(tiny_model, num_frozen_layers=0, dtype=FP32, seed=0)
+    save_model(lm, AutoTokenizer.from_pretrained(tiny_model), tmp_path, dtype=FP32)
+    with pytest.raises(InputError, match="lacks reward_mean and reward_std"):
+        load(config_of(), tiny_model, tmp_path)
+    load(config_of(normalize_reward=False), tiny_model, tmp_path)
+
+
+def test_sft_model_is_refused_as_a_reward_model(tiny_model: Path) -> None:
     with pytest.raises(InputError, match=r"lacks the weights score\.weight"):
         load(config_of(normalize_reward=False), tiny_model, tiny_model)
 
 
-def test_a_saved_policy_loads_and_carries_its_history(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
+def test_saved_policy_loads_and_holds_the_training_history(
+    tiny_model: Path, reward_model: Path, tmp_path: Path
+) -> None:
     trainer = trainer_of(config_of(), tiny_model, reward_model)
     history = [{"iteration": 1.0, "score/mean": 0.1 + 0.2}, {"iteration": 2.0, "score/mean": -1e-9}]
     sample = ValidationSample(
@@ -163,10 +166,10 @@ def test_a_saved_policy_loads_and_carries_its_history(tiny_model: Path, reward_m
     save_policy(trainer, trainer.rollout.tokenizer, trainer.weights(), tmp_path)
     assert load_records(tmp_path, "validation", ValidationSample) == [sample]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded(BATCH.input_ids).logits, trainer.models.actor.lm(BATCH.input_ids).logits)
+    assert torch.equal(loaded(BATCH.input_ids).logits, trainer.learner.models.actor.lm(BATCH.input_ids).logits)
     assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == history
 
 
-def test_the_rollout_stops_at_the_models_own_stop_ids(tiny_model: Path, reward_model: Path) -> None:
+def test_rollout_stops_at_the_models_stop_ids(tiny_model: Path, reward_model: Path) -> None:
     _, rollout = load(config_of(), tiny_model, reward_model)
     assert rollout.stop_ids == (0,)

@@ -24,7 +24,7 @@ SAMPLING = {"batch_size": 128, "max_new_tokens": 4, "min_new_tokens": 4}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An actor whose head size vLLM's attention on a CPU can compute, and its reward model."""
+    """An actor with a head size that vLLM supports on a CPU, and its reward model."""
     folder = tmp_path_factory.mktemp("vllm")
     make_reward_model(make_tiny_model(folder / "sft", seed=0, hidden_size=128), folder / "reward")
     return folder
@@ -39,11 +39,11 @@ def scores_of(folder: Path, engine: str, **changes: object) -> list[float]:
         trainer.rollout.close()
     assert max(row["engine_gap/max"] for row in history) < 1e-4
     assert history[0]["actor/first_ratio_error"] == 0.0
-    assert trainer.rollout.version == 8  # a sync an iteration, each proven on the probe
+    assert trainer.rollout.version == 8  # one sync per iteration, each checked with the probe
     return [row["score/mean"] for row in history]
 
 
-def test_learns_what_it_learns_with_transformers(folder: Path) -> None:
+def test_ppo_with_vllm_learns_like_with_transformers(folder: Path) -> None:
     hf, vllm = scores_of(folder, "hf"), scores_of(folder, "vllm")
     # Three times the share of 4 tokens: a standard deviation of at most 0.75, so the mean of 128 rows has one of 0.07.
     assert hf[0] == pytest.approx(vllm[0], abs=0.2)
@@ -57,9 +57,9 @@ def test_importance_correction_of_equal_engines_changes_nothing(folder: Path) ->
     assert with_it == pytest.approx(scores_of(folder, "vllm"), abs=0.3)
 
 
-def test_a_sync_that_does_not_take_stops_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_weight_sync_stops_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from components.rlhf.rollout import vllm as module
 
-    monkeypatch.setattr(module, "_pack_heads", lambda model: None)  # what a plain reload of a tied head comes to
-    with pytest.raises(InputError, match="The sync of version 1 did not take"):
+    monkeypatch.setattr(module, "_pack_heads", lambda model: None)  # the effect of a plain reload of a tied head
+    with pytest.raises(InputError, match=r"weights \(version 1\) do not match the trainer's"):
         scores_of(folder, "vllm")

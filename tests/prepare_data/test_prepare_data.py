@@ -1,4 +1,4 @@
-"""prepare_data as a program: what it writes from good data, and the one line it says of bad data."""
+"""The command of prepare_data: its outputs for valid data, and its one-line errors for invalid data."""
 
 import io
 import json
@@ -31,7 +31,7 @@ KINDS = {
     "heldout_prompts": "prompts",
 }
 OUTPUTS = [*KINDS, "metrics", "summary"]
-NUM_SHARED, NUM_OWN = 120, 30  # prompts that all three files have, and that one file alone has
+NUM_SHARED, NUM_OWN = 120, 30  # prompts in all three files, and in only one file
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -39,17 +39,21 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def write_sources(folder: Path) -> dict[str, Any]:
-    """Three files whose prompts overlap, up to case and white space; returns the settings that name them."""
+    """Write three files whose prompts overlap except for case and whitespace; return the data settings."""
     shared = [f"What is {number} plus one?" for number in range(NUM_SHARED)]
 
-    def own(name: str) -> list[str]:
+    def prompts_of_one_file(name: str) -> list[str]:
         return [f"Say {name} {number}." for number in range(NUM_OWN)]
 
-    demos = [{"prompt": p, "completion": f" Answer to {p}"} for p in shared + own("demo")]
+    demos = [{"prompt": p, "completion": f" Answer to {p}"} for p in shared + prompts_of_one_file("demo")]
     demos += [demos[0], demos[1], {"prompt": "empty", "completion": "  "}]
     demos += [{"prompt": "x" * 41, "completion": "long prompt"}, {"prompt": "long text", "completion": "y" * 100}]
     write_jsonl(folder / "demos.jsonl", demos)
-    pairs = [{"q": f"  {p.upper()}", "good": " Yes.", "bad": f" No {i}."} for p in shared + own("pair") for i in (1, 2)]
+    pairs = [
+        {"q": f"  {p.upper()}", "good": " Yes.", "bad": f" No {i}."}
+        for p in shared + prompts_of_one_file("pair")
+        for i in (1, 2)
+    ]
     write_jsonl(folder / "pairs.jsonl", [*pairs, {"q": "same", "good": "a", "bad": "a"}])
     messages = [{"messages": [{"role": "user", "content": f"Talk {number}"}]} for number in range(NUM_OWN)]
     write_jsonl(folder / "prompts.jsonl", [*({"prompt": p.replace(" ", "  ")} for p in shared), *messages])
@@ -76,39 +80,41 @@ def arguments(
     return ["--base-model", str(base), *options, "--settings", stage.canonical_json()]
 
 
-def call(*given: Any, executor_input: str = "", **options: Any) -> Result:
-    return CliRunner().invoke(prepare_data, [*arguments(*given, **options), "--executor-input", executor_input])
+def invoke(*args: Any, executor_input: str = "", **options: Any) -> Result:
+    return CliRunner().invoke(prepare_data, [*arguments(*args, **options), "--executor-input", executor_input])
 
 
 @pytest.fixture(scope="module")
 def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("base") / "model"
     settings = ImportModelStageConfig(kind="base_model", source=str(tiny_model)).canonical_json()
-    done = CliRunner().invoke(import_model, ["--model", str(target), "--settings", settings])
-    assert done.exit_code == 0, done.stderr
+    result = CliRunner().invoke(import_model, ["--model", str(target), "--settings", settings])
+    assert result.exit_code == 0, result.stderr
     return target
 
 
 @pytest.fixture(scope="module")
-def good(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The outputs of one good run."""
+def outputs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outputs of a run with valid data."""
     folder = tmp_path_factory.mktemp("good")
     data = write_sources(folder)
     artifacts = {name: {"artifacts": [{"name": name, "uri": f"file://{folder / 'out' / name}"}]} for name in OUTPUTS}
-    given = json.dumps({"outputs": {"artifacts": artifacts, "outputFile": str(folder / "out/executor_output.json")}})
-    done = call(base, folder / "out", data, executor_input=given)
-    assert done.exit_code == 0, done.stderr
-    assert all(line.startswith("[prepare_data] ") for line in done.stderr.splitlines()), done.stderr
-    assert done.stdout == ""
+    executor_input = json.dumps(
+        {"outputs": {"artifacts": artifacts, "outputFile": str(folder / "out/executor_output.json")}}
+    )
+    result = invoke(base, folder / "out", data, executor_input=executor_input)
+    assert result.exit_code == 0, result.stderr
+    assert all(line.startswith("[prepare_data] ") for line in result.stderr.splitlines()), result.stderr
+    assert result.stdout == ""
     return folder / "out"
 
 
-def texts_of(out: Path, output: str, split: str, record: Any) -> list[Any]:
+def records_of(out: Path, output: str, split: str, record: Any) -> list[Any]:
     return load_records(out / output, split, record)
 
 
-def by_role(out: Path) -> dict[str, list[str]]:
-    """Every prompt that was written, by who sees it."""
+def prompts_by_role(out: Path) -> dict[str, list[str]]:
+    """All written prompts by role."""
     splits: dict[str, list[tuple[str, str, Any]]] = {
         "sft": [("demonstrations", "train", Demonstration)],
         "reward_model": [("preferences", "train", PreferencePair)],
@@ -121,43 +127,46 @@ def by_role(out: Path) -> dict[str, list[str]]:
             ("judge_preferences", "heldout", PreferencePair),
         ],
     }
-    return {role: [r.prompt for place in places for r in texts_of(out, *place)] for role, places in splits.items()}
+    return {
+        role: [r.prompt for split in role_splits for r in records_of(out, *split)]
+        for role, role_splits in splits.items()
+    }
 
 
-def key(prompt: str) -> str:
+def normalized(prompt: str) -> str:
     return " ".join(prompt.split()).casefold()
 
 
-# --- good data ---
+# --- valid data ---
 
 
-def test_every_output_is_a_whole_artifact_made_from_the_base_model(good: Path, base: Path) -> None:
+def test_every_output_is_an_artifact_with_the_base_model_as_parent(outputs: Path, base: Path) -> None:
     parent = open_artifact(base, "base_model")
     for output, kind in KINDS.items():
-        manifest = open_artifact(good / output, kind)
+        manifest = open_artifact(outputs / output, kind)
         assert manifest.parents == {"base_model": parent.digest}
         assert manifest.tokenizer_digest == parent.tokenizer_digest
         assert manifest.chat_template_digest == parent.chat_template_digest
-        assert read_header(good / output).max_tokens == 100
-    assert not [path for path in good.iterdir() if path.name.startswith(".")]
+        assert read_header(outputs / output).max_tokens == 100
+    assert not [path for path in outputs.iterdir() if path.name.startswith(".")]
 
 
-def test_no_prompt_is_seen_by_two(good: Path) -> None:
-    keys = {role: {key(prompt) for prompt in prompts} for role, prompts in by_role(good).items()}
+def test_no_prompt_has_two_roles(outputs: Path) -> None:
+    keys = {role: {normalized(prompt) for prompt in prompts} for role, prompts in prompts_by_role(outputs).items()}
     assert all(keys.values())
     roles = list(keys)
     for number, role in enumerate(roles):
         for other in roles[number + 1 :]:
             assert not keys[role] & keys[other], f"{role} and {other}"
-    # PPO's prompts and those that say when it has converged are drawn apart, too.
-    train = {r.prompt for r in texts_of(good, "prompts", "train", Prompt)}
-    assert not train & {r.prompt for r in texts_of(good, "prompts", "validation", Prompt)}
+    # Training and validation prompts of PPO are disjoint, too.
+    train = {r.prompt for r in records_of(outputs, "prompts", "train", Prompt)}
+    assert not train & {r.prompt for r in records_of(outputs, "prompts", "validation", Prompt)}
 
 
-def test_every_record_goes_where_its_prompt_belongs(good: Path) -> None:
-    """The keys of a role are the same in all files, and nothing but what was dropped is lost."""
-    shared = {key(f"What is {number} plus one?") for number in range(NUM_SHARED)}
-    keys = {role: {key(prompt) for prompt in prompts} for role, prompts in by_role(good).items()}
+def test_records_with_the_same_prompt_get_the_same_role(outputs: Path) -> None:
+    """Roles are the same in all files, and only dropped records are missing."""
+    shared = {normalized(f"What is {number} plus one?") for number in range(NUM_SHARED)}
+    keys = {role: {normalized(prompt) for prompt in prompts} for role, prompts in prompts_by_role(outputs).items()}
     assert shared <= set().union(*keys.values())
     held_out = keys["held out"] & shared
     for output, split, record in (
@@ -165,31 +174,35 @@ def test_every_record_goes_where_its_prompt_belongs(good: Path) -> None:
         ("preferences", "heldout", PreferencePair),
         ("heldout_prompts", "heldout", Prompt),
     ):
-        assert {key(r.prompt) for r in texts_of(good, output, split, record)} & shared == held_out
-    own_pairs = {key(f"Say pair {number}.") for number in range(NUM_OWN)}
+        assert {normalized(r.prompt) for r in records_of(outputs, output, split, record)} & shared == held_out
+    own_pairs = {normalized(f"Say pair {number}.") for number in range(NUM_OWN)}
     assert own_pairs <= keys["reward_model"] | keys["judge"] | keys["held out"]
-    for role in ("reward_model", "judge"):  # both pairs of a prompt stay together
-        prompts = [key(prompt) for prompt in by_role(good)[role]]
+    for role in ("reward_model", "judge"):  # both pairs of a prompt have the same role
+        prompts = [normalized(prompt) for prompt in prompts_by_role(outputs)[role]]
         assert all(prompts.count(prompt) == 2 for prompt in prompts)
 
 
-def test_records_are_written_as_they_were_read(good: Path) -> None:
-    for record in texts_of(good, "demonstrations", "train", Demonstration):
+def test_record_texts_are_unchanged(outputs: Path) -> None:
+    for record in records_of(outputs, "demonstrations", "train", Demonstration):
         assert record.completion == f" Answer to {record.prompt}"
-    pairs = texts_of(good, "preferences", "train", PreferencePair)
+    pairs = records_of(outputs, "preferences", "train", PreferencePair)
     assert all(pair.prompt.startswith("  ") and pair.chosen == " Yes." and pair.margin is None for pair in pairs)
-    prompts = texts_of(good, "prompts", "train", Prompt) + texts_of(good, "heldout_prompts", "heldout", Prompt)
-    assert any(record.prompt.startswith("<user>Talk ") for record in prompts)  # messages went through the template
+    prompts = records_of(outputs, "prompts", "train", Prompt) + records_of(
+        outputs, "heldout_prompts", "heldout", Prompt
+    )
+    assert any(record.prompt.startswith("<user>Talk ") for record in prompts)  # messages are rendered
     assert len({record.id for record in prompts}) == len(prompts)
 
 
-def test_the_two_models_of_opinion_are_measured_on_the_same_pairs(good: Path) -> None:
-    one, other = (texts_of(good, name, "heldout", PreferencePair) for name in ("preferences", "judge_preferences"))
-    assert one == other and one
+def test_reward_model_and_judge_have_the_same_heldout_pairs(outputs: Path) -> None:
+    pairs, judge_pairs = (
+        records_of(outputs, name, "heldout", PreferencePair) for name in ("preferences", "judge_preferences")
+    )
+    assert pairs == judge_pairs and pairs
 
 
-def test_counts(good: Path) -> None:
-    metrics = json.loads((good / "metrics").read_text(encoding="utf-8"))
+def test_metrics_and_summary_report_counts(outputs: Path) -> None:
+    metrics = json.loads((outputs / "metrics").read_text(encoding="utf-8"))
     read = {name: value for name, value in metrics.items() if not name.startswith("size_")}
     assert read == {
         "demonstrations_read": 155,
@@ -205,57 +218,64 @@ def test_counts(good: Path) -> None:
         "prompts_kept": 150,
     }
     sizes = {
-        "sft": len(texts_of(good, "demonstrations", "train", Demonstration)),
-        "heldout_demonstrations": len(texts_of(good, "demonstrations", "heldout", Demonstration)),
-        "reward_model_pairs": len(texts_of(good, "preferences", "train", PreferencePair)),
-        "judge_pairs": len(texts_of(good, "judge_preferences", "train", PreferencePair)),
+        "sft": len(records_of(outputs, "demonstrations", "train", Demonstration)),
+        "heldout_demonstrations": len(records_of(outputs, "demonstrations", "heldout", Demonstration)),
+        "reward_model_pairs": len(records_of(outputs, "preferences", "train", PreferencePair)),
+        "judge_pairs": len(records_of(outputs, "judge_preferences", "train", PreferencePair)),
         "judge_ratings": 0,
-        "heldout_pairs": len(texts_of(good, "preferences", "heldout", PreferencePair)),
-        "ppo_prompts": len(texts_of(good, "prompts", "train", Prompt)),
+        "heldout_pairs": len(records_of(outputs, "preferences", "heldout", PreferencePair)),
+        "ppo_prompts": len(records_of(outputs, "prompts", "train", Prompt)),
         "validation_prompts": 5,
-        "heldout_prompts": len(texts_of(good, "heldout_prompts", "heldout", Prompt)),
+        "heldout_prompts": len(records_of(outputs, "heldout_prompts", "heldout", Prompt)),
     }
     assert {name.removeprefix("size_"): value for name, value in metrics.items() if name not in read} == sizes
-    summary = (good / "summary").read_text(encoding="utf-8")
+    summary = (outputs / "summary").read_text(encoding="utf-8")
     assert "| demonstrations | 155 | 150 | 2 duplicate, 1 empty, 1 long prompt, 1 long text |" in summary
     assert "| prompts | 150 | 150 | none |" in summary
     assert f"| sft | {sizes['sft']} |" in summary
 
 
-def test_kfp_is_told_of_every_output(good: Path) -> None:
-    reported = json.loads((good / "executor_output.json").read_text(encoding="utf-8"))["artifacts"]
+def test_executor_output_lists_every_output(outputs: Path) -> None:
+    reported = json.loads((outputs / "executor_output.json").read_text(encoding="utf-8"))["artifacts"]
     assert set(reported) == set(OUTPUTS)
     metadata = reported["prompts"]["artifacts"][0]["metadata"]
     assert metadata["num_validation"] == 5
-    assert metadata["digest"] == open_artifact(good / "prompts", "prompts").digest
+    assert metadata["digest"] == open_artifact(outputs / "prompts", "prompts").digest
 
 
-def test_the_same_again_and_another_order_of_lines(good: Path, base: Path, tmp_path: Path) -> None:
+def test_output_is_reproducible_and_roles_do_not_depend_on_line_order(
+    outputs: Path, base: Path, tmp_path: Path
+) -> None:
     data = write_sources(tmp_path)
-    assert call(base, tmp_path / "one", data).exit_code == 0
-    assert call(base, tmp_path / "two", data).exit_code == 0
+    assert invoke(base, tmp_path / "one", data).exit_code == 0
+    assert invoke(base, tmp_path / "two", data).exit_code == 0
     for output, kind in KINDS.items():
         digests = {open_artifact(tmp_path / name / output, kind).digest for name in ("one", "two")}
         assert len(digests) == 1, output
     for source in ("demos", "pairs", "prompts"):
         path = tmp_path / f"{source}.jsonl"
         path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[::-1]), encoding="utf-8")
-    assert call(base, tmp_path / "three", data).exit_code == 0
-    backwards = {role: {key(prompt) for prompt in prompts} for role, prompts in by_role(tmp_path / "three").items()}
-    assert backwards == {role: {key(prompt) for prompt in prompts} for role, prompts in by_role(good).items()}
+    assert invoke(base, tmp_path / "three", data).exit_code == 0
+    reversed_order = {
+        role: {normalized(prompt) for prompt in prompts}
+        for role, prompts in prompts_by_role(tmp_path / "three").items()
+    }
+    assert reversed_order == {
+        role: {normalized(prompt) for prompt in prompts} for role, prompts in prompts_by_role(outputs).items()
+    }
 
 
-def test_no_demonstrations_where_a_model_replaces_them(base: Path, tmp_path: Path) -> None:
+def test_demonstrations_are_optional(base: Path, tmp_path: Path) -> None:
     data = write_sources(tmp_path) | {"demonstrations": None}
-    done = call(base, tmp_path / "out", data)
-    assert done.exit_code == 0, done.stderr
-    assert texts_of(tmp_path / "out", "demonstrations", "train", Demonstration) == []
+    result = invoke(base, tmp_path / "out", data)
+    assert result.exit_code == 0, result.stderr
+    assert records_of(tmp_path / "out", "demonstrations", "train", Demonstration) == []
 
 
-def test_a_cap_on_the_pairs_of_a_prompt(base: Path, tmp_path: Path) -> None:
-    done = call(base, tmp_path / "out", write_sources(tmp_path) | {"max_pairs_per_prompt": 1})
-    assert done.exit_code == 0, done.stderr
-    prompts = [pair.prompt for pair in texts_of(tmp_path / "out", "preferences", "train", PreferencePair)]
+def test_max_pairs_per_prompt(base: Path, tmp_path: Path) -> None:
+    result = invoke(base, tmp_path / "out", write_sources(tmp_path) | {"max_pairs_per_prompt": 1})
+    assert result.exit_code == 0, result.stderr
+    prompts = [pair.prompt for pair in records_of(tmp_path / "out", "preferences", "train", PreferencePair)]
     assert len(prompts) == len(set(prompts))
 
 
@@ -264,22 +284,22 @@ def test_a_cap_on_the_pairs_of_a_prompt(base: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def movies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Ratings in the form of the real ones, in the cache of packages; returns data settings."""
+    """A package in the format of the real ratings, in the package cache; returns data settings."""
     openings = [
         f"{a} {b}" for a in ("the", "a", "this", "my") for b in ("film", "plot", "cast", "score", "end", "joke")
     ]
     snippets = [f"{start} of number {n} is {'good' if n % 2 else 'bad'} fun" for start in openings for n in range(8)]
-    # Texts that share more words than a prompt may have tokens.
+    # Texts whose common prefix is longer than max_prompt_tokens.
     snippets += [f"{n} very {'long ' * 30}opening {end}" for n in range(12) for end in ("good", "bad")]
     ratings = [3.0 if "good" in text else -3.0 for text in snippets]
     rows = list(zip(snippets, ratings, strict=True))
     texts = "".join(f"{n}\t{rating}\t{text}\n" for n, (text, rating) in enumerate(rows))
     raw = "".join(f"{n}\t{rating}\t0\t[{rating}, {rating}]\n" for n, (_, rating) in enumerate(rows))
     folder = "hutto_ICWSM_2014/movieReviewSnippets_"
-    inner = tarred({f"{folder}GroundTruth.txt": texts, f"{folder}anonDataRatings.txt": raw})
+    inner = make_tar({f"{folder}GroundTruth.txt": texts, f"{folder}anonDataRatings.txt": raw})
     package = tmp_path / "cache/packages/ratings-1.0"
     package.mkdir(parents=True)
-    (package / "ratings-1.0.tar.gz").write_bytes(tarred({"r/hutto_ICWSM_2014.tar.gz": inner}))
+    (package / "ratings-1.0.tar.gz").write_bytes(make_tar({"r/hutto_ICWSM_2014.tar.gz": inner}))
     monkeypatch.setenv("RLHF_CACHE_DIR", str(tmp_path / "cache"))
     source = {"path": "pypi:ratings==1.0", "format": "movie_ratings"}
     return {
@@ -294,7 +314,7 @@ def movies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
 
-def tarred(files: dict[str, Any]) -> bytes:
+def make_tar(files: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for name, content in files.items():
@@ -305,37 +325,37 @@ def tarred(files: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def test_rated_texts(base: Path, movies: dict[str, Any], tmp_path: Path) -> None:
+def test_movie_ratings(base: Path, movies: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = call(base, out, movies, num_evaluation_prompts=4)
-    assert done.exit_code == 0, done.stderr
-    rated = texts_of(out, "judge_preferences", "ratings", RatedText)
+    result = invoke(base, out, movies, num_evaluation_prompts=4)
+    assert result.exit_code == 0, result.stderr
+    rated = records_of(out, "judge_preferences", "ratings", RatedText)
     assert rated and {text.rating for text in rated} == {3.0, -3.0}
     for role in ("preferences", "judge_preferences"):
-        for pair in texts_of(out, role, "train", PreferencePair):
+        for pair in records_of(out, role, "train", PreferencePair):
             assert "good" in pair.chosen and "bad" in pair.rejected and pair.margin == 6.0
-            assert len(pair.prompt) <= 30  # one token a character: what people share can be longer, a prompt cannot
+            assert len(pair.prompt) <= 30  # max_prompt_tokens; the common prefix of two texts can be longer
 
-    # No text crosses: whoever sees a text sees all that open with the same two words.
+    # All texts that begin with the same two words belong to one role.
     def openings(texts: Iterable[str]) -> set[str]:
         return {" ".join(text.split()[:2]) for text in texts}
 
     seen = {
-        "sft": openings(r.prompt for r in texts_of(out, "demonstrations", "train", Demonstration)),
+        "sft": openings(r.prompt for r in records_of(out, "demonstrations", "train", Demonstration)),
         "reward_model": openings(
             r.prompt + text
-            for r in texts_of(out, "preferences", "train", PreferencePair)
+            for r in records_of(out, "preferences", "train", PreferencePair)
             for text in (r.chosen, r.rejected)
         ),
         "judge": openings(r.prompt for r in rated),
-        "ppo": openings(r.prompt for r in texts_of(out, "prompts", "train", Prompt)),
-        "held out": openings(r.prompt for r in texts_of(out, "heldout_prompts", "heldout", Prompt)),
+        "ppo": openings(r.prompt for r in records_of(out, "prompts", "train", Prompt)),
+        "held out": openings(r.prompt for r in records_of(out, "heldout_prompts", "heldout", Prompt)),
     }
     assert all(seen.values())
     assert sum(len(group) for group in seen.values()) == len(set().union(*seen.values()))
 
 
-# --- bad data ---
+# --- invalid data ---
 
 
 def spoil(name: str, line: int, content: bytes) -> Callable[[Path, dict[str, Any]], None]:
@@ -355,11 +375,11 @@ def mostly_empty(folder: Path, _data: dict[str, Any]) -> None:
     write_jsonl(folder / "demos.jsonl", rows)
 
 
-def settings_of(**changes: Any) -> Callable[[Path, dict[str, Any]], None]:
+def change_data(**changes: Any) -> Callable[[Path, dict[str, Any]], None]:
     return lambda _folder, data: data.update(changes)
 
 
-BAD: dict[str, tuple[Callable[[Path, dict[str, Any]], None], str]] = {
+INVALID_DATA: dict[str, tuple[Callable[[Path, dict[str, Any]], None], str]] = {
     "missing file": (
         lambda folder, _data: (folder / "prompts.jsonl").unlink(),
         "{folder}/prompts.jsonl does not exist; correct the path in the params file.",
@@ -374,99 +394,99 @@ BAD: dict[str, tuple[Callable[[Path, dict[str, Any]], None], str]] = {
     ),
     "wrong column": (
         spoil("pairs", 2, b'{"question": "a", "good": "b", "bad": "c"}'),
-        "{folder}/pairs.jsonl:2 has no column 'q' (columns there: question, good, bad); correct columns in the params file.",
+        "{folder}/pairs.jsonl:2 has no column 'q' (found: question, good, bad); correct columns in the params file.",
     ),
     "missing field": (
         spoil("demos", 5, b'{"prompt": "a", "answer": "b"}'),
-        "{folder}/demos.jsonl:5 has no field 'completion' (fields there: prompt, answer); "
-        "name it in columns or correct the data.",
+        "{folder}/demos.jsonl:5 has no field 'completion' (found: prompt, answer); "
+        "map it in columns or correct the data.",
     ),
     "wrong type": (
         spoil("prompts", 4, b'{"prompt": 3}'),
-        "{folder}/prompts.jsonl:4: prompt is a int; it must be text.",
+        "{folder}/prompts.jsonl:4: prompt has type int; it must be a string.",
     ),
-    "no tokens in it": (
+    "unpaired surrogate": (
         spoil("demos", 4, b'{"prompt": "\\ud800", "completion": "c"}'),
         "{folder}/demos.jsonl:4 is not JSON (half of a UTF-16 surrogate pair, \\ud800 to \\udfff); each line must be one object.",
     ),
     "less than 80% usable": (
         mostly_empty,
         "data.demonstrations ({folder}/demos.jsonl): only 79 of 100 records are usable (21 empty); at least 80% must be. "
-        "Correct the data, or its columns in the params file.",
+        "Correct the data, or columns in the params file.",
     ),
     "nothing held out": (
-        settings_of(held_out=0),
-        "Only 0 prompts are held out, and evaluation.num_prompts is 8; "
-        "raise data.held_out, add prompts, or evaluate on fewer.",
+        change_data(held_out=0),
+        "Only 0 prompts are held out, but evaluation.num_prompts is 8; "
+        "raise data.held_out, add prompts, or lower evaluation.num_prompts.",
     ),
     "a role without records": (
-        settings_of(weights={"judge": 0, "reward_model": 1}),
+        change_data(weights={"judge": 0, "reward_model": 1}),
         "No records are left for judge after splitting; raise data.weights.judge or add data.",
     ),
 }
 
 
 def is_empty(out: Path) -> bool:
-    """Neither outputs nor drafts of them."""
+    """No outputs and no temporary files."""
     return not out.exists() or list(out.iterdir()) == []
 
 
-@pytest.mark.parametrize(("change", "said"), BAD.values(), ids=BAD.keys())
-def test_bad_data_is_one_line_and_leaves_nothing(
-    change: Callable[[Path, dict[str, Any]], None], said: str, base: Path, tmp_path: Path
+@pytest.mark.parametrize(("change", "message"), INVALID_DATA.values(), ids=INVALID_DATA.keys())
+def test_bad_data_prints_one_line_and_writes_no_output(
+    change: Callable[[Path, dict[str, Any]], None], message: str, base: Path, tmp_path: Path
 ) -> None:
     data = write_sources(tmp_path)
     change(tmp_path, data)
-    done = call(base, tmp_path / "out", data)
-    assert done.stderr == f"error: {said.format(folder=tmp_path)}\n"
-    assert (done.exit_code, done.stdout) == (1, "")
+    result = invoke(base, tmp_path / "out", data)
+    assert result.stderr == f"error: {message.format(folder=tmp_path)}\n"
+    assert (result.exit_code, result.stdout) == (1, "")
     assert is_empty(tmp_path / "out")
 
 
-def test_too_few_prompts_held_out(base: Path, tmp_path: Path) -> None:
-    done = call(base, tmp_path / "out", write_sources(tmp_path), num_evaluation_prompts=1000)
-    assert done.exit_code == 1
-    assert done.stderr.startswith("error: Only ") and "evaluation.num_prompts is 1000" in done.stderr
+def test_too_few_heldout_prompts(base: Path, tmp_path: Path) -> None:
+    result = invoke(base, tmp_path / "out", write_sources(tmp_path), num_evaluation_prompts=1000)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: Only ") and "evaluation.num_prompts is 1000" in result.stderr
     assert is_empty(tmp_path / "out")
 
 
-def test_bad_data_in_a_process_of_its_own(base: Path, tmp_path: Path) -> None:
-    """No traceback, and no library adds a word."""
+def test_bad_data_in_a_subprocess(base: Path, tmp_path: Path) -> None:
+    """No traceback and no output of libraries."""
     data = write_sources(tmp_path)
-    BAD["malformed JSON"][0](tmp_path, data)
+    INVALID_DATA["malformed JSON"][0](tmp_path, data)
     command = [sys.executable, "-m", "components.prepare_data", *arguments(base, tmp_path / "out", data)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stderr == f"error: {BAD['malformed JSON'][1].format(folder=tmp_path)}\n"
-    assert (done.returncode, done.stdout) == (1, "")
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.stderr == f"error: {INVALID_DATA['malformed JSON'][1].format(folder=tmp_path)}\n"
+    assert (result.returncode, result.stdout) == (1, "")
     assert is_empty(tmp_path / "out")
 
 
-def test_an_artifact_of_the_wrong_kind(good: Path, tmp_path: Path) -> None:
-    done = call(good / "prompts", tmp_path / "out", write_sources(tmp_path))
-    assert done.exit_code == 1
-    assert done.stderr == (
-        f"error: {good / 'prompts'} is a prompts, but a base_model is needed here; pass the right artifact.\n"
+def test_artifact_of_wrong_kind_is_rejected(outputs: Path, tmp_path: Path) -> None:
+    result = invoke(outputs / "prompts", tmp_path / "out", write_sources(tmp_path))
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"error: {outputs / 'prompts'} is a prompts, but a base_model is needed here; pass the right artifact.\n"
     )
     assert is_empty(tmp_path / "out")
 
 
-def test_an_artifact_that_was_altered(base: Path, tmp_path: Path) -> None:
+def test_modified_artifact_is_rejected(base: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(base, copy)
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
-    done = call(copy, tmp_path / "out", write_sources(tmp_path))
-    assert done.exit_code == 1
-    assert done.stderr == (
+    result = invoke(copy, tmp_path / "out", write_sources(tmp_path))
+    assert result.exit_code == 1
+    assert result.stderr == (
         f"error: {copy / 'model.safetensors'} is not what its manifest says (sha256 differs); make the artifact again.\n"
     )
     assert is_empty(tmp_path / "out")
 
 
-def test_a_plain_model_folder_is_no_artifact(tiny_model: Path, tmp_path: Path) -> None:
-    done = call(tiny_model, tmp_path / "out", write_sources(tmp_path))
-    assert done.exit_code == 1
-    assert done.stderr.startswith(f"error: {tiny_model} has no manifest.json")
+def test_model_folder_without_manifest_is_rejected(tiny_model: Path, tmp_path: Path) -> None:
+    result = invoke(tiny_model, tmp_path / "out", write_sources(tmp_path))
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {tiny_model} has no manifest.json")
     assert is_empty(tmp_path / "out")

@@ -25,7 +25,7 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
 
 
 class Fixed:
-    """Scores in the order that they are asked for."""
+    """Returns the given scores in order."""
 
     def __init__(self, *scores: float) -> None:
         self.scores = torch.tensor(scores)
@@ -41,86 +41,84 @@ def answers(number: int) -> list[Completion]:
     return [one] * number
 
 
-class TestCalibrate:
-    def test_is_the_mean_and_the_standard_deviation(self) -> None:
-        assert calibrate(Fixed(1.0, 2.0, 6.0), answers(3)) == pytest.approx((3.0, 7**0.5))
-
-    @pytest.mark.parametrize("number", [0, 1])
-    def test_fewer_than_two_samples_leave_raw_scores(self, number: int) -> None:
-        assert calibrate(Fixed(5.0), answers(number)) == (0.0, 1.0)
-
-    @pytest.mark.parametrize("scores", [(2.0, 2.0, 2.0), (float("nan"), 1.0, 2.0)])
-    def test_a_model_that_cannot_tell_responses_apart_is_refused(self, scores: tuple[float, ...]) -> None:
-        with pytest.raises(InputError, match="the same score"):
-            calibrate(Fixed(*scores), answers(3))
+def test_calibration_is_mean_and_standard_deviation() -> None:
+    assert calibrate(Fixed(1.0, 2.0, 6.0), answers(3)) == pytest.approx((3.0, 7**0.5))
 
 
-class TestCutToHalf:
-    def test_both_texts_lose_all_but_half_of_the_shorter(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        pair = PreferencePair(prompt="a", chosen="abcdefgh", rejected="12345")
-        cut = cut_to_half(tokenizer, pair, max_tokens=100)  # the shorter one has 6 tokens with its EOS
-        assert (cut.prompt, cut.chosen, cut.rejected) == ("a", "abc", "123")
-
-    def test_at_least_one_token_stays(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        cut = cut_to_half(tokenizer, PreferencePair(prompt="a", chosen="xyz", rejected="z"), max_tokens=100)
-        assert (cut.chosen, cut.rejected) == ("x", "z")
+@pytest.mark.parametrize("number", [0, 1])
+def test_fewer_than_2_samples_leave_raw_scores(number: int) -> None:
+    assert calibrate(Fixed(5.0), answers(number)) == (0.0, 1.0)
 
 
-class TestSampleResponses:
-    def test_one_a_prompt_and_the_same_every_time(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        model = trainer_of(tiny_model).model
-        sampling = SamplingConfig(max_new_tokens=5, batch_size=4)
-        found = [sample_responses(tiny_model, tokenizer, PROMPTS, sampling, model=model, seed=s) for s in (1, 1, 2)]
-        ids = [[c.response_ids for c in responses] for responses in found]
-        assert ids[0] == ids[1] != ids[2]
-        assert [c.prompt for c in found[0]] == PROMPTS
-        assert all(1 <= len(row) <= 5 for row in ids[0])
+@pytest.mark.parametrize("scores", [(2.0, 2.0, 2.0), (float("nan"), 1.0, 2.0)])
+def test_constant_scores_are_refused(scores: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match="the same score"):
+        calibrate(Fixed(*scores), answers(3))
 
 
-class TestFinish:
-    def calibrate_and_measure(
-        self, folder: Path, model: ScalarModel, tokenizer: PreTrainedTokenizerBase, **settings: int
-    ) -> dict[str, float]:
-        return calibrate_and_measure(
-            model, config_of(**settings), folder, tokenizer, pairs=HELDOUT, prompts=PROMPTS * 3, max_tokens=64
-        )
+def test_cut_to_half_keeps_half_of_the_shorter_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    pair = PreferencePair(prompt="a", chosen="abcdefgh", rejected="12345")
+    cut = cut_to_half(tokenizer, pair, max_tokens=100)  # the shorter one has 6 tokens with its EOS
+    assert (cut.prompt, cut.chosen, cut.rejected) == ("a", "abc", "123")
 
-    def test_scores_of_the_fine_tuned_model_have_mean_zero_and_spread_one(
-        self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-    ) -> None:
-        trainer = trainer_of(tiny_model, num_epochs=8)
-        trainer.train(tokenizer, PAIRS, max_tokens=64)
-        stage = config_of()
-        numbers = self.calibrate_and_measure(tiny_model, trainer.model, tokenizer)
-        assert numbers["num_calibration_samples"] == 16
-        assert numbers["num_heldout_pairs"] == len(HELDOUT)
-        assert 0.5 < numbers["heldout_accuracy"] <= 1
-        assert 0 <= numbers["heldout_accuracy_cut"] <= 1
-        # PPO loads the artifact and scores with its scale: its first scores are standard.
-        save_model(trainer.model.lm, tokenizer, tmp_path, dtype=torch.float32)
-        mean, std = reward_normalization(tmp_path)
-        assert (mean, std) == (numbers["reward_mean"], numbers["reward_std"])
-        lm = load_scalar_lm(tmp_path, num_frozen_layers=0, dtype=torch.float32)
-        loaded = ScalarModel(lm, num_frozen_layers=0, dtype=torch.float32, mean=mean, std=std)
-        prompts = (PROMPTS * 3)[:16]
-        responses = sample_responses(tiny_model, tokenizer, prompts, stage.sampling, model=loaded, seed=stage.seed)
-        scores = RewardModelScorer(loaded, microbatch_tokens=64).score(responses)
-        assert scores.mean().item() == pytest.approx(0, abs=1e-4)
-        assert scores.std().item() == pytest.approx(1, abs=1e-4)
-        assert (lm.config.head_name, lm.config.padding_side) == ("score", "right")
 
-    def test_no_samples_leave_raw_scores(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        model = trainer_of(tiny_model).model
-        numbers = self.calibrate_and_measure(tiny_model, model, tokenizer, num_calibration_samples=0)
-        assert (numbers["reward_mean"], numbers["reward_std"]) == (0.0, 1.0)
-        assert (model.mean, model.std) == (0.0, 1.0)
+def test_cut_to_half_keeps_at_least_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    cut = cut_to_half(tokenizer, PreferencePair(prompt="a", chosen="xyz", rejected="z"), max_tokens=100)
+    assert (cut.chosen, cut.rejected) == ("x", "z")
 
-    def test_the_scale_does_not_change_the_accuracy(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        names = ("heldout_accuracy", "heldout_accuracy_cut")
-        found = []
-        for samples in (0, 16):
-            numbers = self.calibrate_and_measure(
-                tiny_model, trainer_of(tiny_model).model, tokenizer, num_calibration_samples=samples
-            )
-            found.append([numbers[name] for name in names])
-        assert found[0] == found[1]
+
+def test_samples_are_one_per_prompt_and_reproducible(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = trainer_of(tiny_model).model
+    sampling = SamplingConfig(max_new_tokens=5, batch_size=4)
+    found = [sample_responses(tiny_model, tokenizer, PROMPTS, sampling, model=model, seed=s) for s in (1, 1, 2)]
+    ids = [[c.response_ids for c in responses] for responses in found]
+    assert ids[0] == ids[1] != ids[2]
+    assert [c.prompt for c in found[0]] == PROMPTS
+    assert all(1 <= len(row) <= 5 for row in ids[0])
+
+
+def measured(folder: Path, model: ScalarModel, tokenizer: PreTrainedTokenizerBase, **settings: int) -> dict[str, float]:
+    return calibrate_and_measure(
+        model, config_of(**settings), folder, tokenizer, pairs=HELDOUT, prompts=PROMPTS * 3, max_tokens=64
+    )
+
+
+def test_scores_of_the_sft_model_have_mean_0_and_std_1(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    trainer = trainer_of(tiny_model, num_epochs=8)
+    trainer.train(tokenizer, PAIRS, max_tokens=64)
+    stage = config_of()
+    numbers = measured(tiny_model, trainer.model, tokenizer)
+    assert numbers["num_calibration_samples"] == 16
+    assert numbers["num_heldout_pairs"] == len(HELDOUT)
+    assert 0.5 < numbers["heldout_accuracy"] <= 1
+    assert 0 <= numbers["heldout_accuracy_cut"] <= 1
+    # PPO loads the artifact and normalizes by its mean and std, so its first scores are standardized.
+    save_model(trainer.model.lm, tokenizer, tmp_path, dtype=torch.float32)
+    mean, std = reward_normalization(tmp_path)
+    assert (mean, std) == (numbers["reward_mean"], numbers["reward_std"])
+    lm = load_scalar_lm(tmp_path, num_frozen_layers=0, dtype=torch.float32)
+    loaded = ScalarModel(lm, num_frozen_layers=0, dtype=torch.float32, mean=mean, std=std)
+    prompts = (PROMPTS * 3)[:16]
+    responses = sample_responses(tiny_model, tokenizer, prompts, stage.sampling, model=loaded, seed=stage.seed)
+    scores = RewardModelScorer(loaded, microbatch_tokens=64).score(responses)
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+    assert scores.std().item() == pytest.approx(1, abs=1e-4)
+    assert (lm.config.head_name, lm.config.padding_side) == ("score", "right")
+
+
+def test_no_samples_leave_raw_scores(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = trainer_of(tiny_model).model
+    numbers = measured(tiny_model, model, tokenizer, num_calibration_samples=0)
+    assert (numbers["reward_mean"], numbers["reward_std"]) == (0.0, 1.0)
+    assert (model.mean, model.std) == (0.0, 1.0)
+
+
+def test_normalization_does_not_change_the_accuracy(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    names = ("heldout_accuracy", "heldout_accuracy_cut")
+    found = []
+    for samples in (0, 16):
+        numbers = measured(tiny_model, trainer_of(tiny_model).model, tokenizer, num_calibration_samples=samples)
+        found.append([numbers[name] for name in names])
+    assert found[0] == found[1]

@@ -12,7 +12,8 @@ from components.rlhf.config.model import LoraConfig
 from components.rlhf.data.records import PreferencePair
 from components.rlhf.data.tokenizer import EncodedText
 from components.rlhf.text.errors import InputError
-from tests.support.reward_model_runs import PAIRS, checkpoints_every_step, trainer_of
+from tests.support.reward_model_runs import PAIRS, trainer_of
+from tests.support.training import checkpoints_every_step
 
 # Tokens of a pair's two responses: unequal, equal, and one too short to share a cut of 3.
 SIZES = [(5, 3), (4, 4), (6, 2), (1, 1)]
@@ -48,7 +49,7 @@ def encoded_pairs(*, margins: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)) -> list[
 
 
 def scaled(trainer: RewardModelTrainer) -> RewardModelTrainer:
-    """With a head whose scores differ clearly."""
+    """With a head that gives clearly different scores."""
     with torch.no_grad():
         trainer.model.lm.score.weight.mul_(30)
     return trainer
@@ -74,135 +75,144 @@ def slow_loss(lm: Any, pair: EncodedPair, *, prefix_loss: float, least: int) -> 
     return (1 - prefix_loss) * whole + prefix_loss * total / weight if weight else whole
 
 
-class TestLosses:
-    @pytest.mark.parametrize("prefix_loss", [0.0, 0.3, 1.0])
-    @pytest.mark.parametrize("least", [1, 3])
-    def test_are_those_of_a_double_loop(self, tiny_model: Path, prefix_loss: float, least: int) -> None:
-        trainer = scaled(trainer_of(tiny_model, prefix_loss=prefix_loss, min_prefix_tokens=least))
-        pairs = encoded_pairs(margins=(0.0, 0.5, 0.0, 1.5))
-        losses, wins = trainer.losses(pairs)
-        expected = [slow_loss(trainer.model.lm, p, prefix_loss=prefix_loss, least=least) for p in pairs]
-        assert losses.tolist() == pytest.approx(expected, abs=1e-5)
-        assert losses.std() > 0.01
-        plain = [slow_loss(trainer.model.lm, p, prefix_loss=0.0, least=1) for p in encoded_pairs()]
-        assert wins.tolist() == [loss < math.log(2) for loss in plain]
-        assert not wins.requires_grad
-
-    def test_do_not_depend_on_the_other_pairs(self, tiny_model: Path) -> None:
-        trainer, pairs = scaled(trainer_of(tiny_model)), encoded_pairs()
-        together = trainer.losses(pairs)[0].tolist()
-        assert [trainer.losses([pair])[0].item() for pair in pairs] == pytest.approx(together, abs=1e-5)
-        assert trainer.losses(pairs[::-1])[0].tolist() == pytest.approx(together[::-1], abs=1e-5)
-
-    def test_equal_texts_cost_log_two(self, tiny_model: Path) -> None:
-        text = encoded_pairs()[0].chosen
-        losses, _ = trainer_of(tiny_model).losses([EncodedPair(chosen=text, rejected=text, margin=0.0)])
-        assert losses.item() == pytest.approx(math.log(2), abs=1e-6)
-
-    @pytest.mark.parametrize(("use", "expected"), [(True, [2.5, 0.0]), (False, [0.0, 0.0])])
-    def test_margins_count_where_the_settings_say_so(
-        self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, use: bool, expected: list[float]
-    ) -> None:
-        trainer = trainer_of(tiny_model, use_margin=use)
-        pairs = [PreferencePair(prompt="a", chosen="b", rejected="c", margin=margin) for margin in (2.5, None)]
-        assert [trainer._encode(tokenizer, pair, 64).margin for pair in pairs] == expected
+@pytest.mark.parametrize("prefix_loss", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("least", [1, 3])
+def test_losses_equal_a_double_loop(tiny_model: Path, prefix_loss: float, least: int) -> None:
+    trainer = scaled(trainer_of(tiny_model, prefix_loss=prefix_loss, min_prefix_tokens=least))
+    pairs = encoded_pairs(margins=(0.0, 0.5, 0.0, 1.5))
+    losses, wins = trainer.losses(pairs)
+    expected = [slow_loss(trainer.model.lm, p, prefix_loss=prefix_loss, least=least) for p in pairs]
+    assert losses.tolist() == pytest.approx(expected, abs=1e-5)
+    assert losses.std() > 0.01
+    plain = [slow_loss(trainer.model.lm, p, prefix_loss=0.0, least=1) for p in encoded_pairs()]
+    assert wins.tolist() == [loss < math.log(2) for loss in plain]
+    assert not wins.requires_grad
 
 
-class TestTraining:
-    def test_learns_the_pairs(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        trainer = trainer_of(tiny_model, num_epochs=8)
-        assert train(trainer, tokenizer) == {"num_steps": 24.0}
-        rows = trainer.tracker.rows
-        assert rows[1]["train/loss"] == pytest.approx(math.log(2), abs=0.1)  # a fresh head is nearly indifferent
-        assert rows[24]["train/loss"] < 0.3
-        assert rows[24]["train/accuracy"] == 1.0
+def test_losses_do_not_depend_on_the_other_pairs(tiny_model: Path) -> None:
+    trainer, pairs = scaled(trainer_of(tiny_model)), encoded_pairs()
+    together = trainer.losses(pairs)[0].tolist()
+    assert [trainer.losses([pair])[0].item() for pair in pairs] == pytest.approx(together, abs=1e-5)
+    assert trainer.losses(pairs[::-1])[0].tolist() == pytest.approx(together[::-1], abs=1e-5)
 
-    def test_frozen_layers_stay(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        trainer = trainer_of(tiny_model, frozen=2)
-        before = weights(trainer)
+
+def test_equal_texts_have_a_loss_of_log_2(tiny_model: Path) -> None:
+    text = encoded_pairs()[0].chosen
+    losses, _ = trainer_of(tiny_model).losses([EncodedPair(chosen=text, rejected=text, margin=0.0)])
+    assert losses.item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize(("use", "expected"), [(True, [2.5, 0.0]), (False, [0.0, 0.0])])
+def test_margins_are_used_only_with_use_margin(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, use: bool, expected: list[float]
+) -> None:
+    trainer = trainer_of(tiny_model, use_margin=use)
+    pairs = [PreferencePair(prompt="a", chosen="b", rejected="c", margin=margin) for margin in (2.5, None)]
+    assert [trainer._encode(tokenizer, pair, 64).margin for pair in pairs] == expected
+
+
+def test_training_learns_the_pairs(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = trainer_of(tiny_model, num_epochs=8)
+    assert train(trainer, tokenizer) == {"num_steps": 24.0}
+    rows = trainer.context.tracker.rows
+    assert rows[1]["train/loss"] == pytest.approx(math.log(2), abs=0.1)  # a new head scores nearly at random
+    assert rows[24]["train/loss"] < 0.3
+    assert rows[24]["train/accuracy"] == 1.0
+
+
+def test_frozen_layers_do_not_change(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = trainer_of(tiny_model, frozen=2)
+    before = weights(trainer)
+    train(trainer, tokenizer)
+    moved = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])}
+    trained = ("lm.model.layers.2.", "lm.model.norm.", "lm.score.")
+    assert moved == {name for name in before if name.startswith(trained)}
+
+
+def test_microbatches_do_not_change_training(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    runs, rows = [], []
+    for budget in (4096, 60, 1):
+        trainer = trainer_of(tiny_model, training={"microbatch_tokens": budget, "learning_rate": 1e-3})
         train(trainer, tokenizer)
-        moved = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])}
-        trained = ("lm.model.layers.2.", "lm.model.norm.", "lm.score.")
-        assert moved == {name for name in before if name.startswith(trained)}
-
-    def test_microbatches_do_not_change_it(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        runs, rows = [], []
-        for budget in (4096, 60, 1):
-            trainer = trainer_of(tiny_model, training={"microbatch_tokens": budget, "learning_rate": 1e-3})
-            train(trainer, tokenizer)
-            runs.append(weights(trainer))
-            rows.append(trainer.tracker.rows[1])
-        start = weights(trainer_of(tiny_model))
-        moved = max((runs[0][name] - start[name]).abs().max() for name in start)
-        for other, row in zip(runs[1:], rows[1:], strict=True):
-            assert row == pytest.approx(rows[0], rel=1e-4)
-            assert max((other[name] - runs[0][name]).abs().max() for name in start) < 0.02 * moved
-
-    def test_a_fresh_head_follows_the_seed(self, tiny_model: Path) -> None:
-        heads = [trainer_of(tiny_model).model.lm.score.weight for _ in range(2)]
-        assert torch.equal(heads[0], heads[1])
+        runs.append(weights(trainer))
+        rows.append(trainer.context.tracker.rows[1])
+    start = weights(trainer_of(tiny_model))
+    moved = max((runs[0][name] - start[name]).abs().max() for name in start)
+    for other, row in zip(runs[1:], rows[1:], strict=True):
+        assert row == pytest.approx(rows[0], rel=1e-4)
+        assert max((other[name] - runs[0][name]).abs().max() for name in start) < 0.02 * moved
 
 
-class TestAdapters:
-    def test_learn_the_pairs_with_the_head(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        trainer = trainer_of(tiny_model, frozen=1, lora=LoraConfig(rank=8), num_epochs=8)
-        before = weights(trainer)
+def test_new_head_depends_on_the_seed(tiny_model: Path) -> None:
+    heads = [trainer_of(tiny_model).model.lm.score.weight for _ in range(2)]
+    assert torch.equal(heads[0], heads[1])
+
+
+def test_adapters_learn_the_pairs_with_the_head(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = trainer_of(tiny_model, frozen=1, lora=LoraConfig(rank=8), num_epochs=8)
+    before = weights(trainer)
+    train(trainer, tokenizer)
+    rows = trainer.context.tracker.rows
+    assert rows[1]["train/loss"] == pytest.approx(math.log(2), abs=0.1)
+    assert rows[24]["train/loss"] < 0.3
+    moved = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])}
+    assert moved == {name for name in before if ".lora_" in name or name == "lm.score.weight"}
+
+
+def test_adapters_start_at_the_loss_of_the_plain_model(tiny_model: Path) -> None:
+    losses = [trainer_of(tiny_model, lora=lora).losses(encoded_pairs())[0].tolist() for lora in (None, LoraConfig())]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("interrupt_at", [2, 5])
+def test_resumed_run_equals_an_uninterrupted_one(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, interrupt_at: int
+) -> None:
+    undisturbed = trainer_of(tiny_model)
+    expected = train(undisturbed, tokenizer)
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            trainer_of(
+                tiny_model, checkpoints=checkpoints_every_step(tmp_path, "reward_model"), interrupt_at=interrupt_at
+            ),
+            tokenizer,
+        )
+    resumed = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path, "reward_model"))
+    assert train(resumed, tokenizer) == expected
+    assert all(torch.equal(weight, weights(undisturbed)[name]) for name, weight in weights(resumed).items())
+    assert resumed.context.tracker.rows == {
+        step: undisturbed.context.tracker.rows[step] for step in range(interrupt_at, 7)
+    }
+
+
+def test_non_finite_loss_names_step_and_pairs(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = trainer_of(tiny_model, training={"learning_rate": 1e30, "warmup_fraction": 0.0})
+    with pytest.raises(InputError, match=r"(loss|grad_norm) is (nan|inf) at step 2 \(pairs \[\d") as error:
         train(trainer, tokenizer)
-        rows = trainer.tracker.rows
-        assert rows[1]["train/loss"] == pytest.approx(math.log(2), abs=0.1)
-        assert rows[24]["train/loss"] < 0.3
-        moved = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])}
-        assert moved == {name for name in before if ".lora_" in name or name == "lm.score.weight"}
-
-    def test_start_at_the_loss_of_the_plain_model(self, tiny_model: Path) -> None:
-        losses = [
-            trainer_of(tiny_model, lora=lora).losses(encoded_pairs())[0].tolist() for lora in (None, LoraConfig())
-        ]
-        assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert "no checkpoint had been saved yet" in str(error.value)
+    assert "Lower the learning rate" in str(error.value)
 
 
-class TestResume:
-    @pytest.mark.parametrize("die_at", [2, 5])
-    def test_goes_on_as_if_nothing_had_happened(
-        self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, die_at: int
-    ) -> None:
-        undisturbed = trainer_of(tiny_model)
-        expected = train(undisturbed, tokenizer)
-        with pytest.raises(KeyboardInterrupt):
-            train(trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path), die_at=die_at), tokenizer)
-        resumed = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path))
-        assert train(resumed, tokenizer) == expected
-        assert all(torch.equal(weight, weights(undisturbed)[name]) for name, weight in weights(resumed).items())
-        assert resumed.tracker.rows == {step: undisturbed.tracker.rows[step] for step in range(die_at, 7)}
+def test_non_finite_loss_names_the_latest_checkpoint(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    trainer = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path, "reward_model"))
+    save = trainer.context.checkpoints.save
+
+    def save_and_break(step: int, *args: Any) -> None:
+        save(step, *args)
+        trainer.context.checkpoints.wait()
+        if step == 2:
+            with torch.no_grad():
+                trainer.model.lm.score.weight.fill_(math.nan)
+
+    trainer.context.checkpoints.save = save_and_break  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="is nan at step 3") as error:
+        train(trainer, tokenizer)
+    assert f"the latest checkpoint is {tmp_path}/reward_model/x/step-00000002" in str(error.value)
 
 
-class TestNotFinite:
-    def test_names_step_pairs_and_what_to_do(self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        trainer = trainer_of(tiny_model, training={"learning_rate": 1e30, "warmup_fraction": 0.0})
-        with pytest.raises(InputError, match=r"The (loss|gradient) is (nan|inf) at step 2 \(pairs \[\d") as error:
-            train(trainer, tokenizer)
-        assert "no checkpoint had been saved yet" in str(error.value)
-        assert "Lower the learning rate" in str(error.value)
-
-    def test_names_the_last_checkpoint(
-        self, tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-    ) -> None:
-        with pytest.raises(KeyboardInterrupt):
-            train(trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path), die_at=3), tokenizer)
-        broken = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path))
-        broken._step = lambda *args, **options: _broken_step(broken, *args, **options)  # type: ignore[method-assign]
-        with pytest.raises(InputError, match="is nan at step 3") as error:
-            train(broken, tokenizer)
-        assert f"the last good checkpoint is {tmp_path}/reward_model/x/step-00000002" in str(error.value)
-
-
-def _broken_step(trainer: RewardModelTrainer, *args: Any) -> dict[str, float]:
-    with torch.no_grad():
-        trainer.model.lm.score.weight.fill_(math.nan)
-    return RewardModelTrainer._step(trainer, *args)
-
-
-def test_the_summary_says_what_people_prefer() -> None:
+def test_summary_states_the_heldout_accuracy() -> None:
     text = as_markdown(
         {
             "num_heldout_pairs": 250.0,
@@ -213,5 +223,5 @@ def test_the_summary_says_what_people_prefer() -> None:
             "reward_std": 1.5,
         }
     )
-    for shown in ("250 held-out pairs", "**67.8%**", "55.0% with both cut", "128 responses", "-0.250", "1.500"):
+    for shown in ("250 held-out human pairs", "**67.8%**", "55.0% with both cut", "128 responses", "-0.250", "1.500"):
         assert shown in text

@@ -1,6 +1,6 @@
-"""Comparisons by hand."""
+"""Hand-written comparisons."""
 
-from components.evaluation.compare import Comparison, Side
+from components.evaluation.compare import Comparison, ScoredResponses
 from components.rlhf.data.records import Completion, Prompt
 
 
@@ -25,14 +25,16 @@ def comparison_of(
     sft_ends: list[tuple[int, bool]] | None = None,
     ppo_ends: list[tuple[int, bool]] | None = None,
 ) -> Comparison:
-    """Judge's scores of both sides, one a prompt (cut_*: of the cut answers); ends are (number of tokens, truncated)."""
+    """A comparison from judge scores, one per prompt (cut_*: of the cut responses); ends are (number of tokens, truncated)."""
     prompts = [Prompt(prompt=f"prompt {i}", id=f"heldout-{i}") for i in range(len(sft))]
 
-    def side(name: str, scores: list[float], cut: list[float] | None, ends: list[tuple[int, bool]] | None) -> Side:
+    def scored(
+        name: str, scores: list[float], cut: list[float] | None, ends: list[tuple[int, bool]] | None
+    ) -> ScoredResponses:
         ends = ends or [(3, False)] * len(scores)
-        return Side(
+        return ScoredResponses(
             completions=[
-                completion(prompt, f"{name} says {i}", length=length, truncated=truncated)
+                completion(prompt, f"{name} response {i}", length=length, truncated=truncated)
                 for i, (prompt, (length, truncated)) in enumerate(zip(prompts, ends, strict=True))
             ],
             judge_scores=scores,
@@ -42,7 +44,7 @@ def comparison_of(
 
     return Comparison(
         prompts=prompts,
-        sft=side("sft", sft, cut_sft, sft_ends),
-        ppo=side("ppo", ppo, cut_ppo, ppo_ends),
+        sft=scored("sft", sft, cut_sft, sft_ends),
+        ppo=scored("ppo", ppo, cut_ppo, ppo_ends),
         kl=kl or [1.0] * len(sft),
     )

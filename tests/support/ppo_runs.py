@@ -1,6 +1,5 @@
 """Small PPO runs, against a reward model or against any function of token ids."""
 
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,7 @@ from components.rlhf.data.batching import TokenBatch
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.models.loading import load_scalar_lm, save_model
 from components.rlhf.rollout.hf import HfRolloutEngine
-from components.rlhf.storage.store import FolderStore
-from components.rlhf.text.progress import Progress
-from components.rlhf.tracking.mlflow import NullTracker
+from tests.support.training import NEVER, context_of
 
 PROMPTS = [Prompt(prompt=text, id=f"prompt-{i}") for i, text in enumerate(["It is", "We", "A film that", "So", "It"])]
 VALIDATION = [Prompt(prompt=text, id=f"validation-{i}") for i, text in enumerate(["It was", "I", "One film"])]
@@ -31,21 +28,8 @@ FP32, CPU = torch.float32, torch.device("cpu")
 Row = dict[str, float]
 
 
-class Recorder(NullTracker):
-    """Keeps what was logged; may end the run like a lost node, before the given iteration is saved."""
-
-    def __init__(self, *, die_at: int = -1) -> None:
-        self.rows: dict[int, Row] = {}
-        self.die_at = die_at
-
-    def log(self, metrics: Any, step: int) -> None:
-        if step == self.die_at:
-            raise KeyboardInterrupt
-        self.rows[step] = dict(metrics)
-
-
 class RewardFunction:
-    """Stands in for the frozen reward model: any function of (prompt ids, response ids), placed at the last token."""
+    """Replaces the frozen reward model by a function of (prompt ids, response ids), read at the last token."""
 
     def __init__(self, function: Callable[[list[int], list[int]], float]) -> None:
         self.function = function
@@ -70,7 +54,7 @@ def share_of_low_ids(prompt_ids: list[int], response_ids: list[int]) -> float:
 def make_reward_model(
     sft: Path, folder: Path, *, mean: float = 0.2, std: float = 1.5, seed: int = 1, head_scale: float = 20.0
 ) -> Path:
-    """A reward model on the layers of sft, with a head whose scores differ clearly."""
+    """A reward model on the layers of sft, with a head that gives clearly different scores."""
     lm = load_scalar_lm(sft, num_frozen_layers=0, dtype=FP32, seed=seed)
     with torch.no_grad():
         lm.score.weight.mul_(head_scale)
@@ -105,34 +89,17 @@ def trainer_of(
     *,
     reward: Callable[[list[int], list[int]], float] | None = None,
     checkpoints: CheckpointManager | None = None,
-    die_at: int = -1,
+    interrupt_at: int = NEVER,
 ) -> PpoTrainer:
     models, rollout = load(config, sft, reward_model)
     if reward is not None:
         models = replace(models, reward_model=RewardFunction(reward))
-    return PpoTrainer(
-        config,
-        models,
-        rollout,
-        stop_ids=rollout.stop_ids,
-        checkpoints=checkpoints or CheckpointManager(None, "ppo/x", CheckpointConfig()),
-        progress=Progress("ppo"),
-        tracker=Recorder(die_at=die_at),
-    )
-
-
-def checkpoints_every_step(root: Path) -> CheckpointManager:
-    """Checkpoints after every step. Who held the folder before is dead, as far as this test goes."""
-    for thread in threading.enumerate():
-        if thread.name == "checkpoint":
-            thread.join()
-    for lease in root.rglob("lease.json"):
-        lease.unlink()
-    return CheckpointManager(FolderStore(root), "ppo/x", CheckpointConfig(every_minutes=0.0))
+    context = context_of("ppo", checkpoints=checkpoints, interrupt_at=interrupt_at)
+    return PpoTrainer(config, models, rollout, context)
 
 
 def weights(trainer: PpoTrainer) -> dict[str, Tensor]:
-    modules = (("actor", trainer.models.actor), ("critic", trainer.models.critic))
+    modules = (("actor", trainer.learner.models.actor), ("critic", trainer.learner.models.critic))
     return {f"{kind}.{name}": p.detach().clone() for kind, m in modules for name, p in m.named_parameters()}
 
 

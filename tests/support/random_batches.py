@@ -1,4 +1,4 @@
-"""Random batches, and what the padding of a real one may hold."""
+"""Random batches, and values that padding may contain."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# No output and no gradient may depend on which of these stands at padding.
+# No output and no gradient may depend on these values at padding.
 GARBAGE = [math.nan, math.inf, -math.inf, 1e30]
 
 
@@ -15,7 +15,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def ragged(*lengths: int, width: int | None = None) -> Tensor:
-    """The mask of rows of these lengths. Returns [B, width] bool; the longest row is the width if none is given."""
+    """The mask of rows with these lengths: [B, width] bool; width defaults to the longest row."""
     return torch.tensor([[t < length for t in range(max(lengths) if width is None else width)] for length in lengths])
 
 
@@ -29,7 +29,7 @@ def spoil(x: Tensor, mask: Tensor, garbage: float) -> Tensor:
 
 
 def equal(got: Tensor | None, expected: Any, atol: float = 1e-12) -> bool:
-    """Same shape, no nan, and the same numbers."""
+    """Same shape, no nan, and equal up to rounding."""
     assert got is not None
     expected = torch.as_tensor(expected, dtype=got.dtype)
     return got.shape == expected.shape and bool(torch.allclose(got, expected, rtol=1e-9, atol=atol))

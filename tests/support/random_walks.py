@@ -1,4 +1,4 @@
-"""A task whose best answer is known: walk from any node of a directed graph to its goal in as few steps as possible.
+"""A task with a known optimum: walk from any node of a directed graph to its goal in as few steps as possible.
 
 The graph has 21 nodes and an edge with chance 0.1 between any two; behaviour is 1,000 walks that follow edges at random, for at
 most 10 nodes. A walk's optimality is 1 when it is as short as can be and 0 when it takes all 10 nodes, leaves the edges, or never
@@ -25,7 +25,7 @@ EOS = NUM_NODES  # node i has id i
 class Walks:
     edges: list[list[int]]  # where one can go from each node
     shortest: dict[int, int]  # nodes on the best walk from each start, both ends counted
-    behaviour: list[list[int]]  # walks by chance, start first
+    behaviour: list[list[int]]  # random walks, start first
 
     def optimality(self, walk: Sequence[int]) -> float:
         """Of a walk that begins at its start; whatever follows the goal does not count."""

@@ -1,6 +1,5 @@
 """A small reward-model run."""
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,7 @@ from components.rlhf.config.model import LoraConfig, ModelConfig, SamplingConfig
 from components.rlhf.config.reward_model import RewardModelConfig, RewardModelStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.data.records import PreferencePair
-from components.rlhf.storage.store import FolderStore
-from components.rlhf.text.progress import Progress
-from components.rlhf.tracking.mlflow import NullTracker
+from tests.support.training import NEVER, context_of
 
 GOOD, BAD = (" good", " a good film", " very good", " good!"), (" bad", " a bad one", " very bad", " so bad")
 PAIRS = [PreferencePair(prompt="It is", chosen=good, rejected=bad) for good in GOOD[:3] for bad in BAD[:3]]
@@ -21,19 +18,6 @@ HELDOUT = [
     for prompt in ("It is", "It")
     for good, bad in zip(GOOD, BAD, strict=True)
 ]
-
-
-class Recorder(NullTracker):
-    """Keeps what was logged; may end the run like a lost node, before the given step is saved."""
-
-    def __init__(self, *, die_at: int = 0) -> None:
-        self.rows: dict[int, dict[str, float]] = {}
-        self.die_at = die_at
-
-    def log(self, metrics: Any, step: int) -> None:
-        if step == self.die_at:
-            raise KeyboardInterrupt
-        self.rows[step] = dict(metrics)
 
 
 def config_of(*, frozen: int = 0, lora: LoraConfig | None = None, **settings: Any) -> RewardModelStageConfig:
@@ -51,19 +35,7 @@ def config_of(*, frozen: int = 0, lora: LoraConfig | None = None, **settings: An
 
 
 def trainer_of(
-    folder: Path, *, checkpoints: CheckpointManager | None = None, die_at: int = 0, **settings: Any
+    folder: Path, *, checkpoints: CheckpointManager | None = None, interrupt_at: int = NEVER, **settings: Any
 ) -> RewardModelTrainer:
-    nowhere = CheckpointManager(None, "reward_model/x", CheckpointConfig())
-    return RewardModelTrainer(
-        config_of(**settings), folder, checkpoints or nowhere, Progress("reward_model"), Recorder(die_at=die_at)
-    )
-
-
-def checkpoints_every_step(root: Path) -> CheckpointManager:
-    """Checkpoints after every step. Who held the folder before is dead, as far as this test goes."""
-    for thread in threading.enumerate():
-        if thread.name == "checkpoint":
-            thread.join()
-    for lease in root.rglob("lease.json"):
-        lease.unlink()
-    return CheckpointManager(FolderStore(root), "reward_model/x", CheckpointConfig(every_minutes=0.0))
+    context = context_of("reward_model", checkpoints=checkpoints, interrupt_at=interrupt_at)
+    return RewardModelTrainer(config_of(**settings), folder, context)

@@ -1,4 +1,4 @@
-"""Models and batches that the tests of this room share."""
+"""Small models and batches."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from components.rlhf.models.actor import Actor
 from components.rlhf.models.loading import load_causal_lm, load_scalar_lm
 from components.rlhf.models.scalar import ScalarModel
 
-# Ragged on both sides; 0 is EOS and PAD of the tiny tokenizer, and stands inside prompts and responses too.
+# Prompts and responses of different lengths; 0, EOS and PAD of the tiny tokenizer, is also inside prompts and responses.
 PROMPTS = [[5, 6, 7], [8], [9, 0, 11, 12, 13], [40, 41]]
 RESPONSES = [[3, 4, 0], [101, 0, 103, 104, 105, 106, 107], [7], [20, 21, 22, 23]]
 
@@ -26,7 +26,7 @@ def actor_of(folder: Path, *, frozen: int = 0, dtype: torch.dtype = torch.float3
 
 
 def scalar_of(folder: Path, *, frozen: int = 0, seed: int = 0, **options: Any) -> ScalarModel:
-    """A scalar model whose head is large enough that scores differ clearly."""
+    """A scalar model with a head scaled up so that scores differ clearly."""
     lm = load_scalar_lm(folder, num_frozen_layers=frozen, dtype=torch.float32, seed=seed)
     with torch.no_grad():
         lm.score.weight.mul_(30)
@@ -34,7 +34,7 @@ def scalar_of(folder: Path, *, frozen: int = 0, seed: int = 0, **options: Any) -
 
 
 def rows_of(tensor: Tensor, lengths: list[int]) -> list[list[float]]:
-    """The real part of each row of a padded [B, T]."""
+    """Each row of a padded [B, T] without its padding."""
     return [row[:length] for row, length in zip(tensor.tolist(), lengths, strict=True)]
 
 

@@ -1,9 +1,9 @@
-"""What one checkpoint is made of: shards, a state, a manifest with the digest of each, and a marker that comes last.
+"""The files of one checkpoint: shards, a state, a manifest with their digests, and a marker that is written last.
 
-KEY/step-00000012-4f1c09ab/actor/engine-00000.safetensors   one a process and engine
-                           state.json                       what is not a tensor
-                           shards-00000.json                digests of one process's shards
-                           manifest.json                    sha256 and size of all of these
+KEY/step-00000012-4f1c09ab/actor/engine-00000.safetensors   one per rank and engine
+                           state.json                       everything that is not a tensor
+                           shards-00000.json                digests of one rank's shards
+                           manifest.json                    sha256 and size of the files above
                            .complete                        written last
 """
 
@@ -27,11 +27,11 @@ from components.rlhf.text.errors import InputError
 from components.rlhf.text.strict_json import NotJsonError, parse_json, parse_json_as
 
 COMPLETE, MANIFEST, STATE = ".complete", "manifest.json", "state.json"
-LIMIT = 256 * 2**20  # bytes of a manifest or a state; histories of long runs are some MiB
+LIMIT = 256 * 2**20  # bytes of a manifest or a state; the history of a long run takes some MiB
 STEP = re.compile(r"step-(\d{8})-[0-9a-f]{8}")
 FILE = re.compile(r"[a-z_]+/engine-\d{5}\.safetensors|state\.json")
-OURS = re.compile(r"manifest\.json|\.complete|shards-\d{5}\.json")  # beside what the manifest lists
-WAIT_SECONDS = 600.0  # of the first process for the shards of the others
+OURS = re.compile(r"manifest\.json|\.complete|shards-\d{5}\.json")  # files that the manifest does not list
+WAIT_SECONDS = 600.0  # that rank 0 waits for the shards of the other ranks
 
 Entry = tuple[str, int]  # sha256, size in bytes
 ENTRIES_TYPE = TypeAdapter(dict[str, Entry])
@@ -39,7 +39,7 @@ ENTRIES_TYPE = TypeAdapter(dict[str, Entry])
 
 @dataclass(frozen=True)
 class Shards:
-    """The share of one process: engine -> name -> tensor in main memory."""
+    """One rank's part of a checkpoint: engine -> name -> tensor in main memory."""
 
     rank: int
     world_size: int
@@ -47,7 +47,7 @@ class Shards:
 
 
 def write_checkpoint(store: Store, folder: str, shards: Shards, state: str) -> None:
-    """Write the share of this process; the first one waits for those of the others and completes the checkpoint."""
+    """Write this rank's shards. Rank 0 then waits for the other ranks and completes the checkpoint."""
     try:
         entries = {
             name: _put(store, f"{folder}/{name}", tensors)
@@ -72,7 +72,7 @@ def write_checkpoint(store: Store, folder: str, shards: Shards, state: str) -> N
 
 
 def list_checkpoints(store: Store, key: str) -> list[str]:
-    """Folders of all checkpoints under a key, complete or not, the newest first."""
+    """Folders of all checkpoints under a key, complete or not, latest first."""
     names = {path.removeprefix(f"{key}/").split("/")[0] for path in store.list(key)}
     return [f"{key}/{name}" for name in sorted(names, reverse=True) if STEP.fullmatch(name)]
 
@@ -82,32 +82,32 @@ def is_complete(store: Store, folder: str) -> bool:
 
 
 def fetch_checkpoint(store: Store, folder: str, into: Path) -> tuple[Path, dict[str, Any]]:
-    """A local folder with the verified files of a checkpoint, and its state; into is used where the store is elsewhere.
+    """A local folder with the verified files of a checkpoint, and its state. Files of a remote store are downloaded to `into`.
 
-    Raises InputError that says what is wrong with it.
+    Raises InputError with the first problem found.
     """
     entries = _manifest(store, folder)
     local = local_folder(store, folder, into)
-    if local is not into:  # an engine may read every shard that it finds
+    if local is not into:  # an engine loads every shard in the folder
         names = {name.removeprefix(f"{folder}/") for name in store.list(folder)} - entries.keys()
-        strange = next((name for name in sorted(names) if not OURS.fullmatch(name)), None)
-        if strange is not None:
-            raise InputError(f"it holds {strange[:80]!a}, which its {MANIFEST} does not list")
+        unexpected = next((name for name in sorted(names) if not OURS.fullmatch(name)), None)
+        if unexpected is not None:
+            raise InputError(f"it contains {unexpected[:80]!a}, which its {MANIFEST} does not list")
     for name, (sha256, size) in entries.items():
         path = local / name
         if local is into:
             store.download(f"{folder}/{name}", path)
         if Path(os.path.realpath(path)) != Path(os.path.realpath(local)) / name:
-            raise InputError(f"{name} is reached over a link")
+            raise InputError(f"{name} is reached through a symbolic link")
         if not path.is_file():
             raise InputError(f"{name} is missing")
         if path.stat().st_size != size:
-            raise InputError(f"{name} has {path.stat().st_size} bytes instead of {size}")
+            raise InputError(f"{name} has {path.stat().st_size} bytes, expected {size}")
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise InputError(f"the sha256 of {name} is not that of its manifest")
+                raise InputError(f"the sha256 of {name} does not match its manifest")
     if entries[STATE][1] > LIMIT:
-        raise InputError(f"{STATE} is longer than {LIMIT} bytes")
+        raise InputError(f"{STATE} is larger than {LIMIT} bytes")
     try:
         state = parse_json((local / STATE).read_bytes())
         return local, {**state, "step": int(state["step"])}
@@ -116,27 +116,27 @@ def fetch_checkpoint(store: Store, folder: str, into: Path) -> tuple[Path, dict[
 
 
 def local_folder(store: Store, folder: str, into: Path) -> Path:
-    """Where the files of a checkpoint lie on this machine once they are fetched."""
+    """Where the files of a checkpoint are on this machine once they are downloaded."""
     return store.folder / folder if isinstance(store, FolderStore) else into
 
 
 def _manifest(store: Store, folder: str) -> dict[str, Entry]:
     if not is_complete(store, folder):
-        raise InputError(f"it has no {COMPLETE}: its writing was interrupted")
+        raise InputError(f"it has no {COMPLETE}: writing it was interrupted")
     try:
         entries = parse_json_as(ENTRIES_TYPE, store.read(f"{folder}/{MANIFEST}", limit=LIMIT) or b"")
     except NotJsonError:
         raise InputError(f"its {MANIFEST} cannot be read") from None
-    strange = next((name for name in entries if not FILE.fullmatch(name)), None)
-    if strange is not None:
-        raise InputError(f"its {MANIFEST} names {strange[:80]!a}, which is no file of a checkpoint")
+    unexpected = next((name for name in entries if not FILE.fullmatch(name)), None)
+    if unexpected is not None:
+        raise InputError(f"its {MANIFEST} names {unexpected[:80]!a}, which is not a checkpoint file")
     if STATE not in entries:
         raise InputError(f"its {MANIFEST} lacks {STATE}")
     return entries
 
 
 def _put(store: Store, key: str, tensors: Mapping[str, Tensor]) -> Entry:
-    """Write one shard; in a folder straight to its place, because nothing counts before the marker."""
+    """Write one shard. In a folder it is written in place, because a checkpoint without its marker is ignored."""
     if isinstance(store, FolderStore):
         path = store.folder / key
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,5 +162,5 @@ def _wait_for(store: Store, key: str) -> dict[str, Entry]:
         time.sleep(0.2)
     content = json.loads(text)
     if "error" in content:
-        raise InputError(f"another process could not write its share: {content['error']}")
+        raise InputError(f"another rank could not write its shards: {content['error']}")
     return {name: (sha256, size) for name, (sha256, size) in content.items()}

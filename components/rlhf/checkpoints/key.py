@@ -1,4 +1,4 @@
-"""The key of a stage's checkpoints: whatever alters training makes another one."""
+"""The key of a stage's checkpoints, which changes with everything that affects training."""
 
 import hashlib
 from typing import Any
@@ -9,9 +9,9 @@ from components.rlhf.config.base import BaseConfig
 
 
 def checkpoint_key(stage: str, config: BaseConfig, *inputs: Manifest) -> str:
-    """STAGE/DIGEST over the settings (but for those that a checkpoint does not depend on), the inputs' digests and the code revision.
+    """STAGE/DIGEST of the config, the inputs' digests and the code revision.
 
-    The section named like the stage holds how it trains: a run may go on in more or fewer processes, or wait longer for them.
+    Excluded is what may change between attempts: the checkpoint section, and the number of processes and their timeout.
     """
     unrelated: dict[str, Any] = {"checkpoint": True, stage: {"training": {"num_processes", "timeout_minutes"}}}
     content = config.model_dump_json(exclude=unrelated)

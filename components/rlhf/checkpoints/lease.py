@@ -1,4 +1,4 @@
-"""One writer a key: who holds it shows a heartbeat, and a second one fails instead of mixing its checkpoints in."""
+"""One writer per key: the holder writes a heartbeat, and a second process fails instead of mixing in its checkpoints."""
 
 import contextlib
 import json
@@ -16,12 +16,12 @@ from components.rlhf.text.errors import InputError
 from components.rlhf.text.strict_json import parse_json
 
 BEAT_SECONDS = 10.0
-STALE_SECONDS = 60.0  # without a beat. Clocks of two machines are never compared: a beat is a number that changes.
+STALE_SECONDS = 60.0  # without a heartbeat, which is a counter: clocks of two machines are never compared
 LIMIT = 10_000  # bytes
 
 
 class Lease:
-    """Held from acquire() to release(), by a thread that writes a beat; lost when somebody else's name stands there."""
+    """Held from acquire() to release() by a thread that writes heartbeats; lost when another owner is found in the file."""
 
     def __init__(self, store: Store, key: str, log: Callable[[str], None]) -> None:
         self.store, self.key, self.log = store, key, log
@@ -38,12 +38,12 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the lease. Raises InputError while somebody who is alive holds it; waits for a sign of life up to STALE_SECONDS."""
+        """Take the lease. Raises InputError while a live process holds it; waits up to STALE_SECONDS for its heartbeat."""
         try:
             self._acquire_once()
         except OSError as error:
             raise InputError(
-                f"{self.store.uri}/{self.key} cannot be written ({error.strerror}); make room for it, or correct storage.checkpoint_uri."
+                f"{self.store.uri}/{self.key} cannot be written ({error.strerror}); free some space, or correct storage.checkpoint_uri."
             ) from None
         self._thread = threading.Thread(target=self._keep_beating, name="lease", daemon=True)
         self._thread.start()
@@ -54,13 +54,13 @@ class Lease:
             if other and not self._owner_is_dead(other):
                 self._wait_for_a_beat(other)
             self.store.write(self.key, self._text())
-            time.sleep(min(0.2, BEAT_SECONDS))  # of two that take over at once, the later stays
+            time.sleep(min(0.2, BEAT_SECONDS))  # if two processes take over at once, the later one wins
             now = self._read()
             if now.get("owner") != self.identity["owner"]:
                 raise InputError(_held_message(self.store.uri, self.key, now))
 
     def check(self) -> None:
-        """Raise InputError when another process has taken over."""
+        """Raise InputError if another process has taken over."""
         if self.lost:
             raise InputError(self.lost)
 
@@ -74,10 +74,10 @@ class Lease:
 
     def _keep_beating(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            with contextlib.suppress(Exception):  # a store that is away for a while; the saves say so
+            with contextlib.suppress(Exception):  # the store is unreachable for a while; saves report it
                 now = self._read()
                 if not now:
-                    continue  # deleted by hand, or unreadable for a moment: who comes next shows itself
+                    continue  # deleted manually, or unreadable for a moment: a new owner will write it
                 if now.get("owner") != self.identity["owner"]:
                     self.lost = _held_message(self.store.uri, self.key, now)
                     return
@@ -85,9 +85,7 @@ class Lease:
                 self.store.write(self.key, self._text())
 
     def _wait_for_a_beat(self, other: dict[str, Any]) -> None:
-        self.log(
-            f"waiting up to {STALE_SECONDS:.0f} s for a sign of life of {_name(other)}, which holds the checkpoints"
-        )
+        self.log(f"waiting up to {STALE_SECONDS:.0f} s for a heartbeat of {_name(other)}, which holds the checkpoints")
         deadline = time.monotonic() + STALE_SECONDS
         while time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 2)
@@ -96,17 +94,17 @@ class Lease:
                 return
             if (now.get("owner"), now.get("beat")) != (other.get("owner"), other.get("beat")):
                 raise InputError(_held_message(self.store.uri, self.key, now))
-        self.log(f"{_name(other)} shows no sign of life; going on in its place")
+        self.log(f"{_name(other)} sent no heartbeat; taking over its checkpoints")
 
     def _owner_is_dead(self, other: dict[str, Any]) -> bool:
-        """Of this machine, and gone. A process of the same number that started at another time is another one."""
+        """Whether the holder ran on this machine and has died. A reused pid is told apart by its start time."""
         pid = other.get("pid")
         if other.get("host") != self.identity["host"] or not isinstance(pid, int) or not 0 < pid < 2**31:
             return False
         return _start_time(pid) != other.get("started")
 
     def _read(self) -> dict[str, Any]:
-        """Who holds it; {} for nobody, and for what cannot be read."""
+        """The holder; {} if there is none or it cannot be read."""
         try:
             content = parse_json(self.store.read(self.key, limit=LIMIT) or b"{}")
         except (ValueError, InputError):
@@ -118,7 +116,7 @@ class Lease:
 
 
 def _start_time(pid: int) -> str:
-    """When a process of this machine started, in the kernel's own count; "" when there is none, or no /proc."""
+    """When a process on this machine started, in the kernel's ticks; "" if it does not exist or there is no /proc."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if state == "Z" else rest[18]
@@ -131,13 +129,13 @@ def _start_time(pid: int) -> str:
 
 
 def _name(holder: dict[str, Any]) -> str:
-    """As the file says it, which anybody may have written."""
+    """The holder as the file names it, with control characters escaped."""
     pid, host = (str(holder.get(key))[:100] for key in ("pid", "host"))
     return f"process {pid} on {host}" if (pid + host).isprintable() else f"process {pid!a} on {host!a}"
 
 
 def _held_message(uri: str, key: str, holder: dict[str, Any]) -> str:
     return (
-        f"{_name(holder)} trains with the same settings and inputs, and writes checkpoints to {uri}/{key.rpartition('/')[0]}; "
-        "wait for it to end, or give this run another storage.checkpoint_uri."
+        f"{_name(holder)} is training with the same settings and inputs and writes checkpoints to {uri}/{key.rpartition('/')[0]}; "
+        "wait until it ends, or set another storage.checkpoint_uri for this run."
     )

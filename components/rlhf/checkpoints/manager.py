@@ -1,16 +1,13 @@
-"""Checkpoints of one stage: written whole or not at all, verified before they are believed, the newest good one found again.
+"""Saving and restoring the checkpoints of one stage."""
 
-Law of this room: the engine protocol and files; no word of PPO. A checkpoint is not an artifact: it is for the same stage of
-the same run, and is deleted when the stage ends well.
-"""
-
+import contextlib
 import json
 import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +20,17 @@ from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.engine.group import SINGLE_PROCESS, local_rank
 from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.storage.store import Store
-from components.rlhf.text.errors import InputError
+from components.rlhf.text.errors import InputError, NonFiniteError
 
-MAX_FAILURES = 3  # saves in a row, after which going on would risk more than it gains
+MAX_FAILURES = 3  # in a row, after which training ends
 
 
 class CheckpointManager:
     """Checkpoints under store/key. Without a store nothing is saved or found.
 
-    key must change with whatever alters training (settings, inputs), so that no run continues another by accident.
-    All processes of a group save and restore together. A save copies what the engines hold into main memory (for Adam three
-    times the trained weights in fp32) and returns; a thread writes it, and the next save waits until that has ended.
+    key must change with everything that affects training (settings, inputs), so that no run continues another by accident.
+    All ranks save and restore together. A save copies the engines' tensors to main memory (with Adam three times the trained
+    weights in fp32) and returns; a thread writes them, and the next save waits for that thread.
     """
 
     def __init__(
@@ -57,27 +54,27 @@ class CheckpointManager:
 
     @property
     def latest(self) -> str | None:
-        """Where the newest checkpoint lies that is known to be complete."""
+        """URI of the latest checkpoint that is known to be complete."""
         if self._writer is not None and not self._writer.is_alive():
             self.wait()
         return self._latest
 
     def should_save(self) -> bool:
-        """Whether it is time to save: the last one (or the start) is longer ago than the settings allow, or a signal came."""
+        """Whether every_minutes have passed since the last save (or the start), or a signal asks for a checkpoint."""
         if self.store is None:
             return False
         if self._lease:
             self._lease.check()
-        # Clocks differ between processes and signals reach them at different moments, and all must do the same.
-        late = time.monotonic() - self._last >= 60 * self.config.every_minutes
-        wanted = self.group.max_int(2 if self.stop.signal else int(late))
-        self._stopping = wanted == 2
-        return wanted > 0
+        # All ranks must decide alike, but their clocks differ and signals reach them at different moments.
+        is_due = time.monotonic() - self._last >= 60 * self.config.every_minutes
+        decision = self.group.max_int(2 if self.stop.signal else int(is_due))
+        self._stopping = decision == 2
+        return decision > 0
 
     def save(self, step: int, engines: Mapping[str, TrainEngine], state: Mapping[str, Any]) -> None:
-        """Save every engine and a JSON state under this step. After a signal, wait until it is written and end the process.
+        """Save every engine and a JSON state under this step. After a signal, wait until it is written and exit.
 
-        A save that fails is said and the training goes on; raises InputError after MAX_FAILURES in a row.
+        A failed save is logged; raises InputError after MAX_FAILURES in a row.
         """
         if self.store is None:
             return
@@ -94,14 +91,14 @@ class CheckpointManager:
             self.group.barrier()
             if self._lease:
                 self._lease.release()
-            self.log(f"saved step {step}; ending on {self.stop.name}, and going on from there when started again")
+            self.log(f"saved step {step} and exiting on {self.stop.name}; the stage resumes from it when started again")
             sys.exit(self.stop.exit_code)
 
     def restore(self, engines: Mapping[str, TrainEngine]) -> dict[str, Any] | None:
-        """Load the newest checkpoint that verifies into the engines; return its state with its step, or None if there is none.
+        """Load the latest checkpoint that verifies into the engines; return its state with its step, or None if there is none.
 
-        Takes the lease: raises InputError while another process writes under this key. Those that do not verify are passed
-        over, and it says why.
+        Takes the lease: raises InputError while another process writes under this key. Checkpoints that do not verify are
+        skipped, and the reason is logged.
         """
         if self.store is None:
             return None
@@ -114,36 +111,45 @@ class CheckpointManager:
             for folder in self.group.gather(
                 files.list_checkpoints(self.store, self.key) if self.group.rank == 0 else []
             ):
-                # Every process loads, and each machine needs the files; the first of each machine fetches and verifies.
+                # Every rank loads the files; the first rank of each machine downloads and verifies them.
                 problem, local, state = self._fetch(folder, into / folder.rpartition("/")[2])
                 problems = [p for p in self.group.gather([problem]) if p]
                 if not problems:
                     found = folder
                     break
-                self.log(f"checkpoint {folder.rpartition('/')[2]} is passed over: {problems[0]}")
+                self.log(f"checkpoint {folder.rpartition('/')[2]} is skipped: {problems[0]}")
             if found is None:
                 return None
             for name, engine in engines.items():
                 self._load(engine, local / name, found)
             self.group.barrier()
         self._latest = f"{self.store.uri}/{found}"
-        shared: dict[str, Any] = self.group.gather([state])[0]  # of the process that fetched
+        shared: dict[str, Any] = self.group.gather([state])[0]  # of the rank that downloaded it
         return shared
 
     def _load(self, engine: TrainEngine, directory: Path, folder: str) -> None:
-        """Raises InputError for files that are what their manifest says, and yet not what an engine saves."""
+        """Raises InputError for files that match their manifest but are not a snapshot of this engine."""
         try:
             engine.load(directory)
         except (SafetensorError, FileNotFoundError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and self.group.world_size > 1:
-                raise  # more likely another process that died
+                raise  # more likely that another rank died
             raise InputError(
-                f"checkpoint {folder} verifies, and its {directory.name} cannot be loaded ({str(error)[:200] or type(error).__name__}); "
-                "delete it, and the one before it is used."
+                f"checkpoint {folder} verifies, but its {directory.name} cannot be loaded ({str(error)[:200] or type(error).__name__}); "
+                "delete it to use the previous one."
             ) from error
 
+    @contextlib.contextmanager
+    def named_on_failure(self) -> Iterator[None]:
+        """Within the block a NonFiniteError becomes an InputError that names the latest checkpoint."""
+        try:
+            yield
+        except NonFiniteError as error:
+            latest = f"the latest checkpoint is {self.latest}" if self.latest else "no checkpoint had been saved yet"
+            raise InputError(f"{error}; {latest}. Lower the learning rate, or inspect these records.") from None
+
     def delete_all(self) -> None:
-        """Delete this stage's checkpoints: its artifact has been written."""
+        """Delete this stage's checkpoints, after its artifact has been written."""
         if self.store is None or self.group.rank > 0:
             return
         self.wait()
@@ -152,7 +158,7 @@ class CheckpointManager:
         self.store.delete(self.key)
 
     def _fetch(self, folder: str, into: Path) -> tuple[str, Path, dict[str, Any]]:
-        """What is wrong ("" if nothing), where the files lie on this machine, and the state (of the process that fetched)."""
+        """The problem ("" if none), the local folder, and the state (on the rank that downloads)."""
         assert self.store is not None
         if local_rank() > 0:
             return "", files.local_folder(self.store, folder, into), {}
@@ -163,18 +169,18 @@ class CheckpointManager:
         return "", local, state
 
     def _write(self, name: str, shards: files.Shards, state: str) -> None:
-        """In the thread."""
+        """Runs in the writer thread."""
         assert self.store is not None
         try:
             files.write_checkpoint(self.store, f"{self.key}/{name}", shards, state)
             if shards.rank == 0:
                 self._prune(newest=name)
             self._outcome = name
-        except Exception as error:  # whatever a store may raise; the next save says it
+        except Exception as error:  # a store may raise anything; wait() reports it
             self._outcome = error
 
     def _prune(self, newest: str) -> None:
-        """Keep this one and the complete ones before it, `keep` in all. What was interrupted or passed over goes."""
+        """Keep this checkpoint and the complete ones before it, `keep` in total; delete the others."""
         assert self.store is not None
         kept = 1
         for folder in files.list_checkpoints(self.store, self.key):
@@ -188,7 +194,7 @@ class CheckpointManager:
                 self.store.delete(folder)
 
     def wait(self) -> None:
-        """Until the thread has ended; then hear how it went."""
+        """Wait for the writer thread and handle its outcome."""
         if self._writer is None:
             return
         self._writer.join()
@@ -198,10 +204,10 @@ class CheckpointManager:
             reason = str(self._outcome) or type(self._outcome).__name__
             if self._failures >= MAX_FAILURES:
                 raise InputError(
-                    f"{self._failures} checkpoints in a row could not be written to {self.key} ({reason}); make room or "
-                    "repair the store, and start again."
+                    f"{self._failures} checkpoints in a row could not be written to {self.key} ({reason}); free some "
+                    "space or repair the store, and start the stage again."
                 )
-            self.log(f"a checkpoint could not be written, going on without it ({reason})")
+            self.log(f"a checkpoint could not be written; training continues without it ({reason})")
         else:
             self._failures = 0
             assert self.store is not None

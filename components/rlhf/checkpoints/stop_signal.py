@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C ask a training stage for a last checkpoint."""
+"""SIGTERM and Ctrl-C as a request for a last checkpoint."""
 
 import os
 import signal
@@ -8,14 +8,15 @@ import time
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C. At first they end the process, through every `finally`; once deferred they ask for a last checkpoint.
+    """Handles SIGTERM and Ctrl-C. They end the process through every `finally` until defer() is called; then they are recorded.
 
-    Who defers looks at `signal` between steps. A step that takes longer than SECONDS_TO_SAVE, or a second signal some seconds
-    later, ends the process after all: what is lost then is the work since the last checkpoint.
+    After defer() the training loop checks `signal` between steps and saves a checkpoint. If the step takes longer than
+    SECONDS_TO_SAVE, or a second signal arrives some seconds later, the process ends at once and loses the work since the
+    latest checkpoint.
     """
 
-    SECONDS_TO_SAVE = 20.0  # torchrun's agent and the runner of a laptop kill after 30
-    SAME_SIGNAL_SECONDS = 2.0  # one signal to a whole group of processes arrives again through torchrun's agent
+    SECONDS_TO_SAVE = 20.0  # torchrun's agent and the local runner kill after 30
+    SAME_SIGNAL_SECONDS = 2.0  # torchrun's agent forwards a signal that was sent to its whole process group
 
     def __init__(self) -> None:
         self.signal = 0
@@ -44,7 +45,9 @@ class StopSignal:
         if not self.signal:
             self.signal, self._first = number, time.monotonic()
             print(
-                f"{self.name}: saving a checkpoint after this step; once more ends at once", file=sys.stderr, flush=True
+                f"{self.name}: saving a checkpoint after this step; send it again to stop at once",
+                file=sys.stderr,
+                flush=True,
             )
             watch = threading.Timer(self.SECONDS_TO_SAVE, os.kill, (os.getpid(), number))
             watch.daemon = True

@@ -3,5 +3,5 @@
 Rooms: config, maths, text.
 Packages: datasets, pyarrow, pydantic, torch, transformers.
 
-It has no models and no losses; of transformers it uses tokenizers only.
+It has no models and no losses; it uses only the tokenizers of transformers.
 """

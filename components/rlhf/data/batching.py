@@ -1,4 +1,4 @@
-"""Right-padded batches of `prompt | response`, and microbatches under a budget of tokens."""
+"""Right-padded batches of `prompt | response`, and microbatches within a token budget."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ from components.rlhf.maths.masks import length_mask, state_positions
 class TokenBatch:
     """B rows of `prompt | response | padding`. S is the longest row, T the longest response.
 
-    Padding stands on the right, where causal attention cannot see it: no attention mask is needed for exact results.
+    Padding is on the right, where causal attention cannot see it, so no attention mask is needed for exact results.
 
     Example, two rows of prompts [5, 6] and [7] with responses [8, 2] and [9, 9, 2]:
         input_ids      [[5, 6, 8, 2], [7, 9, 9, 2]]
@@ -25,7 +25,7 @@ class TokenBatch:
     input_ids: Tensor  # [B, S] int64
     prompt_lengths: Tensor  # [B] int64
     response_ids: Tensor  # [B, T] int64, 0 at padding
-    response_mask: Tensor  # [B, T] bool, True = response token, the model's own EOS included
+    response_mask: Tensor  # [B, T] bool, True = response token, including the EOS that the model generated
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -35,7 +35,7 @@ class TokenBatch:
         return self.response_mask.sum(dim=1)
 
     def state_positions(self) -> Tensor:
-        """Sequence positions of the states before each action, clamped into the row at padding: [B, T] int64."""
+        """Sequence position of the state before each action, clamped to the row width at padding: [B, T] int64."""
         positions = state_positions(self.prompt_lengths, self.response_ids.shape[1])
         return positions.clamp(max=self.input_ids.shape[1] - 1)
 
@@ -44,7 +44,7 @@ class TokenBatch:
         return self.prompt_lengths + self.response_lengths - 1
 
     def select(self, rows: Tensor) -> "TokenBatch":
-        """The given rows (indices [b] int64), without trimming: shapes stay comparable between passes."""
+        """The given rows (indices [b] int64), not trimmed: the padded widths stay the same."""
         return TokenBatch(
             input_ids=self.input_ids[rows],
             prompt_lengths=self.prompt_lengths[rows],
@@ -66,9 +66,9 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     prompt_lengths = torch.tensor([len(p) for p in prompts])
     response_lengths = torch.tensor([len(r) for r in responses])
     if (prompt_lengths == 0).any():
-        raise ValueError("a prompt has no tokens; the first action would have no state to be chosen from")
+        raise ValueError("a prompt has no tokens; the first response token needs at least one token before it")
     width, num_actions = int((prompt_lengths + response_lengths).max()), max(int(response_lengths.max()), 1)
-    # The pad id is 0 whatever the tokenizer says: masks come from lengths, so no id is special.
+    # The pad id is always 0, independent of the tokenizer: masks come from lengths, so no id is special.
     input_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     response_ids = torch.zeros(len(prompts), num_actions, dtype=torch.int64)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -83,9 +83,9 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
 
 
 def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Groups of indices, similar lengths together, each at most max_tokens when padded to its longest.
+    """Group indices of similar lengths so that each group, padded to its longest row, has at most max_tokens tokens.
 
-    A single row longer than max_tokens gets a group of its own. Every index occurs once.
+    A row longer than max_tokens forms a group alone. Every index occurs once.
     """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
@@ -99,27 +99,27 @@ def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 def local_microbatches(
     lengths: Sequence[int], max_tokens: int, *, rank: int, world_size: int, max_over_ranks: Callable[[int], int]
 ) -> list[tuple[list[int], float]]:
-    """This process's microbatches of one step: (indices, weight), as many of them in every process.
+    """This rank's microbatches of one step as (indices, weight); every rank gets the same number of them.
 
-    lengths are those of the whole step, of which each process takes every world_size-th. Where it has fewer microbatches
-    than another it computes row 0 with weight 0, so that all run the same number of passes. most(n) is the largest n of
-    all processes.
+    lengths are those of all rows of the step; rows are assigned to ranks round-robin. A rank with fewer microbatches than
+    another is padded with row 0 at weight 0, so that all ranks run the same number of passes. max_over_ranks(n) returns the
+    largest n of all ranks.
     """
-    mine = range(rank, len(lengths), world_size)
-    groups = split_by_tokens([lengths[index] for index in mine], max_tokens)
-    parts = [([mine[i] for i in group], 1.0) for group in groups]
-    return parts + [([0], 0.0)] * (max_over_ranks(len(groups)) - len(groups))
+    local_rows = range(rank, len(lengths), world_size)
+    groups = split_by_tokens([lengths[row] for row in local_rows], max_tokens)
+    microbatches = [([local_rows[i] for i in group], 1.0) for group in groups]
+    return microbatches + [([0], 0.0)] * (max_over_ranks(len(groups)) - len(groups))
 
 
 def epoch_order(size: int, *, seed: int, epoch: int) -> list[int]:
-    """A permutation of range(size) that depends on seed and epoch alone, so that a resumed run continues the same one."""
+    """A permutation of range(size) that depends only on seed and epoch, so that a resumed run continues with the same order."""
     order = list(range(size))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
 
 
 def step_batches(size: int, batch_size: int, *, seed: int, num_epochs: int, max_steps: int) -> Iterator[list[int]]:
-    """Indices of each optimiser step: shuffled every epoch, the last batch of an epoch may be short. max_steps 0: no limit."""
+    """Yield the row indices of each optimizer step, shuffled every epoch; an epoch's last batch may be short. max_steps 0: no limit."""
     step = 0
     for epoch in range(num_epochs):
         order = epoch_order(size, seed=seed, epoch=epoch)
@@ -128,9 +128,3 @@ def step_batches(size: int, batch_size: int, *, seed: int, num_epochs: int, max_
                 return
             yield order[start : start + batch_size]
             step += 1
-
-
-def num_steps(size: int, batch_size: int, *, num_epochs: int, max_steps: int) -> int:
-    """How many batches step_batches yields."""
-    steps = num_epochs * -(-size // batch_size)
-    return min(steps, max_steps) if max_steps else steps

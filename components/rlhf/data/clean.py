@@ -1,4 +1,4 @@
-"""Dropping what cannot be used, counting it by reason, and refusing a source that is mostly unusable."""
+"""Drops unusable records, counts them by reason, and rejects a source with too many of them."""
 
 import dataclasses
 from collections import Counter
@@ -14,10 +14,10 @@ MIN_USABLE = 0.8
 
 
 def clean(name: str, records: Iterable[R]) -> tuple[list[R], Counter[str]]:
-    """The usable records in their order, and counts: read, kept, and dropped by reason.
+    """Return the usable records in their order, and counts: read, kept, and dropped by reason.
 
-    Dropped are records with an empty text, exact repeats, and pairs whose chosen equals rejected. Raises InputError when
-    nothing, or less than 80%, is left: then the columns are wrong more often than the data is dirty.
+    Drops records with an empty text, duplicates, and pairs whose chosen text equals the rejected one. Raises InputError
+    when no records, or less than 80% of them, are usable: the usual cause is a wrong column name.
     """
     kept: list[R] = []
     counts: Counter[str] = Counter()
@@ -40,13 +40,13 @@ def clean(name: str, records: Iterable[R]) -> tuple[list[R], Counter[str]]:
         )
         raise InputError(
             f"{name}: only {len(kept)} of {counts['read']} records are usable ({dropped or 'the source is empty'}); "
-            f"at least {MIN_USABLE:.0%} must be. Correct the data, or its columns in the params file."
+            f"at least {MIN_USABLE:.0%} must be. Correct the data, or columns in the params file."
         )
     return kept, counts
 
 
 def _texts(record: Record) -> tuple[object, ...]:
-    """What makes two records the same: their texts, white space aside. A text rated twice is one text."""
+    """The texts that identify a record, whitespace normalized. Records that differ only in margin or rating are duplicates."""
     values = (
         getattr(record, field.name)
         for field in dataclasses.fields(record)

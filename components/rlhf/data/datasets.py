@@ -1,4 +1,4 @@
-"""Data sets on disk: one JSONL file a split, and dataset.json with what all records share."""
+"""Data sets on disk: one JSONL file per split, and dataset.json with their common metadata."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -26,7 +26,7 @@ def save_dataset(
     max_tokens: int,
     counts: Mapping[str, int],
 ) -> None:
-    """Write each split as SPLIT.jsonl, and the header."""
+    """Write each split as SPLIT.jsonl, and the metadata as dataset.json."""
     sizes = {}
     for split, records in splits.items():
         sizes[split] = save_records(directory, split, records)
@@ -39,47 +39,45 @@ def save_records(
     split: str,
     records: Iterable[Demonstration | PreferencePair | Prompt | RatedText | ValidationSample],
 ) -> int:
-    """Write SPLIT.jsonl; return how many records it has."""
+    """Write SPLIT.jsonl and return the number of records."""
     lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records]
     (directory / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     return len(lines)
 
 
 def load_records(directory: Path, split: str, record: type[R]) -> list[R]:
-    """The records of one split. Raises InputError when there is no such split, or a line of it is no such record."""
+    """The records of one split. Raises InputError when the split is missing or one of its lines is not such a record."""
     path = directory / f"{split}.jsonl"
     if not path.is_file():
-        raise InputError(f"{directory} has no split {split!r}; make the data set again with prepare_data.")
+        raise InputError(f"{directory} has no split {split!r}; run prepare_data again.")
     validator = TypeAdapter(record)
     records = []
-    for place, row in read_jsonl(path):
+    for location, row in read_jsonl(path):
         try:
             records.append(parse_json_as(validator, json.dumps(row)))
         except NotJsonError as error:
             raise InputError(
-                f"{place} is no {record.__name__} ({error}); make the data set again with prepare_data."
+                f"{location} is not a valid {record.__name__} ({error}); run prepare_data again."
             ) from None
     return records
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetHeader:
-    """What the records of all splits share."""
+    """Metadata of a data set: the content of dataset.json."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    max_tokens: Annotated[int, Field(gt=0, lt=2**63)]  # longest prompt and completion together
+    max_tokens: Annotated[int, Field(gt=0, lt=2**63)]  # maximum length of prompt and completion together
     sizes: dict[str, Count]  # records per split
-    counts: dict[str, Count]  # records that were read, kept, and dropped by reason
+    counts: dict[str, Count]  # records read, kept, and dropped by reason
 
 
 def read_header(directory: Path) -> DatasetHeader:
-    """The header that save_dataset wrote. Raises InputError for anything else."""
+    """The header that save_dataset wrote. Raises InputError when it is missing or invalid."""
     path = directory / HEADER
     try:
         with path.open("rb") as file:
             return parse_json_as(TypeAdapter(DatasetHeader), file.read(MAX_HEADER_BYTES + 1)[:MAX_HEADER_BYTES])
     except (OSError, NotJsonError) as error:
-        raise InputError(
-            f"{path} is not the header of a data set ({error}); make the data set again with prepare_data."
-        ) from None
+        raise InputError(f"{path} is not a valid data set header ({error}); run prepare_data again.") from None

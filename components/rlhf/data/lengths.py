@@ -1,4 +1,4 @@
-"""Dropping records by their length in tokens, and counting them."""
+"""Drops records by their length in tokens, and counts them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ R = TypeVar("R", Demonstration, PreferencePair, Prompt, RatedText)
 def drop_too_long(
     records: list[R], data: DataConfig, tokenizer: PreTrainedTokenizerBase, counts: Counter[str]
 ) -> list[R]:
-    """The records whose prompt and texts fit, by max_prompt_tokens and max_tokens; over_length 'cut' keeps long texts.
+    """The records that fit into max_prompt_tokens and max_tokens; with over_length 'cut' long completions are kept.
 
-    One place of max_tokens is reserved for the end-of-sequence token.
+    One of the max_tokens is reserved for the end-of-sequence token. Updates counts.
     """
     kept: list[R] = []
     for record in records:
@@ -26,9 +26,9 @@ def drop_too_long(
         if prompt_length > data.max_prompt_tokens or prompt_length == 0:
             counts["dropped_long_prompt" if prompt_length else "dropped_no_tokens"] += 1
             continue
-        room = data.max_tokens - prompt_length - 1
+        max_completion_tokens = data.max_tokens - prompt_length - 1
         if data.over_length == "drop" and any(
-            len(encode_prompt(tokenizer, text)) > room for text in _completions(record)
+            len(encode_prompt(tokenizer, text)) > max_completion_tokens for text in _completions(record)
         ):
             counts["dropped_long_text"] += 1
             continue
@@ -38,7 +38,7 @@ def drop_too_long(
 
 
 def longest_prompt(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the longest prompt; 0 without prompts."""
+    """Number of tokens of the longest prompt; 0 without prompts."""
     return max((len(encode_prompt(tokenizer, prompt.prompt)) for prompt in prompts), default=0)
 
 

@@ -1,4 +1,4 @@
-"""Preference pairs: made from ratings, and capped per prompt."""
+"""Preference pairs: built from ratings, and capped per prompt."""
 
 import random
 from collections import defaultdict
@@ -8,10 +8,10 @@ from components.rlhf.data.records import PreferencePair, RatedText
 
 
 def pairs_from_ratings(rated: Sequence[RatedText], *, min_gap: float, seed: int) -> list[PreferencePair]:
-    """For each text the partner with the longest shared opening whose mean rating differs by at least min_gap.
+    """Pair each text with the one that shares its longest prefix of words and whose mean rating differs by at least min_gap.
 
-    The shared opening words are the prompt, and what follows in the better and the worse rated text is chosen and rejected.
-    Texts without such a partner (no shared first word, or no gap) form no pair. margin is the gap.
+    The shared prefix is the prompt; the rest of the better and of the worse rated text is chosen and rejected. A text without
+    a partner (no shared first word, or too small a difference) forms no pair. margin is the difference of the ratings.
     """
     generator = random.Random(seed)
     by_first_word: dict[str, list[tuple[list[str], float]]] = defaultdict(list)
@@ -25,9 +25,10 @@ def pairs_from_ratings(rated: Sequence[RatedText], *, min_gap: float, seed: int)
             partners = [other for other in bucket[index + 1 :] + bucket[:index] if abs(other[1] - rating) >= min_gap]
             if not partners:
                 continue
-            partner, partner_rating = max(partners, key=lambda other: _shared(words, other[0]))
+            partner, partner_rating = max(partners, key=lambda other: _common_prefix_length(words, other[0]))
             better, worse = (words, partner) if rating > partner_rating else (partner, words)
-            cut = min(_shared(words, partner), len(words) - 1, len(partner) - 1)  # leave each a continuation
+            # Leave each text at least one word as its completion.
+            cut = min(_common_prefix_length(words, partner), len(words) - 1, len(partner) - 1)
             pair = PreferencePair(
                 prompt=" ".join(better[:cut]),
                 chosen=" " + " ".join(better[cut:]),
@@ -41,7 +42,7 @@ def pairs_from_ratings(rated: Sequence[RatedText], *, min_gap: float, seed: int)
 
 
 def cap_per_prompt(pairs: Sequence[PreferencePair], limit: int, *, seed: int) -> list[PreferencePair]:
-    """At most limit pairs of each prompt, chosen by a seeded shuffle; the rest keeps its shuffled order."""
+    """At most limit pairs per prompt, chosen at random with the seed and returned in shuffled order."""
     shuffled = list(pairs)
     random.Random(seed).shuffle(shuffled)
     counts: dict[str, int] = defaultdict(int)
@@ -53,11 +54,11 @@ def cap_per_prompt(pairs: Sequence[PreferencePair], limit: int, *, seed: int) ->
     return kept
 
 
-def _shared(words: list[str], other: list[str]) -> int:
-    """How many opening words two texts share."""
+def _common_prefix_length(first: list[str], second: list[str]) -> int:
+    """Number of words at the beginning that two texts have in common."""
     count = 0
-    for mine, theirs in zip(words, other, strict=False):
-        if mine != theirs:
+    for a, b in zip(first, second, strict=False):
+        if a != b:
             break
         count += 1
     return count

@@ -1,14 +1,11 @@
-"""The record types that travel between stages and through a PPO iteration.
-
-Law of this room: record types, readers, chat templates, tokenisation and batching; no models, no losses.
-"""
+"""The record types that stages exchange and that a PPO iteration works on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # records are read where torch is not installed, too: data is checked before a run is submitted
+if TYPE_CHECKING:  # torch may be missing: the data is also checked on the machine that submits a run
     from torch import Tensor
 
 
@@ -20,7 +17,7 @@ class Demonstration:
 
 @dataclass(frozen=True, kw_only=True)
 class PreferencePair:
-    """Two completions of one prompt; people preferred the first. margin says by how much, in the data's own unit."""
+    """Two completions of one prompt, of which people preferred chosen. margin is the strength, in the data's own unit."""
 
     prompt: str
     chosen: str
@@ -40,31 +37,31 @@ class RatedText:
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     prompt: str
-    id: str = ""  # names the prompt in reports; unique within its data set
+    id: str = ""  # identifies the prompt in reports; unique within its data set
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One sampled response with everything later steps need, as ids: text is never tokenised again."""
+    """One sampled response with its token ids, so that text is never tokenized again."""
 
     prompt: Prompt
     prompt_ids: list[int]
-    response_ids: list[int]  # includes the stop token that the model produced, if it did
-    response: str  # the text, without special tokens
-    logprobs: Tensor | None  # [T] of the engine that sampled, fp32; None for texts that people wrote
+    response_ids: list[int]  # includes the stop token if the model generated one
+    response: str  # decoded text, without special tokens
+    logprobs: Tensor | None  # [T] fp32, from the rollout engine; None for human-written texts
     truncated: bool  # reached max_new_tokens without a stop token
-    weight_version: int = 0  # how many syncs the engine that sampled had seen
+    weight_version: int = 0  # number of weight syncs of the rollout engine before it sampled this
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSample:
-    """One response that a policy in training gave to a validation prompt, so that others can judge how training went."""
+    """One response to a validation prompt during PPO, from which evaluation scores the course of training with the judge."""
 
-    iteration: int  # 0 is before the first update
-    num_rollouts: int  # responses that were trained on until then
+    iteration: int  # 0: before the first update
+    num_rollouts: int  # number of responses trained on so far
     prompt: str
     response: str
     num_tokens: int
     truncated: bool
-    score: float  # the reward model's, as PPO sees it
-    kl: float  # log-ratio to the reference, summed over the response: nats
+    score: float  # normalized score of the reward model
+    kl: float  # log-ratio to the reference in nats, summed over the response

@@ -1,4 +1,4 @@
-"""From rows to records: the accepted forms of data, checked field by field.
+"""Converts rows to records: the accepted row formats, validated field by field.
 
 prompt:                {"prompt": "..."}
 prompt + completion:   {"prompt": "...", "completion": "..."}
@@ -20,76 +20,84 @@ Template = Literal["plain", "chat"]
 Message = dict[str, str]
 
 
-def to_demonstration(place: str, row: Row, tokenizer: "PreTrainedTokenizerBase", template: Template) -> Demonstration:
+def to_demonstration(
+    location: str, row: Row, tokenizer: "PreTrainedTokenizerBase", template: Template
+) -> Demonstration:
     if "messages" in row:
-        messages = _messages(place, row)
+        messages = _messages(location, row)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise InputError(f"{place}: messages must end with one of role 'assistant' after at least one other.")
-        return Demonstration(prompt=_render(place, messages[:-1], tokenizer), completion=messages[-1]["content"])
-    return Demonstration(prompt=_prompt(place, row, tokenizer, template), completion=_text(place, row, "completion"))
+            raise InputError(
+                f"{location}: messages must end with a message of role 'assistant' after at least one other."
+            )
+        return Demonstration(prompt=_render(location, messages[:-1], tokenizer), completion=messages[-1]["content"])
+    return Demonstration(
+        prompt=_prompt(location, row, tokenizer, template), completion=_text(location, row, "completion")
+    )
 
 
-def to_prompt(place: str, row: Row, tokenizer: "PreTrainedTokenizerBase", template: Template) -> Prompt:
+def to_prompt(location: str, row: Row, tokenizer: "PreTrainedTokenizerBase", template: Template) -> Prompt:
     if "messages" in row:
-        messages = _messages(place, row)
-        if messages[-1]["role"] == "assistant":  # a demonstration's conversation serves as a prompt, too
+        messages = _messages(location, row)
+        if messages[-1]["role"] == "assistant":  # a demonstration's conversation is a valid prompt without its answer
             messages = messages[:-1]
         if not messages:
-            raise InputError(f"{place}: messages hold no question; a message of role 'user' is needed.")
-        return Prompt(prompt=_render(place, messages, tokenizer))
-    return Prompt(prompt=_prompt(place, row, tokenizer, template))
+            raise InputError(
+                f"{location}: messages contain only an assistant message; add one of role 'user' before it."
+            )
+        return Prompt(prompt=_render(location, messages, tokenizer))
+    return Prompt(prompt=_prompt(location, row, tokenizer, template))
 
 
-def to_pair(place: str, row: Row, tokenizer: "PreTrainedTokenizerBase", template: Template) -> PreferencePair:
+def to_pair(location: str, row: Row, tokenizer: "PreTrainedTokenizerBase", template: Template) -> PreferencePair:
     margin = row.get("margin")
     if margin is not None and (
         isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin)
     ):
-        raise InputError(f"{place}: margin is {margin!r}; it must be a finite number.")
+        raise InputError(f"{location}: margin is {margin!r}; it must be a finite number.")
     return PreferencePair(
-        prompt=_prompt(place, row, tokenizer, template),
-        chosen=_text(place, row, "chosen"),
-        rejected=_text(place, row, "rejected"),
+        prompt=_prompt(location, row, tokenizer, template),
+        chosen=_text(location, row, "chosen"),
+        rejected=_text(location, row, "rejected"),
         margin=None if margin is None else float(margin),
     )
 
 
-def _prompt(place: str, row: Row, tokenizer: "PreTrainedTokenizerBase", template: Template) -> str:
-    prompt = _text(place, row, "prompt")
+def _prompt(location: str, row: Row, tokenizer: "PreTrainedTokenizerBase", template: Template) -> str:
+    prompt = _text(location, row, "prompt")
     if template == "plain" or not prompt.strip():
         return prompt
-    return _render(place, [{"role": "user", "content": prompt}], tokenizer)
+    return _render(location, [{"role": "user", "content": prompt}], tokenizer)
 
 
-def _text(place: str, row: Row, name: str) -> str:
+def _text(location: str, row: Row, name: str) -> str:
     if name not in row:
         raise InputError(
-            f"{place} has no field {name!r} (fields there: {', '.join(row) or 'none'}); name it in columns or correct the data."
+            f"{location} has no field {name!r} (found: {', '.join(row) or 'none'}); map it in columns or correct the data."
         )
     value = row[name]
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise InputError(f"{place}: {name} is a {type(value).__name__}; it must be text.")
+        raise InputError(f"{location}: {name} has type {type(value).__name__}; it must be a string.")
     return value
 
 
-def _messages(place: str, row: Row) -> list[Message]:
+def _messages(location: str, row: Row) -> list[Message]:
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
-        raise InputError(f"{place}: messages must be a list of {{role, content}} objects with at least one.")
+        raise InputError(f"{location}: messages must be a non-empty list of {{role, content}} objects.")
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise InputError(f"{place}: message {number} must be an object with the texts role and content.")
+            raise InputError(f"{location}: message {number} must be an object with the strings role and content.")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def _render(place: str, messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> str:
+def _render(location: str, messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> str:
     if not tokenizer.chat_template:
         raise InputError(
-            f"{place}: this needs a chat template, and the base model's tokenizer has none; use plain prompts."
+            f"{location}: a chat template is required, but the base model's tokenizer has none; use plain prompts."
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # templates are programs and raise what they like
-        raise InputError(f"{place}: the model's chat template refuses these messages ({error}).") from error
+    except Exception as error:  # a template is a program and can raise any exception
+        raise InputError(f"{location}: the model's chat template rejects these messages ({error}).") from error

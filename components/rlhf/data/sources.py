@@ -1,4 +1,4 @@
-"""Reading rows from a file or a data set, each with the place it came from."""
+"""Reads rows from a file or a data set, each with its location."""
 
 import os
 import stat
@@ -11,27 +11,27 @@ from components.rlhf.text.errors import InputError
 from components.rlhf.text.strict_json import NotJsonError, parse_json
 
 Row = dict[str, Any]
-MAX_LINE_BYTES = 16 * 2**20  # of one record: far longer than any model reads, and still read in bounded memory
+MAX_LINE_BYTES = 16 * 2**20  # far longer than any model's context, and small enough to read into memory
 MAX_ROW_GROUP_BYTES = 4 * 2**30
 
 
 def read_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) of a JSONL file, a parquet file or a Hugging Face data set, columns renamed to our field names.
+    """Yield (location, row) of a JSONL file, a parquet file or a Hugging Face data set, with source.columns renamed.
 
-    place is `file:line` or `file row N`. Raises InputError with the place for whatever cannot be read.
+    location is `file:line` or `file row N`. Raises InputError with the location of a row that cannot be read.
     """
-    for place, row in _rows(source):
-        missing = [theirs for theirs in source.columns.values() if theirs not in row]
+    for location, row in _read_source(source):
+        missing = [column for column in source.columns.values() if column not in row]
         if missing:
             raise InputError(
-                f"{place} has no column {missing[0]!r} (columns there: {', '.join(row)}); correct columns in the params file."
+                f"{location} has no column {missing[0]!r} (found: {', '.join(row)}); correct columns in the params file."
             )
-        # What was renamed wins over a column that happens to have our name already.
+        # A renamed column takes precedence over one that already has that field name.
         others = {name: value for name, value in row.items() if name not in source.columns.values()}
-        yield place, others | {ours: row[theirs] for ours, theirs in source.columns.items()}
+        yield location, others | {field: row[column] for field, column in source.columns.items()}
 
 
-def _rows(source: DataSource) -> Iterator[tuple[str, Row]]:
+def _read_source(source: DataSource) -> Iterator[tuple[str, Row]]:
     path = Path(source.path)
     match _format_of(source):
         case "jsonl":
@@ -50,16 +50,18 @@ def _format_of(source: DataSource) -> str:
         return "jsonl"
     if suffix == ".parquet":
         return "parquet"
-    if os.path.exists(source.path):  # of a name that no file can have it says no
-        raise InputError(f"{source.path}: the ending {suffix!r} says no format; set format to jsonl or parquet.")
+    if os.path.exists(source.path):  # unlike Path.exists, False for an invalid file name
+        raise InputError(
+            f"{source.path}: cannot tell the format from the suffix {suffix!r}; set format to jsonl or parquet."
+        )
     return "hub"
 
 
 def _check_readable(path: Path) -> None:
-    """Raise InputError unless it is an ordinary file: opening a pipe would wait, and a device never ends."""
+    """Raise InputError unless path is a readable regular file: opening a pipe would block, and a device has no end."""
     try:
         if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-            raise InputError(f"{path} is a pipe or a device; save what it gives as an ordinary file.")
+            raise InputError(f"{path} is a pipe or a device; save its content as a regular file.")
         with path.open("rb"):
             return
     except FileNotFoundError:
@@ -70,32 +72,34 @@ def _check_readable(path: Path) -> None:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield (file:line, object) of every line that is not blank, in bounded memory. Raises InputError with the place."""
+    """Yield (file:line, object) of every non-blank line, in bounded memory. Raises InputError with the location."""
     _check_readable(path)
     with path.open("rb") as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
-            place = f"{path}:{number}"
+            location = f"{path}:{number}"
             if len(line) > MAX_LINE_BYTES:
-                raise InputError(f"{place} is longer than {MAX_LINE_BYTES // 2**20} MiB; each line must be one record.")
+                raise InputError(
+                    f"{location} is longer than {MAX_LINE_BYTES // 2**20} MiB; each line must be one record."
+                )
             if line.strip():
-                yield place, _parse(place, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+                yield location, _parse(location, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
 
 
-def _parse(place: str, line: bytes) -> Row:
+def _parse(location: str, line: bytes) -> Row:
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{place} is not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8."
+            f"{location} is not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8."
         ) from None
     try:
         row = parse_json(line)
     except NotJsonError as error:
-        raise InputError(f"{place} is not JSON ({error}); each line must be one object.") from None
+        raise InputError(f"{location} is not JSON ({error}); each line must be one object.") from None
     if not isinstance(row, dict):
-        raise InputError(f"{place} is a JSON {type(row).__name__}; each line must be one object.")
+        raise InputError(f"{location} is a JSON {type(row).__name__}; each line must be one object.")
     return row
 
 
@@ -110,16 +114,16 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
             if file.metadata.row_group(group).total_byte_size > MAX_ROW_GROUP_BYTES:
                 raise InputError(
                     f"{path}: row group {group + 1} is larger than {MAX_ROW_GROUP_BYTES // 2**30} GiB; "
-                    "write the file again with smaller ones."
+                    "write the file again with smaller row groups."
                 )
-        # Few rows at a time: a text that thousands of rows share is stored once, and expanded here.
+        # A small batch bounds memory: a text shared by thousands of rows is stored once and expanded here.
         for batch in file.iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path} row {number}", row
     except InputError:
         raise
-    except Exception as error:  # Arrow's own, and whatever Python cannot hold: a date, a text that is no UTF-8
+    except Exception as error:  # errors of Arrow, and of conversions to Python such as dates or invalid UTF-8
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} is not a readable parquet file ({reason}, after row {number}).") from None
 
@@ -129,10 +133,10 @@ def _read_hub(source: DataSource) -> Iterator[tuple[str, Row]]:
 
     try:
         rows = datasets.load_dataset(source.path, split=source.split, streaming=False)
-    except Exception as error:  # the library raises many types for a wrong id, a wrong split and a dead network
+    except Exception as error:  # the library raises many types for a wrong id, a wrong split or a network failure
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{source.path} is neither a file here nor a data set that could be loaded ({reason}); correct the path."
+            f"{source.path} is neither an existing file nor a loadable data set ({reason}); correct the path."
         ) from error
     for number, row in enumerate(rows, start=1):
         yield f"{source.path} row {number}", dict(row)

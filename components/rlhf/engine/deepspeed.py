@@ -1,4 +1,4 @@
-"""The engine of many processes: DeepSpeed's ZeRO."""
+"""The engine that shards: DeepSpeed ZeRO."""
 
 import logging
 import os
@@ -31,12 +31,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedEngine:
-    """AdamW in fp32 over weights in dtype, sharded as zero_stage says. Implements TrainEngine.
+    """AdamW in fp32 over weights in dtype, sharded according to zero_stage. Implements TrainEngine.
 
-    What it is given are shares of one loss that are already divided by the count of the whole step, so gradients are added up
-    over microbatches and processes. DeepSpeed divides by both; that is undone here.
+    Losses are shares of one loss, already divided by the token count of the whole step, so gradients are summed over
+    microbatches and ranks. DeepSpeed averages over both; that is undone here.
 
-    A checkpoint holds whole tensors, each written by one of the processes, so any number of processes can go on from it.
+    A checkpoint holds whole tensors, each written by one rank, so a run can resume with any number of ranks.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
-        # The next two lines are what its forward() does around a module's output (0.19); here modules are called directly.
-        # Without the first stage 3 forgets the microbatches before, without the second stage 1 counts them twice in bf16.
+        # DeepSpeed 0.19 does the next two things in its forward(), but here modules are called directly. Without the first,
+        # stage 3 drops the gradients of earlier microbatches; without the second, stage 1 counts them twice in bf16.
         self.optimizer.clear_backward_seen_flag()
         scaled = loss * self.group.world_size
         scaled.register_hook(lambda _: self.engine._backward_prologue())  # type: ignore[no-untyped-call]
@@ -84,13 +84,13 @@ class DeepSpeedEngine:
         return StepInfo(grad_norm=float(self.engine.get_global_grad_norm() or 0.0), learning_rate=rate)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """One weight at a time: under stage 3 a process holds its shards and the one weight that is gathered."""
+        """One weight at a time: under stage 3 a rank holds its shards and the one gathered weight."""
         for name, parameter in self.module.named_parameters():
             with gathered(parameter):
                 yield name, parameter.detach()
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Weights that are trained in fp32, and the optimiser's moments: every so-manieth is this process's."""
+        """Trained weights in fp32 and the optimizer's moments; parameters are assigned to ranks round-robin."""
         tensors = {"steps_done": torch.tensor(self.steps_done)}
         for number, (name, parameter) in enumerate(self.parameters.items()):
             for key in ("weight", *MOMENTS):
@@ -105,7 +105,7 @@ class DeepSpeedEngine:
         self.steps_done = int(where.pop("steps_done").get_tensor("steps_done"))
         if set(where) != {f"{key}/{name}" for key in ("weight", *MOMENTS) for name in self.parameters}:
             raise InputError(
-                f"{directory} holds other weights than are trained here; delete the checkpoint or restore the settings."
+                f"{directory} holds a different set of trained weights; delete the checkpoint or restore the settings."
             )
         for name, parameter in self.parameters.items():
             for key in ("weight", *MOMENTS):
@@ -113,7 +113,7 @@ class DeepSpeedEngine:
         self._set_adam_step(self.steps_done)
 
     def _read(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """The whole fp32 weight or moment, on every process."""
+        """The whole fp32 weight or moment, on every rank."""
         sharded = (
             safe_get_full_fp32_param(parameter) if key == "weight" else safe_get_full_optimizer_state(parameter, key)
         )
@@ -124,25 +124,25 @@ class DeepSpeedEngine:
     def _write(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         value = value.to(self.engine.device)
         if self.training.zero_stage == 3:
-            # Its own setter fails where the number of elements does not divide: the last process has a padded share.
-            own = (
+            # DeepSpeed's own setter fails when the number of elements is not divisible: the last rank's share is padded.
+            local = (
                 safe_get_local_fp32_param(parameter)
                 if key == "weight"
                 else safe_get_local_optimizer_state(parameter, key)
             )
-            padded = nn.functional.pad(value.flatten(), (0, own.numel() * self.group.world_size - value.numel()))
-            own.copy_(padded[own.numel() * self.group.rank :][: own.numel()].view_as(own))
+            padded = nn.functional.pad(value.flatten(), (0, local.numel() * self.group.world_size - value.numel()))
+            local.copy_(padded[local.numel() * self.group.rank :][: local.numel()].view_as(local))
         elif key == "weight":
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
         if key == "weight":
-            with gathered(parameter, changed=True):  # what the forward pass multiplies with
+            with gathered(parameter, changed=True):  # the weight that the forward pass uses
                 parameter.copy_(value)
 
     @torch.no_grad()
     def _allocate_moments(self) -> None:
-        """Make Adam's state before the first step, so that a checkpoint can be written into it."""
+        """Allocate Adam's state before the first step, so that a checkpoint can be loaded into it."""
         inner = self.optimizer.optimizer
         stage3 = self.training.zero_stage == 3
         flats = self.optimizer.fp32_partitioned_groups_flat if stage3 else [g["params"][0] for g in inner.param_groups]
@@ -158,23 +158,23 @@ class DeepSpeedEngine:
 
 
 def shard_frozen_model(module: nn.Module, training: TrainingConfig, *, group: Group, dtype: torch.dtype) -> None:
-    """Spread the weights of a module that is not trained over the processes; each layer is gathered while it computes."""
+    """Shard a module that is not trained over the ranks; each layer is gathered while it computes."""
     init_deepspeed()
     config = deepspeed_config(training, dtype=dtype, world_size=group.world_size)
     deepspeed.initialize(model=module, config=config, dist_init_required=False)
 
 
 def gathered(parameter: nn.Parameter, *, changed: bool = False) -> Any:
-    """Within the block the parameter is whole on this process; changed says that all processes write the same into it."""
+    """Gather a parameter on every rank within the block; with changed=True all ranks must write the same values to it."""
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if changed else None)
 
 
 def init_deepspeed() -> None:
-    """Let DeepSpeed use the group that torch has already joined, or make one of this process alone."""
+    """Initialize DeepSpeed on torch's process group, or on a new group of one process."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # An extension for shared memory that it would compile, for minutes, before the first collective on a CPU.
+    # A shared-memory extension that DeepSpeed would compile for minutes before the first collective on a CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.setdefault("LOCAL_RANK", "0")  # it asks for torchrun's variable even of a process alone
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it even in a single process
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         store = dist.HashStore()  # type: ignore[attr-defined]
@@ -194,13 +194,13 @@ def deepspeed_config(training: TrainingConfig, *, dtype: torch.dtype, world_size
     if training.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # of no consequence: batches are made elsewhere
-        "gradient_accumulation_steps": 1,  # the boundary of a step is set by hand
+        "train_micro_batch_size_per_gpu": 1,  # unused: batches are built elsewhere
+        "gradient_accumulation_steps": 1,  # unused: backward() sets the boundary of a step
         "train_batch_size": world_size,
         "gradient_clipping": training.max_grad_norm,
         "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,  # its own CPU Adam is compiled at the first use, for minutes
+        "zero_force_ds_cpu_optimizer": False,  # its CPU Adam is compiled for minutes at first use
         "bf16": {"enabled": dtype == torch.bfloat16},
-        "data_types": {"grad_accum_dtype": "fp32"},  # many microbatches would round each other away in bf16
+        "data_types": {"grad_accum_dtype": "fp32"},  # summing many microbatches in bf16 loses precision
         "steps_per_print": 2**31,
     }

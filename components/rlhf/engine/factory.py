@@ -1,4 +1,4 @@
-"""The one place that knows both engines."""
+"""Creating the engine that a config names."""
 
 from importlib.metadata import version
 
@@ -19,9 +19,9 @@ def create_engine(
     dtype: torch.dtype,
     learning_rate: float | None = None,
 ) -> TrainEngine:
-    """The engine that the settings name, over what in the module has gradients.
+    """The engine named by training.engine, over the parameters of the module that require gradients.
 
-    learning_rate is the peak of the schedule where it is not the settings' own. dtype is what the model computes in.
+    learning_rate overrides the peak of the schedule, training.learning_rate. dtype is the precision that the model computes in.
     """
     if training.engine == "torch":
         return TorchEngine(module, training, num_steps=num_steps, group=group, learning_rate=learning_rate)
@@ -33,7 +33,7 @@ def create_engine(
 def prepare_frozen_model(
     module: nn.Module, training: TrainingConfig, *, group: Group, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Put a module that is not trained where it computes: on the device, or in shards over all processes under ZeRO-3."""
+    """Move a module that is not trained to the device, or under ZeRO-3 shard it over all ranks."""
     if not shards_weights(training):
         module.to(device)
         return
@@ -43,12 +43,12 @@ def prepare_frozen_model(
 
 
 def shards_weights(training: TrainingConfig) -> bool:
-    """Whether no process ever has the whole model on its device, so that it must not be moved there in one piece."""
+    """Whether the model is sharded over the ranks (ZeRO-3), so that it must not be moved to one device as a whole."""
     return training.engine == "deepspeed" and training.zero_stage == 3
 
 
 def engine_name(training: TrainingConfig, group: Group) -> str:
-    """What really trained, with its version, for people and summaries."""
+    """Name and version of the engine that trained, for summaries."""
     name = f"torch {torch.__version__}"
     if training.engine == "deepspeed":
         name = f"deepspeed {version('deepspeed')}, ZeRO-{training.zero_stage}"

@@ -1,4 +1,4 @@
-"""The processes that train together, as torchrun's environment variables describe them."""
+"""The ranks that train together, from torchrun's environment variables."""
 
 import contextlib
 import faulthandler
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class SingleProcess:
-    """The group of one."""
+    """A group of one process. Implements Group."""
 
     rank = 0
     world_size = 1
@@ -55,7 +55,7 @@ class ProcessGroup:
             torch.cuda.set_device(self.device)
         self._watch: threading.Timer | None = None
         self.watchdog("joining the other processes")
-        # torch's own time-out does not know what the step was for; it is the second line of defence.
+        # The watchdog can name the step that hangs; torch's own timeout is the second line of defence.
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(minutes=2 * timeout_minutes)
         )
@@ -95,11 +95,11 @@ class ProcessGroup:
         return total.to(x.device)
 
     def _give_up(self, step: str) -> None:
-        """End this process from outside the thread that hangs; whoever launched it ends the others."""
+        """End this process from a thread that does not hang; the launcher then ends the other ranks."""
         faulthandler.dump_traceback(all_threads=True)
         print(
-            f"error: rank {self.rank} of {self.world_size}: {step} took longer than {self.timeout_minutes:g} minutes; "
-            "another process hangs or is gone. Where each thread stands is above; training.timeout_minutes is the limit.",
+            f"error: rank {self.rank} of {self.world_size}: {step} took longer than training.timeout_minutes "
+            f"({self.timeout_minutes:g} minutes); another rank hangs or has died. The stack of each thread is above.",
             file=sys.stderr,
             flush=True,
         )
@@ -107,7 +107,7 @@ class ProcessGroup:
 
 
 def local_rank() -> int:
-    """Which of the processes on this machine this is, as torchrun says."""
+    """Rank among the processes on this machine (torchrun's LOCAL_RANK)."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -116,10 +116,10 @@ SINGLE_PROCESS = SingleProcess()
 
 @contextlib.contextmanager
 def join_process_group(*, timeout_minutes: float) -> Iterator[Group]:
-    """The group that torchrun started this process in; the group of one when it was started alone."""
+    """The group of ranks that torchrun started this process in, or SINGLE_PROCESS without torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield SINGLE_PROCESS
         return
     group = ProcessGroup(timeout_minutes=timeout_minutes)
     yield group
-    group.close()  # not after an error: leaving in order needs the others, who may be gone
+    group.close()  # not after an error: closing waits for the other ranks, which may have died

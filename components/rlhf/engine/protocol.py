@@ -1,7 +1,4 @@
-"""What a training engine and a group of processes must do.
-
-Law of this room: losses into steps. It knows no word of PPO; what is distributed stays behind these protocols.
-"""
+"""The protocols of a training engine and of a group of ranks; everything distributed is behind them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,56 +17,56 @@ class StepInfo:
 
 
 class TrainEngine(Protocol):
-    """Owns one trained module with its optimiser. The losses it is given are already divided by their denominator."""
+    """Owns one trained module and its optimizer. Losses are already divided by their denominator."""
 
     module: nn.Module
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of one microbatch; last marks the final one of an optimiser step."""
+        """Add the gradient of one microbatch; last marks the final one of an optimizer step."""
         ...
 
     def step(self) -> StepInfo: ...
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight whole, by name. All processes call it in the same order."""
+        """Every weight, whole, by name. Every rank calls it, in the same order."""
         ...
 
     def snapshot(self) -> dict[str, Tensor]:
-        """This process's share of what training goes on from, as copies in main memory: weights, moments, steps done.
+        """This rank's share of the training state (weights, moments, steps done), as copies in main memory.
 
-        All processes call it; {} where others hold everything. The schedule follows from the steps done.
+        Every rank calls it; it is empty if other ranks hold everything. The learning rate follows from the steps done.
         """
         ...
 
     def load(self, directory: Path) -> None:
-        """Go on from the snapshots of all processes, in safetensors files `engine-RANK.safetensors`; their number may differ."""
+        """Load the snapshots of all ranks from `engine-RANK.safetensors`; the number of ranks may differ."""
         ...
 
 
 class Group(Protocol):
-    """The processes that train together. All of them call each method in the same order."""
+    """The ranks that train together. All of them call each method in the same order."""
 
     rank: int
     world_size: int
 
     def sum(self, x: Tensor) -> Tensor:
-        """x [*] added up over all processes."""
+        """Elementwise sum of x [*] over all ranks."""
         ...
 
     def max(self, x: Tensor) -> Tensor:
-        """The largest x [*] of all processes, element by element."""
+        """Elementwise maximum of x [*] over all ranks."""
         ...
 
     def max_int(self, n: int) -> int:
-        """The largest n of all processes."""
+        """Maximum of n over all ranks."""
         ...
 
     def gather(self, items: Sequence[T]) -> list[T]:
-        """The items of all processes, in the order of their ranks."""
+        """The items of all ranks, in the order of the ranks."""
         ...
 
     def barrier(self) -> None: ...
 
     def watchdog(self, step: str) -> None:
-        """From here on the process works on step (for people to read); a step that takes too long ends the process."""
+        """Start the time limit of a step, whose name is shown if it expires; then the process is ended."""
         ...

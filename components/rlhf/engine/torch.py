@@ -1,4 +1,4 @@
-"""The engine without sharding: plain torch in every process."""
+"""The engine without sharding: plain torch on every rank."""
 
 import math
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from components.rlhf.text.errors import InputError
 
 
 class TorchEngine:
-    """AdamW over whatever in the module has gradients. Implements TrainEngine.
+    """AdamW over the parameters of the module that require gradients. Implements TrainEngine.
 
-    num_steps is the length of the learning-rate schedule; steps beyond it use its last value. Gradients are added up over the
-    processes of the group, which all hold the same weights and take the same step.
+    num_steps is the length of the learning-rate schedule; later steps use its last value. Gradients are summed over the ranks
+    of the group, which all hold the same weights and take the same step.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TorchEngine:
         yield from ((name, parameter.detach()) for name, parameter in self.module.named_parameters())
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Weights that are trained, and the optimiser's moments; they are the same in every process, so the first has all."""
+        """Trained weights and the optimizer's moments; all ranks hold the same, so rank 0 has all of it."""
         if self.group.rank > 0:
             return {}
         tensors = {f"weight/{name}": _copy_to_cpu(p) for name, p in self.parameters.items()}
@@ -87,7 +87,7 @@ class TorchEngine:
         saved = {key.removeprefix("weight/") for key in tensors if key.startswith("weight/")}
         if saved != set(self.parameters):
             raise InputError(
-                f"{directory} holds other weights than are trained here; delete the checkpoint or restore the settings."
+                f"{directory} holds a different set of trained weights; delete the checkpoint or restore the settings."
             )
         with torch.no_grad():
             for name, p in self.parameters.items():
@@ -95,9 +95,9 @@ class TorchEngine:
         for key, value in tensors.items():
             moment, name = key.split("/", 1)
             parameter = self.parameters[name]
-            self.optimizer.state[parameter][moment] = value.to(parameter.device)  # the file was read into main memory
+            self.optimizer.state[parameter][moment] = value.to(parameter.device)
 
 
 def _copy_to_cpu(x: Tensor) -> Tensor:
-    """In main memory, and not changed by the next step."""
+    """A copy in main memory that the next step does not change."""
     return x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

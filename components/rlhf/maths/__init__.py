@@ -4,5 +4,5 @@ Rooms: none.
 Packages: torch.
 
 It has no modules, devices, config objects, files or process groups. A caller with several processes passes `reduce`,
-which sums a tensor over all of them.
+a function that sums a tensor over all of them.
 """

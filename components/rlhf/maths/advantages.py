@@ -1,4 +1,4 @@
-"""Generalised advantage estimation and discounted returns over one response per row."""
+"""Generalized advantage estimation (GAE) and discounted returns, one response per row."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ def estimate_advantages(
 ) -> tuple[Tensor, Tensor]:
     """GAE (Schulman et al. 2015, equation 16). All [B, T] -> (advantages, returns), both [B, T] and 0 at padding.
 
-    values[t] is the value of the state before action t. The advantages are not whitened and
+    values[t] is the value of the state before action t. The advantages are not whitened, and
     returns = advantages + values. Equal to OpenRLHF v0.5.5 experience_maker.py `get_advantages_and_returns`.
     """
     values = torch.where(mask, values, 0)
@@ -27,6 +27,6 @@ def estimate_advantages(
 
 
 def reward_to_go(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
-    """Discounted sum of the rewards from each token on. [B, T] -> [B, T]. GAE with zero values and lambda 1."""
+    """Discounted sum of the rewards from each token to the end. [B, T] -> [B, T]. Equal to GAE with zero values and lambda 1."""
     advantages, _ = estimate_advantages(torch.zeros_like(rewards), rewards, mask, gamma=gamma, gae_lambda=1.0)
     return advantages

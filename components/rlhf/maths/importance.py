@@ -1,4 +1,4 @@
-"""How much likelier the trainer holds a sampled token than the engine that sampled it."""
+"""Truncated importance sampling (TIS) between the trainer and the rollout engine."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ from torch import Tensor
 def importance_weights(
     logprobs: Tensor, engine_logprobs: Tensor, mask: Tensor, *, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
-    """exp(logprobs - engine_logprobs) truncated to [low, high], 1 where mask is False; and where it was outside (bool).
+    """exp(logprobs - engine_logprobs) clamped to [low, high], 1 where mask is False; and where the clamp applied (bool).
 
     All tensors [B, T] -> [B, T], [B, T]. logprobs are the trainer's before any update, so the weights carry no gradient.
-    They make samples of the rollout engine count as samples of the trainer's policy; the truncation trades bias for
+    They correct for the rollout engine sampling from a slightly different policy; the truncation trades bias for
     variance (Ionides 2008, "Truncated Importance Sampling"). Equal to `tis` of OpenRLHF 3c3be623 (models/loss.py
     `PolicyLoss`).
     """

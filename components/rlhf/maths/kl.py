@@ -1,4 +1,4 @@
-"""Per-token KL estimates between the policy and the reference, and the adaptive KL coefficient.
+"""Per-token KL estimators between the policy and the reference, and the adaptive KL controller.
 
 With d = log pi(token) - log ref(token), tokens sampled from pi (Schulman, "Approximating KL divergence", 2020):
 k1 = d (unbiased), k2 = d^2 / 2, k3 = exp(-d) - 1 + d (unbiased, never negative).
@@ -20,7 +20,7 @@ def estimate_kl(
     clamp bounds the estimate to [-clamp, clamp]: None is OpenRLHF v0.5.5, 10.0 is OpenRLHF 3c3be623 (models/utils.py
     `compute_approx_kl`).
     """
-    # Padding may hold inf; its difference would be nan, and a nan has a nan gradient even behind a mask.
+    # Padding may hold inf: the difference would be nan, whose gradient is nan even behind a mask.
     d = torch.where(mask, logprobs, 0) - torch.where(mask, ref_logprobs, 0)
     match estimator:
         case "k1":
@@ -35,11 +35,11 @@ def estimate_kl(
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, num_samples: int) -> float:
-    """The next KL coefficient: up when the measured KL is above target, down when below, by at most 20% x n / horizon.
+    """The next KL coefficient: raised when the KL is above target, lowered when below, by at most 20% x num_samples / horizon.
 
     kl and target are in nats per SEQUENCE (summed over its response tokens), as in Ziegler et al. 2019, "Fine-Tuning
-    Language Models from Human Preferences", section 2.2; OpenRLHF and verl feed the same recursion a per-token mean, so
-    their targets are smaller by the response length.
+    Language Models from Human Preferences", section 2.2; OpenRLHF and verl use a per-token mean instead, so their
+    targets are smaller by a factor of the response length.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * num_samples / horizon)

@@ -1,7 +1,7 @@
-"""The losses of RLHF. Each takes tensors and a denominator, so that microbatches and processes add up exactly.
+"""The losses of RLHF. Each takes tensors and a denominator, so that losses of microbatches and processes add up exactly.
 
-The sum over all microbatches (and processes) of a loss whose denominator counts the whole minibatch equals the loss of
-the minibatch in one piece. Without a denominator, the batch at hand is taken for the whole.
+With the denominator of the whole minibatch, the losses of all its microbatches (in all processes) sum to the loss of the
+minibatch. Without a denominator, the given batch is the whole minibatch.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Aggregation = Literal["token-mean", "sequence-mean"]
 
 
 def denominator_of(mask: Tensor, aggregation: Aggregation = "token-mean") -> Tensor:
-    """What a loss over mask [B, T] is divided by: its number of tokens, or of rows that have any. Returns a scalar."""
+    """Denominator of a loss over mask [B, T]: the number of tokens, or of rows with at least one token. Returns a scalar."""
     return mask.sum() if aggregation == "token-mean" else mask.any(dim=1).sum()
 
 
@@ -36,8 +36,8 @@ def aggregate(
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
     loss: Tensor  # scalar, carries the gradient
-    per_token: Tensor  # [B, T], before aggregation, meaningless at padding
-    clip_fraction: Tensor  # scalar, share of tokens whose clipped surrogate is the smaller one
+    per_token: Tensor  # [B, T], before aggregation, undefined at padding
+    clip_fraction: Tensor  # scalar, fraction of tokens whose clipped surrogate is the smaller one
     approx_kl: Tensor  # scalar, mean of old_logprobs - logprobs: nats per token
 
 
@@ -59,7 +59,7 @@ def policy_loss(
 
     clip_range_high widens only the upper bound (DAPO). dual_clip c > 1 bounds the loss by -c * A where A < 0 (Ye et al.
     2020). log_ratio_clamp keeps exp() finite; the gradient beyond it is 0. weights [B, T] multiply the loss of each token
-    (maths/importance.py) and leave its denominator alone. OpenRLHF v0.5.5 is clip_range 0.2 alone with
+    (maths/importance.py) and do not change the denominator. OpenRLHF v0.5.5 is clip_range 0.2 with
     log_ratio_clamp None and sequence-mean; OpenRLHF 3c3be623 is the default here (models/loss.py `PolicyLoss`).
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
@@ -93,12 +93,12 @@ def value_loss(
     aggregation: Aggregation = "token-mean",
     denominator: Tensor | float | None = None,
 ) -> Tensor:
-    """Half the squared error to the returns; with a clip range the worse of the free and the clipped value counts.
+    """Half the squared error to the returns; with a clip range, the maximum of the unclipped and the clipped error.
 
     All tensors [B, T]; returns a scalar. Equal to OpenRLHF models/loss.py `ValueLoss` (v0.5.5: sequence-mean, clip 0.2;
     3c3be623: token-mean).
     """
-    # Before the square, not after it: the gradient of a square is nan where the padding holds nan, even behind a mask.
+    # Mask before squaring: where padding holds nan, the gradient of its square is nan even behind a mask.
     values, old_values, returns = (torch.where(mask, x, 0) for x in (values, old_values, returns))
     per_token = (values - returns) ** 2
     if value_clip_range is not None:

@@ -1,8 +1,4 @@
-"""Statistics over the real tokens of a right-padded batch.
-
-Law of this room: tensors in, tensors out. No modules, devices, settings objects, files or process groups. Whoever has
-several processes passes `reduce`, a function that sums a tensor over all of them.
-"""
+"""Statistics over the non-padding tokens of a batch."""
 
 from collections.abc import Callable
 
@@ -12,21 +8,21 @@ from torch import Tensor
 Reduce = Callable[[Tensor], Tensor]
 
 
-def keep(x: Tensor) -> Tensor:
-    """The reduction of a single process: nothing to add."""
+def identity(x: Tensor) -> Tensor:
+    """The reduction of a single process."""
     return x
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x [*] over the positions where mask [*] is True; 0 when there are none. Returns a scalar."""
+    """Mean of x [*] where mask [*] is True; 0 if it is nowhere True. Returns a scalar."""
     # where(), not a product: padding may hold inf or nan, and 0 * inf is nan.
     return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
 
 
-def masked_moments(x: Tensor, mask: Tensor, reduce: Reduce = keep) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of x [B, T] where mask [B, T] is True, over all processes that `reduce` joins.
+def masked_moments(x: Tensor, mask: Tensor, reduce: Reduce = identity) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of x [B, T] where mask [B, T] is True, over all processes that `reduce` sums over.
 
-    Two passes, because one pass (E[x^2] - E[x]^2) loses every digit in fp32 when the mean is large.
+    Two passes, because one pass (E[x^2] - E[x]^2) loses all precision in fp32 when the mean is large.
     """
     count = reduce(mask.sum().to(x.dtype)).clamp(min=1)
     mean = reduce(torch.where(mask, x, 0).sum()) / count
@@ -34,7 +30,7 @@ def masked_moments(x: Tensor, mask: Tensor, reduce: Reduce = keep) -> tuple[Tens
     return mean, variance
 
 
-def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, reduce: Reduce = keep) -> Tensor:
+def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, reduce: Reduce = identity) -> Tensor:
     """Scale x [B, T] to unit variance, and to zero mean unless shift_mean is False; 0 where mask is False.
 
     Biased variance with a floor of 1e-8, as OpenRLHF computes it over the whole rollout batch

@@ -1,7 +1,7 @@
 """Masks and positions from known lengths.
 
-Never from comparing token ids: PAD may equal EOS, a model may have several stop ids, and an EOS may stand inside a
-prompt. A row is `prompt | response | padding` with the padding on the right.
+They never compare token ids: PAD may equal EOS, a model may have several stop ids, and a prompt may contain EOS.
+A row is `prompt | response | padding`.
 """
 
 import torch
@@ -14,10 +14,10 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
 
 
 def state_positions(prompt_lengths: Tensor, num_actions: int) -> Tensor:
-    """Where the state before each action stands. prompt_lengths [B] -> [B, T] int64, T = num_actions.
+    """Position of the state before each action. prompt_lengths [B] -> [B, T] int64, T = num_actions.
 
-    Action t emits response token t, at sequence position prompt_length + t; the hidden state that it was chosen from,
-    and that its value and its log-prob are read at, is one to the left. It is the same selection as OpenRLHF's
+    Action t emits response token t at sequence position prompt_length + t. The hidden state that predicts it, from which
+    its value and its log-prob are computed, is one position to the left. This is the same selection as OpenRLHF's
     `[:, :-1]` followed by `[:, -num_actions:]` on left-padded rows (v0.5.5 models/model.py, CriticModel.forward).
     """
     steps = torch.arange(num_actions, device=prompt_lengths.device)

@@ -1,4 +1,4 @@
-"""The actor (and the reference, which is the same with nothing to train): log-probs of response tokens."""
+"""The actor, and the frozen reference of the same class: log-probs of response tokens."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from components.rlhf.models.layers import freeze_lower_layers, run_layers
 from components.rlhf.models.lora import adapters_enabled, merged_weights
 from components.rlhf.models.precision import autocast_to
 
-MAX_LOGITS = 2**24  # logits that exist at once: 64 MiB in fp32, a few times over in the softmax and its gradient
+MAX_LOGITS = 2**24  # logits in memory at once: 64 MiB in fp32, several times that with softmax and gradient
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDistribution:
-    """What tokens are sampled from: logits / temperature, with stop tokens impossible before min_new_tokens."""
+    """The distribution that tokens are sampled from: logits / temperature, without stop tokens before min_new_tokens."""
 
     temperature: float = 1.0
     min_new_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
 
     def mask_early_stops(self, logits: Tensor, steps: Tensor) -> Tensor:
-        """logits [N, V] with -inf at stop ids in the rows whose step (steps [N], from 0) is too early to stop."""
+        """logits [N, V] with -inf at stop ids in rows whose step (steps [N], from 0) is below min_new_tokens."""
         if self.min_new_tokens == 0 or not self.stop_ids:
             return logits
         early = (steps < self.min_new_tokens)[:, None]
@@ -38,8 +38,8 @@ class SamplingDistribution:
 class Actor(nn.Module):
     """A causal language model whose lowest layers may be frozen.
 
-    trunk(batch) gives the states above the frozen layers; forward(batch, states) takes them, or computes them itself.
-    Without its adapters (with_adapters False) it is the model that they are trained on: the reference beside the actor.
+    trunk(batch) returns the hidden states after the frozen layers; forward(batch, states) reuses or computes them.
+    With with_adapters False the LoRA adapters are off, which gives the reference from the weights of the actor.
     """
 
     def __init__(self, lm: Any, *, num_frozen_layers: int, dtype: torch.dtype, with_adapters: bool = True) -> None:
@@ -52,7 +52,7 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def trunk(self, batch: TokenBatch) -> Tensor | None:
-        """Frozen states [B, S, H], or None when no layer is frozen."""
+        """Hidden states after the frozen layers [B, S, H], or None when no layer is frozen."""
         if self.num_frozen_layers == 0:
             return None
         with autocast_to(self.dtype, batch.input_ids.device):
@@ -66,9 +66,9 @@ class Actor(nn.Module):
         *,
         with_entropy: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Log-prob of each response token, and the entropy of its distribution, both [B, T] fp32 and 0 at padding.
+        """Log-prob of each response token and entropy of its distribution, both [B, T] fp32 and 0 at padding.
 
-        The entropy carries no gradient and is 0 everywhere unless asked for.
+        The entropy carries no gradient and is 0 unless with_entropy.
         """
         if states is None:
             states = self.trunk(batch)
@@ -77,13 +77,13 @@ class Actor(nn.Module):
             hidden = run_layers(self.lm, inputs, start=start, stop=None)
             mask = batch.response_mask
             rows = torch.arange(len(batch), device=hidden.device)[:, None]
-            chosen_from = hidden[rows, batch.state_positions()][mask]  # [N, H], N = response tokens in the batch
+            states_before = hidden[rows, batch.state_positions()][mask]  # [N, H], N = response tokens in the batch
             steps = torch.arange(mask.shape[1], device=hidden.device).expand_as(mask)[mask]
             size = max(MAX_LOGITS // self.lm.config.vocab_size, 1)
-            pieces = [
-                self._head(*piece, distribution, with_entropy)
-                for piece in zip(
-                    torch.split(chosen_from, size),
+            chunks = [
+                self._head(*chunk, distribution, with_entropy)
+                for chunk in zip(
+                    torch.split(states_before, size),
                     torch.split(batch.response_ids[mask], size),
                     torch.split(steps, size),
                     strict=True,
@@ -91,19 +91,19 @@ class Actor(nn.Module):
             ]
         logprobs = torch.zeros(mask.shape, device=hidden.device)
         entropies = torch.zeros(mask.shape, device=hidden.device)
-        if pieces:
-            logprobs = logprobs.masked_scatter(mask, torch.cat([piece[0] for piece in pieces]))
-            entropies = entropies.masked_scatter(mask, torch.cat([piece[1] for piece in pieces]))
+        if chunks:
+            logprobs = logprobs.masked_scatter(mask, torch.cat([chunk[0] for chunk in chunks]))
+            entropies = entropies.masked_scatter(mask, torch.cat([chunk[1] for chunk in chunks]))
         return logprobs, entropies
 
     def export_weights(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """This module's weights as an engine names them -> those of its model folder, adapters merged; one at a time."""
+        """Stream this module's weights under the names of its model folder, with adapters merged."""
         return merged_weights(self.lm, ((name.removeprefix("lm."), weight) for name, weight in named))
 
     def _head(
         self, hidden: Tensor, labels: Tensor, steps: Tensor, distribution: SamplingDistribution, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of one chunk. The logits are computed again in the backward pass, not kept."""
+        """Log-probs and entropies of one chunk. The logits are recomputed in the backward pass to save memory."""
 
         def head(hidden: Tensor) -> tuple[Tensor, Tensor]:
             logits = distribution.mask_early_stops(self.lm.get_output_embeddings()(hidden), steps)

@@ -1,4 +1,4 @@
-"""Models on disk: ordinary Hugging Face folders in safetensors, loaded offline."""
+"""Loading and saving of Hugging Face model folders (safetensors, offline)."""
 
 import contextlib
 import math
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import accelerate.utils.other
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -15,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedTokenizerBase,
+    modeling_utils,
 )
 
 from components.rlhf.models.layers import HEAD_NAME, frozen_modules, require_layers_to_train
@@ -23,7 +23,7 @@ from components.rlhf.text.errors import InputError
 
 
 class Fp32Head(nn.Linear):
-    """The scalar head. It is small, and computes in fp32 whatever its weight is in."""
+    """The scalar head, computed in fp32 independent of the dtype of its weight."""
 
     def forward(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
@@ -31,7 +31,7 @@ class Fp32Head(nn.Linear):
 
 
 def load_causal_lm(directory: Path, *, num_frozen_layers: int, dtype: torch.dtype, trainable: bool = True) -> Any:
-    """A causal language model with dropout off: frozen parts in dtype, what can be trained in fp32 (in dtype if nothing is)."""
+    """Load a causal language model without dropout: trainable parts in fp32, frozen parts (all if not trainable) in dtype."""
     model = _load(AutoModelForCausalLM, directory)
     return _set_precision(model, num_frozen_layers=num_frozen_layers, dtype=dtype, trainable=trainable)
 
@@ -39,10 +39,10 @@ def load_causal_lm(directory: Path, *, num_frozen_layers: int, dtype: torch.dtyp
 def load_scalar_lm(
     directory: Path, *, num_frozen_layers: int, dtype: torch.dtype, trainable: bool = True, seed: int | None = None
 ) -> Any:
-    """A model with a scalar head. With a seed the head is drawn afresh: normal with std 1 / (hidden + 1).
+    """Load a model with a scalar head. With a seed the head is initialized from a normal with std 1 / (hidden_size + 1).
 
-    Without a seed the folder must have one: a random head would score at random and say nothing. The fresh head's scale is
-    that of OpenRLHF v0.5.5 models/model.py `_get_reward_model`.
+    Without a seed the folder must contain a trained head. The scale of the initialization is that of OpenRLHF v0.5.5
+    models/model.py `_get_reward_model`.
     """
     model = _load(AutoModelForSequenceClassification, directory, needs_head=seed is None, num_labels=1)
     head = Fp32Head(model.config.hidden_size, 1, bias=False)
@@ -56,7 +56,7 @@ def load_scalar_lm(
 
 
 def reward_normalization(directory: Path) -> tuple[float, float]:
-    """The mean and std of a reward model's folder. Raises InputError when it has none: identity would be a silent guess."""
+    """The mean and std that scores are normalized with, from a reward model folder. Raises InputError if they are missing."""
     config = _config(directory)
     mean, std = getattr(config, "reward_mean", None), getattr(config, "reward_std", None)
     if mean is None or std is None:
@@ -65,41 +65,41 @@ def reward_normalization(directory: Path) -> tuple[float, float]:
         )
     if not all(type(value) in (int, float) and math.isfinite(value) for value in (mean, std)) or std <= 0:
         raise InputError(
-            f"{directory}/config.json: reward_mean and reward_std must be finite numbers, the second above 0."
+            f"{directory}/config.json: reward_mean and reward_std must be finite numbers, and reward_std must be above 0."
         )
     return float(mean), float(std)
 
 
 def load_stop_ids(directory: Path) -> tuple[int, ...]:
-    """Every id that ends a response, from the generation settings of a model folder, or else from its config."""
+    """All ids that end a response, from generation_config.json of a model folder, or else from config.json."""
     try:
         ids = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
-    except OSError:  # there is none
+    except OSError:  # the file is missing
         ids = None
-    except Exception as error:  # whatever a broken one makes the library raise
+    except Exception as error:  # a broken file raises any type
         raise _not_a_model(directory, error) from error
     if ids is None:
         ids = getattr(_config(directory), "eos_token_id", None)
     if ids is None:
         raise InputError(
-            f"{directory}: no eos_token_id in generation_config.json or config.json; a response could never end."
+            f"{directory}: no eos_token_id in generation_config.json or config.json; add it, because a response could never stop."
         )
     ids = list(ids) if isinstance(ids, list | tuple) else [ids]
     if not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        raise InputError(f"{directory}: eos_token_id must be an id of the tokenizer, or a list of them.")
+        raise InputError(f"{directory}: eos_token_id must be a token id or a list of token ids.")
     return tuple(ids)
 
 
 def collect_weights(named: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
-    """Weights of an Actor or ScalarModel, as an engine gives them one by one, in main memory under the language model's own names.
+    """Copy the weights that an engine streams to main memory, under the language model's own names.
 
-    Every process goes through all of them, because they may have to be gathered; those that do not keep them return {}.
+    Every rank must iterate over all of them, because gathering is collective; ranks with keep False return {}.
     """
-    found: dict[str, Tensor] = {}
+    collected: dict[str, Tensor] = {}
     for name, weight in named:
         if keep:
-            found[name.removeprefix("lm.")] = weight.to("cpu", copy=True)
-    return found
+            collected[name.removeprefix("lm.")] = weight.to("cpu", copy=True)
+    return collected
 
 
 def save_model(
@@ -110,18 +110,18 @@ def save_model(
     dtype: torch.dtype,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write weights (safetensors, in dtype), config, generation settings and tokenizer as from_pretrained reads them.
+    """Write weights (safetensors, in dtype), config, generation config and tokenizer for from_pretrained.
 
-    weights are taken in place of the model's own, which may be sharded. Adapters are merged into the weights, and lie by
-    themselves in adapter/ as peft reads them onto the model they started from.
-    Raises InputError when a weight is nan or infinite: no loss sees what the last step of training did.
+    weights replace the model's own, which may be sharded. Adapters are merged into the weights, and also written to
+    adapter/ for peft to load onto the base model.
+    Raises InputError when a weight is nan or infinite, which the loss cannot show after the last step.
     """
     if weights is None:
         weights = model.state_dict()
-    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-    if broken:
+    nonfinite = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if nonfinite:
         raise InputError(
-            f"The weights {', '.join(broken[:3])} are not finite after the last step; lower the learning rate."
+            f"The weights {', '.join(nonfinite[:3])} are not finite after the last step; lower the learning rate."
         )
     state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in merged_weights(model, weights.items())}
     model.config.dtype = dtype
@@ -130,23 +130,23 @@ def save_model(
     tokenizer.save_pretrained(directory)
     if lora_scale(model):
         save_adapter(model, weights, directory / "adapter")
-    for file in directory.rglob("*.safetensors"):  # they come out readable by their owner alone; pods differ in user
+    for file in directory.rglob("*.safetensors"):  # written with mode 0600, but other pods may run as another user
         file.chmod(0o644)
 
 
 @contextlib.contextmanager
 def _without_deepspeed_import() -> Iterator[None]:
-    """save_pretrained imports DeepSpeed, for seconds, to see whether it wraps the model; here it wraps none that is saved."""
-    original = accelerate.utils.other.is_deepspeed_available
-    accelerate.utils.other.is_deepspeed_available = lambda: False
+    """Skip save_pretrained's unwrapping of the model, which imports DeepSpeed for seconds; models here are never wrapped."""
+    original = modeling_utils.unwrap_model
+    modeling_utils.unwrap_model = lambda model: model  # type: ignore[assignment]
     try:
         yield
     finally:
-        accelerate.utils.other.is_deepspeed_available = original
+        modeling_utils.unwrap_model = original
 
 
 def load_with_info(kind: Any, directory: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A model of one of transformers' Auto classes in its stored precision, and its report of missing weights. Raises InputError."""
+    """Load a model by an Auto class (kind) in its stored dtype, with transformers' loading info. Raises InputError."""
     try:
         model, info = kind.from_pretrained(
             directory,
@@ -157,7 +157,7 @@ def load_with_info(kind: Any, directory: Path, **options: Any) -> tuple[Any, dic
             output_loading_info=True,
             **options,
         )
-    except Exception as error:  # whatever broken or missing files make the libraries raise
+    except Exception as error:  # broken or missing files raise any type
         raise _not_a_model(directory, error) from error
     return model, info
 
@@ -165,7 +165,7 @@ def load_with_info(kind: Any, directory: Path, **options: Any) -> tuple[Any, dic
 def _config(directory: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a broken or missing config.json makes the library raise
+    except Exception as error:  # a broken or missing config.json raises any type
         raise _not_a_model(directory, error) from error
 
 
@@ -185,7 +185,7 @@ def _load(kind: Any, directory: Path, *, needs_head: bool = True, **options: Any
 
 
 def _set_precision(model: Any, *, num_frozen_layers: int, dtype: torch.dtype, trainable: bool) -> Any:
-    # Dropout would make log-probs of the same tokens differ between rollout and update: eval mode, always.
+    # Always in eval mode: with dropout, log-probs of the same tokens would differ between rollout and update.
     model.eval()
     if not trainable:
         model.requires_grad_(False)

@@ -1,7 +1,6 @@
-"""Low-rank adapters (Hu et al. 2021): of a matrix W only the update (alpha / rank) B A is trained.
+"""Low-rank adapters (LoRA, Hu et al. 2021): a matrix W is frozen and its update (alpha / rank) B A is trained.
 
-They are put into a model's layers in place, so that it stays an ordinary transformers model whose layers are run, frozen and
-shared like any others.
+They are injected into a model's layers in place, so that it remains an ordinary transformers model.
 """
 
 import contextlib
@@ -19,14 +18,14 @@ from components.rlhf.config.model import LoraConfig
 from components.rlhf.models.layers import HEAD_NAME, decoder_of, num_layers, require_layers_to_train
 from components.rlhf.text.errors import InputError
 
-ADAPTER = "default"  # peft's name for the only adapter of a model; a part of its weights' names
+ADAPTER = "default"  # peft's default adapter name, which is part of the weight names
 
 
 def add_adapters(lm: Any, lora: LoraConfig, *, num_frozen_layers: int, seed: int) -> None:
-    """Freeze lm as it is, and give the linear layers of its layers from num_frozen_layers on adapters in fp32.
+    """Freeze lm and add fp32 adapters to the target modules of its layers from num_frozen_layers on.
 
-    B is 0, so that nothing changes yet; A follows from the seed. A scalar head is trained whole, in fp32, beside the adapters.
-    Raises InputError for a module that no layer has.
+    B is initialized to 0, so that the output does not change, and A from the seed. A scalar head stays trainable, in fp32.
+    Raises InputError for a target module that no layer has.
     """
     import peft  # takes seconds to import, and few runs have adapters
 
@@ -45,10 +44,10 @@ def add_adapters(lm: Any, lora: LoraConfig, *, num_frozen_layers: int, seed: int
     head = getattr(lm, HEAD_NAME, None)
     config = peft.LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank; it need not be whole
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank; it need not be an integer
         target_modules=list(lora.target_modules),
         layers_to_transform=list(range(num_frozen_layers, num_layers(lm))),
-        lora_dropout=0.0,  # dropout is off everywhere: log-probs of the same tokens must not differ
+        lora_dropout=0.0,  # no dropout: log-probs of the same tokens must not differ
         task_type="CAUSAL_LM" if head is None else "SEQ_CLS",
     )
     lm.requires_grad_(False)
@@ -56,7 +55,7 @@ def add_adapters(lm: Any, lora: LoraConfig, *, num_frozen_layers: int, seed: int
     generator = torch.Generator().manual_seed(seed)
     for layer in _lora_layers(lm):
         a, b = layer.lora_A[ADAPTER].float().weight, layer.lora_B[ADAPTER].float().weight
-        bound = 1 / math.sqrt(a.shape[1])  # kaiming_uniform with a = sqrt(5), as peft and the paper's code draw it
+        bound = 1 / math.sqrt(a.shape[1])  # kaiming_uniform with a = sqrt(5), as in peft and the paper's code
         with torch.no_grad():
             a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
             b.zero_()
@@ -66,7 +65,7 @@ def add_adapters(lm: Any, lora: LoraConfig, *, num_frozen_layers: int, seed: int
 
 @contextlib.contextmanager
 def adapters_enabled(lm: nn.Module, *, on: bool) -> Iterator[None]:
-    """Run lm with its adapters or, with on False, exactly as it was without them."""
+    """Run lm with its adapters or, with on False, without them."""
     layers = [] if on else _lora_layers(lm)
     for layer in layers:
         layer.enable_adapters(False)
@@ -78,11 +77,11 @@ def adapters_enabled(lm: nn.Module, *, on: bool) -> Iterator[None]:
 
 
 def merged_weights(lm: Any, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """lm's weights one by one under its own names -> those of the same model without adapters: W + (alpha / rank) B A.
+    """Merge adapters into a stream of lm's named weights: W + (alpha / rank) B A, under the names of the model without adapters.
 
-    named is in the order of the modules (W, A, B of one layer after another), as named_parameters and state_dict have it, and
-    may come from an engine that gathers one weight at a time: nothing of it is kept but a copy of one layer's W and A. The
-    sum is taken in fp32 and rounded to W's dtype. Without adapters everything goes through as it is.
+    named must be in module order (W, A, B of each layer), as in named_parameters and state_dict, and may come from an engine
+    that gathers one weight at a time: only a copy of one layer's W and A is kept. The sum is computed in fp32 and rounded to
+    W's dtype. Without adapters all weights pass through unchanged.
     """
     scale = lora_scale(lm)
     for name, weight in named:
@@ -101,15 +100,15 @@ def merged_weights(lm: Any, named: Iterable[tuple[str, Tensor]]) -> Iterator[tup
 
 
 def lora_scale(lm: Any) -> float:
-    """alpha / rank of lm's adapters; 0 if it has none."""
+    """alpha / rank of lm's adapters; 0 without adapters."""
     config = getattr(lm, "peft_config", {}).get(ADAPTER)
     return 0.0 if config is None else float(config.lora_alpha / config.r)
 
 
 def save_adapter(lm: Any, weights: Mapping[str, Tensor], directory: Path) -> None:
-    """Write the adapter among lm's weights alone, with a scalar head if there is one, in fp32.
+    """Write the adapter weights, and a scalar head if lm has one, in fp32.
 
-    peft's PeftModel.from_pretrained reads it onto the model that training started from.
+    peft's PeftModel.from_pretrained loads them onto the base model.
     """
     directory.mkdir(parents=True, exist_ok=True)
     head = f"{HEAD_NAME}.weight"
@@ -122,8 +121,8 @@ def save_adapter(lm: Any, weights: Mapping[str, Tensor], directory: Path) -> Non
     lm.peft_config[ADAPTER].save_pretrained(str(directory))
     file = directory / "adapter_config.json"
     content = json.loads(file.read_text(encoding="utf-8"))
-    content["target_modules"] = sorted(content["target_modules"])  # peft writes a set: in another order each time
-    content["inference_mode"] = True  # as peft itself writes a trained adapter
+    content["target_modules"] = sorted(content["target_modules"])  # peft writes a set, whose order varies
+    content["inference_mode"] = True  # as in peft's own save_pretrained
     content["modules_to_save"] = [HEAD_NAME] if hasattr(lm, HEAD_NAME) else None
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""A scalar head on a decoder: the reward model and the critic."""
+"""A decoder with a scalar head: the reward model and the critic."""
 
 from typing import Any, Literal
 
@@ -12,11 +12,11 @@ from components.rlhf.models.precision import autocast_to
 
 
 class ScalarModel(nn.Module):
-    """A sequence-classification model with one output (head named `score`), read at any position.
+    """A sequence classification model with one output (head named `score`), which can be computed at any position.
 
-    mean and std are the constants that scores are normalised with: normalised = (raw - mean) / std.
-    trains says what has gradients: the layers above the frozen ones with the head, or the head alone.
-    Without its adapters (with_adapters False) it is the model that they are trained on: the reward model beside the critic.
+    mean and std normalize scores: normalized = (raw - mean) / std.
+    trains selects what is trainable: the layers above the frozen ones with the head, or only the head.
+    With with_adapters False the LoRA adapters are off, which gives the reward model from the weights of the critic.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ScalarModel(nn.Module):
             lm.base_model.requires_grad_(False)
 
     def features(self, batch: TokenBatch, states: Tensor | None = None) -> Tensor:
-        """Final hidden states [B, S, H]; states [B, S, H] above the frozen layers are used where given."""
+        """Final hidden states [B, S, H]; states are those after the frozen layers [B, S, H], computed if None."""
         with autocast_to(self.dtype, batch.input_ids.device), adapters_enabled(self.lm, on=self.with_adapters):
             if states is None and self.num_frozen_layers:
                 with torch.no_grad():
@@ -54,7 +54,7 @@ class ScalarModel(nn.Module):
             return run_layers(self.lm, inputs, start=start, stop=None)
 
     def apply_head(self, features: Tensor) -> Tensor:
-        """Normalised scalar at features [..., H] -> [...] fp32."""
+        """Normalized scalar of features [..., H] -> [...] fp32."""
         raw: Tensor = self.lm.score(features).squeeze(-1)
         return (raw - self.mean) / self.std
 
@@ -66,13 +66,13 @@ class ScalarModel(nn.Module):
         return torch.where(batch.response_mask, self.apply_head(features[rows, batch.state_positions()]), 0)
 
     def scores(self, batch: TokenBatch, states: Tensor | None = None) -> Tensor:
-        """Score of each whole text, read at its last real token: [B] fp32."""
+        """Score of each text, computed at its last token: [B] fp32."""
         features = self.features(batch, states)
         rows = torch.arange(len(batch), device=features.device)
         return self.apply_head(features[rows, batch.last_positions()])
 
     def prefix_scores(self, batch: TokenBatch) -> Tensor:
-        """Score of the text cut after each response token: [B, T] fp32; column t reads at response token t. 0 at padding."""
+        """Score of the text up to and including each response token: [B, T] fp32, 0 at padding."""
         features = self.features(batch)
         rows = torch.arange(len(batch), device=features.device)[:, None]
         positions = (batch.state_positions() + 1).clamp(max=features.shape[1] - 1)

@@ -1,8 +1,8 @@
-"""Everything that turns (prompt, response) into one number: the reward model and the linear judge.
+"""Scorers of (prompt, response) pairs: the reward model and the linear judge.
 
 Rooms: data, models, text.
 Packages: torch, transformers.
 Packages of linear.py: numpy, pydantic, safetensors, sklearn.
 
-It knows nothing of advantages and engines.
+It does not depend on advantages or engines.
 """

@@ -1,7 +1,6 @@
-"""A linear judge: word n-grams weighted by what people's ratings, or their preferences, say of them.
+"""The linear judge: a tf-idf model on word n-grams, fitted to human ratings or preferences with scikit-learn.
 
-The artifact is numbers only: vocabulary and settings as JSON, idf and coefficients as safetensors. scikit-learn fits and
-transforms; nothing is pickled.
+The artifact contains no pickle: vocabulary and max_ngram are JSON, idf and coefficients are safetensors.
 """
 
 import json
@@ -34,7 +33,7 @@ class JudgeFeatures:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     max_ngram: Annotated[int, Field(ge=1, le=100)]
-    vocabulary: Annotated[dict[str, int], Field(min_length=1)]  # n-gram -> its column of idf and coefficients
+    vocabulary: Annotated[dict[str, int], Field(min_length=1)]  # n-gram -> its index in idf and coefficients
 
 
 class LinearJudge:
@@ -49,7 +48,7 @@ class LinearJudge:
         return self.score_texts([c.prompt.prompt + c.response for c in completions])
 
     def score_texts(self, texts: Sequence[str]) -> Tensor:
-        """[B] fp32."""
+        """Scores of whole texts, prompt included: [B] fp32."""
         features = self.vectorizer.transform(texts)
         return torch.from_numpy((features @ self.coefficients + self.intercept).astype(np.float32))
 
@@ -66,7 +65,7 @@ class LinearJudge:
 
 
 def load_judge(directory: Path) -> LinearJudge:
-    """The judge that save wrote. Raises InputError for whatever else lies there."""
+    """Load the judge that save wrote. Raises InputError for invalid files."""
     try:
         with (directory / FEATURES).open("rb") as file:
             text = file.read(MAX_FEATURES_BYTES + 1)
@@ -75,23 +74,23 @@ def load_judge(directory: Path) -> LinearJudge:
         features = parse_json_as(TypeAdapter(JudgeFeatures), text)
         max_ngram, vocabulary = features.max_ngram, features.vocabulary
         if sorted(vocabulary.values()) != list(range(len(vocabulary))):
-            raise NotJsonError("the vocabulary does not number its words")
+            raise NotJsonError("the indices of the vocabulary are not 0 to its size - 1")
         weights = {name: values.astype(np.float64) for name, values in load_file(directory / WEIGHTS).items()}
         shapes = {"idf": (len(vocabulary),), "coefficients": (len(vocabulary),), "intercept": (1,)}
         if {name: values.shape for name, values in weights.items()} != shapes:
-            raise NotJsonError("idf and coefficients need one number a word, and intercept one")
+            raise NotJsonError("idf and coefficients need one number per n-gram, and intercept one")
         if not all((np.abs(values) < 1e15).all() for values in weights.values()):
-            raise NotJsonError("a weight is not finite, or beyond 1e15")
+            raise NotJsonError("a weight is not finite or exceeds 1e15")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{directory} is not a judge that can be loaded ({reason}); fit it again.") from None
+        raise InputError(f"{directory} is not a loadable judge ({reason}); run the judge stage again.") from None
     vectorizer = _vectorizer(max_ngram, vocabulary=vocabulary)
     vectorizer.idf_ = weights["idf"]
     return LinearJudge(vectorizer, weights["coefficients"], float(weights["intercept"][0]))
 
 
 def fit_to_ratings(rated: Sequence[RatedText], *, max_ngram: int, regularisation: float) -> LinearJudge:
-    """Ridge regression of the mean ratings."""
+    """Ridge regression on the mean ratings."""
     vectorizer = _vectorizer(max_ngram)
     features = vectorizer.fit_transform([text.prompt + text.completion for text in rated])
     fit = Ridge(alpha=regularisation).fit(features, [text.rating for text in rated])
@@ -99,14 +98,13 @@ def fit_to_ratings(rated: Sequence[RatedText], *, max_ngram: int, regularisation
 
 
 def fit_to_pairs(pairs: Sequence[PreferencePair], *, max_ngram: int, regularisation: float) -> LinearJudge:
-    """Logistic regression on the difference of the two texts' features: a Bradley-Terry model that is linear in words."""
+    """Logistic regression on the difference of the two texts' features: a linear Bradley-Terry model."""
     vectorizer = _vectorizer(max_ngram)
     vectorizer.fit([pair.prompt + text for pair in pairs for text in (pair.chosen, pair.rejected)])
     chosen = vectorizer.transform([pair.prompt + pair.chosen for pair in pairs])
     rejected = vectorizer.transform([pair.prompt + pair.rejected for pair in pairs])
-    signs = np.where(
-        np.arange(len(pairs)) % 2, 1.0, -1.0
-    )  # both classes must occur; the difference flips with the label
+    # Both classes must occur, so every other pair is swapped; the difference changes its sign with the label.
+    signs = np.where(np.arange(len(pairs)) % 2, 1.0, -1.0)
     differences = (chosen - rejected).multiply(signs[:, None]).tocsr()
     fit = LogisticRegression(C=1 / regularisation, fit_intercept=False, max_iter=1000).fit(differences, signs)
     return LinearJudge(vectorizer, fit.coef_[0], 0.0)

@@ -1,7 +1,4 @@
-"""Whatever scores completions.
-
-Law of this room: (prompt, response) into one number. No advantages, no engines.
-"""
+"""The interface of scorers."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -13,5 +10,5 @@ from components.rlhf.data.records import Completion
 
 class Scorer(Protocol):
     def score(self, completions: Sequence[Completion]) -> Tensor:
-        """[B] fp32, higher is better; the score of a completion does not depend on the others."""
+        """Scores [B] fp32, higher is better. The score of a completion does not depend on the others."""
         ...

@@ -1,4 +1,4 @@
-"""The reward model as a scorer: the one path by which PPO, evaluation and held-out accuracy are scored."""
+"""The reward model as a scorer, for PPO, evaluation and held-out accuracy alike."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from components.rlhf.rewards.protocol import Scorer
 
 
 class RewardModelScorer:
-    """Normalised scores of whole responses, read at the last real token. Implements Scorer."""
+    """Normalized scores of responses, computed at the last token. Implements Scorer."""
 
     def __init__(self, model: ScalarModel, *, microbatch_tokens: int) -> None:
         self.model = model
@@ -35,7 +35,7 @@ class RewardModelScorer:
 def as_completion(
     tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, *, max_tokens: int, complete: bool = True
 ) -> Completion:
-    """A text that a person wrote, in the form that scorers take. One that is not complete has no EOS."""
+    """A human-written response as a Completion. With complete False it has no EOS."""
     encoded = encode_text(tokenizer, prompt, text, max_tokens=max_tokens)
     truncated = encoded.truncated or not complete
     response_ids = encoded.response_ids if complete or encoded.truncated else encoded.response_ids[:-1]
@@ -57,11 +57,11 @@ def pair_accuracy(
     max_tokens: int,
     complete: bool = True,
 ) -> float:
-    """Share of pairs whose chosen text scores strictly higher; a tie is wrong."""
+    """Fraction of pairs whose chosen text scores strictly higher; a tie counts as wrong."""
     chosen, rejected = (
         scorer.score(
-            [as_completion(tokenizer, p.prompt, text, max_tokens=max_tokens, complete=complete) for p, text in side]
+            [as_completion(tokenizer, p.prompt, text, max_tokens=max_tokens, complete=complete) for p, text in texts]
         )
-        for side in ([(p, p.chosen) for p in pairs], [(p, p.rejected) for p in pairs])
+        for texts in ([(p, p.chosen) for p in pairs], [(p, p.rejected) for p in pairs])
     )
     return float((chosen > rejected).float().mean())

@@ -1,4 +1,4 @@
-"""Rollouts with transformers in this process: the engine of laptops and of tests."""
+"""Rollouts with transformers, in the training process."""
 
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -15,10 +15,10 @@ from components.rlhf.models.actor import SamplingDistribution
 
 
 class HfRolloutEngine:
-    """Samples from its own copy of the model, which may be in a smaller precision than the trained one."""
+    """Samples from its own copy of the model, which may have a lower precision than the trained one."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, stop_ids: tuple[int, ...]) -> None:
-        """model is this engine's alone: a causal language model in the precision to sample in."""
+        """model is a causal language model in the precision to sample in; the engine must not share it."""
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
@@ -55,15 +55,15 @@ class HfRolloutEngine:
     ) -> list[Completion]:
         prompt_ids = [encode_prompt(self.tokenizer, prompt.prompt) for prompt in prompts]
         device = self.model.device
-        # One uniform number a token, from a generator of the row's own: the same seed gives the same draws in any batch.
-        draws = torch.stack(
+        # One uniform number per token from a generator per row: the same seed gives the same draws in any batch.
+        uniforms = torch.stack(
             [torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         ).to(device)
         distribution = SamplingDistribution(
             temperature=sampling.temperature, min_new_tokens=sampling.min_new_tokens, stop_ids=self.stop_ids
         )
         tokens, mask = _left_pad(prompt_ids, device)
-        alive = torch.arange(len(prompts), device=device)  # rows of the batch that have not stopped
+        active = torch.arange(len(prompts), device=device)  # rows of the batch that have not stopped
         responses: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
         stops = torch.tensor(self.stop_ids, device=device)
@@ -73,22 +73,22 @@ class HfRolloutEngine:
             hidden = self.model.base_model(
                 input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             ).last_hidden_state
-            # The last column as a matrix of its own: the head on a strided slice would copy its weights once a row.
+            # Contiguous, because on a strided slice the head would copy its weights once per row.
             logits = self.model.get_output_embeddings()(hidden[:, -1].contiguous())
-            steps = torch.full((len(alive),), step, device=device)
+            steps = torch.full((len(active),), step, device=device)
             logits = distribution.mask_early_stops(logits.float(), steps) / sampling.temperature
-            chosen, chosen_logprobs = _sample(logits, draws[alive, step])
-            for row, token, logprob in zip(alive.tolist(), chosen.tolist(), chosen_logprobs.tolist(), strict=True):
+            sampled, sampled_logprobs = _sample(logits, uniforms[active, step])
+            for row, token, logprob in zip(active.tolist(), sampled.tolist(), sampled_logprobs.tolist(), strict=True):
                 responses[row].append(token)
                 logprobs[row].append(logprob)
-            unfinished = ~torch.isin(chosen, stops)
-            if not unfinished.all():  # rows that stopped cost nothing from here on
-                keep = unfinished.nonzero().squeeze(1)
-                alive, chosen, mask = alive[keep], chosen[keep], mask[keep]
-                cache.batch_select_indices(keep)
-            if len(alive) == 0:
+            unfinished = ~torch.isin(sampled, stops)
+            if not unfinished.all():  # drop finished rows from the batch
+                kept = unfinished.nonzero().squeeze(1)
+                active, sampled, mask = active[kept], sampled[kept], mask[kept]
+                cache.batch_select_indices(kept)
+            if len(active) == 0:
                 break
-            tokens = chosen[:, None]
+            tokens = sampled[:, None]
             mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
         return [
             Completion(
@@ -105,7 +105,7 @@ class HfRolloutEngine:
 
 
 def _left_pad(prompt_ids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask [B, P] int64, prompts flush right, so that every row's next token is at the same column."""
+    """Ids and attention mask [B, P] int64, padded on the left, so that the next token of every row is in the same column."""
     width = max(len(ids) for ids in prompt_ids)
     tokens = torch.zeros(len(prompt_ids), width, dtype=torch.int64)
     mask = torch.zeros(len(prompt_ids), width, dtype=torch.int64)
@@ -116,13 +116,13 @@ def _left_pad(prompt_ids: Sequence[Sequence[int]], device: torch.device) -> tupl
 
 
 def _sample(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row by inverse transform sampling, with its log-prob. logits [B, V], uniforms [B] in [0, 1) -> [B], [B].
+    """Inverse transform sampling: one token per row, and its log-prob. logits [B, V], uniforms [B] in [0, 1) -> [B], [B].
 
-    One uniform number a row instead of one exponential variate a vocabulary entry, which torch draws serially on CPU.
+    It needs one uniform number per row instead of one exponential variate per token, which torch draws serially on CPU.
     """
     logprobs = torch.log_softmax(logits, dim=-1)
     cumulative = logprobs.double().exp().cumsum(dim=-1)
     targets = uniforms.double() * cumulative[:, -1]  # the sum is 1 only up to rounding
-    # right=True: a draw of exactly 0 must not choose an impossible first token.
-    chosen = torch.searchsorted(cumulative, targets[:, None], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-    return chosen, logprobs.gather(1, chosen[:, None]).squeeze(1)
+    # right=True, so that a draw of exactly 0 does not select a first token of probability 0.
+    sampled = torch.searchsorted(cumulative, targets[:, None], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    return sampled, logprobs.gather(1, sampled[:, None]).squeeze(1)

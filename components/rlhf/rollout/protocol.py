@@ -1,7 +1,4 @@
-"""What a rollout engine must do.
-
-Law of this room: prompts into completions. It knows nothing of rewards and advantages.
-"""
+"""The interface of rollout engines."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -14,26 +11,26 @@ from components.rlhf.data.records import Completion, Prompt
 
 
 class RolloutEngine(Protocol):
-    name: str  # what generates, with its version
+    name: str  # library and its version
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
-    version: int  # of the weights: the number of syncs
+    version: int  # version of the weights: the number of syncs so far
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int]) -> list[Completion]:
-        """One completion a prompt. A completion depends on its prompt, its seed and the weights, not on its neighbours."""
+        """Sample one completion per prompt. It depends on its prompt, its seed and the weights, not on the rest of the batch."""
         ...
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> int:
-        """Take over the trainer's weights, by their Hugging Face names, one at a time; return the new version.
+        """Load the trainer's weights, streamed under their Hugging Face names; return the new version.
 
-        Weights that are not among them stay as they are. A tied head follows the embeddings. Completions carry the version.
+        Weights that are not in the stream keep their values. A tied head follows the embeddings.
         """
         ...
 
     def prompt_logprobs(self, ids: Sequence[int]) -> Tensor:
-        """Log-prob of each id but the first, given those before it, at temperature 1: [len(ids) - 1] fp32.
+        """Log-prob of each id after the first, given those before it, at temperature 1: [len(ids) - 1] fp32.
 
-        For check_sync: what the trainer says of the same ids must agree after every sync.
+        check_sync compares it with the trainer's after every sync.
         """
         ...
 

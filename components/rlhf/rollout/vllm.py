@@ -1,9 +1,9 @@
-"""Rollouts with vLLM in the training process: the engine of GPUs, which runs on CPUs too.
+"""Rollouts with vLLM in the training process, on GPUs or CPUs.
 
-Written for vLLM 0.32. Several processes (torchrun) each make an engine at the same moment, after torch.distributed is
-initialised: with tensor_parallel_size 1 each is its own, above that neighbouring ranks hold one together.
-Tried on CPUs, with one process and with two, in tensor_parallel_size 1 and 2. Not verified on a GPU: sleep and wake, CUDA
-graphs, NCCL, and the sharing of a GPU's memory with the trainer.
+Written for vLLM 0.32. With several processes (torchrun) all create their engine together, after torch.distributed is
+initialized: with tensor_parallel_size 1 each has its own, above that neighboring ranks share one.
+Tested on CPUs with one and two processes and with tensor_parallel_size 1 and 2. Not verified on a GPU: sleep and wake, CUDA
+graphs, NCCL, and sharing a GPU's memory with the trainer.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from components.rlhf.data.tokenizer import encode_prompt, load_tokenizer
 from components.rlhf.rollout.vllm_errors import start_error
 from components.rlhf.text.errors import InputError
 
-# What vLLM itself accepts; outside of it, it would refuse, or silently sample at another temperature.
+# The range that vLLM supports; outside it, vLLM fails or silently samples at another temperature.
 TEMPERATURES = (0.01, 2.0)
 
 
@@ -41,15 +41,15 @@ class VllmRolloutEngine:
         max_model_len: int,
         num_sequences: int,
     ) -> None:
-        """dtype is the precision to sample in, max_model_len the most tokens of a prompt with its response, num_sequences
-        how many responses grow at once. Raises InputError when vLLM is missing or cannot start."""
+        """dtype is the precision to sample in, max_model_len the maximum length of prompt and response in tokens, and
+        num_sequences the maximum number of concurrent responses. Raises InputError if vLLM is missing or cannot start."""
         self.tokenizer = load_tokenizer(model_folder)
         self.stop_ids = stop_ids
         self.version = 0
         self.max_model_len = max_model_len
         self.dtype = dtype
         self.tensor_parallel_size = config.tensor_parallel_size
-        self._sleeping: set[str] = set()  # of "weights" and "kv_cache"
+        self._sleeping: set[str] = set()  # vLLM's wake-up tags: "weights", "kv_cache"
         self._owns_process_group = not torch.distributed.is_initialized()
         _check_processes(config.tensor_parallel_size)
         _configure_environment()
@@ -59,11 +59,11 @@ class VllmRolloutEngine:
         except ModuleNotFoundError as error:
             raise InputError(
                 f"ppo.rollout.engine is vllm, which is not installed (no module {error.name}); "
-                "pip install 'kfp-rlhf[gpu]' on a machine with NVIDIA GPUs, 'kfp-rlhf[cpu]' elsewhere, or set it to hf."
+                "run pip install 'kfp-rlhf[gpu]' with NVIDIA GPUs or 'kfp-rlhf[cpu]' without, or set it to hf."
             ) from error
         self.on_cpu = bool(current_platform.is_cpu())
-        # On a CPU no prompt is cut in pieces: after each piece vLLM winds a row's generator back, which only GPUs can.
-        memory: dict[str, Any] = (
+        # No chunked prefill on CPUs: after each chunk vLLM rewinds the generator of the request, which only GPUs support.
+        device_options: dict[str, Any] = (
             {
                 "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
                 "enable_chunked_prefill": False,
@@ -72,44 +72,44 @@ class VllmRolloutEngine:
             if self.on_cpu
             else {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": True}
         )
-        several = not self._owns_process_group and torch.distributed.get_world_size() > 1
+        is_distributed = not self._owns_process_group and torch.distributed.get_world_size() > 1
         self._llm: Any = None
         try:
             with _preserve_process_state():
                 self._llm = vllm.LLM(
                     str(model_folder),
-                    skip_tokenizer_init=True,  # ids go in and ids come out
-                    generation_config="vllm",  # no top-k, top-p or penalties of the model's own
+                    skip_tokenizer_init=True,  # input and output are ids
+                    generation_config="vllm",  # ignore top-k, top-p and penalties of generation_config.json
                     dtype=str(dtype).removeprefix("torch."),
                     max_model_len=max_model_len,
                     max_num_seqs=num_sequences,
-                    logprobs_mode="processed_logprobs",  # of logits / temperature, without stops that are still forbidden
+                    logprobs_mode="processed_logprobs",  # of logits / temperature, with early stop ids masked
                     tensor_parallel_size=config.tensor_parallel_size,
-                    distributed_executor_backend="external_launcher" if several else "uni",
+                    distributed_executor_backend="external_launcher" if is_distributed else "uni",
                     enforce_eager=self.on_cpu,
                     use_tqdm_on_load=False,
-                    **memory,
+                    **device_options,
                 )
-            # vLLM forbids the EOS of generation_config.json before min_tokens even where it is told to ignore it; only
-            # stop_ids count here, and in the trainer's log-probs.
+            # Even with generation_config="vllm", vLLM masks the EOS of generation_config.json before min_tokens; only
+            # stop_ids must be masked, as in the trainer's log-probs.
             self._llm.llm_engine.input_processor.generation_config_fields = {}
-            # What a kernel refuses (a head size, say) shows at the first step, not at the start.
+            # Unsupported kernels (e.g. of a head size) fail only at the first step, so run one.
             self.prompt_logprobs([0, 0])
-        except Exception as error:  # whatever vLLM and its kernels raise
+        except Exception as error:  # vLLM and its kernels raise any type
             self.close()
             raise start_error(error, model_folder=model_folder, config=config, max_model_len=max_model_len) from error
         self.name = f"vllm {vllm.__version__}"
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int]) -> list[Completion]:
-        """sampling.batch_size is not used: num_sequences of them grow at once. On a GPU the engine sleeps afterwards.
+        """sampling.batch_size is ignored in favor of num_sequences. On a GPU the engine sleeps afterwards.
 
-        With tensor_parallel_size above 1 all ranks that hold the engine call it together, each with prompts of its own.
+        With tensor_parallel_size above 1 this is collective over the ranks that share the engine; each passes its prompts.
         """
         prompt_ids = [encode_prompt(self.tokenizer, prompt.prompt) for prompt in prompts]
         self._check_request(prompt_ids, sampling)
-        first, everyones = self._gather(list(zip(prompt_ids, seeds, strict=True)))
+        offset, requests = self._gather(list(zip(prompt_ids, seeds, strict=True)))
         outputs = self._run(
-            [ids for ids, _ in everyones],
+            [ids for ids, _ in requests],
             [
                 {
                     "temperature": sampling.temperature,
@@ -117,17 +117,17 @@ class VllmRolloutEngine:
                     "min_tokens": sampling.min_new_tokens,
                     "seed": seed,
                     "stop_token_ids": list(self.stop_ids),
-                    "logprobs": 0,  # the sampled token's alone
+                    "logprobs": 0,  # only of the sampled token
                 }
-                for _, seed in everyones
+                for _, seed in requests
             ],
-        )[first : first + len(prompts)]
+        )[offset : offset + len(prompts)]
         self._sleep()
         completions = []
         for prompt, ids, output in zip(prompts, prompt_ids, outputs, strict=True):
             sampled = output.outputs[0]
             response = list(sampled.token_ids)
-            logprobs = [at[token].logprob for at, token in zip(sampled.logprobs, response, strict=True)]
+            logprobs = [by_id[token].logprob for by_id, token in zip(sampled.logprobs, response, strict=True)]
             completions.append(
                 Completion(
                     prompt=prompt,
@@ -143,29 +143,29 @@ class VllmRolloutEngine:
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> int:
         self._wake("weights")
-        # Restores each layer's shape, loads it, and lays it out for its kernel again, in the same memory: on a CPU the
-        # matrices were packed away at the start, and on a GPU captured graphs hold their addresses.
+        # reload_weights restores each layer's shape, loads it and processes it for its kernel again, in place: on a CPU
+        # the matrices were packed at the start, and on a GPU captured graphs hold their addresses.
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._copies(weights)})
         if self.on_cpu:
             self._llm.apply_model(_pack_heads)
-        # Keys and values of the old weights would otherwise be reused for prompts that begin alike.
+        # Otherwise prompts with a common prefix would reuse keys and values of the old weights.
         self._llm.reset_prefix_cache()
         self.version += 1
         return self.version
 
     def prompt_logprobs(self, ids: Sequence[int]) -> Tensor:
-        # A request for log-probs of the prompt reads no prefix cache, so all of it is computed with the weights of now.
+        # A request for prompt log-probs bypasses the prefix cache, so the current weights are used for all tokens.
         (output,) = self._run([list(ids)], [{"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0}])
         scored = zip(output.prompt_logprobs[1:], ids[1:], strict=True)
-        return torch.tensor([at[token].logprob for at, token in scored])
+        return torch.tensor([by_id[token].logprob for by_id, token in scored])
 
     def close(self) -> None:
-        """Free the engine's memory, and leave the trainer's process group as it is. A second call does nothing."""
+        """Free the engine's memory, without touching the trainer's process group. Idempotent."""
         with contextlib.suppress(ModuleNotFoundError):
             from vllm.distributed import parallel_state
 
-            # Not vLLM's own shutdown, which would also run when the engine is collected: it destroys the process group
-            # whoever made it.
+            # vLLM's own shutdown, which would also run on garbage collection, destroys the process group even if the
+            # trainer created it; so shut down the parts instead.
             if self._llm is not None:
                 client = self._llm.llm_engine.engine_core
                 client._finalizer.detach()
@@ -179,7 +179,7 @@ class VllmRolloutEngine:
                 parallel_state._WORLD = None
             if self._owns_process_group and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
-        gc.unfreeze()  # vLLM hides what it made from the collector
+        gc.unfreeze()  # vLLM freezes its objects, which hides them from the garbage collector
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -195,7 +195,7 @@ class VllmRolloutEngine:
             return list(
                 self._llm.generate(
                     [{"prompt_token_ids": ids} for ids in prompt_ids],
-                    [SamplingParams(detokenize=False, ignore_eos=True, **each) for each in parameters],
+                    [SamplingParams(detokenize=False, ignore_eos=True, **request) for request in parameters],
                     use_tqdm=False,
                 )
             )
@@ -204,49 +204,49 @@ class VllmRolloutEngine:
         longest = max((len(ids) for ids in prompt_ids), default=0)
         if longest + sampling.max_new_tokens > self.max_model_len:
             raise InputError(
-                f"A prompt of {longest} tokens and a response of up to {sampling.max_new_tokens} (max_new_tokens) do not fit "
-                f"the {self.max_model_len} tokens that vLLM was started with; lower max_new_tokens or shorten the prompts."
+                f"A prompt of {longest} tokens and a response of up to {sampling.max_new_tokens} (max_new_tokens) exceed "
+                f"the max_model_len of {self.max_model_len} that vLLM was started with; lower max_new_tokens or shorten the prompts."
             )
         if not TEMPERATURES[0] <= sampling.temperature <= TEMPERATURES[1]:
             raise InputError(
-                f"temperature is {sampling.temperature}, and vLLM samples between {TEMPERATURES[0]} and {TEMPERATURES[1]}; "
-                "choose one of these, or set ppo.rollout.engine to hf."
+                f"temperature is {sampling.temperature}, but vLLM supports {TEMPERATURES[0]} to {TEMPERATURES[1]}; "
+                "change it, or set ppo.rollout.engine to hf."
             )
 
     def _gather(self, rows: list[tuple[list[int], int]]) -> tuple[int, list[tuple[list[int], int]]]:
-        """The rows of all ranks that hold this engine, in the order of the ranks, and where this rank's begin."""
+        """The rows of all ranks that share this engine, in rank order, and the offset of this rank's rows."""
         if self.tensor_parallel_size == 1:
             return 0, rows
         from vllm.distributed import get_tp_group
 
         group = get_tp_group()
-        parts: list[Any] = [None] * group.world_size
-        torch.distributed.all_gather_object(parts, rows, group=group.cpu_group)
-        return sum(len(part) for part in parts[: group.rank_in_group]), [row for part in parts for row in part]
+        gathered: list[Any] = [None] * group.world_size
+        torch.distributed.all_gather_object(gathered, rows, group=group.cpu_group)
+        return sum(map(len, gathered[: group.rank_in_group])), [row for rank_rows in gathered for row in rank_rows]
 
     def _copies(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        # vLLM keeps the parts of a fused matrix (q, k and v) until it has them all; by then a trainer that shards its
-        # weights has freed the first. So one copy each, in the engine's precision, and never more than a layer's at once.
+        # vLLM holds the parts of a fused matrix (q, k and v) until it has all of them, but a trainer with sharded weights
+        # has freed the first by then. So copy each, in the engine's dtype; at most one layer's copies exist at a time.
         for name, weight in weights:
             yield name, weight.detach().to(self.dtype, copy=True)
 
     def _sleep(self) -> None:
-        """Hand the GPU's memory to the updates: the cache is dropped, the weights wait in main memory."""
+        """Free GPU memory for the updates: drop the cache and offload the weights to main memory."""
         if not self.on_cpu:
-            self._llm.sleep(level=1)  # at level 2 a second generate without a sync would run on no weights
+            self._llm.sleep(level=1)  # level 2 would discard the weights, so that generate would need a sync
             self._sleeping = {"weights", "kv_cache"}
 
-    def _wake(self, what: str) -> None:
-        if what in self._sleeping:
-            self._llm.wake_up(tags=[what])
-            self._sleeping.remove(what)
+    def _wake(self, tag: str) -> None:
+        if tag in self._sleeping:
+            self._llm.wake_up(tags=[tag])
+            self._sleeping.remove(tag)
 
 
 def _pack_heads(model: torch.nn.Module) -> None:
-    """Pack every output head anew from its weight, on a CPU.
+    """Pack every output head again from its weight, on a CPU.
 
-    There the head multiplies with a packed copy that is made when it is loaded. A tied head is never loaded, its weight is
-    the embeddings': after an update the copy would be the old head's, without an error, and every token be drawn from it.
+    There the head multiplies with a packed copy that is created when it is loaded. A tied head shares the weight of the
+    embeddings and is never loaded: after a sync its copy would silently remain that of the old weights.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -256,32 +256,36 @@ def _pack_heads(model: torch.nn.Module) -> None:
 
 
 def _configure_environment() -> None:
-    """What vLLM reads from the environment. A user's own value counts where setdefault is."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: weights need no transport
+    """Set vLLM's environment variables. A value set by the user takes precedence where setdefault is used."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+        "0"  # run the engine in this process, so that weights need no transfer
+    )
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_gib
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's threads use the same cores
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come as folders
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are local folders
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # 18 s of compilation before the first token
 
 
 def _check_processes(tensor_parallel_size: int) -> None:
-    initialised = torch.distributed.is_initialized()
-    world_size = torch.distributed.get_world_size() if initialised else 1
-    if not initialised and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RuntimeError("torch.distributed must be initialised before the engine is made: its ranks share the group")
+    is_initialized = torch.distributed.is_initialized()
+    world_size = torch.distributed.get_world_size() if is_initialized else 1
+    if not is_initialized and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RuntimeError(
+            "torch.distributed must be initialized before the vLLM engine is created, because it uses the process group"
+        )
     if world_size % tensor_parallel_size:
         raise InputError(
-            f"ppo.rollout.vllm.tensor_parallel_size is {tensor_parallel_size}, and {world_size} processes train; "
-            "choose a divisor of their number (ppo.training.num_processes)."
+            f"ppo.rollout.vllm.tensor_parallel_size is {tensor_parallel_size}, but must divide the {world_size} training "
+            "processes (ppo.training.num_processes); change one of them."
         )
 
 
 @contextlib.contextmanager
 def _preserve_process_state() -> Iterator[None]:
-    """vLLM seeds and draws from the process's generators, and on a CPU disables torch.set_num_threads: undo both."""
+    """Undo what vLLM changes: it seeds and uses the global generators, and on a CPU disables torch.set_num_threads."""
     set_num_threads, num_threads, state = torch.set_num_threads, torch.get_num_threads(), random.getstate()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:

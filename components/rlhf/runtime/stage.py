@@ -31,8 +31,8 @@ from components.rlhf.text.redaction import redact, redact_output
 from components.rlhf.tracking.mlflow import MANUAL_RUN_ID, Tracker, start_tracking, with_environment_uri
 
 if TYPE_CHECKING:  # register and notify run where torch is not installed
-    from components.rlhf.checkpoints.manager import CheckpointManager
     from components.rlhf.engine.protocol import Group
+    from components.rlhf.runtime.training import TrainingContext
 
 S = TypeVar("S", bound=BaseConfig)
 RUN_ID = "RLHF_RUN_ID"
@@ -60,19 +60,20 @@ class StageRun(Generic[S]):
     outputs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)
     on_success: list[Callable[[], None]] = field(default_factory=list)  # when the outputs have been reported
 
-    def checkpoints(self, config: CheckpointConfig, group: "Group", *inputs: Manifest) -> "CheckpointManager":
-        """The checkpoints of this stage for these inputs, under storage.checkpoint_uri; without one nothing is saved.
+    def training_context(self, config: CheckpointConfig, group: "Group", *inputs: Manifest) -> "TrainingContext":
+        """What a trainer works with. Its checkpoints are those of this stage for these inputs.
 
-        They are deleted when the stage succeeds.
+        They are under storage.checkpoint_uri (without one nothing is saved), and are deleted when the stage succeeds.
         """
         from components.rlhf.checkpoints.key import checkpoint_key
         from components.rlhf.checkpoints.manager import CheckpointManager  # imports torch
+        from components.rlhf.runtime.training import TrainingContext
 
         uri, key = self.storage.checkpoint_uri, checkpoint_key(self.name, self.config, *inputs)
         store = open_store(uri, self.storage, self.progress.log) if uri else None
-        manager = CheckpointManager(store, key, config, group, self.progress.log, self.stop)
-        self.on_success.append(manager.delete_all)
-        return manager
+        checkpoints = CheckpointManager(store, key, config, group, self.progress.log, self.stop)
+        self.on_success.append(checkpoints.delete_all)
+        return TrainingContext(checkpoints=checkpoints, progress=self.progress, tracker=self.tracker, group=group)
 
     def report_output(self, output: str, manifest: Manifest) -> None:
         """Report an artifact with its manifest as metadata."""

@@ -14,10 +14,11 @@ class InputError(Exception):
         return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def require_finite(value: float, *, what: str, step: int, batch: str, checkpoint: object) -> None:
-    """Raise InputError when a loss, a reward or a gradient is nan or infinite. batch says which records it came from."""
+class NonFiniteError(Exception):
+    """A loss or a gradient is nan or infinite. A trainer turns it into an InputError that names the latest checkpoint."""
+
+
+def require_finite(value: float, *, what: str, step: int, batch: str) -> None:
+    """Raise NonFiniteError when a loss or a gradient is nan or infinite. batch names the records that it came from."""
     if not math.isfinite(value):
-        last = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
-        raise InputError(
-            f"{what} is {value} at step {step} ({batch}); {last}. Lower the learning rate, or look at these records."
-        )
+        raise NonFiniteError(f"{what} is {value} at step {step} ({batch})")

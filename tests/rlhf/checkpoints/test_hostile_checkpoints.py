@@ -1,4 +1,4 @@
-"""Checkpoints in a store that others write to: a start takes the newest one that verifies, or says why not."""
+"""Checkpoints in a store that others can write to: the latest one that verifies is restored, others are skipped with a reason."""
 
 import hashlib
 import json
@@ -66,7 +66,7 @@ def root(saved: Path, tmp_path: Path) -> Path:
 
 
 def start(root: Path) -> tuple[int | None, float, list[str]]:
-    """The step that a start goes on from, the weights that it then has, and what it says; None and 0.0 for a fresh one."""
+    """The step that a run resumes from, its weights then, and what is logged; None and 0.0 when it starts over."""
     said: list[str] = []
     folder = CheckpointManager(FolderStore(root), KEY, CheckpointConfig(), log=said.append)
     actor = engine(0.0)
@@ -80,14 +80,14 @@ def start(root: Path) -> tuple[int | None, float, list[str]]:
 
 
 def rewrite(path: Path, content: bytes) -> Callable[[], None]:
-    """Write a file; the function that is returned undoes it."""
+    """Write a file; return a function that undoes it."""
     before = path.read_bytes()
     path.write_bytes(content)
     return lambda: path.write_bytes(before) and None
 
 
 def consistent(step: Path, **content: bytes) -> None:
-    """Change files of a checkpoint as somebody would who also writes its manifest."""
+    """Change files of a checkpoint and update its manifest."""
     entries = json.loads((step / MANIFEST).read_bytes())
     for name, data in {STATE if key == "state" else SHARD: data for key, data in content.items()}.items():
         (step / name).write_bytes(data)
@@ -95,13 +95,13 @@ def consistent(step: Path, **content: bytes) -> None:
     (step / MANIFEST).write_text(json.dumps(entries))
 
 
-def test_the_newest(root: Path) -> None:
+def test_latest_checkpoint_is_restored(root: Path) -> None:
     assert start(root) == (2, 2.0, [])
 
 
 @FUZZ
 @given(data=st.data())
-def test_a_manifest_with_anything_in_any_place(root: Path, data: st.DataObject) -> None:
+def test_manifest_with_arbitrary_values(root: Path, data: st.DataObject) -> None:
     path = root / KEY / NEW / MANIFEST
     content: Any = json.loads(path.read_bytes())
     name = data.draw(st.sampled_from([SHARD, STATE]))
@@ -123,7 +123,7 @@ def test_a_manifest_with_anything_in_any_place(root: Path, data: st.DataObject) 
     undo = rewrite(path, json.dumps(content).encode())
     try:
         outcome = one_sentence(lambda: start(root))
-        # A manifest without the shard is whole as far as it goes, and the engine finds nothing to load.
+        # A manifest without the shard is valid, but the engine finds nothing to load.
         assert outcome is None or outcome[:2] in [(2, 2.0), (1, 1.0)]
     finally:
         undo()
@@ -131,19 +131,19 @@ def test_a_manifest_with_anything_in_any_place(root: Path, data: st.DataObject) 
 
 @FUZZ
 @given(name=st.sampled_from([MANIFEST, STATE, SHARD]), content=st.binary(max_size=200) | st.just(b"[" * 100_000))
-def test_a_file_of_any_bytes(root: Path, name: str, content: bytes) -> None:
+def test_file_of_arbitrary_bytes(root: Path, name: str, content: bytes) -> None:
     undo = rewrite(root / KEY / NEW / name, content)
     try:
         step, weight, (said,) = start(root)
         assert (step, weight) == (1, 1.0)
-        assert said.startswith(f"checkpoint {NEW} is passed over: ")
+        assert said.startswith(f"checkpoint {NEW} is skipped: ")
     finally:
         undo()
 
 
 @FUZZ
 @given(state=JSON | st.fixed_dictionaries({"step": JSON}))
-def test_a_state_of_anything_that_its_manifest_vouches_for(root: Path, state: Any) -> None:
+def test_arbitrary_state_with_a_matching_digest(root: Path, state: Any) -> None:
     consistent(root / KEY / NEW, state=json.dumps(state).encode())
     step, weight, said = start(root)
     assert weight == (1.0 if said else 2.0)
@@ -153,7 +153,7 @@ def test_a_state_of_anything_that_its_manifest_vouches_for(root: Path, state: An
 @pytest.mark.parametrize(
     "state", [b'{"step": 1e999}', b'{"step": NaN}', b"[" * 100_000, b'{"step": 1, "step": 2}', b"\xff"]
 )
-def test_a_state_that_is_no_json(root: Path, state: bytes) -> None:
+def test_state_that_is_not_json(root: Path, state: bytes) -> None:
     consistent(root / KEY / NEW, state=state)
     step, weight, (said,) = start(root)
     assert (step, weight) == (1, 1.0) and "state.json cannot be read" in said
@@ -169,10 +169,10 @@ SHARDS = {
 
 
 @pytest.mark.parametrize("name", SHARDS)
-def test_a_shard_that_is_none_and_its_manifest_vouches_for(root: Path, name: str) -> None:
+def test_invalid_shard_with_a_matching_digest(root: Path, name: str) -> None:
     consistent(root / KEY / NEW, shard=SHARDS[name])
     with pytest.raises(
-        InputError, match=f"checkpoint {KEY}/{NEW} verifies, and its actor cannot be loaded .*; delete it"
+        InputError, match=f"checkpoint {KEY}/{NEW} verifies, but its actor cannot be loaded .*; delete it"
     ):
         start(root)
     one_sentence(lambda: start(root))
@@ -192,17 +192,17 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_that_lead_elsewhere(root: Path, name: str) -> None:
+def test_manifest_names_that_leave_the_checkpoint(root: Path, name: str) -> None:
     path = root / KEY / NEW / MANIFEST
     entries = json.loads(path.read_bytes())
     path.write_text(json.dumps(entries | {name: entries[STATE]}))
     step, _, (said,) = start(root)
-    assert step == 1 and "which is no file of a checkpoint" in said
+    assert step == 1 and "which is not a checkpoint file" in said
 
 
 @pytest.mark.parametrize("name", ["actor/engine-00001.safetensors", "actor/engine.safetensors", "critic/x", "code.py"])
 @pytest.mark.parametrize("linked", [True, False])
-def test_a_file_that_the_manifest_does_not_list(root: Path, name: str, linked: bool) -> None:
+def test_file_missing_from_the_manifest(root: Path, name: str, linked: bool) -> None:
     """DeepSpeed's engine reads the shards of any number of processes."""
     path = root / KEY / NEW / name
     path.parent.mkdir(exist_ok=True)
@@ -212,18 +212,18 @@ def test_a_file_that_the_manifest_does_not_list(root: Path, name: str, linked: b
         path.write_bytes((root / KEY / OLD / SHARD).read_bytes())
     step, weight, (said,) = start(root)
     assert (step, weight) == (1, 1.0)
-    assert said.endswith(f"it holds '{name}', which its manifest.json does not list")
+    assert said.endswith(f"it contains '{name}', which its manifest.json does not list")
 
 
 def link_out(path: Path, root: Path) -> None:
-    """Move what lies there out of the store, and put a link in its place: whoever follows it finds all as it was."""
+    """Move a path out of the store and put a symbolic link to it in its place."""
     outside = root.parent / "outside"
     path.rename(outside)
     path.symlink_to(outside)
 
 
 @pytest.mark.parametrize("name", [SHARD, STATE, MANIFEST, COMPLETE, "actor"])
-def test_a_link_out_of_a_checkpoint(root: Path, name: str) -> None:
+def test_symlink_out_of_a_checkpoint(root: Path, name: str) -> None:
     link_out(root / KEY / NEW / name, root)
     step, weight, (said,) = start(root)
     assert (step, weight) == (1, 1.0)
@@ -231,35 +231,35 @@ def test_a_link_out_of_a_checkpoint(root: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [f"{KEY}/{NEW}", f"{KEY}/{OLD}"])
-def test_a_checkpoint_that_is_a_link(root: Path, name: str) -> None:
+def test_checkpoint_that_is_a_symlink(root: Path, name: str) -> None:
     link_out(root / name, root)
     assert start(root)[0] == (1 if name.endswith(NEW) else 2)
 
 
 @pytest.mark.parametrize("name", ["run", "run/ppo", KEY])
-def test_a_folder_above_that_is_a_link(root: Path, name: str) -> None:
+def test_parent_folder_that_is_a_symlink(root: Path, name: str) -> None:
     link_out(root / name, root)
     with pytest.raises(InputError, match="leads out of .* by a link; delete the link"):
         start(root)
     assert not list((root.parent / "outside").rglob("lease.json"))
 
 
-def test_the_store_itself_may_be_reached_over_a_link(root: Path) -> None:
+def test_store_may_be_reached_through_a_symlink(root: Path) -> None:
     (root.parent / "here").symlink_to(root)
     assert start(root.parent / "here") == (2, 2.0, [])
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 @pytest.mark.parametrize("name", [SHARD, STATE, MANIFEST, COMPLETE])
-def test_a_pipe_or_a_folder_in_place_of_a_file(root: Path, name: str, make: Callable[[Path], None]) -> None:
+def test_pipe_or_folder_instead_of_a_file(root: Path, name: str, make: Callable[[Path], None]) -> None:
     (root / KEY / NEW / name).unlink()
     make(root / KEY / NEW / name)
     step, weight, (said,) = start(root)
-    assert (step, weight) == (1, 1.0) and f"checkpoint {NEW} is passed over" in said
+    assert (step, weight) == (1, 1.0) and f"checkpoint {NEW} is skipped" in said
 
 
 @pytest.mark.parametrize("name", [MANIFEST, STATE, SHARD])
-def test_10_gb_in_place_of_a_file(root: Path, name: str) -> None:
+def test_10_gb_file_is_refused_quickly(root: Path, name: str) -> None:
     started = time.monotonic()
     os.truncate(root / KEY / NEW / name, 10 * 10**9)  # sparse
     assert start(root)[0] == 1
@@ -269,7 +269,7 @@ def test_10_gb_in_place_of_a_file(root: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["step-00000003-zzzzzzzz", "step-00000003", "step-٣-00000000", "-", "step-99999999-00000000"]
 )
-def test_folders_of_other_names_and_an_empty_newer_one(root: Path, name: str) -> None:
+def test_unrelated_folders_and_an_empty_newer_checkpoint_are_skipped(root: Path, name: str) -> None:
     (root / KEY / name).mkdir()
     (root / KEY / name / "x").write_bytes(b"x")
     assert start(root)[:2] == (2, 2.0)
@@ -280,7 +280,7 @@ def test_folders_of_other_names_and_an_empty_newer_one(root: Path, name: str) ->
 
 @FUZZ
 @given(content=JSON.map(json.dumps).map(str.encode) | st.binary(max_size=50) | st.just(b"[" * 9999))
-def test_a_lease_of_anything(root: Path, content: bytes) -> None:
+def test_lease_with_arbitrary_content(root: Path, content: bytes) -> None:
     (root / KEY / "lease.json").write_bytes(content)
     assert one_sentence(lambda: start(root))[0] == 2
 
@@ -291,12 +291,12 @@ def test_a_lease_of_anything(root: Path, content: bytes) -> None:
     pid=st.integers() | JSON,
     rest=st.dictionaries(st.sampled_from(["owner", "started", "beat"]), JSON),
 )
-def test_a_lease_of_any_holder(root: Path, host: str, pid: Any, rest: dict[str, Any]) -> None:
+def test_lease_with_an_arbitrary_holder(root: Path, host: str, pid: Any, rest: dict[str, Any]) -> None:
     (root / KEY / "lease.json").write_text(json.dumps({"host": host, "pid": pid, **rest}))
     assert one_sentence(lambda: start(root))[0] == 2
 
 
-def test_a_lease_that_is_a_pipe_or_a_link_is_replaced_and_a_folder_is_refused(root: Path) -> None:
+def test_lease_that_is_a_pipe_or_symlink_is_replaced_and_a_folder_is_refused(root: Path) -> None:
     path, outside = root / KEY / "lease.json", root.parent / "outside"
     os.mkfifo(path)
     assert start(root)[0] == 2
@@ -305,5 +305,5 @@ def test_a_lease_that_is_a_pipe_or_a_link_is_replaced_and_a_folder_is_refused(ro
     assert start(root)[0] == 2
     assert outside.read_text() == "mine"
     path.mkdir()
-    with pytest.raises(InputError, match="lease.json cannot be written .Is a directory.; make room for it"):
+    with pytest.raises(InputError, match="lease.json cannot be written .Is a directory.; free some space"):
         Lease(FolderStore(root), f"{KEY}/lease.json", print).acquire()

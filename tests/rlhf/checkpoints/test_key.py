@@ -24,19 +24,19 @@ def changed(**config: Any) -> SftStageConfig:
     return SftStageConfig(**(dict(STAGE) | config))
 
 
-def test_is_the_stage_and_a_digest() -> None:
+def test_key_is_the_stage_and_a_digest() -> None:
     stage, digest = checkpoint_key("sft", STAGE, BASE, DATA).split("/")
     assert stage == "sft"
     assert len(digest) == 16
     assert set(digest) <= set("0123456789abcdef")
 
 
-def test_is_the_same_for_the_same_things() -> None:
+def test_key_is_reproducible() -> None:
     again = SftStageConfig.from_json(STAGE.canonical_json())
     assert checkpoint_key("sft", again, BASE, DATA) == checkpoint_key("sft", STAGE, BASE, DATA)
 
 
-def test_does_not_change_with_how_often_is_saved_nor_with_when_an_input_was_made() -> None:
+def test_key_ignores_save_interval_and_creation_times() -> None:
     expected = checkpoint_key("sft", STAGE, BASE, DATA)
     often = changed(checkpoint=CheckpointConfig(every_minutes=0.5, keep=9))
     assert checkpoint_key("sft", often, BASE, DATA) == expected
@@ -44,7 +44,7 @@ def test_does_not_change_with_how_often_is_saved_nor_with_when_an_input_was_made
 
 
 @pytest.mark.parametrize("training", [{"num_processes": 2}, {"timeout_minutes": 1}])
-def test_does_not_change_with_how_many_train_and_wait(training: dict[str, Any]) -> None:
+def test_key_ignores_process_count_and_timeout(training: dict[str, Any]) -> None:
     other = changed(sft=SftConfig(training=TrainingConfig(**training)))
     assert checkpoint_key("sft", other, BASE, DATA) == checkpoint_key("sft", STAGE, BASE, DATA)
 
@@ -60,11 +60,11 @@ def test_does_not_change_with_how_many_train_and_wait(training: dict[str, Any]) 
     ],
     ids=["seed", "frozen layers", "steps", "learning rate", "engine"],
 )
-def test_changes_with_every_other_setting(config: dict[str, Any]) -> None:
+def test_key_changes_with_every_other_setting(config: dict[str, Any]) -> None:
     assert checkpoint_key("sft", changed(**config), BASE, DATA) != checkpoint_key("sft", STAGE, BASE, DATA)
 
 
-def test_changes_with_the_inputs() -> None:
+def test_key_changes_with_the_inputs() -> None:
     other = replace(BASE, files={"a": FileEntry(sha256="2", size=1)})
     keys = {
         checkpoint_key("sft", STAGE, *inputs)
@@ -73,7 +73,7 @@ def test_changes_with_the_inputs() -> None:
     assert len(keys) == 5
 
 
-def test_changes_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_changes_with_the_code_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     before = checkpoint_key("sft", STAGE, BASE, DATA)
     monkeypatch.setattr(key_module, "code_revision", lambda: "abc+dirty")
     assert checkpoint_key("sft", STAGE, BASE, DATA) != before

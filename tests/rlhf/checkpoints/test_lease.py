@@ -1,4 +1,4 @@
-"""One writer a key: the second fails, the dead are replaced, and who was replaced hears of it."""
+"""One writer per key: a second one fails, a dead one is replaced, and a replaced one notices."""
 
 import json
 import subprocess
@@ -30,10 +30,10 @@ def write_other(root: Path, **other: object) -> None:
     (root / "ppo" / "abc" / "lease.json").write_text(json.dumps(holder | other))
 
 
-def test_a_second_writer_fails_with_the_name_of_the_first(tmp_path: Path) -> None:
+def test_second_writer_fails_and_names_the_first(tmp_path: Path) -> None:
     first = lease_in(tmp_path)
     first.acquire()
-    with pytest.raises(InputError, match=r"process \d+ on .* trains with the same settings and inputs, and writes"):
+    with pytest.raises(InputError, match=r"process \d+ on .* is training with the same settings and inputs and writes"):
         lease_in(tmp_path).acquire()
     first.check()
     first.release()
@@ -43,18 +43,18 @@ def test_a_second_writer_fails_with_the_name_of_the_first(tmp_path: Path) -> Non
     assert not list(tmp_path.rglob("lease.json"))
 
 
-def test_a_holder_on_another_machine_without_a_sign_of_life_is_replaced(tmp_path: Path) -> None:
+def test_silent_holder_on_another_machine_is_replaced(tmp_path: Path) -> None:
     write_other(tmp_path)
     said: list[str] = []
     started = time.monotonic()
     lease = lease_in(tmp_path, said)
     lease.acquire()
     assert time.monotonic() - started > 1.0
-    assert said[1] == "process 1 on elsewhere shows no sign of life; going on in its place"
+    assert said[1] == "process 1 on elsewhere sent no heartbeat; taking over its checkpoints"
     lease.release()
 
 
-def test_a_dead_process_of_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
+def test_dead_holder_on_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from components.rlhf.checkpoints.lease import Lease; "
         "from components.rlhf.storage.store import FolderStore; import os, signal; "
@@ -69,7 +69,7 @@ def test_a_dead_process_of_this_machine_is_replaced_at_once(tmp_path: Path) -> N
     lease.release()
 
 
-def test_another_process_with_the_number_of_a_dead_one_is_not_the_dead_one(tmp_path: Path) -> None:
+def test_reused_pid_is_not_mistaken_for_the_holder(tmp_path: Path) -> None:
     import os
     import socket
 
@@ -81,7 +81,7 @@ def test_another_process_with_the_number_of_a_dead_one_is_not_the_dead_one(tmp_p
     lease.release()
 
 
-def test_who_was_replaced_hears_of_it_and_leaves_the_new_one_alone(tmp_path: Path) -> None:
+def test_replaced_holder_fails_and_leaves_the_new_lease_alone(tmp_path: Path) -> None:
     first = lease_in(tmp_path)
     first.acquire()
     path = tmp_path / "ppo" / "abc" / "lease.json"
@@ -90,14 +90,14 @@ def test_who_was_replaced_hears_of_it_and_leaves_the_new_one_alone(tmp_path: Pat
     while not first.lost:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    with pytest.raises(InputError, match="process 9 on elsewhere trains"):
+    with pytest.raises(InputError, match="process 9 on elsewhere is training"):
         first.check()
     first.release()
     assert json.loads(path.read_text())["owner"] == "other"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"x" * 20_000])
-def test_a_lease_that_cannot_be_read_is_replaced(tmp_path: Path, content: bytes) -> None:
+def test_unreadable_lease_is_replaced(tmp_path: Path, content: bytes) -> None:
     write_other(tmp_path)
     (tmp_path / "ppo" / "abc" / "lease.json").write_bytes(content)
     lease = lease_in(tmp_path)

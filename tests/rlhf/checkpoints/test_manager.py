@@ -1,4 +1,4 @@
-"""Checkpoints in a folder: written whole or not at all, verified, the newest good one found again."""
+"""Checkpoints in a folder: atomic, verified, and the latest valid one is restored."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ class Counter:
 
 
 class Broken(FolderStore):
-    """A store that fails to write files of some name."""
+    """A store that cannot write files of a given name."""
 
     def __init__(self, folder: Path, name: str) -> None:
         super().__init__(folder)
@@ -58,7 +58,7 @@ class Broken(FolderStore):
 
 
 class Saver:
-    """A stage that saves to a folder; what it says is kept."""
+    """A stage that saves to a folder and keeps its log lines."""
 
     def __init__(
         self, store: FolderStore | Path | None, *, key: str = "ppo/abc", stop: StopSignal | None = None, **config: Any
@@ -88,7 +88,7 @@ def latest(root: Path) -> Path:
     return max((root / "ppo" / "abc").glob("step-*"))
 
 
-def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+def test_restore_returns_what_was_saved(tmp_path: Path) -> None:
     state = {"kl_coef": 0.1 + 0.2, "history": [{"a": 1.5}], "best": None}
     first = Saver(tmp_path)
     first.folder.save(7, {"actor": Counter(3), "critic": Counter(4)}, state)
@@ -102,7 +102,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     again.delete_all()
 
 
-def test_a_manifest_says_what_it_holds(tmp_path: Path) -> None:
+def test_manifest_has_digest_and_size_of_every_file(tmp_path: Path) -> None:
     """Digests by sha256sum of coreutils on the same bytes would be the same: sha256 of the empty input is well known."""
     import subprocess
 
@@ -115,7 +115,7 @@ def test_a_manifest_says_what_it_holds(tmp_path: Path) -> None:
         assert (latest(tmp_path) / name).stat().st_size == size
 
 
-def test_the_newest_counts_and_the_newest_are_kept(tmp_path: Path) -> None:
+def test_latest_checkpoint_is_restored_and_the_latest_are_kept(tmp_path: Path) -> None:
     saver = Saver(tmp_path, keep=2)
     for step in (9, 10, 100):
         saver.save(step)
@@ -123,14 +123,14 @@ def test_the_newest_counts_and_the_newest_are_kept(tmp_path: Path) -> None:
     assert Saver(tmp_path).restore() == ({"step": 100}, 100)
 
 
-def test_a_step_that_is_saved_again_counts_once_more(tmp_path: Path) -> None:
+def test_step_may_be_saved_again(tmp_path: Path) -> None:
     Saver(tmp_path, keep=1).save(5, 1)
     Saver(tmp_path, keep=1).save(5, 1)
     assert steps(tmp_path) == ["step-00000005"]
     assert Saver(tmp_path).restore()[1] == 1
 
 
-def test_one_that_was_passed_over_goes_when_training_has_gone_on(tmp_path: Path) -> None:
+def test_skipped_checkpoint_is_deleted_after_the_next_save(tmp_path: Path) -> None:
     saver = Saver(tmp_path)
     saver.save(1)
     saver.save(3)
@@ -152,7 +152,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a byte of the weights": (lambda f: break_byte(f / "actor/engine-00000.safetensors"), "sha256"),
     "a byte of the state": (lambda f: break_byte(f / "state.json"), "sha256"),
     "no weights": (lambda f: (f / "actor/engine-00000.safetensors").unlink(), "missing"),
-    "short weights": (lambda f: (f / "actor/engine-00000.safetensors").write_bytes(b"x"), "has 1 bytes instead of"),
+    "short weights": (lambda f: (f / "actor/engine-00000.safetensors").write_bytes(b"x"), "has 1 bytes, expected"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
     "half a manifest": (
         lambda f: (f / "manifest.json").write_text('{"state.json": ["'),
@@ -161,17 +161,17 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (lambda f: (f / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
     "deep nesting": (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json cannot be read"),
     "an empty manifest": (lambda f: (f / "manifest.json").write_text("{}"), "lacks state.json"),
-    "a way out": (lambda f: (f / "manifest.json").write_text('{"../../x": ["", 1]}'), "no file of a checkpoint"),
-    "a pickle": (lambda f: (f / "manifest.json").write_text('{"actor/engine.pt": ["", 1]}'), "no file of a checkpoint"),
+    "a way out": (lambda f: (f / "manifest.json").write_text('{"../../x": ["", 1]}'), "not a checkpoint file"),
+    "a pickle": (lambda f: (f / "manifest.json").write_text('{"actor/engine.pt": ["", 1]}'), "not a checkpoint file"),
     "a link": (
         lambda f: (f / "state.json").rename(f.parent / "s") and (f / "state.json").symlink_to(f.parent / "s"),
-        "state.json is reached over a link",
+        "state.json is reached through a symbolic link",
     ),
 }
 
 
 @pytest.mark.parametrize("what", BREAKS)
-def test_what_does_not_verify_is_passed_over_and_it_says_why(tmp_path: Path, what: str) -> None:
+def test_checkpoint_that_does_not_verify_is_skipped_with_a_reason(tmp_path: Path, what: str) -> None:
     damage, why = BREAKS[what]
     saver = Saver(tmp_path)
     saver.save(1)
@@ -180,32 +180,32 @@ def test_what_does_not_verify_is_passed_over_and_it_says_why(tmp_path: Path, wha
     again = Saver(tmp_path)
     assert again.restore() == ({"step": 1}, 1)
     (said,) = again.said
-    assert said.startswith(f"checkpoint {latest(tmp_path).name} is passed over: ")
+    assert said.startswith(f"checkpoint {latest(tmp_path).name} is skipped: ")
     assert why in said
 
 
-def test_when_none_verifies_training_begins_anew(tmp_path: Path) -> None:
+def test_training_starts_over_when_no_checkpoint_verifies(tmp_path: Path) -> None:
     Saver(tmp_path).save(1)
     (latest(tmp_path) / COMPLETE).unlink()
     again = Saver(tmp_path)
     assert again.restore() == (None, -1)
     assert len(again.said) == 1
-    again.save(1)  # what was interrupted is swept away
+    again.save(1)  # interrupted checkpoints are deleted
     assert len(list((tmp_path / "ppo" / "abc").glob("step-*"))) == 1
 
 
 @pytest.mark.parametrize("name", ["state.json", "manifest.json", COMPLETE])
-def test_a_save_that_fails_leaves_the_last_one_and_training_goes_on(tmp_path: Path, name: str) -> None:
+def test_failed_save_keeps_the_previous_checkpoint(tmp_path: Path, name: str) -> None:
     Saver(tmp_path).save(1)
     failing = Saver(Broken(tmp_path, name))
     failing.save(2)
     assert failing.said == [
-        "a checkpoint could not be written, going on without it ([Errno 28] No space left on device)"
+        "a checkpoint could not be written; training continues without it ([Errno 28] No space left on device)"
     ]
     assert Saver(tmp_path).restore() == ({"step": 1}, 1)
 
 
-def test_saves_that_fail_again_and_again_end_it(tmp_path: Path) -> None:
+def test_repeated_save_failures_end_training(tmp_path: Path) -> None:
     failing = Saver(Broken(tmp_path, COMPLETE))
     failing.save(1)
     failing.save(2)
@@ -213,7 +213,7 @@ def test_saves_that_fail_again_and_again_end_it(tmp_path: Path) -> None:
         failing.save(3)
 
 
-def test_a_save_that_succeeds_is_a_new_beginning(tmp_path: Path) -> None:
+def test_successful_save_resets_the_failure_count(tmp_path: Path) -> None:
     store = Broken(tmp_path, COMPLETE)
     saver = Saver(store)
     for step in range(1, 10):
@@ -222,7 +222,7 @@ def test_a_save_that_succeeds_is_a_new_beginning(tmp_path: Path) -> None:
     assert len(saver.said) == 6
 
 
-def test_saving_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_returns_before_the_disk_write_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
     gate = threading.Event()
@@ -231,36 +231,36 @@ def test_saving_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.M
     saver = Saver(tmp_path)
     actor = Counter(1)
     saver.folder.save(1, {"actor": actor}, {})
-    actor.number += 100  # training goes on while the gate is shut
+    actor.number += 100  # training continues while the write is blocked
     assert saver.folder.latest is None
     gate.set()
     saver.folder.wait()
     assert Saver(tmp_path).restore() == ({"step": 1}, 1)
 
 
-def test_what_is_no_json_is_an_error_at_once(tmp_path: Path) -> None:
+def test_state_that_is_not_json_is_an_error_at_once(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         Saver(tmp_path).folder.save(1, {"actor": Counter(1)}, {"no JSON": object()})
     assert not list(tmp_path.rglob(COMPLETE))
 
 
-def test_nothing_is_found_in_an_empty_folder_or_under_another_key(tmp_path: Path) -> None:
+def test_restore_finds_nothing_in_an_empty_store_or_under_another_key(tmp_path: Path) -> None:
     assert Saver(tmp_path).restore() == (None, -1)
     Saver(tmp_path, key="ppo/abc").save(1)
     assert Saver(tmp_path, key="ppo/abd").restore() == (None, -1)
 
 
-def test_clear_deletes_this_stage_alone(tmp_path: Path) -> None:
+def test_delete_all_deletes_only_this_stage(tmp_path: Path) -> None:
     ours, others = Saver(tmp_path), Saver(tmp_path, key="sft/def")
     ours.save(1)
     others.save(1)
     ours.folder.delete_all()
     assert ours.restore() == (None, -1)
     assert others.restore() == ({"step": 1}, 1)
-    ours.folder.delete_all()  # twice is no error
+    ours.folder.delete_all()  # deleting twice is not an error
 
 
-def test_without_a_store_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manager_without_a_store_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     saver = Saver(None, every_minutes=0.0)
     assert not saver.folder.should_save()
@@ -271,7 +271,7 @@ def test_without_a_store_nothing_happens(tmp_path: Path, monkeypatch: pytest.Mon
     assert not list(tmp_path.iterdir())
 
 
-def test_due_every_so_many_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_should_save_every_given_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(manager.time, "monotonic", lambda: now)
     saver = Saver(tmp_path, every_minutes=2.0)
@@ -286,7 +286,7 @@ def test_due_every_so_many_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert saver.folder.should_save()
 
 
-def test_a_signal_saves_and_ends(tmp_path: Path) -> None:
+def test_signal_saves_a_checkpoint_and_ends_the_stage(tmp_path: Path) -> None:
     stop = StopSignal()
     saver = Saver(tmp_path, stop=stop)
     assert not saver.folder.should_save()
@@ -295,12 +295,12 @@ def test_a_signal_saves_and_ends(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as end:
         saver.save(4)
     assert end.value.code == 143
-    assert saver.said == ["saved step 4; ending on SIGTERM, and going on from there when started again"]
+    assert saver.said == ["saved step 4 and exiting on SIGTERM; the stage resumes from it when started again"]
     assert Saver(tmp_path).restore() == ({"step": 4}, 4)
 
 
-def test_shares_of_several_processes_are_one_checkpoint(tmp_path: Path) -> None:
-    """The first waits for the digests of the others, and its manifest names all shards."""
+def test_shards_of_several_ranks_form_one_checkpoint(tmp_path: Path) -> None:
+    """Rank 0 waits for the digests of the other ranks, and its manifest names all shards."""
     import threading
 
     store = FolderStore(tmp_path)
@@ -319,9 +319,9 @@ def test_shares_of_several_processes_are_one_checkpoint(tmp_path: Path) -> None:
     assert [int(load_file(local / f"actor/engine-0000{rank}.safetensors")["number"]) for rank in (0, 1)] == [0, 1]
 
 
-def test_a_share_that_fails_fails_the_checkpoint(tmp_path: Path) -> None:
+def test_failed_shard_fails_the_checkpoint(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     store.write("k/step-00000001-00000000/shards-00001.json", b'{"error": "disk full"}')
-    with pytest.raises(InputError, match="another process could not write its share: disk full"):
+    with pytest.raises(InputError, match="another rank could not write its shards: disk full"):
         files.write_checkpoint(store, "k/step-00000001-00000000", files.Shards(0, 2, {}), "{}")
     assert not files.is_complete(store, "k/step-00000001-00000000")

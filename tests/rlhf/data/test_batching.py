@@ -9,7 +9,6 @@ from components.rlhf.data.batching import (
     collate,
     epoch_order,
     local_microbatches,
-    num_steps,
     split_by_tokens,
     step_batches,
 )
@@ -21,7 +20,7 @@ ROWS = st.lists(st.tuples(IDS.filter(bool), IDS), min_size=1, max_size=5)
 # --- collate ---
 
 
-def test_the_example_of_the_docstring() -> None:
+def test_example_of_docstring() -> None:
     batch = collate([[5, 6], [7]], [[8, 2], [9, 9, 2]])
     assert len(batch) == 2
     assert batch.input_ids.tolist() == [[5, 6, 8, 2], [7, 9, 9, 2]]
@@ -29,41 +28,41 @@ def test_the_example_of_the_docstring() -> None:
     assert batch.response_mask.tolist() == [[True, True, False], [True, True, True]]
     assert batch.prompt_lengths.tolist() == [2, 1]
     assert batch.response_lengths.tolist() == [2, 3]
-    # The state before the first action is the end of the prompt; what lies behind a row is clamped into it.
+    # The state before the first action is the last prompt token; positions beyond the row are clamped.
     assert batch.state_positions().tolist() == [[1, 2, 3], [0, 1, 2]]
     assert batch.last_positions().tolist() == [3, 3]
     assert batch.input_ids.dtype == batch.response_ids.dtype == torch.int64
     assert batch.response_mask.dtype == torch.bool
 
 
-def test_positions_behind_a_short_row_are_clamped() -> None:
+def test_positions_beyond_the_row_width_are_clamped() -> None:
     batch = collate([[1, 1, 1], [1]], [[2], [2, 2, 2]])
     assert batch.input_ids.shape == (2, 4)
     assert batch.state_positions().tolist() == [[2, 3, 3], [0, 1, 2]]
     assert batch.last_positions().tolist() == [3, 3]
 
 
-def test_an_empty_response_has_no_action() -> None:
+def test_empty_response_has_no_action() -> None:
     batch = collate([[4, 5]], [[]])
     assert batch.response_mask.tolist() == [[False]]
     assert batch.response_lengths.tolist() == [0]
     assert batch.last_positions().tolist() == [1]
 
 
-def test_a_prompt_needs_a_token() -> None:
+def test_empty_prompt_is_rejected() -> None:
     with pytest.raises(ValueError, match="a prompt has no tokens"):
         collate([[1], []], [[2], [2]])
 
 
-def test_prompts_and_responses_go_together() -> None:
+def test_different_numbers_of_prompts_and_responses_are_rejected() -> None:
     with pytest.raises((ValueError, RuntimeError)):
         collate([[1], [1]], [[2]])
 
 
 @settings(max_examples=50, deadline=None)
 @given(ROWS)
-def test_every_token_comes_back(rows: list[tuple[list[int], list[int]]]) -> None:
-    """Lengths alone say what is real: id 0 is an id like any other."""
+def test_all_tokens_can_be_recovered(rows: list[tuple[list[int], list[int]]]) -> None:
+    """Masks depend only on lengths: id 0 is a normal id."""
     prompts, responses = [row[0] for row in rows], [row[1] for row in rows]
     batch = collate(prompts, responses)
     for row, (prompt, response) in enumerate(rows):
@@ -76,23 +75,23 @@ def test_every_token_comes_back(rows: list[tuple[list[int], list[int]]]) -> None
         assert states == ([prompt[-1], *response])[: len(response)]
 
 
-def test_select_and_to_keep_shapes() -> None:
+def test_select_and_to_keep_padded_widths() -> None:
     batch = collate([[5, 6], [7], [8]], [[8, 2], [9, 9, 2], [1]])
-    some = batch.select(torch.tensor([2, 0])).to(torch.device("cpu"))
-    assert some.input_ids.tolist() == [[8, 1, 0, 0], [5, 6, 8, 2]]
-    assert some.response_ids.tolist() == [[1, 0, 0], [8, 2, 0]]
-    assert some.response_lengths.tolist() == [1, 2]
-    assert some.prompt_lengths.tolist() == [1, 2]
+    selected = batch.select(torch.tensor([2, 0])).to(torch.device("cpu"))
+    assert selected.input_ids.tolist() == [[8, 1, 0, 0], [5, 6, 8, 2]]
+    assert selected.response_ids.tolist() == [[1, 0, 0], [8, 2, 0]]
+    assert selected.response_lengths.tolist() == [1, 2]
+    assert selected.prompt_lengths.tolist() == [1, 2]
 
 
 # --- microbatches ---
 
 
-def test_split_by_tokens_by_hand() -> None:
+def test_split_by_tokens() -> None:
     # By length: 1 (1), 3 (3), 0 (4), 2 (9). Padded: 1 x 1, then 2 x 3 = 6, then 3 x 4 = 12 is over 10.
     assert split_by_tokens([4, 1, 9, 3], 10) == [[1, 3], [0], [2]]
     assert split_by_tokens([5, 5], 10) == [[0, 1]]
-    assert split_by_tokens([11, 1], 10) == [[1], [0]]  # too long for any budget: on its own
+    assert split_by_tokens([11, 1], 10) == [[1], [0]]  # longer than the budget: a group alone
     assert split_by_tokens([], 10) == []
 
 
@@ -116,50 +115,45 @@ def test_epoch_order_depends_on_seed_and_epoch() -> None:
     assert first != list(range(50))
     assert first != epoch_order(50, seed=1, epoch=1)
     assert first != epoch_order(50, seed=2, epoch=0)
-    # 1 and 11 of seed and epoch are not 11 and 1.
+    # Seed 1 with epoch 11 differs from seed 11 with epoch 1.
     assert epoch_order(50, seed=1, epoch=11) != epoch_order(50, seed=11, epoch=1)
 
 
-def test_every_machine_shuffles_alike() -> None:
-    """A resumed run may continue on another machine and another Python; the order is fixed for good."""
+def test_epoch_order_is_fixed_across_machines() -> None:
+    """A resumed run may continue on another machine with another Python version."""
     assert epoch_order(8, seed=0, epoch=0) == [0, 2, 1, 4, 6, 7, 3, 5]
 
 
-def test_an_epoch_covers_everything_and_may_end_short() -> None:
+def test_epoch_covers_all_rows_and_last_batch_may_be_short() -> None:
     batches = list(step_batches(7, 3, seed=0, num_epochs=2, max_steps=0))
     assert [len(batch) for batch in batches] == [3, 3, 1, 3, 3, 1]
     assert sum(batches[:3], []) == epoch_order(7, seed=0, epoch=0)
     assert sum(batches[3:], []) == epoch_order(7, seed=0, epoch=1)
 
 
-def test_max_steps_is_a_prefix() -> None:
-    """A run that is cut short sees the same batches as a longer one."""
-    whole = list(step_batches(7, 3, seed=0, num_epochs=2, max_steps=0))
+def test_max_steps_yields_a_prefix() -> None:
+    """A shorter run sees the same batches as a longer one."""
+    all_batches = list(step_batches(7, 3, seed=0, num_epochs=2, max_steps=0))
     for steps in range(1, 7):
-        assert list(step_batches(7, 3, seed=0, num_epochs=2, max_steps=steps)) == whole[:steps]
-    assert list(islice(step_batches(7, 3, seed=0, num_epochs=2, max_steps=99), 99)) == whole
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(0, 20), st.integers(1, 8), st.integers(1, 3), st.integers(0, 12))
-def test_num_steps_agrees(size: int, batch_size: int, num_epochs: int, max_steps: int) -> None:
-    limits = {"num_epochs": num_epochs, "max_steps": max_steps}
-    steps = list(step_batches(size, batch_size, seed=0, **limits))
-    assert num_steps(size, batch_size, **limits) == len(steps)
+        assert list(step_batches(7, 3, seed=0, num_epochs=2, max_steps=steps)) == all_batches[:steps]
+    assert list(islice(step_batches(7, 3, seed=0, num_epochs=2, max_steps=99), 99)) == all_batches
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(1, 5), st.integers(1, 60))
-def test_processes_share_a_step_and_run_as_many_passes(lengths: list[int], world_size: int, max_tokens: int) -> None:
+def test_ranks_split_a_step_into_equally_many_microbatches(
+    lengths: list[int], world_size: int, max_tokens: int
+) -> None:
     counts = [len(split_by_tokens(lengths[rank::world_size], max_tokens)) for rank in range(world_size)]
-    shares = [
+    by_rank = [
         local_microbatches(
             lengths, max_tokens, rank=rank, world_size=world_size, max_over_ranks=lambda n: max([n, *counts])
         )
         for rank in range(world_size)
     ]
-    assert {len(share) for share in shares} == {max(counts)}
-    weighed = [(row, weight) for share in shares for rows, weight in share for row in rows]
-    assert sorted(row for row, weight in weighed if weight == 1) == list(range(len(lengths)))  # every row once
-    assert {row for row, weight in weighed if weight != 1} <= {0}
-    assert all(rows for share in shares for rows, _ in share)  # a pass over nothing has no gradients
+    assert {len(microbatches) for microbatches in by_rank} == {max(counts)}
+    rows_with_weights = [(row, weight) for microbatches in by_rank for rows, weight in microbatches for row in rows]
+    assert sorted(row for row, weight in rows_with_weights if weight == 1) == list(range(len(lengths)))
+    assert {row for row, weight in rows_with_weights if weight != 1} <= {0}
+    # A pass over no rows has no gradients.
+    assert all(rows for microbatches in by_rank for rows, _ in microbatches)

@@ -20,7 +20,7 @@ RECORDS: list[list[Any]] = [
 
 
 @pytest.mark.parametrize("records", RECORDS, ids=lambda records: type(records[0]).__name__)
-def test_what_is_saved_is_loaded(tmp_path: Path, records: list[Any]) -> None:
+def test_save_and_load_round_trip(tmp_path: Path, records: list[Any]) -> None:
     save_dataset(tmp_path, {"train": records, "heldout": []}, max_tokens=8, counts={"read": 3})
     assert load_records(tmp_path, "train", type(records[0])) == records
     assert load_records(tmp_path, "heldout", type(records[0])) == []
@@ -30,15 +30,15 @@ def test_what_is_saved_is_loaded(tmp_path: Path, records: list[Any]) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"train.jsonl", "heldout.jsonl", "dataset.json"}
 
 
-def test_a_split_is_readable_jsonl(tmp_path: Path) -> None:
+def test_split_is_plain_jsonl(tmp_path: Path) -> None:
     save_dataset(tmp_path, {"train": [Prompt(prompt="ü", id="x")]}, max_tokens=8, counts={})
     text = (tmp_path / "train.jsonl").read_text(encoding="utf-8")
     assert text == '{"prompt": "ü", "id": "x"}\n'
     assert json.loads(text)["prompt"] == "ü"
 
 
-def test_a_missing_split(tmp_path: Path) -> None:
+def test_missing_split(tmp_path: Path) -> None:
     save_dataset(tmp_path, {"train": []}, max_tokens=8, counts={})
     with pytest.raises(InputError) as caught:
         load_records(tmp_path, "validation", Prompt)
-    assert str(caught.value) == f"{tmp_path} has no split 'validation'; make the data set again with prepare_data."
+    assert str(caught.value) == f"{tmp_path} has no split 'validation'; run prepare_data again."

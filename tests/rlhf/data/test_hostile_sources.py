@@ -1,4 +1,4 @@
-"""Data files that somebody made to break us: rows, or one sentence, in bounded memory."""
+"""Malicious data files: they give rows or a one-line error, in bounded memory."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def read(path: Path) -> list[object] | None:
 
 
 def mutate(data: st.DataObject, good: bytes) -> bytes:
-    """Bytes changed, cut out or put in at random places."""
+    """Change, remove or insert bytes at random positions."""
     content = bytearray(good)
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(content)))
@@ -49,16 +49,16 @@ def mutate(data: st.DataObject, good: bytes) -> bytes:
 
 @FUZZ
 @given(data=st.data())
-def test_any_bytes_in_jsonl(tmp_path: Path, data: st.DataObject) -> None:
+def test_arbitrary_bytes_in_jsonl(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(mutate(data, "".join(json.dumps(row) + "\n" for row in ROWS[:3]).encode()))
-    for place, row in read(path) or []:
-        assert place.startswith(f"{path}:") and isinstance(row, dict)
+    for location, row in read(path) or []:
+        assert location.startswith(f"{path}:") and isinstance(row, dict)
 
 
 @FUZZ
 @given(data=st.data())
-def test_any_bytes_in_parquet(tmp_path: Path, data: st.DataObject) -> None:
+def test_arbitrary_bytes_in_parquet(tmp_path: Path, data: st.DataObject) -> None:
     path, good = tmp_path / "data.parquet", tmp_path / "good.parquet"
     if not good.exists():
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), good)
@@ -67,17 +67,17 @@ def test_any_bytes_in_parquet(tmp_path: Path, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\0", b"{", b'{"prompt": "'])
-def test_a_line_of_10_gb_is_refused_in_the_memory_of_a_short_one(tmp_path: Path, content: bytes) -> None:
+def test_10_gb_line_is_rejected_in_bounded_memory(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
-    os.truncate(path, 10 * 10**9)  # takes no room on the disk
-    said = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, timeout=60)
-    sentence, memory = said.stdout.splitlines()
-    assert sentence == f"{path}:1 is longer than 16 MiB; each line must be one record."
+    os.truncate(path, 10 * 10**9)  # sparse, takes no disk space
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, timeout=60)
+    message, memory = done.stdout.splitlines()
+    assert message == f"{path}:1 is longer than 16 MiB; each line must be one record."
     assert int(memory) < 100e6
 
 
-def test_a_zip_bomb_is_no_data_file(tmp_path: Path) -> None:
+def test_zip_bomb_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("data.jsonl", b"0" * 10**8)

@@ -12,26 +12,26 @@ TOKENIZER = make_tiny_tokenizer()  # one token a character
 SOURCE = DataSource(path="x.jsonl")
 
 
-def settings(**changes: Any) -> DataConfig:
+def data_config(**changes: Any) -> DataConfig:
     return DataConfig(preferences=SOURCE, prompts=SOURCE, max_prompt_tokens=4, max_tokens=10, **changes)
 
 
 def drop(record: Any, **changes: Any) -> tuple[bool, Counter[str]]:
     """Whether the record is kept, and the counts."""
     counts: Counter[str] = Counter(read=1, kept=1)
-    return bool(drop_too_long([record], settings(**changes), TOKENIZER, counts)), counts
+    return bool(drop_too_long([record], data_config(**changes), TOKENIZER, counts)), counts
 
 
-def test_a_prompt_may_be_as_long_as_the_limit() -> None:
+def test_prompt_at_the_limit_is_kept() -> None:
     assert drop(Prompt(prompt="1234")) == (True, Counter(read=1, kept=1))
     assert drop(Prompt(prompt="12345")) == (False, Counter(read=1, kept=0, dropped_long_prompt=1))
 
 
-def test_a_prompt_without_tokens_is_dropped() -> None:
+def test_prompt_without_tokens_is_dropped() -> None:
     assert drop(Prompt(prompt="")) == (False, Counter(read=1, kept=0, dropped_no_tokens=1))
 
 
-# 4 of the prompt, 5 of the completion and EOS are 10.
+# 4 tokens of the prompt, 5 of the completion and EOS are 10.
 @pytest.mark.parametrize(
     ("fits", "too_long"),
     [
@@ -50,18 +50,18 @@ def test_a_prompt_without_tokens_is_dropped() -> None:
         ),
     ],
 )
-def test_a_text_may_be_as_long_as_leaves_room_for_eos(fits: Any, too_long: Any) -> None:
+def test_one_token_is_reserved_for_eos(fits: Any, too_long: Any) -> None:
     assert drop(fits) == (True, Counter(read=1, kept=1))
     assert drop(too_long) == (False, Counter(read=1, kept=0, dropped_long_text=1))
     assert drop(too_long, over_length="cut") == (True, Counter(read=1, kept=1))
 
 
-def test_cutting_is_for_texts_and_not_for_prompts() -> None:
+def test_over_length_cut_does_not_apply_to_prompts() -> None:
     assert drop(Demonstration(prompt="12345", completion="1"), over_length="cut")[0] is False
 
 
-def test_order_and_counts_of_many() -> None:
+def test_order_is_kept_and_counts_are_updated() -> None:
     counts = Counter(read=5, kept=4, dropped_empty=1)
     records = [Prompt(prompt=text) for text in ("b", "12345", "a", "67890")]
-    assert drop_too_long(records, settings(), TOKENIZER, counts) == [records[0], records[2]]
+    assert drop_too_long(records, data_config(), TOKENIZER, counts) == [records[0], records[2]]
     assert counts == {"read": 5, "kept": 2, "dropped_empty": 1, "dropped_long_prompt": 2}

@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from components.rlhf.data.movie_ratings import opening, read_movie_ratings
+from components.rlhf.data.movie_ratings import opening_words, read_movie_ratings
 from components.rlhf.data.records import RatedText
 from components.rlhf.text.errors import InputError
 
 TEXTS = (
     "1_1\t0.1\ta film of great charm and wit\n"
-    "\ufeff1_2\t-2\tdull from the start to its end , I fear\n"  # a stray mark hides the id
+    "\ufeff1_2\t-2\tdull from the start to its end , I fear\n"  # a stray byte-order mark before the id
     "1_3\t3\tonly five words are here\n"
-    "1_4\t1\tit has no ratings of its own\n"
-    "no table at all\n"
+    "1_4\t1\tit has no ratings here at all\n"
+    "not a table row\n"
 )
 RATINGS = (
-    "1_1\t9.9\t1.0\t[1, 2, 2, 2]\n"  # 1.75; the mean that is written there is rounded, or wrong
+    "1_1\t9.9\t1.0\t[1, 2, 2, 2]\n"  # mean 1.75, not the one in the file
     "1_2\t9.9\t1.0\t[-2, -1]\r\n"
     "1_3\t9.9\t1.0\t[0]\n"
     "1_5\t9.9\t1.0\t[4]\n"  # no text
@@ -37,7 +37,7 @@ def archive(files: dict[str, bytes]) -> bytes:
 
 @pytest.fixture
 def build(tmp_path: Path) -> Build:
-    """An archive within an archive, as the sdist is."""
+    """An archive inside an archive, like the sdist."""
 
     def sdist(
         texts: bytes = TEXTS.encode(), ratings: bytes = RATINGS.encode(), inner: str = "hutto_ICWSM_2014.tar.gz"
@@ -51,50 +51,50 @@ def build(tmp_path: Path) -> Build:
     return sdist
 
 
-def test_by_hand(build: Build) -> None:
+def test_read_movie_ratings(build: Build) -> None:
     assert read_movie_ratings(build()) == [
         RatedText(prompt="a film of great", completion=" charm and wit", rating=1.75),
         RatedText(prompt="dull from the start", completion=" to its end , I fear", rating=-1.5),
     ]
 
 
-def test_six_words_are_enough(build: Build) -> None:
+def test_snippets_shorter_than_six_words_are_dropped(build: Build) -> None:
     texts = b"1_1\t0\tone two three four five six\n1_2\t0\tone two three four five\n"
     assert [text.completion for text in read_movie_ratings(build(texts))] == [" five six"]
 
 
-def test_another_archive(build: Build, tmp_path: Path) -> None:
+def test_archive_without_inner_archive_is_rejected(build: Build, tmp_path: Path) -> None:
     other = build(inner="something_else.tar.gz")
     with pytest.raises(InputError, match="is not the vaderSentiment 3.3.2 sdist with its ratings"):
         read_movie_ratings(other)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK no tar", b"\x1f\x8b\x08 cut short"])
-def test_no_archive(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"PK not a tar", b"\x1f\x8b\x08 truncated"])
+def test_file_that_is_not_an_archive_is_rejected(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.tar.gz").write_bytes(content)
     with pytest.raises(InputError, match="is not the vaderSentiment 3.3.2 sdist with its ratings"):
         read_movie_ratings(tmp_path / "x.tar.gz")
 
 
-def test_an_archive_that_is_cut_short(build: Build) -> None:
+def test_truncated_archive_is_rejected(build: Build) -> None:
     path = build()
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(InputError, match="fetch it again"):
+    with pytest.raises(InputError, match="download it again"):
         read_movie_ratings(path)
 
 
-def test_an_archive_without_the_ratings(tmp_path: Path) -> None:
+def test_archive_without_ratings_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "x.tar.gz"
     path.write_bytes(archive({"v/hutto_ICWSM_2014.tar.gz": archive({"hutto_ICWSM_2014/readme.txt": b""})}))
     with pytest.raises(InputError, match=r"movieReviewSnippets_GroundTruth\.txt"):
         read_movie_ratings(path)
 
 
-def test_ratings_in_another_encoding(build: Build) -> None:
+def test_other_encoding_is_rejected(build: Build) -> None:
     with pytest.raises(InputError, match="is not the vaderSentiment 3.3.2 sdist"):
         read_movie_ratings(build(texts="1_1\t0\tcafé".encode("latin-1")))
 
 
-def test_an_opening_is_one_key_whatever_the_case() -> None:
-    assert opening("The  Film\tis good", 2) == "the film" == opening("THE FILM", 2)
-    assert opening("The", 2) == "the"
+def test_opening_words_ignore_case_and_whitespace() -> None:
+    assert opening_words("The  Film\tis good", 2) == "the film" == opening_words("THE FILM", 2)
+    assert opening_words("The", 2) == "the"

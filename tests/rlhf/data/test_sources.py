@@ -27,7 +27,7 @@ def rows(path: Path, **options: Any) -> list[tuple[str, dict[str, Any]]]:
     return list(read_rows(DataSource(path=str(path), **options)))
 
 
-def refusal(path: Path, **options: Any) -> str:
+def error_message(path: Path, **options: Any) -> str:
     with pytest.raises(InputError) as caught:
         rows(path, **options)
     message = str(caught.value)
@@ -39,95 +39,98 @@ def refusal(path: Path, **options: Any) -> str:
 
 
 def test_jsonl(write: Write) -> None:
-    path = write(b'{"prompt": "a", "n": 1}\n{"prompt": "b"}')  # no line end after the last
+    path = write(b'{"prompt": "a", "n": 1}\n{"prompt": "b"}')  # no newline at the end
     assert rows(path) == [(f"{path}:1", {"prompt": "a", "n": 1}), (f"{path}:2", {"prompt": "b"})]
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.ndjson"])
-def test_endings_that_mean_jsonl(tmp_path: Path, name: str) -> None:
+def test_jsonl_suffixes(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b'{"prompt": "a"}\n')
     assert len(rows(tmp_path / name)) == 1
 
 
-def test_any_ending_with_a_format(tmp_path: Path) -> None:
+def test_explicit_format_allows_any_suffix(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes(b'{"prompt": "a"}\n')
     assert len(rows(tmp_path / "x.txt", format="jsonl")) == 1
 
 
-def test_a_byte_order_mark_at_the_start_is_no_text(write: Write) -> None:
+def test_byte_order_mark_is_ignored(write: Write) -> None:
     assert rows(write(b'\xef\xbb\xbf{"prompt": "a"}\n'))[0][1] == {"prompt": "a"}
 
 
 def test_blank_lines_count_as_lines(write: Write) -> None:
     path = write(b'\n{"prompt": "a"}\r\n   \t\n\n{"prompt": "b"}\n\n')
-    assert [place for place, _ in rows(path)] == [f"{path}:2", f"{path}:5"]
+    assert [location for location, _ in rows(path)] == [f"{path}:2", f"{path}:5"]
 
 
-def test_text_beyond_ascii(write: Write) -> None:
-    # A line separator inside a text is no end of a line, and a whole surrogate pair is one character.
+def test_non_ascii_text(write: Write) -> None:
+    # A Unicode line separator does not end a line, and a surrogate pair is one character.
     path = write('{"prompt": "ü\u2028\u0085"}\n{"prompt": "\\ud83d\\ude00"}\n'.encode())
     assert [row["prompt"] for _, row in rows(path)] == ["ü\u2028\u0085", "\U0001f600"]
 
 
-def test_an_empty_file_has_no_rows(write: Write) -> None:
+def test_empty_file_has_no_rows(write: Write) -> None:
     assert rows(write(b"")) == []
 
 
-def test_malformed_json_names_line_and_column(write: Write) -> None:
+def test_malformed_json_error_has_line_and_column(write: Write) -> None:
     path = write(b'{"prompt": "a"}\n{"prompt" "b"}\n')
-    assert refusal(path) == f"{path}:2 is not JSON (Expecting ':' delimiter, column 11); each line must be one object."
-
-
-def test_a_file_that_is_one_indented_object(write: Write) -> None:
-    path = write(b'{\n "prompt": "a"\n}\n')
-    assert refusal(path).startswith(f"{path}:1 is not JSON (Expecting property name")
-
-
-def test_not_utf8_names_line_and_byte(write: Write) -> None:
-    path = write(b'{"prompt": "a"}\n\n{"prompt": "\xfc"}\n')
-    assert refusal(path) == f"{path}:3 is not UTF-8 (byte 13 of the line); save the file as UTF-8."
-
-
-@pytest.mark.parametrize(("content", "kind"), [(b"[1]", "list"), (b'"a"', "str"), (b"null", "NoneType"), (b"3", "int")])
-def test_not_an_object(write: Write, content: bytes, kind: str) -> None:
-    path = write(b'{"prompt": "a"}\n' + content + b"\n")
-    assert refusal(path) == f"{path}:2 is a JSON {kind}; each line must be one object."
-
-
-@pytest.mark.parametrize("half", [b"\\ud83d", b"\\udE00", b"a\\ud83d\\u0041"])
-def test_half_a_surrogate_pair(write: Write, half: bytes) -> None:
-    """No tokenizer takes it, and no file in UTF-8."""
-    path = write(b'{"prompt": "a"}\n{"messages": [{"content": "' + half + b'"}]}\n')
-    assert refusal(path).startswith(f"{path}:2 is not JSON (half of a UTF-16 surrogate pair, \\ud800 to \\udfff)")
-
-
-@pytest.mark.parametrize("content", [b"1" * 5000, b"[" * 100_000], ids=["digits", "brackets"])
-def test_json_beyond_the_readers_limits(write: Write, content: bytes) -> None:
-    path = write(b'{"prompt": ' + content + b"}\n")
-    assert refusal(path).startswith(f"{path}:1 is ")
-
-
-def test_a_missing_file(tmp_path: Path) -> None:
-    path = tmp_path / "none.jsonl"
-    assert refusal(path) == f"{path} does not exist; correct the path in the params file."
-    assert "does not exist" in refusal(tmp_path / "none.parquet")
-
-
-def test_a_folder_with_the_ending_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").mkdir()
-    assert refusal(tmp_path / "x.jsonl").endswith("cannot be read (Is a directory); make it a readable file.")
-
-
-def test_an_unknown_ending(tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_bytes(b"prompt\na\n")
-    assert refusal(tmp_path / "x.csv") == (
-        f"{tmp_path / 'x.csv'}: the ending '.csv' says no format; set format to jsonl or parquet."
+    assert (
+        error_message(path)
+        == f"{path}:2 is not JSON (Expecting ':' delimiter, column 11); each line must be one object."
     )
 
 
-def test_neither_a_file_nor_a_data_set(tmp_path: Path) -> None:
-    said = refusal(Path("nobody/nothing-of-the-kind"))
-    assert said.startswith("nobody/nothing-of-the-kind is neither a file here nor a data set that could be loaded (")
+def test_multi_line_object_is_rejected(write: Write) -> None:
+    path = write(b'{\n "prompt": "a"\n}\n')
+    assert error_message(path).startswith(f"{path}:1 is not JSON (Expecting property name")
+
+
+def test_invalid_utf8_error_has_line_and_byte(write: Write) -> None:
+    path = write(b'{"prompt": "a"}\n\n{"prompt": "\xfc"}\n')
+    assert error_message(path) == f"{path}:3 is not UTF-8 (byte 13 of the line); save the file as UTF-8."
+
+
+@pytest.mark.parametrize(("content", "kind"), [(b"[1]", "list"), (b'"a"', "str"), (b"null", "NoneType"), (b"3", "int")])
+def test_line_that_is_not_an_object_is_rejected(write: Write, content: bytes, kind: str) -> None:
+    path = write(b'{"prompt": "a"}\n' + content + b"\n")
+    assert error_message(path) == f"{path}:2 is a JSON {kind}; each line must be one object."
+
+
+@pytest.mark.parametrize("escape", [b"\\ud83d", b"\\udE00", b"a\\ud83d\\u0041"])
+def test_unpaired_surrogate_is_rejected(write: Write, escape: bytes) -> None:
+    """Neither tokenizers nor UTF-8 can represent it."""
+    path = write(b'{"prompt": "a"}\n{"messages": [{"content": "' + escape + b'"}]}\n')
+    assert error_message(path).startswith(f"{path}:2 is not JSON (half of a UTF-16 surrogate pair, \\ud800 to \\udfff)")
+
+
+@pytest.mark.parametrize("content", [b"1" * 5000, b"[" * 100_000], ids=["digits", "brackets"])
+def test_json_beyond_parser_limits_is_rejected(write: Write, content: bytes) -> None:
+    path = write(b'{"prompt": ' + content + b"}\n")
+    assert error_message(path).startswith(f"{path}:1 is ")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "none.jsonl"
+    assert error_message(path) == f"{path} does not exist; correct the path in the params file."
+    assert "does not exist" in error_message(tmp_path / "none.parquet")
+
+
+def test_folder_with_a_file_suffix(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").mkdir()
+    assert error_message(tmp_path / "x.jsonl").endswith("cannot be read (Is a directory); make it a readable file.")
+
+
+def test_unknown_suffix(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(b"prompt\na\n")
+    assert error_message(tmp_path / "x.csv") == (
+        f"{tmp_path / 'x.csv'}: cannot tell the format from the suffix '.csv'; set format to jsonl or parquet."
+    )
+
+
+def test_neither_file_nor_data_set(tmp_path: Path) -> None:
+    message = error_message(Path("example/does-not-exist"))
+    assert message.startswith("example/does-not-exist is neither an existing file nor a loadable data set (")
 
 
 # --- columns ---
@@ -140,24 +143,24 @@ def test_columns_are_renamed(write: Write) -> None:
 
 
 @pytest.mark.parametrize("row", [b'{"prompt": "own", "question": "q"}', b'{"question": "q", "prompt": "own"}'])
-def test_a_renamed_column_wins_over_one_that_has_the_name_already(write: Write, row: bytes) -> None:
+def test_renamed_column_takes_precedence_over_existing_one(write: Write, row: bytes) -> None:
     assert rows(write(row), columns={"prompt": "question"})[0][1] == {"prompt": "q"}
 
 
-def test_columns_can_trade_places(write: Write) -> None:
+def test_columns_can_be_swapped(write: Write) -> None:
     path = write(b'{"chosen": "c", "rejected": "r"}')
     assert rows(path, columns={"chosen": "rejected", "rejected": "chosen"})[0][1] == {"chosen": "r", "rejected": "c"}
 
 
-def test_one_column_can_serve_two_fields(write: Write) -> None:
+def test_one_column_can_map_to_two_fields(write: Write) -> None:
     path = write(b'{"text": "t"}')
     assert rows(path, columns={"prompt": "text", "completion": "text"})[0][1] == {"prompt": "t", "completion": "t"}
 
 
-def test_a_missing_column_names_those_that_there_are(write: Write) -> None:
+def test_missing_column_error_lists_the_found_columns(write: Write) -> None:
     path = write(b'{"question": "q"}\n{"qestion": "q", "n": 1}\n')
-    assert refusal(path, columns={"prompt": "question"}) == (
-        f"{path}:2 has no column 'question' (columns there: qestion, n); correct columns in the params file."
+    assert error_message(path, columns={"prompt": "question"}) == (
+        f"{path}:2 has no column 'question' (found: qestion, n); correct columns in the params file."
     )
 
 
@@ -173,13 +176,11 @@ def test_parquet(tmp_path: Path) -> None:
         (f"{path} row 1", {"prompt": "a", "messages": messages, "margin": 0.5}),
         (f"{path} row 2", {"prompt": None, "messages": messages, "margin": None}),
     ]
-    assert "row 1 has no column 'x' (columns there: question, messages, margin)" in refusal(
-        path, columns={"prompt": "x"}
-    )
+    assert "row 1 has no column 'x' (found: question, messages, margin)" in error_message(path, columns={"prompt": "x"})
 
 
 @pytest.mark.parametrize("content", [b"", b"no parquet at all", b"PAR1" + b"\0" * 40 + b"PAR1"])
-def test_a_file_that_is_no_parquet(tmp_path: Path, content: bytes) -> None:
+def test_invalid_parquet_is_rejected(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.parquet"
     path.write_bytes(content)
-    assert refusal(path).startswith(f"{path} is not a readable parquet file (")
+    assert error_message(path).startswith(f"{path} is not a readable parquet file (")

@@ -16,10 +16,10 @@ def roles(
     return {key: assign_role(key, eligible, held_out=held_out, seed=seed) for key in keys}
 
 
-def test_roughly_by_weight() -> None:
-    """4000 draws: three standard deviations of a share are 0.024 at the most."""
+def test_shares_are_proportional_to_weights() -> None:
+    """With 4000 draws, three standard deviations of a share are at most 0.024."""
     shares = {role: count / len(KEYS) for role, count in Counter(roles(KEYS).values()).items()}
-    expected = {HELD_OUT: 0.1, "sft": 0.18, "reward_model": 0.45, "judge": 0.27}  # 0.9 of each weight
+    expected = {HELD_OUT: 0.1, "sft": 0.18, "reward_model": 0.45, "judge": 0.27}  # 0.9 times each weight
     assert shares == pytest.approx(expected, abs=0.024)
 
 
@@ -28,41 +28,41 @@ def test_weights_are_relative() -> None:
     assert roles(KEYS[:500]) == roles(KEYS[:500], eligible=tenfold)
 
 
-def test_the_answer_depends_on_the_key_and_the_seed_alone() -> None:
+def test_role_depends_only_on_key_and_seed() -> None:
     assert roles(KEYS) == roles(KEYS[::-1])
-    assert roles(KEYS[:10]).items() <= roles(KEYS).items()  # more records move none
+    assert roles(KEYS[:10]).items() <= roles(KEYS).items()  # more records do not change roles
     assert roles(KEYS, eligible=dict(reversed(WEIGHTS.items()))) == roles(KEYS)
     assert roles(KEYS, seed=1) != roles(KEYS)
 
 
-def test_what_is_held_out_does_not_depend_on_who_could_use_it() -> None:
-    """A prompt that only one file has, and one that all have, are held out alike."""
+def test_held_out_does_not_depend_on_eligible_roles() -> None:
+    """The number of files that contain a prompt does not matter."""
     one = {key for key, role in roles(KEYS, eligible={"sft": 1.0}).items() if role == HELD_OUT}
     other = {key for key, role in roles(KEYS).items() if role == HELD_OUT}
     assert one == other
 
 
-def test_held_out_and_role_are_drawn_apart() -> None:
-    """From one draw, the first role would get nothing of the keys that are not held out."""
+def test_held_out_and_role_are_independent_draws() -> None:
+    """With a single draw, the first role would get no keys that are not held out."""
     assert Counter(roles(KEYS, held_out=0.5).values())["judge"] == pytest.approx(0.15 * len(KEYS), rel=0.15)
 
 
 @pytest.mark.parametrize(("held_out", "expected"), [(0.0, "sft"), (1.0, HELD_OUT)])
-def test_all_or_nothing_is_held_out(held_out: float, expected: str) -> None:
+def test_held_out_of_0_and_1(held_out: float, expected: str) -> None:
     assert set(roles(KEYS[:100], eligible={"sft": 1.0}, held_out=held_out).values()) == {expected}
 
 
-def test_a_role_without_weight_gets_nothing() -> None:
+def test_role_without_weight_gets_nothing() -> None:
     assert set(roles(KEYS[:200], eligible={"sft": 0.0, "judge": 1.0}, held_out=0).values()) == {"judge"}
-    assert set(roles(KEYS[:200], eligible={"sft": 0.0}, held_out=0).values()) == {HELD_OUT}  # nobody trains on it
+    assert set(roles(KEYS[:200], eligible={"sft": 0.0}, held_out=0).values()) == {HELD_OUT}  # no role can use it
 
 
 @settings(max_examples=50, deadline=None)
 @given(key=st.text(), seed=st.integers(0, 2**31 - 1), held_out=st.floats(0, 1))
-def test_every_key_has_one_of_the_roles(key: str, seed: int, held_out: float) -> None:
+def test_every_key_has_a_valid_role(key: str, seed: int, held_out: float) -> None:
     assert assign_role(key, WEIGHTS, held_out=held_out, seed=seed) in {HELD_OUT, *WEIGHTS}
 
 
-def test_parts_are_not_confused_with_each_other() -> None:
+def test_hash_separates_parts() -> None:
     assert hash_to_unit_interval(0, "a", "b") != hash_to_unit_interval(0, "ab")
     assert hash_to_unit_interval(1, "1") != hash_to_unit_interval(11, "")

@@ -22,24 +22,24 @@ A, B, C, D = encode_prompt(TOKENIZER, "abcd")
 # --- encoding ---
 
 
-def test_a_whole_text_ends_with_eos() -> None:
+def test_complete_text_ends_with_eos() -> None:
     encoded = encode_text(TOKENIZER, "ab", "cd", max_tokens=5)
     assert (encoded.prompt_ids, encoded.response_ids, encoded.truncated) == ([A, B], [C, D, EOS], False)
     assert encoded.num_tokens == 5
 
 
 @pytest.mark.parametrize(("max_tokens", "response"), [(4, [C, D]), (3, [C]), (2, []), (1, []), (0, [])])
-def test_a_longer_text_loses_its_end_and_has_no_eos(max_tokens: int, response: list[int]) -> None:
+def test_truncated_text_has_no_eos(max_tokens: int, response: list[int]) -> None:
     encoded = encode_text(TOKENIZER, "ab", "cd", max_tokens=max_tokens)
     assert (encoded.prompt_ids, encoded.response_ids, encoded.truncated) == ([A, B], response, True)
 
 
-def test_an_empty_completion_is_an_eos() -> None:
+def test_empty_completion_is_only_eos() -> None:
     assert encode_text(TOKENIZER, "ab", "", max_tokens=9).response_ids == [EOS]
 
 
-def test_prompt_and_completion_are_encoded_apart(tmp_path: Path) -> None:
-    """A model that continues a prompt never sees the two merged into one token."""
+def test_prompt_and_completion_are_tokenized_separately(tmp_path: Path) -> None:
+    """A model that continues a prompt never merges both into one token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -55,11 +55,13 @@ def test_prompt_and_completion_are_encoded_apart(tmp_path: Path) -> None:
 def test_no_special_tokens_are_added() -> None:
     from tokenizers.processors import TemplateProcessing
 
-    greedy = make_tiny_tokenizer()
-    greedy.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A <eos>", special_tokens=[("<eos>", 0)])
-    assert greedy("a")["input_ids"] == [EOS, A, EOS]
-    assert encode_prompt(greedy, "a") == [A]
-    assert encode_text(greedy, "a", "b", max_tokens=9).response_ids == [B, EOS]
+    with_special_tokens = make_tiny_tokenizer()
+    with_special_tokens.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A <eos>", special_tokens=[("<eos>", 0)]
+    )
+    assert with_special_tokens("a")["input_ids"] == [EOS, A, EOS]
+    assert encode_prompt(with_special_tokens, "a") == [A]
+    assert encode_text(with_special_tokens, "a", "b", max_tokens=9).response_ids == [B, EOS]
 
 
 # --- loading ---
@@ -76,31 +78,31 @@ def rewrite(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}), encoding="utf-8")
 
 
-def test_loading(folder: Path) -> None:
+def test_load_tokenizer(folder: Path) -> None:
     loaded = load_tokenizer(folder)
     assert tokenizer_digest(loaded) == tokenizer_digest(TOKENIZER)
     assert chat_template_digest(loaded) == chat_template_digest(TOKENIZER)
 
 
-def test_pad_is_eos_where_the_model_names_none(folder: Path) -> None:
+def test_pad_defaults_to_eos(folder: Path) -> None:
     rewrite(folder, pad_token=None)
     assert load_tokenizer(folder).pad_token_id == EOS
 
 
-def test_no_tokenizer(folder: Path) -> None:
+def test_missing_tokenizer_is_rejected(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError) as caught:
         load_tokenizer(folder)
     assert str(caught.value) == f"{folder} has no tokenizer (no tokenizer.json); save the model's tokenizer into it."
 
 
-def test_a_broken_tokenizer(folder: Path) -> None:
+def test_broken_tokenizer_is_rejected(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"model": 3}', encoding="utf-8")
-    with pytest.raises(InputError, match="its tokenizer cannot be loaded"):
+    with pytest.raises(InputError, match="the tokenizer cannot be loaded"):
         load_tokenizer(folder)
 
 
-def test_no_eos(folder: Path) -> None:
+def test_missing_eos_is_rejected(folder: Path) -> None:
     rewrite(folder, eos_token=None, pad_token=None)
     with pytest.raises(InputError, match="has no end-of-sequence token; set eos_token in tokenizer_config.json"):
         load_tokenizer(folder)
@@ -109,7 +111,7 @@ def test_no_eos(folder: Path) -> None:
 # --- identity ---
 
 
-def test_the_digest_is_of_what_makes_ids() -> None:
+def test_digest_depends_on_everything_that_determines_ids() -> None:
     same, other_pad = make_tiny_tokenizer(), make_tiny_tokenizer()
     assert tokenizer_digest(same) == tokenizer_digest(TOKENIZER)
     other_pad.pad_token = "a"
@@ -119,7 +121,7 @@ def test_the_digest_is_of_what_makes_ids() -> None:
     assert tokenizer_digest(larger) != tokenizer_digest(TOKENIZER)
 
 
-def test_the_template_has_a_digest_of_its_own() -> None:
+def test_chat_template_has_a_separate_digest() -> None:
     other, none = make_tiny_tokenizer(), make_tiny_tokenizer()
     other.chat_template = "{{ messages }}"
     none.chat_template = None

@@ -28,7 +28,7 @@ def engine_of(module: nn.Module, *, num_steps: int = 10, **training: Any) -> Tor
 
 
 def loss_of(module: nn.Module, rows: Tensor) -> Tensor:
-    """Part of the mean over all rows: what a microbatch of these rows adds."""
+    """The share of these rows in the mean over all rows."""
     return ((module(X[rows]).squeeze(1) - Y[rows]) ** 2).sum() / len(X)
 
 
@@ -51,204 +51,219 @@ def gap(a: nn.Module, b: nn.Module) -> float:
     return max((x - y).abs().max().item() for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-class TestStep:
-    @pytest.mark.parametrize("sizes", [[1] * 6, [3, 3], [1, 5], [4, 2]])
-    def test_microbatches_add_up_to_one_batch(self, sizes: list[int]) -> None:
-        whole, parts = engine_of(model()), engine_of(model())
-        for _ in range(3):
-            one, many = one_step(whole, [6]), one_step(parts, sizes)
-            assert many.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
-        assert gap(whole.module, parts.module) < 1e-5
-
-    def test_the_first_step_of_adam_by_hand(self) -> None:
-        """Bias-corrected moments of one gradient g are g and g^2: the step is rate * g / (|g| + eps) = rate * sign(g)."""
-        engine = engine_of(model(), max_grad_norm=0.0)
-        before = weights(engine.module)
-        gradients = torch.autograd.grad(loss_of(engine.module, torch.arange(6)), list(engine.module.parameters()))
-        one_step(engine, [6])
-        for (name, p), gradient in zip(engine.module.named_parameters(), gradients, strict=True):
-            assert torch.allclose(p, before[name] - 0.1 * gradient.sign(), atol=1e-5), name
-
-    def test_two_steps_by_hand(self) -> None:
-        """Adam with betas 0.9 and 0.95, on f(x) = c x with another slope c a step, with decay."""
-        weight = nn.Parameter(torch.tensor([2.0]))
-        module = nn.ParameterList([weight])
-        engine = engine_of(module, weight_decay=0.5, max_grad_norm=0.0)
-        x, m, v = 2.0, 0.0, 0.0
-        for step, slope in enumerate([3.0, -1.0], start=1):
-            engine.backward((slope * weight).sum(), last=True)
-            engine.step()
-            m, v = 0.9 * m + 0.1 * slope, 0.95 * v + 0.05 * slope**2
-            x -= 0.1 * 0.5 * x  # decoupled decay
-            x -= 0.1 * (m / (1 - 0.9**step)) / (math.sqrt(v / (1 - 0.95**step)) + 1e-8)
-            assert weight.item() == pytest.approx(x, rel=1e-6)
-
-    def test_gradients_do_not_outlive_their_step(self) -> None:
-        engine = engine_of(model())
-        one_step(engine, [6])
-        assert all(p.grad is None for p in engine.module.parameters())
-
-    def test_what_needs_no_gradient_is_left_alone(self) -> None:
-        module = model()
-        module[0].requires_grad_(False)
-        before = weights(module)
-        engine = engine_of(module, weight_decay=0.5)
-        one_step(engine, [6])
-        assert torch.equal(module[0].weight, before["0.weight"])
-        assert not torch.equal(module[2].weight, before["2.weight"])
-        assert set(engine.parameters) == {"2.weight", "2.bias"}
+@pytest.mark.parametrize("sizes", [[1] * 6, [3, 3], [1, 5], [4, 2]])
+def test_microbatches_add_up_to_one_batch(sizes: list[int]) -> None:
+    whole, parts = engine_of(model()), engine_of(model())
+    for _ in range(3):
+        one, many = one_step(whole, [6]), one_step(parts, sizes)
+        assert many.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
+    assert gap(whole.module, parts.module) < 1e-5
 
 
-class TestClipping:
-    """The gradient of 3a + 4b is (3, 4), of norm 5."""
-
-    def step(self, max_grad_norm: float) -> tuple[float, list[float]]:
-        module = nn.ParameterList([nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))])
-        engine = engine_of(module, max_grad_norm=max_grad_norm)
-        engine.backward((3 * module[0] + 4 * module[1]).sum(), last=True)
-        info = engine.step()
-        # Adam's first moment after one step is a tenth of the gradient that it was given.
-        return info.grad_norm, [engine.optimizer.state[p]["exp_avg"].item() * 10 for p in module]
-
-    def test_long_gradients_are_scaled_to_the_limit(self) -> None:
-        norm, gradient = self.step(1.0)
-        assert norm == 5.0  # before clipping
-        assert gradient == pytest.approx([0.6, 0.8], rel=1e-4)
-
-    @pytest.mark.parametrize("limit", [0.0, 5.1, 100.0])
-    def test_short_ones_are_not_and_zero_is_no_limit(self, limit: float) -> None:
-        norm, gradient = self.step(limit)
-        assert norm == 5.0
-        assert gradient == pytest.approx([3.0, 4.0], rel=1e-6)
+def test_first_step_of_adam_by_hand() -> None:
+    """Bias-corrected moments of one gradient g are g and g^2: the step is rate * g / (|g| + eps) = rate * sign(g)."""
+    engine = engine_of(model(), max_grad_norm=0.0)
+    before = weights(engine.module)
+    gradients = torch.autograd.grad(loss_of(engine.module, torch.arange(6)), list(engine.module.parameters()))
+    one_step(engine, [6])
+    for (name, p), gradient in zip(engine.module.named_parameters(), gradients, strict=True):
+        assert torch.allclose(p, before[name] - 0.1 * gradient.sign(), atol=1e-5), name
 
 
-class TestNonFinite:
-    @pytest.mark.parametrize("bad", [math.nan, math.inf])
-    def test_a_gradient_that_is_not_finite_touches_nothing(self, bad: float) -> None:
-        engine = engine_of(model())
-        one_step(engine, [6])
-        before, moments = weights(engine.module), self.moments(engine)
-        engine.backward(loss_of(engine.module, torch.arange(6)) * bad, last=True)
-        assert not math.isfinite(engine.step().grad_norm)
-        assert all(torch.equal(p, before[name]) for name, p in engine.module.named_parameters())
-        assert all(torch.equal(a, b) for a, b in zip(self.moments(engine), moments, strict=True))
-        assert all(p.grad is None for p in engine.module.parameters())
-
-    def moments(self, engine: TorchEngine) -> list[Tensor]:
-        state = engine.optimizer.state
-        return [value.clone() for p in engine.module.parameters() for value in state[p].values()]
+def test_two_steps_of_adam_by_hand() -> None:
+    """Adam with betas 0.9 and 0.95, on f(x) = c x with another slope c a step, with decay."""
+    weight = nn.Parameter(torch.tensor([2.0]))
+    module = nn.ParameterList([weight])
+    engine = engine_of(module, weight_decay=0.5, max_grad_norm=0.0)
+    x, m, v = 2.0, 0.0, 0.0
+    for step, slope in enumerate([3.0, -1.0], start=1):
+        engine.backward((slope * weight).sum(), last=True)
+        engine.step()
+        m, v = 0.9 * m + 0.1 * slope, 0.95 * v + 0.05 * slope**2
+        x -= 0.1 * 0.5 * x  # decoupled decay
+        x -= 0.1 * (m / (1 - 0.9**step)) / (math.sqrt(v / (1 - 0.95**step)) + 1e-8)
+        assert weight.item() == pytest.approx(x, rel=1e-6)
 
 
-class TestLearningRate:
-    """Ten steps with a peak of 8; the step counts from 0."""
-
-    @pytest.mark.parametrize(
-        ("schedule", "warmup", "floor", "expected"),
-        [
-            ("constant", 0.0, 0.0, {0: 8, 5: 8, 9: 8, 50: 8}),
-            ("linear", 0.0, 0.0, {0: 8, 5: 4, 9: 0.8, 10: 0, 50: 0}),
-            ("linear", 0.0, 0.5, {0: 8, 5: 6, 10: 4, 50: 4}),
-            ("cosine", 0.0, 0.0, {0: 8, 5: 4, 10: 0, 50: 0}),
-            ("cosine", 0.0, 0.1, {0: 8, 5: 0.8 + 7.2 / 2, 10: 0.8, 50: 0.8}),
-            # Warm-up of 3 of 10 steps: a quarter, a half, three quarters, then the peak.
-            ("constant", 0.3, 0.0, {0: 2, 1: 4, 2: 6, 3: 8, 9: 8}),
-            ("linear", 0.3, 0.0, {0: 2, 2: 6, 3: 8, 10: 0}),
-            ("cosine", 0.21, 0.0, {0: 2, 2: 6, 3: 8, 10: 0}),  # a started step of warm-up is a whole one
-        ],
-    )
-    def test_schedules_by_hand(self, schedule: str, warmup: float, floor: float, expected: dict[int, float]) -> None:
-        training = TrainingConfig(schedule=schedule, warmup_fraction=warmup, min_learning_rate_fraction=floor)
-        rates = {step: learning_rate_at(step, training, peak=8.0, num_steps=10) for step in expected}
-        assert rates == pytest.approx(expected, abs=1e-12)
-
-    def test_a_quarter_of_the_cosine(self) -> None:
-        training = TrainingConfig(schedule="cosine", warmup_fraction=0.0, min_learning_rate_fraction=0.0)
-        assert learning_rate_at(2, training, peak=1.0, num_steps=8) == pytest.approx((1 + math.sqrt(0.5)) / 2)
-
-    def test_steps_follow_it_and_report_it(self) -> None:
-        engine = engine_of(model(), num_steps=4, schedule="linear", min_learning_rate_fraction=0.0, learning_rate=0.4)
-        assert [one_step(engine, [6]).learning_rate for _ in range(5)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
-
-    def test_a_rate_of_its_own_replaces_the_peak(self) -> None:
-        training = TrainingConfig(learning_rate=0.1, schedule="constant", warmup_fraction=0.0)
-        engine = TorchEngine(model(), training, num_steps=4, learning_rate=0.7)
-        assert one_step(engine, [6]).learning_rate == 0.7
-
-    def test_a_rate_of_zero_moves_nothing(self) -> None:
-        engine = engine_of(model(), num_steps=1, schedule="linear", min_learning_rate_fraction=0.0)
-        one_step(engine, [6])
-        before = weights(engine.module)
-        assert one_step(engine, [6]).learning_rate == 0.0
-        assert all(torch.equal(p, before[name]) for name, p in engine.module.named_parameters())
+def test_gradients_are_cleared_after_the_step() -> None:
+    engine = engine_of(model())
+    one_step(engine, [6])
+    assert all(p.grad is None for p in engine.module.parameters())
 
 
-class TestSaving:
-    def test_a_loaded_run_goes_on_bit_for_bit(self, tmp_path: Path) -> None:
-        options: dict[str, Any] = {"num_steps": 6, "schedule": "cosine", "warmup_fraction": 0.2, "weight_decay": 0.1}
-        straight = engine_of(model(), **options)
-        rates = [one_step(straight, [2, 4]).learning_rate for _ in range(6)]
-        first = engine_of(model(), **options)
-        for _ in range(3):
-            one_step(first, [2, 4])
-        save(first, tmp_path / "deep" / "actor")
-        second = engine_of(model(seed=9), **options)
-        second.load(tmp_path / "deep" / "actor")
-        assert [one_step(second, [2, 4]).learning_rate for _ in range(3)] == rates[3:]
-        assert gap(straight.module, second.module) == 0.0
-
-    def test_a_snapshot_is_a_copy(self, tmp_path: Path) -> None:
-        engine = engine_of(model())
-        one_step(engine, [6])
-        before = engine.snapshot()
-        kept = {name: value.clone() for name, value in before.items()}
-        one_step(engine, [6])
-        assert all(torch.equal(value, kept[name]) for name, value in before.items())
-        assert not torch.equal(engine.snapshot()["weight/0.weight"], before["weight/0.weight"])
-
-    def test_before_the_first_step(self, tmp_path: Path) -> None:
-        save(engine_of(model()), tmp_path)
-        loaded, fresh = engine_of(model(seed=9)), engine_of(model())
-        loaded.load(tmp_path)
-        one_step(loaded, [6])
-        one_step(fresh, [6])
-        assert gap(loaded.module, fresh.module) == 0.0
-
-    def test_only_what_is_trained_is_kept(self, tmp_path: Path) -> None:
-        module = model()
-        module[0].requires_grad_(False)
-        save(engine_of(module), tmp_path)
-        other = model(seed=9)
-        other[0].requires_grad_(False)
-        first = other[0].weight.clone()
-        engine_of(other).load(tmp_path)
-        assert torch.equal(other[0].weight, first)
-        assert torch.equal(other[2].weight, module[2].weight)
-
-    def test_other_parameters_are_refused_and_nothing_is_changed(self, tmp_path: Path) -> None:
-        save(engine_of(model()), tmp_path)
-        fewer = model(seed=9)
-        fewer[0].requires_grad_(False)
-        before = weights(fewer)
-        with pytest.raises(InputError, match="holds other weights than are trained here"):
-            engine_of(fewer).load(tmp_path)
-        assert all(torch.equal(p, before[name]) for name, p in fewer.named_parameters())
-
-    def test_tied_weights_are_one(self, tmp_path: Path) -> None:
-        def tied() -> nn.ModuleDict:
-            torch.manual_seed(0)
-            a, b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
-            b.weight = a.weight
-            return nn.ModuleDict({"a": a, "b": b})
-
-        engine = engine_of(tied())
-        save(engine, tmp_path)
-        again = engine_of(tied())
-        again.load(tmp_path)
-        assert [name for name, _ in again.full_weights()] == ["a.weight"]
-        assert again.module["b"].weight is again.module["a"].weight
+def test_parameters_without_gradient_do_not_change() -> None:
+    module = model()
+    module[0].requires_grad_(False)
+    before = weights(module)
+    engine = engine_of(module, weight_decay=0.5)
+    one_step(engine, [6])
+    assert torch.equal(module[0].weight, before["0.weight"])
+    assert not torch.equal(module[2].weight, before["2.weight"])
+    assert set(engine.parameters) == {"2.weight", "2.bias"}
 
 
-def test_full_weights_are_all_of_them_without_gradients() -> None:
+# The gradient of 3a + 4b is (3, 4), of norm 5.
+
+
+def step(max_grad_norm: float) -> tuple[float, list[float]]:
+    module = nn.ParameterList([nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))])
+    engine = engine_of(module, max_grad_norm=max_grad_norm)
+    engine.backward((3 * module[0] + 4 * module[1]).sum(), last=True)
+    info = engine.step()
+    # Adam's first moment after one step is a tenth of the gradient that it was given.
+    return info.grad_norm, [engine.optimizer.state[p]["exp_avg"].item() * 10 for p in module]
+
+
+def test_long_gradients_are_scaled_to_max_grad_norm() -> None:
+    norm, gradient = step(1.0)
+    assert norm == 5.0  # before clipping
+    assert gradient == pytest.approx([0.6, 0.8], rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", [0.0, 5.1, 100.0])
+def test_short_gradients_are_not_scaled_and_0_disables_clipping(limit: float) -> None:
+    norm, gradient = step(limit)
+    assert norm == 5.0
+    assert gradient == pytest.approx([3.0, 4.0], rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_gradient_changes_no_weight(bad: float) -> None:
+    engine = engine_of(model())
+    one_step(engine, [6])
+    weights_before, moments_before = weights(engine.module), moments(engine)
+    engine.backward(loss_of(engine.module, torch.arange(6)) * bad, last=True)
+    assert not math.isfinite(engine.step().grad_norm)
+    assert all(torch.equal(p, weights_before[name]) for name, p in engine.module.named_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(moments(engine), moments_before, strict=True))
+    assert all(p.grad is None for p in engine.module.parameters())
+
+
+def moments(engine: TorchEngine) -> list[Tensor]:
+    state = engine.optimizer.state
+    return [value.clone() for p in engine.module.parameters() for value in state[p].values()]
+
+
+# Ten steps with a peak of 8; the step counts from 0.
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "floor", "expected"),
+    [
+        ("constant", 0.0, 0.0, {0: 8, 5: 8, 9: 8, 50: 8}),
+        ("linear", 0.0, 0.0, {0: 8, 5: 4, 9: 0.8, 10: 0, 50: 0}),
+        ("linear", 0.0, 0.5, {0: 8, 5: 6, 10: 4, 50: 4}),
+        ("cosine", 0.0, 0.0, {0: 8, 5: 4, 10: 0, 50: 0}),
+        ("cosine", 0.0, 0.1, {0: 8, 5: 0.8 + 7.2 / 2, 10: 0.8, 50: 0.8}),
+        # Warm-up of 3 of 10 steps: a quarter, a half, three quarters, then the peak.
+        ("constant", 0.3, 0.0, {0: 2, 1: 4, 2: 6, 3: 8, 9: 8}),
+        ("linear", 0.3, 0.0, {0: 2, 2: 6, 3: 8, 10: 0}),
+        ("cosine", 0.21, 0.0, {0: 2, 2: 6, 3: 8, 10: 0}),  # a fraction of a warm-up step counts as a whole one
+    ],
+)
+def test_learning_rate_schedules_by_hand(
+    schedule: str, warmup: float, floor: float, expected: dict[int, float]
+) -> None:
+    training = TrainingConfig(schedule=schedule, warmup_fraction=warmup, min_learning_rate_fraction=floor)
+    rates = {step: learning_rate_at(step, training, peak=8.0, num_steps=10) for step in expected}
+    assert rates == pytest.approx(expected, abs=1e-12)
+
+
+def test_cosine_schedule_after_a_quarter() -> None:
+    training = TrainingConfig(schedule="cosine", warmup_fraction=0.0, min_learning_rate_fraction=0.0)
+    assert learning_rate_at(2, training, peak=1.0, num_steps=8) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+
+
+def test_steps_follow_the_schedule_and_report_it() -> None:
+    engine = engine_of(model(), num_steps=4, schedule="linear", min_learning_rate_fraction=0.0, learning_rate=0.4)
+    assert [one_step(engine, [6]).learning_rate for _ in range(5)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
+
+
+def test_learning_rate_argument_replaces_the_peak() -> None:
+    training = TrainingConfig(learning_rate=0.1, schedule="constant", warmup_fraction=0.0)
+    engine = TorchEngine(model(), training, num_steps=4, learning_rate=0.7)
+    assert one_step(engine, [6]).learning_rate == 0.7
+
+
+def test_learning_rate_0_changes_nothing() -> None:
+    engine = engine_of(model(), num_steps=1, schedule="linear", min_learning_rate_fraction=0.0)
+    one_step(engine, [6])
+    before = weights(engine.module)
+    assert one_step(engine, [6]).learning_rate == 0.0
+    assert all(torch.equal(p, before[name]) for name, p in engine.module.named_parameters())
+
+
+def test_loaded_engine_continues_bit_for_bit(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"num_steps": 6, "schedule": "cosine", "warmup_fraction": 0.2, "weight_decay": 0.1}
+    straight = engine_of(model(), **options)
+    rates = [one_step(straight, [2, 4]).learning_rate for _ in range(6)]
+    first = engine_of(model(), **options)
+    for _ in range(3):
+        one_step(first, [2, 4])
+    save(first, tmp_path / "deep" / "actor")
+    second = engine_of(model(seed=9), **options)
+    second.load(tmp_path / "deep" / "actor")
+    assert [one_step(second, [2, 4]).learning_rate for _ in range(3)] == rates[3:]
+    assert gap(straight.module, second.module) == 0.0
+
+
+def test_snapshot_is_a_copy(tmp_path: Path) -> None:
+    engine = engine_of(model())
+    one_step(engine, [6])
+    before = engine.snapshot()
+    kept = {name: value.clone() for name, value in before.items()}
+    one_step(engine, [6])
+    assert all(torch.equal(value, kept[name]) for name, value in before.items())
+    assert not torch.equal(engine.snapshot()["weight/0.weight"], before["weight/0.weight"])
+
+
+def test_snapshot_before_the_first_step(tmp_path: Path) -> None:
+    save(engine_of(model()), tmp_path)
+    loaded, fresh = engine_of(model(seed=9)), engine_of(model())
+    loaded.load(tmp_path)
+    one_step(loaded, [6])
+    one_step(fresh, [6])
+    assert gap(loaded.module, fresh.module) == 0.0
+
+
+def test_snapshot_holds_only_trained_weights(tmp_path: Path) -> None:
+    module = model()
+    module[0].requires_grad_(False)
+    save(engine_of(module), tmp_path)
+    other = model(seed=9)
+    other[0].requires_grad_(False)
+    first = other[0].weight.clone()
+    engine_of(other).load(tmp_path)
+    assert torch.equal(other[0].weight, first)
+    assert torch.equal(other[2].weight, module[2].weight)
+
+
+def test_snapshot_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    save(engine_of(model()), tmp_path)
+    fewer = model(seed=9)
+    fewer[0].requires_grad_(False)
+    before = weights(fewer)
+    with pytest.raises(InputError, match="holds a different set of trained weights"):
+        engine_of(fewer).load(tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in fewer.named_parameters())
+
+
+def test_tied_weights_are_saved_once(tmp_path: Path) -> None:
+    def tied() -> nn.ModuleDict:
+        torch.manual_seed(0)
+        a, b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        b.weight = a.weight
+        return nn.ModuleDict({"a": a, "b": b})
+
+    engine = engine_of(tied())
+    save(engine, tmp_path)
+    again = engine_of(tied())
+    again.load(tmp_path)
+    assert [name for name, _ in again.full_weights()] == ["a.weight"]
+    assert again.module["b"].weight is again.module["a"].weight
+
+
+def test_full_weights_are_complete_and_detached() -> None:
     module = model()
     module[0].requires_grad_(False)
     found = dict(engine_of(module).full_weights())
@@ -257,7 +272,7 @@ def test_full_weights_are_all_of_them_without_gradients() -> None:
     assert found["2.weight"].data_ptr() == module[2].weight.data_ptr()  # no copy
 
 
-def test_a_group_of_one_adds_nothing() -> None:
+def test_single_process_reductions_are_identities() -> None:
     group = SingleProcess()
     assert (group.rank, group.world_size, group.max_int(3)) == (0, 1, 3)
     assert group.sum(torch.tensor(2.0)).item() == 2.0

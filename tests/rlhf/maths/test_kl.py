@@ -24,7 +24,7 @@ HAND = {
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_by_hand(estimator: KlEstimator) -> None:
+def test_hand_computed_estimates(estimator: KlEstimator) -> None:
     got = estimate_kl(HAND_POLICY, HAND_REFERENCE, ragged(4), estimator)
     assert equal(got, [HAND[estimator]])
 
@@ -53,16 +53,16 @@ def test_k1_and_k3_are_unbiased(estimator: KlEstimator) -> None:
 @given(st.floats(-30, 0), st.floats(-30, 0))
 def test_k2_and_k3_are_never_negative(policy: float, reference: float) -> None:
     for estimator in ("k2", "k3"):
-        # exp(-d) - 1 + d cancels when d is near 0: what is left may be one rounding below 0.
+        # exp(-d) - 1 + d cancels when d is near 0: the result may be one rounding error below 0.
         assert estimate_kl(doubles([policy]), doubles([reference]), ragged(1), estimator).item() >= -1e-15
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_equal_policies_are_0_apart(estimator: KlEstimator) -> None:
+def test_kl_of_equal_policies_is_0(estimator: KlEstimator) -> None:
     assert equal(estimate_kl(POLICY, POLICY, MASK, estimator), torch.zeros(4, 4))
 
 
-def test_the_clamp_bounds_the_estimate_on_both_sides() -> None:
+def test_clamp_bounds_the_estimate_on_both_sides() -> None:
     policy, reference = doubles([0, -12, -3, -30]), doubles([-12, 0, -1, 0])  # d = 12, -12, -2, -30
     assert equal(estimate_kl(policy, reference, ragged(4), "k1", clamp=10.0), [[10, -10, -2, -10]])
     assert equal(estimate_kl(policy, reference, ragged(4), "k2", clamp=10.0), [[10, 10, 2, 10]])
@@ -74,12 +74,12 @@ def test_the_clamp_bounds_the_estimate_on_both_sides() -> None:
 @pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_padding_changes_nothing(estimator: KlEstimator, garbage: float) -> None:
-    clean, spoilt = (x.clone().requires_grad_() for x in (POLICY, spoil(POLICY, MASK, garbage)))
+    clean, corrupted = (x.clone().requires_grad_() for x in (POLICY, spoil(POLICY, MASK, garbage)))
     expected = estimate_kl(clean, REFERENCE, MASK, estimator)
-    got = estimate_kl(spoilt, spoil(REFERENCE, MASK, garbage), MASK, estimator)
+    got = estimate_kl(corrupted, spoil(REFERENCE, MASK, garbage), MASK, estimator)
     assert equal(got, expected) and bool((got[~MASK] == 0).all())
     expected.sum().backward(), got.sum().backward()
-    assert equal(spoilt.grad, clean.grad) and bool((spoilt.grad[~MASK] == 0).all())
+    assert equal(corrupted.grad, clean.grad) and bool((corrupted.grad[~MASK] == 0).all())
 
 
 def test_permuting_the_batch_permutes_the_result() -> None:
@@ -91,20 +91,20 @@ def test_permuting_the_batch_permutes_the_result() -> None:
 @pytest.mark.parametrize(
     ("kl", "expected"),
     [
-        (3.0, 0.1 * (1 - 0.2 * 256 / 10000)),  # 3 / 6 - 1 = -0.5, held at -0.2
+        (3.0, 0.1 * (1 - 0.2 * 256 / 10000)),  # 3 / 6 - 1 = -0.5, clamped to -0.2
         (5.4, 0.1 * (1 - 0.1 * 256 / 10000)),  # 5.4 / 6 - 1 = -0.1
         (6.0, 0.1),
         (6.6, 0.1 * (1 + 0.1 * 256 / 10000)),
-        (9.0, 0.1 * (1 + 0.2 * 256 / 10000)),  # 9 / 6 - 1 = 0.5, held at 0.2
+        (9.0, 0.1 * (1 + 0.2 * 256 / 10000)),  # 9 / 6 - 1 = 0.5, clamped to 0.2
     ],
 )
-def test_adaptive_coefficient_by_hand(kl: float, expected: float) -> None:
+def test_hand_computed_adaptive_coefficient(kl: float, expected: float) -> None:
     assert adapt_kl_coef(0.1, kl, target=6.0, horizon=10000, num_samples=256) == pytest.approx(expected, rel=1e-12)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(0, 1e6), st.floats(0.01, 10), st.integers(1, 1000))
-def test_adaptive_coefficient_follows_the_kl_slowly(kl: float, target: float, num_samples: int) -> None:
+def test_adaptive_coefficient_moves_toward_target_in_bounded_steps(kl: float, target: float, num_samples: int) -> None:
     coef = adapt_kl_coef(0.1, kl, target=target, horizon=10000, num_samples=num_samples)
     assert coef > 0.1 or kl < 1.001 * target
     assert coef < 0.1 or kl > 0.999 * target

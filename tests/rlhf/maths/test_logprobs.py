@@ -9,7 +9,7 @@ from tests.support.random_batches import doubles, equal, randn
 LOGITS, LABELS = 3 * randn(2, 5, 7), torch.randint(0, 7, (2, 5), generator=torch.Generator().manual_seed(0))
 
 
-def test_by_hand() -> None:
+def test_hand_computed_logprobs() -> None:
     # probabilities 1/4 and 3/4; at temperature 2, exp(ln(3) / 2) = sqrt(3) against 1
     logits = torch.log(doubles([1, 3], [1, 3]))
     assert equal(token_logprobs(logits, torch.tensor([0, 1])), [math.log(1 / 4), math.log(3 / 4)])
@@ -19,13 +19,13 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
-def test_every_token_together_has_probability_1(temperature: float) -> None:
-    each = torch.stack([token_logprobs(LOGITS, torch.full_like(LABELS, v), temperature) for v in range(7)])
-    assert equal(each.exp().sum(dim=0), torch.ones(2, 5))
+def test_probabilities_sum_to_1(temperature: float) -> None:
+    all_logprobs = torch.stack([token_logprobs(LOGITS, torch.full_like(LABELS, v), temperature) for v in range(7)])
+    assert equal(all_logprobs.exp().sum(dim=0), torch.ones(2, 5))
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_a_constant_added_to_the_logits_changes_nothing(temperature: float) -> None:
+def test_adding_a_constant_to_the_logits_changes_nothing(temperature: float) -> None:
     shifted = LOGITS + 100 * randn(2, 5, 1, seed=1)
     got = token_logprobs(shifted, LABELS, temperature)
     assert equal(got, token_logprobs(LOGITS, LABELS, temperature))
@@ -51,7 +51,7 @@ def test_permuting_the_batch_permutes_the_result() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_low_precision_logits_are_taken_in_fp32(dtype: torch.dtype, temperature: float) -> None:
+def test_low_precision_logits_are_computed_in_fp32(dtype: torch.dtype, temperature: float) -> None:
     logits = LOGITS.to(dtype)
     got = token_logprobs(logits, LABELS, temperature)
     assert got.dtype == torch.float32 and entropy(logits, temperature).dtype == torch.float32
@@ -63,18 +63,18 @@ def test_large_logits_do_not_overflow() -> None:
     assert equal(token_logprobs(doubles([1e4, 1e4 - 1]), torch.tensor([0])), [-math.log1p(math.exp(-1))])
 
 
-def test_entropy_by_hand() -> None:
+def test_hand_computed_entropy() -> None:
     # uniform over 4: ln 4; 1/4 and 3/4: (1/4) ln 4 + (3/4) ln (4/3)
     assert equal(entropy(doubles([0, 0, 0, 0])), [math.log(4)])
     assert equal(entropy(torch.log(doubles([1, 3]))), [math.log(4) / 4 + 3 * math.log(4 / 3) / 4])
 
 
 def test_entropy_is_minus_the_mean_log_probability() -> None:
-    each = torch.stack([token_logprobs(LOGITS, torch.full_like(LABELS, v), 1.5) for v in range(7)])
-    assert equal(entropy(LOGITS, 1.5), -(each.exp() * each).sum(dim=0))
+    all_logprobs = torch.stack([token_logprobs(LOGITS, torch.full_like(LABELS, v), 1.5) for v in range(7)])
+    assert equal(entropy(LOGITS, 1.5), -(all_logprobs.exp() * all_logprobs).sum(dim=0))
 
 
-def test_a_forbidden_token_adds_nothing() -> None:
+def test_masked_token_contributes_nothing() -> None:
     allowed = randn(3, 4)
     logits = torch.cat([allowed, torch.full((3, 2), -math.inf, dtype=torch.float64)], dim=1).requires_grad_()
     assert equal(entropy(logits), entropy(allowed))
@@ -83,7 +83,7 @@ def test_a_forbidden_token_adds_nothing() -> None:
     assert token_logprobs(logits[:1], torch.tensor([5])).item() == -math.inf
 
 
-def test_a_forbidden_token_has_no_gradient() -> None:
+def test_masked_token_has_no_gradient() -> None:
     allowed = randn(3, 4).requires_grad_()
     (entropy(allowed).sum() + token_logprobs(allowed, torch.tensor([0, 1, 3])).sum()).backward()
     forbidden = torch.full((3, 2), -math.inf, dtype=torch.float64)

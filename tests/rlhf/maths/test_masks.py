@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from components.rlhf.maths.masks import length_mask, next_token_mask, state_positions
 from tests.support.random_batches import equal, randn
 
-# One (prompt length, response length) a row.
+# One (prompt length, response length) per row.
 ROWS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4)
 
 
@@ -14,8 +14,8 @@ def test_length_mask() -> None:
     assert length_mask(torch.tensor([2]), 3).dtype == torch.bool
 
 
-def test_state_before_an_action_is_the_token_to_its_left() -> None:
-    # A prompt of 3 stands at 0, 1, 2: the first action is read at 2, where the prompt ends.
+def test_state_before_an_action_is_one_position_to_the_left() -> None:
+    # A prompt of 3 has positions 0, 1, 2: the state before the first action is at 2.
     assert state_positions(torch.tensor([3, 1]), 3).tolist() == [[2, 3, 4], [0, 1, 2]]
 
 
@@ -29,7 +29,7 @@ def test_next_token_mask() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(ROWS)
-def test_the_masks_agree(rows: list[tuple[int, int]]) -> None:
+def test_next_token_mask_selects_the_state_positions(rows: list[tuple[int, int]]) -> None:
     """The columns that predict a response token are the states before the real actions."""
     prompts, responses = torch.tensor(rows).T
     num_actions, width = int(responses.max()), 10
@@ -40,18 +40,18 @@ def test_the_masks_agree(rows: list[tuple[int, int]]) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(ROWS)
-def test_state_positions_select_what_the_article_slices(rows: list[tuple[int, int]]) -> None:
+def test_state_positions_equal_openrlhf_slices(rows: list[tuple[int, int]]) -> None:
     """Right-padded rows read at state_positions == left-padded rows cut by `[:, :-1]` and then `[:, -num_actions:]`."""
     prompts, responses = torch.tensor(rows).T
     num_actions, widest_prompt = int(responses.max()), int(prompts.max())
     width = widest_prompt + num_actions
     right_padded, left_padded = randn(len(rows), width, seed=1), randn(len(rows), width, seed=2)
     for row, (prompt, response) in enumerate(rows):
-        values = randn(prompt + response, seed=3 + row)  # one value a real token
+        values = randn(prompt + response, seed=3 + row)  # one value per non-padding token
         right_padded[row, : prompt + response] = values
         left_padded[row, widest_prompt - prompt : widest_prompt + response] = values
 
-    ours = right_padded.gather(1, state_positions(prompts, num_actions))
-    article = left_padded[:, :-1][:, -num_actions:]
+    selected = right_padded.gather(1, state_positions(prompts, num_actions))
+    openrlhf = left_padded[:, :-1][:, -num_actions:]
     real = length_mask(responses, num_actions)
-    assert equal(ours[real], article[real])
+    assert equal(selected[real], openrlhf[real])

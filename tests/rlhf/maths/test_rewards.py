@@ -8,39 +8,39 @@ MASK = ragged(4, 1, 0, 3)
 SCORES, KL = 3 * randn(4, seed=1), randn(4, 4)
 
 
-def test_by_hand() -> None:
-    # -0.1 * kl at every token; the score 12 counts as 10 and stands at the last: 10 - 0.04
+def test_hand_computed_rewards() -> None:
+    # -0.1 * kl at every token; the score 12 is clipped to 10 and added at the last: 10 - 0.04
     got = token_rewards(
         torch.tensor([12.0]), doubles([0.2, -0.1, -0.5, 0.4]), ragged(4), kl_coef=0.1, reward_clip=(-10, 10)
     )
     assert equal(got, [[-0.02, 0.01, 0.05, 9.96]])
 
 
-def test_the_score_stands_at_the_last_real_token() -> None:
-    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()  # right-padded, gaps, nothing
+def test_score_is_added_at_the_last_response_token() -> None:
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()  # right-padded, gaps, empty
     got = token_rewards(doubles([5, 6, 7, 8])[0], torch.zeros(4, 4, dtype=torch.float64), mask, kl_coef=0.1)
     assert equal(got, [[0, 5, 0, 0], [0, 0, 0, 6], [0, 0, 7, 0], [0, 0, 0, 0]])
 
 
-def test_the_raw_score_is_clipped_and_not_the_sum() -> None:
-    # -12 counts as -10, and the KL of 50 takes it to -10 - 5 = -15, outside the clip
+def test_score_is_clipped_before_adding_the_kl_penalty() -> None:
+    # -12 is clipped to -10, and the KL of 50 lowers it to -10 - 5 = -15, outside the clip
     got = token_rewards(torch.tensor([-12.0]), doubles([50]), ragged(1), kl_coef=0.1, reward_clip=(-10, 10))
     assert equal(got, [[-15]])
     assert equal(token_rewards(torch.tensor([-12.0]), doubles([50]), ragged(1), kl_coef=0.1), [[-17]])
 
 
-def test_a_clip_need_not_be_symmetric() -> None:
+def test_clip_can_be_asymmetric() -> None:
     scores, nothing = torch.tensor([-3.0, 3.0]), torch.zeros(2, 1)
     got = token_rewards(scores, nothing, ragged(1, 1), kl_coef=0.0, reward_clip=(-1, 2))
     assert equal(got, [[-1], [2]])
 
 
-def test_a_negative_coefficient_counts_as_0() -> None:
+def test_negative_coefficient_counts_as_0() -> None:
     got, expected = (token_rewards(SCORES, KL, MASK, kl_coef=coef) for coef in (-0.3, 0.0))
     assert equal(got, expected)
 
 
-def test_each_row_sums_to_its_score_less_the_kl_penalty() -> None:
+def test_row_sum_is_score_minus_kl_penalty() -> None:
     penalty = 0.1 * torch.where(MASK, KL, 0).sum(dim=1)
     expected = torch.where(MASK.any(dim=1), SCORES - penalty, 0)
     assert equal(token_rewards(SCORES, KL, MASK, kl_coef=0.1).sum(dim=1), expected)
@@ -61,5 +61,5 @@ def test_permuting_the_batch_permutes_the_result() -> None:
     assert equal(got, token_rewards(SCORES, KL, MASK, kl_coef=0.1)[order])
 
 
-def test_the_result_has_the_type_of_the_kl() -> None:
+def test_result_has_the_dtype_of_the_kl() -> None:
     assert token_rewards(SCORES.double(), KL.float(), MASK, kl_coef=0.1).dtype == torch.float32

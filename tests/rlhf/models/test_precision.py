@@ -7,19 +7,21 @@ from components.rlhf.models import precision
 from components.rlhf.models.precision import autocast_to, compute_dtype
 
 
-def test_what_is_asked_for() -> None:
+def test_explicit_precision() -> None:
     assert compute_dtype("fp32") == torch.float32
     assert compute_dtype("bf16") == torch.bfloat16
 
 
-@pytest.mark.parametrize(("has", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_goes_by_the_processor(monkeypatch: pytest.MonkeyPatch, has: bool, expected: torch.dtype) -> None:
-    monkeypatch.setattr(precision, "_has_bf16", lambda: has)
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_precision_depends_on_the_hardware(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(precision, "_has_bf16", lambda: has_bf16)
     assert compute_dtype("auto") == expected
 
 
 @pytest.mark.parametrize(("flags", "expected"), [("fpu amx_bf16 sse", True), ("fpu avx512_bf16", True), ("fpu", False)])
-def test_a_processor_says_it_in_its_flags(
+def test_bf16_support_is_read_from_cpu_flags(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, expected: bool
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
@@ -29,6 +31,6 @@ def test_a_processor_says_it_in_its_flags(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_are_computed_in_it(dtype: torch.dtype) -> None:
+def test_autocast_computes_products_in_dtype(dtype: torch.dtype) -> None:
     with autocast_to(dtype, torch.device("cpu")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype

@@ -1,4 +1,4 @@
-"""A judge from a store that others write to: it loads and scores with finite numbers, or is refused with one sentence."""
+"""A manipulated judge artifact: it loads and gives finite scores, or is rejected with a one-line error."""
 
 import json
 import struct
@@ -38,13 +38,13 @@ def folder(tmp_path: Path) -> Path:
 def check(folder: Path) -> None:
     judge = one_sentence(lambda: load_judge(folder))
     if judge is not None:
-        scores = judge.score_texts(["a film that is good", "", "words nobody has seen"])
+        scores = judge.score_texts(["a film that is good", "", "unknown words only"])
         assert scores.shape == (3,) and torch.isfinite(scores).all()
 
 
 @FUZZ
 @given(data=st.data())
-def test_anything_in_its_features(folder: Path, data: st.DataObject) -> None:
+def test_arbitrary_features_json(folder: Path, data: st.DataObject) -> None:
     content: dict[str, Any] = json.loads((folder / FEATURES).read_text(encoding="utf-8"))
     match data.draw(st.integers(0, 3)):
         case 0:
@@ -63,11 +63,11 @@ def test_anything_in_its_features(folder: Path, data: st.DataObject) -> None:
 
 @FUZZ
 @given(data=st.data())
-def test_its_weights_with_some_bytes_changed_or_cut_off(folder: Path, data: st.DataObject) -> None:
+def test_corrupted_weights(folder: Path, data: st.DataObject) -> None:
     good = (folder / WEIGHTS).read_bytes()
     broken = bytearray(good)
-    for place in data.draw(st.lists(st.integers(0, len(good) - 1), max_size=4)):
-        broken[place] = data.draw(st.integers(0, 255))
+    for position in data.draw(st.lists(st.integers(0, len(good) - 1), max_size=4)):
+        broken[position] = data.draw(st.integers(0, 255))
     (folder / WEIGHTS).write_bytes(
         broken[: data.draw(st.integers(0, len(good)))] if data.draw(st.booleans()) else broken
     )
@@ -80,31 +80,31 @@ def header(content: Any, *, length: int | None = None, rest: bytes = b"") -> byt
     return struct.pack("<Q", len(text) if length is None else length) + text + rest
 
 
-LIES = {
-    "a header of 2^63 bytes": header({}, length=2**63),
-    "a header longer than the file": header({}, length=10_000),
-    "a tensor beyond the end": header({"idf": {"dtype": "F64", "shape": [10**12], "data_offsets": [0, 8 * 10**12]}}),
-    "offsets backwards": header({"idf": {"dtype": "F64", "shape": [1], "data_offsets": [8, 0]}}, rest=b"\0" * 8),
-    "two tensors on one place": header(
+INVALID_HEADERS = {
+    "header length of 2^63 bytes": header({}, length=2**63),
+    "header longer than the file": header({}, length=10_000),
+    "tensor beyond the end of the file": header({"idf": {"dtype": "F64", "shape": [10**12], "data_offsets": [0, 8 * 10**12]}}),
+    "descending offsets": header({"idf": {"dtype": "F64", "shape": [1], "data_offsets": [8, 0]}}, rest=b"\0" * 8),
+    "two overlapping tensors": header(
         {name: {"dtype": "F64", "shape": [1], "data_offsets": [0, 8]} for name in ("idf", "coefficients")}, rest=b"\0" * 8
     ),
-    "a shape whose product overflows": header({"idf": {"dtype": "F64", "shape": [2**40, 2**40], "data_offsets": [0, 8]}}, rest=b"\0" * 8),
-    "a deep header": struct.pack("<Q", 100_000) + b"[" * 100_000,
-    "nothing": b"",
+    "shape whose product overflows": header({"idf": {"dtype": "F64", "shape": [2**40, 2**40], "data_offsets": [0, 8]}}, rest=b"\0" * 8),
+    "deeply nested header": struct.pack("<Q", 100_000) + b"[" * 100_000,
+    "empty file": b"",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("content", LIES.values(), ids=LIES.keys())
-def test_a_header_that_lies(folder: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", INVALID_HEADERS.values(), ids=INVALID_HEADERS.keys())
+def test_invalid_safetensors_header_is_rejected(folder: Path, content: bytes) -> None:
     (folder / WEIGHTS).write_bytes(content)
-    with pytest.raises(InputError, match="is not a judge that can be loaded"):
+    with pytest.raises(InputError, match="is not a loadable judge"):
         load_judge(folder)
     check(folder)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
 @pytest.mark.parametrize("name", ["idf", "coefficients", "intercept"])
-def test_weights_that_are_no_numbers(folder: Path, name: str, value: float) -> None:
+def test_non_finite_weights_are_rejected(folder: Path, name: str, value: float) -> None:
     judge = load_judge(folder)
     weights = {
         "idf": judge.vectorizer.idf_,

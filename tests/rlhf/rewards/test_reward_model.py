@@ -44,65 +44,66 @@ COMPLETIONS = [
 ]
 
 
-class TestScorer:
-    def test_reads_each_text_at_its_last_token(self, tiny_model: Path) -> None:
-        scorer = scorer_of(tiny_model, microbatch_tokens=1000, mean=0.5, std=2.0)
-        lm = scorer.model.lm
-        expected = []
-        for c in COMPLETIONS:
-            hidden = lm.model(torch.tensor([c.prompt_ids + c.response_ids])).last_hidden_state[0, -1]
-            expected.append(((hidden @ lm.score.weight[0]).item() - 0.5) / 2)
-        scores = scorer.score(COMPLETIONS)
-        assert scores.tolist() == pytest.approx(expected, abs=1e-5)
-        assert scores.dtype == torch.float32
-        assert not scores.requires_grad
-
-    @pytest.mark.parametrize("microbatch_tokens", [1, 7, 14, 20])
-    @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2], [2]])
-    def test_does_not_depend_on_order_or_microbatches(
-        self, tiny_model: Path, microbatch_tokens: int, order: list[int]
-    ) -> None:
-        expected = scorer_of(tiny_model, microbatch_tokens=1000).score(COMPLETIONS)[order]
-        scores = scorer_of(tiny_model, microbatch_tokens=microbatch_tokens).score([COMPLETIONS[i] for i in order])
-        assert torch.allclose(scores, expected, atol=1e-5)
-
-    def test_keeps_to_its_budget_of_tokens(self, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        scorer = scorer_of(tiny_model, microbatch_tokens=14)
-        seen: list[tuple[int, ...]] = []
-        plain = scorer.model.scores
-        monkeypatch.setattr(
-            scorer.model, "scores", lambda batch: seen.append(tuple(batch.input_ids.shape)) or plain(batch)
-        )
-        scorer.score(COMPLETIONS)
-        assert sum(rows for rows, _ in seen) == 4
-        assert len(seen) > 1
-        assert all(rows * width <= 14 for rows, width in seen)
-
-    def test_of_nothing_is_nothing(self, tiny_model: Path) -> None:
-        assert scorer_of(tiny_model, microbatch_tokens=10).score([]).tolist() == []
+def test_score_is_computed_at_the_last_token(tiny_model: Path) -> None:
+    scorer = scorer_of(tiny_model, microbatch_tokens=1000, mean=0.5, std=2.0)
+    lm = scorer.model.lm
+    expected = []
+    for c in COMPLETIONS:
+        hidden = lm.model(torch.tensor([c.prompt_ids + c.response_ids])).last_hidden_state[0, -1]
+        expected.append(((hidden @ lm.score.weight[0]).item() - 0.5) / 2)
+    scores = scorer.score(COMPLETIONS)
+    assert scores.tolist() == pytest.approx(expected, abs=1e-5)
+    assert scores.dtype == torch.float32
+    assert not scores.requires_grad
 
 
-class TestAsCompletion:
-    def test_a_human_text_ends_with_eos(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        c = as_completion(tokenizer, "ab", "cde", max_tokens=100)
-        assert c.prompt_ids == tokenizer("ab")["input_ids"]
-        assert c.response_ids == [*tokenizer("cde")["input_ids"], 0]
-        assert (c.response, c.truncated, c.logprobs, c.prompt.prompt) == ("cde", False, None, "ab")
-
-    def test_an_incomplete_one_does_not(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        c = as_completion(tokenizer, "ab", "cde", max_tokens=100, complete=False)
-        assert c.response_ids == tokenizer("cde")["input_ids"]
-        assert c.truncated
-
-    @pytest.mark.parametrize("complete", [True, False])
-    def test_nor_does_one_that_was_cut(self, tokenizer: PreTrainedTokenizerBase, complete: bool) -> None:
-        c = as_completion(tokenizer, "ab", "cdefg", max_tokens=5, complete=complete)
-        assert c.response_ids == tokenizer("cde")["input_ids"]
-        assert (c.response, c.truncated) == ("cde", True)
+@pytest.mark.parametrize("microbatch_tokens", [1, 7, 14, 20])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2], [2]])
+def test_scores_do_not_depend_on_order_or_microbatches(
+    tiny_model: Path, microbatch_tokens: int, order: list[int]
+) -> None:
+    expected = scorer_of(tiny_model, microbatch_tokens=1000).score(COMPLETIONS)[order]
+    scores = scorer_of(tiny_model, microbatch_tokens=microbatch_tokens).score([COMPLETIONS[i] for i in order])
+    assert torch.allclose(scores, expected, atol=1e-5)
 
 
-class ByLength:
-    """Longer texts score higher: a scorer by hand."""
+def test_scorer_respects_microbatch_tokens(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = scorer_of(tiny_model, microbatch_tokens=14)
+    seen: list[tuple[int, ...]] = []
+    plain = scorer.model.scores
+    monkeypatch.setattr(scorer.model, "scores", lambda batch: seen.append(tuple(batch.input_ids.shape)) or plain(batch))
+    scorer.score(COMPLETIONS)
+    assert sum(rows for rows, _ in seen) == 4
+    assert len(seen) > 1
+    assert all(rows * width <= 14 for rows, width in seen)
+
+
+def test_no_completions_give_no_scores(tiny_model: Path) -> None:
+    assert scorer_of(tiny_model, microbatch_tokens=10).score([]).tolist() == []
+
+
+def test_human_text_ends_with_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    c = as_completion(tokenizer, "ab", "cde", max_tokens=100)
+    assert c.prompt_ids == tokenizer("ab")["input_ids"]
+    assert c.response_ids == [*tokenizer("cde")["input_ids"], 0]
+    assert (c.response, c.truncated, c.logprobs, c.prompt.prompt) == ("cde", False, None, "ab")
+
+
+def test_incomplete_text_has_no_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    c = as_completion(tokenizer, "ab", "cde", max_tokens=100, complete=False)
+    assert c.response_ids == tokenizer("cde")["input_ids"]
+    assert c.truncated
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_truncated_text_has_no_eos(tokenizer: PreTrainedTokenizerBase, complete: bool) -> None:
+    c = as_completion(tokenizer, "ab", "cdefg", max_tokens=5, complete=complete)
+    assert c.response_ids == tokenizer("cde")["input_ids"]
+    assert (c.response, c.truncated) == ("cde", True)
+
+
+class LengthScorer:
+    """Scores a response by its number of tokens."""
 
     def __init__(self) -> None:
         self.seen: list[Completion] = []
@@ -116,26 +117,26 @@ def pair(chosen: str, rejected: str) -> PreferencePair:
     return PreferencePair(prompt="a prompt", chosen=chosen, rejected=rejected)
 
 
-class TestPairAccuracy:
-    def test_a_tie_is_wrong(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        right, wrong, tie = pair("longer", "short"), pair("short", "longer"), pair("same", "even")
+def test_tie_counts_as_wrong(tokenizer: PreTrainedTokenizerBase) -> None:
+    correct, wrong, tie = pair("longer", "short"), pair("short", "longer"), pair("same", "even")
 
-        def accuracy(*pairs: PreferencePair) -> float:
-            return pair_accuracy(ByLength(), pairs, tokenizer, max_tokens=100)
+    def accuracy(*pairs: PreferencePair) -> float:
+        return pair_accuracy(LengthScorer(), pairs, tokenizer, max_tokens=100)
 
-        assert accuracy(right) == 1
-        assert accuracy(wrong) == 0
-        assert accuracy(tie) == 0
-        assert accuracy(right, wrong, tie, right) == 0.5
+    assert accuracy(correct) == 1
+    assert accuracy(wrong) == 0
+    assert accuracy(tie) == 0
+    assert accuracy(correct, wrong, tie, correct) == 0.5
 
-    def test_texts_are_scored_as_they_will_be(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        scorer = ByLength()
-        pair_accuracy(scorer, [pair("yes", "no")], tokenizer, max_tokens=100)
-        assert [(c.prompt.prompt, c.response, c.truncated) for c in scorer.seen] == [
-            ("a prompt", "yes", False),
-            ("a prompt", "no", False),
-        ]
-        assert all(c.response_ids[-1] == 0 for c in scorer.seen)
-        cut = ByLength()
-        pair_accuracy(cut, [pair("yes", "no")], tokenizer, max_tokens=100, complete=False)
-        assert all(c.truncated and c.response_ids[-1] != 0 for c in cut.seen)
+
+def test_texts_are_scored_in_the_form_of_responses(tokenizer: PreTrainedTokenizerBase) -> None:
+    scorer = LengthScorer()
+    pair_accuracy(scorer, [pair("yes", "no")], tokenizer, max_tokens=100)
+    assert [(c.prompt.prompt, c.response, c.truncated) for c in scorer.seen] == [
+        ("a prompt", "yes", False),
+        ("a prompt", "no", False),
+    ]
+    assert all(c.response_ids[-1] == 0 for c in scorer.seen)
+    incomplete = LengthScorer()
+    pair_accuracy(incomplete, [pair("yes", "no")], tokenizer, max_tokens=100, complete=False)
+    assert all(c.truncated and c.response_ids[-1] != 0 for c in incomplete.seen)

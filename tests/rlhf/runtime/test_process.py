@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+IMPORTS = """
+from components.rlhf.runtime.process import *
+from components.rlhf.runtime.memory import *
+from components.rlhf.checkpoints.stop_signal import *
+"""
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -15,7 +20,7 @@ def start(code: str, **environment: str) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-c",
-        f"from components.rlhf.runtime.process import *\nfrom components.rlhf.runtime.memory import *\nfrom components.rlhf.checkpoints.stop_signal import *\n{code}",
+        IMPORTS + code,
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)

@@ -239,7 +239,7 @@ def test_checkpoints_go_where_the_storage_settings_say(tmp_path: Path) -> None:
     def command(storage: str, settings: str, tracking: str, executor_input: str) -> None:
         assert (tracking, executor_input) == ("{}", "")
         with run(storage=storage) as stage:
-            store = stage.checkpoints(CheckpointConfig(), SINGLE_PROCESS).store
+            store = stage.training_context(CheckpointConfig(), SINGLE_PROCESS).checkpoints.store
             click.echo(repr(store and store.uri))
 
     uri = json.dumps({"checkpoint_uri": str(tmp_path)})

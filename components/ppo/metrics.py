@@ -1,0 +1,48 @@
+"""Metrics of a rollout and of a whole run; components/ppo/README.md explains each name."""
+
+import torch
+from torch import Tensor
+
+from components.ppo.experience import Experience
+from components.rlhf.engine.group import SINGLE_PROCESS
+from components.rlhf.engine.protocol import Group
+from components.rlhf.maths.masked import masked_moments
+
+History = list[dict[str, float]]
+
+
+def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, float]:
+    """Metrics of one rollout over all ranks."""
+    mask, every_row, ended = e.batch.response_mask, torch.ones_like(e.truncated), ~e.truncated
+    engine_gap = torch.where(mask, (e.old_logprobs - e.engine_logprobs).abs(), 0)
+
+    def moments(x: Tensor, where: Tensor) -> tuple[float, float]:
+        mean, variance = masked_moments(x, where, group.sum)
+        return mean.item(), variance.item()
+
+    def mean(x: Tensor, where: Tensor) -> float:
+        return moments(x, where)[0]
+
+    score_mean, score_variance = moments(e.scores, every_row)
+    returns_variance, residual_variance = moments(e.returns, mask)[1], moments(e.returns - e.old_values, mask)[1]
+    return {
+        "score/mean": score_mean,
+        "score/std": score_variance**0.5,
+        "score/mean_ended": mean(e.scores, ended),
+        "kl/sequence": mean(e.kl.sum(dim=1), every_row),
+        "kl/token": mean(e.kl, mask),
+        "entropy": mean(e.entropy, mask),
+        "response/length": mean(e.batch.response_lengths.float(), every_row),
+        "response/eos_rate": mean(ended.float(), every_row),
+        "value/mean": mean(e.old_values, mask),
+        # 1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 no better than a constant.
+        "value/explained_variance": 1 - residual_variance / returns_variance if returns_variance > 1e-8 else 0.0,
+        "engine_gap/mean": mean(engine_gap, mask),
+        "engine_gap/max": group.max(engine_gap.max()).item(),
+    }
+
+
+def final_metrics(history: History) -> dict[str, float]:
+    """The last row of the history under flat names, for KFP and the manifest."""
+    last = {name.replace("/", "_"): value for name, value in history[-1].items()}
+    return {"num_iterations": float(len(history)), "score_first": history[0]["score/mean"], **last}

@@ -1,0 +1,97 @@
+"""What supervised fine-tuning and reward-model training share: optimizer steps over batches, resumed from checkpoints."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.rlhf.checkpoints.manager import CheckpointManager
+from components.rlhf.data.batching import local_microbatches
+from components.rlhf.engine.protocol import Group, TrainEngine
+from components.rlhf.text.errors import require_finite
+from components.rlhf.text.progress import Progress
+from components.rlhf.tracking.mlflow import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingContext:
+    """What every training stage reports to and works with."""
+
+    checkpoints: CheckpointManager
+    progress: Progress
+    tracker: Tracker
+    group: Group
+
+    def microbatches(self, lengths: Sequence[int], max_tokens: int) -> list[tuple[list[int], float]]:
+        """This rank's microbatches (indices, weight) of records with these lengths; the same number on every rank."""
+        rank, world_size = self.group.rank, self.group.world_size
+        return local_microbatches(
+            lengths, max_tokens, rank=rank, world_size=world_size, max_over_ranks=self.group.max_int
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """The records of a training run, and which of them each optimizer step takes."""
+
+    records: str  # what they are, for error messages
+    lengths: Sequence[int]  # tokens of each record
+    steps: Sequence[Sequence[int]]  # indices of the records of each step
+    max_tokens: int  # of one microbatch, padded
+
+
+def train_on_batches(
+    context: TrainingContext,
+    name: str,
+    engine: TrainEngine,
+    batches: Batches,
+    shares_of: Callable[[Sequence[int], Sequence[int]], dict[str, Tensor]],
+    initial_state: Callable[[], dict[str, Any]] = dict,
+) -> dict[str, Any]:
+    """Take every optimizer step that the latest checkpoint of model `name` has not; return the state kept in checkpoints.
+
+    shares_of(rows, batch) gives what the records `rows` add to the loss and to the metrics of their batch, as scalars;
+    "loss" carries the gradient. initial_state is called when there is no checkpoint, before the first step.
+    """
+    checkpoints, progress = context.checkpoints, context.progress
+    state = checkpoints.restore({name: engine})
+    if state is None:
+        steps_done, state = 0, initial_state()
+    else:
+        steps_done = int(state.pop("step"))
+        progress.log(f"resuming after step {steps_done} from {checkpoints.latest}")
+    for step, batch in enumerate(batches.steps[steps_done:], start=steps_done + 1):
+        context.group.watchdog(f"{name} step {step}")
+        values = _optimizer_step(context, engine, batches, batch, shares_of)
+        with checkpoints.named_on_failure():
+            for what in ("loss", "grad_norm"):
+                require_finite(values[what], what=what, step=step, batch=f"{batches.records} {list(batch)}")
+        context.tracker.log({f"train/{metric}": value for metric, value in values.items()}, step)
+        shown = {metric: value for metric, value in values.items() if metric not in ("grad_norm", "learning_rate")}
+        progress.step(step, len(batches.steps), shown)
+        if checkpoints.should_save():
+            context.tracker.flush()
+            checkpoints.save(step, {name: engine}, state)
+    return state
+
+
+def _optimizer_step(
+    context: TrainingContext,
+    engine: TrainEngine,
+    batches: Batches,
+    batch: Sequence[int],
+    shares_of: Callable[[Sequence[int], Sequence[int]], dict[str, Tensor]],
+) -> dict[str, float]:
+    """One step over this rank's microbatches; the loss and the metrics are summed over all ranks."""
+    microbatches = context.microbatches([batches.lengths[i] for i in batch], batches.max_tokens)
+    sums: dict[str, Tensor] = {}
+    for number, (rows, weight) in enumerate(microbatches, start=1):
+        shares = shares_of([batch[i] for i in rows], batch)
+        engine.backward(weight * shares["loss"], last=number == len(microbatches))
+        for metric, share in shares.items():
+            sums[metric] = sums.get(metric, 0) + weight * share.detach()
+    totals = context.group.sum(torch.stack(list(sums.values()))).tolist()
+    info = engine.step()
+    return {**dict(zip(sums, totals, strict=True)), "grad_norm": info.grad_norm, "learning_rate": info.learning_rate}
