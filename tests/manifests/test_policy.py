@@ -120,7 +120,9 @@ def test_make_secrets_creates_private_matching_passwords(tmp_path: Path) -> None
     assert second.returncode == 1 and "exists; delete it" in second.stderr
     assert files["rlhf-s3.env"] == (folder / "rlhf-s3.env").read_text()
     wrong = subprocess.run([script, "mars"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "name one overlay: eks gke kind multi-user standalone" in wrong.stderr
+    assert (
+        wrong.returncode == 2 and "expected the name of an overlay: eks gke kind multi-user standalone" in wrong.stderr
+    )
 
 
 @pytest.mark.slow
