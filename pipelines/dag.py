@@ -2,7 +2,7 @@
 
 import_model -> prepare_data -> sft -> reward_model -> ppo -> evaluation -> gate -> register
                             \\-> judge ----------------------/
-and notify at the end, however it ends. Where each task runs, and with what, is placement.py.
+and notify at the end, whether the run succeeds or fails. placement.py sets the image, node and resources of each task.
 """
 
 from typing import Any
@@ -35,12 +35,12 @@ NAME = "rlhf"
 
 
 def build_pipeline(params: Params) -> Any:
-    """The pipeline of one params file. Its inputs are where to track, where to store, and which GPU nodes to take."""
-    selector, tolerations = placement.gpu_node_selector(params), placement.gpu_tolerations(params)
+    """The pipeline of a params file. Its inputs are the tracking and storage settings and the placement on GPU nodes."""
+    selector, tolerations = placement.gpu_node_defaults(params)
 
-    @dsl.pipeline(name="gate", description="Registers either way; only what is promoted becomes champion.")
+    @dsl.pipeline(name="gate", description="Registers the policy; only a promoted one becomes champion.")
     def gate(decision: str, policy: Input[Model], verdict: Input[Artifact], tracking: str) -> None:
-        # A nested pipeline, because a condition on a component's named output is silently false on a laptop.
+        # A nested pipeline, because kfp.local evaluates a condition on a component's named output as false.
         for branch in ("promote", "reject"):
             with dsl.If(decision == branch, name=branch):
                 settings = RegisterStageConfig.model_validate({"decision": branch}).canonical_json()
@@ -54,99 +54,91 @@ def build_pipeline(params: Params) -> Any:
         gpu_node_selector: dict[str, str] = selector,
         gpu_tolerations: list[dict[str, str]] = tolerations,
     ) -> None:
-        where = {"node_selector": gpu_node_selector, "tolerations": gpu_tolerations}
+        node_inputs = {"node_selector": gpu_node_selector, "tolerations": gpu_tolerations}
 
-        def configure_task(task: Any, stage: str, name: str = "", source: str = "") -> Any:
-            placement.configure_task(task, stage, params, source=source, where=where)
+        def configure(task: Any, stage: str, name: str = "", source: str = "") -> Any:
+            placement.configure_task(task, stage, params, source=source, node_inputs=node_inputs)
             return task.set_display_name(name or stage.replace("_", " "))
 
         def import_task(kind: str, source: str, name: str, revision: str | None = None) -> Any:
             settings = ImportModelStageConfig.model_validate({"kind": kind, "source": source, "revision": revision})
             task = import_model(settings=settings.canonical_json(), tracking=tracking, storage=storage)
-            return configure_task(task, "import_model", name, source)
+            return configure(task, "import_model", name, source)
 
         settings = NotifyStageConfig(preset=params.preset, ui_url=params.cluster.ui_url).canonical_json()
-        last = configure_task(notify(settings=settings, tracking=tracking, storage=storage), "notify")
-        with dsl.ExitHandler(last, name="run"):
-            base = import_task("base_model", params.model.source, "import model", params.model.revision)
-            data = configure_task(
-                prepare_data(
-                    base_model=base.outputs["model"],
-                    settings=params.stage(PrepareDataStageConfig).canonical_json(),
-                    tracking=tracking,
-                    storage=storage,
-                ),
-                "prepare_data",
+        exit_task = configure(notify(settings=settings, tracking=tracking, storage=storage), "notify")
+        with dsl.ExitHandler(exit_task, name="run"):
+            import_model_task = import_task("base_model", params.model.source, "import model", params.model.revision)
+            base_model = import_model_task.outputs["model"]
+
+            prepare_data_task = prepare_data(
+                base_model=base_model,
+                settings=params.stage(PrepareDataStageConfig).canonical_json(),
+                tracking=tracking,
+                storage=storage,
             )
+            datasets = configure(prepare_data_task, "prepare_data").outputs
 
             if params.sft.use:
-                tuned = import_task("sft_model", params.sft.use, "import SFT model")
+                sft_task = import_task("sft_model", params.sft.use, "import SFT model")
             else:
-                tuned = configure_task(
-                    sft(
-                        base_model=base.outputs["model"],
-                        demonstrations=data.outputs["demonstrations"],
-                        settings=params.stage(SftStageConfig).canonical_json(),
-                        tracking=tracking,
-                        storage=storage,
-                    ),
-                    "sft",
-                    "SFT",
-                )
-
-            if params.reward_model.use:
-                rewarder = import_task("reward_model", params.reward_model.use, "import reward model")
-            else:
-                rewarder = configure_task(
-                    reward_model(
-                        base_model=base.outputs["model"],
-                        sft_model=tuned.outputs["model"],
-                        preferences=data.outputs["preferences"],
-                        prompts=data.outputs["prompts"],
-                        settings=params.stage(RewardModelStageConfig).canonical_json(),
-                        tracking=tracking,
-                        storage=storage,
-                    ),
-                    "reward_model",
-                )
-
-            judging = configure_task(
-                judge(
-                    preferences=data.outputs["judge_preferences"],
-                    base_model=base.outputs["model"],
-                    settings=params.stage(JudgeStageConfig).canonical_json(),
-                    tracking=tracking,
-                ),
-                "judge",
-            )
-            policy = configure_task(
-                ppo(
-                    sft_model=tuned.outputs["model"],
-                    reward_model=rewarder.outputs["model"],
-                    prompts=data.outputs["prompts"],
-                    settings=params.stage(PpoStageConfig).canonical_json(),
+                sft_task = sft(
+                    base_model=base_model,
+                    demonstrations=datasets["demonstrations"],
+                    settings=params.stage(SftStageConfig).canonical_json(),
                     tracking=tracking,
                     storage=storage,
-                ),
-                "ppo",
-                "PPO",
-            )
-            verdict = configure_task(
-                evaluation(
-                    sft_model=tuned.outputs["model"],
-                    policy=policy.outputs["model"],
-                    reward_model=rewarder.outputs["model"],
-                    judge=judging.outputs["judge"],
-                    prompts=data.outputs["heldout_prompts"],
-                    settings=params.stage(EvaluationStageConfig).canonical_json(),
+                )
+                configure(sft_task, "sft", "SFT")
+            sft_model = sft_task.outputs["model"]
+
+            if params.reward_model.use:
+                reward_model_task = import_task("reward_model", params.reward_model.use, "import reward model")
+            else:
+                reward_model_task = reward_model(
+                    base_model=base_model,
+                    sft_model=sft_model,
+                    preferences=datasets["preferences"],
+                    prompts=datasets["prompts"],
+                    settings=params.stage(RewardModelStageConfig).canonical_json(),
                     tracking=tracking,
-                ),
-                "evaluation",
+                    storage=storage,
+                )
+                configure(reward_model_task, "reward_model")
+
+            judge_task = judge(
+                preferences=datasets["judge_preferences"],
+                base_model=base_model,
+                settings=params.stage(JudgeStageConfig).canonical_json(),
+                tracking=tracking,
             )
+            configure(judge_task, "judge")
+
+            ppo_task = ppo(
+                sft_model=sft_model,
+                reward_model=reward_model_task.outputs["model"],
+                prompts=datasets["prompts"],
+                settings=params.stage(PpoStageConfig).canonical_json(),
+                tracking=tracking,
+                storage=storage,
+            )
+            configure(ppo_task, "ppo", "PPO")
+
+            evaluation_task = evaluation(
+                sft_model=sft_model,
+                policy=ppo_task.outputs["model"],
+                reward_model=reward_model_task.outputs["model"],
+                judge=judge_task.outputs["judge"],
+                prompts=datasets["heldout_prompts"],
+                settings=params.stage(EvaluationStageConfig).canonical_json(),
+                tracking=tracking,
+            )
+            configure(evaluation_task, "evaluation")
+
             gate(
-                decision=verdict.outputs["decision"],
-                policy=policy.outputs["model"],
-                verdict=verdict.outputs["evaluation"],
+                decision=evaluation_task.outputs["decision"],
+                policy=ppo_task.outputs["model"],
+                verdict=evaluation_task.outputs["evaluation"],
                 tracking=tracking,
             )
 

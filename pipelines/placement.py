@@ -1,4 +1,4 @@
-"""Where each task of the DAG runs, and with what: image, node, memory, secrets, volumes, retries. The DAG itself is dag.py."""
+"""What the platform gives to each task of the DAG (dag.py): image, node, memory, secrets, volumes, retries."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from kfp import kubernetes
 
-from components.rlhf.config.cluster import TRAINING_STAGES, ClusterConfig, Mirrors, NodeAffinity, Profile, has_digest
+from components.rlhf.config.cluster import TRAINING_STAGES, ClusterConfig, Profile, has_digest
 from components.rlhf.config.params import Params
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.storage.pypi import PREFIX
@@ -24,24 +24,25 @@ IMAGE_OF = {
     "register": "tools",
     "notify": "tools",
 }
-DOWNLOADING_STAGES = ("import_model", "prepare_data")  # what comes from outside comes in here
-DETERMINISTIC = (*DOWNLOADING_STAGES, "judge")
-FILES = (".jsonl", ".json", ".ndjson", ".parquet")
-CHECKPOINTS = "/checkpoints"
-PART_OF = ("app.kubernetes.io/part-of", "kfp-rlhf")  # the network policies of manifests/ select by it
-HUB = ("kfp-rlhf/egress", "hub")
+DOWNLOADING_STAGES = ("import_model", "prepare_data")  # the only stages that download models and data
+DETERMINISTIC_STAGES = (*DOWNLOADING_STAGES, "judge")
+DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
+CHECKPOINT_PATH = "/checkpoints"
+# The network policies of manifests/ select tasks by these labels.
+TASK_LABELS = {"app.kubernetes.io/part-of": "kfp-rlhf"}
+HUB_LABELS = {"kfp-rlhf/egress": "hub"}
 S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-S3_MORE = ("AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION")
+S3_OPTIONAL_KEYS = ("AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION")
 MLFLOW_KEYS = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 def configure_task(
-    task: Any, stage: str, params: Params, *, source: str = "", where: Mapping[str, Any] | None = None
+    task: Any, stage: str, params: Params, *, source: str = "", node_inputs: Mapping[str, Any] | None = None
 ) -> Any:
-    """Give a task all that its stage gets from the platform.
+    """Set image, node, resources, secrets, volumes, retries and caching of a task.
 
-    source is what an import_model reads. where holds the pipeline's parameters node_selector and tolerations; they stand in for those
-    of the profile, on the stages that share the profile of gpu_stage.
+    source is what an import_model task reads. node_inputs are the pipeline inputs node_selector and tolerations; they replace those
+    of the profile on every stage with the profile of gpu_stage.
     """
     cluster, profile = params.cluster, params.cluster.profile(stage)
     sources = [source] if stage == "import_model" else data_sources(params) if stage == "prepare_data" else []
@@ -51,8 +52,8 @@ def configure_task(
         task.set_env_variable(name, value)
     _set_pod(task, stage, cluster, profile, needs_hub=any(is_remote(s) for s in sources))
     _set_resources(task, profile)
-    steered = profile.num_accelerators and profile == cluster.profile(gpu_stage(params))
-    _set_node(task, profile, where if steered else None)
+    uses_inputs = profile.num_accelerators and profile == cluster.profile(gpu_stage(params))
+    _set_node(task, profile, node_inputs if uses_inputs else None)
     _set_secrets(task, stage, params, sources)
     _set_volumes(task, stage, params, profile)
     if profile.num_accelerators and stage != "notify":
@@ -63,7 +64,7 @@ def configure_task(
 
 
 def image(cluster: ClusterConfig, stage: str) -> str:
-    """The image of a stage, from the registry's mirror where there is one."""
+    """The image of a stage, with the registry mirror in front if one is set and the name has no registry."""
     name: str = getattr(cluster.images, IMAGE_OF[stage])
     host = name.split("/")[0]
     has_registry = "/" in name and ("." in host or ":" in host or host == "localhost")
@@ -71,58 +72,54 @@ def image(cluster: ClusterConfig, stage: str) -> str:
 
 
 def require_digests(cluster: ClusterConfig) -> None:
-    """Raise InputError for an image without a digest where the settings demand one."""
+    """Raise InputError for an image without a digest if cluster.require_digests is true."""
     for role in sorted(set(IMAGE_OF.values())):
         name = getattr(cluster.images, role)
         if cluster.require_digests and not has_digest(name):
             raise InputError(
                 f"cluster.images.{role} is {name}, which has no digest, and cluster.require_digests is true; "
-                "write NAME@sha256:DIGEST, as your registry shows it."
+                "set it to NAME@sha256:DIGEST."
             )
 
 
 def gpu_stage(params: Params) -> str:
-    """The stage whose profile the run parameters gpu_node_selector and gpu_tolerations stand in for: ppo, or the first with GPUs."""
+    """The stage whose profile has the defaults of gpu_node_selector and gpu_tolerations: ppo, or the first other one with GPUs."""
     return next((s for s in ("ppo", "sft", "reward_model", "evaluation") if params.cluster.num_accelerators(s)), "ppo")
 
 
-def gpu_node_selector(params: Params) -> dict[str, str]:
-    """The default of the run parameter; empty where no stage has accelerators."""
+def gpu_node_defaults(params: Params) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Defaults of the inputs gpu_node_selector and gpu_tolerations, empty if no stage has accelerators."""
     profile = params.cluster.profile(gpu_stage(params))
-    return dict(profile.node_selector) if profile.num_accelerators else {}
-
-
-def gpu_tolerations(params: Params) -> list[dict[str, str]]:
-    """The default of the run parameter, as Kubernetes writes tolerations."""
-    profile = params.cluster.profile(gpu_stage(params))
-    return [t.model_dump(exclude_none=True) for t in profile.tolerations] if profile.num_accelerators else []
+    if not profile.num_accelerators:
+        return {}, []
+    return dict(profile.node_selector), [t.model_dump(exclude_none=True) for t in profile.tolerations]
 
 
 def cluster_storage(params: Params) -> StorageConfig:
-    """The storage settings of a run on a cluster: without a place for checkpoints they go to the claim's volume."""
-    place_of = params.storage.checkpoint_uri or (CHECKPOINTS if params.cluster.checkpoint_claim else None)
-    return params.storage.model_copy(update={"checkpoint_uri": place_of})
+    """The storage settings of a run on a cluster: by default, checkpoints are on the volume of cluster.checkpoint_claim."""
+    checkpoint_uri = params.storage.checkpoint_uri or (CHECKPOINT_PATH if params.cluster.checkpoint_claim else None)
+    return params.storage.model_copy(update={"checkpoint_uri": checkpoint_uri})
 
 
 def data_sources(params: Params) -> list[str]:
-    """Where prepare_data reads from, each once."""
+    """The locations that prepare_data reads, without duplicates."""
     sources = (params.data.demonstrations, params.data.preferences, params.data.prompts)
     return sorted({source.path for source in sources if source})
 
 
 def is_remote(source: str) -> bool:
-    """Whether a source comes from a hub or a package index: no path and no bucket."""
-    return not (source.startswith(("s3://", "/", "./", "../", "~")) or PurePosixPath(source).suffix in FILES)
+    """Whether a source is a Hugging Face id or a package, not a path or an S3 URI."""
+    return not (source.startswith(("s3://", "/", "./", "../", "~")) or PurePosixPath(source).suffix in DATA_SUFFIXES)
 
 
 def _environment(cluster: ClusterConfig, stage: str) -> dict[str, str]:
-    mirrors: Mirrors = cluster.mirrors
-    found = {"PIP_INDEX_URL": mirrors.pypi, "HF_ENDPOINT": mirrors.hub} if stage in DOWNLOADING_STAGES else {}
-    return {name: value for name, value in found.items() if value} | dict(cluster.environment)
+    mirrors = {"PIP_INDEX_URL": cluster.mirrors.pypi, "HF_ENDPOINT": cluster.mirrors.hub}
+    variables = {name: value for name, value in mirrors.items() if value and stage in DOWNLOADING_STAGES}
+    return variables | dict(cluster.environment)
 
 
 def _set_pod(task: Any, stage: str, cluster: ClusterConfig, profile: Profile, *, needs_hub: bool) -> None:
-    labels = dict([PART_OF, ("kfp-rlhf/stage", stage.replace("_", "-"))]) | (dict([HUB]) if needs_hub else {})
+    labels = TASK_LABELS | {"kfp-rlhf/stage": stage.replace("_", "-")} | (HUB_LABELS if needs_hub else {})
     if profile.queue:
         labels["kueue.x-k8s.io/queue-name"] = profile.queue
     for key, value in (labels | profile.labels).items():
@@ -144,40 +141,37 @@ def _set_resources(task: Any, profile: Profile) -> None:
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=profile.shared_memory)
 
 
-def _set_node(task: Any, profile: Profile, where: Mapping[str, Any] | None) -> None:
-    if where:
-        kubernetes.add_node_selector_json(task, where["node_selector"])
-        kubernetes.add_toleration_json(task, where["tolerations"])
+def _set_node(task: Any, profile: Profile, node_inputs: Mapping[str, Any] | None) -> None:
+    if node_inputs:
+        kubernetes.add_node_selector_json(task, node_inputs["node_selector"])
+        kubernetes.add_toleration_json(task, node_inputs["tolerations"])
     else:
         for key, value in profile.node_selector.items():
             kubernetes.add_node_selector(task, key, value)
         for toleration in profile.tolerations:
             kubernetes.add_toleration(task, **toleration.model_dump())
     for affinity in profile.node_affinity:
-        kubernetes.add_node_affinity(task, match_expressions=_expressions(affinity), weight=affinity.weight)
-
-
-def _expressions(affinity: NodeAffinity) -> list[dict[str, Any]]:
-    return [e.model_dump(mode="json") for e in affinity.match_expressions]
+        expressions = [e.model_dump(mode="json") for e in affinity.match_expressions]
+        kubernetes.add_node_affinity(task, match_expressions=expressions, weight=affinity.weight)
 
 
 def _set_secrets(task: Any, stage: str, params: Params, sources: list[str]) -> None:
-    secrets, stored = params.cluster.secrets, cluster_storage(params)
+    secrets, storage = params.cluster.secrets, cluster_storage(params)
     uris = [*sources]
     if stage in (*TRAINING_STAGES, "notify"):
-        uris += [stored.checkpoint_uri or ""]
+        uris += [storage.checkpoint_uri or ""]
     if stage in TRAINING_STAGES:
-        uris += [stored.publish_uri or ""]
-    if secrets.s3 and not stored.anonymous and any(uri.startswith("s3://") for uri in uris):
-        # Without these the stage could only fail later; a pod that waits for its Secret says so by itself.
+        uris += [storage.publish_uri or ""]
+    if secrets.s3 and not storage.anonymous and any(uri.startswith("s3://") for uri in uris):
+        # Not optional: Kubernetes reports a pod whose Secret is missing, while the stage would only fail later.
         _use_secret(task, secrets.s3, S3_KEYS, optional=False)
-        _use_secret(task, secrets.s3, S3_MORE, optional=True)
+        _use_secret(task, secrets.s3, S3_OPTIONAL_KEYS, optional=True)
     if secrets.mlflow and params.tracking.enabled:
         _use_secret(task, secrets.mlflow, MLFLOW_KEYS, optional=True)
     if secrets.hf_token and stage == "import_model":
         _use_secret(task, secrets.hf_token, ("HF_TOKEN",), optional=True)
     if secrets.webhook and stage == "notify":
-        keys = {"WEBHOOK_URL": "RLHF_WEBHOOK_URL"}  # a laptop may have the short name for something else
+        keys = {"WEBHOOK_URL": "RLHF_WEBHOOK_URL"}  # WEBHOOK_URL may have another meaning on a laptop
         kubernetes.use_secret_as_env(task, secret_name=secrets.webhook, secret_key_to_env=keys, optional=True)
 
 
@@ -189,8 +183,8 @@ def _use_secret(task: Any, name: str, keys: tuple[str, ...], *, optional: bool) 
 
 def _set_volumes(task: Any, stage: str, params: Params, profile: Profile) -> None:
     cluster, checkpoints = params.cluster, cluster_storage(params).checkpoint_uri or ""
-    if stage in (*TRAINING_STAGES, "notify") and cluster.checkpoint_claim and is_within(checkpoints, CHECKPOINTS):
-        kubernetes.mount_pvc(task, cluster.checkpoint_claim, CHECKPOINTS)
+    if stage in (*TRAINING_STAGES, "notify") and cluster.checkpoint_claim and is_within(checkpoints, CHECKPOINT_PATH):
+        kubernetes.mount_pvc(task, cluster.checkpoint_claim, CHECKPOINT_PATH)
     if stage in DOWNLOADING_STAGES:
         for path, claim in cluster.claims.items():
             kubernetes.mount_pvc(task, claim, path)
@@ -198,7 +192,7 @@ def _set_volumes(task: Any, stage: str, params: Params, profile: Profile) -> Non
         kubernetes.add_ephemeral_volume(
             task,
             volume_name="scratch",
-            mount_path="/tmp",  # the one folder that our images write to
+            mount_path="/tmp",  # the only folder that the images write to
             access_modes=["ReadWriteOnce"],
             size=profile.scratch.size,
             storage_class_name=profile.scratch.storage_class,
@@ -206,16 +200,17 @@ def _set_volumes(task: Any, stage: str, params: Params, profile: Profile) -> Non
 
 
 def is_within(path: str, folder: str) -> bool:
-    """Whether a path is a folder or lies in it."""
+    """Whether path is the folder or inside it."""
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 def _may_cache(stage: str, cluster: ClusterConfig, profile: Profile, sources: list[str]) -> bool:
-    """Only where the same inputs give the same outputs: KFP's key holds the image's name and not its content, and URIs, not data."""
-    fixed = all(_is_fixed(source) for source in sources)
-    return stage in DETERMINISTIC and not profile.num_accelerators and has_digest(image(cluster, stage)) and fixed
+    """Whether the same inputs give the same outputs. KFP's cache key has the image's name, not its content, and URIs, not data."""
+    if stage not in DETERMINISTIC_STAGES or profile.num_accelerators or not has_digest(image(cluster, stage)):
+        return False
+    return all(_is_immutable(source) for source in sources)
 
 
-def _is_fixed(source: str) -> bool:
-    """Whether a source can never be another: a package with its version, or what was uploaded under its digest."""
+def _is_immutable(source: str) -> bool:
+    """Whether a source cannot change: a package with its version, or an upload under its digest."""
     return source.startswith(PREFIX) or re.search(r"/sha256-[0-9a-f]{64}(/|$)", source) is not None

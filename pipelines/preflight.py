@@ -1,4 +1,4 @@
-"""Looking at everything that lies on this machine before the first stage starts: a wrong line should not cost a model's loading."""
+"""Checks of local inputs before the first stage starts, so that a bad line is found before a model is loaded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +13,8 @@ from components.rlhf.storage.store import open_store
 from components.rlhf.text.errors import InputError
 
 
-class AnyTemplate:
-    """Stands in for a tokenizer: the form of messages is checked here, their rendering in prepare_data."""
+class PlaceholderTokenizer:
+    """Stands in for a tokenizer: this checks the structure of messages, prepare_data their rendering."""
 
     chat_template = "any"
 
@@ -22,35 +22,33 @@ class AnyTemplate:
         return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
-def check_inputs(params: Params, *, elsewhere: Callable[[str], bool] = lambda source: False) -> None:
-    """Raise InputError for a local model folder without tokenizer or config, or a local data file that prepare_data would refuse.
+def check_inputs(params: Params, *, is_on_cluster: Callable[[str], bool] = lambda source: False) -> None:
+    """Raise InputError for a local model folder without tokenizer or config, or a local data file that prepare_data would reject.
 
-    Hub ids, packages and remote URIs are checked by the stages that fetch them, and so are the paths that elsewhere says are not
-    of this machine.
+    The stages that read them check hub ids, packages, S3 URIs, and the paths for which is_on_cluster is true.
     """
     for key, source in (
         ("model.source", params.model.source),
         ("sft.use", params.sft.use),
         ("reward_model.use", params.reward_model.use),
     ):
-        if source and _looks_local(source) and not elsewhere(source):
+        if source and _is_local(source) and not is_on_cluster(source):
             _check_model(key, Path(source))
-    forms: dict[str, Callable[..., Any]] = {
+    converters: dict[str, Callable[..., Any]] = {
         "demonstrations": to_demonstration,
         "preferences": to_pair,
         "prompts": to_prompt,
     }
-    for name, to_record in forms.items():
+    for name, to_record in converters.items():
         source = getattr(params.data, name)
-        if source is not None and _is_file(source) and not elsewhere(source.path):
-            rows = read_rows(source)
-            clean(
-                f"data.{name} ({source.path})", (to_record(place, row, AnyTemplate(), "plain") for place, row in rows)
-            )
+        if source is not None and _is_file(source) and not is_on_cluster(source.path):
+            tokenizer = PlaceholderTokenizer()
+            records = (to_record(location, row, tokenizer, "plain") for location, row in read_rows(source))
+            clean(f"data.{name} ({source.path})", records)
 
 
 def check_stores(params: Params) -> None:
-    """Raise InputError when the S3 of checkpoints or published models does not answer, or refuses: no stage should find it out later."""
+    """Raise InputError if the S3 store of checkpoints or published models is unreachable or denies access."""
     for key in ("checkpoint_uri", "publish_uri"):
         uri: str | None = getattr(params.storage, key)
         if uri and uri.startswith("s3://"):
@@ -60,7 +58,7 @@ def check_stores(params: Params) -> None:
                 raise InputError(f"storage.{key}: {error}") from None
 
 
-def _looks_local(source: str) -> bool:
+def _is_local(source: str) -> bool:
     return Path(source).exists() or source.startswith(("/", "./", "../", "~"))
 
 

@@ -1,4 +1,4 @@
-"""Params files: YAML on disk, settings of the command line on top, validated before anything runs."""
+"""Params files: YAML with presets and command-line overrides, validated before anything runs."""
 
 import json
 import os
@@ -27,25 +27,25 @@ from pipelines.profiles import resolve_profiles
 
 
 def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
-    """The params of a file with SECTION.KEY=VALUE overrides. Raises InputError with one sentence per mistake.
+    """Load a params file and apply SECTION.KEY=VALUE overrides. Raises InputError with one sentence per mistake.
 
-    A file may hold `presets`: sections by name that are laid over the file's own. `preset` names the one that is used, in the
-    file or by an override; overrides of other keys come after it.
+    A file may contain `presets`: named sections that are merged over the rest of the file. `preset` chooses one, in the file or by
+    an override; overrides of other keys are applied after it.
     """
     content = _read_yaml(path)
-    chosen = [override for override in overrides if override.partition("=")[0].strip() == "preset"]
-    for override in chosen:
-        _apply(content, override)
+    preset_overrides = [override for override in overrides if override.partition("=")[0].strip() == "preset"]
+    for override in preset_overrides:
+        _apply_override(content, override)
     content = _apply_preset(content, path)
     for override in overrides:
-        if override not in chosen:
-            _apply(content, override)
+        if override not in preset_overrides:
+            _apply_override(content, override)
     content = resolve_profiles(content)
     try:
         params = Params.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{path}: {explain_validation_error(error, Params)}") from None
-    _refuse_secrets(params, path)
+    _reject_secrets(params, path)
     return params
 
 
@@ -55,40 +55,38 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise InputError(
-                f"{path} is longer than {MAX_BYTES // 2**20} MiB, which no params file is; correct the path."
+                f"{path} is longer than {MAX_BYTES // 2**20} MiB, too long for a params file; correct the path."
             )
         content = parse_yaml(data.decode("utf-8"))
     except FileNotFoundError:
-        near = sorted(Path(__file__).parent.glob("params/*.yaml"))
-        raise InputError(
-            f"{path} does not exist; params files that come with this: {', '.join(map(str, near))}."
-        ) from None
+        available = ", ".join(map(str, sorted(Path(__file__).parent.glob("params/*.yaml"))))
+        raise InputError(f"{path} does not exist; available params files: {available}.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8; save it as UTF-8.") from None
     except NotYamlError as error:
-        where = f"{path}:{error.line}" if error.line else str(path)
-        raise InputError(f"{where} is not YAML ({error}).") from None
+        location = f"{path}:{error.line}" if error.line else str(path)
+        raise InputError(f"{location} is not YAML ({error}).") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}; a params file is a mapping of sections.")
+        raise InputError(f"{path} contains a {type(content).__name__}; a params file must be a mapping of sections.")
     return content
 
 
-def _refuse_secrets(params: Params, path: Path) -> None:
-    """Raise InputError for a parameter with a secret of this environment in it: it would stand in pipelines, reports and MLflow."""
+def _reject_secrets(params: Params, path: Path) -> None:
+    """Raise InputError for a parameter that contains a secret of the environment: it would be copied into pipelines and reports."""
     values = {key: str(value) for key, value in flatten(params.model_dump(mode="json")).items()}
     for name, secret in find_secrets(os.environ).items():
         for key, value in values.items():
             if secret in value:
                 raise InputError(
-                    f"{path}: {key} holds what the environment variable {name} holds, a secret, and would be copied into pipelines "
-                    "and reports; take it out, or rename the variable if it is none."
+                    f"{path}: {key} contains the secret in the environment variable {name}, and would be copied into pipelines and "
+                    "reports; remove it, or rename the variable if it is not a secret."
                 )
 
 
 def _apply_preset(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The content with its chosen preset over it. Without presets in the file, `preset` is no more than a name."""
+    """The content with the chosen preset merged over it. In a file without presets, `preset` is only a label."""
     presets = content.pop("presets", None)
     if presets is None:
         return content
@@ -97,22 +95,22 @@ def _apply_preset(content: dict[str, Any], path: Path) -> dict[str, Any]:
     name = content.get("preset")
     if not isinstance(name, str) or name not in presets:
         raise InputError(
-            f"{path} has no preset {short_repr(name)}; presets there: {', '.join(map(str, presets)) or 'none'}."
+            f"{path} has no preset {short_repr(name)}; available presets: {', '.join(map(str, presets)) or 'none'}."
         )
     merged = _merge(content, presets[name])
     assert isinstance(merged, dict)
     return merged
 
 
-def _merge(under: Any, over: Any) -> Any:
-    """over laid on under: mappings key by key, anything else replaced."""
-    if not isinstance(under, dict) or not isinstance(over, dict):
-        return over
-    return under | {key: _merge(under.get(key), value) for key, value in over.items()}
+def _merge(base: Any, override: Any) -> Any:
+    """Merge override into base: mappings key by key, anything else is replaced."""
+    if not isinstance(base, dict) or not isinstance(override, dict):
+        return override
+    return base | {key: _merge(base.get(key), value) for key, value in override.items()}
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
-    """Put KEY.KEY=VALUE into the nested content; VALUE is read as YAML."""
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    """Set KEY.KEY=VALUE in the nested content; VALUE is parsed as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise InputError(f"--set {short_repr(override)} is not of the form SECTION.KEY=VALUE.")
@@ -121,29 +119,29 @@ def _apply(content: dict[str, Any], override: str) -> None:
         inner = content.setdefault(section, {})
         if not isinstance(inner, dict):
             raise InputError(f"--set {short_repr(override)}: {section} is not a section.")
-        # YAML anchors make two sections one object; an override of one must not reach the other.
+        # Sections that share a YAML anchor are one object, of which the override must change only one.
         content[section] = dict(inner)
         content = content[section]
     try:
-        content[name] = _value(text)
+        content[name] = _parse_value(text)
     except NotYamlError as error:
         raise InputError(f"--set {short_repr(override)}: the value is not YAML ({error}).") from None
 
 
-def _value(text: str) -> Any:
-    """YAML, but 1e-5 is the number that people mean, which YAML 1.1 reads as text. Quotes keep text that looks like a number."""
+def _parse_value(text: str) -> Any:
+    """Parse YAML, but 1e-5 as a number, which YAML 1.1 parses as a string. Quotes keep it a string."""
     if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text.strip()):
         return float(text)
     return parse_yaml(text)
 
 
 def dump_yaml(params: Params) -> str:
-    """The resolved parameters, as a file that runs the same again."""
+    """The resolved parameters as a params file that reproduces the run."""
     return yaml.safe_dump(json.loads(params.canonical_json()), sort_keys=False, allow_unicode=True)
 
 
 def settings_of_stage(params: Params, stage: str) -> str:
-    """The canonical JSON that the pipeline hands to one stage."""
+    """The canonical JSON that the pipeline passes to one stage."""
     stages: dict[str, type[BaseConfig]] = {
         "prepare_data": PrepareDataStageConfig,
         "sft": SftStageConfig,

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from pipelines.__main__ import cli
-from pipelines.cluster.server import MINIMUM
+from pipelines.cluster.server import MIN_VERSION
 from tests.support.kfp_api import KfpApi, serving
 from tests.support.overlays import KUBECTL
 from tests.support.toy_pipeline import write_data
@@ -139,7 +139,7 @@ def test_commands_for_kind_lead_from_nothing_to_a_run(play: Play) -> None:
     assert len(upstream) == 2
     for url in upstream:
         version = re.search(r"\?ref=(\d+)\.(\d+)\.\d+$", url)
-        assert version and tuple(map(int, version.groups())) >= MINIMUM
+        assert version and tuple(map(int, version.groups())) >= MIN_VERSION
     assert_named_objects_exist(played)
 
 

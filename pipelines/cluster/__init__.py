@@ -3,5 +3,5 @@
 Rooms: artifacts, config, storage, text.
 Packages: certifi, kfp, kfp_server_api, kubernetes, urllib3, yaml.
 
-Nothing here loads torch.
+Nothing here imports torch.
 """

@@ -1,4 +1,4 @@
-"""Local models and data on their way to a cluster: copied to storage.uri under their digest, and named by that place from then on."""
+"""Upload of local models and data to storage.uri, under the digest of their content."""
 
 import hashlib
 from collections.abc import Callable
@@ -8,13 +8,13 @@ from components.rlhf.artifacts.manifest import sha256_of
 from components.rlhf.config.params import Params
 from components.rlhf.storage.store import Store, open_store
 from components.rlhf.text.errors import InputError
-from pipelines.placement import FILES, is_within
+from pipelines.placement import DATA_SUFFIXES, is_within
 
 Log = Callable[[str], None]
 
 
 def local_sources(params: Params) -> dict[str, Path]:
-    """What lies on this machine alone, by its key in the params file. S3, hubs, packages and paths of cluster.claims do not."""
+    """Models and data that only this machine has, by params key: no S3 URI, hub id, package or path under cluster.claims."""
     sources = {
         "model.source": params.model.source,
         "sft.use": params.sft.use,
@@ -33,8 +33,8 @@ def local_sources(params: Params) -> dict[str, Path]:
 
 
 def _is_path(source: str) -> bool:
-    """Whether it can be nothing but a path, there or not."""
-    return "://" not in source and (source.startswith(("/", "./", "../", "~")) or source.endswith(FILES))
+    """Whether source can only be a path, even if it does not exist."""
+    return "://" not in source and (source.startswith(("/", "./", "../", "~")) or source.endswith(DATA_SUFFIXES))
 
 
 def is_on_mounted_volume(source: str, params: Params) -> bool:
@@ -42,51 +42,50 @@ def is_on_mounted_volume(source: str, params: Params) -> bool:
 
 
 def plan_upload(params: Params) -> tuple[Params, list[tuple[Path, str]]]:
-    """The params as a cluster gets them, and what has to be copied first: files with their keys in storage.uri.
+    """The params with uploaded locations for local sources, and the files to upload with their keys in storage.uri.
 
-    Raises InputError for a source that is not there, and when there is no place that a cluster could read it from.
+    Raises InputError for a missing source, and for a storage.uri that is null or that a cluster cannot read.
     """
-    found = local_sources(params)
-    if not found:
+    sources = local_sources(params)
+    if not sources:
         return params, []
     uri = params.storage.uri
-    key, path = next(iter(found.items()))
+    key, path = next(iter(sources.items()))
     if uri is None:
         raise InputError(
-            f"{key} is {path}, which a cluster cannot read; set storage.uri to s3://BUCKET/PREFIX, and it is copied there."
+            f"{key} is {path}, which a cluster cannot read; set storage.uri to s3://BUCKET/PREFIX to upload it."
         )
     if not uri.startswith("s3://") and not is_on_mounted_volume(uri.removeprefix("file://"), params):
         raise InputError(
-            f"storage.uri is {uri}, a folder that a cluster cannot read, and {key} lies on this machine; "
-            "write s3://BUCKET/PREFIX, or name the volume that the folder is on in cluster.claims."
+            f"storage.uri is {uri}, a folder that a cluster cannot read, and {key} must be uploaded; "
+            "set it to s3://BUCKET/PREFIX, or add the volume of the folder to cluster.claims."
         )
-    copies: dict[str, Path] = {}
+    uploads: dict[str, Path] = {}
     content = params.model_dump(mode="json")
-    for key, path in found.items():
+    for key, path in sources.items():
         files = _files(key, path)
-        place = f"uploads/sha256-{_digest(files)}"
-        copies |= {f"{place}/{name}": file for name, file in files.items()}
+        prefix = f"uploads/sha256-{_digest(files)}"
+        uploads |= {f"{prefix}/{name}": file for name, file in files.items()}
         *sections, name = key.split(".")
         section = content
         for part in sections:
             section = section[part]
-        section[name] = f"{uri.removeprefix('file://').rstrip('/')}/{place}" + (
-            f"/{path.name}" if path.is_file() else ""
-        )
-    return Params.model_validate(content), [(file, key) for key, file in copies.items()]
+        location = f"{uri.removeprefix('file://').rstrip('/')}/{prefix}"
+        section[name] = f"{location}/{path.name}" if path.is_file() else location
+    return Params.model_validate(content), [(file, key) for key, file in uploads.items()]
 
 
-def upload(params: Params, copies: list[tuple[Path, str]], log: Log) -> None:
-    """Copy what is not there yet. A key holds the digest of its content, so that what is there is what is wanted."""
-    if not copies:
+def upload(params: Params, uploads: list[tuple[Path, str]], log: Log) -> None:
+    """Upload the files that are not in storage.uri yet. Their keys contain the digest of the content, so the size is enough to compare."""
+    if not uploads:
         return
     assert params.storage.uri is not None
     store: Store = open_store(params.storage.uri, params.storage, log)
-    there = store.list("uploads")
-    missing = [(file, key) for file, key in copies if there.get(key) != file.stat().st_size]
-    for file, key in missing:
-        log(f"copying {file} to {store.uri}/{key}")
-        store.upload(file, key)
+    sizes = store.list("uploads")
+    for file, key in uploads:
+        if sizes.get(key) != file.stat().st_size:
+            log(f"uploading {file} to {store.uri}/{key}")
+            store.upload(file, key)
 
 
 def _files(key: str, path: Path) -> dict[str, Path]:
@@ -101,6 +100,6 @@ def _files(key: str, path: Path) -> dict[str, Path]:
 
 
 def _digest(files: dict[str, Path]) -> str:
-    """Of names and contents."""
+    """SHA-256 of the names and contents of files."""
     lines = "".join(f"{sha256_of(file)}  {name}\n" for name, file in files.items())
     return hashlib.sha256(lines.encode()).hexdigest()

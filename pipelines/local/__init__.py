@@ -3,5 +3,5 @@
 Rooms: artifacts, config, runtime, text, tracking.
 Packages: kfp, rich.
 
-Nothing here loads torch.
+Nothing here imports torch.
 """

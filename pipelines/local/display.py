@@ -1,4 +1,4 @@
-"""What a person sees of a run: stages with their progress while it works, a table at the end."""
+"""Terminal output of a local run: the progress of its stages, and a summary at the end."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ MARKS = {"running": ("…", "cyan"), "succeeded": ("✓", "green"), "failed": ("
 
 
 class Display:
-    """On a terminal a table that stays in place; elsewhere (a log, CI) plain lines."""
+    """A live table on a terminal; plain lines elsewhere (a log file, CI)."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -33,36 +33,34 @@ class Display:
     def __exit__(self, *_: object) -> None:
         if self.live:
             self.live.stop()
-            self.console.print(self._read_table())
+            self.console.print(self._table())
 
-    def on_line(self, stage: StageRecord, line: str) -> None:
+    def show_line(self, stage: StageRecord, line: str) -> None:
         if not re.match(r"\[\w+\] |warning: |error: ", line):
-            return  # libraries talk, too; all of it is in the stage's log
+            return  # output of a library, which is only in the log of the stage
         if stage not in self.stages:
             self.stages.append(stage)
         if self.live is None:
             self.console.print(Text(line), soft_wrap=True)
             return
         self.lines[stage.name] = line.removeprefix(f"[{stage.name}] ")
-        self.live.update(self._read_table(), refresh=True)
+        self.live.update(self._table(), refresh=True)
 
-    def _read_table(self) -> Table:
+    def _table(self) -> Table:
         table = Table(box=None, show_header=False, pad_edge=False)
         for stage in self.stages:
-            mark, colour = MARKS[stage.status]
-            spent = format_duration(stage.seconds) if stage.seconds else ""
-            said = self.lines.get(stage.name, "")
+            mark, color = MARKS[stage.status]
             table.add_row(
-                Text(mark, style=colour),
+                Text(mark, style=color),
                 stage.name,
-                Text(spent, style="dim"),
-                Text(said, overflow="ellipsis", no_wrap=True),
+                Text(format_duration(stage.seconds) if stage.seconds else "", style="dim"),
+                Text(self.lines.get(stage.name, ""), overflow="ellipsis", no_wrap=True),
             )
         return table
 
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
-    """The end of a run: what each stage cost, SFT against PPO, the verdict, and how to open what was made."""
+    """Print time and memory of each stage, the comparison of SFT and PPO, the gate's decision, and how to open the results."""
     stages = Table(title="Stages", title_justify="left")
     stages.add_column("stage")
     stages.add_column("status")
@@ -88,9 +86,9 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     for row in comparison_rows(summary["evaluation_all"]):
         table.add_row(row["name"], row["sft"], row["ppo"])
     console.print(table)
-    word, colour = ("Promoted", "green") if summary["promoted"] else ("Rejected", "yellow")
+    decision, color = ("Promoted", "green") if summary["promoted"] else ("Rejected", "yellow")
     console.print(
-        Text(f"{word}: ", style=f"bold {colour}").append(f"{summary['reason']}.", style="default"), soft_wrap=True
+        Text(f"{decision}: ", style=f"bold {color}").append(f"{summary['reason']}.", style="default"), soft_wrap=True
     )
     for name, command in summary["open"].items():
         console.print(Text(f"{name:<9}", style="dim").append(command, style="bold"), soft_wrap=True)

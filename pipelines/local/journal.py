@@ -1,8 +1,9 @@
-"""What has finished in a run directory, so that a run that died goes on after it instead of beginning again.
+"""The finished stages of a run directory, which a resumed run does not run again.
 
-One small file a stage: the digest of the command that ran and of every file it left. A command names its inputs by digest (kfp
-passes their metadata along), so a stage whose inputs came out otherwise has another command, and runs again. Another file says
-which command began: what died after the stage had reported its outputs, and before they were noted, is noted then.
+Each finished stage has a JSON file with the digests of its command and of every file that it wrote. The command contains the
+digests of the inputs (kfp passes their metadata), so a stage with different inputs has a different command and runs again. A file
+NAME.begun has the digest of the command that started: if the run was killed after a stage had reported its outputs and before
+they were recorded, they are recorded when the run resumes.
 """
 
 import hashlib
@@ -22,13 +23,13 @@ from pipelines.local.runner import StageRecord
 
 
 class Journal:
-    """The stages that finished in a run, under folder/NAME.json."""
+    """The finished stages of a run, in folder/NAME.json."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def finished(self, name: str, command: list[str]) -> tuple[StageRecord | None, str]:
-        """The record of a stage that need not run again, or why one that had finished must; (None, "") when it had not."""
+    def find_finished(self, name: str, command: list[str]) -> tuple[StageRecord | None, str]:
+        """The record of a finished stage, or None and the reason why it must run again ("" if it never finished)."""
         path = self.folder / f"{name}.json"
         root = output_folder(command)
         if root is None:
@@ -37,28 +38,28 @@ class Journal:
             return None, ""
         try:
             entry = json.loads(path.read_text(encoding="utf-8"))
-            record, files, ran = StageRecord(**entry["record"]), entry["files"], entry["command"]
+            record, files, digest = StageRecord(**entry["record"]), entry["files"], entry["command"]
         except (ValueError, TypeError, KeyError):
             return None, f"{path} cannot be read"
-        if ran != command_digest(command):
-            return None, "its settings, its inputs or the code are others now"
-        found = _files(root)
-        for file in sorted(files.keys() | found.keys()):
-            if files.get(file) != found.get(file):
-                return None, f"{root / file} is not what it wrote"
+        if digest != command_digest(command):
+            return None, "its settings, its inputs or the code changed"
+        current_files = _file_digests(root)
+        for file in sorted(files.keys() | current_files.keys()):
+            if files.get(file) != current_files.get(file):
+                return None, f"{root / file} was modified"
         record.reused = True
         return record, ""
 
-    def write(self, record: StageRecord, command: list[str]) -> None:
-        """Note that a stage has finished; whole or not at all."""
+    def record_finish(self, record: StageRecord, command: list[str]) -> None:
+        """Record atomically that a stage has finished."""
         root = output_folder(command)
         if root is None:
             return
-        content = {"command": command_digest(command), "record": asdict(record), "files": _files(root)}
+        content = {"command": command_digest(command), "record": asdict(record), "files": _file_digests(root)}
         write_json_atomic(self.folder / f"{record.name}.json", content)
 
-    def begin(self, name: str, command: list[str]) -> None:
-        """Before a stage runs (again): nothing of an earlier attempt stays."""
+    def record_start(self, name: str, command: list[str]) -> None:
+        """Delete the outputs and records of earlier attempts of a stage, and record that it starts."""
         root = output_folder(command)
         if root is None:
             return
@@ -68,26 +69,26 @@ class Journal:
         write_json_atomic(self.folder / f"{name}.begun", {"command": command_digest(command), "at": time.time()})
 
     def _recover_finished(self, name: str, command: list[str], root: Path) -> bool:
-        """Note a stage that came to its end when nobody was left to note it. Its artifacts must verify by themselves."""
-        output = root / "executor_output.json"  # the last that a stage writes, atomically
+        """Record a stage that finished after the run had been killed, if its artifacts verify."""
+        output = root / "executor_output.json"  # the last file that a stage writes, atomically
         try:
-            begun = json.loads((self.folder / f"{name}.begun").read_text(encoding="utf-8"))
-            if begun["command"] != command_digest(command):
+            start = json.loads((self.folder / f"{name}.begun").read_text(encoding="utf-8"))
+            if start["command"] != command_digest(command):
                 return False
             for artifact in json.loads(output.read_text(encoding="utf-8"))["artifacts"]:
                 if (root / artifact).is_dir():
                     open_artifact(root / artifact, *KINDS)
                 elif not (root / artifact).is_file():
                     return False
-            seconds = max(0.0, output.stat().st_mtime - begun["at"])
+            seconds = max(0.0, output.stat().st_mtime - start["at"])
         except (OSError, ValueError, TypeError, KeyError, InputError):
             return False
-        self.write(StageRecord(name=name, status="succeeded", seconds=seconds), command)
+        self.record_finish(StageRecord(name=name, status="succeeded", seconds=seconds), command)
         return True
 
 
 def output_folder(command: list[str]) -> Path | None:
-    """The folder of a task's outputs, where its executor input wants the executor output; None without one."""
+    """The output folder of a task, which contains its executor output; None if its command has no executor input."""
     if "--executor-input" not in command:
         return None
     executor_input = json.loads(command[command.index("--executor-input") + 1])
@@ -95,31 +96,31 @@ def output_folder(command: list[str]) -> Path | None:
 
 
 def command_digest(command: list[str]) -> str:
-    """Of everything a stage is told, and of the code that it is told to run."""
-    words = [code_revision(), *(_canonical(word) for word in command)]
-    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+    """SHA-256 of the command of a stage and of the code revision."""
+    parts = [code_revision(), *(_canonical(argument) for argument in command)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _canonical(word: str) -> str:
-    """JSON with its keys sorted: kfp writes the executor input in an order that differs from process to process."""
+def _canonical(argument: str) -> str:
+    """The argument, with sorted keys if it is JSON: the order in kfp's executor input differs between processes."""
     try:
-        return json.dumps(json.loads(word), sort_keys=True)
+        return json.dumps(json.loads(argument), sort_keys=True)
     except ValueError:
-        return word
+        return argument
 
 
 def write_json_atomic(path: Path, content: Any) -> None:
-    """Write JSON so that a reader finds the old content or the new, whatever dies."""
+    """Write JSON so that a reader finds the old or the new content, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.writing")
-    with draft.open("w", encoding="utf-8") as file:
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    draft.replace(path)
+    temporary.replace(path)
 
 
-def _files(root: Path) -> dict[str, str]:
-    """sha256 of every file that a task left."""
+def _file_digests(root: Path) -> dict[str, str]:
+    """SHA-256 of every file under root."""
     paths = (path for path in sorted(root.rglob("*")) if path.is_file())
     return {path.relative_to(root).as_posix(): sha256_of(path) for path in paths}

@@ -1,4 +1,4 @@
-"""Running the compiled pipeline on this machine."""
+"""Runs the compiled pipeline on this machine."""
 
 import contextlib
 import errno
@@ -32,59 +32,57 @@ from pipelines.local.summary import build_summary
 from pipelines.preflight import check_inputs, check_stores
 from pipelines.settings import dump_yaml, load_params
 
-PARAMS, IDENTITY, LOCK = "params.yaml", "run.json", ".lock"
-STARTUP_FILES = {PARAMS, LOCK, f".{IDENTITY}.writing"}  # what a start that died at once leaves
-MIN_FREE_BYTES = 3 * 2**30  # five models of the default size, and room to work
+PARAMS_FILE, IDENTITY_FILE, LOCK_FILE = "params.yaml", "run.json", ".lock"
+STARTUP_FILES = {PARAMS_FILE, LOCK_FILE, f".{IDENTITY_FILE}.writing"}  # left by a run that was killed while starting
+MIN_FREE_BYTES = 3 * 2**30  # five models of the default size, and working space
 
 
 def run_pipeline(params: Params, run: Path, *, tracking_uri: str, console: Console) -> dict[str, Any]:
-    """Run the pipeline of params in a new run directory; return its summary (also in summary.json).
+    """Run the pipeline in a new run directory; return its summary (also in summary.json).
 
-    Raises InputError before anything is written when an input or the directory cannot be used.
+    Raises InputError before anything is written if an input or the directory cannot be used.
     """
     check_inputs(params)
     check_stores(params)
     create_run_dir(run)
     with run_lock(run), disk_space_errors(run):
         tracking = params.tracking.model_copy(update={"uri": params.tracking.uri or tracking_uri})
-        (run / PARAMS).write_text(dump_yaml(params), encoding="utf-8")
-        # Folders of one name in two places are two runs. Written last: a directory without it has begun nothing.
+        (run / PARAMS_FILE).write_text(dump_yaml(params), encoding="utf-8")
+        # The suffix distinguishes directories of the same name. Written last: a directory without it has no run.
         identity = {"run_id": f"{run.name}-{uuid.uuid4().hex[:8]}", "tracking_uri": tracking.uri}
-        write_json_atomic(run / IDENTITY, identity)
+        write_json_atomic(run / IDENTITY_FILE, identity)
         return _execute(params, run.resolve(), tracking, identity["run_id"] or "", console)
 
 
 def resume_pipeline(run: Path, *, console: Console) -> dict[str, Any]:
-    """Go on with the run of a directory: stages that finished are verified and kept, the rest runs; return its summary.
+    """Resume the run of a directory: verify and reuse finished stages, and run the others; return its summary.
 
-    Raises InputError when the directory holds no run that has begun, or another process works in it.
+    Raises InputError if the directory contains no run, or another process uses it.
     """
-    if not (run / IDENTITY).is_file():
-        raise InputError(
-            f"{run} holds no run that has begun (no {IDENTITY}); start one with --out, or correct the path."
-        )
+    if not (run / IDENTITY_FILE).is_file():
+        raise InputError(f"{run} contains no run (no {IDENTITY_FILE}); start one with --out, or correct the path.")
     with run_lock(run), disk_space_errors(run):
-        params = load_params(run / PARAMS, ())
+        params = load_params(run / PARAMS_FILE, ())
         try:
-            identity = json.loads((run / IDENTITY).read_text(encoding="utf-8"))
+            identity = json.loads((run / IDENTITY_FILE).read_text(encoding="utf-8"))
             run_id, uri = str(identity["run_id"]), identity["tracking_uri"]
         except (ValueError, TypeError, KeyError):
-            raise InputError(f"{run / IDENTITY} cannot be read; start a new run.") from None
+            raise InputError(f"{run / IDENTITY_FILE} cannot be read; start a new run.") from None
         tracking = params.tracking.model_copy(update={"uri": uri})
         return _execute(params, run.resolve(), tracking, run_id, console)
 
 
 def _execute(params: Params, run: Path, tracking: TrackingConfig, run_id: str, console: Console) -> dict[str, Any]:
-    """Compile the pipeline into the run directory, execute what has not finished there, and write the summary."""
+    """Compile the pipeline into the run directory, run the stages that have not finished, and write the summary."""
     console.print(f"Run directory: {run}", soft_wrap=True)
-    # Here a failure is shown at once: whoever looks at it decides.
-    once = params.model_copy(update={"cluster": params.cluster.model_copy(update={"num_retries": 0})})
-    package = compile_pipeline(once, run / "pipeline.yaml")
+    # A local run reports a failure immediately, without retries.
+    cluster = params.cluster.model_copy(update={"num_retries": 0})
+    package = compile_pipeline(params.model_copy(update={"cluster": cluster}), run / "pipeline.yaml")
     display = Display(console)
     local_run = LocalRun(
         folder=run / "logs",
         environment={"RLHF_RUN_ID": run_id},
-        on_line=display.on_line,
+        on_line=display.show_line,
         journal=Journal(run / "finished"),
     )
     error = ""
@@ -99,7 +97,7 @@ def _execute(params: Params, run: Path, tracking: TrackingConfig, run_id: str, c
             checkpoints = params.storage.checkpoint_uri or str(run / "checkpoints")
             storage = params.storage.model_copy(update={"checkpoint_uri": checkpoints})
             pipeline(tracking=tracking.canonical_json(), storage=storage.canonical_json())
-    except RuntimeError as failure:  # what kfp.local raises for a failed task; the stage has said why
+    except RuntimeError as failure:  # raised by kfp.local for a failed task, whose record has the reason
         failed = [stage for stage in local_run.stages if stage.status == "failed"]
         error = f"{failed[-1].name}: {failed[-1].error}" if failed else str(failure)
     except KeyboardInterrupt:
@@ -118,25 +116,25 @@ def _execute(params: Params, run: Path, tracking: TrackingConfig, run_id: str, c
         run_id=run_id,
         status="FAILED" if error else "FINISHED",
         metrics=summary["evaluation"],
-        files=[run / PARAMS, run / "summary.json"],
+        files=[run / PARAMS_FILE, run / "summary.json"],
     )
     return summary
 
 
 @contextlib.contextmanager
 def run_lock(run: Path) -> Iterator[None]:
-    """Hold the run directory; the kernel lets go when this process ends, however it ends. Raises InputError when another holds it."""
-    with (run / LOCK).open("w") as file:
+    """Lock the run directory; the kernel unlocks it when this process ends. Raises InputError if another process has locked it."""
+    with (run / LOCK_FILE).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"Another process works in {run}; wait for it, or choose another --out.") from None
+            raise InputError(f"Another process uses {run}; wait for it, or choose another --out.") from None
         yield
 
 
 @contextlib.contextmanager
 def disk_space_errors(run: Path) -> Iterator[None]:
-    """Raise InputError when the disk fills up."""
+    """Raise InputError if the disk is full."""
     try:
         yield
     except OSError as error:
@@ -148,22 +146,22 @@ def disk_space_errors(run: Path) -> Iterator[None]:
 
 
 def create_run_dir(run: Path) -> None:
-    """Make the run directory. Raises InputError when it holds another run, cannot be written, or has too little room."""
-    if (run / IDENTITY).is_file():
-        raise InputError(f"{run} already exists and holds a run; go on with it by --resume, or choose another --out.")
+    """Create the run directory. Raises InputError if it contains files, is not writable, or has too little space."""
+    if (run / IDENTITY_FILE).is_file():
+        raise InputError(f"{run} already contains a run; resume it with --resume, or choose another --out.")
     if run.exists() and (not run.is_dir() or {path.name for path in run.iterdir()} - STARTUP_FILES):
         raise InputError(f"{run} already exists and is not an empty folder; choose another --out.")
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{run} cannot be made ({error.strerror}); choose another --out.") from None
+        raise InputError(f"{run} cannot be created ({error.strerror}); choose another --out.") from None
     if not os.access(run, os.W_OK):
         raise InputError(f"{run} is not writable; choose another --out.")
     free = shutil.disk_usage(run).free
     if free < MIN_FREE_BYTES:
         run.rmdir()
         raise InputError(
-            f"{run.parent} has {free / 2**30:.1f} GiB free and a run needs {MIN_FREE_BYTES / 2**30:.0f}; choose another --out."
+            f"{run.parent} has {free / 2**30:.1f} GiB free, and a run needs {MIN_FREE_BYTES / 2**30:.0f} GiB; choose another --out."
         )
 
 
@@ -171,15 +169,15 @@ def default_run_dir(params: Params) -> Path:
     return Path("runs") / f"{params.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def default_tracking_uri(run: Path, *, chosen: bool) -> str:
-    """A sqlite file: in the run directory that somebody chose, or beside all runs, so that they can be compared."""
-    folder = run.resolve() if chosen else run.resolve().parent
+def default_tracking_uri(run: Path, *, in_run_dir: bool) -> str:
+    """A SQLite file in the run directory, or next to it, where all runs can be compared."""
+    folder = run.resolve() if in_run_dir else run.resolve().parent
     return f"{SQLITE}{folder / 'mlflow.db'}"
 
 
 @contextlib.contextmanager
 def quiet_kfp() -> Iterator[None]:
-    """kfp.local narrates on the root logger and on stdout, and warns of what only a cluster heeds; the display says enough."""
+    """Suppress the log, output and warnings of kfp.local; the display shows the progress."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)

@@ -1,4 +1,4 @@
-"""summary.json: what a run came to, for programs. No number in it is null."""
+"""summary.json: the machine-readable result of a run. No number in it is null."""
 
 import json
 import shutil
@@ -10,22 +10,21 @@ from typing import Any
 from components.rlhf.config.params import Params
 from pipelines.local.runner import StageRecord
 
-EVALUATION = (
+EVALUATION_METRICS = (
     "num_prompts", "win_rate", "win_rate_low", "win_rate_high", "judge_score_sft", "judge_score_ppo", "reward_sft", "reward_ppo",
     "kl", "length_sft", "length_ppo", "eos_rate_sft", "eos_rate_ppo", "distinct2_sft", "distinct2_ppo",
 )  # fmt: skip
 
 
 def find_output(artifacts: Path, stage: str, output: str) -> Path | None:
-    """Where kfp.local put an output of a stage of this run: ARTIFACTS/PIPELINE-TIME/STAGE/OUTPUT."""
-    found = sorted(artifacts.glob(f"*/{stage}/{output}"))
-    return found[-1] if found else None
+    """The path of an output of a stage, ARTIFACTS/PIPELINE/STAGE/OUTPUT, or None."""
+    return max(artifacts.glob(f"*/{stage}/{output}"), default=None)
 
 
 def build_summary(
     params: Params, run: Path, stages: Sequence[StageRecord], *, run_id: str, error: str, tracking_uri: str
 ) -> dict[str, Any]:
-    """The summary of a run that has ended, well (error is empty) or not."""
+    """The summary of a run that succeeded (error is empty) or failed."""
     artifacts = run / "artifacts"
     folder = find_output(artifacts, "evaluation", "evaluation")
     numbers: dict[str, float] = json.loads((folder / "evaluation.json").read_text()) if folder and not error else {}
@@ -49,7 +48,7 @@ def build_summary(
             }
             for stage in stages
         },
-        "evaluation": {name: numbers[name] for name in EVALUATION} if numbers else {},
+        "evaluation": {name: numbers[name] for name in EVALUATION_METRICS} if numbers else {},
         "evaluation_all": numbers,
         "paths": paths,
         "open": _commands(paths, tracking_uri) if numbers else {},
@@ -57,14 +56,14 @@ def build_summary(
 
 
 def _engines(artifacts: Path, stage: str) -> dict[str, str]:
-    """What really trained and generated in a stage, with versions, as its model's manifest says; {} for other stages."""
+    """Training and rollout engine of a stage with their versions, from the manifest of its model; {} for other stages."""
     manifest = find_output(artifacts, stage.replace("_", "-"), "model/manifest.json")
     facts = json.loads(manifest.read_text()).get("facts", {}) if manifest else {}
     return {kind: facts[f"{kind}_engine"] for kind in ("training", "rollout") if f"{kind}_engine" in facts}
 
 
 def _link_outputs(run: Path, artifacts: Path) -> dict[str, str]:
-    """Put the model, the report and the curves where people look first; return the paths of model and report ("" if none)."""
+    """Put the model, the report and the curves into the run directory; return the paths of model and report ("" if missing)."""
     model = find_output(artifacts, "ppo", "model")
     if model:
         (run / "model").unlink(missing_ok=True)
@@ -79,12 +78,12 @@ def _link_outputs(run: Path, artifacts: Path) -> dict[str, str]:
 
 
 def _commands(paths: dict[str, str], tracking_uri: str) -> dict[str, str]:
-    """The one command that opens each thing."""
+    """A command that opens each result."""
     python = sys.executable
-    ask = f"from transformers import pipeline; print(pipeline('text-generation', '{paths['model']}')('This movie'))"
+    code = f"from transformers import pipeline; print(pipeline('text-generation', '{paths['model']}')('This movie'))"
     commands = {
         "report": f"{'open' if sys.platform == 'darwin' else 'xdg-open'} {paths['report']}",
-        "model": f'{python} -c "{ask}"',
+        "model": f'{python} -c "{code}"',
     }
     if tracking_uri:
         commands["tracking"] = f"{python} -m mlflow ui --backend-store-uri {tracking_uri}"

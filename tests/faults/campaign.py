@@ -142,7 +142,7 @@ class _Attempt:
             time.sleep(0.002)
         if kind == "beside":
             second = subprocess.run(_resume(self.run), capture_output=True, text=True, timeout=120)
-            self.refused = second.returncode == 1 and "Another process works in" in second.stderr
+            self.refused = second.returncode == 1 and "Another process uses" in second.stderr
         victims = [] if kind == "runner" else self.stages()
         if kind in ("runner", "all", "beside"):
             victims.append(self.process.pid)

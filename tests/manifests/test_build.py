@@ -1,4 +1,4 @@
-"""Every overlay builds, fits the schemas of Kubernetes strictly, and names nothing that is not there."""
+"""Every overlay builds, is strictly valid against the schemas of Kubernetes, and has no dangling references."""
 
 import os
 import subprocess
@@ -9,31 +9,31 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.support.overlays import BUILDS, KUBECTL, ROOT, Object, built, containers, objects, of_kind, pods
+from tests.support.overlays import BUILDS, KUBECTL, ROOT, Object, build, containers, objects, of_kind, pods
 
 KUEUE = yaml.safe_load((ROOT / "tests" / "manifests" / "kueue_schema.yaml").read_text())
-# What others bring: Kubeflow Pipelines its namespace, Kubernetes the namespace of its DNS, the profile controller a profile.
-FOREIGN_NAMESPACES = {"kubeflow", "kube-system", "rlhf-team"}
-FOREIGN_NAMES = {("ConfigMap", "kfp-launcher"), ("Secret", "mlpipeline-minio-artifact")}
+# Created by Kubeflow Pipelines, Kubernetes (DNS) and the profile controller.
+EXTERNAL_NAMESPACES = {"kubeflow", "kube-system", "rlhf-team"}
+EXTERNAL_OBJECTS = {("ConfigMap", "kfp-launcher"), ("Secret", "mlpipeline-minio-artifact")}
 # The labels that the pipeline sets on its tasks.
 TASK_LABELS = {"app.kubernetes.io/part-of": "kfp-rlhf", "kfp-rlhf/egress": "hub"}
 
 
-def assert_valid(found: Object) -> None:
-    """Strictly against the newest schema that is installed; a kind without a schema raises too."""
-    if found["apiVersion"].startswith("kueue.x-k8s.io/"):
-        jsonschema.validate(found, KUEUE[found["kind"]])
+def assert_valid(item: Object) -> None:
+    """Validate strictly against the newest installed schema; a kind without a schema is an error."""
+    if item["apiVersion"].startswith("kueue.x-k8s.io/"):
+        jsonschema.validate(item, KUEUE[item["kind"]])
     else:
-        kubernetes_validate.validate(found, kubernetes_validate.latest_version(), strict=True)
+        kubernetes_validate.validate(item, kubernetes_validate.latest_version(), strict=True)
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_schemas(name: str) -> None:
-    for found in objects(name):
-        assert_valid(found)
+def test_objects_match_the_schemas(name: str) -> None:
+    for item in objects(name):
+        assert_valid(item)
 
 
-def test_a_wrong_field_and_an_unknown_kind_are_refused() -> None:
+def test_unknown_fields_and_kinds_are_rejected() -> None:
     claim = of_kind("kind", "PersistentVolumeClaim")[0]
     with pytest.raises(kubernetes_validate.ValidationError):
         assert_valid({**claim, "spec": {**claim["spec"], "acessModes": []}})
@@ -44,8 +44,8 @@ def test_a_wrong_field_and_an_unknown_kind_are_refused() -> None:
         assert_valid({**queue, "spec": {"clusterqueue": "rlhf"}})
 
 
-def names_in(value: Any) -> set[tuple[str, str]]:
-    """(kind, name) of every ConfigMap, Secret, claim and account that a pod names."""
+def references_in(value: Any) -> set[tuple[str, str]]:
+    """(kind, name) of every ConfigMap, Secret, claim and account that a pod refers to."""
     keys = {
         "configMapRef": ("ConfigMap", "name"),
         "configMapKeyRef": ("ConfigMap", "name"),
@@ -56,78 +56,84 @@ def names_in(value: Any) -> set[tuple[str, str]]:
         "persistentVolumeClaim": ("PersistentVolumeClaim", "claimName"),
     }
     if isinstance(value, list):
-        return set().union(*map(names_in, value)) if value else set()
+        return set().union(*map(references_in, value)) if value else set()
     if not isinstance(value, dict):
         return set()
-    found = {(kind, value[key][field]) for key, (kind, field) in keys.items() if key in value}
+    references = {(kind, value[key][field]) for key, (kind, field) in keys.items() if key in value}
     if "serviceAccountName" in value:
-        found.add(("ServiceAccount", value["serviceAccountName"]))
-    return found.union(*map(names_in, value.values()))
+        references.add(("ServiceAccount", value["serviceAccountName"]))
+    return references.union(*map(references_in, value.values()))
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_pods_name_what_is_there(name: str) -> None:
-    there = {(found["metadata"].get("namespace"), found["kind"], found["metadata"]["name"]) for found in objects(name)}
+def test_references_of_pods_exist(name: str) -> None:
+    existing = {(o["metadata"].get("namespace"), o["kind"], o["metadata"]["name"]) for o in objects(name)}
     for owner, _, pod in pods(name):
-        missing = {pair for pair in names_in(pod) if (owner["metadata"]["namespace"], *pair) not in there}
+        missing = {pair for pair in references_in(pod) if (owner["metadata"]["namespace"], *pair) not in existing}
         assert missing == set(), owner["metadata"]["name"]
         volumes = {volume["name"] for volume in pod.get("volumes", [])}
         volumes |= {claim["metadata"]["name"] for claim in owner["spec"].get("volumeClaimTemplates", [])}
-        mounted = {mount["name"] for one in containers(pod) for mount in one.get("volumeMounts", [])}
+        mounted = {mount["name"] for container in containers(pod) for mount in container.get("volumeMounts", [])}
         assert mounted == volumes, owner["metadata"]["name"]
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_roles_bind_to_what_is_there(name: str) -> None:
-    there = {(found["metadata"].get("namespace"), found["kind"], found["metadata"]["name"]) for found in objects(name)}
+def test_references_of_roles_and_bindings_exist(name: str) -> None:
+    existing = {(o["metadata"].get("namespace"), o["kind"], o["metadata"]["name"]) for o in objects(name)}
     kinds = {"configmaps": "ConfigMap", "secrets": "Secret"}
     for binding in of_kind(name, "RoleBinding"):
         for target in [binding["roleRef"], *binding["subjects"]]:
-            assert (target.get("namespace", binding["metadata"]["namespace"]), target["kind"], target["name"]) in there
+            assert (
+                target.get("namespace", binding["metadata"]["namespace"]),
+                target["kind"],
+                target["name"],
+            ) in existing
     for role in of_kind(name, "Role"):
         for rule in role["rules"]:
             for pair in [(kinds[r], n) for r in rule["resources"] if r in kinds for n in rule["resourceNames"]]:
-                assert pair in FOREIGN_NAMES or (role["metadata"]["namespace"], *pair) in there
+                assert pair in EXTERNAL_OBJECTS or (role["metadata"]["namespace"], *pair) in existing
 
 
 def selects(selector: Object, labels: Object) -> bool:
-    given = selector.get("matchLabels", {}).items()
-    wanted = selector.get("matchExpressions", [])
-    assert all(one["operator"] == "In" for one in wanted)
-    return all(labels.get(k) == v for k, v in given) and all(labels.get(w["key"]) in w["values"] for w in wanted)
+    expressions = selector.get("matchExpressions", [])
+    assert all(expression["operator"] == "In" for expression in expressions)
+    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()) and all(
+        labels.get(expression["key"]) in expression["values"] for expression in expressions
+    )
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_selectors_select_something(name: str) -> None:
+def test_selectors_match_pods(name: str) -> None:
     labels = [(owner["metadata"]["namespace"], meta["labels"]) for owner, meta, _ in pods(name)]
-    runs = of_kind(name, "ServiceAccount")
-    run_namespace = next(a["metadata"]["namespace"] for a in runs if a["metadata"]["name"] == "rlhf-runner")
+    accounts = of_kind(name, "ServiceAccount")
+    run_namespace = next(a["metadata"]["namespace"] for a in accounts if a["metadata"]["name"] == "rlhf-runner")
     labels.append((run_namespace, TASK_LABELS))
-    namespaces = FOREIGN_NAMESPACES | {found["metadata"]["name"] for found in of_kind(name, "Namespace")}
+    namespaces = EXTERNAL_NAMESPACES | {item["metadata"]["name"] for item in of_kind(name, "Namespace")}
 
-    def hit(namespace: str, selector: Object) -> bool:
-        return any(ns == namespace and selects(selector, found) for ns, found in labels)
+    def has_match(namespace: str, selector: Object) -> bool:
+        return any(ns == namespace and selects(selector, pod_labels) for ns, pod_labels in labels)
 
     for service in of_kind(name, "Service"):
-        assert hit(service["metadata"]["namespace"], {"matchLabels": service["spec"]["selector"]})
+        assert has_match(service["metadata"]["namespace"], {"matchLabels": service["spec"]["selector"]})
     for policy in of_kind(name, "NetworkPolicy", "PodDisruptionBudget"):
-        spec, here = policy["spec"], policy["metadata"]["namespace"]
-        assert hit(here, spec.get("podSelector", spec.get("selector"))), policy["metadata"]["name"]
-        sides = [peer for rule in spec.get("ingress", []) for peer in rule["from"]]
-        sides += [peer for rule in spec.get("egress", []) for peer in rule["to"]]
-        for peer in sides:
-            there = peer.get("namespaceSelector", {}).get("matchLabels", {}).get("kubernetes.io/metadata.name", here)
-            assert there in namespaces
+        spec, own_namespace = policy["spec"], policy["metadata"]["namespace"]
+        assert has_match(own_namespace, spec.get("podSelector", spec.get("selector"))), policy["metadata"]["name"]
+        peers = [peer for rule in spec.get("ingress", []) for peer in rule["from"]]
+        peers += [peer for rule in spec.get("egress", []) for peer in rule["to"]]
+        for peer in peers:
+            labels_of_namespace = peer.get("namespaceSelector", {}).get("matchLabels", {})
+            namespace = labels_of_namespace.get("kubernetes.io/metadata.name", own_namespace)
+            assert namespace in namespaces
             if "podSelector" in peer:
-                assert hit(there, peer["podSelector"]), f"{policy['metadata']['name']}: {peer}"
+                assert has_match(namespace, peer["podSelector"]), f"{policy['metadata']['name']}: {peer}"
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_ports_of_services_and_policies_are_opened_by_containers(name: str) -> None:
+def test_ports_of_services_policies_and_containers_match(name: str) -> None:
     for service in of_kind(name, "Service"):
         selector = {"matchLabels": service["spec"]["selector"]}
         pod = next(pod for _, meta, pod in pods(name) if selects(selector, meta["labels"]))
-        ports = {port["name"]: port["containerPort"] for one in pod["containers"] for port in one["ports"]}
+        ports = {port["name"]: port["containerPort"] for container in pod["containers"] for port in container["ports"]}
         policy = next(p for p in of_kind(name, "NetworkPolicy") if p["metadata"]["name"] == service["metadata"]["name"])
         (port,) = service["spec"]["ports"]
         assert ports[port["targetPort"]] == port["port"]
@@ -136,12 +142,12 @@ def test_ports_of_services_and_policies_are_opened_by_containers(name: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUILDS)
-def test_a_real_api_server_takes_it(name: str) -> None:
+def test_real_api_server_accepts_the_overlay(name: str) -> None:
     config = os.environ.get("RLHF_TEST_KUBECONFIG")
     if not config:
         pytest.skip("RLHF_TEST_KUBECONFIG names no cluster: nothing was applied to a real API server")
-    for namespace in ("kubeflow", "rlhf", "rlhf-team"):  # a dry run makes no namespace for what follows in it
+    for namespace in ("kubeflow", "rlhf", "rlhf-team"):  # a dry run creates no namespace for the objects in it
         subprocess.run([KUBECTL, f"--kubeconfig={config}", "create", "namespace", namespace], capture_output=True)
     command = [KUBECTL, f"--kubeconfig={config}", "apply", "--dry-run=server", "-f", "-"]
-    run = subprocess.run(command, input=built(name), capture_output=True, text=True)
+    run = subprocess.run(command, input=build(name), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

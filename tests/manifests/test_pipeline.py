@@ -1,4 +1,4 @@
-"""The manifests bring what the compiled pipeline asks for, and let its pods reach what they are told to reach. Both sides are built."""
+"""The built manifests provide what compiled pipelines need, and their network policies allow the connections of its pods."""
 
 import base64
 import re
@@ -10,116 +10,118 @@ import pytest
 from pipelines.cluster.submit import DEFAULT_NAMESPACE
 from pipelines.settings import load_params
 from tests.manifests.test_build import selects
-from tests.support.compiled_pipelines import Compiled
+from tests.support.compiled_pipelines import CompiledPipeline
 from tests.support.overlays import BUILDS, OVERLAYS, ROOT, Object, objects, of_kind, pods
 
 PARAMS = ROOT / "pipelines" / "params"
-IN_S3 = ("storage.checkpoint_uri=s3://rlhf/checkpoints", "model.source=s3://rlhf/model")
-RUNS_IN = {"multi-user": "rlhf-team"}  # elsewhere where Kubeflow Pipelines is installed
+S3_OVERRIDES = ("storage.checkpoint_uri=s3://rlhf/checkpoints", "model.source=s3://rlhf/model")
 
 
-def runs_in(name: str) -> str:
-    return RUNS_IN.get(name, DEFAULT_NAMESPACE)
+def run_namespace(name: str) -> str:
+    return "rlhf-team" if name == "multi-user" else DEFAULT_NAMESPACE
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """A node of eight GPUs, data in files, checkpoints on the volume, a queue."""
+def gpu_node(tmp_path_factory: pytest.TempPathFactory) -> CompiledPipeline:
+    """Stages on 8 GPUs, data in files, checkpoints on the volume, a queue."""
     params = load_params(PARAMS / "llama3_8b_8gpu.yaml", ["cluster.profiles={gpu-8x80gb: {queue: rlhf}}"])
-    return Compiled(params, tmp_path_factory.mktemp("node"))
+    return CompiledPipeline(params, tmp_path_factory.mktemp("gpu_node"))
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """CPU, model and checkpoints in S3, data from a package index."""
-    return Compiled(load_params(PARAMS / "movie_reviews.yaml", IN_S3), tmp_path_factory.mktemp("bucket"))
+def cpu_with_s3(tmp_path_factory: pytest.TempPathFactory) -> CompiledPipeline:
+    """Stages on CPUs, model and checkpoints in S3, data from a package."""
+    return CompiledPipeline(
+        load_params(PARAMS / "movie_reviews.yaml", S3_OVERRIDES), tmp_path_factory.mktemp("cpu_with_s3")
+    )
 
 
-def labels(compiled: Compiled) -> dict[str, Object]:
+def labels(compiled: CompiledPipeline) -> dict[str, Object]:
     return {stage: pod["podMetadata"]["labels"] for stage, pod in compiled.pods.items()}
 
 
-def named(name: str, kind: str, namespace: str) -> set[str]:
+def names_of_kind(name: str, kind: str, namespace: str) -> set[str]:
     return {o["metadata"]["name"] for o in of_kind(name, kind) if o["metadata"].get("namespace") == namespace}
 
 
-def keys_of_secrets(name: str) -> dict[str, Object]:
-    """The Secrets where runs are, with their content."""
+def secrets_of_runs(name: str) -> dict[str, Object]:
+    """Content of the Secrets in the namespace of the runs."""
     return {
         secret["metadata"]["name"]: {k: base64.b64decode(v).decode() for k, v in secret["data"].items()}
         for secret in of_kind(name, "Secret")
-        if secret["metadata"]["namespace"] == runs_in(name)
+        if secret["metadata"]["namespace"] == run_namespace(name)
     }
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_the_account_of_runs_is_there_and_its_role_is_bound(name: str) -> None:
-    account = load_params(PARAMS / "tiny.yaml").cluster.service_account  # what submit sends
-    assert account and account in named(name, "ServiceAccount", runs_in(name))
-    bound = [b for b in of_kind(name, "RoleBinding") if b["metadata"]["namespace"] == runs_in(name)]
+def test_service_account_of_runs_exists_with_a_role(name: str) -> None:
+    account = load_params(PARAMS / "tiny.yaml").cluster.service_account  # as set by submit
+    assert account and account in names_of_kind(name, "ServiceAccount", run_namespace(name))
+    bound = [b for b in of_kind(name, "RoleBinding") if b["metadata"]["namespace"] == run_namespace(name)]
     assert account in {s["name"] for b in bound for s in b["subjects"]}
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_network_rules_select_the_tasks_they_are_meant_for(name: str, node: Compiled, bucket: Compiled) -> None:
-    """All tasks are shut in; the hub is open to who fetches from outside: never to a stage that trains."""
-    here = [p for p in of_kind(name, "NetworkPolicy") if p["metadata"]["namespace"] == runs_in(name)]
-    assert {"rlhf-default-deny", "rlhf-tasks", "rlhf-hub"} <= {p["metadata"]["name"] for p in here}
-    # The hub's model, files; then a bucket's model, a package of data.
-    for compiled, fetching in ((node, {"import-model"}), (bucket, {"prepare-data"})):
-        for policy in here:
-            hit = {s for s, found in labels(compiled).items() if selects(policy["spec"]["podSelector"], found)}
-            everyone = set(compiled.pods)
-            assert hit == (fetching if policy["metadata"]["name"] == "rlhf-hub" else everyone), policy["metadata"][
-                "name"
-            ]
+def test_network_policies_select_the_right_tasks(
+    name: str, gpu_node: CompiledPipeline, cpu_with_s3: CompiledPipeline
+) -> None:
+    """All tasks are restricted; only those that download, never those that train, may reach the hub."""
+    policies = [p for p in of_kind(name, "NetworkPolicy") if p["metadata"]["namespace"] == run_namespace(name)]
+    assert {"rlhf-default-deny", "rlhf-tasks", "rlhf-hub"} <= {p["metadata"]["name"] for p in policies}
+    # A model from the hub and local data; then a model in S3 and data from a package.
+    for compiled, downloading in ((gpu_node, {"import-model"}), (cpu_with_s3, {"prepare-data"})):
+        for policy in policies:
+            policy_name = policy["metadata"]["name"]
+            selected = {s for s, tags in labels(compiled).items() if selects(policy["spec"]["podSelector"], tags)}
+            assert selected == (downloading if policy_name == "rlhf-hub" else set(compiled.pods)), policy_name
 
 
-def test_who_fetches_from_outside(tmp_path: Path) -> None:
-    def fetching(params: str, *overrides: str) -> set[str]:
-        compiled = Compiled(load_params(PARAMS / params, overrides), tmp_path)
-        return {stage for stage, found in labels(compiled).items() if found.get("kfp-rlhf/egress") == "hub"}
+def test_only_downloading_tasks_have_the_hub_label(tmp_path: Path) -> None:
+    def downloading(params: str, *overrides: str) -> set[str]:
+        compiled = CompiledPipeline(load_params(PARAMS / params, overrides), tmp_path)
+        return {stage for stage, tags in labels(compiled).items() if tags.get("kfp-rlhf/egress") == "hub"}
 
-    assert fetching("movie_reviews.yaml") == {"import-model", "prepare-data"}  # the ratings are a package
-    assert fetching("llama3_8b_8gpu.yaml") == {"import-model"}
-    assert fetching("llama3_8b_8gpu.yaml", "model.source=s3://b/m") == set()
-    assert fetching("llama3_8b_8gpu.yaml", "model.source=s3://b/m", "sft.use=org/model") == {"import-model-2"}
+    assert downloading("movie_reviews.yaml") == {"import-model", "prepare-data"}  # the ratings are a package
+    assert downloading("llama3_8b_8gpu.yaml") == {"import-model"}
+    assert downloading("llama3_8b_8gpu.yaml", "model.source=s3://b/m") == set()
+    assert downloading("llama3_8b_8gpu.yaml", "model.source=s3://b/m", "sft.use=org/model") == {"import-model-2"}
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_servers_let_every_task_in(name: str, node: Compiled) -> None:
+def test_servers_accept_connections_of_every_task(name: str, gpu_node: CompiledPipeline) -> None:
     servers = [p for p in of_kind(name, "NetworkPolicy") if p["metadata"]["name"] in ("mlflow", "s3")]
     assert len(servers) == (1 if name in ("gke", "eks") else 2)
     for policy in servers:
         peers = [peer for rule in policy["spec"]["ingress"] for peer in rule["from"] if "namespaceSelector" in peer]
-        for found in labels(node).values():
+        for tags in labels(gpu_node).values():
             assert any(
-                peer["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": runs_in(name)}}
-                and selects(peer["podSelector"], found)
+                peer["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": run_namespace(name)}}
+                and selects(peer["podSelector"], tags)
                 for peer in peers
             ), policy["metadata"]["name"]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_secrets_have_the_keys_that_tasks_read_and_no_other(name: str, node: Compiled, bucket: Compiled) -> None:
-    there = keys_of_secrets(name)
-    wanted: dict[str, tuple[set[str], set[str]]] = {}  # name -> keys without which a pod waits, all keys
-    for compiled in (node, bucket):
+def test_secrets_have_exactly_the_keys_that_tasks_read(
+    name: str, gpu_node: CompiledPipeline, cpu_with_s3: CompiledPipeline
+) -> None:
+    created = secrets_of_runs(name)
+    used: dict[str, tuple[set[str], set[str]]] = {}  # name -> required keys, all keys
+    for compiled in (gpu_node, cpu_with_s3):
         for stage in compiled.pods:
             for secret, (optional, keys) in compiled.secrets(stage).items():
-                needed, known = wanted.setdefault(secret.removesuffix("?"), (set(), set()))
+                required, known = used.setdefault(secret.removesuffix("?"), (set(), set()))
                 known.update(keys)
-                needed.update(() if optional else keys)
-    assert set(there) <= set(wanted), "a Secret that no task reads"
-    for secret, (needed, known) in wanted.items():
-        found = set(there.get(secret, {}))
-        assert needed <= found <= known, secret
-    by_hand = dict(re.findall(r"create secret generic (\S+) --from-literal=(\w+)=", page("manifests/README.md")))
-    assert {s: by_hand.get(s) for s in wanted if s not in there} == {
+                required.update(() if optional else keys)
+    assert set(created) <= set(used), "a Secret that no task reads"
+    for secret, (required, known) in used.items():
+        assert required <= set(created.get(secret, {})) <= known, secret
+    manual = dict(re.findall(r"create secret generic (\S+) --from-literal=(\w+)=", page("manifests/README.md")))
+    assert {s: manual.get(s) for s in used if s not in created} == {
         "rlhf-hf-token": "HF_TOKEN",
         "rlhf-webhook": "WEBHOOK_URL",
     }
-    assert all(by_hand[s] in wanted[s][1] for s in by_hand)
+    assert all(manual[s] in used[s][1] for s in manual)
 
 
 def page(path: str) -> str:
@@ -127,77 +129,79 @@ def page(path: str) -> str:
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_addresses_in_secrets_are_services_that_tasks_may_reach(name: str) -> None:
-    there = keys_of_secrets(name)
-    addresses = [there["rlhf-mlflow"]["MLFLOW_TRACKING_URI"], there["rlhf-s3"]["AWS_ENDPOINT_URL_S3"]]
-    inside = [urlsplit(address) for address in addresses if ".svc.cluster.local" in address]
-    assert len(inside) == (1 if name in ("gke", "eks") else 2)
-    for address in inside:
-        service, namespace = str(address.hostname).split(".")[:2]
-        (found,) = [
+def test_addresses_in_secrets_are_reachable_services(name: str) -> None:
+    secrets = secrets_of_runs(name)
+    addresses = [secrets["rlhf-mlflow"]["MLFLOW_TRACKING_URI"], secrets["rlhf-s3"]["AWS_ENDPOINT_URL_S3"]]
+    in_cluster = [urlsplit(address) for address in addresses if ".svc.cluster.local" in address]
+    assert len(in_cluster) == (1 if name in ("gke", "eks") else 2)
+    for address in in_cluster:
+        service_name, namespace = str(address.hostname).split(".")[:2]
+        (service,) = [
             s
             for s in of_kind(name, "Service")
-            if (s["metadata"]["name"], s["metadata"]["namespace"]) == (service, namespace)
+            if (s["metadata"]["name"], s["metadata"]["namespace"]) == (service_name, namespace)
         ]
-        assert address.port in {port["port"] for port in found["spec"]["ports"]}
-        out = [
+        assert address.port in {port["port"] for port in service["spec"]["ports"]}
+        egress = [
             (peer, rule["ports"])
             for policy in of_kind(name, "NetworkPolicy")
-            if policy["metadata"]["namespace"] == runs_in(name)
+            if policy["metadata"]["namespace"] == run_namespace(name)
             for rule in policy["spec"].get("egress", [])
             for peer in rule["to"]
         ]
         assert any(
             peer.get("namespaceSelector") == {"matchLabels": {"kubernetes.io/metadata.name": namespace}}
-            and selects(peer["podSelector"], found["spec"]["selector"])
+            and selects(peer["podSelector"], service["spec"]["selector"])
             and {"protocol": "TCP", "port": address.port} in ports
-            for peer, ports in out
+            for peer, ports in egress
         ), address
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_the_claim_that_tasks_mount_is_there(name: str, node: Compiled) -> None:
-    mounts = [mount for pod in node.pods.values() for mount in pod.get("pvcMount", [])]
+def test_claim_of_checkpoints_exists_and_is_writable(name: str, gpu_node: CompiledPipeline) -> None:
+    mounts = [mount for pod in gpu_node.pods.values() for mount in pod.get("pvcMount", [])]
     claims = {mount["pvcNameParameter"]["runtimeValue"]["constant"] for mount in mounts}
-    assert claims == {"rlhf-checkpoints"} <= named(name, "PersistentVolumeClaim", runs_in(name))
-    (opens,) = [pod for owner, _, pod in pods(name) if owner["metadata"]["name"] == "rlhf-open-checkpoints"]
-    user = opens["securityContext"]
-    for pod in node.pods.values():  # it gives the volume to the group of the tasks
-        assert pod["securityContext"] == {"runAsUser": "1000", "runAsGroup": str(user["fsGroup"]), "runAsNonRoot": True}
-    storage = node.spec["root"]["inputDefinitions"]["parameters"]["storage"]["defaultValue"]
+    assert claims == {"rlhf-checkpoints"} <= names_of_kind(name, "PersistentVolumeClaim", run_namespace(name))
+    (job_pod,) = [pod for owner, _, pod in pods(name) if owner["metadata"]["name"] == "rlhf-open-checkpoints"]
+    group = str(job_pod["securityContext"]["fsGroup"])
+    for pod in gpu_node.pods.values():  # the Job gives the volume to the group of the tasks
+        assert pod["securityContext"] == {"runAsUser": "1000", "runAsGroup": group, "runAsNonRoot": True}
+    storage = gpu_node.spec["root"]["inputDefinitions"]["parameters"]["storage"]["defaultValue"]
     assert {mount["mountPath"] for mount in mounts} == {"/checkpoints"}
     assert '"checkpoint_uri":"/checkpoints"' in storage
 
 
-def test_the_largest_task_fits_quota_and_queue(node: Compiled) -> None:
-    """One stage runs at a time on GPUs; the multi-user quota and Kueue's must have room for it, or it waits for ever."""
-    largest = node.containers["ppo"]["resources"]
+def test_largest_task_fits_quota_and_queue(gpu_node: CompiledPipeline) -> None:
+    """One stage at a time uses GPUs. If it exceeds the multi-user quota or that of Kueue, it waits forever."""
+    largest = gpu_node.containers["ppo"]["resources"]
     (quota,) = [o for o in of_kind("multi-user", "ResourceQuota") if o["metadata"]["namespace"] == "rlhf-team"]
     (queue,) = of_kind("standalone+kueue", "ClusterQueue")
     (flavor,) = queue["spec"]["resourceGroups"][0]["flavors"]
     nominal = {resource["name"]: resource["nominalQuota"] for resource in flavor["resources"]}
     hard = quota["spec"]["hard"]
-    for room in (nominal, {name: hard[f"requests.{name}"] for name in ("cpu", "memory", "nvidia.com/gpu")}):
-        assert int(largest["resourceCpuRequest"]) <= int(room["cpu"])
-        assert gibibytes(largest["resourceMemoryRequest"]) <= gibibytes(room["memory"])
-        assert int(largest["accelerator"]["resourceCount"]) <= int(room["nvidia.com/gpu"])
+    for quota_values in (nominal, {name: hard[f"requests.{name}"] for name in ("cpu", "memory", "nvidia.com/gpu")}):
+        assert int(largest["resourceCpuRequest"]) <= int(quota_values["cpu"])
+        assert gibibytes(largest["resourceMemoryRequest"]) <= gibibytes(quota_values["memory"])
+        assert int(largest["accelerator"]["resourceCount"]) <= int(quota_values["nvidia.com/gpu"])
 
 
 def gibibytes(quantity: str) -> int:
     return int(quantity[:-2]) * {"Gi": 1, "Ti": 1024}[quantity[-2:]]
 
 
-def test_the_queue_of_a_profile_is_where_runs_are(node: Compiled) -> None:
+def test_queue_of_a_profile_is_in_the_namespace_of_runs(gpu_node: CompiledPipeline) -> None:
     queues = {
-        found["kueue.x-k8s.io/queue-name"] for found in labels(node).values() if "kueue.x-k8s.io/queue-name" in found
+        tags["kueue.x-k8s.io/queue-name"] for tags in labels(gpu_node).values() if "kueue.x-k8s.io/queue-name" in tags
     }
-    assert queues == {"rlhf"} == named("standalone+kueue", "LocalQueue", DEFAULT_NAMESPACE)
+    assert queues == {"rlhf"} == names_of_kind("standalone+kueue", "LocalQueue", DEFAULT_NAMESPACE)
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_nothing_else_is_put_where_runs_are(name: str) -> None:
+def test_namespace_of_runs_gets_only_allowed_kinds(name: str) -> None:
     """The namespace of the runs has other tenants."""
-    kinds = {o["kind"] for o in objects(name) if o["metadata"].get("namespace") == runs_in(name)}
+    kinds = {o["kind"] for o in objects(name) if o["metadata"].get("namespace") == run_namespace(name)}
     allowed = {"ServiceAccount", "Role", "RoleBinding", "PersistentVolumeClaim", "Job", "Secret", "NetworkPolicy"}
-    own = {"ResourceQuota", "LimitRange"} if name == "multi-user" else set()  # a profile is the team's alone
-    assert kinds <= allowed | own | ({"LocalQueue"} if "kueue" in name else set())
+    extra = (
+        {"ResourceQuota", "LimitRange"} if name == "multi-user" else set()
+    )  # a profile namespace has no other tenants
+    assert kinds <= allowed | extra | ({"LocalQueue"} if "kueue" in name else set())

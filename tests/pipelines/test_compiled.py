@@ -1,4 +1,4 @@
-"""The committed pipelines are those that compiling gives now, whatever the order of keys, kfp's patch version and the git revision."""
+"""The committed pipelines are up to date, independent of key order, kfp's patch version and the git revision."""
 
 import re
 from pathlib import Path
@@ -15,22 +15,27 @@ def documents(path: Path) -> list[Any]:
     return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
 
 
-def test_every_committed_pipeline_has_its_params() -> None:
+def test_committed_pipelines_are_the_examples() -> None:
     assert sorted(path.name for path in COMMITTED.iterdir()) == sorted(f"{name}.yaml" for name in EXAMPLES)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_committed_pipelines_are_fresh(name: str, tmp_path: Path) -> None:
-    """Against what `pipelines compile` and `submit` make."""
+def test_committed_pipelines_are_up_to_date(name: str, tmp_path: Path) -> None:
+    """Compared with the output of `compile` and `submit`."""
     params = load_params(ROOT / "pipelines" / "params" / f"{name}.yaml")
-    made, committed = documents(compile_pipeline(params, tmp_path / "p.yaml")), documents(COMMITTED / f"{name}.yaml")
-    assert len(made) == len(committed) == 2  # the pipeline, and what is of Kubernetes
-    assert re.fullmatch(r"kfp-2\.17\.\d+", made[0].pop("sdkVersion")) and committed[0].pop("sdkVersion") == "kfp-2.17"
-    assert made == committed, "run make compile"
+    compiled, committed = (
+        documents(compile_pipeline(params, tmp_path / "p.yaml")),
+        documents(COMMITTED / f"{name}.yaml"),
+    )
+    assert len(compiled) == len(committed) == 2  # pipeline and platform
+    assert (
+        re.fullmatch(r"kfp-2\.17\.\d+", compiled[0].pop("sdkVersion")) and committed[0].pop("sdkVersion") == "kfp-2.17"
+    )
+    assert compiled == committed, "run make compile"
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_nothing_of_this_machine_or_revision_is_inside(
+def test_compiled_pipeline_contains_no_local_path_or_revision(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RLHF_CODE_REVISION", "0123456789abcdef0123456789abcdef01234567")
@@ -41,7 +46,7 @@ def test_nothing_of_this_machine_or_revision_is_inside(
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_keys_are_sorted_so_that_differences_are_small(name: str) -> None:
+def test_keys_are_sorted(name: str) -> None:
     def check(value: Any) -> None:
         if isinstance(value, dict):
             assert list(value) == sorted(value)

@@ -1,4 +1,4 @@
-"""What the compiled pipeline says: tasks, edges, images, and that every reference in it resolves."""
+"""Tasks, edges and settings of the compiled pipeline; every reference in it resolves."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def stages_of(spec: dict[str, Any]) -> dict[str, Any]:
-    """The DAG of the stages: all that is watched by the exit handler."""
+    """The DAG of the stages, inside the exit handler."""
     (name,) = (
         task["componentRef"]["name"]
         for task in spec["root"]["dag"]["tasks"].values()
@@ -32,14 +32,14 @@ def stages_of(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def edges(dag: dict[str, Any]) -> dict[str, set[str]]:
-    """Each task with the tasks whose outputs it takes."""
-    found = {}
+    """The upstream tasks of each task."""
+    upstream = {}
     for name, task in dag["tasks"].items():
         inputs = task.get("inputs", {})
         values = [*inputs.get("parameters", {}).values(), *inputs.get("artifacts", {}).values()]
         producers = (v.get("taskOutputArtifact") or v.get("taskOutputParameter") for v in values)
-        found[name] = {producer["producerTask"] for producer in producers if producer}
-    return found
+        upstream[name] = {producer["producerTask"] for producer in producers if producer}
+    return upstream
 
 
 def test_tasks_and_edges(spec: dict[str, Any]) -> None:
@@ -56,15 +56,15 @@ def test_tasks_and_edges(spec: dict[str, Any]) -> None:
 
 
 def test_ppo_and_the_judge_never_see_the_same_data(spec: dict[str, Any]) -> None:
-    """Which output of prepare_data goes where: the judge's ratings and the held-out prompts go to nothing that is trained."""
+    """The judge's preferences and the held-out prompts are not inputs of a stage that trains."""
     tasks = stages_of(spec)["tasks"]
 
-    def taken(task: str) -> set[str]:
+    def datasets_of(task: str) -> set[str]:
         artifacts = tasks[task]["inputs"].get("artifacts", {}).values()
         outputs = (a["taskOutputArtifact"] for a in artifacts)
         return {o["outputArtifactKey"] for o in outputs if o["producerTask"] == "prepare-data"}
 
-    assert {task: taken(task) for task in ("sft", "reward-model", "judge", "ppo", "evaluation")} == {
+    assert {task: datasets_of(task) for task in ("sft", "reward-model", "judge", "ppo", "evaluation")} == {
         "sft": {"demonstrations"},
         "reward-model": {"preferences", "prompts"},
         "judge": {"judge_preferences"},
@@ -73,14 +73,14 @@ def test_ppo_and_the_judge_never_see_the_same_data(spec: dict[str, Any]) -> None
     }
 
 
-def test_notify_runs_last_however_the_run_ends(spec: dict[str, Any]) -> None:
+def test_notify_runs_last_even_if_the_run_fails(spec: dict[str, Any]) -> None:
     task = spec["root"]["dag"]["tasks"]["notify"]
     assert task["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
     assert task["dependentTasks"] == ["exit-handler-1"]
     assert task["inputs"]["parameters"]["status"] == {"taskFinalStatus": {"producerTask": "exit-handler-1"}}
 
 
-def test_gate_branches_on_its_own_parameter(spec: dict[str, Any]) -> None:
+def test_gate_branches_on_its_input_parameter(spec: dict[str, Any]) -> None:
     conditions = {
         task["triggerPolicy"]["condition"]
         for component in spec["components"].values()
@@ -106,33 +106,33 @@ def test_every_reference_resolves(spec: dict[str, Any]) -> None:
             assert set(task.get("dependentTasks", [])) <= set(dag["tasks"])
 
 
-def test_executors_run_the_stage_programs(spec: dict[str, Any]) -> None:
+def test_executors_run_the_stage_modules(spec: dict[str, Any]) -> None:
     for executor in spec["deploymentSpec"]["executors"].values():
         container = executor["container"]
         assert container["command"][:2] == ["python", "-m"]
         assert (ROOT / Path(*container["command"][2].split(".")) / "__main__.py").is_file()
-        if container["command"][2] != "components.notify":  # it has no outputs to report
+        if container["command"][2] != "components.notify":  # which has no outputs
             assert container["args"][-2:] == ["--executor-input", "{{$}}"]
 
 
-def test_settings_travel_as_one_string(spec: dict[str, Any]) -> None:
-    """KFP turns the integers of a dict into floats, so no parameter is a struct."""
+def test_settings_are_string_parameters(spec: dict[str, Any]) -> None:
+    """KFP converts the integers of a struct to floats, so no settings are a struct."""
     for component in spec["components"].values():
         for name, parameter in component.get("inputDefinitions", {}).get("parameters", {}).items():
             kinds = {"gpu_node_selector": "STRUCT", "gpu_tolerations": "LIST", "status": "TASK_FINAL_STATUS"}
             assert parameter["parameterType"] == kinds.get(name.removeprefix("pipelinechannel--"), "STRING")
 
 
-def test_run_id_comes_from_the_pod_and_not_from_a_parameter(tmp_path: Path) -> None:
+def test_run_id_comes_from_the_pod_label(tmp_path: Path) -> None:
     target = compile_pipeline(load_params(MOVIES), tmp_path / "pipeline.yaml")
     _, platform = yaml.safe_load_all(target.read_text())
     executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    assert len(executors) == 10  # register stands once in each branch
+    assert len(executors) == 10  # register is in both branches
     for executor in executors.values():
         assert executor["fieldPathAsEnv"] == [{"fieldPath": "metadata.labels['pipeline/runid']", "name": "RLHF_RUN_ID"}]
 
 
-def test_own_models_take_the_place_of_stages(tmp_path: Path) -> None:
+def test_user_models_replace_stages(tmp_path: Path) -> None:
     params: Params = load_params(MOVIES, ["sft.use=/models/sft", "reward_model.use=/models/rm"])
     dag = stages_of(next(yaml.safe_load_all(compile_pipeline(params, tmp_path / "p.yaml").read_text())))
     assert "sft" not in dag["tasks"]
@@ -141,7 +141,7 @@ def test_own_models_take_the_place_of_stages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", stage_names())
-def test_component_yaml_is_fresh(stage: str, tmp_path: Path) -> None:
+def test_component_yaml_is_up_to_date(stage: str, tmp_path: Path) -> None:
     compile_component(stage, tmp_path / "component.yaml")
     committed = ROOT / "components" / stage / "component.yaml"
     assert committed.read_text() == (tmp_path / "component.yaml").read_text(), "run make compile"

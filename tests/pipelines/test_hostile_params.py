@@ -1,4 +1,4 @@
-"""Params files, broken in every way: they are read, or one sentence says what is wrong and where."""
+"""A corrupt params file is loaded, or rejected with one sentence that names the problem and its location."""
 
 import copy
 import json
@@ -37,19 +37,19 @@ VALUE = st.recursive(
 )
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def key_paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(configure_task for key, below in inner for configure_task in places(below, (*path, key)))]
+    return [path, *(location for key, child in inner for location in key_paths(child, (*path, key)))]
 
 
 CONTENTS = {path: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (TINY, LARGE)}
-# What the files leave at its default is there to be broken, too.
+# All keys, including those that the file leaves at their default.
 CONTENTS[TINY] = json.loads(load_params(TINY).canonical_json())
-PLACES = {path: places(content)[1:] for path, content in CONTENTS.items()}
+KEY_PATHS = {path: key_paths(content)[1:] for path, content in CONTENTS.items()}
 
 
 def read(text: bytes, folder: Path, *overrides: str) -> Params | None:
-    """The params, or None where one sentence refuses them; what is read can be written, and is the same again."""
+    """The params, or None if they are rejected with one sentence; params that load survive a dump and a second load."""
     path = folder / "params.yaml"
     path.write_bytes(text)
     params: Params | None = result_or_refusal(lambda: load_params(path, overrides))
@@ -62,41 +62,41 @@ def read(text: bytes, folder: Path, *overrides: str) -> Params | None:
 
 @FUZZ
 @given(data=st.data())
-def test_anything_in_any_place(tmp_path: Path, data: st.DataObject) -> None:
+def test_arbitrary_values_at_any_key(tmp_path: Path, data: st.DataObject) -> None:
     source = data.draw(st.sampled_from([TINY, LARGE]))
     content = copy.deepcopy(CONTENTS[source])
-    way = data.draw(st.sampled_from(PLACES[source]))
-    holder = content
-    for key in way[:-1]:
-        holder = holder[key]
+    key_path = data.draw(st.sampled_from(KEY_PATHS[source]))
+    parent = content
+    for key in key_path[:-1]:
+        parent = parent[key]
     match data.draw(st.sampled_from(["replace", "replace", "drop", "add", "rename"])):
         case "replace":
-            holder[way[-1]] = data.draw(VALUE)
+            parent[key_path[-1]] = data.draw(VALUE)
         case "drop":
-            del holder[way[-1]]
-        case "add" if isinstance(holder, dict):
-            holder[data.draw(st.text(max_size=8) | st.integers() | st.none())] = data.draw(VALUE)
-        case "rename" if isinstance(holder, dict):
-            holder[data.draw(st.text(max_size=8))] = holder.pop(way[-1])
+            del parent[key_path[-1]]
+        case "add" if isinstance(parent, dict):
+            parent[data.draw(st.text(max_size=8) | st.integers() | st.none())] = data.draw(VALUE)
+        case "rename" if isinstance(parent, dict):
+            parent[data.draw(st.text(max_size=8))] = parent.pop(key_path[-1])
     read(yaml.dump(content, allow_unicode=False).encode(), tmp_path)
 
 
 @FUZZ
 @given(data=st.data())
-def test_a_file_with_lines_dropped_doubled_swapped_and_bytes_changed(tmp_path: Path, data: st.DataObject) -> None:
+def test_corrupt_lines_and_bytes(tmp_path: Path, data: st.DataObject) -> None:
     lines = TINY.read_bytes().splitlines(keepends=True)[5:]
-    configure_task = data.draw(st.integers(0, len(lines) - 1))
+    line = data.draw(st.integers(0, len(lines) - 1))
     match data.draw(st.sampled_from(["drop", "double", "cut", "indent", "bytes"])):
         case "drop":
-            del lines[configure_task]
+            del lines[line]
         case "double":
-            lines.insert(data.draw(st.integers(0, len(lines))), lines[configure_task])
+            lines.insert(data.draw(st.integers(0, len(lines))), lines[line])
         case "cut":
-            lines[configure_task] = lines[configure_task][: data.draw(st.integers(0, len(lines[configure_task])))]
+            lines[line] = lines[line][: data.draw(st.integers(0, len(lines[line])))]
         case "indent":
-            lines[configure_task] = b" " * data.draw(st.integers(1, 4)) + lines[configure_task]
+            lines[line] = b" " * data.draw(st.integers(1, 4)) + lines[line]
         case "bytes":
-            lines[configure_task] = lines[configure_task][:-1] + data.draw(st.binary(max_size=6)) + b"\n"
+            lines[line] = lines[line][:-1] + data.draw(st.binary(max_size=6)) + b"\n"
     read(b"".join(lines), tmp_path)
 
 
@@ -105,7 +105,7 @@ def test_a_file_with_lines_dropped_doubled_swapped_and_bytes_changed(tmp_path: P
     st.text(max_size=30),
     st.sampled_from(["seed", "preset", "ppo", "cluster.stages.ppo", "cluster.profiles.cpu.like", "a.b", ""]),
 )
-def test_any_override(tmp_path: Path, text: str, key: str) -> None:
+def test_arbitrary_overrides(tmp_path: Path, text: str, key: str) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(GOOD, encoding="utf-8")
     for override in (f"{key}={text}", text):
@@ -141,21 +141,21 @@ def refusal(tmp_path: Path, text: str | bytes) -> str:
         ("model: {trust_remote_code: true}\n", ": model.trust_remote_code is not a parameter; "),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, more: str, said: str) -> None:
+def test_error_names_problem_and_location(tmp_path: Path, more: str, said: str) -> None:
     assert refusal(tmp_path, GOOD + more).startswith(said)
 
 
-def test_a_value_of_a_megabyte_is_not_repeated(tmp_path: Path) -> None:
+def test_long_value_is_shortened_in_the_error(tmp_path: Path) -> None:
     said = refusal(tmp_path, GOOD + f"seed: {'x' * 900_000}\n")
     assert said.startswith(": seed is 'xxx") and "(900,002 characters)" in said and len(said) < 400
 
 
-def test_a_thousand_mistakes_are_not_all_told(tmp_path: Path) -> None:
+def test_number_of_reported_mistakes_is_limited(tmp_path: Path) -> None:
     said = refusal(tmp_path, GOOD + "".join(f"wrong{n}: 1\n" for n in range(1000)))
     assert said.endswith("; and 995 more.") and len(said) < 2000
 
 
-def test_a_number_with_thousands_of_digits(tmp_path: Path) -> None:
+def test_number_with_thousands_of_digits_is_rejected(tmp_path: Path) -> None:
     assert "is not YAML (Exceeds the limit" in refusal(tmp_path, GOOD + f"seed: {'9' * 5000}\n")
 
 
@@ -170,15 +170,15 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_is_refused_in_seconds(tmp_path: Path, name: str) -> None:
+def test_yaml_bomb_is_rejected_within_seconds(tmp_path: Path, name: str) -> None:
     started = time.monotonic()
     said = refusal(tmp_path, BOMBS[name])
     assert "expand to more than 50,000 values" in said or "nested too deeply" in said or "longer than 1 MiB" in said
     assert time.monotonic() - started < 60  # a second or two on an idle machine
 
 
-def test_a_file_of_10_gb_is_not_read(tmp_path: Path) -> None:
+def test_10_gb_file_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "params.yaml").open("wb") as file:  # sparse
         file.truncate(10 * 10**9)
-    with pytest.raises(InputError, match="longer than 1 MiB, which no params file is"):
+    with pytest.raises(InputError, match="longer than 1 MiB, too long for a params file"):
         load_params(tmp_path / "params.yaml")

@@ -1,4 +1,4 @@
-"""What the platform will see of each stage: image, node, memory, secrets, volumes, retries, caching, per executor of the compiled spec."""
+"""Image, node, memory, secrets, volumes, retries and caching of each executor in the compiled spec."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ from pipelines.compile import ROOT
 from pipelines.placement import IMAGE_OF, require_digests
 from pipelines.profiles import builtin_profiles
 from pipelines.settings import load_params
-from tests.support.compiled_pipelines import Compiled
+from tests.support.compiled_pipelines import CompiledPipeline
 
 MOVIES, TINY = (ROOT / "pipelines" / "params" / f"{name}.yaml" for name in ("movie_reviews", "tiny"))
 DIGEST = "sha256:" + "ab" * 32
@@ -24,23 +24,25 @@ MLFLOW = ["MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PA
 
 
 @pytest.fixture(scope="module")
-def eight(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """The example for a node with eight GPUs."""
-    return Compiled(load_params(ROOT / "pipelines/params/llama3_8b_8gpu.yaml"), tmp_path_factory.mktemp("eight"))
+def eight(tmp_path_factory: pytest.TempPathFactory) -> CompiledPipeline:
+    """The params file for a node with eight GPUs."""
+    return CompiledPipeline(
+        load_params(ROOT / "pipelines/params/llama3_8b_8gpu.yaml"), tmp_path_factory.mktemp("eight")
+    )
 
 
-def tiny(folder: Path, *overrides: str) -> Compiled:
-    return Compiled(load_params(TINY, overrides), folder)
+def tiny(folder: Path, *overrides: str) -> CompiledPipeline:
+    return CompiledPipeline(load_params(TINY, overrides), folder)
 
 
-def test_every_stage_has_an_image_and_its_component_yaml_names_the_same() -> None:
+def test_component_yaml_has_the_default_image_of_the_stage() -> None:
     assert set(IMAGE_OF) == set(STAGES)
     for stage, role in IMAGE_OF.items():
         text = (ROOT / "components" / stage / "component.yaml").read_text()
         assert re.findall(r"image: (\S+)", text) == [f"kfp-rlhf/{role}:0.1.0"]
 
 
-def test_images_by_role(eight: Compiled) -> None:
+def test_images_and_commands(eight: CompiledPipeline) -> None:
     images = {stage: container["image"].split(":")[0] for stage, container in eight.containers.items()}
     assert images == {
         "import-model": "kfp-rlhf/trainer",
@@ -59,7 +61,7 @@ def test_images_by_role(eight: Compiled) -> None:
         assert container["command"] == ["python", "-m", f"components.{module}"]
 
 
-def test_gpus_cpus_and_memory(eight: Compiled) -> None:
+def test_gpus_cpus_and_memory(eight: CompiledPipeline) -> None:
     seen = {}
     for stage, container in eight.containers.items():
         resources = container["resources"]
@@ -87,7 +89,7 @@ def test_gpus_cpus_and_memory(eight: Compiled) -> None:
     }
 
 
-def test_shared_memory_is_sized(eight: Compiled) -> None:
+def test_shared_memory_size(eight: CompiledPipeline) -> None:
     mounts = {stage: pod.get("emptyDirMounts") for stage, pod in eight.pods.items()}
 
     def shm(size: str) -> list[dict[str, str]]:
@@ -99,42 +101,42 @@ def test_shared_memory_is_sized(eight: Compiled) -> None:
     }
 
 
-def test_nodes(eight: Compiled) -> None:
-    """Stages on ppo's profile take selector and tolerations from the run's parameters; others have theirs fixed."""
+def test_node_selectors_tolerations_and_affinity(eight: CompiledPipeline) -> None:
+    """Stages with the profile of ppo use the pipeline inputs for selector and tolerations, other stages those of their profile."""
     affinity = [{"matchExpressions": [{"key": "nvidia.com/gpu.memory", "operator": "Gt", "values": ["79000"]}]}]
     taint = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
     for stage, pod in eight.pods.items():
-        where = pod.get("nodeSelector"), pod.get("tolerations"), pod.get("nodeAffinity")
+        placement = pod.get("nodeSelector"), pod.get("tolerations"), pod.get("nodeAffinity")
         if stage in GPU_STAGES:
             selector = {"nodeSelectorJson": {"componentInputParameter": "pipelinechannel--gpu_node_selector"}}
             tolerations = [{"tolerationJson": {"componentInputParameter": "pipelinechannel--gpu_tolerations"}}]
-            assert where == (selector, tolerations, affinity)
+            assert placement == (selector, tolerations, affinity)
         else:
-            assert where == ((None, [taint], affinity) if stage == "evaluation" else (None, None, None)), stage
+            assert placement == ((None, [taint], affinity) if stage == "evaluation" else (None, None, None)), stage
     inputs = eight.spec["root"]["inputDefinitions"]["parameters"]
     assert inputs["gpu_node_selector"] == {"defaultValue": {}, "isOptional": True, "parameterType": "STRUCT"}
     assert inputs["gpu_tolerations"]["defaultValue"] == [taint]
 
 
-def test_node_selector_of_a_profile_is_the_default_of_the_run_parameter(tmp_path: Path) -> None:
-    found = tiny(tmp_path, "cluster.stages={ppo: gke-gpu-24gb, judge: gke-gpu-24gb, sft: eks-gpu-24gb}")
-    inputs = found.spec["root"]["inputDefinitions"]["parameters"]
+def test_node_selector_of_the_profile_is_the_default_of_the_input(tmp_path: Path) -> None:
+    compiled = tiny(tmp_path, "cluster.stages={ppo: gke-gpu-24gb, judge: gke-gpu-24gb, sft: eks-gpu-24gb}")
+    inputs = compiled.spec["root"]["inputDefinitions"]["parameters"]
     assert inputs["gpu_node_selector"]["defaultValue"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"}
-    assert {stage for stage, pod in found.pods.items() if "nodeSelector" in pod} == {"ppo", "judge"}
-    (term,) = found.pods["sft"]["nodeAffinity"]
+    assert {stage for stage, pod in compiled.pods.items() if "nodeSelector" in pod} == {"ppo", "judge"}
+    (term,) = compiled.pods["sft"]["nodeAffinity"]
     assert term["matchExpressions"][0]["key"] == "node.kubernetes.io/instance-type"
     assert "g6.4xlarge" in term["matchExpressions"][0]["values"]
 
 
-def test_without_gpus_the_run_parameters_are_empty_and_steer_nothing(tmp_path: Path) -> None:
-    found = tiny(tmp_path)
-    inputs = found.spec["root"]["inputDefinitions"]["parameters"]
+def test_gpu_node_inputs_are_empty_and_unused_without_gpus(tmp_path: Path) -> None:
+    compiled = tiny(tmp_path)
+    inputs = compiled.spec["root"]["inputDefinitions"]["parameters"]
     assert inputs["gpu_node_selector"]["defaultValue"] == {} and inputs["gpu_tolerations"]["defaultValue"] == []
-    assert not any("nodeSelector" in pod or "tolerations" in pod for pod in found.pods.values())
-    assert not any("accelerator" in container["resources"] for container in found.containers.values())
+    assert not any("nodeSelector" in pod or "tolerations" in pod for pod in compiled.pods.values())
+    assert not any("accelerator" in container["resources"] for container in compiled.containers.values())
 
 
-def test_retries_and_time_outs_on_gpu_stages_alone(eight: Compiled) -> None:
+def test_only_gpu_stages_have_retries_and_timeouts(eight: CompiledPipeline) -> None:
     for stage, task in eight.tasks.items():
         retry, deadline = task.get("retryPolicy"), eight.pods[stage].get("activeDeadlineSeconds")
         if stage in GPU_STAGES | {"evaluation"}:
@@ -149,7 +151,7 @@ def test_retries_and_time_outs_on_gpu_stages_alone(eight: Compiled) -> None:
             assert (retry, deadline) == (None, None), stage
 
 
-def test_secrets_go_to_the_stages_that_need_them(eight: Compiled) -> None:
+def test_stages_get_only_the_secrets_they_need(eight: CompiledPipeline) -> None:
     everyone = {"rlhf-mlflow?": (True, MLFLOW)}
     more = {
         "import-model": {"rlhf-hf-token?": (True, ["HF_TOKEN"])},
@@ -159,18 +161,18 @@ def test_secrets_go_to_the_stages_that_need_them(eight: Compiled) -> None:
         assert eight.secrets(stage) == everyone | more.get(stage, {}), stage
 
 
-def test_s3_credentials_go_where_s3_is_used(tmp_path: Path) -> None:
+def test_only_stages_that_use_s3_get_s3_credentials(tmp_path: Path) -> None:
     keys = {
         "rlhf-s3": (False, ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]),
         "rlhf-s3?": (True, ["AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION"]),
     }
 
     def users(name: str, *overrides: str) -> set[str]:
-        found = tiny(tmp_path / name, *overrides)
-        for stage in found.pods:
-            s3 = {k: v for k, v in found.secrets(stage).items() if "s3" in k}
+        compiled = tiny(tmp_path / name, *overrides)
+        for stage in compiled.pods:
+            s3 = {k: v for k, v in compiled.secrets(stage).items() if "s3" in k}
             assert s3 in ({}, keys), stage
-        return {stage for stage in found.pods if "rlhf-s3" in found.secrets(stage)}
+        return {stage for stage in compiled.pods if "rlhf-s3" in compiled.secrets(stage)}
 
     assert users("none") == set()
     assert users("checkpoints", "storage.checkpoint_uri=s3://b/c") == GPU_STAGES | {"notify"}
@@ -181,16 +183,16 @@ def test_s3_credentials_go_where_s3_is_used(tmp_path: Path) -> None:
     assert users("roles", "model.source=s3://b/model", "cluster.secrets.s3=null") == set()
 
 
-def test_checkpoints_lie_on_the_claim_or_in_s3(tmp_path: Path) -> None:
-    def mounts(found: Compiled) -> dict[str, list[tuple[str, str]]]:
+def test_checkpoints_are_on_the_claim_or_in_s3(tmp_path: Path) -> None:
+    def mounts(compiled: CompiledPipeline) -> dict[str, list[tuple[str, str]]]:
         return {
             stage: [(m["pvcNameParameter"]["runtimeValue"]["constant"], m["mountPath"]) for m in pod["pvcMount"]]
-            for stage, pod in found.pods.items()
+            for stage, pod in compiled.pods.items()
             if "pvcMount" in pod
         }
 
-    def default_storage(found: Compiled) -> str:
-        return found.spec["root"]["inputDefinitions"]["parameters"]["storage"]["defaultValue"]
+    def default_storage(compiled: CompiledPipeline) -> str:
+        return compiled.spec["root"]["inputDefinitions"]["parameters"]["storage"]["defaultValue"]
 
     on_claim = tiny(tmp_path / "a")
     assert mounts(on_claim) == {stage: [("rlhf-checkpoints", "/checkpoints")] for stage in GPU_STAGES | {"notify"}}
@@ -206,7 +208,7 @@ def test_checkpoints_lie_on_the_claim_or_in_s3(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "cached"),
     [
-        ((), set()),  # a tag can be another image tomorrow
+        ((), set()),  # a tag is mutable
         ((f"cluster.images.trainer=r.example/t@{DIGEST}",), {"import-model", "prepare-data", "judge"}),
         (
             (f"cluster.images.trainer=r.example/t@{DIGEST}", "model.source=meta-llama/Llama-3.1-8B"),
@@ -229,26 +231,26 @@ def test_checkpoints_lie_on_the_claim_or_in_s3(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_caching_only_where_the_same_inputs_give_the_same_outputs(
+def test_only_deterministic_stages_with_immutable_inputs_are_cached(
     overrides: tuple[str, ...], cached: set[str], tmp_path: Path
 ) -> None:
-    found = tiny(tmp_path, *overrides)
-    assert {stage for stage, task in found.tasks.items() if task["cachingOptions"].get("enableCache")} == cached
-    assert not any("cacheKey" in task["cachingOptions"] for task in found.tasks.values())
+    compiled = tiny(tmp_path, *overrides)
+    assert {stage for stage, task in compiled.tasks.items() if task["cachingOptions"].get("enableCache")} == cached
+    assert not any("cacheKey" in task["cachingOptions"] for task in compiled.tasks.values())
 
 
-def test_pods(eight: Compiled) -> None:
+def test_labels_user_and_run_id_of_pods(eight: CompiledPipeline) -> None:
     for stage, pod in eight.pods.items():
         assert pod["fieldPathAsEnv"] == [{"name": "RLHF_RUN_ID", "fieldPath": "metadata.labels['pipeline/runid']"}]
         assert pod["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}
         assert pod["imagePullPolicy"] == "IfNotPresent"
         labels = {"app.kubernetes.io/part-of": "kfp-rlhf", "kfp-rlhf/stage": stage.removesuffix("-2")}
-        hub = {"kfp-rlhf/egress": "hub"} if stage == "import-model" else {}  # its data is files
+        hub = {"kfp-rlhf/egress": "hub"} if stage == "import-model" else {}  # its data is local files
         assert pod["podMetadata"] == {"labels": labels | hub}
 
 
-def test_what_a_params_file_may_change(tmp_path: Path) -> None:
-    found = tiny(
+def test_cluster_settings_of_a_params_file(tmp_path: Path) -> None:
+    compiled = tiny(
         tmp_path,
         "cluster.profiles={mine: {like: gpu-80gb, accelerator: amd.com/gpu, num_accelerators: 2, cpu: 500m, memory: 1500Mi, "
         "shared_memory: 1Gi, scratch: {size: 200Gi, storage_class: fast}, queue: rlhf, labels: {team: nlp}, node_affinity: "
@@ -263,7 +265,7 @@ def test_what_a_params_file_may_change(tmp_path: Path) -> None:
         "cluster.num_retries=1",
         "cluster.timeout_hours=0.5",
     )
-    pod, container = found.pods["ppo"], found.containers["ppo"]
+    pod, container = compiled.pods["ppo"], compiled.containers["ppo"]
     assert container["image"] == "r.example/team/kfp-rlhf/rollout:0.1.0"
     assert container["resources"]["accelerator"]["resourceType"] == "amd.com/gpu"
     assert container["resources"]["resourceCpuLimit"] == "500m"
@@ -273,25 +275,25 @@ def test_what_a_params_file_may_change(tmp_path: Path) -> None:
     assert pod["podMetadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "rlhf"
     assert pod["podMetadata"]["labels"]["team"] == "nlp"
     assert pod["nodeAffinity"][0]["weight"] == 5
-    assert found.spec["root"]["inputDefinitions"]["parameters"]["gpu_tolerations"]["defaultValue"] == [
+    assert compiled.spec["root"]["inputDefinitions"]["parameters"]["gpu_tolerations"]["defaultValue"] == [
         {"key": "spot", "operator": "Equal", "value": "true"}
     ]
-    assert pod["activeDeadlineSeconds"] == "1800" and found.tasks["ppo"]["retryPolicy"]["maxRetryCount"] == 1
+    assert pod["activeDeadlineSeconds"] == "1800" and compiled.tasks["ppo"]["retryPolicy"]["maxRetryCount"] == 1
     assert "securityContext" not in pod and pod["imagePullPolicy"] == "Always"
     assert pod["imagePullSecret"][0]["secretNameParameter"]["runtimeValue"]["constant"] == "registry"
-    environment = {s: {e["name"]: e["value"] for e in c["env"]} for s, c in found.containers.items()}
+    environment = {s: {e["name"]: e["value"] for e in c["env"]} for s, c in compiled.containers.items()}
     everyone = {"HTTPS_PROXY": "http://proxy:3128", "NCCL_DEBUG": "INFO"}
     fetching = {"PIP_INDEX_URL": "https://p.example/simple", "HF_ENDPOINT": "https://h.example"}
     for stage, variables in environment.items():
         assert variables == everyone | (fetching if stage in ("import-model", "prepare-data") else {})
-    assert found.secrets("import-model") == {"other?": (True, ["HF_TOKEN"])}
-    assert found.secrets("notify") == {}
+    assert compiled.secrets("import-model") == {"other?": (True, ["HF_TOKEN"])}
+    assert compiled.secrets("notify") == {}
 
 
-def test_a_registry_in_a_name_is_left_alone(tmp_path: Path) -> None:
+def test_registry_mirror_keeps_images_with_a_registry(tmp_path: Path) -> None:
     images = "cluster.images={trainer: 'ghcr.io/me/t:1', rollout: 'localhost:5000/r:1', tools: 'me/x:1'}"
-    found = tiny(tmp_path, images, "cluster.mirrors.registry=mirror:5000/")
-    assert {c["image"] for c in found.containers.values()} == {
+    compiled = tiny(tmp_path, images, "cluster.mirrors.registry=mirror:5000/")
+    assert {c["image"] for c in compiled.containers.values()} == {
         "ghcr.io/me/t:1",
         "localhost:5000/r:1",
         "mirror:5000/me/x:1",
@@ -299,7 +301,7 @@ def test_a_registry_in_a_name_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("profile", sorted(builtin_profiles()))
-def test_every_profile_is_valid_and_says_how_many_processes(profile: str) -> None:
+def test_builtin_profiles_are_valid_and_set_num_processes(profile: str) -> None:
     params = load_params(TINY, [f"cluster.default_profile={profile}"])
     num = params.cluster.num_accelerators("ppo")
     assert num == (8 if "8x" in profile else 1 if "gpu" in profile else 0)
@@ -307,39 +309,39 @@ def test_every_profile_is_valid_and_says_how_many_processes(profile: str) -> Non
     assert params.cluster.profile("ppo").tolerations if num else True
 
 
-# --- the compiled file as a whole
+# --- the whole spec
 
 
-def all_specs(eight: Compiled, folder: Path) -> list[Compiled]:
+def all_specs(eight: CompiledPipeline, folder: Path) -> list[CompiledPipeline]:
     return [
         eight,
-        Compiled(load_params(MOVIES), folder / "m"),
+        CompiledPipeline(load_params(MOVIES), folder / "m"),
         tiny(folder / "own", "sft.use=s3://b/s", "reward_model.use=s3://b/r"),
     ]
 
 
-def test_specs_parse_strictly(eight: Compiled, tmp_path: Path) -> None:
-    for found in all_specs(eight, tmp_path):
-        json_format.ParseDict(found.spec, pipeline_spec_pb2.PipelineSpec(), ignore_unknown_fields=False)
-        json_format.ParseDict(found.platform, pipeline_spec_pb2.PlatformSpec(), ignore_unknown_fields=False)
-        for pod in found.pods.values():  # PlatformSpec holds them as free-form structs
+def test_specs_parse_strictly(eight: CompiledPipeline, tmp_path: Path) -> None:
+    for compiled in all_specs(eight, tmp_path):
+        json_format.ParseDict(compiled.spec, pipeline_spec_pb2.PipelineSpec(), ignore_unknown_fields=False)
+        json_format.ParseDict(compiled.platform, pipeline_spec_pb2.PlatformSpec(), ignore_unknown_fields=False)
+        for pod in compiled.pods.values():  # free-form structs in PlatformSpec
             json_format.ParseDict(
                 pod, kubernetes_executor_config_pb2.KubernetesExecutorConfig(), ignore_unknown_fields=False
             )
 
 
-def test_every_reference_resolves(eight: Compiled, tmp_path: Path) -> None:
-    """The parser takes dangling names: components, executors, inputs of tasks and of pods, outputs of producers."""
-    for found in all_specs(eight, tmp_path):
-        components = found.spec["components"]
+def test_every_reference_resolves(eight: CompiledPipeline, tmp_path: Path) -> None:
+    """The parser accepts dangling references to components, executors, inputs and outputs."""
+    for compiled in all_specs(eight, tmp_path):
+        components = compiled.spec["components"]
         labels = {c["executorLabel"].removeprefix("exec-") for c in components.values() if "executorLabel" in c}
-        assert labels == set(found.containers) == set(found.pods) == set(found.tasks)
-        assert {t["componentRef"]["name"] for dag in found.dags for t in dag["tasks"].values()} == set(components)
-        for owner in [found.spec["root"], *(c for c in components.values() if "dag" in c)]:
+        assert labels == set(compiled.containers) == set(compiled.pods) == set(compiled.tasks)
+        assert {t["componentRef"]["name"] for dag in compiled.dags for t in dag["tasks"].values()} == set(components)
+        for owner in [compiled.spec["root"], *(c for c in components.values() if "dag" in c)]:
             inputs = owner.get("inputDefinitions", {})
             for task in owner["dag"]["tasks"].values():
                 check_task(task, owner["dag"]["tasks"], inputs, components)
-                pod = found.pods.get(
+                pod = compiled.pods.get(
                     components[task["componentRef"]["name"]].get("executorLabel", "").removeprefix("exec-"), {}
                 )
                 named = re.findall(r"'componentInputParameter': '([^']+)'", str(pod))
@@ -349,7 +351,7 @@ def test_every_reference_resolves(eight: Compiled, tmp_path: Path) -> None:
 def check_task(
     task: dict[str, Any], siblings: dict[str, Any], inputs: dict[str, Any], components: dict[str, Any]
 ) -> None:
-    """Each input of a task is one of its component and comes from an input of the DAG or from an output of a sibling."""
+    """Each input of a task is declared by its component, and comes from an input of the DAG or an output of a sibling."""
     component = components[task["componentRef"]["name"]]
     assert set(task.get("dependentTasks", [])) <= set(siblings)
     for kind in ("parameters", "artifacts"):
@@ -367,24 +369,30 @@ def check_task(
                 assert "runtimeValue" in source or source["taskFinalStatus"]["producerTask"] in siblings
 
 
-# --- bad input
+# --- invalid parameters
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("override", "message"),
     [
-        ("cluster.stages={ppo: gpu-80g}", "cluster.stages.ppo is gpu-80g, which is no profile; did you mean gpu-80gb?"),
-        ("cluster.default_profile=nothing", "cluster.default_profile is nothing, which is no profile; profiles: cpu, "),
+        (
+            "cluster.stages={ppo: gpu-80g}",
+            "cluster.stages.ppo is gpu-80g, which is not a profile; did you mean gpu-80gb?",
+        ),
+        (
+            "cluster.default_profile=nothing",
+            "cluster.default_profile is nothing, which is not a profile; profiles: cpu, ",
+        ),
         ("cluster.stages={poo: cpu}", "cluster: stages contains poo, which is not a stage; stages: import_model, "),
         (
             "cluster.profiles={a: {like: b}, b: {like: a}}",
-            "a is like b is like a, which goes round; take one `like` out.",
+            "a is like b is like a, which is a cycle; remove one `like`.",
         ),
         (
             "cluster.profiles={a: {memory: 12GB}}",
             "cluster.profiles.a.memory: '12GB' is not a valid quantity; write it like 64Gi.",
         ),
-        ("cluster.profiles={a: {like: 1}}", "cluster.profiles.a.like is 1; write the name of a profile."),
+        ("cluster.profiles={a: {like: 1}}", "cluster.profiles.a.like is 1; it must be the name of a profile."),
         (
             "cluster.profiles={a: {cpu: 0}}",
             "cluster.profiles.a.cpu: 0 is not a valid quantity; write it like 4 or 500m.",
@@ -395,19 +403,19 @@ def check_task(
             "cluster.profiles={a: {tolerations: [{key: x, value: y}]}}",
             "a toleration with a value needs the operator Equal",
         ),
-        ("cluster.launcher=trainjob", "cluster.launcher: trainjob is not built; choose local"),
+        ("cluster.launcher=trainjob", "cluster.launcher is 'trainjob': input should be 'local'."),
         ("cluster.claims={data: x}", "cluster.claims: data is not a path that a volume can be mounted at"),
         ("cluster.image=x", "cluster.image is not a parameter; did you mean cluster.images?"),
     ],
 )
-def test_a_mistake_is_one_sentence(override: str, sentence: str) -> None:
+def test_invalid_cluster_settings(override: str, message: str) -> None:
     with pytest.raises(InputError) as error:
         load_params(TINY, [override])
-    assert sentence in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_another_number_of_processes_than_gpus_is_refused() -> None:
+def test_num_processes_must_equal_the_accelerators_of_the_profile() -> None:
     with pytest.raises(
         InputError, match=r"ppo.training.num_processes is 4, and the profile gpu-8x80gb has 8 accelerators"
     ):
@@ -416,12 +424,12 @@ def test_another_number_of_processes_than_gpus_is_refused() -> None:
     assert params.ppo.training.num_processes == 4
 
 
-def test_what_ppo_needs_of_its_processes_holds_for_those_of_the_profile() -> None:
+def test_minibatch_must_fit_the_processes_of_the_profile() -> None:
     with pytest.raises(InputError, match="minibatch is 4, which 8 processes"):
         load_params(TINY, ["cluster.stages={ppo: gpu-8x80gb}", "ppo.minibatch=4"])
 
 
-def test_an_image_without_a_digest_is_refused_where_digests_are_demanded() -> None:
+def test_require_digests_rejects_an_image_without_a_digest() -> None:
     images = [f"cluster.images.{role}=r.example/{role}@{DIGEST}" for role in ("trainer", "rollout")]
     with pytest.raises(InputError, match=r"cluster.images.tools is kfp-rlhf/tools:0.1.0, which has no digest"):
         require_digests(load_params(TINY, [*images, "cluster.require_digests=true"]).cluster)
@@ -429,8 +437,8 @@ def test_an_image_without_a_digest_is_refused_where_digests_are_demanded() -> No
     require_digests(load_params(TINY, [*images, "cluster.require_digests=true"]).cluster)
 
 
-def test_a_profile_of_ours_can_be_changed_in_place() -> None:
+def test_builtin_profile_can_be_overridden() -> None:
     params = load_params(TINY, ["cluster.profiles={gpu-80gb: {memory: 10Gi}}", "cluster.stages={ppo: gpu-80gb}"])
     profile = params.cluster.profile("ppo")
     assert (profile.memory, profile.shared_memory, profile.pod_memory) == ("10Gi", "16Gi", "26Gi")
-    assert profile.tolerations[0].key == "nvidia.com/gpu"  # from gpu-24gb, which gpu-80gb is like
+    assert profile.tolerations[0].key == "nvidia.com/gpu"  # from gpu-24gb, the base of gpu-80gb

@@ -1,4 +1,4 @@
-"""Params travel into pipelines, reports and MLflow: one with a secret in it is refused before anything is written."""
+"""Parameters are copied into pipelines, reports and MLflow, so that one with a secret is rejected first."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.support.planted_secrets import PLANTED, files_with_secrets
 TINY = Path(__file__).resolve().parents[2] / "pipelines/params/tiny.yaml"
 
 
-def refusal(*overrides: str) -> str:
+def load_error(*overrides: str) -> str:
     with pytest.raises(InputError) as caught:
         load_params(TINY, overrides)
     assert "\n" not in str(caught.value)
@@ -36,11 +36,11 @@ def refusal(*overrides: str) -> str:
         ("data.prompts.columns", "{prompt: 'https://someone:hunter2@host'}"),
     ],
 )
-def test_an_address_with_credentials(key: str, value: str) -> None:
-    said = refusal(f"{key}={value}")
-    assert said.startswith(f"{TINY}: {key}: credentials are not allowed in settings")
-    assert "in environment variables or files" in said
-    assert "hunter2" not in said
+def test_uri_with_credentials_is_rejected(key: str, value: str) -> None:
+    message = load_error(f"{key}={value}")
+    assert message.startswith(f"{TINY}: {key}: credentials are not allowed in settings")
+    assert "in environment variables or files" in message
+    assert "hunter2" not in message
 
 
 @pytest.mark.parametrize(
@@ -54,31 +54,31 @@ def test_an_address_with_credentials(key: str, value: str) -> None:
         "cluster.environment={NCCL_DEBUG: INFO, HTTPS_PROXY: 'http://proxy:3128', TOKENIZERS_PARALLELISM: false}",
     ],
 )
-def test_addresses_without(override: str) -> None:
+def test_uri_without_credentials_is_accepted(override: str) -> None:
     load_params(TINY, [override])
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "WANDB_API_KEY"])
-def test_a_secret_among_the_variables_of_the_stages(name: str) -> None:
-    said = refusal(f"cluster.environment={{{name}: hunter2}}")
-    assert said.startswith(f"{TINY}: cluster.environment: {name} looks like a secret")
-    assert "hunter2" not in said
+def test_secret_in_cluster_environment_is_rejected(name: str) -> None:
+    message = load_error(f"cluster.environment={{{name}: hunter2}}")
+    assert message.startswith(f"{TINY}: cluster.environment: {name} looks like a secret")
+    assert "hunter2" not in message
 
 
-def test_a_value_that_the_environment_keeps_as_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameter_with_a_secret_of_the_environment_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", PLANTED["HF_TOKEN"])
-    said = refusal(f"data.prompts.path=data/{PLANTED['HF_TOKEN']}.jsonl")
-    assert said.startswith(f"{TINY}: data.prompts.path holds what the environment variable HF_TOKEN holds, a secret")
-    assert "PLANTED" not in said
+    message = load_error(f"data.prompts.path=data/{PLANTED['HF_TOKEN']}.jsonl")
+    assert message.startswith(f"{TINY}: data.prompts.path contains the secret in the environment variable HF_TOKEN")
+    assert "PLANTED" not in message
 
 
-def test_a_stage_refuses_it_too() -> None:
+def test_stage_rejects_credentials_too() -> None:
     with pytest.raises(InputError, match="Settings: uri: credentials are not allowed in settings") as caught:
         parse_config(TrackingConfig, '{"uri": "https://someone:hunter2@mlflow.example.com"}')
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_compiled_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_pipeline_contains_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in PLANTED.items():
         monkeypatch.setenv(name, value)
     compile_pipeline(load_params(TINY), tmp_path / "pipeline.yaml")

@@ -1,4 +1,4 @@
-"""A compiled pipeline, taken apart by stage."""
+"""A compiled pipeline, by stage."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ from components.rlhf.config.params import Params
 from pipelines.compile import compile_pipeline
 
 
-class Compiled:
-    """containers, pods and tasks are keyed by executor: ppo, import-model, register-2."""
+class CompiledPipeline:
+    """Containers, pods and tasks of a compiled pipeline by executor: ppo, import-model, register-2."""
 
     def __init__(self, params: Params, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -34,10 +34,10 @@ class Compiled:
         return component.get("executorLabel", "").removeprefix("exec-")
 
     def secrets(self, stage: str) -> dict[str, tuple[bool, list[str]]]:
-        """Name of each Secret -> whether it may be missing, and the keys that become variables."""
-        found: dict[str, tuple[bool, list[str]]] = {}
+        """Name of each Secret, with a ? if it is optional -> whether it is optional, and the keys that become variables."""
+        secrets: dict[str, tuple[bool, list[str]]] = {}
         for secret in self.pods[stage].get("secretAsEnv", []):
             name = secret["secretNameParameter"]["runtimeValue"]["constant"]
             optional = secret.get("optional", False)
-            found[f"{name}{'?' if optional else ''}"] = optional, [pair["secretKey"] for pair in secret["keyToEnv"]]
-        return found
+            secrets[f"{name}{'?' if optional else ''}"] = optional, [pair["secretKey"] for pair in secret["keyToEnv"]]
+        return secrets

@@ -1,4 +1,4 @@
-"""Secrets that no text holds by chance, in every variable that libraries read them from, and where they turn up."""
+"""Recognizable secrets in every variable that libraries read them from, and a search for them in files."""
 
 from pathlib import Path
 
@@ -12,16 +12,16 @@ PLANTED = {
     "KFP_TOKEN": "PLANTED-kfp-token",
     "WANDB_API_KEY": "PLANTEDwandbPLANTEDwandb",
     "HTTPS_PROXY": "http://proxyuser:PLANTEDproxy@127.0.0.1:9",
-    "NO_PROXY": "*",  # nothing here goes through it
+    "NO_PROXY": "*",  # tests use no proxy
 }
-MARKS = (b"PLANTED", b"UExBTlRFR")  # the second is the beginning of the first in base64
+MARKS = (b"PLANTED", b"UExBTlRFR")  # the second is the first in base64
 
 
 def files_with_secrets(folder: Path) -> list[str]:
-    """Files under a folder that hold a planted secret, or a part of one, in their name or in any byte."""
-    found = []
+    """Files under a folder with a planted secret, or a part of one, in their path or content."""
+    files = []
     for path in sorted(folder.rglob("*")):
         content = path.read_bytes() if path.is_file() else b""
         if any(mark in content or mark in str(path).encode() for mark in MARKS):
-            found.append(str(path))
-    return found
+            files.append(str(path))
+    return files

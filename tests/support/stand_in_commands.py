@@ -1,7 +1,7 @@
-"""Stands in for docker, kind and kubectl where there is no cluster: `python stand_in_commands.py NAME ARGUMENT...`.
+"""Replaces docker, kind and kubectl in tests without a cluster: `python stand_in_commands.py NAME ARGUMENT...`.
 
-What can be done without a cluster is done (overlays are built by the real kubectl, and so are its options checked); the rest is
-checked against what came before: images are built before they are loaded or pushed. Calls are appended to $CALLS as JSON lines.
+What needs no cluster is done by the real kubectl (building overlays, parsing options). Other commands are checked against earlier
+calls: an image must be built before it is loaded or pushed. Calls are appended to $CALLS as JSON lines.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 CALLS, KUBECTL = Path(os.environ["CALLS"]), os.environ["KUBECTL"]
 
 
-def earlier(kind: str) -> list[str]:
+def recorded(kind: str) -> list[str]:
     lines = CALLS.read_text().splitlines() if CALLS.exists() else []
     return [value for line in lines for name, value in [json.loads(line)] if name == kind]
 
@@ -32,11 +32,11 @@ def docker(arguments: list[str]) -> str:
                 return f"{file} or {context} does not exist"
             record("built", tag)
         case ["push", image]:
-            if image not in earlier("built"):
+            if image not in recorded("built"):
                 return f"{image} was not built"
             record("pushed", image)
         case _:
-            return "not known to tests/support/stand_in_commands.py"
+            return "not supported by tests/support/stand_in_commands.py"
     return ""
 
 
@@ -45,23 +45,23 @@ def kind(arguments: list[str]) -> str:
         case ["create", "cluster", "--name", name]:
             record("cluster", name)
         case ["load", "docker-image", *images, "--name", name]:
-            missing = [image for image in images if image not in earlier("built")]
-            if missing or name not in earlier("cluster"):
-                return f"{missing or name} was not made"
+            missing = [image for image in images if image not in recorded("built")]
+            if missing or name not in recorded("cluster"):
+                return f"{missing or name} was not created"
             for image in images:
                 record("loaded", image)
         case _:
-            return "not known to tests/support/stand_in_commands.py"
+            return "not supported by tests/support/stand_in_commands.py"
     return ""
 
 
 def kubectl(arguments: list[str]) -> str:
     record("kubectl", " ".join(arguments))
     match arguments:
-        case ["apply", "-k", configure_task] if configure_task.startswith("github.com/"):
-            record("applied", configure_task)
-        case ["apply", "-k", configure_task]:
-            done = subprocess.run([KUBECTL, "kustomize", configure_task], capture_output=True, text=True)
+        case ["apply", "-k", target] if target.startswith("github.com/"):
+            record("applied", target)
+        case ["apply", "-k", target]:
+            done = subprocess.run([KUBECTL, "kustomize", target], capture_output=True, text=True)
             record("applied", done.stdout)
             return done.stderr
         case _:
@@ -69,11 +69,11 @@ def kubectl(arguments: list[str]) -> str:
             words = [word for word in arguments[2 if arguments[0] == "-n" else 0 :] if not word.startswith("-")]
             command = f"kubectl {' '.join(words[:2]) if words[0] in ('rollout', 'auth', 'create') else words[0]} "
             if done.returncode or not any(line.strip().startswith(command) for line in done.stdout.splitlines()):
-                return done.stderr or f"{command} is no command of kubectl"
+                return done.stderr or f"{command} is not a kubectl command"
     return ""
 
 
 if __name__ == "__main__":
-    wrong = {"docker": docker, "kind": kind, "kubectl": kubectl}[sys.argv[1]](sys.argv[2:])
-    if wrong:
-        sys.exit(f"{' '.join(sys.argv[1:])}: {wrong}")
+    problem = {"docker": docker, "kind": kind, "kubectl": kubectl}[sys.argv[1]](sys.argv[2:])
+    if problem:
+        sys.exit(f"{' '.join(sys.argv[1:])}: {problem}")

@@ -1,4 +1,4 @@
-"""A whole pipeline at toy size: data with an obvious preference, and params that run it in a minute."""
+"""A toy pipeline: data with an obvious preference, and params of a run that takes a minute."""
 
 import json
 import random
@@ -12,7 +12,7 @@ GOOD, BAD = ("good", "fun", "great"), ("bad", "dull", "awful")
 
 
 def write_data(folder: Path, *, num_prompts: int = 60, seed: int = 0) -> dict[str, Path]:
-    """Demonstrations, preferences and prompts as JSONL files; praise is preferred to blame."""
+    """Write demonstrations, preferences and prompts as JSONL files; positive completions are preferred."""
     generator = random.Random(seed)
     prompts = [f"{SUBJECTS[n % len(SUBJECTS)]} {n} is" for n in range(num_prompts)]
     rows: dict[str, list[dict[str, str]]] = {
@@ -31,7 +31,7 @@ def write_data(folder: Path, *, num_prompts: int = 60, seed: int = 0) -> dict[st
 
 
 def toy_params(model: Path, data: dict[str, Path], **sections: dict[str, Any]) -> dict[str, Any]:
-    """Params of a run with a few steps a stage; sections override whole keys of a section."""
+    """Params of a run with a few steps per stage; keyword arguments override keys of a section."""
     training = {"learning_rate": 1e-3, "schedule": "constant", "warmup_fraction": 0.0}
     params: dict[str, dict[str, Any]] = {
         "model": {"source": str(model), "num_frozen_layers": 1, "precision": "fp32"},

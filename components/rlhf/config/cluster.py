@@ -153,7 +153,7 @@ class Secrets(BaseConfig):
 class ClusterConfig(BaseConfig):
     """Settings of runs on a cluster; of these, local runs use only environment."""
 
-    launcher: Literal["local", "trainjob"] = "local"
+    launcher: Literal["local"] = "local"
     """local: a stage starts its processes itself, on one node."""
     stages: dict[str, str] = Field(default_factory=dict)
     """Profile of each stage that does not use default_profile: {ppo: gpu-80gb}."""
@@ -187,13 +187,6 @@ class ClusterConfig(BaseConfig):
     """Name of the pipeline in Kubeflow Pipelines; each submission uploads a version."""
     ui_url: str | None = None
     """URL of the Kubeflow Pipelines UI, for links; null is the host that the run is submitted to."""
-
-    @field_validator("launcher")
-    @classmethod
-    def _launcher(cls, value: str) -> str:
-        if value != "local":
-            raise ValueError("trainjob is not built; choose local, which uses every GPU of one node")
-        return value
 
     @field_validator("environment")
     @classmethod

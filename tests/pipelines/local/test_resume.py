@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_and_makes_the_same_models(toy: Path, whole: Path, 
     data = weights.read_bytes()
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     fourth = resume(run)
-    assert f"[sft] runs again: {weights} is not what it wrote" in fourth.stdout
+    assert f"[sft] runs again: {weights} was modified" in fourth.stdout
     assert weights_of(run) == weights_of(whole)
     assert {name for name, stage in summary_of(run)["stages"].items() if not stage["reused"]} == {"sft", "notify"}
 
@@ -167,14 +167,14 @@ def test_an_interrupted_run_says_how_to_go_on(toy: Path, tmp_path: Path) -> None
 def test_a_run_goes_on_with_its_own_parameters(tmp_path: Path, arguments: list[str]) -> None:
     result = resume(tmp_path, *arguments)
     assert result.returncode == 1
-    assert result.stderr.startswith("error: --resume goes on with the parameters in that directory")
+    assert result.stderr.startswith("error: --resume uses the parameters in the run directory")
     assert result.stderr.count("\n") == 1
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     result = resume(tmp_path)
     assert result.returncode == 1
-    assert f"{tmp_path} holds no run that has begun" in result.stderr
+    assert f"{tmp_path} contains no run" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -189,7 +189,7 @@ def test_one_process_works_in_a_run_directory(toy: Path, tmp_path: Path) -> None
             time.sleep(0.05)
         second = resume(run)
         assert second.returncode == 1
-        assert f"Another process works in {run}" in second.stderr
+        assert f"Another process uses {run}" in second.stderr
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(first.pid, signal.SIGKILL)
@@ -202,7 +202,7 @@ def test_a_directory_with_a_run_is_not_begun_anew(toy: Path, tmp_path: Path) -> 
     (run / "run.json").write_text("{}")
     result = run_pipeline(toy, run)
     assert result.returncode == 1
-    assert "go on with it by --resume" in result.stderr
+    assert "resume it with --resume" in result.stderr
     broken = resume(run)
     assert broken.returncode == 1
     assert broken.stderr.count("\n") == 1

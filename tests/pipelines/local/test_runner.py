@@ -88,7 +88,7 @@ def test_the_sentence_of_a_failed_stage_is_kept(tmp_path: Path) -> None:
 def test_a_killed_stage_is_named_as_killed(tmp_path: Path) -> None:
     record = run_command(tmp_path, ["sh", "-c", "kill -9 $$"])
     assert record.status == "failed"
-    assert record.error.startswith("it was ended by SIGKILL; the machine may have run out of memory")
+    assert record.error.startswith("it was killed by SIGKILL; the machine may have run out of memory")
 
 
 def test_no_process_of_a_stage_outlives_it(tmp_path: Path) -> None:
