@@ -1,4 +1,4 @@
-"""The container of a stage: how the signature of its KFP component becomes the command line of its program."""
+"""The container spec of a stage, whose command line is derived from the signature of its KFP component."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +9,10 @@ from components.rlhf.config.cluster import Images
 
 
 def container_spec(stage: str, image: str, arguments: Mapping[str, Any]) -> dsl.ContainerSpec:
-    """`python -m components.STAGE`, with one option per argument of the component, in the order of its signature.
+    """`python -m components.STAGE` with one option per argument, such as `--sft-model PATH`.
 
-    arguments are the locals() of the component's function: `sft_model` becomes `--sft-model`, with the path of an artifact or
-    the value of a parameter. image is the role of the image: trainer, rollout or tools. Every stage but notify, which has no
-    outputs, is also given KFP's executor input.
+    arguments are the locals() of the component function: options receive the path of an artifact or the value of a parameter.
+    image is the role of the image: trainer, rollout or tools. All stages with outputs (not notify) receive KFP's executor input.
     """
     args: list[Any] = []
     for name, value in arguments.items():

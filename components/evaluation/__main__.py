@@ -9,17 +9,17 @@ from components.rlhf.runtime.stage import input_artifact, output_path, stage_opt
 
 
 @click.command(help=__doc__)
-@input_artifact("--sft-model")
-@input_artifact("--policy")
-@input_artifact("--reward-model")
-@input_artifact("--judge")
-@input_artifact("--prompts")
-@output_path("--evaluation", "evaluation_path")
-@output_path("--metrics")
-@output_path("--report")
-@output_path("--summary")
-@output_path("--decision")
-@output_path("--reason")
+@input_artifact("--sft-model", help="Fine-tuned model, the baseline.")
+@input_artifact("--policy", help="Policy that PPO has trained.")
+@input_artifact("--reward-model", help="Reward model that PPO has trained against.")
+@input_artifact("--judge", help="Judge that compares the responses.")
+@input_artifact("--prompts", help="Held-out prompts.")
+@output_path("--evaluation", "evaluation_path", help="Evaluation: all metrics and responses.")
+@output_path("--metrics", help="Metrics of the stage as JSON.")
+@output_path("--report", help="HTML report with metrics, plots and samples.")
+@output_path("--summary", help="Markdown report of metrics and decision.")
+@output_path("--decision", help="File for the decision, promote or reject.")
+@output_path("--reason", help="File for the reason of the decision.")
 @stage_options
 def main(
     sft_model: Path, policy: Path, reward_model: Path, judge: Path, prompts: Path, evaluation_path: Path, metrics: Path,

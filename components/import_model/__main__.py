@@ -1,4 +1,4 @@
-"""Bring a model in from a folder, a hub or a package, as an artifact that every later stage reads offline."""
+"""Import a model from a folder, S3, the Hugging Face Hub or a Python package, so that later stages work offline."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from components.rlhf.runtime.stage import output_path, stage_options, stage_run,
 
 
 @click.command(help=__doc__)
-@output_path("--model", "model_path")
+@output_path("--model", "model_path", help="Model in the Hugging Face format, with manifest.json.")
 @storage_option
 @stage_options
 def main(model_path: Path, settings: str, tracking: str, storage: str, executor_input: str) -> None:
@@ -22,18 +22,18 @@ def main(model_path: Path, settings: str, tracking: str, storage: str, executor_
         storage=storage,
     ) as run:
         from components.import_model.importer import import_model
-        from components.rlhf.artifacts.directory import writing
+        from components.rlhf.artifacts.directory import atomic_directory
         from components.rlhf.artifacts.manifest import write_manifest
         from components.rlhf.data.tokenizer import chat_template_digest, tokenizer_digest
         from components.rlhf.storage.copy import local_copy
 
         run.progress.log(f"importing {run.config.source} as {run.config.kind}")
         source = run.config.source
-        with local_copy(source, run.storage, run.progress.log) as local, writing(model_path) as draft:
-            tokenizer, facts = import_model(run.config.model_copy(update={"source": local}), draft)
+        with local_copy(source, run.storage, run.progress.log) as local, atomic_directory(model_path) as folder:
+            tokenizer, facts = import_model(run.config.model_copy(update={"source": local}), folder)
             facts["source"] = source
             manifest = write_manifest(
-                draft,
+                folder,
                 kind=run.config.kind,
                 settings=run.settings_text,
                 tokenizer_digest=tokenizer_digest(tokenizer),

@@ -1,6 +1,6 @@
-"""Looking at a model folder that somebody else made, before any library builds what it describes.
+"""Checks of an untrusted model folder before any library loads it.
 
-Weights are safetensors alone: every other format is a pickle or may hold one, and loading a pickle can run any code. Code that
+Only safetensors weights are accepted: other formats are or may contain pickles, which can run any code when loaded. Code that
 comes with a model (auto_map) is never run.
 """
 
@@ -20,39 +20,39 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.m
 INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 64 * 2**20
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-MAX_PARAMETERS_PER_BYTE = 8  # parameters a stored byte: far more than any quantisation packs
+MAX_PARAMETERS_PER_BYTE = 8  # far more than any quantization stores
 
 
 def require_safe_model_folder(folder: Path) -> None:
-    """Raise InputError for a folder whose weights are pickles, that needs code of its own, whose files name others outside,
-    or whose config describes a model far larger than its weights."""
+    """Raise InputError if a model folder has pickled weights, needs its own code, refers to files outside of it, or has a
+    config that describes a model far larger than its weights."""
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", INDEX):
-        _json(folder / name)
+        _read_json(folder / name)
     if not (folder / "config.json").is_file():
-        return  # the loaders say it
+        return  # reported when the model is loaded
     if (folder / "adapter_config.json").exists():
         raise InputError(
-            f"{folder} holds an adapter, which names its base model itself; merge it and name the merged model."
+            f"{folder} contains an adapter without its base model; merge the adapter, and use the merged model."
         )
-    shards = _shards(folder)
-    config = _json(folder / "config.json")
+    shards = _list_shards(folder)
+    config = _read_json(folder / "config.json")
     _require_known_code(folder, config)
     if shards:
-        _require_plausible(folder, config, shards)
+        _require_plausible_size(folder, config, shards)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is none."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or {} if the file does not exist."""
     if not path.is_file():
         if path.exists():
-            raise InputError(f"{path} is no ordinary file; save the model again.")
+            raise InputError(f"{path} is not a regular file; save the model again.")
         return {}
     try:
         with path.open("rb") as file:
             text = file.read(MAX_JSON_BYTES + 1)
         content = parse_json(text) if len(text) <= MAX_JSON_BYTES else None
         if not isinstance(content, dict):
-            raise NotJsonError(f"no object of at most {MAX_JSON_BYTES // 2**20} MiB")
+            raise NotJsonError(f"expected an object of at most {MAX_JSON_BYTES // 2**20} MiB")
         return content
     except (OSError, NotJsonError) as error:
         raise InputError(
@@ -60,22 +60,24 @@ def _json(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The files of weights, which lie in the folder and are safetensors. None: the loaders say it."""
-    index = _json(folder / INDEX).get("weight_map", {})
+def _list_shards(folder: Path) -> list[Path]:
+    """The safetensors files of the folder. An empty list is reported when the model is loaded."""
+    index = _read_json(folder / INDEX).get("weight_map", {})
     names = index.values() if isinstance(index, Mapping) else [index]
     for name in names:
         if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name or "\\" in name:
-            raise InputError(f"{folder}/{INDEX} names {name!a:.200}, which is no safetensors file of this folder.")
+            raise InputError(
+                f"{folder}/{INDEX} lists {name!a:.200}, which is not a safetensors file in this folder; save the model again."
+            )
     shards = sorted(folder.glob("*.safetensors"))
     pickled = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickled and not shards:
         raise InputError(
-            f"{folder} has its weights in {pickled[0]}, a format that can run code when it is loaded, and is not read; "
+            f"{folder} has its weights in {pickled[0]}, a format that can run code when it is loaded; "
             "save the model as safetensors."
         )
     if not all(path.is_file() for path in shards):
-        raise InputError(f"{folder} holds weights that are no ordinary files; save the model again.")
+        raise InputError(f"{folder} contains weights that are not regular files; save the model again.")
     return shards
 
 
@@ -83,41 +85,36 @@ def _require_known_code(folder: Path, config: Mapping[str, Any]) -> None:
     model_type = config.get("model_type")
     if "auto_map" in config and model_type not in CONFIG_MAPPING:
         raise InputError(
-            f"{folder} needs code that comes with the model (auto_map in config.json), which is never run here; "
-            "choose a model whose architecture transformers has."
+            f"{folder} needs code that comes with the model (auto_map in config.json), which is never run; "
+            "choose a model with an architecture of transformers."
         )
-    tokenizer = _json(folder / "tokenizer_config.json")
+    tokenizer = _read_json(folder / "tokenizer_config.json")
     if "auto_map" in tokenizer and not (folder / "tokenizer.json").is_file():
         raise InputError(
-            f"{folder} needs code that comes with its tokenizer (auto_map in tokenizer_config.json), which is never run here; "
+            f"{folder} needs code that comes with its tokenizer (auto_map in tokenizer_config.json), which is never run; "
             "save the tokenizer as tokenizer.json."
         )
 
 
-def _require_plausible(folder: Path, config: Mapping[str, Any], shards: list[Path]) -> None:
-    """A config of ten lines can ask for any amount of memory; the weights say how much of it is meant."""
+def _require_plausible_size(folder: Path, config: Mapping[str, Any], shards: list[Path]) -> None:
+    """Compare the model that config.json describes, which can be arbitrarily large, with the size of the weights."""
     try:
         num_tensors = 0
         for path in shards:
             with safe_open(path, framework="pt") as file:
                 num_tensors += len(file.keys())
-        sizes = [config, *(part for part in config.values() if isinstance(part, dict))]
-        for part in sizes:
+        for part in (config, *(part for part in config.values() if isinstance(part, dict))):
             layers = [part[name] for name in LAYERS if part.get(name) is not None]
             if any(type(n) is not int or not 0 <= n <= num_tensors for n in layers):
                 raise ValueError("config.json describes more layers than there are weights")
             if part.get("num_labels") is not None and not 0 <= int(part["num_labels"]) <= 10_000:
-                raise ValueError("config.json: num_labels is no number of labels")
+                raise ValueError("config.json: num_labels is not between 0 and 10,000")
+        model_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
-                trust_remote_code=False,
-            )
-        if (
-            sum(p.numel() for p in built.parameters())
-            > MAX_PARAMETERS_PER_BYTE * sum(path.stat().st_size for path in shards) + 2**20
-        ):
+            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+        num_bytes = sum(path.stat().st_size for path in shards)
+        if sum(p.numel() for p in model.parameters()) > MAX_PARAMETERS_PER_BYTE * num_bytes + 2**20:
             raise ValueError("config.json describes a model far larger than its weights")
-    except Exception as error:  # whatever a broken config.json or broken weights make the libraries raise
+    except Exception as error:  # a corrupt config.json or corrupt weights can raise any type
         reason = (str(error).splitlines() or [type(error).__name__])[0][:500]
         raise InputError(f"{folder} is not a model folder that transformers can load ({reason}).") from error

@@ -8,12 +8,12 @@ from components.container import container_spec
 
 @dsl.container_component
 def import_model(model: Output[Model], settings: str, tracking: str = "{}", storage: str = "{}") -> dsl.ContainerSpec:
-    """Bring a model in from a folder, a hub or a package, as an artifact that every later stage reads offline.
+    """Import a model from a folder, S3, the Hugging Face Hub or a Python package, so that later stages work offline.
 
     Args:
-        settings: Canonical JSON of ImportModelStageConfig: kind, source, revision.
-        tracking: Canonical JSON of TrackingConfig.
-        storage: Canonical JSON of StorageConfig: how S3 is reached.
-        model: The model in the Hugging Face layout, with manifest.json.
+        settings: ImportModelStageConfig as JSON: kind, source and revision.
+        tracking: TrackingConfig as JSON.
+        storage: StorageConfig as JSON, for access to S3.
+        model: Model in the Hugging Face format, with manifest.json.
     """
     return container_spec("import_model", "trainer", locals())

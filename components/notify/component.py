@@ -10,12 +10,12 @@ from components.container import container_spec
 def notify(
     status: PipelineTaskFinalStatus, settings: str, tracking: str = "{}", storage: str = "{}"
 ) -> dsl.ContainerSpec:
-    """Say how the run ended: to MLflow and to a webhook. It runs last, whatever happened, and never fails a run.
+    """Report the final status of the run to MLflow and a webhook. Always runs last, and never fails a run.
 
     Args:
-        status: How the run ended; Kubeflow Pipelines fills it in.
-        settings: Canonical JSON of NotifyStageConfig.
-        tracking: Canonical JSON of TrackingConfig.
-        storage: Canonical JSON of StorageConfig: where checkpoints lie.
+        status: Final status of the run, filled in by Kubeflow Pipelines.
+        settings: NotifyStageConfig as JSON.
+        tracking: TrackingConfig as JSON.
+        storage: StorageConfig as JSON, with the location of checkpoints.
     """
     return container_spec("notify", "tools", locals())

@@ -9,12 +9,12 @@ from components.rlhf.runtime.stage import input_artifact, output_path, stage_opt
 
 
 @click.command(help=__doc__)
-@input_artifact("--sft-model")
-@input_artifact("--reward-model")
-@input_artifact("--prompts")
-@output_path("--model", "model_path")
-@output_path("--metrics")
-@output_path("--curves")
+@input_artifact("--sft-model", help="Fine-tuned model: actor and reference.")
+@input_artifact("--reward-model", help="Reward model, which also initializes the critic.")
+@input_artifact("--prompts", help="Prompts for training and validation.")
+@output_path("--model", "model_path", help="Trained policy in the Hugging Face format.")
+@output_path("--metrics", help="Metrics of the stage as JSON.")
+@output_path("--curves", help="HTML report with the training curves.")
 @storage_option
 @stage_options
 def main(

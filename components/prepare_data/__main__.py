@@ -10,14 +10,14 @@ from components.rlhf.runtime.stage import input_artifact, output_path, stage_opt
 
 
 @click.command(help=__doc__)
-@input_artifact("--base-model")
-@output_path("--demonstrations")
-@output_path("--preferences")
-@output_path("--judge-preferences")
-@output_path("--prompts")
-@output_path("--heldout-prompts")
-@output_path("--metrics")
-@output_path("--summary")
+@input_artifact("--base-model", help="Base model, whose tokenizer counts tokens and renders chat templates.")
+@output_path("--demonstrations", help="Demonstrations for supervised fine-tuning.")
+@output_path("--preferences", help="Preference pairs for the reward model.")
+@output_path("--judge-preferences", help="Ratings and preference pairs for the judge.")
+@output_path("--prompts", help="Prompts for PPO.")
+@output_path("--heldout-prompts", help="Held-out prompts for evaluation.")
+@output_path("--metrics", help="Metrics of the stage as JSON.")
+@output_path("--summary", help="Markdown report of the datasets.")
 @storage_option
 @stage_options
 def main(

@@ -14,13 +14,13 @@ def register(
     settings: str,
     tracking: str = "{}",
 ) -> dsl.ContainerSpec:
-    """Register the model with its lineage; a promoted one becomes champion, a rejected one gets a report that says why.
+    """Register the policy with its lineage in MLflow's model registry; a promoted version becomes the champion.
 
     Args:
-        policy: The model.
-        evaluation: What was decided about it.
-        summary: The same for people.
-        settings: Canonical JSON of RegisterStageConfig.
-        tracking: Canonical JSON of TrackingConfig.
+        policy: Trained policy.
+        evaluation: Evaluation of the policy, with the decision and its reason.
+        summary: Markdown report of the decision, the version and the lineage.
+        settings: RegisterStageConfig as JSON.
+        tracking: TrackingConfig as JSON.
     """
     return container_spec("register", "tools", locals())

@@ -9,13 +9,13 @@ from components.rlhf.runtime.stage import input_artifact, output_path, stage_opt
 
 
 @click.command(help=__doc__)
-@input_artifact("--base-model")
-@input_artifact("--sft-model")
-@input_artifact("--preferences")
-@input_artifact("--prompts")
-@output_path("--model", "model_path")
-@output_path("--metrics")
-@output_path("--summary")
+@input_artifact("--base-model", help="Base model, where training starts with init base.")
+@input_artifact("--sft-model", help="Fine-tuned model: start of training with init sft, source of calibration samples.")
+@input_artifact("--preferences", help="Preference pairs for training and held-out evaluation.")
+@input_artifact("--prompts", help="Prompts of the calibration.")
+@output_path("--model", "model_path", help="Reward model: a sequence-classification model with one output.")
+@output_path("--metrics", help="Metrics of the stage as JSON.")
+@output_path("--summary", help="Markdown report of the metrics.")
 @storage_option
 @stage_options
 def main(

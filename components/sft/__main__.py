@@ -9,11 +9,11 @@ from components.rlhf.runtime.stage import input_artifact, output_path, stage_opt
 
 
 @click.command(help=__doc__)
-@input_artifact("--base-model")
-@input_artifact("--demonstrations")
-@output_path("--model", "model_path")
-@output_path("--metrics")
-@output_path("--summary")
+@input_artifact("--base-model", help="Base model, where training starts.")
+@input_artifact("--demonstrations", help="Demonstrations for training and held-out evaluation.")
+@output_path("--model", "model_path", help="Fine-tuned model in the Hugging Face format.")
+@output_path("--metrics", help="Metrics of the stage as JSON.")
+@output_path("--summary", help="Markdown report of the metrics.")
 @storage_option
 @stage_options
 def main(

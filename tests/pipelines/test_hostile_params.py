@@ -15,7 +15,7 @@ from components.rlhf.config.params import Params
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.strict_json import parse_json
 from pipelines.settings import dump_yaml, load_params
-from tests.support.hostile_input import one_sentence
+from tests.support.hostile_input import result_or_refusal
 
 FOLDER = Path(__file__).resolve().parents[2] / "pipelines/params"
 TINY, LARGE = (FOLDER / name for name in ("tiny.yaml", "llama3_8b_8gpu.yaml"))
@@ -52,7 +52,7 @@ def read(text: bytes, folder: Path, *overrides: str) -> Params | None:
     """The params, or None if they are rejected with one sentence; params that load survive a dump and a second load."""
     path = folder / "params.yaml"
     path.write_bytes(text)
-    params: Params | None = one_sentence(lambda: load_params(path, overrides))
+    params: Params | None = result_or_refusal(lambda: load_params(path, overrides))
     if params is not None:
         parse_json(params.canonical_json())
         path.write_text(dump_yaml(params), encoding="utf-8")
@@ -109,26 +109,26 @@ def test_arbitrary_overrides(tmp_path: Path, text: str, key: str) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(GOOD, encoding="utf-8")
     for override in (f"{key}={text}", text):
-        one_sentence(lambda override=override: load_params(path, [override]))
+        result_or_refusal(lambda override=override: load_params(path, [override]))
 
 
-def refusal(tmp_path: Path, text: str | bytes) -> str:
+def load_error(tmp_path: Path, text: str | bytes) -> str:
     path = tmp_path / "params.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     with pytest.raises(InputError) as caught:
         load_params(path)
-    one_sentence(lambda: load_params(path))
+    result_or_refusal(lambda: load_params(path))
     return str(caught.value).removeprefix(str(path))
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
-        ("seed: 1\nseed: 2\n", ":6 is not YAML (the key 'seed' stands there twice)."),
-        ("ppo: {kl_coef: 0.1, kl_coef: 0.2}\n", ":5 is not YAML (the key 'kl_coef' stands there twice)."),
-        ("preset: \"a\\0b\"\n", ":5 is not YAML (there is the character '\\x00' in a text)."),
-        ("preset: \"a\\nb\"\n", ":5 is not YAML (there is the character '\\n' in a text)."),
-        ("preset: &a [*a]\n", ":5 is not YAML (an alias holds itself)."),
+        ("seed: 1\nseed: 2\n", ":6 is not YAML (the key 'seed' is duplicated)."),
+        ("ppo: {kl_coef: 0.1, kl_coef: 0.2}\n", ":5 is not YAML (the key 'kl_coef' is duplicated)."),
+        ("preset: \"a\\0b\"\n", ":5 is not YAML (a value contains the character '\\x00')."),
+        ("preset: \"a\\nb\"\n", ":5 is not YAML (a value contains the character '\\n')."),
+        ("preset: &a [*a]\n", ":5 is not YAML (an alias contains itself)."),
         ("preset: 2020-13-45\n", " is not YAML (month must be in 1..12)."),
         ("preset: !!python/object/apply:os.system [id]\n", ":5 is not YAML (could not determine a constructor"),
         ("seed: .nan\n", ": seed is nan: input should be a finite number."),
@@ -141,22 +141,22 @@ def refusal(tmp_path: Path, text: str | bytes) -> str:
         ("model: {trust_remote_code: true}\n", ": model.trust_remote_code is not a parameter; "),
     ],
 )  # fmt: skip
-def test_error_names_problem_and_location(tmp_path: Path, more: str, said: str) -> None:
-    assert refusal(tmp_path, GOOD + more).startswith(said)
+def test_error_names_problem_and_location(tmp_path: Path, more: str, message: str) -> None:
+    assert load_error(tmp_path, GOOD + more).startswith(message)
 
 
 def test_long_value_is_shortened_in_the_error(tmp_path: Path) -> None:
-    said = refusal(tmp_path, GOOD + f"seed: {'x' * 900_000}\n")
-    assert said.startswith(": seed is 'xxx") and "(900,002 characters)" in said and len(said) < 400
+    message = load_error(tmp_path, GOOD + f"seed: {'x' * 900_000}\n")
+    assert message.startswith(": seed is 'xxx") and "(900,002 characters)" in message and len(message) < 400
 
 
 def test_number_of_reported_mistakes_is_limited(tmp_path: Path) -> None:
-    said = refusal(tmp_path, GOOD + "".join(f"wrong{n}: 1\n" for n in range(1000)))
-    assert said.endswith("; and 995 more.") and len(said) < 2000
+    message = load_error(tmp_path, GOOD + "".join(f"wrong{n}: 1\n" for n in range(1000)))
+    assert message.endswith("; and 995 more.") and len(message) < 2000
 
 
 def test_number_with_thousands_of_digits_is_rejected(tmp_path: Path) -> None:
-    assert "is not YAML (Exceeds the limit" in refusal(tmp_path, GOOD + f"seed: {'9' * 5000}\n")
+    assert "is not YAML (Exceeds the limit" in load_error(tmp_path, GOOD + f"seed: {'9' * 5000}\n")
 
 
 BOMBS = {
@@ -172,8 +172,12 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_yaml_bomb_is_rejected_within_seconds(tmp_path: Path, name: str) -> None:
     started = time.monotonic()
-    said = refusal(tmp_path, BOMBS[name])
-    assert "come to more than 50,000 values" in said or "nested too deep" in said or "longer than 1 MiB" in said
+    message = load_error(tmp_path, BOMBS[name])
+    assert (
+        "expand to more than 50,000 values" in message
+        or "nested too deeply" in message
+        or "longer than 1 MiB" in message
+    )
     assert time.monotonic() - started < 60  # a second or two on an idle machine
 
 

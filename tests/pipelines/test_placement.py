@@ -383,17 +383,20 @@ def check_task(
             "cluster.default_profile=nothing",
             "cluster.default_profile is nothing, which is not a profile; profiles: cpu, ",
         ),
-        ("cluster.stages={poo: cpu}", "cluster: stages names poo, which is no stage; stages: import_model, "),
+        ("cluster.stages={poo: cpu}", "cluster: stages contains poo, which is not a stage; stages: import_model, "),
         (
             "cluster.profiles={a: {like: b}, b: {like: a}}",
             "a is like b is like a, which is a cycle; remove one `like`.",
         ),
         (
             "cluster.profiles={a: {memory: 12GB}}",
-            "cluster.profiles.a.memory: '12GB' is no such amount; write it like 64Gi.",
+            "cluster.profiles.a.memory: '12GB' is not a valid quantity; write it like 64Gi.",
         ),
         ("cluster.profiles={a: {like: 1}}", "cluster.profiles.a.like is 1; it must be the name of a profile."),
-        ("cluster.profiles={a: {cpu: 0}}", "cluster.profiles.a.cpu: 0 is no such amount; write it like 4 or 500m."),
+        (
+            "cluster.profiles={a: {cpu: 0}}",
+            "cluster.profiles.a.cpu: 0 is not a valid quantity; write it like 4 or 500m.",
+        ),
         ("cluster.profiles={a: {gpus: 2}}", "cluster.profiles.a.gpus is not a parameter; "),
         ("cluster.profiles={a: {tolerations: [{kye: x}]}}", "did you mean cluster.profiles.a.tolerations.0.key?"),
         (
@@ -401,7 +404,7 @@ def check_task(
             "a toleration with a value needs the operator Equal",
         ),
         ("cluster.launcher=trainjob", "cluster.launcher is 'trainjob': input should be 'local'."),
-        ("cluster.claims={data: x}", "cluster.claims: data is no path to mount a volume at"),
+        ("cluster.claims={data: x}", "cluster.claims: data is not a path that a volume can be mounted at"),
         ("cluster.image=x", "cluster.image is not a parameter; did you mean cluster.images?"),
     ],
 )

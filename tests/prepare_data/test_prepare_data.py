@@ -407,7 +407,7 @@ INVALID_DATA: dict[str, tuple[Callable[[Path, dict[str, Any]], None], str]] = {
     ),
     "unpaired surrogate": (
         spoil("demos", 4, b'{"prompt": "\\ud800", "completion": "c"}'),
-        "{folder}/demos.jsonl:4 is not JSON (half of a UTF-16 surrogate pair, \\ud800 to \\udfff); each line must be one object.",
+        "{folder}/demos.jsonl:4 is not JSON (it contains a lone UTF-16 surrogate, \\ud800 to \\udfff); each line must be one object.",
     ),
     "less than 80% usable": (
         mostly_empty,
@@ -466,7 +466,7 @@ def test_artifact_of_wrong_kind_is_rejected(outputs: Path, tmp_path: Path) -> No
     result = invoke(outputs / "prompts", tmp_path / "out", write_sources(tmp_path))
     assert result.exit_code == 1
     assert result.stderr == (
-        f"error: {outputs / 'prompts'} is a prompts, but a base_model is needed here; pass the right artifact.\n"
+        f"error: {outputs / 'prompts'} is a prompts, expected a base_model; pass the right artifact.\n"
     )
     assert is_empty(tmp_path / "out")
 
@@ -480,7 +480,7 @@ def test_modified_artifact_is_rejected(base: Path, tmp_path: Path) -> None:
     result = invoke(copy, tmp_path / "out", write_sources(tmp_path))
     assert result.exit_code == 1
     assert result.stderr == (
-        f"error: {copy / 'model.safetensors'} is not what its manifest says (sha256 differs); make the artifact again.\n"
+        f"error: {copy / 'model.safetensors'} does not match its manifest (sha256 differs); create the artifact again.\n"
     )
     assert is_empty(tmp_path / "out")
 

@@ -1,4 +1,4 @@
-"""Input that somebody made to break us: it works, or it ends in one sentence."""
+"""Checks of hostile input: it is accepted, or refused with a readable error message."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from components.rlhf.text.errors import InputError
 
 
-def one_sentence(call: Callable[[], Any], error: type[Exception] = InputError) -> Any:
-    """What call returns, or None where it raises this error with one line of a readable length. Anything else is a failure."""
+def result_or_refusal(call: Callable[[], Any], error: type[Exception] = InputError) -> Any:
+    """The result of call, or None if it raises this error with a one-line message of readable length."""
     try:
         return call()
-    except error as refused:
-        text = str(refused)
-    assert text.strip() and text.isprintable(), repr(text)
-    assert len(text) < 2000 and "Traceback" not in text, text
+    except error as refusal:
+        message = str(refusal)
+    assert message.strip() and message.isprintable(), repr(message)
+    assert len(message) < 2000 and "Traceback" not in message, message
     return None

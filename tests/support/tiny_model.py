@@ -1,4 +1,4 @@
-"""A language model small enough for any test, made in milliseconds from a seed."""
+"""A tiny random language model for tests, created in milliseconds."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One id a byte, and an EOS that is also the PAD."""
+    """A byte-level tokenizer with one id per byte, and an EOS that is also the PAD."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(["<eos>", *alphabet])}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,7 +1,7 @@
-"""What is on disk between stages: the manifest of an artifact, atomic writes, and verification.
+"""Artifacts that stages exchange on disk: manifests, atomic writes and verification.
 
 Rooms: text.
 Packages: pydantic.
 
-It knows nothing of training or of KFP.
+It is independent of training and KFP.
 """

@@ -1,4 +1,4 @@
-"""Writing an artifact whole or not at all, and opening one only after it has been verified."""
+"""Atomic writes of artifact directories, and verification before reading."""
 
 import contextlib
 import errno
@@ -7,69 +7,65 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from components.rlhf.artifacts.manifest import Manifest, files_of, read_manifest, sha256_of
+from components.rlhf.artifacts.manifest import Manifest, list_files, read_manifest, sha256_of
 from components.rlhf.text.errors import InputError
 
 
 @contextlib.contextmanager
-def writing(target: Path) -> Iterator[Path]:
-    """A fresh folder to fill; it becomes target when the block ends well, and is deleted when it does not.
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty temporary directory, which is renamed to target on success and deleted on failure.
 
-    The folder lies beside the target, so that the final rename is atomic on one file system.
+    It is next to the target, so that the rename is within one file system and atomic.
     """
-    draft = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        yield draft
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
         if target.is_dir():
             shutil.rmtree(target)
-        draft.rename(target)
+        temporary.rename(target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
-                f"{target.parent} has no room left while writing {target.name}; free some space and run again."
+                f"{target.parent} has no space left for {target.name}; free some space and run again."
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise InputError(f"{target.parent} is not writable; choose another output folder.") from error
         raise
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def open_artifact(directory: Path, *kinds: str) -> Manifest:
-    """The manifest of a directory whose kind is one of kinds and whose every file has its digest.
+    """Verify an artifact of one of these kinds and return its manifest.
 
-    Raises InputError naming the directory and what is wrong: missing manifest, other kind, missing, added or altered file,
-    a link or a device in it, a name that leads out of it.
+    Raises InputError if the manifest is missing, the kind differs, a file is missing, added or modified, or the directory
+    contains symbolic links, devices or names that lead out of it.
     """
     manifest = read_manifest(directory)
     if manifest.kind not in kinds:
-        raise InputError(
-            f"{directory} is a {manifest.kind}, but a {' or '.join(kinds)} is needed here; pass the right artifact."
-        )
-    found = files_of(directory)  # first: no path below leads over a link
+        raise InputError(f"{directory} is a {manifest.kind}, expected a {' or '.join(kinds)}; pass the right artifact.")
+    files = list_files(directory)  # also ensures that no path contains a symbolic link
     for name, entry in manifest.files.items():
-        path = found.get(name)
+        path = files.get(name)
         if path is None:
-            raise InputError(f"{directory} lacks {name}, which its manifest lists; make the artifact again.")
+            raise InputError(f"{directory} lacks {name}, which its manifest lists; create the artifact again.")
         if path.stat().st_size != entry.size or sha256_of(path) != entry.sha256:
-            raise InputError(f"{path} is not what its manifest says (sha256 differs); make the artifact again.")
-    added = [name for name in found if name not in manifest.files]
-    if added:  # an index of weights or a chat template would change what is loaded
-        raise InputError(f"{directory} holds {added[0]}, which its manifest does not list; delete that file.")
+            raise InputError(f"{path} does not match its manifest (sha256 differs); create the artifact again.")
+    if added := sorted(files.keys() - manifest.files.keys()):  # such as a chat template, which transformers would load
+        raise InputError(f"{directory} contains {added[0]}, which its manifest does not list; delete that file.")
     return manifest
 
 
 def require_same_tokenizer(**artifacts: tuple[Path, Manifest]) -> None:
-    """Raise InputError unless all artifacts that have a tokenizer have the same one and the same chat template."""
-    with_tokenizer = {role: pair for role, pair in artifacts.items() if pair[1].tokenizer_digest}
-    roles = list(with_tokenizer)
-    for role in roles[1:]:
-        (first_path, first), (path, other) = with_tokenizer[roles[0]], with_tokenizer[role]
-        for what in ("tokenizer", "chat_template"):
-            if getattr(first, f"{what}_digest") != getattr(other, f"{what}_digest"):
+    """Raise InputError unless all artifacts with a tokenizer have the same tokenizer and chat template."""
+    with_tokenizer = [(role, *pair) for role, pair in artifacts.items() if pair[1].tokenizer_digest]
+    for role, path, other in with_tokenizer[1:]:
+        first_role, first_path, first = with_tokenizer[0]
+        for name in ("tokenizer", "chat_template"):
+            if getattr(first, f"{name}_digest") != getattr(other, f"{name}_digest"):
                 raise InputError(
-                    f"The {roles[0]} ({first_path}) and the {role} ({path}) have different {what.replace('_', ' ')}s; "
+                    f"The {first_role} ({first_path}) and the {role} ({path}) have different {name.replace('_', ' ')}s; "
                     "token ids would mean different text. Train both from the same base model."
                 )

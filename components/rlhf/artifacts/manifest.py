@@ -1,7 +1,6 @@
-"""The manifest of an artifact directory: what it is, what it was made from, and the digest of every file.
+"""The manifest of an artifact directory: its kind, its lineage and the digest of every file.
 
-Law of this room: what lies on disk between stages; standard library and safetensors. `manifest.json` is written last, so a
-directory without one is incomplete whatever else it holds.
+`manifest.json` is written last, so that a directory without it is incomplete.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ from components.rlhf.text.strict_json import NotJsonError, parse_json, parse_jso
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-MAX_BYTES = 16 * 2**20  # of a manifest; ours have some KiB
+MAX_BYTES = 16 * 2**20  # limit for untrusted manifests; real ones have a few KiB
 Kind = Literal[
     "base_model",
     "prompts",
@@ -52,7 +51,7 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What one artifact says of itself. Digests are lowercase hex sha256; an absent one is the empty string."""
+    """Kind, lineage and files of an artifact. Digests are lowercase hex sha256, or empty if there is none."""
 
     __pydantic_config__ = STRICT
 
@@ -64,19 +63,19 @@ class Manifest:
     config_digest: str = ""
     code_revision: str = ""
     created_at: str = ""  # ISO 8601, UTC
-    facts: Mapping[str, Fact] = field(default_factory=dict)  # flat, for people and for KFP metadata
+    facts: Mapping[str, Fact] = field(default_factory=dict)  # metrics and properties, also shown as KFP metadata
     schema_version: int = SCHEMA_VERSION
 
     @property
     def digest(self) -> str:
-        """sha256 of everything but the time of creation: the same content made twice has the same digest."""
+        """sha256 of everything except created_at, so that the same content has the same digest."""
         content = asdict(self)
         del content["created_at"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def metadata(self) -> dict[str, str | int | float]:
-        """The manifest as the flat strings and numbers that KFP accepts as artifact metadata (no null, no nesting)."""
-        flat: dict[str, str | int | float] = {
+        """The manifest as KFP artifact metadata, which is flat and must not contain null."""
+        metadata: dict[str, str | int | float] = {
             "kind": self.kind,
             "digest": self.digest,
             "tokenizer_digest": self.tokenizer_digest,
@@ -85,19 +84,20 @@ class Manifest:
             "code_revision": self.code_revision,
             "num_bytes": sum(entry.size for entry in self.files.values()),
         }
-        flat |= {f"parent_{role}": digest for role, digest in self.parents.items()}
-        return flat | dict(self.facts)
+        metadata |= {f"parent_{role}": digest for role, digest in self.parents.items()}
+        return metadata | dict(self.facts)
 
 
 MANIFEST_TYPE = TypeAdapter(Manifest)
 
 
 def write_manifest(directory: Path, *, kind: str, settings: str = "", **fields: Any) -> Manifest:
-    """Digest every file of the directory and write its manifest. settings is the stage's canonical JSON."""
+    """Compute the digest of every file and write the manifest. settings is the canonical JSON of the stage's settings."""
     if kind not in KINDS:
-        raise ValueError(f"{kind!r} is not a kind of artifact; kinds are {', '.join(KINDS)}")
+        raise ValueError(f"{kind!r} is not an artifact kind; kinds: {', '.join(KINDS)}")
     files = {
-        name: FileEntry(sha256=sha256_of(path), size=path.stat().st_size) for name, path in files_of(directory).items()
+        name: FileEntry(sha256=sha256_of(path), size=path.stat().st_size)
+        for name, path in list_files(directory).items()
     }
     manifest = Manifest(
         kind=cast(Kind, kind),
@@ -113,13 +113,13 @@ def write_manifest(directory: Path, *, kind: str, settings: str = "", **fields: 
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of an artifact. Raises InputError when there is none or it cannot be understood."""
+    """Read and validate the manifest of an artifact. Raises InputError if it is missing or invalid."""
     path = directory / MANIFEST
     if not directory.is_dir():
         raise InputError(f"{directory} is not a folder; an artifact is a folder with a {MANIFEST}.")
     if not path.is_file() or path.is_symlink():
         raise InputError(
-            f"{directory} has no {MANIFEST}: it is incomplete or no artifact; run the stage that makes it again."
+            f"{directory} has no {MANIFEST}: it is incomplete or not an artifact; run the stage that creates it again."
         )
     try:
         with path.open("rb") as file:
@@ -128,42 +128,42 @@ def read_manifest(directory: Path) -> Manifest:
             raise NotJsonError(f"longer than {MAX_BYTES // 2**20} MiB")
         return _parse(path, text)
     except (OSError, NotJsonError) as error:
-        raise InputError(f"{path} is not a manifest ({error}); make the artifact again.") from error
+        raise InputError(f"{path} is not a manifest ({error}); create the artifact again.") from error
 
 
 def _parse(path: Path, text: bytes) -> Manifest:
-    """Every field is checked, because others may write to the store. Raises NotJsonError for the first mistake."""
+    """Parse a manifest with full validation, because it is untrusted. Raises NotJsonError or InputError."""
     content = parse_json(text)
     if not isinstance(content, dict):
         raise NotJsonError(f"a {type(content).__name__}")
     if content.get("schema_version") != SCHEMA_VERSION:
         raise InputError(
-            f"{path} has schema version {repr(content.get('schema_version'))[:40]}; this version reads {SCHEMA_VERSION}. "
-            "Make the artifact again."
+            f"{path} has schema version {repr(content.get('schema_version'))[:40]}, expected {SCHEMA_VERSION}; "
+            "create the artifact again."
         )
     missing = {field.name for field in fields(Manifest)} - set(content)
     if missing:
         raise NotJsonError(f"{min(missing)} is missing")
     manifest = parse_json_as(MANIFEST_TYPE, text)
     for name in manifest.files:
-        _require_plain_path(path, name)
+        _require_relative_path(path, name)
     return manifest
 
 
-def _require_plain_path(path: Path, name: str) -> None:
+def _require_relative_path(path: Path, name: str) -> None:
     parts = name.split("/")
     plain = name.isprintable() and len(name) < 1000 and "\\" not in name and not re.match("[A-Za-z]:", name)
     if not plain or not all(parts) or {".", ".."} & set(parts):
         raise InputError(
-            f"{path.parent}: its manifest names {ascii(name)[1:-1][:200]}, which lies outside or is no plain path; "
+            f"{path.parent}: its manifest lists {ascii(name)[1:-1][:200]}, which is not a path inside the artifact; "
             "do not trust this artifact."
         )
 
 
-def files_of(directory: Path) -> dict[str, Path]:
-    """Every file of an artifact but its manifest, by its posix path relative to the directory.
+def list_files(directory: Path) -> dict[str, Path]:
+    """All files of an artifact except its manifest, by posix path relative to the directory.
 
-    Raises InputError for anything but files and folders: a link could lead out of the artifact, and a pipe never ends.
+    Raises InputError for anything but regular files and folders: links could lead out of it, and reading a pipe could block.
     """
     paths: dict[str, Path] = {}
     for folder, folders, names in os.walk(directory):
@@ -171,8 +171,8 @@ def files_of(directory: Path) -> dict[str, Path]:
             path = Path(folder, name)
             mode = path.lstat().st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                kind = "a link" if stat.S_ISLNK(mode) else "a pipe or a device"
-                raise InputError(f"{path} is {kind}; an artifact holds files and folders alone, so do not trust it.")
+                kind = "a symbolic link" if stat.S_ISLNK(mode) else "a pipe or a device"
+                raise InputError(f"{path} is {kind}, expected a file or a folder; do not trust this artifact.")
             if stat.S_ISREG(mode):
                 paths[path.relative_to(directory).as_posix()] = path
     paths.pop(MANIFEST, None)

@@ -1,4 +1,4 @@
-"""Which version of this code is running."""
+"""The revision of the running code."""
 
 import functools
 import importlib.metadata
@@ -6,24 +6,20 @@ import os
 import subprocess
 from pathlib import Path
 
-REVISION = "RLHF_CODE_REVISION"
+REVISION_VARIABLE = "RLHF_CODE_REVISION"
 
 
 @functools.cache
 def code_revision() -> str:
-    """RLHF_CODE_REVISION (images set it), else the git commit, with +dirty when files differ from it, else the package's version."""
-    if os.environ.get(REVISION):
-        return os.environ[REVISION]
-    root = Path(__file__).resolve().parents[3]
+    """RLHF_CODE_REVISION (set in images), else the git commit, with +dirty for uncommitted changes, else the package version."""
+    if os.environ.get(REVISION_VARIABLE):
+        return os.environ[REVISION_VARIABLE]
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return head.stdout.strip() + ("+dirty" if status.stdout.strip() else "")
+        return _git("rev-parse", "HEAD") + ("+dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return importlib.metadata.version("kfp-rlhf")
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).resolve().parents[3]
+    return subprocess.check_output(["git", *arguments], cwd=root, stderr=subprocess.DEVNULL, text=True).strip()

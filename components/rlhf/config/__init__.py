@@ -1,4 +1,4 @@
-"""One validated pydantic model per stage, and the params file that they are cut from.
+"""One validated pydantic model per stage, and the model of the whole params file.
 
 Rooms: text.
 Packages: pydantic.

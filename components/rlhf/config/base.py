@@ -1,7 +1,4 @@
-"""What all settings share: strict, immutable, and one canonical JSON text.
-
-Law of this room: pydantic only. Nothing here reads a file, an environment variable or a device.
-"""
+"""Base class of all settings: strict, immutable, with a canonical JSON form."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from components.rlhf.text.credentials import contains_credentials
 
-PositiveInt = Annotated[int, Field(ge=1, lt=2**53)]  # JSON's numbers are exact up to there
+PositiveInt = Annotated[int, Field(ge=1, lt=2**53)]  # JSON represents integers exactly up to 2**53
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -19,22 +16,22 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class BaseConfig(BaseModel):
-    """Unknown keys are errors and values never change after validation."""
+    """Rejects unknown keys; instances are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
     @field_validator("*")
     @classmethod
-    def _no_credentials(cls, value: Any) -> Any:
-        if any(contains_credentials(text) for text in _texts(value)):
+    def _reject_credentials(cls, value: Any) -> Any:
+        if any(contains_credentials(text) for text in _strings(value)):
             raise ValueError(
-                "credentials do not belong here: settings are copied into pipelines and reports; leave user, password and signature out "
-                "of the address, and give them by environment variables or files (SECURITY.md)"
+                "credentials are not allowed in settings, which are copied into pipelines and reports; remove user, password and "
+                "signature from the URL, and pass them in environment variables or files (SECURITY.md)"
             )
         return value
 
     def canonical_json(self) -> str:
-        """The one text that stands for these settings: it travels between stages as a string, and digests are of it."""
+        """JSON with sorted keys: the form in which stages receive their settings, and of which digests are computed."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
     @classmethod
@@ -42,14 +39,12 @@ class BaseConfig(BaseModel):
         return cls.model_validate_json(text)
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """The texts of one field; nested settings look at their own."""
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in the value of one field; nested settings check their own fields."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _texts(key)
-            yield from _texts(inner)
+        yield from _strings([*value.keys(), *value.values()])
     elif isinstance(value, tuple | list):
-        for inner in value:
-            yield from _texts(inner)
+        for item in value:
+            yield from _strings(item)

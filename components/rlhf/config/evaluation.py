@@ -1,29 +1,29 @@
-"""Settings of the held-out comparison and of the gate that follows it."""
+"""Settings of the evaluation on held-out prompts and of the promotion gate."""
 
 from components.rlhf.config.base import BaseConfig, Fraction, NonNegative, PositiveInt
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed
 
 
 class EvaluationConfig(BaseConfig):
-    """PPO against the fine-tuned model on prompts that nothing was trained on."""
+    """Comparison of the PPO policy with the SFT model on held-out prompts."""
 
     num_prompts: PositiveInt = 256
-    """Held-out prompts; each is one vote."""
+    """Number of held-out prompts; each model answers every prompt once."""
     sampling: SamplingConfig | None = None
-    """How both models sample; null is as in PPO's rollouts."""
+    """How both models sample; null uses ppo.rollout.sampling."""
     num_bootstrap: PositiveInt = 2000
-    """Resamples of the prompts behind each interval."""
+    """Number of bootstrap resamples of the prompts for the confidence intervals."""
     confidence: Fraction = 0.95
-    """Of each interval."""
+    """Confidence level of the intervals, between 0 and 1."""
 
 
 class GateConfig(BaseConfig):
-    """What a model must show to be promoted."""
+    """Conditions for the promotion of a policy."""
 
     min_win_rate: Fraction = 0.5
-    """The lower end of the win rate's interval must lie above this."""
+    """The lower bound of the win rate's confidence interval must be above this value."""
     max_kl: NonNegative = 10.0
-    """Nats per sequence from the fine-tuned model, at the most."""
+    """Maximum KL divergence from the SFT model, in nats per sequence."""
 
 
 class EvaluationStageConfig(BaseConfig):

@@ -1,4 +1,4 @@
-"""Config of import_model: which model is imported, and as what."""
+"""Settings of import_model."""
 
 from typing import Literal
 
@@ -8,5 +8,5 @@ from components.rlhf.config.base import BaseConfig
 class ImportModelStageConfig(BaseConfig):
     kind: Literal["base_model", "sft_model", "reward_model"]
     source: str
-    """A folder, s3://BUCKET/PREFIX, a Hugging Face id, or pypi:PACKAGE==VERSION."""
+    """A local folder, s3://BUCKET/PREFIX, a Hugging Face model id, or pypi:PACKAGE==VERSION."""
     revision: str | None = None

@@ -1,4 +1,4 @@
-"""Settings of the judge: an opinion that no trained stage has seen."""
+"""Settings of the judge, which is fitted on data that no trained model has seen."""
 
 from typing import Literal
 
@@ -7,14 +7,14 @@ from components.rlhf.config.model import Seed
 
 
 class JudgeConfig(BaseConfig):
-    """A linear model on word n-grams, fitted to ratings (ridge) or, where there are none, to pairs (logistic)."""
+    """A linear model on word n-grams: ridge regression on ratings or, without ratings, logistic regression on pairs."""
 
     kind: Literal["linear"] = "linear"
-    """What judges."""
+    """Type of the judge; linear is the only one."""
     max_ngram: PositiveInt = 2
-    """Longest run of words that counts as one feature."""
+    """Longest word n-gram that is used as a feature."""
     regularisation: Positive = 1.0
-    """Weight of the squared coefficients in the fit."""
+    """Strength of the L2 penalty on the coefficients."""
 
 
 class JudgeStageConfig(BaseConfig):

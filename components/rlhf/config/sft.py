@@ -3,23 +3,22 @@
 from pydantic import model_validator
 
 from components.rlhf.config.base import BaseConfig, Count, PositiveInt
-from components.rlhf.config.model import ModelConfig, Seed, TrainingConfig, reject_zero3_with_shared_weights
+from components.rlhf.config.model import ModelConfig, Seed, TrainingConfig, check_zero3_compatibility
 from components.rlhf.config.storage import CheckpointConfig
 
 
 class SftConfig(BaseConfig):
-    """Completion-only language modelling on demonstrations."""
+    """Supervised fine-tuning on demonstrations; the loss covers completions only."""
 
     use: str | None = None
-    """A folder or s3://BUCKET/PREFIX with your own fine-tuned model; it replaces this stage and is verified like any artifact."""
+    """Folder or s3://BUCKET/PREFIX of your own fine-tuned model; it replaces the stage. A manifest.json in it is verified."""
     num_epochs: PositiveInt = 1
-    """Passes over the demonstrations."""
+    """Number of epochs over the demonstrations."""
     max_steps: Count = 0
-    """Stop after this many steps; 0 is no limit."""
+    """Maximum number of optimizer steps; 0 is unlimited."""
     batch_size: PositiveInt = 16
-    """Demonstrations in one optimiser step."""
+    """Demonstrations per optimizer step, over all processes."""
     training: TrainingConfig = TrainingConfig()
-    """Engine and optimiser."""
 
 
 class SftStageConfig(BaseConfig):
@@ -29,6 +28,6 @@ class SftStageConfig(BaseConfig):
     seed: Seed
 
     @model_validator(mode="after")
-    def _weights(self) -> "SftStageConfig":
-        reject_zero3_with_shared_weights(self.model, self.sft.training)
+    def _require_unshared_weights(self) -> "SftStageConfig":
+        check_zero3_compatibility(self.model, self.sft.training)
         return self

@@ -1,4 +1,4 @@
-"""Settings of where things lie: checkpoints, S3, tracking."""
+"""Settings of checkpoints, storage and experiment tracking."""
 
 from pydantic import field_validator
 
@@ -6,60 +6,60 @@ from components.rlhf.config.base import BaseConfig, NonNegative, PositiveInt
 
 
 class CheckpointConfig(BaseConfig):
-    """How often a training stage saves what it needs to go on after a death."""
+    """How often a training stage saves a checkpoint to resume from."""
 
     every_minutes: NonNegative = 5.0
-    """Minutes between checkpoints: the most work that can be lost."""
+    """Minutes between checkpoints; a crash loses at most this much work."""
     keep: PositiveInt = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
 
 
 class StorageConfig(BaseConfig):
-    """Where a run keeps what is not an artifact, and how S3 is reached. Credentials come from the environment, never from here."""
+    """Location of checkpoints and published models, and access to S3. Credentials come from the environment."""
 
     checkpoint_uri: str | None = None
-    """Folder or s3://BUCKET/PREFIX for checkpoints; null is the run's own folder on this machine, and none on a cluster."""
+    """Folder or s3://BUCKET/PREFIX for checkpoints; null is the run directory in local runs, cluster.checkpoint_claim on a cluster."""
     uri: str | None = None
-    """s3://BUCKET/PREFIX or folder that local files of a submitted run are copied to."""
+    """Folder or s3://BUCKET/PREFIX that local files of a submitted run are uploaded to."""
     publish_uri: str | None = None
-    """s3://BUCKET/PREFIX or folder that trained models are written to, under run id and stage; null publishes nothing."""
+    """Folder or s3://BUCKET/PREFIX that trained models are published to, as RUN_ID/STAGE/model; null publishes nothing."""
     endpoint_url: str | None = None
-    """S3 server that is not AWS: http(s)://HOST:PORT."""
+    """Endpoint of an S3 server other than AWS: http(s)://HOST:PORT."""
     region: str | None = None
-    """Region of the buckets; null leaves it to AWS_REGION."""
+    """Region of the buckets; null uses AWS_REGION."""
     path_style: bool | None = None
-    """Bucket in the path instead of the host name; null is true where there is an endpoint_url."""
+    """Address buckets in the path instead of the host name; null is true if an endpoint is set."""
     ca_bundle: str | None = None
-    """PEM file of the CA that signed the server's certificate."""
+    """PEM file with the CA that signed the server's certificate."""
     anonymous: bool = False
-    """true sends no credentials: public buckets."""
+    """Send no credentials, for public buckets."""
     retry_minutes: NonNegative = 10.0
-    """Minutes that a call which fails is tried again before the stage fails."""
+    """Minutes for which a failing request is retried before the stage fails."""
 
     @field_validator("endpoint_url")
     @classmethod
-    def _endpoint(cls, value: str | None) -> str | None:
+    def _require_http(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("http://", "https://")):
             raise ValueError("write it as http://HOST:PORT or https://HOST:PORT")
         return value
 
     @field_validator("checkpoint_uri", "uri", "publish_uri")
     @classmethod
-    def _store(cls, value: str | None) -> str | None:
-        scheme, found, rest = (value or "").partition("://")
-        if found and (scheme not in ("s3", "file") or not rest.strip("/")):
+    def _require_store_uri(cls, value: str | None) -> str | None:
+        scheme, separator, rest = (value or "").partition("://")
+        if separator and (scheme not in ("s3", "file") or not rest.strip("/")):
             raise ValueError("write s3://BUCKET/PREFIX or a folder")
         return value
 
 
 class TrackingConfig(BaseConfig):
-    """MLflow."""
+    """Experiment tracking in MLflow."""
 
     enabled: bool = True
-    """false logs nothing."""
+    """Log to MLflow."""
     uri: str | None = None
-    """MLflow tracking URI; null is a sqlite file beside the run, on this machine."""
+    """MLflow tracking URI; null is a SQLite file next to the run directory in local runs, and MLFLOW_TRACKING_URI on a cluster."""
     experiment: str = "kfp-rlhf"
-    """Experiment that runs are filed under."""
+    """MLflow experiment of the runs."""
     registered_model: str = "kfp-rlhf"
-    """Name in the model registry."""
+    """Name of the registered model in MLflow."""

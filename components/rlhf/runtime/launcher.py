@@ -1,4 +1,4 @@
-"""Starting a stage in several processes of this machine, with torchrun's own agent."""
+"""Launch of a stage in several local processes by torchrun's elastic agent."""
 
 import os
 import signal
@@ -12,12 +12,12 @@ from components.rlhf.runtime.process import DIE_WITH_PARENT
 
 
 def launch(num_processes: int) -> int:
-    """Run this very command in num_processes processes; return the exit code of the first that failed, or 0.
+    """Run the current command in num_processes processes; return the exit code of the first that failed, or 0.
 
-    Each has torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR...). When one fails the agent ends the others, and none of
-    them outlives this process. A container that is started with those variables already set is never launched again.
+    Each has torchrun's environment variables (RANK, WORLD_SIZE, MASTER_ADDR...). If one fails, the agent terminates the
+    others; all are killed if this process dies.
     """
-    # Without a limit each process would start a thread for every core.
+    # By default each process would start one thread per core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     os.environ[DIE_WITH_PARENT] = str(os.getpid())
     config = LaunchConfig(
@@ -35,12 +35,11 @@ def launch(num_processes: int) -> int:
         elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as failed:
         first_rank, first = failed.get_first_failure()
-        if first.exitcode < 0:  # it could not say anything itself
+        if first.exitcode < 0:  # killed by a signal, without an error message
             name = signal.Signals(-first.exitcode).name
             hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
-            print(
-                f"error: rank {first_rank} of {num_processes} was ended by {name}{hint}.", file=sys.stderr, flush=True
-            )
+            message = f"error: rank {first_rank} of {num_processes} was killed by {name}{hint}."
+            print(message, file=sys.stderr, flush=True)
             return 1
         return first.exitcode
     return 0

@@ -1,4 +1,4 @@
-"""How this process keeps and returns freed memory (glibc's malloc)."""
+"""Tuning of glibc's malloc."""
 
 import ctypes
 import platform
@@ -7,7 +7,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
 def keep_freed_memory() -> None:
-    """On Linux with glibc, serve large blocks from the heap and never give it back; elsewhere do nothing.
+    """With glibc, allocate large blocks on the heap and keep them when freed; otherwise do nothing.
 
     By default every large tensor is mapped and unmapped, and the kernel zeroes its pages each time.
     """
@@ -19,6 +19,6 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """On Linux with glibc, return what is free now: between blocks of ever other sizes it would only grow."""
+    """With glibc, return free heap memory to the system; fragmentation by blocks of varying sizes would let it grow."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""What a stage asks of the C library and the kernel for its own process."""
+"""Linux process settings of a stage."""
 
 import ctypes
 import os
@@ -10,11 +10,11 @@ DIE_WITH_PARENT = "RLHF_DIE_WITH_PARENT"
 
 
 def die_with_parent() -> None:
-    """On Linux, and where the runner of a laptop asks for it by its process id, be killed when the runner is: no stage is left behind."""
+    """On Linux, arrange to be killed when the process whose id is in RLHF_DIE_WITH_PARENT (the local runner) dies."""
     parent = os.environ.get(DIE_WITH_PARENT)
     if not parent or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):
-        # It died while this process was starting, and the kernel tells of later deaths only.
+        # The parent died before prctl(), which covers later deaths only.
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What every stage program does at its edges: options, settings, tracking, errors, and KFP's executor output."""
+"""The frame of every stage program: options, settings, tracking, errors, and KFP's executor output."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import click
 from pydantic import ValidationError
 
-from components.rlhf.artifacts.directory import writing
+from components.rlhf.artifacts.directory import atomic_directory
 from components.rlhf.artifacts.manifest import MANIFEST, Manifest, write_manifest
 from components.rlhf.checkpoints.stop_signal import StopSignal
 from components.rlhf.config.base import BaseConfig
@@ -34,31 +34,31 @@ if TYPE_CHECKING:  # register and notify run where torch is not installed
     from components.rlhf.engine.protocol import Group
     from components.rlhf.runtime.training import TrainingContext
 
-S = TypeVar("S", bound=BaseConfig)
+Config = TypeVar("Config", bound=BaseConfig)
 RUN_ID = "RLHF_RUN_ID"
 PEER_ERROR_GRACE_SECONDS = 5.0
 
 
 def rank() -> int:
-    """Which of the processes of this stage this is."""
+    """The rank of this process in the stage's process group."""
     return int(os.environ.get("RANK", "0"))
 
 
 @dataclass
-class StageRun(Generic[S]):
-    """What a stage works with; outputs are reported to KFP when it ends well."""
+class StageRun(Generic[Config]):
+    """The context of a running stage. Its outputs are reported to KFP when the stage succeeds."""
 
     name: str
-    config: S
-    settings_text: str  # the JSON text that config was parsed from; manifests hold its digest
+    config: Config
+    settings_text: str  # the JSON text of config, whose digest is in manifests
     progress: Progress
     tracker: Tracker
     storage: StorageConfig = field(default_factory=StorageConfig)
     executor_input: str = ""
     stop: StopSignal = field(default_factory=StopSignal)
-    published: dict[str, str] = field(default_factory=dict)  # output -> the URI that KFP is told instead of its own
-    outputs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)
-    on_success: list[Callable[[], None]] = field(default_factory=list)  # when the outputs have been reported
+    published: dict[str, str] = field(default_factory=dict)  # output -> URI that is reported instead of KFP's own
+    outputs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)  # output -> metadata
+    on_success: list[Callable[[], None]] = field(default_factory=list)  # called after the outputs have been reported
 
     def training_context(self, config: CheckpointConfig, group: "Group", *inputs: Manifest) -> "TrainingContext":
         """What a trainer works with. Its checkpoints are those of this stage for these inputs.
@@ -76,7 +76,7 @@ class StageRun(Generic[S]):
         return TrainingContext(checkpoints=checkpoints, progress=self.progress, tracker=self.tracker, group=group)
 
     def report_output(self, output: str, manifest: Manifest) -> None:
-        """Report an artifact with its manifest as metadata."""
+        """Report an artifact to KFP, with its manifest as metadata."""
         self.outputs[output] = manifest.metadata()
 
     def write_artifact(
@@ -90,17 +90,16 @@ class StageRun(Generic[S]):
         facts: Mapping[str, str | int | float],
         tokenizer_of: Manifest | None = None,
     ) -> None:
-        """Write an artifact whole or not at all: fill(folder) makes its files, then comes the manifest.
+        """Write an artifact atomically: fill(folder) writes its files, then the manifest is added. Only rank 0 writes.
 
-        parents are the inputs by their role; tokenizer_of is the one whose tokenizer the artifact goes with. Of several
-        processes the first writes.
+        parents are the input artifacts by role; tokenizer_of is the input whose tokenizer the artifact uses.
         """
         if rank() > 0:
             return
-        with writing(path) as draft:
-            fill(draft)
+        with atomic_directory(path) as folder:
+            fill(folder)
             manifest = write_manifest(
-                draft,
+                folder,
                 kind=kind,
                 settings=self.settings_text,
                 parents={role: parent.digest for role, parent in parents.items()},
@@ -113,21 +112,21 @@ class StageRun(Generic[S]):
             self._publish(output, path)
 
     def _publish(self, output: str, path: Path) -> None:
-        """Copy a finished model to storage.publish_uri. On a cluster KFP is told that place, and makes no copy of its own."""
+        """Copy a model to storage.publish_uri. On a cluster, that URI is reported to KFP, which then makes no copy."""
         if self.storage.publish_uri is None:
             return
-        key = f"{os.environ.get(RUN_ID, 'by-hand')}/{self.name}/{output}"
+        key = f"{os.environ.get(RUN_ID, MANUAL_RUN_ID)}/{self.name}/{output}"
         uri = f"{self.storage.publish_uri.rstrip('/')}/{key}"
         upload_folder(open_store(self.storage.publish_uri, self.storage, self.progress.log), path, key, last=MANIFEST)
         self.progress.log(f"published as {uri}")
         self.outputs[output] = {**self.outputs[output], "published_uri": uri}
-        # On a laptop the next stage reads the folder itself, and would look for the URI in vain.
-        kept = output_uri(self.executor_input, output) if self.executor_input else ""
-        if "://" in kept and not kept.startswith("file://") and uri.startswith("s3://"):
+        # In a local run the next stage reads the folder, so KFP's own path is kept.
+        kfp_uri = output_uri(self.executor_input, output) if self.executor_input else ""
+        if "://" in kfp_uri and not kfp_uri.startswith("file://") and uri.startswith("s3://"):
             self.published[output] = uri
 
     def write_metrics(self, path: Path, metrics: Mapping[str, float]) -> None:
-        """Write final numbers as the output `metrics`: a JSON file, KFP's Metrics artifact, and a last point in MLflow."""
+        """Write the output `metrics`: a JSON file, the metadata of KFP's Metrics artifact, and final/* in MLflow."""
         if rank() > 0:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +135,7 @@ class StageRun(Generic[S]):
         self.tracker.log({f"final/{name}": value for name, value in metrics.items()}, step=0)
 
     def write_report(self, output: str, path: Path, text: str) -> None:
-        """Write a Markdown or HTML output, and keep a copy in MLflow."""
+        """Write a Markdown or HTML output, and log it to MLflow."""
         if rank() > 0:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,47 +145,44 @@ class StageRun(Generic[S]):
 
 
 def stage_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that every stage has."""
+    """The options of every stage."""
     for option in (
-        click.option("--executor-input", default="", help="KFP's executor input; leave it out when running by hand."),
         click.option(
-            "--tracking",
-            default="{}",
-            help="Tracking settings as JSON; nothing is tracked without a uri in them or in MLFLOW_TRACKING_URI.",
+            "--executor-input", default="", help="KFP's executor input as JSON; omit it when running manually."
         ),
-        click.option("--settings", required=True, help="The stage's settings: JSON text, or a file that holds it."),
+        click.option(
+            "--tracking", default="{}", help="TrackingConfig as JSON; its uri defaults to MLFLOW_TRACKING_URI."
+        ),
+        click.option("--settings", required=True, help="Settings of the stage: JSON, or the path of a JSON file."),
     ):
         command = option(command)
     return command
 
 
-def input_artifact(*names: str, required: bool = True) -> Callable[..., Any]:
-    """An option that names an artifact to read."""
-    return click.option(*names, type=click.Path(path_type=Path), required=required, help="Artifact to read.")
+def input_artifact(*names: str, help: str) -> Callable[..., Any]:
+    """An option with the path of an input artifact."""
+    return click.option(*names, type=click.Path(path_type=Path), required=True, help=help)
 
 
-def output_path(*names: str) -> Callable[..., Any]:
-    """An option that names what to write."""
-    return click.option(*names, type=click.Path(path_type=Path), required=True, help="Where to write.")
+def output_path(*names: str, help: str) -> Callable[..., Any]:
+    """An option with the path of an output."""
+    return click.option(*names, type=click.Path(path_type=Path), required=True, help=help)
 
 
 def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Where checkpoints and published models lie, and how S3 is reached."""
-    return click.option(
-        "--storage",
-        default="{}",
-        help="Storage settings as JSON; with a checkpoint_uri a training stage that is started again continues from there.",
-    )(command)
+    """The option --storage."""
+    text = "StorageConfig as JSON: location of checkpoints and published models, and access to S3."
+    return click.option("--storage", default="{}", help=text)(command)
 
 
 @contextlib.contextmanager
 def stage_run(
-    name: str, model: type[S], *, settings: str, tracking: str, executor_input: str, storage: str = "{}"
-) -> Iterator[StageRun[S]]:
-    """Run the body of a stage. An InputError becomes one line on stderr and exit code 1; other errors keep their traceback."""
+    name: str, config_class: type[Config], *, settings: str, tracking: str, executor_input: str, storage: str = "{}"
+) -> Iterator[StageRun[Config]]:
+    """Run the body of a stage. An InputError is printed as one line, with exit code 1; other errors keep their traceback."""
     redact_output()
     tracker: Tracker | None = None
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars would drown ours, and make logs unreadable
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of libraries make logs unreadable
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin on a busy core stall torch
     keep_freed_memory()
@@ -195,25 +191,16 @@ def stage_run(
     stop.install()
     try:
         text = settings if settings.lstrip().startswith("{") else _read(settings)
-        parsed = parse_config(model, text)
-        launch_processes(getattr(getattr(parsed, name, None), "training", None))
-        track = with_environment_uri(parse_config(TrackingConfig, tracking))
-        stored = parse_config(StorageConfig, storage)
+        config = parse_config(config_class, text)
+        launch_processes(getattr(getattr(config, name, None), "training", None))
+        tracking_config = with_environment_uri(parse_config(TrackingConfig, tracking))
+        storage_config = parse_config(StorageConfig, storage)
         if rank() > 0:
-            track = track.model_copy(update={"enabled": False})  # one process speaks for all
+            tracking_config = tracking_config.model_copy(update={"enabled": False})
         run_id = os.environ.get(RUN_ID, MANUAL_RUN_ID)
-        tracker = start_tracking(track, run_id=run_id, stage=name, params=parsed.model_dump(mode="json"))
+        tracker = start_tracking(tracking_config, run_id=run_id, stage=name, params=config.model_dump(mode="json"))
         progress = Progress(name, silent=rank() > 0)
-        run = StageRun(
-            name=name,
-            config=parsed,
-            settings_text=text,
-            progress=progress,
-            tracker=tracker,
-            storage=stored,
-            executor_input=executor_input,
-            stop=stop,
-        )
+        run = StageRun(name, config, text, progress, tracker, storage_config, executor_input, stop)
         yield run
         if executor_input and rank() == 0:
             write_executor_output(executor_input, run.outputs, run.published)
@@ -224,38 +211,39 @@ def stage_run(
         if tracker:
             tracker.finish("FAILED")
         if rank() > 0:
-            time.sleep(PEER_ERROR_GRACE_SECONDS)  # where all fail alike, one says so, and the launcher ends the others
+            time.sleep(
+                PEER_ERROR_GRACE_SECONDS
+            )  # if all ranks fail, rank 0 prints the error and the launcher ends the rest
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except BaseException as error:
         if tracker:
             tracker.finish("FAILED")
         if "WORLD_SIZE" in os.environ and isinstance(error, RuntimeError):
-            time.sleep(
-                PEER_ERROR_GRACE_SECONDS
-            )  # losing another process looks like this: that one is to be heard, and ends us
+            time.sleep(PEER_ERROR_GRACE_SECONDS)  # may be caused by a lost peer, whose own error is to be printed first
         raise
 
 
 def launch_processes(training: TrainingConfig | None) -> None:
-    """Where the settings ask for several processes and this is not one of them yet: start them, and end as they end."""
+    """Unless this is one of them, launch the processes of a multi-process stage, and exit with their exit code."""
     if training and training.num_processes > 1 and "WORLD_SIZE" not in os.environ:
         from components.rlhf.runtime.launcher import launch  # imports torch
 
         sys.exit(launch(training.num_processes))
 
 
-def parse_config(model: type[S], text: str) -> S:
+def parse_config(config_class: type[Config], text: str) -> Config:
+    """Parse settings. Raises InputError."""
     try:
-        return model.from_json(text)
+        return config_class.from_json(text)
     except ValidationError as error:
-        raise InputError(f"Settings: {explain_validation_error(error, model)}") from None
+        raise InputError(f"Settings: {explain_validation_error(error, config_class)}") from None
 
 
 def _read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"--settings {path} is neither JSON text nor a readable file ({error.strerror}).") from None
+        raise InputError(f"--settings {path} is neither JSON nor a readable file ({error.strerror}).") from None
     except UnicodeDecodeError:
         raise InputError(f"--settings {path} is not UTF-8; save it as UTF-8.") from None

@@ -1,7 +1,7 @@
-"""Files that are not KFP artifacts: one protocol over a folder and an S3 bucket, transfers, and packages from PyPI.
+"""Files that are not KFP artifacts: a storage protocol for folders and S3 buckets, transfers, and packages from PyPI.
 
 Rooms: artifacts, config, text.
 Packages: boto3, botocore.
 
-It knows nothing of tensors.
+It is independent of tensors.
 """

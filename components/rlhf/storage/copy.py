@@ -1,4 +1,4 @@
-"""A model folder or a data file that lies in S3, as a copy on this machine."""
+"""Copies of files and folders from and to a store."""
 
 import contextlib
 import tempfile
@@ -12,16 +12,16 @@ from components.rlhf.text.errors import InputError
 
 @contextlib.contextmanager
 def local_copy(uri: str, config: StorageConfig, log: Callable[[str], None] | None = None) -> Iterator[str]:
-    """The path of a copy of s3://BUCKET/KEY (an object, or all under it), gone after the block. Anything else: uri itself.
+    """Yield the path of a temporary copy of s3://BUCKET/KEY (an object or a prefix); any other uri is yielded as it is.
 
-    What the block says of the copy in an InputError it says of the URI.
+    In the messages of InputErrors from the block, the temporary path is replaced by the URI.
     """
     if not uri.startswith("s3://"):
         yield uri
         return
     parent, _, name = uri.rstrip("/").rpartition("/")
     if parent in ("s3:", "s3:/"):
-        raise InputError(f"{uri} is a whole bucket; write s3://BUCKET/PREFIX.")
+        raise InputError(f"{uri} is a bucket without a key; write s3://BUCKET/PREFIX.")
     with tempfile.TemporaryDirectory(prefix="rlhf-s3-") as folder:
         target = Path(folder) / name
         download_prefix(open_store(parent, config, log), name, target)
@@ -32,23 +32,23 @@ def local_copy(uri: str, config: StorageConfig, log: Callable[[str], None] | Non
 
 
 def download_prefix(store: Store, key: str, target: Path) -> None:
-    """Copy the object of this key to the file target, or all objects under it into the folder target.
+    """Download the object at key to the file target, or all objects under key/ into the folder target.
 
-    Raises InputError when there is neither, and for a key that would lie outside of the folder.
+    Raises InputError if neither exists, and for keys that lead out of the folder.
     """
-    found = store.list(key)
-    if not found:
+    keys = store.list(key)
+    if not keys:
         store.download(key, target)
         return
-    for name in found:
-        inside = PurePosixPath(name.removeprefix(f"{key}/"))
-        if inside.is_absolute() or ".." in inside.parts or "\\" in name or "\0" in name:
-            raise InputError(f"{store.uri}/{name} names a place outside of its folder; do not trust this bucket.")
-        store.download(name, target / inside)
+    for name in keys:
+        relative = PurePosixPath(name.removeprefix(f"{key}/"))
+        if relative.is_absolute() or ".." in relative.parts or "\\" in name or "\0" in name:
+            raise InputError(f"{store.uri}/{name} is a key that leads out of its folder; do not trust this bucket.")
+        store.download(name, target / relative)
 
 
 def upload_folder(store: Store, folder: Path, key: str, *, last: str) -> None:
-    """Copy a folder to a key that it replaces; the file called last comes last, so that without it the copy is incomplete."""
+    """Replace everything under key by a folder. The file named last is uploaded last and marks a complete upload."""
     store.delete(key)
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     for name in sorted(names, key=lambda name: (name == last, name)):

@@ -1,6 +1,6 @@
-"""Downloading one object in parallel ranges that survive the death of the process: boto3's own downloads begin again from 0.
+"""Download of one object in parallel ranges, which resumes after a crash; boto3's downloads start over.
 
-Beside the file lie `.NAME.ETAG.part` (as long as the object) and `.NAME.ETAG.done` (one byte a range: 1 when it has arrived).
+State next to the file: `.NAME.ETAG.part` (as long as the object) and `.NAME.ETAG.done` (one byte per range, 1 if complete).
 """
 
 import contextlib
@@ -17,36 +17,35 @@ from components.rlhf.storage.transfer import TransferProgress
 from components.rlhf.text.errors import InputError
 
 RANGE_BYTES = 16 * 2**20
-CHUNK_BYTES = 2**18  # with 2**20, benchmarks/storage.py is slower: the C library maps each block anew
+CHUNK_BYTES = 2**18  # benchmarks/storage.py is slower with 2**20, because malloc then maps each block
 THREADS = 8
-CRC32 = "crc32"  # name of the object metadata that holds the CRC32 of the whole file
+CRC32 = "crc32"  # name of the object metadata with the CRC32 of the whole file
 
 
 def download_object(
     client: Any, bucket: str, key: str, file: Path, retries: RetryBudget, log: Callable[[str], None] | None
 ) -> None:
-    """file appears when all ranges have arrived and the CRC32 of the whole is right. Raises InputError when the object is not what it says.
+    """Create file when all ranges have arrived and the CRC32 matches. Raises InputError if it does not match twice.
 
-    The memory it takes is that of CHUNK_BYTES for each of THREADS, whatever the size of the object.
+    Memory use is CHUNK_BYTES per thread, independent of the size of the object.
     """
-    name = f"s3://{bucket}/{key}"
-    for last_try in (False, True):
+    for is_last_attempt in (False, True):
         head = retries.run(f"find {key}", lambda: _head(client, bucket, key))
         part, done = (file.with_name(f".{file.name}.{_etag(head)}.{kind}") for kind in ("part", "done"))
         for old in file.parent.glob(f".{file.name}.*.part"):
-            if old != part:  # of what the object was before
+            if old != part:  # belongs to an earlier version of the object
                 old.unlink(missing_ok=True)
                 old.with_suffix(".done").unlink(missing_ok=True)
         try:
             crc32 = _fetch_ranges(client, bucket, key, head, part, done, retries, log)
-            if crc32 != (_crc32_in(head) or crc32):
+            if crc32 != (_crc32_of_object(head) or crc32):
                 raise StaleObjectError(
-                    f"{name} is not what was uploaded (checksum differs after two downloads); delete it and write it again."
+                    f"s3://{bucket}/{key} is corrupt (checksum differs after two downloads); delete it and upload it again."
                 )
         except StaleObjectError as stale:
             part.unlink(missing_ok=True)
             done.unlink(missing_ok=True)
-            if last_try:
+            if is_last_attempt:
                 raise InputError(str(stale)) from stale
             continue
         part.replace(file)
@@ -56,50 +55,51 @@ def download_object(
 
 def _head(client: Any, bucket: str, key: str) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+        head: dict[str, Any] = client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
     except Exception as error:
-        if is_code(error, "404", "NoSuchKey"):  # HEAD cannot say of what
+        if is_code(error, "404", "NoSuchKey"):  # HEAD does not distinguish a missing bucket, but this request does
             client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
             raise InputError(f"s3://{bucket}/{key} does not exist; correct the URI.") from error
         raise
-    _ = found["ETag"], found["ContentLength"]  # missing when the answer was cut off, which is worth another try
-    return found
+    _ = head["ETag"], head["ContentLength"]  # a KeyError means a truncated response, which is retried
+    return head
 
 
 def _fetch_ranges(
     client: Any, bucket: str, key: str, head: dict[str, Any], part: Path, done: Path, retries: RetryBudget,
     log: Callable[[str], None] | None,
 ) -> str:  # fmt: skip
-    """Fill the part file; return the CRC32 of the whole."""
+    """Download the missing ranges into the part file; return the CRC32 of the whole."""
     size = int(head["ContentLength"])
-    count = -(-size // RANGE_BYTES)
-    flags = (done.read_bytes() if done.is_file() and part.is_file() else b"").ljust(count, b"\0")
-    missing = [number for number in range(count) if flags[number] != 1]
-    meter = TransferProgress(f"downloading s3://{bucket}/{key}", size, log, done=(count - len(missing)) * RANGE_BYTES)
+    num_ranges = -(-size // RANGE_BYTES)
+    flags = (done.read_bytes() if done.is_file() and part.is_file() else b"").ljust(num_ranges, b"\0")
+    missing = [index for index in range(num_ranges) if flags[index] != 1]
+    bytes_done = (num_ranges - len(missing)) * RANGE_BYTES
+    progress = TransferProgress(f"downloading s3://{bucket}/{key}", size, log, done=bytes_done)
     with contextlib.ExitStack() as stack:
-        target, arrived = (os.open(path, os.O_RDWR | os.O_CREAT, 0o644) for path in (part, done))
-        stack.callback(os.close, target)
-        stack.callback(os.close, arrived)
-        os.ftruncate(target, size)
+        part_file, done_file = (os.open(path, os.O_RDWR | os.O_CREAT, 0o644) for path in (part, done))
+        stack.callback(os.close, part_file)
+        stack.callback(os.close, done_file)
+        os.ftruncate(part_file, size)
 
-        def fetch(number: int) -> None:
-            start = number * RANGE_BYTES
+        def fetch(index: int) -> None:
+            start = index * RANGE_BYTES
             stop = min(size, start + RANGE_BYTES)
             retries.run(
                 f"download {key}",
-                lambda: _fetch(client, bucket, key, head["ETag"], target, start, stop, meter),
+                lambda: _fetch(client, bucket, key, head["ETag"], part_file, start, stop, progress),
             )
-            os.pwrite(arrived, b"\1", number)
+            os.pwrite(done_file, b"\1", index)
 
         pool = stack.enter_context(ThreadPoolExecutor(THREADS))
         try:
-            futures = {number: pool.submit(fetch, number) for number in missing}
+            futures = {index: pool.submit(fetch, index) for index in missing}
             crc = 0
-            for number in range(count):  # checked in order while later ranges arrive
-                if number in futures:
-                    futures.pop(number).result()
-                for start in range(number * RANGE_BYTES, min(size, (number + 1) * RANGE_BYTES), CHUNK_BYTES):
-                    crc = zlib.crc32(os.pread(target, min(CHUNK_BYTES, size - start), start), crc)
+            for index in range(num_ranges):  # in order, while later ranges are downloaded
+                if index in futures:
+                    futures.pop(index).result()
+                for start in range(index * RANGE_BYTES, min(size, (index + 1) * RANGE_BYTES), CHUNK_BYTES):
+                    crc = zlib.crc32(os.pread(part_file, min(CHUNK_BYTES, size - start), start), crc)
             return f"{crc:08x}"
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -107,27 +107,24 @@ def _fetch_ranges(
 
 
 def _fetch(
-    client: Any, bucket: str, key: str, etag: str, target: int, start: int, stop: int, meter: TransferProgress
+    client: Any, bucket: str, key: str, etag: str, part_file: int, start: int, stop: int, progress: TransferProgress
 ) -> None:
-    """Write bytes start to stop of the object to where they belong."""
-    moved = 0
+    """Download bytes start to stop of the object into the same offsets of the part file."""
+    changed = StaleObjectError(f"s3://{bucket}/{key} changed during its download; try again when nothing writes to it.")
+    position = start
     try:
-        answer = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", IfMatch=etag)
-        if answer["ContentLength"] != stop - start:
-            raise StaleObjectError(
-                f"s3://{bucket}/{key} changed while it was downloaded; start again when nothing writes to it."
-            )
-        with contextlib.closing(answer["Body"]) as body:
+        response = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", IfMatch=etag)
+        if response["ContentLength"] != stop - start:
+            raise changed
+        with contextlib.closing(response["Body"]) as body:
             while chunk := body.read(CHUNK_BYTES):
-                os.pwrite(target, chunk, start + moved)
-                moved += len(chunk)
-                meter.add(len(chunk))
+                os.pwrite(part_file, chunk, position)
+                position += len(chunk)
+                progress.add(len(chunk))
     except BaseException as error:
-        meter.add(-moved)
+        progress.add(start - position)
         if is_code(error, "PreconditionFailed", "412", "InvalidRange", "NoSuchKey"):
-            raise StaleObjectError(
-                f"s3://{bucket}/{key} changed while it was downloaded; start again when nothing writes to it."
-            ) from error
+            raise changed from error
         raise
 
 
@@ -140,13 +137,13 @@ def crc32_of(file: Path) -> str:
     return f"{crc:08x}"
 
 
-def _crc32_in(head: dict[str, Any]) -> str | None:
-    """What our uploads carry; of others' objects what the store has, if it has one of the whole."""
-    ours: str | None = head.get("Metadata", {}).get(CRC32)
-    if ours is None and head.get("ChecksumType") == "FULL_OBJECT" and "ChecksumCRC32" in head:
+def _crc32_of_object(head: dict[str, Any]) -> str | None:
+    """The CRC32 in the metadata of an upload by S3Store, else the server's own if it covers the whole object."""
+    crc32: str | None = head.get("Metadata", {}).get(CRC32)
+    if crc32 is None and head.get("ChecksumType") == "FULL_OBJECT" and "ChecksumCRC32" in head:
         return b64decode(head["ChecksumCRC32"]).hex()
-    return ours
+    return crc32
 
 
 def _etag(head: dict[str, Any]) -> str:
-    return "".join(letter for letter in str(head["ETag"]) if letter.isalnum() or letter == "-")
+    return "".join(c for c in str(head["ETag"]) if c.isalnum() or c == "-")

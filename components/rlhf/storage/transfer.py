@@ -1,4 +1,4 @@
-"""How far a long transfer is: a line every few seconds, from whichever thread moves the bytes."""
+"""Progress lines of long transfers."""
 
 import threading
 import time
@@ -6,27 +6,27 @@ from collections.abc import Callable
 
 from components.rlhf.text.progress import format_duration
 
-SECONDS = 5.0
+INTERVAL_SECONDS = 5.0
 
 
 class TransferProgress:
-    """Counts the bytes of one transfer. The first line comes after a few seconds, so that short ones are silent."""
+    """Logs the progress of one transfer every 5 seconds, starting after 5 seconds. Thread-safe."""
 
-    def __init__(self, what: str, total: int, log: Callable[[str], None] | None, *, done: int = 0) -> None:
-        self.what, self.total, self.log = what, total, log
+    def __init__(self, label: str, total: int, log: Callable[[str], None] | None, *, done: int = 0) -> None:
+        self.label, self.total, self.log = label, total, log
         self._lock = threading.Lock()
-        self._done = self._before = done
-        self._began = self._shown = time.monotonic()
+        self._done = self._done_at_start = done
+        self._started = self._last_logged = time.monotonic()
 
     def add(self, num_bytes: int) -> None:
-        """num_bytes more have been moved; a negative number takes back what has to be moved again."""
+        """Count transferred bytes; a negative number discards bytes that have to be transferred again."""
         with self._lock:
             self._done += num_bytes
             now = time.monotonic()
-            if self.log is None or now - self._shown < SECONDS:
+            if self.log is None or now - self._last_logged < INTERVAL_SECONDS:
                 return
-            self._shown = now
-            rate = max(1.0, (self._done - self._before) / (now - self._began))
+            self._last_logged = now
+            rate = max(1.0, (self._done - self._done_at_start) / (now - self._started))
             left = format_duration(max(0, self.total - self._done) / rate)
-            text = f"{self.what}: {self._done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s, {left} left"
+            text = f"{self.label}: {self._done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s, {left} left"
         self.log(text)

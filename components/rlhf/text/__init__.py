@@ -1,7 +1,7 @@
-"""Text that people and programs read: strict JSON and YAML, credentials, redaction, progress and error messages.
+"""Input and output of text: strict JSON and YAML, credentials, redaction, progress and error messages.
 
 Rooms: none.
 Packages: yaml.
 
-It needs no other room and nothing that takes long to import.
+It imports no other room and nothing that is slow to import.
 """

@@ -1,27 +1,27 @@
-"""What in a text gives access to something. Settings refuse it, because they travel into pipelines, reports and MLflow;
-whatever writes text hides it (edges/secrets.py)."""
+"""Patterns of credentials. Settings that contain one are rejected, because they are copied into pipelines, reports and MLflow;
+text that is written out is redacted (redaction.py)."""
 
 import re
 
-# What stands before the host: https://USER:PASSWORD@HOST, https://TOKEN@HOST.
-ADDRESS = re.compile(r"(?<=://)[^\s/?#'\"<>]+(?=@)")
-# A signed address (S3, GCS, Azure), or a key in its query.
-SIGNED = re.compile(
+# User information before the host of a URL: https://USER:PASSWORD@HOST, https://TOKEN@HOST.
+USERINFO = re.compile(r"(?<=://)[^\s/?#'\"<>]+(?=@)")
+# Signature of a presigned URL (S3, GCS, Azure), or a key in a URL's query.
+QUERY_SECRET = re.compile(
     r"(?i)(?<=[?&;])((?:x-(?:amz|goog)-(?:signature|credential|security-token)|signature|sig|awsaccesskeyid|access_token|token"
     r"|api_?key|key|secret|password)=)[^&\s#'\"<>]+"
 )
-# Environment variables: HF_TOKEN, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD, RLHF_WEBHOOK_URL; no HF_TOKEN_PATH, which names a
-# file, and no AWS_ACCESS_KEY_ID or MLFLOW_TRACKING_USERNAME: a name is no secret, and often a common word.
-NAME = re.compile(
+# Environment variables such as HF_TOKEN, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD and RLHF_WEBHOOK_URL. Not HF_TOKEN_PATH, which
+# names a file, nor AWS_ACCESS_KEY_ID or MLFLOW_TRACKING_USERNAME: a user name is not a secret, and often a common word.
+SECRET_NAME = re.compile(
     r"(?i)(?:.*_)?(?:token|secret|password|passwd|passphrase|pat|key|cookies?|webhook|webhook_url)|.*secret.*key|.*connection_string"
 )
 
 
 def contains_credentials(text: str) -> bool:
-    """Whether a text holds an address with a user, a password or a signature in it."""
-    return "://" in text and bool(ADDRESS.search(text) or SIGNED.search(text))
+    """Whether a text contains a URL with a user, a password or a signature."""
+    return "://" in text and bool(USERINFO.search(text) or QUERY_SECRET.search(text))
 
 
 def is_secret_name(variable: str) -> bool:
     """Whether an environment variable of this name holds a secret."""
-    return NAME.fullmatch(variable) is not None
+    return SECRET_NAME.fullmatch(variable) is not None

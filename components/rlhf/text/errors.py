@@ -1,12 +1,12 @@
-"""The one exception whose message is meant for the person who runs a stage."""
+"""The exception whose message is written for the user."""
 
 import math
 
 
 class InputError(Exception):
-    """What is wrong, where, and what to do, in one sentence. Programs print it without a traceback and exit 1.
+    """An error that the user can fix; the message says what, where and what to do. Programs print it without a traceback and exit 1.
 
-    It may quote names and values from outside: whatever would break a line or steer a terminal is written as an escape.
+    The message may quote untrusted names and values: characters that break a line or control a terminal are escaped.
     """
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
-"""Secrets of the environment stay out of whatever is written for people and for other systems: logs, errors, MLflow, KFP, reports.
+"""Redaction of the environment's secrets from all output: logs, errors, MLflow, KFP and reports.
 
-Settings hold none, which is checked where they are read (config/credentials.py, pipelines/settings.py). What remains are texts of
-libraries that quote them: an address in an error, a header. Every text that leaves goes through redact().
+Settings contain no secrets (checked by config/base.py and pipelines/settings.py), but libraries quote them, for example a URL
+in an error message or a header. All text that leaves a process goes through redact().
 """
 
 import base64
@@ -15,47 +15,45 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO, cast
 from urllib.parse import quote, quote_plus, unquote
 
-from components.rlhf.text.credentials import ADDRESS, SIGNED, is_secret_name
+from components.rlhf.text.credentials import QUERY_SECRET, USERINFO, is_secret_name
 
 HIDDEN = "***"
-MIN_SECRET_CHARS = (
-    8  # characters: a shorter value is a word that every text may hold, and no secret that anybody should use
-)
+MIN_SECRET_CHARS = 8  # a shorter value is too likely to occur in ordinary text
 HEADER = re.compile(r"(?i)(authorization\W{1,6}(?:bearer|basic)\s+)[^\s'\"]+")
 HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
 
 def redact(text: str) -> str:
-    """The text with *** in place of every secret of this process's environment, and of credentials in addresses and headers."""
+    """Replace secrets of this process's environment, and credentials in URLs and headers, by ***."""
     return redactor(os.environ)(text)
 
 
 def redactor(environment: Mapping[str, str]) -> Callable[[str], str]:
-    """As redact, for the environment of another process."""
-    known = _pattern(tuple(sorted(set(find_secrets(environment).values()))))
+    """Return redact() for the environment of another process."""
+    secrets = _secrets_pattern(tuple(sorted(set(find_secrets(environment).values()))))
 
     def redact_text(text: str) -> str:
-        if known:
-            text = known.sub(HIDDEN, text)
+        if secrets:
+            text = secrets.sub(HIDDEN, text)
         if "://" in text:
-            text = SIGNED.sub(rf"\g<1>{HIDDEN}", ADDRESS.sub(HIDDEN, text))
+            text = QUERY_SECRET.sub(rf"\g<1>{HIDDEN}", USERINFO.sub(HIDDEN, text))
         return HUB_TOKEN.sub(HIDDEN, HEADER.sub(rf"\g<1>{HIDDEN}", text))
 
     return redact_text
 
 
 def find_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """Secrets, each by the variable that holds it; a key ends in [n] where a variable holds several."""
-    found = {}
-    for name, value in environment.items():
-        for number, secret in enumerate(_secrets_of(name, value)):
-            if len(secret) >= MIN_SECRET_CHARS:
-                found[f"{name}[{number}]" if number else name] = secret
-    return found
+    """Secrets of at least 8 characters, by variable name; further secrets of one variable have keys NAME[n]."""
+    return {
+        f"{name}[{index}]" if index else name: secret
+        for name, value in environment.items()
+        for index, secret in enumerate(_secrets_of(name, value))
+        if len(secret) >= MIN_SECRET_CHARS
+    }
 
 
 def redact_output() -> None:
-    """From here on what this process prints goes through redact(): tracebacks and the logs of libraries, too."""
+    """Redact everything that this process prints from now on, including tracebacks and the logs of libraries."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, RedactedStream):
@@ -63,7 +61,7 @@ def redact_output() -> None:
 
 
 class RedactedStream:
-    """A text stream that redacts what is written. It keeps nothing back: threads and signal handlers write to it, too."""
+    """A text stream that redacts each write. It does not buffer, because threads and signal handlers write to it too."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -84,28 +82,28 @@ def _secrets_of(name: str, value: str) -> Iterator[str]:
     value = value.strip()
     if is_secret_name(name) and not (value.startswith(("/", "~", "./")) and os.path.exists(os.path.expanduser(value))):
         yield value
-        if "://" in value:  # a webhook's secret is its path, and libraries quote the path alone
+        if "://" in value:  # a webhook's secret is its path, which libraries quote without the host
             yield value.partition("://")[2].partition("/")[2]
-        elif "\n" in value:  # a private key; logs are read line by line
+        elif "\n" in value:  # a private key, which may be logged line by line
             yield from (line.strip() for line in value.splitlines() if not line.startswith("-----"))
-    for user in ADDRESS.findall(value):
-        yield user
-        yield user.partition(":")[2]
+    for userinfo in USERINFO.findall(value):
+        yield userinfo
+        yield userinfo.partition(":")[2]
 
 
 def _encodings(secret: str) -> set[str]:
-    """How a secret is written in addresses, JSON, HTML, Python and headers."""
+    """The secret as it is encoded in URLs, JSON, HTML, Python and headers."""
     plain = {secret, unquote(secret)}
-    written: set[str] = set()
+    encoded: set[str] = set()
     for text in plain:
-        written |= {quote(text, safe=""), quote(text), quote_plus(text), html.escape(text), repr(text)[1:-1]}
-        written |= {json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]}
-        written.add(base64.b64encode(text.encode(errors="surrogateescape")).decode())
-    return plain | written
+        encoded |= {quote(text, safe=""), quote(text), quote_plus(text), html.escape(text), repr(text)[1:-1]}
+        encoded |= {json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]}
+        encoded.add(base64.b64encode(text.encode(errors="surrogateescape")).decode())
+    return plain | encoded
 
 
 @functools.lru_cache(maxsize=8)
-def _pattern(secrets: tuple[str, ...]) -> re.Pattern[str] | None:
-    """The longest first: one secret may begin with another."""
-    forms = sorted({form for secret in secrets for form in _encodings(secret)}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, forms))) if forms else None
+def _secrets_pattern(secrets: tuple[str, ...]) -> re.Pattern[str] | None:
+    """Matches any encoding of any secret; the longest first, because one secret may start with another."""
+    encodings = sorted({text for secret in secrets for text in _encodings(secret)}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, encodings))) if encodings else None

@@ -1,7 +1,7 @@
-"""MLflow: runs, metrics and the model registry.
+"""Experiment tracking and model registry in MLflow.
 
 Rooms: config, text.
 Packages: mlflow.
 
-It never fails a run, and knows nothing of tensors.
+Failures of MLflow are warnings and never fail a run.
 """

@@ -1,10 +1,10 @@
-"""A version in MLflow's model registry, whatever was decided; the alias moves only to what was promoted."""
+"""Registration of model versions in MLflow's model registry."""
 
 from collections.abc import Mapping
 
 from components.rlhf.config.storage import TrackingConfig
 from components.rlhf.text.redaction import redact
-from components.rlhf.tracking.mlflow import connect, warn
+from components.rlhf.tracking.mlflow import RUN_ID_TAG, connect, warn
 
 ALIAS = "champion"
 
@@ -12,10 +12,10 @@ ALIAS = "champion"
 def register_version(
     tracking: TrackingConfig, *, source: str, run_id: str, decision: str, reason: str, lineage: Mapping[str, str]
 ) -> str:
-    """Register the model folder or URI with its lineage as tags; return the version, or "" when there is no registry.
+    """Register a model folder or URI with its lineage as tags; return the version, or "" if there is no registry.
 
-    promote moves the alias `champion` to it; reject leaves the alias and says why in a tag. As everywhere, a registry that
-    cannot be reached is a warning, not a failure. A stage that is run again finds the version it made.
+    The decision promote moves the alias `champion` to the version. Errors of MLflow are warnings. If the run has
+    registered a version already, that version is updated.
     """
     if not tracking.enabled or not tracking.uri:
         return ""
@@ -24,16 +24,16 @@ def register_version(
         name = tracking.registered_model
         if not any(model.name == name for model in client.search_registered_models(f"name = '{name}'")):
             client.create_registered_model(name)
-        told = {"decision": decision, "reason": reason, "rlhf.run_id": run_id, **lineage}
-        tags = {key: redact(value) for key, value in told.items()}
-        version = next(
-            (v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("rlhf.run_id") == run_id), None
-        ) or client.create_model_version(name, source=source, tags=tags)
+        tags = {"decision": decision, "reason": reason, RUN_ID_TAG: run_id, **lineage}
+        tags = {key: redact(value) for key, value in tags.items()}
+        versions = client.search_model_versions(f"name = '{name}'")
+        version = next((version for version in versions if version.tags.get(RUN_ID_TAG) == run_id), None)
+        version = version or client.create_model_version(name, source=source, tags=tags)
         for key, value in tags.items():
             client.set_model_version_tag(name, version.version, key, value)
         if decision == "promote":
             client.set_registered_model_alias(name, ALIAS, version.version)
         return str(version.version)
-    except Exception as error:  # tracking never fails a run
+    except Exception as error:  # MLflow must not fail a run
         warn(error)
         return ""

@@ -150,7 +150,7 @@ class TestDeath:
         _, said = launcher.communicate(timeout=120)
         assert launcher.returncode == 1
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
-        assert errors == ["error: rank 1 of 2 was ended by SIGKILL; the machine may have run out of memory."]
+        assert errors == ["error: rank 1 of 2 was killed by SIGKILL; the machine may have run out of memory."]
         assert self.living(ranks.values()) == []
         assert list(tmp_path.iterdir()) == []
 

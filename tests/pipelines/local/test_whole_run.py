@@ -116,7 +116,7 @@ def test_an_error_that_quotes_a_secret_shows_stars_everywhere(tmp_path: Path, ti
     result = run_pipeline(params, tmp_path / "run", RLHF_PROGRESS_SECONDS=f"5 {PLANTED['HF_TOKEN']}")
     assert result.returncode == 1
     (tmp_path / "terminal").write_text(result.stdout + result.stderr, encoding="utf-8")
-    sentence = "RLHF_PROGRESS_SECONDS is '5 ***'; it takes a number of seconds"
+    sentence = "RLHF_PROGRESS_SECONDS is '5 ***'; set it to a number of seconds"
     assert sentence in result.stdout
     assert sentence in summary_of(tmp_path / "run")["reason"]
     assert sentence in (tmp_path / "run/logs/import_model.log").read_text(encoding="utf-8")

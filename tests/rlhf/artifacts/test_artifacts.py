@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer, writing
+from components.rlhf.artifacts.directory import atomic_directory, open_artifact, require_same_tokenizer
 from components.rlhf.artifacts.manifest import KINDS, MANIFEST, FileEntry, Manifest, read_manifest, write_manifest
 from components.rlhf.artifacts.revision import code_revision
 from components.rlhf.text.errors import InputError
 
-SHA_OF_ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # the standard's own example
+SHA_OF_ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # the example of FIPS 180-4
 
 
-def make(directory: Path, **fields: Any) -> Manifest:
+def make_artifact(directory: Path, **fields: Any) -> Manifest:
     (directory / "deep").mkdir(parents=True)
     (directory / "a.txt").write_bytes(b"abc")
     (directory / "deep/b.bin").write_bytes(b"\0" * 5)
@@ -39,122 +39,127 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
 # --- writing ---
 
 
-def test_what_is_written_appears_at_the_end_and_whole(tmp_path: Path) -> None:
+def test_directory_appears_atomically(tmp_path: Path) -> None:
     target = tmp_path / "new" / "out"
-    with writing(target) as draft:
-        assert draft.parent == target.parent  # one file system, so that the rename is atomic
-        (draft / "a").write_text("1", encoding="utf-8")
+    with atomic_directory(target) as folder:
+        assert folder.parent == target.parent  # one file system, so that the rename is atomic
+        (folder / "a").write_text("1", encoding="utf-8")
         assert not target.exists()
     assert [path.name for path in target.iterdir()] == ["a"]
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), writing(tmp_path / "out") as draft:
-        (draft / "a").write_text("1", encoding="utf-8")
+def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("1", encoding="utf-8")
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), writing(tmp_path / "out"):
+def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "out"):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_there_survives_a_failure_and_gives_way_to_success(tmp_path: Path) -> None:
+def test_existing_directory_is_replaced_only_on_success(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with writing(target) as draft:
-        (draft / "old").write_text("1", encoding="utf-8")
-    with pytest.raises(ZeroDivisionError), writing(target) as draft:
-        (draft / "new").write_text("2", encoding="utf-8")
+    with atomic_directory(target) as folder:
+        (folder / "old").write_text("1", encoding="utf-8")
+    with pytest.raises(ZeroDivisionError), atomic_directory(target) as folder:
+        (folder / "new").write_text("2", encoding="utf-8")
         raise ZeroDivisionError
     assert [path.name for path in target.iterdir()] == ["old"]
-    with writing(target) as draft:
-        (draft / "new").write_text("2", encoding="utf-8")
+    with atomic_directory(target) as folder:
+        (folder / "new").write_text("2", encoding="utf-8")
     assert [path.name for path in target.iterdir()] == ["new"]
 
 
-def test_a_draft_that_a_death_left_behind_does_not_leak_into_the_next(tmp_path: Path) -> None:
+def test_leftovers_of_a_crashed_write_are_discarded(tmp_path: Path) -> None:
     stale = tmp_path / f".out.writing-{os.getpid()}"
     stale.mkdir()
     (stale / "stale").touch()
-    with writing(tmp_path / "out"):
+    with atomic_directory(tmp_path / "out"):
         pass
     assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EPERM])
-def test_a_parent_that_cannot_be_written(tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_parent_is_refused(tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_arguments: object, **_options: object) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(InputError) as caught, writing(tmp_path / "out"):
+    with pytest.raises(InputError) as caught, atomic_directory(tmp_path / "out"):
         pass
     assert str(caught.value) == f"{tmp_path} is not writable; choose another output folder."
 
 
-def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
+def test_file_as_parent_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(InputError, match="file is not writable; choose another output folder"),
-        writing(tmp_path / "file/out"),
+        atomic_directory(tmp_path / "file/out"),
     ):
         pass
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_parent_without_permission(tmp_path: Path) -> None:
+def test_parent_without_permission_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(InputError, match="is not writable; choose another output folder"), writing(tmp_path / "out"):
+    with (
+        pytest.raises(InputError, match="is not writable; choose another output folder"),
+        atomic_directory(tmp_path / "out"),
+    ):
         pass
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
-    with pytest.raises(InputError) as caught, writing(tmp_path / "out"):
+def test_full_disk_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught, atomic_directory(tmp_path / "out"):
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert str(caught.value) == f"{tmp_path} has no room left while writing out; free some space and run again."
+    assert str(caught.value) == f"{tmp_path} has no space left for out; free some space and run again."
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_failures_of_the_system_stay_as_they_are(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="I/O"), writing(tmp_path / "out"):
+def test_other_os_errors_are_not_converted(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="I/O"), atomic_directory(tmp_path / "out"):
         raise OSError(errno.EIO, "I/O error")
 
 
 # --- the manifest ---
 
 
-def test_a_manifest_by_hand(tmp_path: Path) -> None:
-    made = make(tmp_path / "a", settings="abc", parents={"base": "d" * 64}, tokenizer_digest="t", facts={"n": 3})
-    assert made.files == {
+def test_manifest_has_the_expected_fields(tmp_path: Path) -> None:
+    manifest = make_artifact(
+        tmp_path / "a", settings="abc", parents={"base": "d" * 64}, tokenizer_digest="t", facts={"n": 3}
+    )
+    assert manifest.files == {
         "a.txt": FileEntry(sha256=SHA_OF_ABC, size=3),
         "deep/b.bin": FileEntry(sha256=hashlib.sha256(b"\0\0\0\0\0").hexdigest(), size=5),
     }
-    assert made.config_digest == SHA_OF_ABC
-    assert made.created_at.endswith("+00:00")
-    assert made.schema_version == 1
-    assert read_manifest(tmp_path / "a") == made
-    assert open_artifact(tmp_path / "a", "prompts") == made
+    assert manifest.config_digest == SHA_OF_ABC
+    assert manifest.created_at.endswith("+00:00")
+    assert manifest.schema_version == 1
+    assert read_manifest(tmp_path / "a") == manifest
+    assert open_artifact(tmp_path / "a", "prompts") == manifest
 
 
-def test_a_file_called_manifest_further_down_is_content(tmp_path: Path) -> None:
+def test_manifest_in_subfolder_is_an_ordinary_file(tmp_path: Path) -> None:
     (tmp_path / "a/deep").mkdir(parents=True)
     (tmp_path / "a/deep" / MANIFEST).write_bytes(b"abc")
     assert list(write_manifest(tmp_path / "a", kind="code").files) == [f"deep/{MANIFEST}"]
 
 
-def test_only_known_kinds_are_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'promts' is not a kind of artifact"):
+def test_unknown_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'promts' is not an artifact kind"):
         write_manifest(tmp_path, kind="promts")
     assert not (tmp_path / MANIFEST).exists()
     assert len(KINDS) == 10
 
 
-def test_the_digest_ignores_the_time_of_creation_and_nothing_else(tmp_path: Path) -> None:
-    made = make(tmp_path / "a")
-    assert dataclasses.replace(made, created_at="1970-01-01T00:00:00+00:00").digest == made.digest
+def test_digest_covers_everything_but_created_at(tmp_path: Path) -> None:
+    manifest = make_artifact(tmp_path / "a")
+    assert dataclasses.replace(manifest, created_at="1970-01-01T00:00:00+00:00").digest == manifest.digest
     changes: dict[str, Any] = {
         "kind": "demonstrations",
         "files": {},
@@ -167,27 +172,29 @@ def test_the_digest_ignores_the_time_of_creation_and_nothing_else(tmp_path: Path
         "schema_version": 2,
     }
     assert {"created_at", *changes} == {field.name for field in dataclasses.fields(Manifest)}
-    digests = {dataclasses.replace(made, **{name: value}).digest for name, value in changes.items()}
-    assert len(digests | {made.digest}) == len(changes) + 1
+    digests = {dataclasses.replace(manifest, **{name: value}).digest for name, value in changes.items()}
+    assert len(digests | {manifest.digest}) == len(changes) + 1
 
 
-def test_the_digest_does_not_depend_on_the_order_of_files(tmp_path: Path) -> None:
-    made = make(tmp_path / "a")
-    backwards = dataclasses.replace(made, files=dict(reversed(made.files.items())))
-    assert list(backwards.files) != list(made.files)
-    assert backwards.digest == made.digest
+def test_digest_does_not_depend_on_the_order_of_files(tmp_path: Path) -> None:
+    manifest = make_artifact(tmp_path / "a")
+    backwards = dataclasses.replace(manifest, files=dict(reversed(manifest.files.items())))
+    assert list(backwards.files) != list(manifest.files)
+    assert backwards.digest == manifest.digest
 
 
 def test_metadata_is_flat(tmp_path: Path) -> None:
-    made = make(tmp_path / "a", parents={"base_model": "d" * 64}, facts={"num_train": 3, "score": 0.5, "source": "x"})
-    metadata = made.metadata()
+    manifest = make_artifact(
+        tmp_path / "a", parents={"base_model": "d" * 64}, facts={"num_train": 3, "score": 0.5, "source": "x"}
+    )
+    metadata = manifest.metadata()
     assert metadata == {
         "kind": "prompts",
-        "digest": made.digest,
+        "digest": manifest.digest,
         "tokenizer_digest": "",
         "chat_template_digest": "",
         "config_digest": "",
-        "code_revision": made.code_revision,
+        "code_revision": manifest.code_revision,
         "num_bytes": 8,
         "parent_base_model": "d" * 64,
         "num_train": 3,
@@ -200,73 +207,74 @@ def test_metadata_is_flat(tmp_path: Path) -> None:
 # --- opening ---
 
 
-def test_any_of_several_kinds(tmp_path: Path) -> None:
-    make(tmp_path / "a")
+def test_one_of_several_kinds_is_accepted(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "a")
     assert open_artifact(tmp_path / "a", "demonstrations", "prompts").kind == "prompts"
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_folder_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "a") == f"{tmp_path / 'a'} is not a folder; an artifact is a folder with a {MANIFEST}."
 
 
-def test_no_manifest(tmp_path: Path) -> None:
-    make(tmp_path / "a")
+def test_missing_manifest_is_refused(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "a")
     (tmp_path / "a" / MANIFEST).unlink()
-    assert refusal(tmp_path / "a").startswith(f"{tmp_path / 'a'} has no {MANIFEST}: it is incomplete or no artifact")
-
-
-def test_the_wrong_kind(tmp_path: Path) -> None:
-    make(tmp_path / "a")
-    said = refusal(tmp_path / "a", "sft_model", "base_model")
-    assert (
-        said == f"{tmp_path / 'a'} is a prompts, but a sft_model or base_model is needed here; pass the right artifact."
+    assert refusal(tmp_path / "a").startswith(
+        f"{tmp_path / 'a'} has no {MANIFEST}: it is incomplete or not an artifact"
     )
 
 
+def test_wrong_kind_is_refused(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "a")
+    message = refusal(tmp_path / "a", "sft_model", "base_model")
+    assert message == f"{tmp_path / 'a'} is a prompts, expected a sft_model or base_model; pass the right artifact."
+
+
 @pytest.mark.parametrize("content", [b"abd", b"abcd", b""])
-def test_an_altered_file(tmp_path: Path, content: bytes) -> None:
-    make(tmp_path / "a")
+def test_modified_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    make_artifact(tmp_path / "a")
     (tmp_path / "a/a.txt").write_bytes(content)
-    assert refusal(tmp_path / "a").startswith(f"{tmp_path / 'a/a.txt'} is not what its manifest says (sha256 differs)")
+    assert refusal(tmp_path / "a").startswith(f"{tmp_path / 'a/a.txt'} does not match its manifest (sha256 differs)")
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
-    make(tmp_path / "a")
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "a")
     (tmp_path / "a/deep/b.bin").unlink()
     assert refusal(tmp_path / "a").startswith(f"{tmp_path / 'a'} lacks deep/b.bin, which its manifest lists")
 
 
-def test_an_added_file(tmp_path: Path) -> None:
-    """A chat template or an index of weights laid beside the others would change what is loaded."""
-    make(tmp_path / "a")
+def test_added_file_is_refused(tmp_path: Path) -> None:
+    """An added chat template or index of weights would change what is loaded."""
+    make_artifact(tmp_path / "a")
     (tmp_path / "a/deep/chat_template.jinja").touch()
-    said = refusal(tmp_path / "a")
+    message = refusal(tmp_path / "a")
     assert (
-        said == f"{tmp_path / 'a'} holds deep/chat_template.jinja, which its manifest does not list; delete that file."
+        message
+        == f"{tmp_path / 'a'} contains deep/chat_template.jinja, which its manifest does not list; delete that file."
     )
 
 
 @pytest.mark.parametrize("name", ["../outside.txt", "deep/../../outside.txt", "/etc/hostname"])
-def test_a_manifest_that_points_outside(tmp_path: Path, name: str) -> None:
-    make(tmp_path / "a")
+def test_path_outside_the_artifact_is_refused(tmp_path: Path, name: str) -> None:
+    make_artifact(tmp_path / "a")
     (tmp_path / "outside.txt").write_bytes(b"abc")
     edit(tmp_path / "a", lambda content: content["files"].update({name: content["files"]["a.txt"]}))
-    assert f"its manifest names {name}, which lies outside" in refusal(tmp_path / "a")
+    assert f"its manifest lists {name}, which is not a path inside" in refusal(tmp_path / "a")
 
 
-def test_a_link_that_points_outside(tmp_path: Path) -> None:
+def test_link_out_of_the_artifact_is_refused(tmp_path: Path) -> None:
     (tmp_path / "outside.txt").write_bytes(b"abc")
-    make(tmp_path / "a")
+    make_artifact(tmp_path / "a")
     (tmp_path / "a/a.txt").unlink()
     (tmp_path / "a/a.txt").symlink_to(tmp_path / "outside.txt")
-    assert f"{tmp_path}/a/a.txt is a link" in refusal(tmp_path / "a")
+    assert f"{tmp_path}/a/a.txt is a symbolic link" in refusal(tmp_path / "a")
 
 
-def test_another_schema_version(tmp_path: Path) -> None:
-    make(tmp_path / "a")
+def test_other_schema_version_is_refused(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "a")
     edit(tmp_path / "a", lambda content: content.update(schema_version=2))
     assert refusal(tmp_path / "a") == (
-        f"{tmp_path / 'a' / MANIFEST} has schema version 2; this version reads 1. Make the artifact again."
+        f"{tmp_path / 'a' / MANIFEST} has schema version 2, expected 1; create the artifact again."
     )
     edit(tmp_path / "a", lambda content: content.pop("schema_version"))
     assert "has schema version None" in refusal(tmp_path / "a")
@@ -288,8 +296,8 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("content", GARBAGE.values(), ids=GARBAGE.keys())
-def test_a_manifest_that_is_garbage(tmp_path: Path, content: bytes) -> None:
-    make(tmp_path / "a")
+def test_malformed_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
+    make_artifact(tmp_path / "a")
     (tmp_path / "a" / MANIFEST).write_bytes(content)
     assert refusal(tmp_path / "a").startswith(f"{tmp_path / 'a' / MANIFEST} is not a manifest (")
 
@@ -297,35 +305,39 @@ def test_a_manifest_that_is_garbage(tmp_path: Path, content: bytes) -> None:
 # --- lineage ---
 
 
-def manifest(tokenizer: str = "t", template: str = "c") -> Manifest:
+def manifest_with(tokenizer: str = "t", template: str = "c") -> Manifest:
     return Manifest(kind="prompts", files={}, tokenizer_digest=tokenizer, chat_template_digest=template)
 
 
-def test_the_same_tokenizer() -> None:
-    require_same_tokenizer(prompts=(Path("/p"), manifest()), sft_model=(Path("/s"), manifest()))
-    # A judge has no tokenizer, and stands anywhere in the row.
+def test_same_tokenizer_is_accepted() -> None:
+    require_same_tokenizer(prompts=(Path("/p"), manifest_with()), sft_model=(Path("/s"), manifest_with()))
+    # A judge has no tokenizer, and may be in any position.
     require_same_tokenizer(
-        judge=(Path("/j"), manifest("", "")), prompts=(Path("/p"), manifest()), sft_model=(Path("/s"), manifest())
+        judge=(Path("/j"), manifest_with("", "")),
+        prompts=(Path("/p"), manifest_with()),
+        sft_model=(Path("/s"), manifest_with()),
     )
     require_same_tokenizer()
 
 
 @pytest.mark.parametrize(
-    ("other", "what"), [(manifest(tokenizer="u"), "tokenizers"), (manifest(template="d"), "chat templates")]
+    ("other", "name"), [(manifest_with(tokenizer="u"), "tokenizers"), (manifest_with(template="d"), "chat templates")]
 )
-def test_different_tokenizers_name_both_artifacts(other: Manifest, what: str) -> None:
+def test_different_tokenizers_are_refused(other: Manifest, name: str) -> None:
     with pytest.raises(InputError) as caught:
         require_same_tokenizer(
-            prompts=(Path("/p"), manifest()), sft_model=(Path("/s"), manifest()), reward_model=(Path("/r"), other)
+            prompts=(Path("/p"), manifest_with()),
+            sft_model=(Path("/s"), manifest_with()),
+            reward_model=(Path("/r"), other),
         )
     assert str(caught.value) == (
-        f"The prompts (/p) and the reward_model (/r) have different {what}; "
+        f"The prompts (/p) and the reward_model (/r) have different {name}; "
         "token ids would mean different text. Train both from the same base model."
     )
 
 
-def test_an_image_says_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images have no git; without this, two builds of one version would share checkpoints."""
+def test_revision_of_an_image_comes_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images have no git repository; otherwise two builds of the same version would share checkpoints."""
     monkeypatch.setenv("RLHF_CODE_REVISION", "abc123")
     code_revision.cache_clear()
     assert code_revision() == "abc123"

@@ -1,4 +1,4 @@
-"""Artifacts from a store that others write to: each opens as it was made, or is refused with one sentence."""
+"""Artifacts from an untrusted store: each is unmodified, or refused with a readable error message."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from components.rlhf.artifacts.directory import open_artifact
 from components.rlhf.artifacts.manifest import MANIFEST, read_manifest, write_manifest
 from components.rlhf.text.errors import InputError
-from tests.support.hostile_input import one_sentence
+from tests.support.hostile_input import result_or_refusal
 
 FUZZ = settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
@@ -35,41 +35,37 @@ def artifact(tmp_path: Path) -> Path:
     return folder
 
 
-def places(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """The way to everything in a manifest."""
-    below = (
-        [place for key, inner in value.items() for place in places(inner, (*path, key))]
-        if isinstance(value, dict)
-        else []
-    )
-    return [path, *below]
+def paths_in(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The paths of all values in a manifest."""
+    items = value.items() if isinstance(value, dict) else ()
+    return [path, *(nested for key, inner in items for nested in paths_in(inner, (*path, key)))]
 
 
 @FUZZ
 @given(data=st.data())
-def test_a_manifest_with_anything_in_any_place(artifact: Path, data: st.DataObject) -> None:
+def test_fuzzed_manifest_is_valid_or_refused(artifact: Path, data: st.DataObject) -> None:
     path = artifact / MANIFEST
     good = path.read_text(encoding="utf-8")
     content = json.loads(good)
-    way = data.draw(st.sampled_from(places(content)))
-    holder = content
-    for key in way[:-1]:
-        holder = holder[key]
-    match data.draw(st.sampled_from(["replace", "remove", "add", "rename"])) if way else "whole":
+    keys = data.draw(st.sampled_from(paths_in(content)))
+    parent = content
+    for key in keys[:-1]:
+        parent = parent[key]
+    match data.draw(st.sampled_from(["replace", "remove", "add", "rename"])) if keys else "whole":
         case "replace":
-            holder[way[-1]] = data.draw(JSON)
+            parent[keys[-1]] = data.draw(JSON)
         case "remove":
-            del holder[way[-1]]
+            del parent[keys[-1]]
         case "add":
-            holder[data.draw(st.text(max_size=10))] = data.draw(JSON)
+            parent[data.draw(st.text(max_size=10))] = data.draw(JSON)
         case "rename":
-            holder[data.draw(st.text(max_size=10))] = holder.pop(way[-1])
+            parent[data.draw(st.text(max_size=10))] = parent.pop(keys[-1])
         case _:
             content = data.draw(JSON)
     try:
         path.write_text(json.dumps(content), encoding="utf-8")
-        opened = one_sentence(lambda: open_artifact(artifact, "prompts"))
-        if opened is not None:  # whatever else it says of itself, the files are what they were
+        opened = result_or_refusal(lambda: open_artifact(artifact, "prompts"))
+        if opened is not None:  # other fields may differ, but the files are the original ones
             assert set(opened.files) == {"a.txt", "sub/b.txt"}
             json.dumps(opened.metadata(), allow_nan=False).encode()
             assert len(opened.digest) == 64
@@ -79,9 +75,9 @@ def test_a_manifest_with_anything_in_any_place(artifact: Path, data: st.DataObje
 
 @FUZZ
 @given(st.binary(max_size=300))
-def test_a_manifest_of_any_bytes(artifact: Path, content: bytes) -> None:
+def test_random_bytes_as_manifest_are_refused(artifact: Path, content: bytes) -> None:
     (artifact / MANIFEST).write_bytes(content)
-    assert one_sentence(lambda: open_artifact(artifact, "prompts")) is None
+    assert result_or_refusal(lambda: open_artifact(artifact, "prompts")) is None
 
 
 NAMES = [
@@ -91,32 +87,32 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_that_lead_elsewhere(artifact: Path, name: str) -> None:
+def test_unsafe_file_names_are_refused(artifact: Path, name: str) -> None:
     (artifact.parent / "outside").write_bytes(b"abc")
     content = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
     content["files"][name] = content["files"]["a.txt"]
     (artifact / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(InputError, match="do not trust this artifact"):
         open_artifact(artifact, "prompts")
-    one_sentence(lambda: open_artifact(artifact, "prompts"))
+    result_or_refusal(lambda: open_artifact(artifact, "prompts"))
 
 
 @pytest.mark.parametrize("target", ["/etc/passwd", "/etc", "a.txt", "..", ".", "nowhere"])
 @pytest.mark.parametrize("name", ["link", "sub/link", MANIFEST])
-def test_links_of_any_kind(artifact: Path, name: str, target: str) -> None:
-    """Listed or not, to a file or to a folder, out of the artifact or within it."""
+def test_symbolic_links_are_refused(artifact: Path, name: str, target: str) -> None:
+    """Listed in the manifest or not, to a file or to a folder, out of the artifact or within it."""
     (artifact / name).unlink(missing_ok=True)
     (artifact / name).symlink_to(target)
-    with pytest.raises(InputError, match="is a link|has no manifest"):
+    with pytest.raises(InputError, match="is a symbolic link|has no manifest"):
         open_artifact(artifact, "prompts")
 
 
-def test_an_artifact_may_itself_be_reached_over_a_link(artifact: Path) -> None:
+def test_artifact_behind_a_symbolic_link_is_accepted(artifact: Path) -> None:
     (artifact.parent / "here").symlink_to(artifact)
     assert open_artifact(artifact.parent / "here", "prompts") == read_manifest(artifact)
 
 
-def test_a_pipe_and_a_socket_are_refused_and_not_read(artifact: Path) -> None:
+def test_pipe_and_socket_are_refused_without_reading(artifact: Path) -> None:
     os.mkfifo(artifact / "pipe")
     with pytest.raises(InputError, match="pipe is a pipe or a device"):
         open_artifact(artifact, "prompts")
@@ -127,7 +123,7 @@ def test_a_pipe_and_a_socket_are_refused_and_not_read(artifact: Path) -> None:
             open_artifact(artifact, "prompts")
 
 
-def test_a_pipe_in_place_of_a_file_or_of_the_manifest(artifact: Path) -> None:
+def test_pipe_instead_of_file_or_manifest_is_refused(artifact: Path) -> None:
     (artifact / "a.txt").unlink()
     os.mkfifo(artifact / "a.txt")
     with pytest.raises(InputError, match="a.txt is a pipe or a device"):
@@ -138,9 +134,9 @@ def test_a_pipe_in_place_of_a_file_or_of_the_manifest(artifact: Path) -> None:
         open_artifact(artifact, "prompts")
 
 
-def test_a_manifest_of_millions_of_files_is_refused_in_a_moment(artifact: Path) -> None:
+def test_huge_manifest_is_refused_quickly(artifact: Path) -> None:
     path = artifact / MANIFEST
-    with path.open("r+b") as file:  # sparse: 10 GB that take no room
+    with path.open("r+b") as file:  # 10 GB, but sparse
         file.truncate(10 * 10**9)
     started = time.monotonic()
     with pytest.raises(InputError, match="longer than 16 MiB"):
@@ -158,15 +154,15 @@ def test_a_manifest_of_millions_of_files_is_refused_in_a_moment(artifact: Path) 
     assert time.monotonic() - started < 60  # seconds on an idle machine
 
 
-def test_two_files_of_one_name_in_the_manifest(artifact: Path) -> None:
+def test_duplicate_file_name_in_manifest_is_refused(artifact: Path) -> None:
     text = (artifact / MANIFEST).read_text(encoding="utf-8")
     (artifact / MANIFEST).write_text(text.replace('"sub/b.txt"', '"a.txt"'), encoding="utf-8")
-    with pytest.raises(InputError, match="the key 'a.txt' stands there twice"):
+    with pytest.raises(InputError, match="the key 'a.txt' is duplicated"):
         open_artifact(artifact, "prompts")
 
 
-def test_writing_refuses_links_too(artifact: Path) -> None:
+def test_write_manifest_refuses_links(artifact: Path) -> None:
     shutil.rmtree(artifact / "sub")
     (artifact / "sub").symlink_to("/etc")
-    with pytest.raises(InputError, match="sub is a link"):
+    with pytest.raises(InputError, match="sub is a symbolic link"):
         write_manifest(artifact, kind="prompts")

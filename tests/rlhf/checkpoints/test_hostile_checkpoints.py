@@ -23,7 +23,7 @@ from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.engine.torch import TorchEngine
 from components.rlhf.storage.store import FolderStore
 from components.rlhf.text.errors import InputError
-from tests.support.hostile_input import one_sentence
+from tests.support.hostile_input import result_or_refusal
 
 FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
@@ -122,7 +122,7 @@ def test_manifest_with_arbitrary_values(root: Path, data: st.DataObject) -> None
             content[data.draw(st.text(max_size=20))] = content.pop(name)
     undo = rewrite(path, json.dumps(content).encode())
     try:
-        outcome = one_sentence(lambda: start(root))
+        outcome = result_or_refusal(lambda: start(root))
         # A manifest without the shard is valid, but the engine finds nothing to load.
         assert outcome is None or outcome[:2] in [(2, 2.0), (1, 1.0)]
     finally:
@@ -175,7 +175,7 @@ def test_invalid_shard_with_a_matching_digest(root: Path, name: str) -> None:
         InputError, match=f"checkpoint {KEY}/{NEW} verifies, but its actor cannot be loaded .*; delete it"
     ):
         start(root)
-    one_sentence(lambda: start(root))
+    result_or_refusal(lambda: start(root))
 
 
 NAMES = [
@@ -239,7 +239,7 @@ def test_checkpoint_that_is_a_symlink(root: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["run", "run/ppo", KEY])
 def test_parent_folder_that_is_a_symlink(root: Path, name: str) -> None:
     link_out(root / name, root)
-    with pytest.raises(InputError, match="leads out of .* by a link; delete the link"):
+    with pytest.raises(InputError, match="leads out of .* through a symbolic link; delete the link"):
         start(root)
     assert not list((root.parent / "outside").rglob("lease.json"))
 
@@ -282,7 +282,7 @@ def test_unrelated_folders_and_an_empty_newer_checkpoint_are_skipped(root: Path,
 @given(content=JSON.map(json.dumps).map(str.encode) | st.binary(max_size=50) | st.just(b"[" * 9999))
 def test_lease_with_arbitrary_content(root: Path, content: bytes) -> None:
     (root / KEY / "lease.json").write_bytes(content)
-    assert one_sentence(lambda: start(root))[0] == 2
+    assert result_or_refusal(lambda: start(root))[0] == 2
 
 
 @FUZZ
@@ -293,7 +293,7 @@ def test_lease_with_arbitrary_content(root: Path, content: bytes) -> None:
 )
 def test_lease_with_an_arbitrary_holder(root: Path, host: str, pid: Any, rest: dict[str, Any]) -> None:
     (root / KEY / "lease.json").write_text(json.dumps({"host": host, "pid": pid, **rest}))
-    assert one_sentence(lambda: start(root))[0] == 2
+    assert result_or_refusal(lambda: start(root))[0] == 2
 
 
 def test_lease_that_is_a_pipe_or_symlink_is_replaced_and_a_folder_is_refused(root: Path) -> None:

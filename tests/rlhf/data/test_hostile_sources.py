@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from components.rlhf.config.prepare_data import DataSource
 from components.rlhf.data.sources import read_rows
-from tests.support.hostile_input import one_sentence
+from tests.support.hostile_input import result_or_refusal
 
 FUZZ = settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ROWS = [{"prompt": f"a film {n}", "chosen": " good é", "rejected": [" bad"], "n": n / 3} for n in range(20)]
@@ -34,7 +34,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 def read(path: Path) -> list[object] | None:
-    return one_sentence(lambda: list(read_rows(DataSource(path=str(path)))))
+    return result_or_refusal(lambda: list(read_rows(DataSource(path=str(path)))))
 
 
 def mutate(data: st.DataObject, good: bytes) -> bytes:

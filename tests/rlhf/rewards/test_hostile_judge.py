@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from components.rlhf.data.records import RatedText
 from components.rlhf.rewards.linear import FEATURES, WEIGHTS, fit_to_ratings, load_judge
 from components.rlhf.text.errors import InputError
-from tests.support.hostile_input import one_sentence
+from tests.support.hostile_input import result_or_refusal
 
 FUZZ = settings(max_examples=700, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def check(folder: Path) -> None:
-    judge = one_sentence(lambda: load_judge(folder))
+    judge = result_or_refusal(lambda: load_judge(folder))
     if judge is not None:
         scores = judge.score_texts(["a film that is good", "", "unknown words only"])
         assert scores.shape == (3,) and torch.isfinite(scores).all()

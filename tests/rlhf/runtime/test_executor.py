@@ -11,7 +11,7 @@ from components.rlhf.text.errors import InputError
 
 
 def executor_input(output_file: Path, *names: str) -> str:
-    """As KFP fills in `{{$}}`."""
+    """The executor input as KFP creates it."""
     artifacts = {
         name: {
             "artifacts": [
@@ -34,7 +34,7 @@ def output_file(tmp_path: Path) -> Path:
     return tmp_path / "deep/executor_output.json"
 
 
-def test_what_is_written_passes_the_clusters_strict_parser(output_file: Path) -> None:
+def test_executor_output_passes_strict_parser(output_file: Path) -> None:
     metadata: dict[str, Any] = {"kind": "policy_model", "num_parameters": 134_515_008, "score": 0.25, "empty": ""}
     write_executor_output(executor_input(output_file, "model", "curves"), {"model": metadata})
 
@@ -48,60 +48,60 @@ def test_what_is_written_passes_the_clusters_strict_parser(output_file: Path) ->
 
     content = json.loads(text)
     assert set(content) == {"artifacts"}
-    # Every declared output is there: kfp.local knows no other. The type is not ours to repeat.
+    # All declared outputs are reported, because kfp.local ignores others; the type is not reported.
     entry = {"name": "run/task/curves", "uri": "minio://bucket/curves", "metadata": {}}
     assert content["artifacts"]["curves"] == {"artifacts": [entry]}
     assert list(output_file.parent.iterdir()) == [output_file]
 
 
-def test_a_stage_without_artifacts(output_file: Path) -> None:
-    given = json.loads(executor_input(output_file))
-    del given["outputs"]["artifacts"]
-    write_executor_output(json.dumps(given), {})
+def test_stage_without_artifacts(output_file: Path) -> None:
+    content = json.loads(executor_input(output_file))
+    del content["outputs"]["artifacts"]
+    write_executor_output(json.dumps(content), {})
     assert json.loads(output_file.read_text(encoding="utf-8")) == {"artifacts": {}}
 
 
 @pytest.mark.parametrize("value", [None, True, False, ["a"], {"a": 1}, Path("/x"), b"x"])
-def test_only_flat_strings_and_numbers(output_file: Path, value: Any) -> None:
-    with pytest.raises(ValueError, match="metadata n of model is .*; KFP takes flat strings and numbers only"):
+def test_metadata_must_be_strings_and_numbers(output_file: Path, value: Any) -> None:
+    with pytest.raises(ValueError, match="metadata n of model is .*; KFP accepts only strings and numbers"):
         write_executor_output(executor_input(output_file, "model"), {"model": {"n": value}})
     assert not output_file.exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_only_finite_numbers(output_file: Path, value: float) -> None:
-    with pytest.raises(ValueError, match="metadata n of model is .*; KFP takes finite numbers only"):
+def test_metadata_must_be_finite(output_file: Path, value: float) -> None:
+    with pytest.raises(ValueError, match="metadata n of model is .*; KFP accepts only finite numbers"):
         write_executor_output(executor_input(output_file, "model"), {"model": {"n": value}})
     assert not output_file.exists()
 
 
-def test_an_output_that_was_not_declared(output_file: Path) -> None:
-    with pytest.raises(ValueError, match="no output artifact is called modle"):
+def test_undeclared_output_is_refused(output_file: Path) -> None:
+    with pytest.raises(ValueError, match="modle is not a declared output artifact"):
         write_executor_output(executor_input(output_file, "model"), {"modle": {}})
     assert not output_file.exists()
 
 
-def test_a_failure_keeps_what_was_reported_before(output_file: Path) -> None:
-    given = executor_input(output_file, "model")
-    write_executor_output(given, {"model": {"n": 1}})
+def test_failed_write_keeps_earlier_output(output_file: Path) -> None:
+    text = executor_input(output_file, "model")
+    write_executor_output(text, {"model": {"n": 1}})
     before = output_file.read_bytes()
     with pytest.raises(ValueError, match="n of model"):
-        write_executor_output(given, {"model": {"n": float("nan")}})
+        write_executor_output(text, {"model": {"n": float("nan")}})
     assert output_file.read_bytes() == before
 
 
 @pytest.mark.parametrize(
     "text", ["{", "[]", "3", "{}", '{"outputs": {}}', '{"outputs": null}', '{"outputs": {"outputFile": 3}}']
 )
-def test_not_an_executor_input(text: str) -> None:
+def test_invalid_executor_input_is_refused(text: str) -> None:
     with pytest.raises(
-        InputError, match="--executor-input is not KFP's executor input .*; leave it out when running by hand"
+        InputError, match="--executor-input is not KFP's executor input .*; omit it when running manually"
     ):
         write_executor_output(text, {})
 
 
-def test_a_parameter_is_written_where_kfp_says(tmp_path: Path) -> None:
-    """The folder does not exist on a laptop; run by hand there is no path."""
+def test_output_parameter_is_written(tmp_path: Path) -> None:
+    """kfp.local does not create the folder; without KFP there is no path."""
     write_parameter(tmp_path / "new/decision", "promote")
     assert (tmp_path / "new/decision").read_bytes() == b"promote"
     write_parameter(None, "promote")

@@ -1,4 +1,4 @@
-"""KFP's executor input, broken in every way: the output is written whole, or one sentence says why not."""
+"""Fuzzed executor input: the output is written atomically, or the input is refused with a readable error message."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from components.rlhf.runtime.executor import input_uri, output_uri, write_executor_output
 from components.rlhf.text.errors import InputError
-from tests.support.hostile_input import one_sentence
+from tests.support.hostile_input import result_or_refusal
 
 FUZZ = settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
@@ -20,7 +20,7 @@ JSON = st.recursive(
 )
 
 
-def good(folder: Path) -> dict[str, Any]:
+def valid_input(folder: Path) -> dict[str, Any]:
     entry = {
         "artifacts": [{"name": "m", "uri": "s3://bucket/m", "metadata": {}, "type": {"schemaTitle": "system.Model"}}]
     }
@@ -30,45 +30,45 @@ def good(folder: Path) -> dict[str, Any]:
     }
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(place for key, below in inner for place in places(below, (*path, key)))]
+def paths_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all values."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(nested for key, inner in items for nested in paths_in(inner, (*path, key)))]
 
 
 @FUZZ
 @given(data=st.data())
-def test_anything_in_any_place(tmp_path: Path, data: st.DataObject) -> None:
-    content: Any = good(tmp_path)
-    # A file somewhere else is for whoever passes the executor input to choose; here it stays in this folder.
-    ways = [way for way in places(content) if way[-1:] != ("outputFile",)]
-    way = data.draw(st.sampled_from(ways))
-    holder = content
-    for key in way[:-1]:
-        holder = holder[key]
-    if not way:
+def test_fuzzed_executor_input_is_accepted_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+    content: Any = valid_input(tmp_path)
+    # outputFile may be any path by design; the test keeps it in its folder.
+    keys = data.draw(st.sampled_from([path for path in paths_in(content) if path[-1:] != ("outputFile",)]))
+    parent = content
+    for key in keys[:-1]:
+        parent = parent[key]
+    if not keys:
         content = data.draw(JSON)
     elif data.draw(st.booleans()):
-        holder[way[-1]] = data.draw(JSON)
+        parent[keys[-1]] = data.draw(JSON)
     else:
-        del holder[way[-1]]
+        del parent[keys[-1]]
     text = json.dumps(content)
 
-    one_sentence(lambda: write_executor_output(text, {}))
+    result_or_refusal(lambda: write_executor_output(text, {}))
     for read, name in ((input_uri, "policy"), (output_uri, "model")):
-        uri = one_sentence(lambda read=read, name=name: read(text, name))
+        uri = result_or_refusal(lambda read=read, name=name: read(text, name))
         assert uri is None or isinstance(uri, str)
     assert not list(tmp_path.rglob("*.writing"))
 
 
 @FUZZ
 @given(st.text() | st.just("[" * 100_000))
-def test_any_text(text: str) -> None:
-    assert one_sentence(lambda: write_executor_output(text, {})) is None
+def test_any_text_is_refused(text: str) -> None:
+    assert result_or_refusal(lambda: write_executor_output(text, {})) is None
 
 
 @pytest.mark.parametrize("name", ["", "a\0b", 5, None, [], "a\nb"])
-def test_an_output_file_that_is_no_path(tmp_path: Path, name: Any) -> None:
-    content = good(tmp_path)
+def test_invalid_output_file_is_refused(tmp_path: Path, name: Any) -> None:
+    content = valid_input(tmp_path)
     content["outputs"]["outputFile"] = name
     with pytest.raises(InputError, match="is not KFP's executor input"):
         write_executor_output(json.dumps(content), {})

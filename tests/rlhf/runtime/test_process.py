@@ -16,29 +16,27 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def start(code: str, **environment: str) -> subprocess.Popen[str]:
-    """What these functions do stays with a process for good: each test has its own."""
-    command = [
-        sys.executable,
-        "-c",
-        IMPORTS + code,
-    ]
+    """Run code in a process of its own, because the effect of these functions on a process cannot be undone."""
+    modules = ("runtime.process", "runtime.memory", "checkpoints.stop_signal")
+    imports = "\n".join(f"from components.rlhf.{module} import *" for module in modules)
+    command = [sys.executable, "-c", f"{imports}\n{code}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_keeping_freed_memory_harms_nobody() -> None:
+def test_keep_freed_memory_can_be_repeated() -> None:
     code = "for _ in range(3): keep_freed_memory(); bytearray(2**26)"
     assert start(code).wait() == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the C library is glibc on most Linux")
-def test_memory_that_is_free_between_blocks_in_use_is_given_back() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+def test_release_freed_memory_returns_memory_between_blocks() -> None:
     code = """
 import os
 def resident(): return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 keep_freed_memory()
 blocks = [bytearray(b"x" * 2**20) for _ in range(200)]
-del blocks[:-1]  # the last one keeps the heap from shrinking
+del blocks[:-1]  # the last block keeps the heap from shrinking
 before = resident()
 release_freed_memory()
 print(before - resident())
@@ -48,21 +46,21 @@ print(before - resident())
     assert int(process.stdout.read()) > 150 * 2**20
 
 
-def test_other_c_libraries_are_left_alone() -> None:
+def test_memory_functions_do_nothing_without_glibc() -> None:
     code = "platform.libc_ver = lambda: ('', ''); ctypes.CDLL = None; keep_freed_memory(); release_freed_memory()"
     assert start(code).wait() == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise is Linux's")
-@pytest.mark.parametrize("before", ["", "import time; time.sleep(2); "], ids=["later", "while the stage starts"])
-@pytest.mark.parametrize(("asked", "survives"), [("str(os.getpid())", False), ("''", True)])
-def test_a_stage_dies_with_its_runner_where_it_is_asked_to(asked: str, survives: bool, before: str) -> None:
-    """Also when the runner dies before the stage comes to ask for it."""
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+@pytest.mark.parametrize("before", ["", "import time; time.sleep(2); "], ids=["after the start", "during the start"])
+@pytest.mark.parametrize(("variable", "survives"), [("str(os.getpid())", False), ("''", True)])
+def test_stage_dies_with_its_runner_if_configured(variable: str, survives: bool, before: str) -> None:
+    """Even if the runner dies before the stage calls die_with_parent."""
     log = "print('up', flush=True); "
-    own = "from components.rlhf.runtime.process import die_with_parent; die_with_parent(); "
-    stage = (log + before + own if before else own + log) + "import time; time.sleep(60)"
+    call = "from components.rlhf.runtime.process import die_with_parent; die_with_parent(); "
+    stage = (log + before + call if before else call + log) + "import time; time.sleep(60)"
     runner = start(
-        f"import subprocess; os.environ['RLHF_DIE_WITH_PARENT'] = {asked}; "
+        f"import subprocess; os.environ['RLHF_DIE_WITH_PARENT'] = {variable}; "
         f"p = subprocess.Popen([sys.executable, '-c', {stage!r}], stdout=subprocess.PIPE); "
         "p.stdout.readline(); print(p.pid, flush=True); p.wait()",
     )
@@ -72,24 +70,24 @@ def test_a_stage_dies_with_its_runner_where_it_is_asked_to(asked: str, survives:
     runner.wait()
     runner.stdout.close()
     deadline = time.monotonic() + (4 if survives else 20)
-    while running(pid) and time.monotonic() < deadline:
+    while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     try:
-        assert running(pid) is survives
+        assert is_running(pid) is survives
     finally:
-        if running(pid):
+        if is_running(pid):
             os.kill(pid, signal.SIGKILL)
 
 
-def running(pid: int) -> bool:
-    """Whether the process is there and no zombie that nobody waits for."""
+def is_running(pid: int) -> bool:
+    """Whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
 
 
-def test_sigterm_runs_what_stands_in_finally() -> None:
+def test_sigterm_runs_finally_blocks() -> None:
     process = start(
         "StopSignal().install()\nimport time\ntry:\n  print('up', flush=True); time.sleep(60)\nfinally:\n  print('tidied', flush=True)"
     )
@@ -109,7 +107,7 @@ print('up', flush=True)
 try:
     for _ in range(600):
         time.sleep(0.1)
-        if stop.signal and {looks}:
+        if stop.signal and {saves}:
             print('saved on', stop.name, flush=True)
             sys.exit(stop.exit_code)
 finally:
@@ -118,8 +116,8 @@ finally:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_deferred_signal_lets_a_checkpoint_be_saved(number: signal.Signals) -> None:
-    process = start(LOOP.format(seconds=20, looks=True))
+def test_deferred_signal_allows_saving_a_checkpoint(number: signal.Signals) -> None:
+    process = start(LOOP.format(seconds=20, saves=True))
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     process.send_signal(number)
@@ -127,14 +125,14 @@ def test_a_deferred_signal_lets_a_checkpoint_be_saved(number: signal.Signals) ->
     assert process.wait() == 128 + number
 
 
-@pytest.mark.parametrize("again", [True, False], ids=["signalled again", "a step without end"])
-def test_a_step_that_takes_too_long_is_not_waited_for(again: bool) -> None:
-    process = start(LOOP.format(seconds=60 if again else 1, looks=False))
+@pytest.mark.parametrize("again", [True, False], ids=["second signal", "endless step"])
+def test_deferred_signal_interrupts_a_long_step(again: bool) -> None:
+    process = start(LOOP.format(seconds=60 if again else 1, saves=False))
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     process.terminate()
     time.sleep(0.1)
-    process.terminate()  # the same signal by another way: torchrun's agent passes it on
+    process.terminate()  # the same signal, forwarded by torchrun's agent
     if again:
         time.sleep(0.5)
         assert process.poll() is None

@@ -1,4 +1,4 @@
-"""The S3 server that these tests share."""
+"""An S3 server that these tests share."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,16 +24,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
 
 @pytest.fixture
 def s3(server: SeaweedFS, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Open:
-    """s3(**settings) opens a store of this test's own on the server; say= and bucket= may be given too."""
+    """s3(**settings) opens a store with one prefix per test; bucket= and log= may be passed too."""
     for name, value in credentials().items():
         monkeypatch.setenv(name, value)
-    prefix = "".join(letter if letter.isalnum() else "-" for letter in request.node.name)
+    prefix = "".join(c if c.isalnum() else "-" for c in request.node.name)
 
-    def opened(*, bucket: str = BUCKET, log: Callable[[str], None] | None = None, **changes: object) -> Store:
+    def open_s3(*, bucket: str = BUCKET, log: Callable[[str], None] | None = None, **changes: object) -> Store:
         config = StorageConfig.model_validate({"endpoint_url": server.url, "region": "us-east-1"} | changes)
         return open_store(f"s3://{bucket}/{prefix}", config, log)
 
-    return opened
+    return open_s3
 
 
 @pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.slow)])
@@ -41,5 +41,5 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     """A folder and a bucket, which must behave the same."""
     if request.param == "folder":
         return open_store(str(tmp_path / "store"))
-    opened: Open = request.getfixturevalue("s3")
-    return opened()
+    open_s3: Open = request.getfixturevalue("s3")
+    return open_s3()

@@ -21,7 +21,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of packages that pip is told to use, and nothing else: there is no network in tests."""
+    """A folder of packages that pip is configured to use instead of the network."""
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -33,15 +33,15 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is asked of the index; instead of pip a file with these bytes appears."""
-    asked: list[str] = []
+    """Requirements that were downloaded; pip is replaced by a function that writes a file."""
+    requirements: list[str] = []
 
     def download(requirement: str, folder: Path, *, source: bool) -> None:
-        asked.append(requirement)
+        requirements.append(requirement)
         (folder / "carrier.whl").write_bytes(b"wheel")
 
     monkeypatch.setattr(pypi, "_download", download)
-    return asked
+    return requirements
 
 
 def make_wheel(folder: Path) -> Path:
@@ -58,77 +58,79 @@ def make_wheel(folder: Path) -> Path:
     return path
 
 
-def test_pip_fetches_from_wherever_it_is_told(index: Path, cache: Path) -> None:
+def test_pip_downloads_from_its_configured_index(index: Path, cache: Path) -> None:
     wheel = make_wheel(index)
-    got = fetch_package(f"pypi:{NAME}")
-    assert got.read_bytes() == wheel.read_bytes()
-    assert got.parent == cache / "packages/tiny_carrier-1.0"
-    wheel.unlink()  # from here on the cache answers
-    assert fetch_package(f"pypi:{NAME}") == got
+    fetched = fetch_package(f"pypi:{NAME}")
+    assert fetched.read_bytes() == wheel.read_bytes()
+    assert fetched.parent == cache / "packages/tiny_carrier-1.0"
+    wheel.unlink()  # only the cache has it
+    assert fetch_package(f"pypi:{NAME}") == fetched
     assert [path.name for path in (cache / "packages").iterdir()] == ["tiny_carrier-1.0"]
 
 
-def test_a_package_that_is_not_there(index: Path, cache: Path) -> None:
+def test_missing_package_is_refused(index: Path, cache: Path) -> None:
     with pytest.raises(InputError) as caught:
         fetch_package(f"pypi:{NAME}")
-    said = str(caught.value)
-    assert said.startswith(f"{NAME} could not be fetched from the package index (ERROR: ")
-    assert said.endswith("); check the network and pip's settings.") and "\n" not in said
-    assert list((cache / "packages").iterdir()) == []  # and the next try starts afresh
+    message = str(caught.value)
+    assert message.startswith(f"{NAME} could not be downloaded from the package index (ERROR: ")
+    assert message.endswith("); check the network and pip's settings.") and "\n" not in message
+    assert list((cache / "packages").iterdir()) == []  # the next attempt starts from the beginning
 
 
-def test_a_second_call_asks_nobody(downloads: list[str]) -> None:
+def test_second_call_uses_the_cache(downloads: list[str]) -> None:
     assert fetch_package(f"pypi:{NAME}") == fetch_package(f"pypi:{NAME}")
     assert downloads == [NAME]
 
 
-def test_no_version(downloads: list[str]) -> None:
+def test_uri_without_version_is_refused(downloads: list[str]) -> None:
     with pytest.raises(InputError) as caught:
         fetch_package("pypi:tiny_carrier")
-    assert str(caught.value) == "pypi:tiny_carrier names no version; write pypi:NAME==VERSION."
+    assert str(caught.value) == "pypi:tiny_carrier has no version; write pypi:NAME==VERSION."
     assert downloads == []
 
 
-def test_a_known_package_must_be_itself(downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_package_with_the_right_digest_is_accepted(downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(pypi.KNOWN_SHA256, NAME, hashlib.sha256(b"wheel").hexdigest())
     assert fetch_package(f"pypi:{NAME}").read_bytes() == b"wheel"
 
 
-def test_another_file_under_a_known_name(downloads: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_package_with_another_digest_is_refused(
+    downloads: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(pypi.KNOWN_SHA256, NAME, "0" * 64)
     file = cache / "packages/tiny_carrier-1.0/carrier.whl"
-    said = f"{file} is not the {NAME} this project was made with (sha256 differs); delete it and run again."
+    message = f"{file} is not the expected {NAME} (sha256 differs); delete it and run again."
     for _ in range(2):
         with pytest.raises(InputError) as caught:
             fetch_package(f"pypi:{NAME}")
-        assert str(caught.value) == said
+        assert str(caught.value) == message
     assert downloads == [NAME]
 
-    # The advice holds: whoever deletes the file gets a new one.
+    # Deleting the file, as the message advises, causes a new download.
     file.unlink()
     monkeypatch.setitem(pypi.KNOWN_SHA256, NAME, hashlib.sha256(b"wheel").hexdigest())
     assert fetch_package(f"pypi:{NAME}") == file
     assert downloads == [NAME, NAME]
 
 
-def test_a_quicker_process_wins(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_of_a_faster_process_is_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = cache / "packages/tiny_carrier-1.0"
 
     def download(_requirement: str, folder: Path, *, source: bool) -> None:
-        (folder / "carrier.whl").write_bytes(b"mine")
+        (folder / "carrier.whl").write_bytes(b"own")
         target.mkdir()
-        (target / "carrier.whl").write_bytes(b"theirs")
+        (target / "carrier.whl").write_bytes(b"of the other process")
 
     monkeypatch.setattr(pypi, "_download", download)
-    assert fetch_package(f"pypi:{NAME}").read_bytes() == b"theirs"
+    assert fetch_package(f"pypi:{NAME}").read_bytes() == b"of the other process"
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_comes_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLHF_CACHE_DIR", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
     assert cache_folder() == Path("/a")
-    monkeypatch.setenv("RLHF_CACHE_DIR", "")  # set to nothing is not set
+    monkeypatch.setenv("RLHF_CACHE_DIR", "")  # empty counts as unset
     assert cache_folder() == Path("/b/kfp-rlhf")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/c")
@@ -143,14 +145,14 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
         "pypi:x==../../y", "pypi:x==1,>0", "pypi:a b==1", "pypi:==1", "pypi:x==",
     ],
 )  # fmt: skip
-def test_a_name_that_pip_or_the_cache_would_read_as_something_else(downloads: list[str], uri: str, cache: Path) -> None:
+def test_malformed_requirements_are_refused(downloads: list[str], uri: str, cache: Path) -> None:
     with pytest.raises(InputError, match="is not of the form pypi:NAME==VERSION"):
         fetch_package(uri)
     assert downloads == [] and not cache.exists()
 
 
 def make_sdist(folder: Path, ran: Path) -> Path:
-    """A source package whose build code leaves a trace."""
+    """An sdist whose build code creates the file ran."""
     path = folder / "tiny_carrier-1.0.tar.gz"
     files = {
         "tiny_carrier-1.0/setup.py": f"open({str(ran)!r}, 'w').close()\nimport setuptools; setuptools.setup()\n",
@@ -164,14 +166,14 @@ def make_sdist(folder: Path, ran: Path) -> Path:
     return path
 
 
-def test_no_code_of_a_package_runs(index: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_code_of_a_package_is_run(index: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_sdist(index, tmp_path / "ran")
     monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "1")
-    with pytest.raises(InputError, match="could not be fetched"):  # instead of a wheel
+    with pytest.raises(InputError, match="could not be downloaded"):  # where a wheel is expected
         fetch_package(f"pypi:{NAME}")
-    with pytest.raises(InputError, match="runs code of it, so only known ones are"):
+    with pytest.raises(InputError, match="downloading an sdist runs its code, which is allowed only for"):
         fetch_package(f"pypi:{NAME}", source=True)
     monkeypatch.setitem(pypi.KNOWN_SHA256, NAME, "0" * 64)
-    with pytest.raises(InputError, match="could not be fetched"):  # under a known name
+    with pytest.raises(InputError, match="could not be downloaded"):  # under a known name with another digest
         fetch_package(f"pypi:{NAME}", source=True)
     assert not (tmp_path / "ran").exists()

@@ -15,23 +15,23 @@ def at(monkeypatch: pytest.MonkeyPatch) -> object:
     return set_clock
 
 
-def test_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_prints_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     Progress("sft").log("hello")
     assert capsys.readouterr() == ("", "[sft] hello\n")
 
 
-def test_one_line_now_and_then(at: object, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_are_printed_at_the_interval(at: object, capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress("ppo", every_seconds=5)
     for step, seconds in enumerate((10, 12, 14, 16, 18), start=1):
         at(seconds)
         progress.step(step, 6, {"loss": 0.123456}, unit="iteration")
     assert capsys.readouterr().err.splitlines() == [
-        "[ppo] iteration 1/6  loss 0.1235",  # the first step also paid for loading: no estimate yet
+        "[ppo] iteration 1/6  loss 0.1235",  # no estimate yet, because the first step includes loading
         "[ppo] iteration 4/6  loss 0.1235  0:04 left",  # 3 steps took 6 seconds, 2 are left
     ]
 
 
-def test_the_last_step_is_always_shown(at: object, capsys: pytest.CaptureFixture[str]) -> None:
+def test_last_step_is_always_printed(at: object, capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress("sft", every_seconds=5)
     for step in (1, 2, 3):
         progress.step(step, 3, {})
@@ -41,9 +41,7 @@ def test_the_last_step_is_always_shown(at: object, capsys: pytest.CaptureFixture
     ]
 
 
-def test_after_a_resume_the_time_left_counts_what_was_done_since(
-    at: object, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_time_left_after_resume_excludes_earlier_steps(at: object, capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress("sft", every_seconds=5)
     progress.step(91, 100, {})
     at(20)
@@ -63,13 +61,11 @@ def test_after_a_resume_the_time_left_counts_what_was_done_since(
         (36_065, "10:01:05"),
     ],
 )
-def test_clock(seconds: float, text: str) -> None:
+def test_format_duration(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
-def test_another_count_in_the_same_stage_has_an_estimate_of_its_own(
-    at: object, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_new_unit_starts_a_new_estimate(at: object, capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress("evaluation", every_seconds=5)
     for seconds, step in ((0, 10), (60, 20)):
         at(seconds)
@@ -81,7 +77,7 @@ def test_another_count_in_the_same_stage_has_an_estimate_of_its_own(
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [("0", ["1", "2", "3", "4"]), ("3600", ["1", "4"])])
-def test_how_often_it_speaks_is_for_the_environment_to_say(
+def test_interval_comes_from_environment(
     seconds: str, shown: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RLHF_PROGRESS_SECONDS", seconds)
@@ -91,7 +87,7 @@ def test_how_often_it_speaks_is_for_the_environment_to_say(
     assert [line.split("/")[0].rpartition(" ")[2] for line in capsys.readouterr().err.splitlines()] == shown
 
 
-def test_seconds_that_are_no_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_interval_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLHF_PROGRESS_SECONDS", "often")
     with pytest.raises(InputError, match="RLHF_PROGRESS_SECONDS is 'often'"):
         Progress("sft")

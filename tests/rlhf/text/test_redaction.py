@@ -1,4 +1,4 @@
-"""What is hidden, in which forms, and that nothing else is."""
+"""What is redacted, in which encodings, and what is not."""
 
 import json
 import os
@@ -18,39 +18,39 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("name", [name for name in PLANTED if name != "NO_PROXY"])
-def test_each_variable_that_libraries_read_a_secret_from(name: str) -> None:
+def test_secret_variables_are_redacted(name: str) -> None:
     hide = redactor({name: PLANTED[name]})
     assert "PLANTED" not in hide(f"could not use {PLANTED[name]!r} ({PLANTED[name]}); {json.dumps([PLANTED[name]])}")
-    assert hide("nothing of it") == "nothing of it"
+    assert hide("ordinary text") == "ordinary text"
 
 
 @pytest.mark.parametrize(
-    "written",
+    "encoded",
     [
-        "p%2Fss%20%22w%22ord%2B1",  # percent-encoded whole
-        "p/ss%20%22w%22ord%2B1",  # and as a path
-        "p%2Fss+%22w%22ord%2B1",  # as a form
-        'p/ss \\"w\\"ord+1',  # in JSON
-        "p/ss &quot;w&quot;ord+1",  # in HTML
-        "cC9zcyAidyJvcmQrMQ==",  # in base64, of printf 'p/ss "w"ord+1' | base64
+        "p%2Fss%20%22w%22ord%2B1",  # percent-encoded
+        "p/ss%20%22w%22ord%2B1",  # percent-encoded as a path
+        "p%2Fss+%22w%22ord%2B1",  # form-encoded
+        'p/ss \\"w\\"ord+1',  # JSON
+        "p/ss &quot;w&quot;ord+1",  # HTML
+        "cC9zcyAidyJvcmQrMQ==",  # printf 'p/ss "w"ord+1' | base64
     ],
 )
-def test_however_it_is_written(written: str) -> None:
-    assert redactor({"A_PASSWORD": 'p/ss "w"ord+1'})(f"<{written}>") == "<***>"
+def test_encoded_secrets_are_redacted(encoded: str) -> None:
+    assert redactor({"A_PASSWORD": 'p/ss "w"ord+1'})(f"<{encoded}>") == "<***>"
 
 
-def test_a_webhook_in_whole_and_its_path_alone() -> None:
+def test_webhook_url_and_its_path_are_redacted() -> None:
     hide = redactor({"RLHF_WEBHOOK_URL": "https://hooks.example.com/services/T00/B00/abc"})
     assert hide("POST https://hooks.example.com/services/T00/B00/abc failed") == "POST *** failed"
     assert hide("url: /services/T00/B00/abc (refused)") == "url: /*** (refused)"
 
 
-def test_a_private_key_line_by_line() -> None:
+def test_lines_of_a_private_key_are_redacted() -> None:
     key = "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBg\nkqhkiG9w0BAQEF\n-----END PRIVATE KEY-----"
     assert redactor({"SIGNING_KEY": key})("line MIIEvQIBADANBg of it") == "line *** of it"
 
 
-def test_the_password_of_any_address_in_the_environment_wherever_it_stands() -> None:
+def test_password_of_a_url_variable_is_redacted() -> None:
     hide = redactor({"MLFLOW_TRACKING_URI": "https://someone:correcthorse@mlflow.example.com"})
     assert hide("user someone, password correcthorse") == "user someone, password ***"
 
@@ -70,39 +70,39 @@ def test_the_password_of_any_address_in_the_environment_wherever_it_stands() -> 
         ("[ppo] iteration 3/8  score/mean 0.1234", "[ppo] iteration 3/8  score/mean 0.1234"),
     ],
 )  # fmt: skip
-def test_credentials_that_no_variable_holds(text: str, shown: str) -> None:
+def test_credentials_in_urls_and_headers_are_redacted(text: str, shown: str) -> None:
     assert redactor({})(text) == shown
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("HF_TOKEN", "short"),  # seven characters or fewer are words that any text may hold
+        ("HF_TOKEN", "short"),  # values of less than 8 characters may be ordinary words
         ("HF_TOKEN", ""),
         ("AWS_ACCESS_KEY_ID", "kfp-rlhf-user"),
         ("MLFLOW_TRACKING_USERNAME", "somebody-else"),
         ("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/token"),
         ("TOKENIZERS_PARALLELISM", "false-false"),
-        ("SSH_KEY", str(ROOT)),  # a path that there is
+        ("SSH_KEY", str(ROOT)),  # an existing path
         ("MONKEYS", "many monkeys"),
         ("HTTPS_PROXY", "http://proxy.example.com:3128"),
     ],
 )
-def test_what_is_no_secret(name: str, value: str) -> None:
+def test_other_variables_are_not_secrets(name: str, value: str) -> None:
     assert find_secrets({name: value}) == {}
 
 
-def test_a_secret_that_begins_like_another() -> None:
+def test_longer_of_two_secrets_with_common_prefix_is_redacted() -> None:
     hide = redactor({"A_TOKEN": "abcdefgh", "B_TOKEN": "abcdefghijkl"})
     assert hide("abcdefghijkl abcdefgh") == "*** ***"
 
 
-def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    whole = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run([sys.executable, "-c", code], env=whole, capture_output=True, text=True, timeout=120)
+def run_code(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_prints_logs_warnings_and_tracebacks_of_a_process() -> None:
+def test_all_output_of_a_process_is_redacted() -> None:
     code = """
 import logging, os, sys, threading, warnings
 from components.rlhf.text.redaction import redact_output
@@ -119,16 +119,16 @@ def fail(): raise ValueError(f"in a thread {secret}")
 thread = threading.Thread(target=fail); thread.start(); thread.join()
 raise ValueError(f"raised {secret}") from OSError(f"because of {secret}")
 """
-    done = in_a_process(code, HF_TOKEN="PLANTEDPLANTED")
+    done = run_code(code, HF_TOKEN="PLANTEDPLANTED")
     assert done.returncode == 1
     assert done.stdout == "printed ***\nechoed ***\n"
-    for said in ("on stderr", "logged", "warned", "in a thread", "raised", "because of"):
-        assert f"{said} ***" in done.stderr, said
+    for prefix in ("on stderr", "logged", "warned", "in a thread", "raised", "because of"):
+        assert f"{prefix} ***" in done.stderr, prefix
     assert "PLANTED" not in done.stderr
 
 
-def test_a_tracking_server_whose_address_has_a_password(tmp_path: Path) -> None:
-    """A stage alone, as in a pod: nobody reads its output before the cluster's log does."""
+def test_password_of_tracking_uri_is_redacted_in_stage_output(tmp_path: Path) -> None:
+    """A stage without the local runner, as in a pod."""
     command = [sys.executable, "-m", "components.import_model", "--model", str(tmp_path / "model")]
     command += [
         "--settings",
@@ -147,11 +147,13 @@ def test_a_tracking_server_whose_address_has_a_password(tmp_path: Path) -> None:
     assert "PLANTED" not in done.stdout + done.stderr
 
 
-def test_what_a_stage_reports_to_kfp_and_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_to_kfp_and_mlflow_are_redacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", PLANTED["HF_TOKEN"])
-    place = {"artifacts": [{"name": "model", "uri": "s3://b/model"}]}
-    given = json.dumps({"outputs": {"artifacts": {"model": place}, "outputFile": str(tmp_path / "output.json")}})
-    write_executor_output(given, {"model": {"source": f"hub with {PLANTED['HF_TOKEN']}", "n": 1}})
+    model = {"artifacts": [{"name": "model", "uri": "s3://b/model"}]}
+    executor_input = json.dumps(
+        {"outputs": {"artifacts": {"model": model}, "outputFile": str(tmp_path / "output.json")}}
+    )
+    write_executor_output(executor_input, {"model": {"source": f"hub with {PLANTED['HF_TOKEN']}", "n": 1}})
     write_parameter(tmp_path / "reason", f"because of {PLANTED['HF_TOKEN']}")
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
     start_tracking(tracking, run_id="run", stage="sft", params={"a": {"b": PLANTED["HF_TOKEN"]}, "c": 1}).finish(
@@ -166,6 +168,6 @@ def test_what_a_stage_reports_to_kfp_and_mlflow(tmp_path: Path, monkeypatch: pyt
     assert files_with_secrets(tmp_path) == []
 
 
-def test_redact_is_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redact_uses_environment_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "abcdefgh1")
     assert redact("abcdefgh1 abcdefgh2") == "*** abcdefgh2"

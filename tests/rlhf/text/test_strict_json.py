@@ -1,4 +1,4 @@
-"""Any text is a JSON value or one error; what parsers disagree on is refused."""
+"""Any text is parsed or refused with one type of error; JSON that parsers disagree on is refused."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.rlhf.text.strict_json import NotJsonError, parse_json
-from tests.support.hostile_input import one_sentence
+from tests.support.hostile_input import result_or_refusal
 
 VALUES = st.recursive(
     st.none()
@@ -23,35 +23,35 @@ VALUES = st.recursive(
 
 @settings(max_examples=1000, deadline=None)
 @given(st.text(st.characters()) | st.binary() | VALUES.map(json.dumps) | st.text('{}[]",:0123456789eE+-\\ud8NaIty '))
-def test_any_text_is_a_value_or_one_error(text: str | bytes) -> None:
-    value = one_sentence(lambda: parse_json(text), NotJsonError)
+def test_any_text_is_parsed_or_refused(text: str | bytes) -> None:
+    value = result_or_refusal(lambda: parse_json(text), NotJsonError)
     assert value is None or parse_json(json.dumps(value, ensure_ascii=False)) == value
 
 
 @settings(max_examples=500, deadline=None)
 @given(VALUES)
-def test_what_is_json_is_read(value: Any) -> None:
+def test_valid_json_is_parsed(value: Any) -> None:
     assert parse_json(json.dumps(value)) == value
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ('{"a": 1, "a": 2}', "the key 'a' stands there twice"),
-        ('[{"x": {"b": 1, "b": 1}}]', "the key 'b' stands there twice"),
-        ("[NaN]", "NaN is no JSON number"),
-        ("1e999", "1e999 is too large a number"),
-        ("-Infinity", "-Infinity is no JSON number"),
-        ("[" * 200_000, "nested too deep"),
+        ('{"a": 1, "a": 2}', "the key 'a' is duplicated"),
+        ('[{"x": {"b": 1, "b": 1}}]', "the key 'b' is duplicated"),
+        ("[NaN]", "NaN is not a JSON number"),
+        ("1e999", "the number 1e999 is too large"),
+        ("-Infinity", "-Infinity is not a JSON number"),
+        ("[" * 200_000, "it is nested too deeply"),
         ("1" * 5000, "a number has thousands of digits"),
-        ('"\\ud800"', "half of a UTF-16 surrogate pair, \\ud800 to \\udfff"),
-        ('"\ud800"', "half of a UTF-16 surrogate pair, \\ud800 to \\udfff"),
+        ('"\\ud800"', "it contains a lone UTF-16 surrogate, \\ud800 to \\udfff"),
+        ('"\ud800"', "it contains a lone UTF-16 surrogate, \\ud800 to \\udfff"),
         (b"\xff", "not UTF-8, byte 1"),
         (b"\xef\xbb\xbf1", "Unexpected UTF-8 BOM (decode using utf-8-sig), column 1"),
         ("{\n1", "Expecting property name enclosed in double quotes, line 2, column 1"),
     ],
 )  # fmt: skip
-def test_what_is_refused(text: str | bytes, said: str) -> None:
+def test_non_strict_json_is_refused(text: str | bytes, message: str) -> None:
     with pytest.raises(NotJsonError) as caught:
         parse_json(text)
-    assert str(caught.value) == said
+    assert str(caught.value) == message

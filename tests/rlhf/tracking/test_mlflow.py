@@ -21,7 +21,7 @@ EXPERIMENT = "tests"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Making the tables takes MLflow seconds: one database for all tests."""
+    """A folder with one database for all tests, because MLflow takes seconds to create its tables."""
     return tmp_path_factory.mktemp("mlflow")
 
 
@@ -36,7 +36,7 @@ def client(tracking: TrackingConfig) -> MlflowClient:
 
 
 def runs_of(client: MlflowClient, run_id: str) -> tuple[list[Any], list[Any]]:
-    """Parents with this run id, and their nested runs."""
+    """Parent runs with this run id, and their nested runs."""
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
     parents = client.search_runs([experiment], filter_string=f"tags.`rlhf.run_id` = '{run_id}'")
     nested = [
@@ -47,7 +47,7 @@ def runs_of(client: MlflowClient, run_id: str) -> tuple[list[Any], list[Any]]:
     return parents, nested
 
 
-def test_one_parent_and_one_nested_run_a_stage(tracking: TrackingConfig, client: MlflowClient, folder: Path) -> None:
+def test_each_stage_has_a_nested_run(tracking: TrackingConfig, client: MlflowClient, folder: Path) -> None:
     for stage, status in (("sft", "FINISHED"), ("ppo", "FAILED")):
         tracker = start_tracking(tracking, run_id="run-1", stage=stage, params={"seed": 3, "sft": {"use": None}})
         assert isinstance(tracker, MlflowTracker)
@@ -68,10 +68,10 @@ def test_one_parent_and_one_nested_run_a_stage(tracking: TrackingConfig, client:
     assert parents[0].data.metrics == {"win_rate": 0.75}
     assert parents[0].info.status == "FINISHED"
     assert [file.path for file in client.list_artifacts(parents[0].info.run_id)] == ["report.md"]
-    assert (folder / "mlflow-files").is_dir()  # beside the database, wherever the process stands
+    assert (folder / "mlflow-files").is_dir()  # next to the database, not in the working directory
 
 
-def test_more_parameters_than_one_request_takes(tracking: TrackingConfig, client: MlflowClient) -> None:
+def test_many_params_are_logged_in_batches(tracking: TrackingConfig, client: MlflowClient) -> None:
     params = {f"p{number}": number for number in range(205)} | {"long": "x" * 9000}
     start_tracking(tracking, run_id="params", stage="sft", params=params).finish("FINISHED")
     (run,) = runs_of(client, "params")[1]
@@ -80,7 +80,7 @@ def test_more_parameters_than_one_request_takes(tracking: TrackingConfig, client
     assert run.data.params["long"] == "x" * 6000
 
 
-def test_metrics_wait_for_company_and_are_all_there_in_the_end(tracking: TrackingConfig, client: MlflowClient) -> None:
+def test_metrics_are_buffered_and_sent_at_the_end(tracking: TrackingConfig, client: MlflowClient) -> None:
     tracker = start_tracking(tracking, run_id="metrics", stage="sft", params={})
     for step in range(1, 4):
         tracker.log({"train/loss": 1 / step, "train/n": step}, step)
@@ -92,7 +92,7 @@ def test_metrics_wait_for_company_and_are_all_there_in_the_end(tracking: Trackin
     assert client.get_run(run.info.run_id).data.metrics["train/n"] == 3
 
 
-def test_files(tracking: TrackingConfig, client: MlflowClient, tmp_path: Path) -> None:
+def test_files_are_logged(tracking: TrackingConfig, client: MlflowClient, tmp_path: Path) -> None:
     tracker = start_tracking(tracking, run_id="files", stage="sft", params={})
     (tmp_path / "summary.md").write_text("# x\n", encoding="utf-8")
     tracker.log_file(tmp_path / "summary.md")
@@ -101,20 +101,20 @@ def test_files(tracking: TrackingConfig, client: MlflowClient, tmp_path: Path) -
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["summary.md"]
 
 
-# --- tracking never fails training ---
+# --- MLflow errors never fail a stage ---
 
 
 class FakeClient:
-    """Keeps what it is told; fails when broken."""
+    """Records its calls; raises if is_broken."""
 
     def __init__(self) -> None:
-        self.broken = False
+        self.is_broken = False
         self.batches: list[int] = []
         self.calls: list[str] = []
 
     def _call(self, name: str) -> None:
         self.calls.append(name)
-        if self.broken:
+        if self.is_broken:
             raise ConnectionError("the server is gone\nand more lines of detail")
 
     def log_batch(self, run_id: str, metrics: list[Any]) -> None:
@@ -123,13 +123,13 @@ class FakeClient:
 
     def log_artifact(self, run_id: str, path: str) -> None:
         self._call("log_artifact")
-        Path(path).read_bytes()  # as the real one does
+        Path(path).read_bytes()  # like the real client
 
     def set_terminated(self, run_id: str, status: str) -> None:
         self._call(f"set_terminated {status}")
 
 
-def test_points_are_sent_in_requests_that_the_server_takes() -> None:
+def test_metrics_are_sent_in_batches_of_1000() -> None:
     client = FakeClient()
     tracker = MlflowTracker(lambda: OpenRun(client, "x"))
     tracker.log({f"m{number}": 0.0 for number in range(2500)}, 1)
@@ -139,7 +139,7 @@ def test_points_are_sent_in_requests_that_the_server_takes() -> None:
     assert client.calls[-1] == "set_terminated FINISHED"
 
 
-def test_points_are_sent_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_are_sent_at_the_flush_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     client = FakeClient()
     tracker = MlflowTracker(lambda: OpenRun(client, "x"))
     now = time.monotonic()
@@ -151,35 +151,35 @@ def test_points_are_sent_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(client.batches) == 5
 
 
-def test_a_server_that_dies_midway_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_server_failure_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     client = FakeClient()
     tracker = MlflowTracker(lambda: OpenRun(client, "x"))
     tracker.FLUSH_SECONDS = -1.0
     tracker.log({"loss": 1.0}, 1)
-    client.broken = True
+    client.is_broken = True
     for step in range(2, 5):
         tracker.log({"loss": 1.0}, step)
-    tracker.log_file(tmp_path / "gone")
+    tracker.log_file(tmp_path / "deleted")
     tracker.finish("FAILED")
-    # Asked again once, at the end: each request may take its time to fail.
+    # Only one retry, at the end, because each request may take seconds to fail.
     assert client.calls == ["log_batch", "log_batch", "log_batch"]
     assert capsys.readouterr().err == (
-        "warning: MLflow could not be used, going on without it (the server is gone)\n"
-        "warning: MLflow lacks 3 points and 1 files of this stage\n"
+        "warning: MLflow could not be used, continuing without it (the server is gone)\n"
+        "warning: 3 points and 1 files of this stage were not logged to MLflow\n"
     )
 
 
-def test_a_server_that_comes_back_gets_what_it_missed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_buffered_metrics_are_sent_when_server_is_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     client = FakeClient()
     tracker = MlflowTracker(lambda: OpenRun(client, "x", {"loss": 1}))
     tracker.FLUSH_SECONDS = -1.0
-    client.broken = True
-    tracker.log({"loss": 1.0}, 1)  # an attempt before this one has logged it
+    client.is_broken = True
+    tracker.log({"loss": 1.0}, 1)  # logged by an earlier attempt
     tracker.log({"loss": 1.0, "kl": 0.5}, 2)
     (tmp_path / "x").touch()
     tracker.log_file(tmp_path / "x")
-    client.broken = False
-    tracker.log({"loss": 1.0}, 3)  # too early to ask again
+    client.is_broken = False
+    tracker.log({"loss": 1.0}, 3)  # too early for a retry
     assert client.batches == []
     tracker.RETRY_SECONDS = 0.0
     tracker.log({"loss": 1.0}, 4)
@@ -187,87 +187,87 @@ def test_a_server_that_comes_back_gets_what_it_missed(capsys: pytest.CaptureFixt
     assert client.calls[-1] == "log_artifact"
     tracker.finish("FINISHED")
     assert client.calls[-1] == "set_terminated FINISHED"
-    assert "lacks" not in capsys.readouterr().err
+    assert "not logged" not in capsys.readouterr().err
 
 
-def format_duration(monkeypatch: pytest.MonkeyPatch, client: FakeClient, *, back_after: float) -> list[float]:
-    """Time passes by sleeping alone; the server is away until seconds of it have passed. Returns the sleeps."""
-    now, slept = time.monotonic(), list[float]()
+def fake_clock(monkeypatch: pytest.MonkeyPatch, client: FakeClient, *, back_after: float) -> list[float]:
+    """Replace the clock by one that only sleep() advances; client is broken for back_after seconds. Returns the sleeps."""
+    start, sleeps = time.monotonic(), list[float]()
 
     def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        client.broken = sum(slept) < back_after
+        sleeps.append(seconds)
+        client.is_broken = sum(sleeps) < back_after
 
     monkeypatch.setattr(time, "sleep", sleep)
-    monkeypatch.setattr(time, "monotonic", lambda: now + sum(slept))
-    client.broken = True
-    return slept
+    monkeypatch.setattr(time, "monotonic", lambda: start + sum(sleeps))
+    client.is_broken = True
+    return sleeps
 
 
-def test_the_end_of_a_stage_waits_for_a_server_that_restarts(
+def test_finish_waits_for_a_restarting_server(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     client = FakeClient()
     tracker = MlflowTracker(lambda: OpenRun(client, "x"))
-    slept = format_duration(monkeypatch, client, back_after=45)
+    sleeps = fake_clock(monkeypatch, client, back_after=45)
     (tmp_path / "x").touch()
     tracker.log_file(tmp_path / "x")
     tracker.log({"loss": 1.0}, 1)
     tracker.finish("FINISHED")
-    assert 45 <= sum(slept) < 47
+    assert 45 <= sum(sleeps) < 47
     assert client.batches == [1]
     assert client.calls[-2:] == ["log_artifact", "set_terminated FINISHED"]
-    assert "lacks" not in capsys.readouterr().err
+    assert "not logged" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("status", "reached", "most"), [("FINISHED", True, 60), ("FINISHED", False, 20), ("FAILED", True, 0)]
+    ("status", "is_reachable", "limit"), [("FINISHED", True, 60), ("FINISHED", False, 20), ("FAILED", True, 0)]
 )
-def test_the_wait_ends(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: str, reached: bool, most: int
+def test_finish_stops_waiting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: str, is_reachable: bool, limit: int
 ) -> None:
     client = FakeClient()
 
-    def find_run() -> OpenRun:
-        if not reached:
-            raise ConnectionError("nobody there")
+    def open_run() -> OpenRun:
+        if not is_reachable:
+            raise ConnectionError("unreachable")
         return OpenRun(client, "x")
 
-    tracker = MlflowTracker(find_run)
-    slept = format_duration(monkeypatch, client, back_after=1000)
+    tracker = MlflowTracker(open_run)
+    sleeps = fake_clock(monkeypatch, client, back_after=1000)
     tracker.log({"loss": 1.0}, 1)
     tracker.finish(status)
-    assert most - 2 <= sum(slept) <= most
+    assert limit - 2 <= sum(sleeps) <= limit
     err = capsys.readouterr().err
-    assert "lacks 1 points and 0 files" in err
-    assert err.count("waiting up to") == err.count(f"waiting up to {most} s for MLflow\n") == (most > 0)
+    assert "1 points and 0 files of this stage were not logged" in err
+    assert err.count("waiting up to") == err.count(f"waiting up to {limit} s for MLflow\n") == (limit > 0)
 
 
-def test_a_file_that_is_gone_keeps_nothing_else_from_the_server(tmp_path: Path) -> None:
+def test_deleted_file_does_not_block_other_data(tmp_path: Path) -> None:
     client = FakeClient()
     tracker = MlflowTracker(lambda: OpenRun(client, "x"))
-    (tmp_path / "there").touch()
-    tracker.log_file(tmp_path / "gone")
-    tracker.log_file(tmp_path / "there")
+    (tmp_path / "existing").touch()
+    tracker.log_file(tmp_path / "deleted")
+    tracker.log_file(tmp_path / "existing")
     tracker.log({"loss": 1.0}, 1)
     tracker.finish("FINISHED")
     assert client.calls == ["log_artifact", "log_batch", "set_terminated FINISHED"]
 
 
-def test_a_server_that_is_away_at_the_start_may_come_later(capsys: pytest.CaptureFixture[str]) -> None:
-    client, asked = FakeClient(), []
+def test_server_may_become_reachable_after_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+    client, calls = FakeClient(), []
 
-    def find_run() -> OpenRun:
-        asked.append(1)
-        if len(asked) < 3:
+    def open_run() -> OpenRun:
+        calls.append(1)
+        if len(calls) < 3:
             raise ConnectionError("not yet")
         return OpenRun(client, "x")
 
-    tracker = MlflowTracker(find_run)
+    tracker = MlflowTracker(open_run)
     tracker.RETRY_SECONDS = tracker.FLUSH_SECONDS = -1.0
     for step in (1, 2, 3):
         tracker.log({"loss": 1.0}, step)
-    assert len(asked) == 3 and client.batches == [2, 1]
+    assert len(calls) == 3 and client.batches == [2, 1]
     assert capsys.readouterr().err.count("not yet") == 1
 
 
@@ -277,7 +277,9 @@ def use(tracker: Tracker) -> None:
     tracker.finish("FINISHED")
 
 
-def test_a_dead_server_costs_seconds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreachable_server_costs_only_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(MlflowTracker, "UNREACHED_WAIT_SECONDS", 0.0)
     started = time.monotonic()
     tracker = start_tracking(TrackingConfig(uri="http://127.0.0.1:9"), run_id="x", stage="sft", params={"a": 1})
@@ -285,12 +287,12 @@ def test_a_dead_server_costs_seconds(monkeypatch: pytest.MonkeyPatch, capsys: py
     use(tracker)
     assert time.monotonic() - started < 40
     err = capsys.readouterr().err
-    assert err.startswith("warning: MLflow could not be used, going on without it (")
-    assert "127.0.0.1:9" in err and "lacks 1 points and 1 files" in err and err.count("\n") == 2
+    assert err.startswith("warning: MLflow could not be used, continuing without it (")
+    assert "127.0.0.1:9" in err and "1 points and 1 files of this stage were not logged" in err and err.count("\n") == 2
 
 
 @pytest.mark.parametrize("uri", ["nonsense://x", "sqlite:///{file}/mlflow.db"])
-def test_a_wrong_uri(
+def test_invalid_uri_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(MlflowTracker, "UNREACHED_WAIT_SECONDS", 0.0)
@@ -302,7 +304,7 @@ def test_a_wrong_uri(
 
 
 @pytest.mark.parametrize("config", [TrackingConfig(), TrackingConfig(uri="http://127.0.0.1:9", enabled=False)])
-def test_no_tracking(config: TrackingConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tracking_can_be_disabled(config: TrackingConfig, capsys: pytest.CaptureFixture[str]) -> None:
     tracker = start_tracking(config, run_id="x", stage="sft", params={})
     assert isinstance(tracker, NullTracker)
     use(tracker)
@@ -310,15 +312,15 @@ def test_no_tracking(config: TrackingConfig, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == ""
 
 
-def test_flatten() -> None:
+def test_flatten_joins_keys_with_dots() -> None:
     assert flatten({"a": {"b": {"c": 1}, "d": None}, "e": [1], "f": {}}) == {"a.b.c": 1, "a.d": None, "e": [1]}
 
 
-def test_a_second_attempt_goes_on_with_the_curves_of_the_first(tracking: TrackingConfig, client: MlflowClient) -> None:
+def test_second_attempt_resumes_curves_of_the_first(tracking: TrackingConfig, client: MlflowClient) -> None:
     first = start_tracking(tracking, run_id="resumed", stage="ppo", params={"processes": 1})
     for step in (1, 2, 3):
         first.log({"score": step / 4}, step)
-    first.flush()  # and is killed; its checkpoint is of step 2
+    first.flush()  # then the stage is killed; its checkpoint is of step 2
     second = start_tracking(tracking, run_id="resumed", stage="ppo", params={"processes": 2})
     for step in (3, 4):
         second.log({"score": step / 4}, step)
@@ -332,4 +334,4 @@ def test_a_second_attempt_goes_on_with_the_curves_of_the_first(tracking: Trackin
     assert nested[0].data.metrics["final/score"] == 1.0
     third = start_tracking(tracking, run_id="resumed", stage="ppo", params={})
     third.finish("FINISHED")
-    assert len(runs_of(client, "resumed")[1]) == 2  # what ended well is left alone
+    assert len(runs_of(client, "resumed")[1]) == 2  # a finished run is not resumed

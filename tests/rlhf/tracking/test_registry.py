@@ -1,4 +1,4 @@
-"""The model registry: versions for both decisions, the alias for one of them, and no failure without a registry."""
+"""Registration of model versions, for both decisions and without a registry."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
     return TrackingConfig(uri=f"sqlite:///{folder / 'mlflow.db'}", registered_model="toy")
 
 
-def test_versions_aliases_and_a_second_try(tracking: TrackingConfig, tmp_path: Path) -> None:
+def test_versions_aliases_and_retries(tracking: TrackingConfig, tmp_path: Path) -> None:
     def register(run_id: str, decision: str) -> str:
         lineage = {"digest": f"digest of {run_id}", "parent_sft_model": "abc"}
         return register_version(
@@ -25,10 +25,10 @@ def test_versions_aliases_and_a_second_try(tracking: TrackingConfig, tmp_path: P
     client = MlflowClient(tracking_uri=tracking.uri, registry_uri=tracking.uri)
     assert register("first", "promote") == "1"
     assert register("second", "reject") == "2"
-    assert client.get_model_version_by_alias("toy", "champion").version == 1  # a rejection leaves the champion
+    assert client.get_model_version_by_alias("toy", "champion").version == 1  # unchanged
     assert register("third", "promote") == "3"
     assert client.get_model_version_by_alias("toy", "champion").version == 3
-    assert register("third", "promote") == "3"  # the stage ran again: no second version
+    assert register("third", "promote") == "3"  # a retry creates no second version
     rejected = client.get_model_version("toy", "2")
     assert rejected.source == str(tmp_path)
     assert rejected.tags == {
@@ -36,9 +36,9 @@ def test_versions_aliases_and_a_second_try(tracking: TrackingConfig, tmp_path: P
     }  # fmt: skip
 
 
-def test_no_registry_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
-    nothing = {"source": "x", "run_id": "r", "decision": "promote", "reason": "", "lineage": {}}
-    assert register_version(TrackingConfig(), **nothing) == ""
-    assert register_version(TrackingConfig(enabled=False, uri="sqlite:////nowhere"), **nothing) == ""
-    assert register_version(TrackingConfig(uri="http://127.0.0.1:9"), **nothing) == ""
+def test_missing_registry_does_not_fail(capsys: pytest.CaptureFixture[str]) -> None:
+    version = {"source": "x", "run_id": "r", "decision": "promote", "reason": "", "lineage": {}}
+    assert register_version(TrackingConfig(), **version) == ""
+    assert register_version(TrackingConfig(enabled=False, uri="sqlite:////nowhere"), **version) == ""
+    assert register_version(TrackingConfig(uri="http://127.0.0.1:9"), **version) == ""
     assert "warning: MLflow could not be used" in capsys.readouterr().err
