@@ -18,18 +18,13 @@ from components.ppo.component import ppo
 from components.prepare_data.component import prepare_data
 from components.register.component import register
 from components.reward_model.component import reward_model
-from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.import_model import ImportModelStageConfig
-from components.rlhf.config.judge import JudgeStageConfig
 from components.rlhf.config.notify import NotifyStageConfig
 from components.rlhf.config.params import Params
-from components.rlhf.config.ppo import PpoStageConfig
-from components.rlhf.config.prepare_data import PrepareDataStageConfig
 from components.rlhf.config.register import RegisterStageConfig
-from components.rlhf.config.reward_model import RewardModelStageConfig
-from components.rlhf.config.sft import SftStageConfig
 from components.sft.component import sft
 from pipelines import placement
+from pipelines.settings import settings_of_stage
 
 NAME = "rlhf"
 
@@ -54,6 +49,7 @@ def build_pipeline(params: Params) -> Any:
         gpu_node_selector: dict[str, str] = selector,
         gpu_tolerations: list[dict[str, str]] = tolerations,
     ) -> None:
+        shared = {"tracking": tracking, "storage": storage}
         node_inputs = {"node_selector": gpu_node_selector, "tolerations": gpu_tolerations}
 
         def configure(task: Any, stage: str, name: str = "", source: str = "") -> Any:
@@ -62,20 +58,19 @@ def build_pipeline(params: Params) -> Any:
 
         def import_task(kind: str, source: str, name: str, revision: str | None = None) -> Any:
             settings = ImportModelStageConfig.model_validate({"kind": kind, "source": source, "revision": revision})
-            task = import_model(settings=settings.canonical_json(), tracking=tracking, storage=storage)
+            task = import_model(settings=settings.canonical_json(), **shared)
             return configure(task, "import_model", name, source)
 
         settings = NotifyStageConfig(preset=params.preset, ui_url=params.cluster.ui_url).canonical_json()
-        exit_task = configure(notify(settings=settings, tracking=tracking, storage=storage), "notify")
+        exit_task = configure(notify(settings=settings, **shared), "notify")
         with dsl.ExitHandler(exit_task, name="run"):
             import_model_task = import_task("base_model", params.model.source, "import model", params.model.revision)
             base_model = import_model_task.outputs["model"]
 
             prepare_data_task = prepare_data(
                 base_model=base_model,
-                settings=params.stage(PrepareDataStageConfig).canonical_json(),
-                tracking=tracking,
-                storage=storage,
+                settings=settings_of_stage(params, "prepare_data"),
+                **shared,
             )
             datasets = configure(prepare_data_task, "prepare_data").outputs
 
@@ -85,9 +80,8 @@ def build_pipeline(params: Params) -> Any:
                 sft_task = sft(
                     base_model=base_model,
                     demonstrations=datasets["demonstrations"],
-                    settings=params.stage(SftStageConfig).canonical_json(),
-                    tracking=tracking,
-                    storage=storage,
+                    settings=settings_of_stage(params, "sft"),
+                    **shared,
                 )
                 configure(sft_task, "sft", "SFT")
             sft_model = sft_task.outputs["model"]
@@ -100,16 +94,15 @@ def build_pipeline(params: Params) -> Any:
                     sft_model=sft_model,
                     preferences=datasets["preferences"],
                     prompts=datasets["prompts"],
-                    settings=params.stage(RewardModelStageConfig).canonical_json(),
-                    tracking=tracking,
-                    storage=storage,
+                    settings=settings_of_stage(params, "reward_model"),
+                    **shared,
                 )
                 configure(reward_model_task, "reward_model")
 
             judge_task = judge(
                 preferences=datasets["judge_preferences"],
                 base_model=base_model,
-                settings=params.stage(JudgeStageConfig).canonical_json(),
+                settings=settings_of_stage(params, "judge"),
                 tracking=tracking,
             )
             configure(judge_task, "judge")
@@ -118,9 +111,8 @@ def build_pipeline(params: Params) -> Any:
                 sft_model=sft_model,
                 reward_model=reward_model_task.outputs["model"],
                 prompts=datasets["prompts"],
-                settings=params.stage(PpoStageConfig).canonical_json(),
-                tracking=tracking,
-                storage=storage,
+                settings=settings_of_stage(params, "ppo"),
+                **shared,
             )
             configure(ppo_task, "ppo", "PPO")
 
@@ -130,7 +122,7 @@ def build_pipeline(params: Params) -> Any:
                 reward_model=reward_model_task.outputs["model"],
                 judge=judge_task.outputs["judge"],
                 prompts=datasets["heldout_prompts"],
-                settings=params.stage(EvaluationStageConfig).canonical_json(),
+                settings=settings_of_stage(params, "evaluation"),
                 tracking=tracking,
             )
             configure(evaluation_task, "evaluation")

@@ -2,77 +2,72 @@
 
 from pathlib import Path
 
-import click
-
 from components.rlhf.config.evaluation import EvaluationStageConfig
-from components.rlhf.runtime.stage import input_artifact, output_path, stage_options, stage_run
+from components.rlhf.runtime.stage import StageRun, stage_program
 
 
-@click.command(help=__doc__)
-@input_artifact("--sft-model", help="Fine-tuned model, the baseline.")
-@input_artifact("--policy", help="Policy that PPO has trained.")
-@input_artifact("--reward-model", help="Reward model that PPO has trained against.")
-@input_artifact("--judge", help="Judge that compares the responses.")
-@input_artifact("--prompts", help="Held-out prompts.")
-@output_path("--evaluation", "evaluation_path", help="Evaluation: all metrics and responses.")
-@output_path("--metrics", help="Metrics of the stage as JSON.")
-@output_path("--report", help="HTML report with metrics, plots and samples.")
-@output_path("--summary", help="Markdown report of metrics and decision.")
-@output_path("--decision", help="File for the decision, promote or reject.")
-@output_path("--reason", help="File for the reason of the decision.")
-@stage_options
+@stage_program(
+    "evaluation",
+    EvaluationStageConfig,
+    reads={
+        "sft_model": "Fine-tuned model, the baseline.",
+        "policy": "Policy that PPO has trained.",
+        "reward_model": "Reward model that PPO has trained against.",
+        "judge": "Judge that compares the responses.",
+        "prompts": "Held-out prompts.",
+    },
+    writes={
+        "evaluation": "Evaluation: all metrics and responses.",
+        "metrics": "Metrics of the stage as JSON.",
+        "report": "HTML report with metrics, plots and samples.",
+        "summary": "Markdown report of metrics and decision.",
+        "decision": "File for the decision, promote or reject.",
+        "reason": "File for the reason of the decision.",
+    },
+)
 def main(
-    sft_model: Path, policy: Path, reward_model: Path, judge: Path, prompts: Path, evaluation_path: Path, metrics: Path,
-    report: Path, summary: Path, decision: Path, reason: Path, settings: str, tracking: str, executor_input: str,
-) -> None:  # fmt: skip
-    with stage_run(
-        "evaluation", EvaluationStageConfig, settings=settings, tracking=tracking, executor_input=executor_input
-    ) as run:
-        from components.evaluation.compare import compare
-        from components.evaluation.judge_curve import judge_curve
-        from components.evaluation.report import as_html, as_markdown
-        from components.evaluation.samples import save_comparison
-        from components.evaluation.verdict import decide, summarize
-        from components.rlhf.artifacts.directory import open_artifact, require_same_tokenizer
-        from components.rlhf.data.datasets import load_records
-        from components.rlhf.data.records import Prompt, ValidationSample
-        from components.rlhf.rewards.linear import load_judge
-        from components.rlhf.runtime.executor import write_parameter
+    run: StageRun[EvaluationStageConfig],
+    sft_model: Path,
+    policy: Path,
+    reward_model: Path,
+    judge: Path,
+    prompts: Path,
+    **writes: Path,
+) -> None:
+    from components.evaluation.compare import compare
+    from components.evaluation.judge_curve import judge_curve
+    from components.evaluation.report import as_html, as_markdown
+    from components.evaluation.samples import save_comparison
+    from components.evaluation.verdict import decide, summarize
+    from components.rlhf.artifacts.directory import open_inputs
+    from components.rlhf.data.datasets import load_records
+    from components.rlhf.data.records import Prompt, ValidationSample
+    from components.rlhf.rewards.linear import load_judge
+    from components.rlhf.runtime.executor import write_parameter
 
-        folders = dict(
-            sft_model=sft_model, policy_model=policy, reward_model=reward_model, judge=judge, prompts=prompts
-        )
-        inputs = {kind: open_artifact(folder, kind) for kind, folder in folders.items()}
-        require_same_tokenizer(**{kind: (folders[kind], manifest) for kind, manifest in inputs.items()})
-        heldout_prompts = load_records(prompts, "heldout", Prompt)[: run.config.evaluation.num_prompts]
-        comparison = compare(
-            run.config,
-            heldout_prompts,
-            sft_model=sft_model,
-            policy=policy,
-            reward_model=reward_model,
-            judge=judge,
-            progress=run.progress,
-        )
-        accuracies = {role: inputs[role].facts.get("heldout_accuracy") for role in ("judge", "reward_model")}
-        accuracy = {role: float(value) for role, value in accuracies.items() if value is not None}
-        numbers = summarize(comparison, run.config.evaluation, accuracy=accuracy, seed=run.config.seed)
-        training = judge_curve(load_records(policy, "validation", ValidationSample), load_judge(judge))
-        verdict = decide(numbers, run.config.gate)
-        run.write_artifact(
-            "evaluation",
-            evaluation_path,
-            lambda draft: save_comparison(comparison, numbers, training, draft),
-            kind="evaluation",
-            parents=inputs,
-            facts={**numbers, "decision": verdict.decision, "reason": verdict.reason},
-        )
-        run.write_report("report", report, as_html(comparison, numbers, verdict, training, seed=run.config.seed))
-        run.write_report("summary", summary, as_markdown(numbers, verdict))
-        run.write_metrics(metrics, numbers)
-        write_parameter(decision, verdict.decision)
-        write_parameter(reason, verdict.reason)
-        run.progress.log(f"{verdict.decision}: {verdict.reason}")
+    compared = dict(sft_model=sft_model, reward_model=reward_model, judge=judge)
+    inputs = open_inputs(**compared, policy_model=policy, prompts=prompts)
+    heldout_prompts = load_records(prompts, "heldout", Prompt)[: run.config.evaluation.num_prompts]
+    comparison = compare(run.config, heldout_prompts, **compared, policy=policy, progress=run.progress)
+    accuracies = {role: inputs[role].facts.get("heldout_accuracy") for role in ("judge", "reward_model")}
+    accuracy = {role: float(value) for role, value in accuracies.items() if value is not None}
+    numbers = summarize(comparison, run.config.evaluation, accuracy=accuracy, seed=run.config.seed)
+    training = judge_curve(load_records(policy, "validation", ValidationSample), load_judge(judge))
+    verdict = decide(numbers, run.config.gate)
+    run.write_artifact(
+        "evaluation",
+        writes["evaluation"],
+        lambda draft: save_comparison(comparison, numbers, training, draft),
+        kind="evaluation",
+        parents=inputs,
+        facts={**numbers, "decision": verdict.decision, "reason": verdict.reason},
+    )
+    run.write_report("report", writes["report"], as_html(comparison, numbers, verdict, training, seed=run.config.seed))
+    run.write_report("summary", writes["summary"], as_markdown(numbers, verdict))
+    run.write_metrics(writes["metrics"], numbers)
+    write_parameter(writes["decision"], verdict.decision)
+    write_parameter(writes["reason"], verdict.reason)
+    run.progress.log(f"{verdict.decision}: {verdict.reason}")
 
 
 if __name__ == "__main__":

@@ -2,48 +2,38 @@
 
 from pathlib import Path
 
-import click
-
 from components.rlhf.config.import_model import ImportModelStageConfig
-from components.rlhf.runtime.stage import output_path, stage_options, stage_run, storage_option
+from components.rlhf.runtime.stage import StageRun, stage_program
 
 
-@click.command(help=__doc__)
-@output_path("--model", "model_path", help="Model in the Hugging Face format, with manifest.json.")
-@storage_option
-@stage_options
-def main(model_path: Path, settings: str, tracking: str, storage: str, executor_input: str) -> None:
-    with stage_run(
-        "import_model",
-        ImportModelStageConfig,
-        settings=settings,
-        tracking=tracking,
-        executor_input=executor_input,
-        storage=storage,
-    ) as run:
-        from components.import_model.importer import import_model
-        from components.rlhf.artifacts.directory import atomic_directory
-        from components.rlhf.artifacts.manifest import write_manifest
-        from components.rlhf.data.tokenizer import chat_template_digest, tokenizer_digest
-        from components.rlhf.storage.copy import local_copy
+@stage_program(
+    "import_model",
+    ImportModelStageConfig,
+    reads={},
+    writes={"model": "Model in the Hugging Face format, with manifest.json."},
+)
+def main(run: StageRun[ImportModelStageConfig], model: Path) -> None:
+    from components.import_model.importer import import_model
+    from components.rlhf.artifacts.directory import atomic_directory
+    from components.rlhf.artifacts.manifest import write_manifest
+    from components.rlhf.data.tokenizer import chat_template_digest, tokenizer_digest
+    from components.rlhf.storage.copy import local_copy
 
-        run.progress.log(f"importing {run.config.source} as {run.config.kind}")
-        source = run.config.source
-        with local_copy(source, run.storage, run.progress.log) as local, atomic_directory(model_path) as folder:
-            tokenizer, facts = import_model(run.config.model_copy(update={"source": local}), folder)
-            facts["source"] = source
-            manifest = write_manifest(
-                folder,
-                kind=run.config.kind,
-                settings=run.settings_text,
-                tokenizer_digest=tokenizer_digest(tokenizer),
-                chat_template_digest=chat_template_digest(tokenizer),
-                facts=facts,
-            )
-        run.report_output("model", manifest)
-        run.progress.log(
-            f"{facts['num_parameters']:,} parameters in {facts['num_layers']} layers, written to {model_path}"
+    run.progress.log(f"importing {run.config.source} as {run.config.kind}")
+    source = run.config.source
+    with local_copy(source, run.storage, run.progress.log) as local, atomic_directory(model) as folder:
+        tokenizer, facts = import_model(run.config.model_copy(update={"source": local}), folder)
+        facts["source"] = source
+        manifest = write_manifest(
+            folder,
+            kind=run.config.kind,
+            settings=run.settings_text,
+            tokenizer_digest=tokenizer_digest(tokenizer),
+            chat_template_digest=chat_template_digest(tokenizer),
+            facts=facts,
         )
+    run.report_output("model", manifest)
+    run.progress.log(f"{facts['num_parameters']:,} parameters in {facts['num_layers']} layers, written to {model}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import click
 
 from components.rlhf.config.notify import NotifyStageConfig
 from components.rlhf.config.storage import StorageConfig, TrackingConfig
-from components.rlhf.runtime.stage import RUN_ID, parse_config, storage_option
+from components.rlhf.runtime.stage import RUN_ID, STORAGE_OPTION, TRACKING_OPTION, parse_config
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.redaction import redact_output
 
@@ -15,8 +15,8 @@ from components.rlhf.text.redaction import redact_output
 @click.command(help=__doc__)
 @click.option("--status", required=True, help="KFP's final status of the run (PipelineTaskFinalStatus) as JSON.")
 @click.option("--settings", required=True, help="NotifyStageConfig as JSON: preset and ui_url.")
-@click.option("--tracking", default="{}", help="TrackingConfig as JSON; its uri defaults to MLFLOW_TRACKING_URI.")
-@storage_option
+@TRACKING_OPTION
+@STORAGE_OPTION
 def main(status: str, settings: str, tracking: str, storage: str) -> None:
     from components.notify.result import as_message, delete_checkpoints, get_result, post
     from components.rlhf.tracking.mlflow import finish_parent_run, with_environment_uri

@@ -69,3 +69,10 @@ def require_same_tokenizer(**artifacts: tuple[Path, Manifest]) -> None:
                     f"The {first_role} ({first_path}) and the {role} ({path}) have different {name.replace('_', ' ')}s; "
                     "token ids would mean different text. Train both from the same base model."
                 )
+
+
+def open_inputs(**folders: Path) -> dict[str, Manifest]:
+    """The manifests of input artifacts, each named by the kind that it must have. All must have the same tokenizer."""
+    inputs = {kind: open_artifact(folder, kind) for kind, folder in folders.items()}
+    require_same_tokenizer(**{kind: (folders[kind], manifest) for kind, manifest in inputs.items()})
+    return inputs

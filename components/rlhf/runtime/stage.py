@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import click
 from pydantic import ValidationError
@@ -53,6 +53,8 @@ class StageRun(Generic[Config]):
     settings_text: str  # the JSON text of config, whose digest is in manifests
     progress: Progress
     tracker: Tracker
+    tracking: TrackingConfig
+    run_id: str
     storage: StorageConfig = field(default_factory=StorageConfig)
     executor_input: str = ""
     stop: StopSignal = field(default_factory=StopSignal)
@@ -115,7 +117,7 @@ class StageRun(Generic[Config]):
         """Copy a model to storage.publish_uri. On a cluster, that URI is reported to KFP, which then makes no copy."""
         if self.storage.publish_uri is None:
             return
-        key = f"{os.environ.get(RUN_ID, MANUAL_RUN_ID)}/{self.name}/{output}"
+        key = f"{self.run_id}/{self.name}/{output}"
         uri = f"{self.storage.publish_uri.rstrip('/')}/{key}"
         upload_folder(open_store(self.storage.publish_uri, self.storage, self.progress.log), path, key, last=MANIFEST)
         self.progress.log(f"published as {uri}")
@@ -144,40 +146,54 @@ class StageRun(Generic[Config]):
         self.tracker.log_file(path)
 
 
-def stage_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of every stage."""
-    for option in (
-        click.option(
-            "--executor-input", default="", help="KFP's executor input as JSON; omit it when running manually."
-        ),
-        click.option(
-            "--tracking", default="{}", help="TrackingConfig as JSON; its uri defaults to MLFLOW_TRACKING_URI."
-        ),
-        click.option("--settings", required=True, help="Settings of the stage: JSON, or the path of a JSON file."),
-    ):
-        command = option(command)
-    return command
+def stage_program(
+    name: str, config_class: type[Config], *, reads: Mapping[str, str], writes: Mapping[str, str]
+) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a function the program of a stage, with one option per path that it reads or writes, each with its help text.
+
+    The function is called with the StageRun and the paths, by name. The docstring of its module is the help of the program.
+    """
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        def command(settings: str, tracking: str, storage: str, executor_input: str, **paths: Path) -> None:
+            with stage_run(name, config_class, settings, tracking, storage, executor_input) as run:
+                function(run, **paths)
+
+        options = [
+            click.option(f"--{path.replace('_', '-')}", type=click.Path(path_type=Path), required=True, help=text)
+            for path, text in {**reads, **writes}.items()
+        ]
+        for option in reversed([*options, *STAGE_OPTIONS]):
+            command = option(command)
+        return click.command(help=sys.modules[function.__module__].__doc__)(command)
+
+    return decorate
 
 
-def input_artifact(*names: str, help: str) -> Callable[..., Any]:
-    """An option with the path of an input artifact."""
-    return click.option(*names, type=click.Path(path_type=Path), required=True, help=help)
-
-
-def output_path(*names: str, help: str) -> Callable[..., Any]:
-    """An option with the path of an output."""
-    return click.option(*names, type=click.Path(path_type=Path), required=True, help=help)
-
-
-def storage_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The option --storage."""
-    text = "StorageConfig as JSON: location of checkpoints and published models, and access to S3."
-    return click.option("--storage", default="{}", help=text)(command)
+TRACKING_OPTION = click.option(
+    "--tracking", default="{}", help="TrackingConfig as JSON; its uri defaults to MLFLOW_TRACKING_URI."
+)
+STORAGE_OPTION = click.option(
+    "--storage",
+    default="{}",
+    help="StorageConfig as JSON: location of checkpoints and published models, and access to S3.",
+)
+STAGE_OPTIONS = (
+    click.option("--settings", required=True, help="Settings of the stage: JSON, or the path of a JSON file."),
+    TRACKING_OPTION,
+    STORAGE_OPTION,
+    click.option("--executor-input", default="", help="KFP's executor input as JSON; omit it when running manually."),
+)
 
 
 @contextlib.contextmanager
 def stage_run(
-    name: str, config_class: type[Config], *, settings: str, tracking: str, executor_input: str, storage: str = "{}"
+    name: str,
+    config_class: type[Config],
+    settings: str,
+    tracking: str = "{}",
+    storage: str = "{}",
+    executor_input: str = "",
 ) -> Iterator[StageRun[Config]]:
     """Run the body of a stage. An InputError is printed as one line, with exit code 1; other errors keep their traceback."""
     redact_output()
@@ -200,7 +216,9 @@ def stage_run(
         run_id = os.environ.get(RUN_ID, MANUAL_RUN_ID)
         tracker = start_tracking(tracking_config, run_id=run_id, stage=name, params=config.model_dump(mode="json"))
         progress = Progress(name, silent=rank() > 0)
-        run = StageRun(name, config, text, progress, tracker, storage_config, executor_input, stop)
+        run = StageRun(
+            name, config, text, progress, tracker, tracking_config, run_id, storage_config, executor_input, stop
+        )
         yield run
         if executor_input and rank() == 0:
             write_executor_output(executor_input, run.outputs, run.published)
@@ -213,7 +231,7 @@ def stage_run(
         if rank() > 0:
             time.sleep(
                 PEER_ERROR_GRACE_SECONDS
-            )  # if all ranks fail, rank 0 prints the error and the launcher ends the rest
+            )  # if all ranks fail, rank 0 prints the error, and the launcher ends the rest
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except BaseException as error:

@@ -14,7 +14,7 @@ from components.rlhf.text.redaction import redact
 
 RUN_ID_TAG = "rlhf.run_id"
 SQLITE = "sqlite:///"
-MANUAL_RUN_ID = "by-hand"  # of stages without RLHF_RUN_ID; they are unrelated to each other
+MANUAL_RUN_ID = "manual"  # of stages without RLHF_RUN_ID; they are unrelated to each other
 
 
 class Tracker(Protocol):

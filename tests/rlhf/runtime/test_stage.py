@@ -15,7 +15,7 @@ from components.rlhf.config.register import RegisterStageConfig
 from components.rlhf.config.storage import CheckpointConfig, TrackingConfig
 from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.runtime import stage as stage_module
-from components.rlhf.runtime.stage import StageRun, stage_options, stage_run, storage_option
+from components.rlhf.runtime.stage import StageRun, stage_program, stage_run
 from components.rlhf.text.errors import InputError
 
 SETTINGS = '{"decision":"promote"}'
@@ -135,7 +135,7 @@ def test_run_id_comes_from_environment(tracker: Recorder, monkeypatch: pytest.Mo
         pass
     assert tracker.start_arguments == {
         "config": TrackingConfig(uri="http://x"),
-        "run_id": "by-hand",
+        "run_id": "manual",
         "stage": "demo",
         "params": {"decision": "promote"},
     }
@@ -235,19 +235,30 @@ def test_invalid_executor_input_fails_the_stage(tracker: Recorder, capsys: pytes
 # --- options ---
 
 
-def test_checkpoints_use_storage_settings(tmp_path: Path) -> None:
-    @click.command()
-    @storage_option
-    @stage_options
-    def command(storage: str, settings: str, tracking: str, executor_input: str) -> None:
-        assert (tracking, executor_input) == ("{}", "")
-        with run(storage=storage) as stage:
-            store = stage.training_context(CheckpointConfig(), SINGLE_PROCESS).checkpoints.store
-            click.echo(repr(store and store.uri))
+def test_checkpoints_use_storage_settings(tmp_path: Path, tracker: Recorder) -> None:
+    @stage_program("demo", RegisterStageConfig, reads={}, writes={})
+    def program(stage: StageRun[RegisterStageConfig]) -> None:
+        store = stage.training_context(CheckpointConfig(), SINGLE_PROCESS).checkpoints.store
+        click.echo(repr(store and store.uri))
 
-    uri = json.dumps({"checkpoint_uri": str(tmp_path)})
-    assert CliRunner().invoke(command, ["--settings", "{}", "--storage", uri]).output == f"{str(tmp_path)!r}\n"
-    assert CliRunner().invoke(command, ["--settings", "{}"]).output == "None\n"
+    storage = json.dumps({"checkpoint_uri": str(tmp_path)})
+    arguments = ["--settings", SETTINGS, "--storage", storage]
+    assert CliRunner().invoke(program, arguments).output == f"{str(tmp_path)!r}\n"
+    assert CliRunner().invoke(program, ["--settings", SETTINGS]).output == "None\n"
+
+
+def test_program_has_one_required_option_per_path(tmp_path: Path, tracker: Recorder) -> None:
+    @stage_program("demo", RegisterStageConfig, reads={"base_model": "Model to read."}, writes={"report": "A report."})
+    def program(stage: StageRun[RegisterStageConfig], base_model: Path, report: Path) -> None:
+        click.echo(f"{base_model} {report} {stage.config.decision} {stage.executor_input!r}")
+
+    arguments = ["--settings", SETTINGS, "--base-model", "a", "--report", "b"]
+    assert CliRunner().invoke(program, arguments).output == "a b promote ''\n"
+    assert "Missing option '--report'" in CliRunner().invoke(program, arguments[:-2]).output
+    text = CliRunner().invoke(program, ["--help"]).output
+    options = ("--base-model", "--report", "--settings", "--tracking", "--storage", "--executor-input")
+    assert [text.index(option) for option in options] == sorted(text.index(option) for option in options)
+    assert "Model to read.  [required]" in text
 
 
 @pytest.mark.parametrize("kfp_uri", ["s3://pipelines/run/model", "{folder}/model"])
