@@ -21,8 +21,8 @@ endif
 PARAMS ?= pipelines/params/movie_reviews.yaml
 PRESET ?=
 SEEDS ?= 3
-# Side by side, a file of tests in one process; no more than 4, because each loads torch.
-PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+# Processes side by side, each file of tests in one of them and in the order of tests/conftest.py; no more than 4, because each loads torch.
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 ##@ Use
 .PHONY: setup run

@@ -1,7 +1,7 @@
 """Fixtures for all tests, and the tiers.
 
-make test runs everything that is not marked slow or vllm: tiny random models on a CPU, no network. make test-all adds the slow
-ones (the real model and ratings, and the commands of the README) and those that start vLLM.
+make test runs everything that is not marked slow, vllm or deepspeed: tiny random models on a CPU, no network. make test-all adds
+the slow tests (the real model and ratings, and the commands of the README) and those that start vLLM or DeepSpeed.
 
 Hypothesis tries the same examples every time, so that a change of the code alone makes a test red. HYPOTHESIS_PROFILE=search tries
 others: make test HYPOTHESIS_PROFILE=search.
@@ -19,11 +19,13 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from tests.support.resident import Resident
 from tests.support.tiny_model import make_tiny_model
 
 # kfp asks for the stack 50 times a pipeline, only to read a name; where torch is loaded, finding the lines of its source takes seconds.
@@ -33,8 +35,27 @@ settings.register_profile("same", derandomize=True, deadline=None, print_blob=Tr
 settings.register_profile("search", deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
+# The files that take minutes. Processes that run tests side by side start with them, so that none is left alone with one at the end.
+LONGEST = (
+    "test_movie_reviews.py", "test_vllm.py", "test_engines_of_readme.py", "test_faults.py", "test_lost_process.py", "test_resume.py",
+    "test_engines.py", "test_whole_run.py", "test_multi_process.py", "test_dag.py", "test_trainer.py", "test_random_walks.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random 3-layer Llama in fp32 and a byte-level tokenizer whose PAD is its EOS."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model", seed=0)
+
+
+@pytest.fixture(scope="session")
+def resident(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Resident]:
+    """Runs Python modules in forks of a process that has imported everything."""
+    resident = Resident(tmp_path_factory.mktemp("resident"))
+    yield resident
+    resident.close()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from components.rlhf.artifacts.manifest import read_manifest
 from tests.faults.places import Curves, FolderPlace, Services, SmallDisk, curves_of
+from tests.support.resident import Resident
 from tests.support.tiny_model import make_tiny_model
 from tests.support.toy_pipeline import toy_params, write_data, write_params
 
@@ -47,8 +48,8 @@ class Undisturbed:
     curves: Curves
 
 
-def prepare(folder: Path) -> Undisturbed:
-    """The run that nobody disturbs."""
+def prepare(folder: Path, resident: Resident | None) -> Undisturbed:
+    """Run the small pipeline without a fault."""
     model = make_tiny_model(folder / "model", seed=0)
     params = toy_params(model, write_data(folder), checkpoint={"every_minutes": 0})
     for stage in ("sft", "reward_model"):
@@ -56,7 +57,11 @@ def prepare(folder: Path) -> Undisturbed:
     params["ppo"]["num_iterations"] = 8
     run = folder / "whole"
     started = time.monotonic()
-    subprocess.run(_start(write_params(folder / "tracked.yaml", params), run), check=True, capture_output=True)
+    place = FolderPlace(folder, write_params(folder / "tracked.yaml", params), resident)
+    with (folder / "whole.log").open("w") as log:
+        code = place.start(_start(place.params, run), log).wait(timeout=HANG_SECONDS)
+    if code:
+        raise RuntimeError(f"The undisturbed run ended with {code}: {(folder / 'whole.log').read_text()}")
     seconds = time.monotonic() - started
     path = write_params(folder / "toy.yaml", params | {"tracking": {"enabled": False}})
     return Undisturbed(path, seconds, models_of(run), curves_of(f"sqlite:///{run}/mlflow.db", run.name))
@@ -111,9 +116,7 @@ class _Attempt:
     def __init__(self, command: list[str], place: FolderPlace, run: Path) -> None:
         self.place, self.run, self.refused, self.said = place, run, False, ""
         self.log = (run.parent / f"{run.name}.log").open("w+")
-        self.process = subprocess.Popen(
-            command, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True, env=place.environment
-        )
+        self.process = place.start(command, self.log)
 
     def disturb(self, kind: str, delay: float, length: float) -> bool:
         """Do it after a delay, or when what the kind waits for is seen after it; False when the run ended before."""
@@ -194,7 +197,7 @@ class _Attempt:
     def resumed_from(self, before: int) -> int:
         """The last step that the stage had when it went on; before when it did not say, because it had nothing to go on with."""
         found = re.search(r"resuming after (?:step|iteration) (\d+)", self.said)
-        return min(before, int(found[1])) if found else (0 if "passed over" in self.said else before)
+        return min(before, int(found[1])) if found else (0 if "is skipped" in self.said else before)
 
     def _saving(self) -> bool:
         return any(not (step / ".complete").exists() for step in self.run.glob("checkpoints/*/*/step-*"))

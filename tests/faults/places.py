@@ -10,12 +10,13 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from mlflow import MlflowClient
 
 from tests.support.fault_proxy import FaultProxy
+from tests.support.resident import Resident, ResidentProcess
 from tests.support.seaweed import BUCKET, SeaweedFS, bare_client, credentials, free_port
 
 Curves = dict[str, dict[str, list[int]]]  # stage -> metric -> steps
@@ -26,9 +27,18 @@ class FolderPlace:
 
     runs_at_once = 1000
 
-    def __init__(self, folder: Path, params: Path) -> None:
-        self.folder, self.params = folder, params
+    def __init__(self, folder: Path, params: Path, resident: Resident | None) -> None:
+        """Programs start as forks of resident where it is given."""
+        self.folder, self.params, self.resident = folder, params, resident
         self.environment = dict(os.environ)
+
+    def start(self, command: list[str], log: IO[str]) -> subprocess.Popen[bytes] | ResidentProcess:
+        """Start a program that leads a session and writes to log."""
+        if self.resident:
+            return self.resident.popen(command, stdout=log, stderr=log, env=self.environment)
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=self.environment
+        )
 
     def params_of(self, run: Path) -> Path:
         return self.params
@@ -50,9 +60,9 @@ class SmallDisk(FolderPlace):
 
     runs_at_once = 1
 
-    def __init__(self, folder: Path, params: Path) -> None:
+    def __init__(self, folder: Path, params: Path, resident: Resident | None) -> None:
         folder.mkdir()
-        super().__init__(folder, params)
+        super().__init__(folder, params, resident)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4g", "tmpfs", str(folder)], check=True, capture_output=True)
 
     @contextlib.contextmanager
@@ -76,9 +86,9 @@ class Services(FolderPlace):
 
     runs_at_once = 1
 
-    def __init__(self, folder: Path, params: Path) -> None:
+    def __init__(self, folder: Path, params: Path, resident: Resident | None) -> None:
         folder.mkdir()
-        super().__init__(folder, params)
+        super().__init__(folder, params, resident)
         self.environment |= credentials() | {"PYTHONWARNINGS": "ignore"}
         self.is_away = {"s3": False, "mlflow": False}
         self.catch_upload = False

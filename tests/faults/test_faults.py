@@ -25,6 +25,7 @@ def test_a_small_campaign_ends_with_equal_models(tmp_path: Path) -> None:
         "1",
         "--jobs",
         "2",
+        "--forks",
         "--report",
         str(report),
     ]

@@ -112,7 +112,7 @@ def test_arbitrary_overrides(tmp_path: Path, text: str, key: str) -> None:
         result_or_refusal(lambda override=override: load_params(path, [override]))
 
 
-def refusal(tmp_path: Path, text: str | bytes) -> str:
+def load_error(tmp_path: Path, text: str | bytes) -> str:
     path = tmp_path / "params.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     with pytest.raises(InputError) as caught:
@@ -122,7 +122,7 @@ def refusal(tmp_path: Path, text: str | bytes) -> str:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ("seed: 1\nseed: 2\n", ":6 is not YAML (the key 'seed' is duplicated)."),
         ("ppo: {kl_coef: 0.1, kl_coef: 0.2}\n", ":5 is not YAML (the key 'kl_coef' is duplicated)."),
@@ -141,22 +141,22 @@ def refusal(tmp_path: Path, text: str | bytes) -> str:
         ("model: {trust_remote_code: true}\n", ": model.trust_remote_code is not a parameter; "),
     ],
 )  # fmt: skip
-def test_error_names_problem_and_location(tmp_path: Path, more: str, said: str) -> None:
-    assert refusal(tmp_path, GOOD + more).startswith(said)
+def test_error_names_problem_and_location(tmp_path: Path, more: str, message: str) -> None:
+    assert load_error(tmp_path, GOOD + more).startswith(message)
 
 
 def test_long_value_is_shortened_in_the_error(tmp_path: Path) -> None:
-    said = refusal(tmp_path, GOOD + f"seed: {'x' * 900_000}\n")
-    assert said.startswith(": seed is 'xxx") and "(900,002 characters)" in said and len(said) < 400
+    message = load_error(tmp_path, GOOD + f"seed: {'x' * 900_000}\n")
+    assert message.startswith(": seed is 'xxx") and "(900,002 characters)" in message and len(message) < 400
 
 
 def test_number_of_reported_mistakes_is_limited(tmp_path: Path) -> None:
-    said = refusal(tmp_path, GOOD + "".join(f"wrong{n}: 1\n" for n in range(1000)))
-    assert said.endswith("; and 995 more.") and len(said) < 2000
+    message = load_error(tmp_path, GOOD + "".join(f"wrong{n}: 1\n" for n in range(1000)))
+    assert message.endswith("; and 995 more.") and len(message) < 2000
 
 
 def test_number_with_thousands_of_digits_is_rejected(tmp_path: Path) -> None:
-    assert "is not YAML (Exceeds the limit" in refusal(tmp_path, GOOD + f"seed: {'9' * 5000}\n")
+    assert "is not YAML (Exceeds the limit" in load_error(tmp_path, GOOD + f"seed: {'9' * 5000}\n")
 
 
 BOMBS = {
@@ -172,8 +172,12 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_yaml_bomb_is_rejected_within_seconds(tmp_path: Path, name: str) -> None:
     started = time.monotonic()
-    said = refusal(tmp_path, BOMBS[name])
-    assert "expand to more than 50,000 values" in said or "nested too deeply" in said or "longer than 1 MiB" in said
+    message = load_error(tmp_path, BOMBS[name])
+    assert (
+        "expand to more than 50,000 values" in message
+        or "nested too deeply" in message
+        or "longer than 1 MiB" in message
+    )
     assert time.monotonic() - started < 60  # a second or two on an idle machine
 
 

@@ -74,7 +74,11 @@ def make_base() -> None:
 
 
 def build(image: str, tag: str, *arguments: str) -> str:
-    """Every step of a Dockerfile on BASE; returns what the build said. Wheels and certificates of this machine go in as mounts."""
+    """Build a Dockerfile on BASE and return the output of the build; wheels and certificates of this machine are mounted.
+
+    podman reuses a step whose inputs have the same digests as in an earlier build on this machine, where layers are cheap.
+    """
+    overlay = podman("info", "--format", "{{.Store.GraphDriverName}}").stdout.strip() == "overlay"
     found = subprocess.run(
         [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True
     ).stdout.strip()
@@ -82,7 +86,7 @@ def build(image: str, tag: str, *arguments: str) -> str:
     bundle = os.environ.get("SSL_CERT_FILE") or "/etc/ssl/certs/ca-certificates.crt"
     mounts += ["--secret", f"id=ca,src={bundle}"] if Path(bundle).is_file() else []
     done = podman(
-        "build", "--network", "host", "--layers=false", "--force-rm", "--file", f"images/{image}/Dockerfile", "--tag", tag,
+        "build", "--network", "host", f"--layers={str(overlay).lower()}", "--force-rm", "--file", f"images/{image}/Dockerfile", "--tag", tag,
         "--build-arg", f"BASE={BASE}", *mounts, *arguments, str(ROOT), timeout=3000,
     )  # fmt: skip
     return done.stdout + done.stderr

@@ -14,6 +14,7 @@ import pytest
 
 from components.rlhf.artifacts.manifest import read_manifest
 from tests.pipelines.local.test_whole_run import STAGES, output, run_pipeline, summary_of
+from tests.support.resident import Resident, ResidentProcess
 from tests.support.seaweed import BUCKET, SeaweedFS, bare_client, credentials
 from tests.support.toy_pipeline import toy_params, write_data, write_params
 
@@ -24,15 +25,15 @@ def toy(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     often = {"checkpoint": {"every_minutes": 0}}
     params = toy_params(tiny_model, write_data(folder), **often)
-    params["ppo"]["num_iterations"] = 4
+    params["ppo"]["num_iterations"] = 8
     return write_params(folder / "toy.yaml", params)
 
 
 @pytest.fixture(scope="module")
-def whole(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of a run that nobody disturbs."""
+def whole(toy: Path, resident: Resident, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of an uninterrupted run."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    result = run_pipeline(toy, run)
+    result = resident.run([sys.executable, "-m", "pipelines", "run", str(toy), "--out", str(run)], timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     return run
 
@@ -42,15 +43,23 @@ def resume(run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
+def resume_in_resident(resident: Resident, run: Path) -> subprocess.CompletedProcess[str]:
+    return resident.run([sys.executable, "-m", "pipelines", "run", "--resume", str(run)], timeout=600)
+
+
 def start_and_signal(params: Path, run: Path, *, when: str, number: signal.Signals) -> str:
     """Start a run, signal its program as soon as a file is there, and return everything that it printed."""
     command = [sys.executable, "-m", "pipelines", "run", str(params), "--out", str(run)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not any(run.glob(when)):
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_for_file(process, run, when)
     process.send_signal(number)
     return process.communicate(timeout=120)[0]
+
+
+def wait_for_file(process: subprocess.Popen[str] | ResidentProcess, run: Path, pattern: str) -> None:
+    while not any(run.glob(pattern)):
+        assert process.poll() is None
+        time.sleep(0.01)
 
 
 def weights_of(run: Path) -> dict[str, str]:
@@ -61,11 +70,19 @@ def weights_of(run: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_makes_the_same_models(toy: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_and_makes_the_same_models(
+    toy: Path, whole: Path, tmp_path: Path, resident: Resident
+) -> None:
     run = tmp_path / "run"
-    start_and_signal(toy, run, when="checkpoints/ppo/*/step-*/.complete", number=signal.SIGKILL)
+    command = [sys.executable, "-m", "pipelines", "run", str(toy), "--out", str(run)]
+    with (tmp_path / "first").open("w") as log:
+        first = resident.popen(command, stdout=log, stderr=log)
+        wait_for_file(first, run, "checkpoints/ppo/*/step-*/.complete")
+        first.kill()
+    assert first.wait(timeout=30) == -signal.SIGKILL
     assert not (run / "summary.json").exists()
-    finished = {path.stem for path in (run / "finished").glob("*.json")}
+    seconds = {path.stem: json.loads(path.read_text())["record"]["seconds"] for path in run.glob("finished/*.json")}
+    finished = set(seconds)
     assert finished >= {"import_model", "prepare_data", "sft", "reward_model"}  # judge may come before ppo or after it
 
     second = resume(run)
@@ -76,9 +93,13 @@ def test_a_killed_run_goes_on_and_makes_the_same_models(toy: Path, whole: Path, 
     summary = summary_of(run)
     assert sorted(summary["stages"]) == sorted(STAGES)
     assert {name for name, stage in summary["stages"].items() if stage["reused"]} == finished
-    assert all(stage["status"] == "succeeded" and stage["seconds"] > 0.5 for stage in summary["stages"].values())
+    for name, stage in summary["stages"].items():
+        assert stage["status"] == "succeeded"
+        assert (
+            stage["seconds"] == pytest.approx(seconds[name], abs=0.05) if name in finished else stage["seconds"] > 0.5
+        )
 
-    third = resume(run)  # nothing is left to do
+    third = resume_in_resident(resident, run)  # nothing is left to do
     assert third.returncode == 0, third.stdout + third.stderr
     # Whoever is notified hears of every end.
     assert {name for name, stage in summary_of(run)["stages"].items() if not stage["reused"]} == {"notify"}
@@ -86,7 +107,7 @@ def test_a_killed_run_goes_on_and_makes_the_same_models(toy: Path, whole: Path, 
     weights = output(run, "sft", "model") / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    fourth = resume(run)
+    fourth = resume_in_resident(resident, run)
     assert f"[sft] runs again: {weights} was modified" in fourth.stdout
     assert weights_of(run) == weights_of(whole)
     assert {name for name, stage in summary_of(run)["stages"].items() if not stage["reused"]} == {"sft", "notify"}
@@ -123,8 +144,10 @@ def test_a_pod_that_is_taken_away_goes_on_elsewhere_from_s3(toy: Path, whole: Pa
             "--curves", str(tmp_path / "curves"),
         ]  # fmt: skip
 
+        client = bare_client(server.url)
+
         def saved() -> list[str]:
-            found = bare_client(server.url).list_objects_v2(Bucket=BUCKET, Prefix="checkpoints/").get("Contents", [])
+            found = client.list_objects_v2(Bucket=BUCKET, Prefix="checkpoints/").get("Contents", [])
             return [item["Key"] for item in found if item["Key"].endswith("/.complete")]
 
         def in_pod(name: str) -> subprocess.Popen[str]:
@@ -147,8 +170,8 @@ def test_a_pod_that_is_taken_away_goes_on_elsewhere_from_s3(toy: Path, whole: Pa
         again = in_pod("ppo-2")
         said = again.communicate(timeout=300)[0]
         assert again.returncode == 0, said
-        assert "on ppo-1 shows no sign of life; going on in its place" in said
-        assert re.search(r"resuming after iteration [1-3]\b", said)
+        assert "on ppo-1 sent no heartbeat; taking over its checkpoints" in said
+        assert re.search(r"resuming after iteration [1-7]\b", said)
         digest = read_manifest(tmp_path / "model").files["model.safetensors"].sha256
         assert digest == weights_of(whole)["ppo"]
         assert saved() == []

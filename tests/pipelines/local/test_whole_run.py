@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from components.rlhf.artifacts.directory import open_artifact
 from tests.support.planted_secrets import PLANTED, files_with_secrets
+from tests.support.resident import Resident
 from tests.support.toy_pipeline import toy_params, write_data, write_params
 
 TRACKED = ["import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation", "register"]
@@ -132,8 +133,12 @@ def test_report_stands_alone(promoted: Path) -> None:
 
 @pytest.mark.slow
 def test_own_models_replace_their_stages_and_a_rejection_is_a_result(
-    promoted: Path, tmp_path: Path, tiny_model: Path
+    tmp_path: Path, tiny_model: Path, resident: Resident
 ) -> None:
+    promoted = tmp_path / "promoted"
+    params = write_params(tmp_path / "toy.yaml", toy_params(tiny_model, write_data(tmp_path)))
+    result = resident.run([sys.executable, "-m", "pipelines", "run", str(params), "--out", str(promoted)], timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
     own = {
         "sft": {"use": str(output(promoted, "sft", "model"))},
         "reward_model": {"use": str(output(promoted, "reward-model", "model"))},
@@ -141,7 +146,8 @@ def test_own_models_replace_their_stages_and_a_rejection_is_a_result(
     }
     params = write_params(tmp_path / "own.yaml", toy_params(tiny_model, write_data(tmp_path), **own))
     tracking = f"sqlite:///{promoted / 'mlflow.db'}"
-    result = run_pipeline(params, tmp_path / "run", "--set", f"tracking.uri={tracking}")
+    command = [sys.executable, "-m", "pipelines", "run", str(params), "--out", str(tmp_path / "run")]
+    result = resident.run([*command, "--set", f"tracking.uri={tracking}"], timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     summary = summary_of(tmp_path / "run")
     assert summary["status"] == "succeeded"
