@@ -15,8 +15,13 @@ from pathlib import Path
 
 ALL_STAGES = ("import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation", "register", "notify")
 STAGES = {"tools": ("register", "notify"), "trainer": ALL_STAGES, "rollout": ALL_STAGES}
-# Starts several processes, which no stage of the tools image does.
-NEEDS_TORCH = ("components.rlhf.runtime.launcher",)
+# What only training stages use, and what they import with it; the stages of the tools image have no torch.
+TRAINING = (
+    "components.rlhf.checkpoints.manager",
+    "components.rlhf.engine.protocol",
+    "components.rlhf.runtime.launcher",
+    "components.rlhf.runtime.training",
+)
 FORBIDDEN = {"tools": ("kfp", "torch", "transformers"), "trainer": ("kfp", "vllm"), "rollout": ("kfp",)}
 REQUIRED = {"rollout": ("vllm",)}
 
@@ -40,13 +45,13 @@ def imports_of(path: Path) -> Iterator[str]:
         yield from (name for name in names if name and name.startswith("components."))
 
 
-def reachable_modules(stage: str) -> list[str]:
-    """Every module of components that a stage can import."""
+def reachable_modules(stage: str, excluded: tuple[str, ...] = ()) -> list[str]:
+    """Every module of components that a stage can import, without those that are reached only through an excluded one."""
     found, pending = set(), [f"components.{stage}.__main__"]
     while pending:
         module = pending.pop()
         path = source_of(module)
-        if path and module not in found:
+        if path and module not in found and module not in excluded:
             found.add(module)
             pending += imports_of(path)
     return sorted(found)
@@ -76,10 +81,9 @@ def main(image: str) -> None:
             sys.exit(
                 f"{image}: python -m components.{stage} --help failed with {result.returncode}: {result.stderr[-2000:]}"
             )
-    modules = sorted({module for stage in stages(image) for module in reachable_modules(stage)})
+    excluded = TRAINING if image == "tools" else ()
+    modules = sorted({module for stage in stages(image) for module in reachable_modules(stage, excluded)})
     for module in modules:
-        if image == "tools" and module in NEEDS_TORCH:
-            continue
         try:
             importlib.import_module(module)
         except ImportError as error:

@@ -86,7 +86,8 @@ def build(image: str, tag: str, *arguments: str) -> str:
     bundle = os.environ.get("SSL_CERT_FILE") or "/etc/ssl/certs/ca-certificates.crt"
     mounts += ["--secret", f"id=ca,src={bundle}"] if Path(bundle).is_file() else []
     done = podman(
-        "build", "--network", "host", f"--layers={str(overlay).lower()}", "--force-rm", "--file", f"images/{image}/Dockerfile", "--tag", tag,
+        "build", "--network", "host", f"--layers={str(overlay).lower()}", "--force-rm",
+        "--file", f"images/{image}/Dockerfile", "--tag", tag,
         "--build-arg", f"BASE={BASE}", *mounts, *arguments, str(ROOT), timeout=3000,
     )  # fmt: skip
     return done.stdout + done.stderr

@@ -101,7 +101,9 @@ def test_line_that_is_not_an_object_is_rejected(write: Write, content: bytes, ki
 def test_unpaired_surrogate_is_rejected(write: Write, escape: bytes) -> None:
     """Neither tokenizers nor UTF-8 can represent it."""
     path = write(b'{"prompt": "a"}\n{"messages": [{"content": "' + escape + b'"}]}\n')
-    assert error_message(path).startswith(f"{path}:2 is not JSON (half of a UTF-16 surrogate pair, \\ud800 to \\udfff)")
+    assert error_message(path).startswith(
+        f"{path}:2 is not JSON (it contains a lone UTF-16 surrogate, \\ud800 to \\udfff)"
+    )
 
 
 @pytest.mark.parametrize("content", [b"1" * 5000, b"[" * 100_000], ids=["digits", "brackets"])
