@@ -13,7 +13,7 @@ TIMES = 4
 
 
 @pytest.mark.slow
-def test_a_small_campaign_ends_with_equal_models(tmp_path: Path) -> None:
+def test_small_campaign_produces_identical_models(tmp_path: Path) -> None:
     report = tmp_path / "REPORT.md"
     command = [
         sys.executable,
@@ -39,7 +39,7 @@ def test_a_small_campaign_ends_with_equal_models(tmp_path: Path) -> None:
     assert last in report.read_text()
 
 
-def test_the_report_is_of_every_kind_and_the_last_word_on_each_is_equal() -> None:
+def test_report_covers_every_fault_and_the_latest_results_are_equal() -> None:
     report = (Path(__file__).parent / "REPORT.md").read_text()
     rows = re.findall(r"^\| (\w+) \| .* \| (\d+) \| (\d+) \| (\d+) \| \d+ \|$", report, re.MULTILINE)
     last = {kind: counts for kind, *counts in rows}

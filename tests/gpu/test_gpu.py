@@ -25,20 +25,20 @@ def steps(model: Path, **changes: Any) -> Steps:
     return train(model, TrainingConfig(learning_rate=1e-4, **changes))
 
 
-def test_checkpointing_costs_no_accuracy_and_saves_memory(model: Path) -> None:
+def test_gradient_checkpointing_saves_memory_without_changing_results(model: Path) -> None:
     plain, checkpointed = (steps(model, gradient_checkpointing=on) for on in (False, True))
     assert checkpointed.losses == pytest.approx(plain.losses, rel=1e-3)
     assert checkpointed.peak_bytes < 0.8 * plain.peak_bytes
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_trains_as_torch_does(model: Path, stage: int) -> None:
+def test_deepspeed_trains_like_torch(model: Path, stage: int) -> None:
     found = steps(model, engine="deepspeed", zero_stage=stage).losses
     assert found[-1] < found[0]
     assert found == pytest.approx(steps(model).losses, rel=0.02)
 
 
-def test_vllm_sleeps_wakes_and_takes_weights(model: Path) -> None:
+def test_vllm_sleeps_wakes_and_syncs_weights(model: Path) -> None:
     from components.rlhf.rollout.vllm import VllmRolloutEngine
 
     engine = VllmRolloutEngine(

@@ -25,7 +25,9 @@ SKIPPED = "SKIPPED [12] NO IMAGE WAS BUILT OR RUN: podman not installed"
         ("0", "exit 0", "echo 12 passed", 0, ["12 passed"]),
     ],
 )
-def test_without_podman(user: str, apt_get: str, made: str, code: int, sentences: list[str], tmp_path: Path) -> None:
+def test_ci_reports_when_podman_is_missing(
+    user: str, apt_get: str, made: str, code: int, sentences: list[str], tmp_path: Path
+) -> None:
     for program in ("bash", "cat", "dirname", "env", "grep", "mktemp", "rm", "tail", "tee"):
         (tmp_path / program).symlink_to(str(shutil.which(program)))
     for name, line in (("id", f"echo {user}"), ("apt-get", apt_get), ("make", made)):

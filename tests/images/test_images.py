@@ -85,7 +85,7 @@ def run(image: str, *arguments: str, options: tuple[str, ...] = ()) -> Any:
     return podman("run", "--rm", "--network=none", *options, image, *arguments, check=False)
 
 
-def test_what_the_image_says_of_itself(trainer: str) -> None:
+def test_image_labels(trainer: str) -> None:
     inspected = json.loads(podman("image", "inspect", trainer).stdout)[0]
     config = inspected["Config"]
     assert not config.get("Entrypoint") and config["User"] == "1000:1000"
@@ -96,19 +96,19 @@ def test_what_the_image_says_of_itself(trainer: str) -> None:
 
 
 @pytest.mark.parametrize("package", ["kfp", "vllm", "pipelines"])
-def test_what_has_no_place_in_the_image_is_not_there(trainer: str, package: str) -> None:
+def test_image_contains_no_development_files(trainer: str, package: str) -> None:
     done = run(trainer, "python", "-c", f"import {package}")
     assert done.returncode == 1
     assert f"ModuleNotFoundError: No module named '{package}'" in done.stderr
 
 
-def test_there_is_no_compiler_and_no_secret_of_the_build(trainer: str) -> None:
+def test_image_contains_no_compiler_and_no_build_secret(trainer: str) -> None:
     script = "for p in cc gcc g++ clang make uv; do command -v $p && exit 7; done; ls /run/secrets /etc/pip.conf /etc/uv /wheels /build"
     done = run(trainer, "sh", "-c", script)
     assert done.returncode == 2 and done.stdout.strip() in ("", "/run/secrets:"), done.stdout
 
 
-def test_nothing_is_left_in_tmp_and_anybody_may_write_there(trainer: str) -> None:
+def test_tmp_is_empty_and_writable_by_all_users(trainer: str) -> None:
     assert run(trainer, "sh", "-c", "stat -c %a /tmp; ls -A /tmp").stdout == "1777\n"
 
 
@@ -118,13 +118,13 @@ def test_torch_can_compile_locked_down(trainer: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_self_test_passes_locked_down(trainer: str) -> None:
+def test_self_test_passes_without_privileges(trainer: str) -> None:
     done = run(trainer, "python", "/opt/selftest/selftest.py", "trainer", options=LOCKED_DOWN)
     assert done.returncode == 0, done.stderr
     assert run(trainer, "touch", "/opt/app/x", options=LOCKED_DOWN).returncode == 1
 
 
-def test_the_self_test_sees_a_package_that_does_not_belong(trainer: str, tmp_path: Path) -> None:
+def test_self_test_detects_a_forbidden_package(trainer: str, tmp_path: Path) -> None:
     (tmp_path / "kfp.py").write_text("")
     tmp_path.chmod(0o755)  # the image's user is not the one of this test
     mounted = (f"--volume={tmp_path}:/opt/more:ro", "--env=PYTHONPATH=/opt/app:/opt/more")
@@ -132,7 +132,7 @@ def test_the_self_test_sees_a_package_that_does_not_belong(trainer: str, tmp_pat
     assert done.returncode == 1 and "trainer: kfp must not be installed" in done.stderr
 
 
-def test_the_tools_image_is_built_and_has_no_torch(settings_of_podman: None) -> None:
+def test_tools_image_has_no_torch(settings_of_podman: None) -> None:
     with built("tools") as (tag, _):
         inspected = json.loads(podman("image", "inspect", tag).stdout)[0]
         assert inspected["Config"]["User"] == "1000:1000" and inspected["Size"] < 600e6
@@ -219,7 +219,7 @@ def test_three_stages_run_as_containers(
     assert json.loads(manifest.read_text())["kind"] == "sft_model"
 
 
-def test_a_stage_that_fails_in_its_container_fails_the_pipeline(
+def test_stage_that_fails_in_its_container_fails_the_pipeline(
     trainer: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pipeline = pipeline_of(trainer, root / "inputs" / "nowhere", root)

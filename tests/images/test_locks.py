@@ -13,18 +13,18 @@ STALE = "is stale; run python images/lock.py"
 
 
 @pytest.mark.parametrize(("requirement", "name"), [("torch>=2.9", "torch"), ("A_b[c]==1", "a-b"), ("pip", "pip")])
-def test_the_name_of_a_requirement(requirement: str, name: str) -> None:
+def test_package_name_of_a_requirement(requirement: str, name: str) -> None:
     assert name_of(requirement) == name
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_requirements_are_those_of_the_project(image: str) -> None:
+def test_requirements_match_the_project(image: str) -> None:
     text = (ROOT / "images" / image / "requirements.txt").read_text(encoding="utf-8")
     assert text == HEADER + "\n".join(requirements(image)) + "\n", f"images/{image}/requirements.txt {STALE}"
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_every_requirement_is_pinned_and_kfp_is_none(image: str) -> None:
+def test_every_requirement_is_pinned_and_kfp_is_excluded(image: str) -> None:
     pinned = pins(ROOT / "images" / image / "constraints.txt")
     missing = {name_of(line) for line in requirements(image)} - set(pinned)
     assert not missing, f"images/{image}/constraints.txt {STALE}: {missing}"
@@ -36,7 +36,7 @@ def test_every_requirement_is_pinned_and_kfp_is_none(image: str) -> None:
     ("image", "against"),
     [("tools", "constraints.txt"), ("trainer", "constraints.txt"), ("rollout", "images/trainer/constraints.txt")],
 )
-def test_versions_are_those_that_the_tests_run_with(image: str, against: str) -> None:
+def test_pinned_versions_are_those_of_the_test_environment(image: str, against: str) -> None:
     ours, theirs = pins(ROOT / "images" / image / "constraints.txt"), pins(ROOT / against)
     other = {name: (ours[name], theirs[name]) for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
     assert not other, f"images/{image}/constraints.txt {STALE}: {other}"
@@ -44,14 +44,14 @@ def test_versions_are_those_that_the_tests_run_with(image: str, against: str) ->
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_hadolint_has_nothing_to_say(image: str) -> None:
+def test_hadolint_finds_no_problem(image: str) -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
     done = subprocess.run([hadolint, ROOT / "images" / image / "Dockerfile"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_an_image_has_no_entrypoint_a_numeric_user_and_no_compiler_that_it_does_not_need(image: str) -> None:
+def test_images_have_no_entrypoint_a_numeric_user_and_no_unneeded_compiler(image: str) -> None:
     text = (ROOT / "images" / image / "Dockerfile").read_text(encoding="utf-8")
     final = text[text.rindex("\nFROM ") :]
     assert "ENTRYPOINT" not in text and "\nCMD" not in text

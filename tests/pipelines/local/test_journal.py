@@ -64,12 +64,12 @@ SAY_HELLO = 'printf hello > "$1"'
 REUSED = "finished earlier, verified"
 
 
-def test_what_finished_is_not_run_again(tmp_path: Path) -> None:
+def test_finished_stage_is_not_run_again(tmp_path: Path) -> None:
     assert execute(tmp_path, SAY_HELLO) == ["ran", "used hello"]
     assert words(execute(tmp_path, SAY_HELLO)) == [REUSED, REUSED]
 
 
-def test_what_failed_runs_again_and_what_came_before_does_not(tmp_path: Path) -> None:
+def test_failed_stage_runs_again_and_earlier_stages_do_not(tmp_path: Path) -> None:
     flag = tmp_path / "flag"
     with pytest.raises(RuntimeError):
         execute(tmp_path, f'test -e {flag} && printf hello > "$1"')
@@ -77,7 +77,7 @@ def test_what_failed_runs_again_and_what_came_before_does_not(tmp_path: Path) ->
     assert execute(tmp_path, f'test -e {flag} && printf hello > "$1"') == ["ran", "used hello"]
 
 
-def test_a_file_that_was_touched_since_is_made_again_and_what_used_it_stays_if_it_is_the_same(tmp_path: Path) -> None:
+def test_modified_output_is_recreated_and_consumers_are_kept_if_it_is_identical(tmp_path: Path) -> None:
     execute(tmp_path, SAY_HELLO)
     said = tmp_path / "out" / "two" / "make" / "said"
     said.write_text("hellO")
@@ -87,7 +87,7 @@ def test_a_file_that_was_touched_since_is_made_again_and_what_used_it_stays_if_i
 
 
 @pytest.mark.parametrize("change", ["missing", "added"])
-def test_a_missing_or_an_added_file_counts_as_touched(tmp_path: Path, change: str) -> None:
+def test_missing_or_additional_file_counts_as_modified(tmp_path: Path, change: str) -> None:
     execute(tmp_path, SAY_HELLO)
     folder = tmp_path / "out" / "two" / "use"
     (folder / "said").unlink() if change == "missing" else (folder / "more").touch()
@@ -98,7 +98,7 @@ def test_a_missing_or_an_added_file_counts_as_touched(tmp_path: Path, change: st
     assert not (folder / "more").exists()
 
 
-def test_another_input_makes_the_next_stage_run_again(tmp_path: Path) -> None:
+def test_changed_input_makes_the_next_stage_run_again(tmp_path: Path) -> None:
     execute(tmp_path, SAY_HELLO)
     lines = words(execute(tmp_path, 'printf goodbye > "$1"'))
     why = "runs again: its settings, its inputs or the code changed"
@@ -109,7 +109,9 @@ REPORTS = SAY_HELLO + '; printf %s "{\\"artifacts\\": {}}" > "$(dirname "$1")/ex
 
 
 @pytest.mark.parametrize(("script", "runs_again"), [(REPORTS, False), (SAY_HELLO, True)], ids=["reported", "not"])
-def test_a_stage_that_nobody_was_left_to_note_is_noted_later(tmp_path: Path, script: str, runs_again: bool) -> None:
+def test_stage_that_finished_after_its_runner_died_is_recorded_on_resume(
+    tmp_path: Path, script: str, runs_again: bool
+) -> None:
     execute(tmp_path, script)
     (tmp_path / "finished" / "sh.json").unlink()
     assert ("ran" in execute(tmp_path, script)) is runs_again
@@ -117,7 +119,7 @@ def test_a_stage_that_nobody_was_left_to_note_is_noted_later(tmp_path: Path, scr
 
 
 @pytest.mark.parametrize("broken", ["no such artifact", "another command", "no beginning", "folder without manifest"])
-def test_a_stage_that_nobody_noted_runs_again_when_anything_is_amiss(tmp_path: Path, broken: str) -> None:
+def test_unrecorded_stage_with_incomplete_outputs_runs_again(tmp_path: Path, broken: str) -> None:
     execute(tmp_path, REPORTS)
     root, finished = tmp_path / "out" / "two" / "make", tmp_path / "finished"
     (finished / "sh.json").unlink()
@@ -133,7 +135,7 @@ def test_a_stage_that_nobody_noted_runs_again_when_anything_is_amiss(tmp_path: P
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"record": {}, "files": {}, "command": ""}', '{"record": 1}'])
-def test_a_broken_note_means_not_finished(tmp_path: Path, content: str) -> None:
+def test_unreadable_record_means_not_finished(tmp_path: Path, content: str) -> None:
     execute(tmp_path, SAY_HELLO)
     notes = sorted((tmp_path / "finished").glob("*.json"))
     assert len(notes) == 2

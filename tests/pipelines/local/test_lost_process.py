@@ -98,7 +98,7 @@ def stopped(
 
 
 @pytest.mark.usefixtures("stopped")
-def test_a_killed_process_ends_the_stage_and_is_named(inputs: list[str], params: Path, tmp_path: Path) -> None:
+def test_killed_rank_ends_the_stage_and_is_named(inputs: list[str], params: Path, tmp_path: Path) -> None:
     launcher = start(inputs, params, tmp_path, timeout_minutes=10)
     ranks = ranks_of(launcher)
     os.kill(ranks[1], signal.SIGKILL)
@@ -122,7 +122,7 @@ def test_no_process_outlives_the_launcher(inputs: list[str], params: Path, tmp_p
     assert living(ranks.values()) == []
 
 
-def test_a_hung_process_ends_the_stage_by_the_time_out(stopped: tuple[subprocess.Popen[str], dict[int, int]]) -> None:
+def test_hung_rank_ends_the_stage_after_the_timeout(stopped: tuple[subprocess.Popen[str], dict[int, int]]) -> None:
     launcher, ranks = stopped
     _, said = launcher.communicate(timeout=300)
     assert launcher.returncode == 1

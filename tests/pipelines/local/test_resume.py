@@ -70,7 +70,7 @@ def weights_of(run: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_makes_the_same_models(
+def test_killed_run_resumes_and_produces_identical_models(
     toy: Path, whole: Path, tmp_path: Path, resident: Resident
 ) -> None:
     run = tmp_path / "run"
@@ -123,7 +123,7 @@ CONTAINER = ["unshare", "--pid", "--uts", "--mount-proc", "--fork", "--kill-chil
 
 
 @pytest.mark.slow
-def test_a_pod_that_is_taken_away_goes_on_elsewhere_from_s3(toy: Path, whole: Path, tmp_path: Path) -> None:
+def test_stage_of_a_lost_pod_resumes_elsewhere_from_s3(toy: Path, whole: Path, tmp_path: Path) -> None:
     """The signal ends KFP's launcher and with it the container, so that the stage never hears of it."""
     if subprocess.run([*CONTAINER, "true"], capture_output=True).returncode != 0:
         pytest.skip("NOT TESTED: the death of a launcher; only root may make a namespace of processes")
@@ -179,7 +179,7 @@ def test_a_pod_that_is_taken_away_goes_on_elsewhere_from_s3(toy: Path, whole: Pa
         server.kill()
 
 
-def test_an_interrupted_run_says_how_to_go_on(toy: Path, tmp_path: Path) -> None:
+def test_interrupted_run_prints_the_resume_command(toy: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     said = start_and_signal(toy, run, when="logs/import_model.log", number=signal.SIGINT)
     assert f"resume with: python -m pipelines run --resume {run}" in said
@@ -187,21 +187,21 @@ def test_an_interrupted_run_says_how_to_go_on(toy: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("arguments", [["--set", "seed=1"], ["--out", "elsewhere"], ["pipelines/params/tiny.yaml"]])
-def test_a_run_goes_on_with_its_own_parameters(tmp_path: Path, arguments: list[str]) -> None:
+def test_resume_accepts_no_other_parameters(tmp_path: Path, arguments: list[str]) -> None:
     result = resume(tmp_path, *arguments)
     assert result.returncode == 1
     assert result.stderr.startswith("error: --resume uses the parameters in the run directory")
     assert result.stderr.count("\n") == 1
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+def test_resume_of_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     result = resume(tmp_path)
     assert result.returncode == 1
     assert f"{tmp_path} contains no run" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_process_works_in_a_run_directory(toy: Path, tmp_path: Path) -> None:
+def test_second_process_in_a_run_directory_is_refused(toy: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "pipelines", "run", str(toy), "--out", str(run)]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -219,7 +219,7 @@ def test_one_process_works_in_a_run_directory(toy: Path, tmp_path: Path) -> None
         first.communicate()
 
 
-def test_a_directory_with_a_run_is_not_begun_anew(toy: Path, tmp_path: Path) -> None:
+def test_new_run_in_a_used_run_directory_is_refused(toy: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text("{}")

@@ -52,12 +52,12 @@ def test_container_components_run_as_processes_and_branches_follow_their_outputs
     assert execute(tmp_path, f'echo run $FROM_RUN; printf {word} > "$1"') == ["run 42", f"took-{word}"]
 
 
-def test_a_failing_command_fails_the_pipeline(tmp_path: Path) -> None:
+def test_failing_command_fails_the_pipeline(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         execute(tmp_path, "exit 3")
 
 
-def test_kfp_is_left_as_it_was(tmp_path: Path) -> None:
+def test_patches_of_kfp_are_undone(tmp_path: Path) -> None:
     original = subprocess_task_handler.SubprocessTaskHandler
     with pytest.raises(RuntimeError):
         execute(tmp_path, "exit 3")
@@ -71,7 +71,7 @@ def run_command(tmp_path: Path, command: list[str]) -> StageRecord:
     return record
 
 
-def test_a_record_says_how_long_and_how_much(tmp_path: Path) -> None:
+def test_record_has_duration_and_peak_memory(tmp_path: Path) -> None:
     own = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     size = own + 200_000_000
     record = run_command(tmp_path, [sys.executable, "-c", f"import time; x = bytearray({size}); time.sleep(0.3)"])
@@ -80,18 +80,18 @@ def test_a_record_says_how_long_and_how_much(tmp_path: Path) -> None:
     assert size < record.peak_memory_bytes < size + 100e6
 
 
-def test_the_sentence_of_a_failed_stage_is_kept(tmp_path: Path) -> None:
+def test_error_message_of_a_failed_stage_is_recorded(tmp_path: Path) -> None:
     record = run_command(tmp_path, ["sh", "-c", "echo hello; echo 'error: the file is missing.'; exit 1"])
     assert (record.status, record.error) == ("failed", "the file is missing.")
 
 
-def test_a_killed_stage_is_named_as_killed(tmp_path: Path) -> None:
+def test_killed_stage_is_reported_with_its_signal(tmp_path: Path) -> None:
     record = run_command(tmp_path, ["sh", "-c", "kill -9 $$"])
     assert record.status == "failed"
     assert record.error.startswith("it was killed by SIGKILL; the machine may have run out of memory")
 
 
-def test_no_process_of_a_stage_outlives_it(tmp_path: Path) -> None:
+def test_no_process_outlives_its_stage(tmp_path: Path) -> None:
     record = run_command(tmp_path, ["sh", "-c", "sleep 300 >/dev/null 2>&1 & echo $!"])
     stat = Path(f"/proc/{int((tmp_path / 'stage.log').read_text())}/stat")
     assert record.status == "succeeded"
@@ -101,7 +101,7 @@ def test_no_process_of_a_stage_outlives_it(tmp_path: Path) -> None:
         time.sleep(0.01)
 
 
-def test_a_stage_dies_with_its_runner(tmp_path: Path) -> None:
+def test_stage_is_killed_when_its_runner_dies(tmp_path: Path) -> None:
     """A runner that is killed outright cannot clean up; the stage has asked the kernel to."""
     stage = "from components.rlhf.runtime.process import die_with_parent as d; d(); print('up', flush=True); import time; time.sleep(300)"
     runner = (

@@ -48,7 +48,7 @@ def output(run: Path, stage: str, name: str) -> Path:
     return found
 
 
-def test_summary_has_every_number(promoted: Path) -> None:
+def test_summary_has_every_metric(promoted: Path) -> None:
     summary = summary_of(promoted)
     assert summary["status"] == "succeeded"
     assert summary["promoted"] is True
@@ -82,7 +82,7 @@ def test_every_artifact_verifies_and_names_its_parents(promoted: Path) -> None:
     assert verdict.parents["judge"] == judge.digest
 
 
-def test_models_load_as_ordinary_transformers_models(promoted: Path) -> None:
+def test_models_load_in_transformers(promoted: Path) -> None:
     for stage in ("sft", "ppo"):
         folder = output(promoted, stage, "model")
         AutoModelForCausalLM.from_pretrained(folder)
@@ -94,7 +94,7 @@ def test_models_load_as_ordinary_transformers_models(promoted: Path) -> None:
     assert reward.config.head_name == "score"
 
 
-def test_tracking_has_a_parent_and_a_finished_run_of_each_stage(promoted: Path) -> None:
+def test_mlflow_has_a_parent_run_and_a_finished_run_per_stage(promoted: Path) -> None:
     with sqlite3.connect(promoted / "mlflow.db") as database:
         runs = dict(database.execute("select name, status from runs").fetchall())
         (curve,) = database.execute("select count(*) from metrics where key = 'score/mean'").fetchone()
@@ -105,14 +105,14 @@ def test_tracking_has_a_parent_and_a_finished_run_of_each_stage(promoted: Path) 
     assert aliases == [("champion", 1)]
 
 
-def test_no_secret_of_the_environment_is_in_anything_that_a_run_writes(promoted: Path) -> None:
+def test_no_file_of_a_run_contains_a_secret_of_the_environment(promoted: Path) -> None:
     """Models, metadata, logs, MLflow's database and files, compiled pipeline, reports, and what the terminal showed."""
     assert (promoted / "mlflow.db").stat().st_size > 100_000
     assert list(promoted.glob("logs/*.log")) and (promoted / "pipeline.yaml").is_file()
     assert files_with_secrets(promoted.parent) == []
 
 
-def test_an_error_that_quotes_a_secret_shows_stars_everywhere(tmp_path: Path, tiny_model: Path) -> None:
+def test_secret_in_an_error_message_is_redacted_everywhere(tmp_path: Path, tiny_model: Path) -> None:
     params = write_params(tmp_path / "toy.yaml", toy_params(tiny_model, write_data(tmp_path)))
     result = run_pipeline(params, tmp_path / "run", RLHF_PROGRESS_SECONDS=f"5 {PLANTED['HF_TOKEN']}")
     assert result.returncode == 1
@@ -124,7 +124,7 @@ def test_an_error_that_quotes_a_secret_shows_stars_everywhere(tmp_path: Path, ti
     assert files_with_secrets(tmp_path) == []
 
 
-def test_report_stands_alone(promoted: Path) -> None:
+def test_report_is_self_contained(promoted: Path) -> None:
     page = Path(summary_of(promoted)["paths"]["report"]).read_text()
     assert "Promoted" in page
     assert "<svg" in page
@@ -132,7 +132,7 @@ def test_report_stands_alone(promoted: Path) -> None:
 
 
 @pytest.mark.slow
-def test_own_models_replace_their_stages_and_a_rejection_is_a_result(
+def test_own_models_replace_their_stages_and_a_rejected_run_succeeds(
     tmp_path: Path, tiny_model: Path, resident: Resident
 ) -> None:
     promoted = tmp_path / "promoted"
@@ -160,7 +160,7 @@ def test_own_models_replace_their_stages_and_a_rejection_is_a_result(
         assert database.execute("select count(*) from model_versions").fetchone() == (2,)
 
 
-def test_a_failing_stage_ends_the_run_with_its_sentence(tmp_path: Path, tiny_model: Path) -> None:
+def test_failing_stage_ends_the_run_with_its_error_message(tmp_path: Path, tiny_model: Path) -> None:
     data = write_data(tmp_path)
     params = write_params(tmp_path / "broken.yaml", toy_params(tiny_model, data, evaluation={"num_prompts": 500}))
     result = run_pipeline(params, tmp_path / "run")
@@ -175,7 +175,7 @@ def test_a_failing_stage_ends_the_run_with_its_sentence(tmp_path: Path, tiny_mod
     assert not any((tmp_path / "run" / "artifacts").glob("*/prepare-data/*"))
 
 
-def test_a_broken_line_ends_the_run_before_it_begins(tmp_path: Path, tiny_model: Path) -> None:
+def test_invalid_data_line_ends_the_run_before_the_first_stage(tmp_path: Path, tiny_model: Path) -> None:
     data = write_data(tmp_path)
     lines = data["preferences"].read_text().splitlines()
     lines[2] = '{"prompt": "x", "chosen": "y"'
@@ -194,7 +194,7 @@ def test_a_broken_line_ends_the_run_before_it_begins(tmp_path: Path, tiny_model:
         (["--set", "nonsense"], "is not of the form"),
     ],
 )
-def test_wrong_settings_end_before_anything_is_written(
+def test_invalid_parameters_are_refused_before_anything_is_written(
     tmp_path: Path, tiny_model: Path, arguments: list[str], sentence: str
 ) -> None:
     params = write_params(tmp_path / "toy.yaml", toy_params(tiny_model, write_data(tmp_path)))
@@ -205,7 +205,7 @@ def test_wrong_settings_end_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_used_folder_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+def test_non_empty_run_directory_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     params = write_params(tmp_path / "toy.yaml", toy_params(tiny_model, write_data(tmp_path)))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("mine")

@@ -38,7 +38,7 @@ def numbers_of(folder: Path, name: str) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(("kind", "engine", "changes", "dtype"), CASES, ids=[name_of(*case) for case in CASES])
-def test_two_processes_train_as_one(
+def test_two_processes_train_like_one(
     found: Path, tiny_model: Path, kind: str, engine: str, changes: dict[str, Any], dtype: torch.dtype
 ) -> None:
     name = name_of(kind, engine, changes, dtype)
@@ -60,7 +60,7 @@ def test_two_processes_train_as_one(
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if has_checkpoint(*case)], ids=lambda case: name_of(*case))
-def test_one_process_goes_on_from_the_checkpoint_of_two(found: Path, case: Any) -> None:
+def test_one_process_resumes_from_a_checkpoint_of_two(found: Path, case: Any) -> None:
     two, one = (load_file(found / f"{name_of(*case)}{end}.safetensors") for end in ("", "-alone"))
     assert max((two[key] - one[key]).abs().max().item() for key in two) < 2e-5
     assert numbers_of(found, f"{name_of(*case)}-alone")[0] == pytest.approx(
@@ -68,18 +68,18 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(found: Path, case: Any) 
     )
 
 
-def test_the_files_of_a_checkpoint_are_shared_out(found: Path) -> None:
+def test_checkpoint_shards_are_split_over_the_ranks(found: Path) -> None:
     folder = found / f"{name_of('actor', 'deepspeed', {'zero_stage': 3}, FP32)}-checkpoint"
     parts = [set(load_file(path)) - {"steps_done"} for path in sorted(folder.iterdir())]
     assert len(parts) == 2 and not parts[0] & parts[1]
     assert min(map(len, parts)) > 0.4 * max(map(len, parts))
 
 
-def test_a_frozen_model_in_shards_says_the_same(found: Path, tiny_model: Path) -> None:
+def test_sharded_frozen_model_gives_the_same_output(found: Path, tiny_model: Path) -> None:
     expected = frozen_logprobs(tiny_model, training_of("torch"), SINGLE_PROCESS)
     assert torch.allclose(load_file(found / "frozen.safetensors")["logprobs"], expected, atol=1e-6)
 
 
-def test_every_case_in_both_precisions_has_stages_1_to_3() -> None:
+def test_every_case_covers_zero_stages_1_to_3_in_both_precisions() -> None:
     stages = {(changes.get("zero_stage"), dtype) for kind, _, changes, dtype in CASES if kind == "actor"}
     assert {(stage, dtype) for stage in (1, 2, 3) for dtype in (FP32, BF16)} <= stages

@@ -138,7 +138,9 @@ def same(engine: VllmRolloutEngine, folder: Path, *, version: int) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"], scope="class")
-def test_sync_tokens_and_log_probs_before_and_after_each_update(engine: VllmRolloutEngine, models: Path) -> None:
+def test_tokens_and_log_probs_equal_transformers_before_and_after_each_update(
+    engine: VllmRolloutEngine, models: Path
+) -> None:
     assert engine.version == 0
     same(engine, model(models, 0), version=0)
     ids = probe_ids(engine.tokenizer)
@@ -151,7 +153,7 @@ def test_sync_tokens_and_log_probs_before_and_after_each_update(engine: VllmRoll
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"], scope="class")
-def test_sync_weights_that_their_owner_frees_are_taken(engine: VllmRolloutEngine, models: Path) -> None:
+def test_sync_copies_weights_before_the_trainer_frees_them(engine: VllmRolloutEngine, models: Path) -> None:
     """As a trainer that shards its weights yields them: whole for a moment."""
 
     def passing(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -166,7 +168,7 @@ def test_sync_weights_that_their_owner_frees_are_taken(engine: VllmRolloutEngine
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"], scope="class")
-def test_sync_no_second_copy_of_all_weights_is_ever_held(
+def test_sync_never_holds_a_second_copy_of_all_weights(
     engine: VllmRolloutEngine, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[int] = []
@@ -188,7 +190,7 @@ def test_sync_no_second_copy_of_all_weights_is_ever_held(
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"], scope="class")
-def test_sync_what_is_not_synced_stays(engine: VllmRolloutEngine, models: Path) -> None:
+def test_weights_that_are_not_synced_do_not_change(engine: VllmRolloutEngine, models: Path) -> None:
     engine.sync(trained(model(models, 1)).named_parameters())
     version = engine.sync([])
     same(engine, model(models, 1), version=version)
@@ -201,7 +203,7 @@ def test_sync_what_is_not_synced_stays(engine: VllmRolloutEngine, models: Path) 
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"], scope="class")
-def test_sync_the_probe_notices_a_head_that_stays_old(
+def test_probe_detects_a_stale_head(
     engine: VllmRolloutEngine, models: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = probe_ids(engine.tokenizer)
@@ -232,7 +234,7 @@ def sampler(folder: Path) -> Iterator[VllmRolloutEngine]:
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 0.5}, {"temperature": 1.7, "min_new_tokens": 4}], ids=["plain", "cold", "late"]
 )
-def test_sampling_log_probs_are_the_trainers(
+def test_sampled_log_probs_equal_the_trainers(
     sampler: VllmRolloutEngine, folder: Path, settings: dict[str, Any]
 ) -> None:
     how = sampling(**settings)
@@ -245,7 +247,7 @@ def test_sampling_log_probs_are_the_trainers(
 
 
 @pytest.mark.vllm
-def test_sampling_a_stop_token_is_kept_and_ends_the_response(sampler: VllmRolloutEngine) -> None:
+def test_stop_token_is_kept_and_ends_the_response(sampler: VllmRolloutEngine) -> None:
     found = sampler.generate(PROMPTS * 10, sampling(max_new_tokens=3), list(range(60)))
     assert {c.truncated for c in found} == {True, False}
     for c in found:
@@ -256,14 +258,14 @@ def test_sampling_a_stop_token_is_kept_and_ends_the_response(sampler: VllmRollou
 
 
 @pytest.mark.vllm
-def test_sampling_no_stop_before_the_least_number_of_tokens(sampler: VllmRolloutEngine) -> None:
+def test_no_stop_before_min_new_tokens(sampler: VllmRolloutEngine) -> None:
     found = sampler.generate(PROMPTS * 10, sampling(min_new_tokens=3), list(range(60)))
     assert all(token not in MANY_STOPS for c in found for token in c.response_ids[:3])
     assert min(len(c.response_ids) for c in found) == 4
 
 
 @pytest.mark.vllm
-def test_sampling_eos_that_is_no_stop_is_a_token_like_others(
+def test_eos_that_is_not_a_stop_id_does_not_end_the_response(
     sampler: VllmRolloutEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM reads generation_config.json in any case; of its EOS the engine must neither stop nor forbid anything."""
@@ -277,7 +279,7 @@ def test_sampling_eos_that_is_no_stop_is_a_token_like_others(
 
 
 @pytest.mark.vllm
-def test_sampling_a_completion_depends_on_its_prompt_and_seed_alone(sampler: VllmRolloutEngine) -> None:
+def test_completion_depends_only_on_its_prompt_and_seed(sampler: VllmRolloutEngine) -> None:
     seeds = [11, 5, 11, 3, 1_000_003 * 1_000_003 + 2, 0]
     together = sampler.generate(PROMPTS, sampling(), seeds)
     alone = [sampler.generate([p], sampling(), [s])[0] for p, s in zip(PROMPTS, seeds, strict=True)]
@@ -288,7 +290,7 @@ def test_sampling_a_completion_depends_on_its_prompt_and_seed_alone(sampler: Vll
 
 
 @pytest.mark.vllm
-def test_sampling_tokens_come_as_often_as_their_probability_says(sampler: VllmRolloutEngine, folder: Path) -> None:
+def test_token_frequencies_match_their_probabilities(sampler: VllmRolloutEngine, folder: Path) -> None:
     """Seeds that follow each other, as PPO's do."""
     num, ids = 3000, sampler.tokenizer("a film")["input_ids"]
     found = sampler.generate(PROMPTS[:1] * num, sampling(max_new_tokens=1), [7 * 1_000_003 + n for n in range(num)])
@@ -302,7 +304,7 @@ def test_sampling_tokens_come_as_often_as_their_probability_says(sampler: VllmRo
 
 
 @pytest.mark.vllm
-def test_sampling_the_process_keeps_its_generator_and_its_threads(sampler: VllmRolloutEngine) -> None:
+def test_generate_preserves_generator_state_and_thread_count(sampler: VllmRolloutEngine) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -315,7 +317,7 @@ def test_sampling_the_process_keeps_its_generator_and_its_threads(sampler: VllmR
 
 
 @pytest.mark.vllm
-def test_sampling_requests_that_vllm_cannot_serve(sampler: VllmRolloutEngine) -> None:
+def test_unsupported_requests_are_refused(sampler: VllmRolloutEngine) -> None:
     with pytest.raises(InputError, match="prompt of 160 tokens and a response of up to 100 .* max_model_len of 200"):
         sampler.generate(PROMPTS, sampling(max_new_tokens=100), [0] * 6)
     for temperature in (0.001, 3.0):
@@ -334,7 +336,7 @@ def edited(folder: Path, **config: Any) -> Path:
 
 
 @pytest.mark.vllm
-def test_start_a_cache_that_is_too_small(tmp_path: Path) -> None:
+def test_too_small_kv_cache_is_refused(tmp_path: Path) -> None:
     folder = edited(model(tmp_path, 0), max_position_embeddings=65536)
     with pytest.raises(
         InputError, match=r"65536 tokens need 0.09 GiB of KV cache, but it has 0.01; raise .*kv_cache_gib"
@@ -343,7 +345,7 @@ def test_start_a_cache_that_is_too_small(tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
-def test_start_a_cache_that_is_larger_than_the_memory(tmp_path: Path) -> None:
+def test_kv_cache_larger_than_memory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"needs 99999.0 GiB, but only [\d.]+ GiB of memory are free; lower .*kv_cache_gib"
     ):
@@ -351,25 +353,25 @@ def test_start_a_cache_that_is_larger_than_the_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.vllm
-def test_start_an_architecture_that_vllm_has_not(tmp_path: Path) -> None:
+def test_unsupported_architecture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not support the architecture OwnForCausalLM; choose another model"):
         start(edited(model(tmp_path, 0), architectures=["OwnForCausalLM"], model_type="ctrl"))
 
 
 @pytest.mark.vllm
-def test_start_more_tokens_than_the_model_takes(tmp_path: Path) -> None:
+def test_more_tokens_than_the_model_supports_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="may have 1000 tokens, but the model supports 256 "):
         start(model(tmp_path, 0), max_model_len=1000)
 
 
 @pytest.mark.vllm
-def test_start_heads_that_its_kernels_do_not_compute(tiny_model: Path) -> None:
+def test_unsupported_head_size_is_refused(tiny_model: Path) -> None:
     with pytest.raises(InputError, match="head_dim=8"):
         start(tiny_model)
 
 
 @pytest.mark.vllm
-def test_start_after_all_of_them_one_starts_and_closes_twice(tmp_path: Path) -> None:
+def test_engine_starts_after_failed_starts_and_may_be_closed_twice(tmp_path: Path) -> None:
     engine = start(model(tmp_path, 0))
     assert len(engine.generate(PROMPTS, sampling(), [0] * 6)) == 6
     engine.close()
@@ -377,7 +379,7 @@ def test_start_after_all_of_them_one_starts_and_closes_twice(tmp_path: Path) -> 
     assert not torch.distributed.is_initialized()
 
 
-def test_more_prompt_tokens_at_once_than_one_pass_takes(tmp_path: Path) -> None:
+def test_prompts_may_exceed_the_tokens_of_one_pass(tmp_path: Path) -> None:
     """32 prompts of 190 tokens: cut in pieces, a row with a seed of its own would fail on a CPU."""
     folder = model(tmp_path, 0)
     engine = start(folder, max_model_len=200, num_sequences=32, kv_cache_gib=0.1)
@@ -389,13 +391,13 @@ def test_more_prompt_tokens_at_once_than_one_pass_takes(tmp_path: Path) -> None:
         engine.close()
 
 
-def test_without_vllm_it_says_what_to_install(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_vllm_names_the_package_to_install(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(InputError, match=r"not installed .* pip install 'kfp-rlhf\[gpu\]' .* 'kfp-rlhf\[cpu\]'"):
         start(tiny_model)
 
 
-def test_processes_that_do_not_divide(tiny_model: Path) -> None:
+def test_indivisible_process_count_is_refused(tiny_model: Path) -> None:
     with pytest.raises(InputError, match="tensor_parallel_size is 3, but must divide the 1 training"):
         VllmRolloutEngine(
             tiny_model,
@@ -460,7 +462,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> subprocess.Comple
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("name", ["tied", "untied"])
-def test_two_processes_with_an_engine_each_and_with_one_together(
+def test_two_processes_with_one_engine_each_and_with_a_shared_one(
     two_processes: subprocess.CompletedProcess[str], name: str
 ) -> None:
     assert all(f"rank {rank} is done with {name}" in two_processes.stdout for rank in (0, 1)), two_processes.stderr[
