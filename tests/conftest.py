@@ -3,7 +3,7 @@
 make test runs everything that is not marked slow, vllm or deepspeed: tiny random models on a CPU, no network. make test-all adds
 the slow tests (the real model and ratings, and the commands of the README) and those that start vLLM or DeepSpeed.
 
-Hypothesis tries the same examples every time, so that a change of the code alone makes a test red. HYPOTHESIS_PROFILE=search tries
+Hypothesis tries the same examples every time, so that only a change of the code makes a test fail. HYPOTHESIS_PROFILE=search tries
 others: make test HYPOTHESIS_PROFILE=search.
 """
 
@@ -11,9 +11,9 @@ import functools
 import inspect
 import os
 
-# Before torch is imported anywhere: threads that spin on a busy core stall torch.
+# Set before torch is imported: threads that spin on a busy core stall torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # each has its share of the cores
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # each worker gets its share of the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -28,14 +28,14 @@ from hypothesis import settings
 from tests.support.resident import Resident
 from tests.support.tiny_model import make_tiny_model
 
-# kfp asks for the stack 50 times a pipeline, only to read a name; where torch is loaded, finding the lines of its source takes seconds.
+# kfp inspects the stack 50 times per pipeline to read a name; with torch loaded, finding the source lines takes seconds.
 inspect.stack = functools.partial(inspect.stack, context=0)
 
 settings.register_profile("same", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("search", deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
-# The files that take minutes. Processes that run tests side by side start with them, so that none is left alone with one at the end.
+# Files that take minutes start first, so that no worker is left alone with one of them at the end.
 LONGEST = (
     "test_movie_reviews.py", "test_vllm.py", "test_engines_of_readme.py", "test_faults.py", "test_lost_process.py", "test_resume.py",
     "test_engines.py", "test_whole_run.py", "test_multi_process.py", "test_dag.py", "test_trainer.py", "test_random_walks.py",

@@ -1,4 +1,4 @@
-"""Both presets of the default task on the real model and the real ratings, with few steps a stage and little data."""
+"""Both presets of the default task on the real model and the real ratings, with few steps per stage and little data."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def full(quick: Path, resident: Resident, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Starts from the weights that quick has dequantized."""
+    """The preset full starts from the weights that the run of quick has dequantized."""
     (imported,) = (quick / "artifacts").glob("*/import-model/model")
     run = tmp_path_factory.mktemp("full") / "run"
     result = resident.run(command_of(run, "preset=full", f"model.source={imported}"), timeout=1500)
@@ -58,7 +58,7 @@ def test_both_presets_run_on_the_real_model(
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
     found = [row[side]["num_tokens"] for row in rows for side in ("sft", "ppo")]
     assert lengths[0] <= min(found) <= max(found) <= lengths[1]
-    assert (min(found) < max(found)) == (preset == "full")  # in quick no answer can win by its length
+    assert (min(found) < max(found)) == (preset == "full")  # in quick, length cannot affect the win rate
     assert max(stage["peak_memory_bytes"] for stage in summary["stages"].values()) < 8 * 2**30
     model = AutoModelForCausalLM.from_pretrained(summary["paths"]["model"])
     assert model.config.num_hidden_layers == 30

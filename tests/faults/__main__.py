@@ -1,10 +1,10 @@
-"""Kill a small pipeline again and again, at any moment, and see whether it still ends with the same models.
+"""Kill a small pipeline repeatedly, at random moments, and check that it still produces the same models.
 
     python -m tests.faults --kills 100 --seed 0 --jobs 2 --report tests/faults/REPORT.md
 
-The last line is `kills=N resumed=N equal=N lost_steps=N hangs=0 orphans=0`: kills done, kills after which the run went on, kills of
-runs whose models equal the undisturbed run's, steps that had been trained and were trained again, attempts that did not end, and
-processes that were left behind. Exit code 0 when all are as they should be.
+The last line is `kills=N resumed=N equal=N lost_steps=N hangs=0 orphans=0`: kills, kills after
+which the run resumed, kills of runs with the models of the undisturbed run, steps that were trained twice, attempts that hung, and
+processes that were left behind. The exit code is 0 if all are as expected.
 """
 
 import contextlib
@@ -26,22 +26,25 @@ from tests.faults.campaign import IN_A_FOLDER, KINDS, ON_A_SMALL_DISK, WITH_SERV
 from tests.faults.places import FolderPlace, Services, SmallDisk
 from tests.support.resident import Resident
 
-MOST_IN_A_RUN = 10
+MAX_KILLS_PER_RUN = 10
 
 
 @click.command(help=__doc__)
 @click.option("--kills", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--report", type=click.Path(path_type=Path), help="Markdown file, written anew after every run.")
-@click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), help="Only these; default all.")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs beside each other.")
+@click.option("--report", type=click.Path(path_type=Path), help="Markdown report to write after every run.")
 @click.option(
-    "--forks", is_flag=True, help="Start programs as forks of one that has imported everything; several times faster."
+    "--kind", "kinds", multiple=True, type=click.Choice(KINDS), help="Only these kinds of faults; default all."
+)
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at the same time.")
+@click.option(
+    "--forks",
+    is_flag=True,
+    help="Start programs as forks of a process that has imported everything, which is several times faster.",
 )
 def main(kills: int, seed: int, report: Path | None, kinds: tuple[str, ...], jobs: int, *, forks: bool) -> None:
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # the runs at work end first, then the servers, and the disk is unmounted
+    # SIGTERM ends running pipelines first, then the servers, and then unmounts the disk.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.monotonic()
     by_kind: dict[str, Counter[str]] = {kind: Counter() for kind in kinds or KINDS}
     with tempfile.TemporaryDirectory(prefix="rlhf-faults-") as folder, contextlib.ExitStack() as stack:
@@ -54,7 +57,7 @@ def main(kills: int, seed: int, report: Path | None, kinds: tuple[str, ...], job
         places = open_places(Path(folder), whole.params, tuple(by_kind), resident, stack)
         free: Counter[int] = Counter({number: place.runs_at_once for number, (place, _) in enumerate(places)})
         pool = stack.enter_context(ThreadPoolExecutor(jobs))
-        running: dict[Future[list[Outcome]], tuple[int, int]] = {}  # -> its place, and the kills it may use
+        running: dict[Future[list[Outcome]], tuple[int, int]] = {}  # -> its place, and the kills left for it
         left, number = kills, 0
         while left or running:
             while left and len(running) < jobs:
@@ -65,10 +68,10 @@ def main(kills: int, seed: int, report: Path | None, kinds: tuple[str, ...], job
                     break
                 (at,) = draws.choices(range(len(places)), weights)
                 if number <= len(places) and free[number - 1]:
-                    at = number - 1  # a small campaign sees every place, too
+                    at = number - 1  # so that a small campaign covers every place
                 place, chosen = places[at]
                 free[at] -= 1
-                quota = min(left, MOST_IN_A_RUN, max(1, kills // len(places)))
+                quota = min(left, MAX_KILLS_PER_RUN, max(1, kills // len(places)))
                 left -= quota
                 run = place.folder / f"run-{number}"
                 running[pool.submit(disturb, whole, place, run, draws, kills=quota, kinds=chosen)] = (at, quota)
@@ -92,7 +95,7 @@ def main(kills: int, seed: int, report: Path | None, kinds: tuple[str, ...], job
 def open_places(
     folder: Path, params: Path, kinds: tuple[str, ...], resident: Resident | None, stack: contextlib.ExitStack
 ) -> list[tuple[FolderPlace, tuple[str, ...]]]:
-    """Where runs live, and what may be done to them there."""
+    """The places where runs are stored, and the faults that are possible in each."""
     places: list[tuple[FolderPlace, tuple[str, ...]]] = []
     for make, name, of_place in (
         (FolderPlace, "", IN_A_FOLDER),
@@ -137,14 +140,14 @@ def as_markdown(by_kind: dict[str, Counter[str]], kills: int, seed: int, jobs: i
             f"{os.cpu_count()} cores, {platform.machine()} {platform.system()}, Python {platform.python_version()}, "
             f"{minutes:.0f} minutes.",
             "",
-            "| kind | what is done | times | went on | same models | steps trained twice |",
+            "| kind | fault | times | resumed | same models | steps trained twice |",
             "|---|---|---:|---:|---:|---:|",
             *rows,
             "",
-            "Same models: the weights of sft, reward_model and ppo have the digests of the run that nobody disturbed; where MLflow",
-            "is used, every curve has the same steps, too, none missing and none twice. The small pipeline (a tiny model in fp32, a",
-            "checkpoint after every step) lives in a folder, with its checkpoints in SeaweedFS and its curves in an MLflow server, or on",
-            "a tmpfs. A step counts as trained when a checkpoint of it has been begun.",
+            "Same models: the weights of sft, reward_model and ppo have the digests of the undisturbed run. With MLflow, every metric also has",
+            "the same steps, none missing and none duplicated. The small pipeline (a tiny model in fp32, a checkpoint after every step) is in a",
+            "folder, in a folder with its checkpoints in SeaweedFS and its metrics in MLflow, or on a tmpfs. A step counts as trained when a",
+            "checkpoint of it was started.",
             "",
             f"`{line(by_kind)}`",
             "",

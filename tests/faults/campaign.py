@@ -1,4 +1,4 @@
-"""One disturbed run: what is done to it when, how it goes on, and what is counted."""
+"""One disturbed run: the faults and their timing, the resumption, and the counts."""
 
 import contextlib
 import os
@@ -19,19 +19,19 @@ from tests.support.tiny_model import make_tiny_model
 from tests.support.toy_pipeline import toy_params, write_data, write_params
 
 IN_A_FOLDER = {
-    "stage": "the stage that runs is killed",
+    "stage": "the running stage is killed",
     "runner": "the program that runs the pipeline is killed",
     "all": "everything is killed at once",
     "saving": "the stage is killed while a checkpoint is written",
     "writing": "the stage is killed while it writes its model",
-    "checkpoint": "the stage is killed, and a byte of its newest checkpoint changes",
-    "artifact": "the stage is killed, and a byte of a finished artifact changes",
-    "beside": "a second process goes on with the run beside the first, which is then killed",
+    "checkpoint": "the stage is killed, and one byte of its latest checkpoint changes",
+    "artifact": "the stage is killed, and one byte of a finished artifact changes",
+    "beside": "a second process resumes the run while the first one works, which is then killed",
 }
 WITH_SERVICES = {
     "uploading": "the stage is killed while a checkpoint is uploaded to S3",
-    "s3": "the S3 server that has the checkpoints is away for 2 to 20 seconds",
-    "mlflow": "the MLflow server is away for 2 to 20 seconds",
+    "s3": "the S3 server with the checkpoints is unreachable for 2 to 20 seconds",
+    "mlflow": "the MLflow server is unreachable for 2 to 20 seconds",
 }
 ON_A_SMALL_DISK = {"disk": "the disk is full until the run ends"}
 KINDS = IN_A_FOLDER | WITH_SERVICES | ON_A_SMALL_DISK
@@ -70,7 +70,7 @@ def prepare(folder: Path, resident: Resident | None) -> Undisturbed:
 def disturb(
     whole: Undisturbed, place: FolderPlace, run: Path, draws: random.Random, *, kills: int, kinds: tuple[str, ...]
 ) -> list[Outcome]:
-    """Start a run, disturb it and go on with it until it ends or kills are spent; (kind, counts) of each disturbance."""
+    """Start a run, disturb and resume it until it ends or no kills are left; return (kind, counts) of each fault."""
     done: list[Outcome] = []
     tracebacks = 0
     command = _start(place.params_of(run), run)
@@ -89,7 +89,7 @@ def disturb(
         if disturbed:
             if kind == "beside" and not attempt.refused:
                 raise RuntimeError(f"two processes worked in {run}")
-            if "Traceback" in attempt.said:  # a sentence was promised
+            if "Traceback" in attempt.said:  # an error message is guaranteed
                 print(f"after {kind} the run {run} ends with a traceback:\n{attempt.said}", flush=True)
                 tracebacks += 1
             done.append(
@@ -111,7 +111,7 @@ def disturb(
 
 
 class _Attempt:
-    """One process that works on a run, until it is killed or ends."""
+    """One process that executes a run until it is killed or ends."""
 
     def __init__(self, command: list[str], place: FolderPlace, run: Path) -> None:
         self.place, self.run, self.refused, self.said = place, run, False, ""
@@ -119,7 +119,7 @@ class _Attempt:
         self.process = place.start(command, self.log)
 
     def disturb(self, kind: str, delay: float, length: float) -> bool:
-        """Do it after a delay, or when what the kind waits for is seen after it; False when the run ended before."""
+        """Cause the fault after a delay, or then as soon as its condition holds; False if the run ended before."""
         if not self._runs_for(delay):
             return False
         if isinstance(self.place, SmallDisk):
@@ -157,7 +157,7 @@ class _Attempt:
         return True
 
     def _runs_for(self, seconds: float) -> bool:
-        """Let time pass; False as soon as the process has ended."""
+        """Wait; return False as soon as the process has ended."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if self.process.poll() is not None:
@@ -166,7 +166,7 @@ class _Attempt:
         return True
 
     def wait(self) -> tuple[int, bool]:
-        """Exit code, and whether it had to be ended because it hung."""
+        """The exit code, and whether the process hung and had to be killed."""
         hung = False
         try:
             code = self.process.wait(timeout=HANG_SECONDS)
@@ -180,14 +180,14 @@ class _Attempt:
         return code, hung
 
     def orphans(self) -> int:
-        """Processes of this run that outlive it by more than the kernel's moment."""
+        """Number of processes of this run that are still alive after 5 seconds."""
         deadline = time.monotonic() + 5
         while (left := len(self.stages())) and time.monotonic() < deadline:
             time.sleep(0.05)
         return left
 
     def stages(self) -> list[int]:
-        """Processes that work on this run, but for the one that was started here."""
+        """Process ids of this run's stages."""
         return [
             pid
             for pid, text in _commands()
@@ -195,7 +195,7 @@ class _Attempt:
         ]
 
     def resumed_from(self, before: int) -> int:
-        """The last step that the stage had when it went on; before when it did not say, because it had nothing to go on with."""
+        """The step that the stage resumed from: `before` if no checkpoint was needed, 0 if all checkpoints were skipped."""
         found = re.search(r"resuming after (?:step|iteration) (\d+)", self.said)
         return min(before, int(found[1])) if found else (0 if "is skipped" in self.said else before)
 
@@ -211,7 +211,7 @@ class _Attempt:
 
 
 def trained_steps(place: FolderPlace, run: Path) -> int:
-    """The newest step of the stage that was at work, as far as a checkpoint of it has been begun; 0 when there is none."""
+    """The latest step of the running stage for which a checkpoint was started; 0 if there is none."""
     return max((int(name.split("-")[1]) for name in place.steps(run)), default=0)
 
 
@@ -224,7 +224,7 @@ def models_of(run: Path) -> dict[str, str]:
 
 
 def _damage(kind: str, run: Path, draws: random.Random) -> None:
-    """Change one byte of a file, as a bad disk would."""
+    """Change one byte of a file, like a disk error."""
     if kind == "checkpoint":
         files = [
             path

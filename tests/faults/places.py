@@ -1,4 +1,4 @@
-"""Where disturbed runs live: a plain folder; a folder with its checkpoints in S3 and its curves in MLflow; a small disk."""
+"""Places of disturbed runs: a folder; a folder with checkpoints in S3 and metrics in MLflow; a small disk."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ Curves = dict[str, dict[str, list[int]]]  # stage -> metric -> steps
 
 
 class FolderPlace:
-    """Everything lies in the run directory, and nothing is tracked."""
+    """Everything is in the run directory, and nothing is tracked."""
 
     runs_at_once = 1000
 
@@ -44,11 +44,11 @@ class FolderPlace:
         return self.params
 
     def steps(self, run: Path) -> list[str]:
-        """Names of the checkpoints that have been begun."""
+        """Names of all checkpoints, complete or not."""
         return [path.name for path in run.glob("checkpoints/*/*/step-*") if path.is_dir()]
 
     def curves(self, run: Path) -> Curves | None:
-        """What MLflow has of the run; None is nothing to compare."""
+        """The steps of every metric of the run in MLflow; None if nothing is tracked."""
         return None
 
     def close(self) -> None:
@@ -56,7 +56,7 @@ class FolderPlace:
 
 
 class SmallDisk(FolderPlace):
-    """A tmpfs that can be made as small as what it holds."""
+    """A tmpfs that can be shrunk to the size of its content."""
 
     runs_at_once = 1
 

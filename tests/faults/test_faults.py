@@ -1,4 +1,4 @@
-"""The campaign at a small size."""
+"""A small fault campaign."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""CI's part for images: where podman cannot be had it says so, twice, and fails only where the tests fail."""
+"""CI for images: a missing podman is reported twice, and only failing tests make it fail."""
 
 import shutil
 import subprocess

@@ -74,7 +74,7 @@ def built(image: str, *arguments: str) -> Iterator[tuple[str, str]]:
 def trainer(settings_of_podman: None) -> Iterator[str]:
     """The tag of a trainer image, built with every step of its Dockerfile."""
     given = os.environ.get("RLHF_TEST_TRAINER_IMAGE")
-    if given:  # built before, while working on these tests
+    if given:  # an image that was built before
         yield given
         return
     with built("trainer", "--build-arg", "REVISION=0123abc", "--build-arg", "VERSION=9.8.7") as (tag, _):
@@ -113,7 +113,7 @@ def test_tmp_is_empty_and_writable_by_all_users(trainer: str) -> None:
 
 
 def test_torch_can_compile_locked_down(trainer: str) -> None:
-    """Its cache is made at import, and where that fails, models fail to load with an error that says nothing of it."""
+    """transformers creates its cache at import; if that fails, loading a model fails with an unrelated error."""
     done = run(trainer, "python", "-c", "import torch._dynamo", options=LOCKED_DOWN)
     assert done.returncode == 0, done.stderr
 
@@ -126,7 +126,7 @@ def test_self_test_passes_without_privileges(trainer: str) -> None:
 
 def test_self_test_detects_a_forbidden_package(trainer: str, tmp_path: Path) -> None:
     (tmp_path / "kfp.py").write_text("")
-    tmp_path.chmod(0o755)  # the image's user is not the one of this test
+    tmp_path.chmod(0o755)  # the user of the image differs from the user of this test
     mounted = (f"--volume={tmp_path}:/opt/more:ro", "--env=PYTHONPATH=/opt/app:/opt/more")
     done = run(trainer, "python", "/opt/selftest/selftest.py", "trainer", options=mounted)
     assert done.returncode == 1 and "trainer: kfp must not be installed" in done.stderr
@@ -153,7 +153,7 @@ def test_tools_image_has_no_torch(settings_of_podman: None) -> None:
 
 
 def open_to_all(folder: Path) -> None:
-    """A laptop's folders belong to their owner; the image's user is another one. (On a cluster the launcher sees to it.)"""
+    """Local folders belong to another user than the image's. On a cluster KFP's launcher sets the permissions."""
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o777 if path.is_dir() else 0o666)
 
@@ -195,7 +195,7 @@ def run_in_containers(
 ) -> tuple[list[int], str]:
     """Exit codes of the containers in order, and what kfp raised, if it did."""
     monkeypatch.setattr(local.config.LocalExecutionConfig, "instance", None)
-    before = os.umask(0)  # kfp makes folders of tasks, and the image's user writes into them
+    before = os.umask(0)  # kfp creates the folders that the image's user writes to
     try:
         with podman_service(tmp_path) as address, true_exit_codes() as codes:
             monkeypatch.setenv("DOCKER_HOST", address)
@@ -224,7 +224,7 @@ def test_stage_that_fails_in_its_container_fails_the_pipeline(
 ) -> None:
     pipeline = pipeline_of(trainer, root / "inputs" / "nowhere", root)
     codes, raised = run_in_containers(pipeline, root, monkeypatch, tmp_path)
-    assert codes == [1] and "import-model" in raised  # and nothing after it was started
+    assert codes == [1] and "import-model" in raised  # and no later stage was started
     said = capfd.readouterr()
     assert "error: " in said.out + said.err and "nowhere" in said.out + said.err
     assert not list(root.glob("containers-*/prepare-data"))

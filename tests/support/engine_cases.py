@@ -1,4 +1,4 @@
-"""What several processes do in test_many.py: `torchrun -m tests.support.engine_cases CASE FOLDER MODEL`.
+"""The cases of test_multi_process.py: `torchrun -m tests.support.engine_cases CASE FOLDER MODEL`.
 
 Every case trains the tiny model on the same three batches; the numbers and weights of each go to FOLDER.
 """
@@ -108,7 +108,7 @@ def train(
     group: Group = SINGLE_PROCESS,
     folder: Path | None = None,
 ) -> tuple[Numbers, dict[str, Tensor]]:
-    """Three steps; with a folder, as two runs of which the second goes on from the first one's checkpoint after step 2."""
+    """Three steps; with a folder, as two runs of which the second resumes from the first one's checkpoint after step 2."""
     if folder is not None:
         actor, engine = actor_and_engine(model, training, dtype, group)
         numbers = list(language_steps(actor, engine, BATCHES[:2], group))
@@ -149,7 +149,7 @@ def resume(
 
 
 def frozen_logprobs(model: Path, training: TrainingConfig, group: Group) -> Tensor:
-    """What a model that is not trained says of the first batch, each process of the same texts."""
+    """Outputs of an untrained model on the first batch, the same on every rank."""
     lm = load_causal_lm(model, num_frozen_layers=0, dtype=FP32, trainable=False)
     actor = Actor(lm, num_frozen_layers=0, dtype=FP32)
     prepare_frozen_model(actor, training, group=group, dtype=FP32, device=torch.device("cpu"))
@@ -181,7 +181,7 @@ def main(folder: Path, model: Path) -> None:
 
 
 def has_checkpoint(kind: str, engine: str, changes: dict[str, Any], dtype: torch.dtype) -> bool:
-    """Where the run is cut in two, and its checkpoint is loaded by one process as well."""
+    """Cases that resume from a checkpoint after step 2, also with one process."""
     return kind == "actor" and dtype == FP32 and (engine == "torch" or list(changes) == ["zero_stage"])
 
 

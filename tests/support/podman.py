@@ -1,4 +1,4 @@
-"""Images built and run for real with podman, on a Debian base made here: no registry is needed."""
+"""Images that podman builds and runs on a Debian base made here, without a registry."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ SETTINGS = '[engine]\nruntime = "runc"\n[containers]\ndefault_ulimits = ["nofile
 
 
 def missing() -> str:
-    """Why no image can be built here; empty where one can."""
+    """Why no image can be built here; empty if it can."""
     absent = [program for program in ("podman", "runc", "mmdebstrap") if not shutil.which(program)]
     if absent and not (absent == ["mmdebstrap"] and base_file().is_file()):
         return (
@@ -48,7 +48,7 @@ def podman(*arguments: str, check: bool = True, timeout: float = 600) -> subproc
 
 
 def make_base() -> None:
-    """A Debian with Python under the tag BASE; the file of it is kept in the cache, so that a second time takes seconds."""
+    """A Debian image with Python under the tag BASE; its archive is cached, so that the second time takes seconds."""
     file = base_file()
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def podman_service(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def true_exit_codes() -> Iterator[list[int]]:
-    """Within the block kfp's DockerRunner sees how containers really ended; yields their exit codes in order.
+    """Within the block kfp's DockerRunner gets the true exit codes of containers; yields them in order.
 
     It starts each with auto_remove, and when the container is gone before it can ask for the exit code it takes that for success
     (kfp.local.docker_task_handler.run_docker_container), which with podman is so always. Here containers stay until they

@@ -51,10 +51,10 @@ class Resident:
 
     def __init__(self, folder: Path) -> None:
         self._address = str(folder / "socket")
-        room = "x" * COMMAND_LINE_BYTES  # a fork overwrites it with its own command line
+        padding = "x" * COMMAND_LINE_BYTES  # a fork overwrites it with its own command line
         self._log = (folder / "log").open("w+")
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.resident", self._address, room],
+            [sys.executable, "-m", "tests.support.resident", self._address, padding],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -62,7 +62,7 @@ class Resident:
             text=True,
         )
         assert self._server.stdout
-        if "ready\n" not in iter(self._server.stdout.readline, ""):  # libraries print, too
+        if "ready\n" not in iter(self._server.stdout.readline, ""):  # libraries print as well
             self._log.seek(0)
             raise RuntimeError(f"The resident process did not start: {self._log.read()}")
 
@@ -82,7 +82,7 @@ class Resident:
     def run(
         self, command: Sequence[str], *, timeout: float, env: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """As subprocess.run with captured text."""
+        """Like subprocess.run with captured text."""
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             process = self.popen(command, stdout=out, stderr=err, env=env)
             try:

@@ -1,4 +1,4 @@
-"""What finished is found again; what came out otherwise, or was touched since, runs again."""
+"""Finished stages are reused; stages with changed inputs or modified outputs run again."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def two(script: str):
 
 
 def execute(folder: Path, script: str) -> list[str]:
-    """The lines of the tasks of one run, or of the resumption of the run that is in the folder."""
+    """The log lines of the tasks of a run, or of its resumption if the folder contains one."""
     lines: list[str] = []
     local_run = LocalRun(folder / "logs", {}, lambda _stage, line: lines.append(line), Journal(folder / "finished"))
     with container_processes(local_run), quiet_kfp():

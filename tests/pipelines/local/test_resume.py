@@ -1,4 +1,4 @@
-"""The user's commands: a run that is killed anywhere goes on, and ends where an undisturbed one ends."""
+"""The command line: a run that is killed at any point resumes, with the same result as an undisturbed run."""
 
 import contextlib
 import json
@@ -99,9 +99,9 @@ def test_killed_run_resumes_and_produces_identical_models(
             stage["seconds"] == pytest.approx(seconds[name], abs=0.05) if name in finished else stage["seconds"] > 0.5
         )
 
-    third = resume_in_resident(resident, run)  # nothing is left to do
+    third = resume_in_resident(resident, run)  # every stage is reused
     assert third.returncode == 0, third.stdout + third.stderr
-    # Whoever is notified hears of every end.
+    # Notifications are sent at every end of the run.
     assert {name for name, stage in summary_of(run)["stages"].items() if not stage["reused"]} == {"notify"}
 
     weights = output(run, "sft", "model") / "model.safetensors"
@@ -116,7 +116,7 @@ def test_killed_run_resumes_and_produces_identical_models(
 LAUNCHER = """
 import os, signal, subprocess, sys
 stage = subprocess.Popen(sys.argv[1:])
-signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # as KFP's does: it ends, and tells nobody
+signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # like KFP's launcher: it exits without forwarding the signal
 sys.exit(stage.wait())
 """
 CONTAINER = ["unshare", "--pid", "--uts", "--mount-proc", "--fork", "--kill-child=SIGTERM", "sh", "-c"]
@@ -124,7 +124,7 @@ CONTAINER = ["unshare", "--pid", "--uts", "--mount-proc", "--fork", "--kill-chil
 
 @pytest.mark.slow
 def test_stage_of_a_lost_pod_resumes_elsewhere_from_s3(toy: Path, whole: Path, tmp_path: Path) -> None:
-    """The signal ends KFP's launcher and with it the container, so that the stage never hears of it."""
+    """The signal ends KFP's launcher and with it the container, so that the stage never receives it."""
     if subprocess.run([*CONTAINER, "true"], capture_output=True).returncode != 0:
         pytest.skip("NOT TESTED: the death of a launcher; only root may make a namespace of processes")
     server = SeaweedFS(tmp_path / "server")
@@ -164,7 +164,7 @@ def test_stage_of_a_lost_pod_resumes_elsewhere_from_s3(toy: Path, whole: Path, t
         (launcher,) = Path(f"/proc/{pod.pid}/task/{pod.pid}/children").read_text().split()
         os.kill(int(launcher), signal.SIGTERM)
         said = pod.communicate(timeout=30)[0]
-        assert "SIGTERM" not in said  # it did not hear of it
+        assert "SIGTERM" not in said  # the stage did not receive it
         assert not (tmp_path / "model").exists()
 
         again = in_pod("ppo-2")

@@ -1,4 +1,4 @@
-"""The one place that reaches inside kfp: does kfp.local still look its handler up where we put ours?"""
+"""The runner patches kfp internals: these tests fail if kfp.local no longer looks up its task handler there."""
 
 import resource
 import subprocess
@@ -95,14 +95,14 @@ def test_no_process_outlives_its_stage(tmp_path: Path) -> None:
     record = run_command(tmp_path, ["sh", "-c", "sleep 300 >/dev/null 2>&1 & echo $!"])
     stat = Path(f"/proc/{int((tmp_path / 'stage.log').read_text())}/stat")
     assert record.status == "succeeded"
-    deadline = time.monotonic() + 10  # the kernel takes a moment
+    deadline = time.monotonic() + 10  # killing takes a moment
     while stat.exists() and stat.read_text().split()[2] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 def test_stage_is_killed_when_its_runner_dies(tmp_path: Path) -> None:
-    """A runner that is killed outright cannot clean up; the stage has asked the kernel to."""
+    """A runner that is killed cannot clean up; the kernel kills the stage."""
     stage = "from components.rlhf.runtime.process import die_with_parent as d; d(); print('up', flush=True); import time; time.sleep(300)"
     runner = (
         "import sys; from pathlib import Path; from pipelines.local.runner import *; "

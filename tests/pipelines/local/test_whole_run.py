@@ -1,4 +1,4 @@
-"""The user's command on a toy: every stage as a process through kfp.local, both branches of the gate, and failures."""
+"""`kfp-rlhf run` on a toy pipeline: every stage as a process through kfp.local, both branches of the gate, and failures."""
 
 import json
 import math
@@ -22,14 +22,14 @@ STAGES = [*TRACKED, "notify"]
 
 
 def run_pipeline(params: Path, out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command in an environment full of secrets."""
+    """Run the command in an environment full of secrets."""
     command = [sys.executable, "-m", "pipelines", "run", str(params), "--out", str(out), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | PLANTED | environment)
 
 
 @pytest.fixture(scope="module")
 def promoted(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """The run directory of a run whose gate lets everything pass."""
+    """The run directory of a run whose gate accepts every model."""
     folder = tmp_path_factory.mktemp("toy")
     params = write_params(folder / "toy.yaml", toy_params(tiny_model, write_data(folder)))
     result = run_pipeline(params, folder / "run")
@@ -106,7 +106,7 @@ def test_mlflow_has_a_parent_run_and_a_finished_run_per_stage(promoted: Path) ->
 
 
 def test_no_file_of_a_run_contains_a_secret_of_the_environment(promoted: Path) -> None:
-    """Models, metadata, logs, MLflow's database and files, compiled pipeline, reports, and what the terminal showed."""
+    """Models, metadata, logs, MLflow's database and files, compiled pipeline, reports, and the terminal output."""
     assert (promoted / "mlflow.db").stat().st_size > 100_000
     assert list(promoted.glob("logs/*.log")) and (promoted / "pipeline.yaml").is_file()
     assert files_with_secrets(promoted.parent) == []

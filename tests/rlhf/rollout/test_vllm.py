@@ -1,4 +1,4 @@
-"""The engine of vLLM against the one of transformers, with the real library on a CPU. Each class starts it once or twice."""
+"""The vLLM engine against the transformers engine, with the real vLLM on a CPU."""
 
 import json
 import os
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[3]
 TEXTS = ["a film", "b", "the longest prompt of all", "no", "what a day it was", "It was a dark and stormy night; " * 5]
 PROMPTS = [Prompt(prompt=text) for text in TEXTS]
 MANY_STOPS = tuple(range(0, 257, 2))
-COLD = 0.01  # the lowest that vLLM samples at, where these models' tokens are all but certain
+COLD = 0.01  # the lowest temperature of vLLM, at which these models are nearly deterministic
 MAX_MODEL_LEN = 200
 
 
@@ -97,7 +97,7 @@ def probe(lm: Any, ids: list[int]) -> Tensor:
 
 @pytest.fixture(autouse=True, scope="module")
 def _environment() -> Iterator[None]:
-    """The engine sets variables of the process; other tests shall not see them."""
+    """The engine sets environment variables, which must not leak into other tests."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -114,7 +114,7 @@ def models(tied: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="class")
 def engine(models: Path) -> Iterator[VllmRolloutEngine]:
-    """Of the model with seed 0."""
+    """An engine with the model of seed 0."""
     engine = start(model(models, 0))
     yield engine
     engine.close()
@@ -154,7 +154,7 @@ def test_tokens_and_log_probs_equal_transformers_before_and_after_each_update(
 @pytest.mark.vllm
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"], scope="class")
 def test_sync_copies_weights_before_the_trainer_frees_them(engine: VllmRolloutEngine, models: Path) -> None:
-    """As a trainer that shards its weights yields them: whole for a moment."""
+    """Yield weights like a trainer that shards them: each is whole only until the next one."""
 
     def passing(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, weight in weights:
@@ -185,7 +185,7 @@ def test_sync_never_holds_a_second_copy_of_all_weights(
     monkeypatch.setattr(engine, "_copies", watched)
     engine.sync(trained(model(models, 1)).named_parameters())
     assert len(copies) >= 29
-    assert max(alive) <= 3  # q, k and v go into one matrix; the fused pair of the MLP is two
+    assert max(alive) <= 3  # q, k and v are fused into one matrix; the MLP fuses two
 
 
 @pytest.mark.vllm
@@ -268,7 +268,7 @@ def test_no_stop_before_min_new_tokens(sampler: VllmRolloutEngine) -> None:
 def test_eos_that_is_not_a_stop_id_does_not_end_the_response(
     sampler: VllmRolloutEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM reads generation_config.json in any case; of its EOS the engine must neither stop nor forbid anything."""
+    """vLLM always reads generation_config.json; its EOS must neither stop nor mask anything."""
     monkeypatch.setattr(sampler, "stop_ids", (5,))
     how = sampling(temperature=2.0, max_new_tokens=40, min_new_tokens=40)
     found = sampler.generate(PROMPTS[:5] * 6, how, list(range(30)))
@@ -291,7 +291,7 @@ def test_completion_depends_only_on_its_prompt_and_seed(sampler: VllmRolloutEngi
 
 @pytest.mark.vllm
 def test_token_frequencies_match_their_probabilities(sampler: VllmRolloutEngine, folder: Path) -> None:
-    """Seeds that follow each other, as PPO's do."""
+    """Consecutive seeds, like PPO's."""
     num, ids = 3000, sampler.tokenizer("a film")["input_ids"]
     found = sampler.generate(PROMPTS[:1] * num, sampling(max_new_tokens=1), [7 * 1_000_003 + n for n in range(num)])
     with torch.no_grad():
@@ -311,7 +311,7 @@ def test_generate_preserves_generator_state_and_thread_count(sampler: VllmRollou
     sampler.generate(PROMPTS, sampling(), [0] * 6)
     assert torch.equal(torch.rand(3), expected)
     before = torch.get_num_threads()
-    torch.set_num_threads(before + 1)  # vLLM makes this do nothing
+    torch.set_num_threads(before + 1)  # vLLM would make this a no-op
     assert torch.get_num_threads() == before + 1
     torch.set_num_threads(before)
 
@@ -332,7 +332,7 @@ def edited(folder: Path, **config: Any) -> Path:
     return folder
 
 
-# Each of these fails within seconds, and leaves a process in which the next engine starts.
+# Each of these fails within seconds and leaves a process in which another engine can start.
 
 
 @pytest.mark.vllm
@@ -418,7 +418,7 @@ from components.rlhf.rollout.probe import check_sync, probe_ids
 from components.rlhf.rollout.vllm import VllmRolloutEngine
 from tests.rlhf.rollout.test_vllm import COLD, PROMPTS, hf, ids_of, model, probe, sampling, trained
 rank = torch.distributed.get_rank()
-mine = PROMPTS[:4] if rank == 0 else PROMPTS[4:]  # unlike in number, so that a mix-up shows
+mine = PROMPTS[:4] if rank == 0 else PROMPTS[4:]  # of different size, so that a mix-up is detected
 how, seeds = sampling(temperature=COLD, max_new_tokens=16), list(range(len(mine)))
 for name in ("tied", "untied"):
     folder = Path(sys.argv[1]) / name
@@ -437,7 +437,7 @@ for name in ("tied", "untied"):
             check_sync(engine.prompt_logprobs(ids), probe(lm, ids), tolerance=1e-2, version=engine.version)
         engine.close()
         total = torch.ones(1)
-        torch.distributed.all_reduce(total)  # the trainer's group is still there
+        torch.distributed.all_reduce(total)  # the trainer's process group still works
         assert total.item() == 2
     print(f"rank {rank} is done with {name}", flush=True)
 torch.distributed.destroy_process_group()
