@@ -136,7 +136,7 @@ def load_error(tmp_path: Path, text: str | bytes) -> str:
         ("gate: {max_kl: .inf}\n", ": gate.max_kl is inf: input should be a finite number."),
         ("gate: {min_win_rate: .nan}\n", ": gate.min_win_rate is nan: "),
         ("ppo: {num_iterations: 1" + "0" * 30 + "}\n", ": ppo.num_iterations is 1" + "0" * 30 + ": input should be less than "),
-        ("ppo: [1]\n", ": ppo is [1]: input should be a valid dictionary"),
+        ("ppo: [1]\n", ": ppo is [1]: expected a section with the keys "),
         ("preset: []\n", ": preset is []: input should be a valid string."),
         ("model: {trust_remote_code: true}\n", ": model.trust_remote_code is not a parameter; "),
     ],

@@ -87,8 +87,8 @@ def check_zero3_compatibility(model: ModelConfig, training: TrainingConfig, *, h
     sharing += ["critic.trains: head"] * head_only
     if training.engine == "deepspeed" and training.zero_stage == 3 and sharing:
         raise ValueError(
-            f"zero_stage 3 shards the weights of each model, but {' and '.join(sharing)} lets models share weights; "
-            "set zero_stage to 2, or leave the other parameter at its default"
+            "zero_stage 3 shards the weights of each model, so models cannot share weights as they do with "
+            f"{' and '.join(sharing)}; set zero_stage to 2, or do not set {' and '.join(sharing)}"
         )
 
 

@@ -102,6 +102,8 @@ def _explain_one(details: dict[str, Any], model: type[BaseModel]) -> str:
         return f"{key} is not a parameter; {hint}"
     if details["type"] == "missing":
         return f"{key} is missing"
+    if details["type"] in ("model_type", "model_attributes_type"):
+        return f"{key} is {short_repr(details['input'])}: expected a section with the keys {', '.join(_valid_keys(model, path))}"
     message = str(details["msg"]).removeprefix("Value error, ")
     if details["type"] == "value_error":
         return f"{key}: {message}"

@@ -175,7 +175,8 @@ def test_invalid_value_is_reported(path: str, value: object, message: str) -> No
         (
             "ppo",
             {"training": {"engine": "deepspeed", "zero_stage": 3}, "critic": {"trains": "head"}},
-            "the parameters: zero_stage 3 shards the weights of each model, but critic.trains: head lets models share weights",
+            "the parameters: zero_stage 3 shards the weights of each model, so models cannot share weights as they do with "
+            "critic.trains: head; set zero_stage to 2",
         ),
         ("sft.training", {"offload_optimizer": True}, "sft.training: offload_optimizer needs the engine deepspeed"),
         (
