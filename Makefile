@@ -35,10 +35,10 @@ run: .venv/ready ## Run the whole pipeline on this machine (PRESET=full, ARGS="-
 
 ##@ Develop
 .PHONY: test test-all lint audit compile bench study effects constraints clean
-test: .venv/ready ## Pass every fast test (tiny models, CPU)
+test: .venv/ready ## Run the fast tests (tiny models, CPU)
 	$(PYTEST) -m "not slow and not vllm and not deepspeed" $(ARGS)
 
-test-all: .venv/ready ## Pass every test: also vLLM, DeepSpeed in two processes, and the real model
+test-all: .venv/ready ## Run all tests: also vLLM, DeepSpeed in two processes, images and the real model
 	$(PYTEST) $(ARGS)
 
 lint: .venv/ready ## ruff on everything, mypy --strict on components/rlhf
@@ -46,7 +46,7 @@ lint: .venv/ready ## ruff on everything, mypy --strict on components/rlhf
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-audit: .venv/ready ## Look up known vulnerabilities of every pinned version; review licences and pins
+audit: .venv/ready ## Look up known vulnerabilities of every pinned version; review licenses and pins
 	$(PY) .ci/audit.py $(ARGS)
 	$(PY) -m pytest -q tests/test_dependencies.py tests/test_nothing_unsafe.py
 

@@ -55,7 +55,7 @@ CHANGES: dict[str, dict[str, list[str]]] = {
 def as_table(rows: list[dict[str, Any]]) -> str:
     """One line per change, with the unchanged run first."""
     lines = [
-        "| change | settings | win rate (judge) | win rate at equal length | KL to SFT | reward gain | distinct-2, PPO / SFT "
+        "| change | settings | win rate (judge) | win rate, both cut to equal length | KL to SFT | reward gain | distinct-2, PPO / SFT "
         "| EOS rate, SFT to PPO | clip fraction of iteration 1 | seconds of PPO |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]

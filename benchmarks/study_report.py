@@ -41,7 +41,7 @@ def write_report(rows: Sequence[Row], root: Path = ROOT) -> None:
 def arm_table(rows: Sequence[Row]) -> str:
     """One line per arm: means over its seeds, and the interval with the lowest lower end."""
     lines = [
-        "| | seeds | win rate (judge) | lowest interval | win rate at equal length | KL to SFT | distinct-2, PPO / SFT "
+        "| | seeds | win rate (judge) | lowest interval | win rate, both cut to equal length | KL to SFT | distinct-2, PPO / SFT "
         "| EOS rate, SFT to PPO | minutes | memory | gate |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]

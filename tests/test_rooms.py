@@ -1,7 +1,7 @@
-"""The law of each room: what its `__init__.py` says it may import is all that it imports.
+"""Import rules: a package of the library imports what its `__init__.py` says, and nothing else.
 
-Every import counts: at the top of a file, inside functions, and under TYPE_CHECKING. The docstring of a room has the lines
-`Rooms:` (other rooms of the library), `Packages:` (third-party packages) and, where one file may import more,
+Every import counts: at the top of a file, inside functions, and under TYPE_CHECKING. The docstring of a package has the lines
+`Imports:` (other packages of the library), `Packages:` (third-party packages) and, where one file may import more,
 `Packages of FILE.py:`. The standard library is free unless FORBIDDEN_STDLIB names a module.
 """
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "components.rlhf"
 ROOMS = sorted(path.parent.name for path in ROOT.glob("components/rlhf/*/__init__.py"))
 STAGES = sorted(path.parent.name for path in ROOT.glob("components/*/__main__.py"))
-# Standard library that would break a room's law: files, the environment, the log.
+# Standard library that the rules of a package forbid: files, the environment, the log.
 FORBIDDEN_STDLIB = {
     "config": {"os", "pathlib", "io", "shutil", "subprocess", "logging", "tempfile"},
     "maths": {"os", "pathlib", "io", "shutil", "subprocess", "logging", "tempfile", "json", "pickle", "sys"},
@@ -29,7 +29,7 @@ MAY_IMPORT_OF_TRANSFORMERS = {"data": {"AutoTokenizer", "PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
-class Law:
+class Rules:
     """What the files of one folder may import beside the standard library and each other."""
 
     rooms: frozenset[str]
@@ -37,18 +37,18 @@ class Law:
     packages_of_file: dict[str, frozenset[str]]  # by the file's name without .py
 
 
-def law_of(folder: str) -> Law:
-    """The law in the docstring of a folder's __init__.py."""
+def rules_of(folder: str) -> Rules:
+    """The import rules in the docstring of a folder's __init__.py."""
     text = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text(encoding="utf-8"))) or ""
 
     def names(line: str) -> frozenset[str]:
         return frozenset(line.split(", ")) - {"none"}
 
-    found = {key: names(value) for key, value in re.findall(r"^(Rooms|Packages): (.+)\.$", text, re.MULTILINE)}
+    found = {key: names(value) for key, value in re.findall(r"^(Imports|Packages): (.+)\.$", text, re.MULTILINE)}
     own = re.findall(r"^Packages of (\w+)\.py: (.+)\.$", text, re.MULTILINE)
-    assert set(found) == {"Rooms", "Packages"}, f"{folder}/__init__.py does not state its law"
-    return Law(
-        rooms=found["Rooms"], packages=found["Packages"], packages_of_file={file: names(line) for file, line in own}
+    assert set(found) == {"Imports", "Packages"}, f"{folder}/__init__.py does not state its import rules"
+    return Rules(
+        rooms=found["Imports"], packages=found["Packages"], packages_of_file={file: names(line) for file, line in own}
     )
 
 
@@ -105,12 +105,12 @@ def f():
     ]
 
 
-def test_room_imports_only_what_its_docstring_names() -> None:
+def test_package_imports_only_what_its_docstring_names() -> None:
     for room in ROOMS:
-        law = law_of(f"components/rlhf/{room}")
-        assert law.rooms <= set(ROOMS) - {room}, f"{room} names a room that does not exist"
+        rules = rules_of(f"components/rlhf/{room}")
+        assert rules.rooms <= set(ROOMS) - {room}, f"{room} names a package that does not exist"
         for path in files(f"components/rlhf/{room}/*.py"):
-            check_imports(path, law, own=f"{LIBRARY}.{room}")
+            check_imports(path, rules, own=f"{LIBRARY}.{room}")
             names = imports(path)
             stdlib = {package_of(name) for name in names} & FORBIDDEN_STDLIB.get(room, set())
             assert not stdlib, f"{path.relative_to(ROOT)} imports {stdlib}"
@@ -119,39 +119,39 @@ def test_room_imports_only_what_its_docstring_names() -> None:
             assert not more, f"{path.relative_to(ROOT)} imports {more} of transformers"
 
 
-def check_imports(path: Path, law: Law, *, own: str, more: tuple[str, ...] = ()) -> None:
-    """Fail unless a file imports what the law allows, modules below `own`, and the modules `more`."""
-    allowed = [own, *more, *(f"{LIBRARY}.{room}" for room in law.rooms)]
+def check_imports(path: Path, rules: Rules, *, own: str, more: tuple[str, ...] = ()) -> None:
+    """Fail unless a file imports what the rules allow, modules below `own`, and the modules `more`."""
+    allowed = [own, *more, *(f"{LIBRARY}.{room}" for room in rules.rooms)]
     names = imports(path)
     ours = [name for name in names if package_of(name) in ("components", "pipelines", "tests")]
     strangers = [name for name in ours if not any(within(name, module) for module in allowed)]
     assert not strangers, f"{path.relative_to(ROOT)} imports {strangers}"
-    packages = third_party(names) - law.packages - law.packages_of_file.get(path.stem, frozenset())
+    packages = third_party(names) - rules.packages - rules.packages_of_file.get(path.stem, frozenset())
     assert not packages, f"{path.relative_to(ROOT)} imports {packages}"
 
 
-def test_law_names_nothing_that_is_not_imported() -> None:
+def test_rules_name_nothing_that_is_not_imported() -> None:
     folders = [f"components/rlhf/{room}" for room in ROOMS] + ["pipelines", "pipelines/local", "pipelines/cluster"]
     for folder in folders:
-        law = law_of(folder)
+        rules = rules_of(folder)
         by_file = {path.stem: imports(path) for path in files(f"{folder}/*.py")}
         rooms = {name.split(".")[2] for names in by_file.values() for name in names if within(name, LIBRARY)}
-        assert law.rooms <= rooms, f"{folder} does not import {law.rooms - rooms}"
+        assert rules.rooms <= rooms, f"{folder} does not import {rules.rooms - rooms}"
         packages = {name for names in by_file.values() for name in third_party(names)}
-        assert law.packages <= packages, f"{folder} does not import {law.packages - packages}"
-        for file, allowed in law.packages_of_file.items():
+        assert rules.packages <= packages, f"{folder} does not import {rules.packages - packages}"
+        for file, allowed in rules.packages_of_file.items():
             assert allowed <= third_party(by_file[file]), f"{folder}/{file}.py does not import {allowed}"
 
 
-def test_rooms_import_each_other_without_a_circle() -> None:
-    below = {room: law_of(f"components/rlhf/{room}").rooms for room in ROOMS}
+def test_packages_import_each_other_without_a_circle() -> None:
+    below = {room: rules_of(f"components/rlhf/{room}").rooms for room in ROOMS}
     while free := [room for room, rooms in below.items() if not rooms & below.keys()]:
         for room in free:
             del below[room]
     assert not below, f"a circle of imports among {sorted(below)}"
 
 
-def test_library_has_no_file_outside_its_rooms() -> None:
+def test_library_has_no_file_outside_its_packages() -> None:
     assert [path.name for path in files("components/rlhf/*.py")] == ["__init__.py"]
 
 
@@ -179,7 +179,7 @@ def test_config_reads_no_file() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_stage_imports_only_rooms_and_itself(stage: str) -> None:
+def test_stage_imports_only_the_library_and_itself(stage: str) -> None:
     allowed = (LIBRARY, f"components.{stage}", "components.container")
     for path in files(f"components/{stage}/**/*.py"):
         names = [name for name in imports(path) if package_of(name) in ("components", "pipelines", "tests")]
@@ -204,7 +204,7 @@ def test_pipelines_import_component_definitions_and_what_their_docstring_names()
     definitions = tuple(f"components.{stage}.component" for stage in STAGES)
     for folder in ("pipelines", "pipelines/local", "pipelines/cluster"):
         for path in files(f"{folder}/*.py"):
-            check_imports(path, law_of(folder), own="pipelines", more=definitions)
+            check_imports(path, rules_of(folder), own="pipelines", more=definitions)
 
 
 def test_package_init_holds_at_most_a_docstring() -> None:

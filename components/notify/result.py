@@ -112,7 +112,7 @@ def post(url: str, message: dict[str, str]) -> None:
 
 
 def delete_checkpoints(storage: StorageConfig, result: RunResult) -> None:
-    """Delete the checkpoints of a successful run that its stages did not, such as those of attempts with other settings."""
+    """Delete what is stored under the id of a successful run; stages delete their own checkpoints, which have other keys."""
     if result.status != "succeeded" or not storage.checkpoint_uri or not result.run_id:
         return
     try:

@@ -139,7 +139,7 @@ def make_experience(learner: Learner, completions: Sequence[Completion], *, kl_c
 
 
 def microbatches(num_rows: int, *, minibatch: int, max_rows: int) -> list[Tensor]:
-    """Row indices of each forward pass: whole minibatches, or equal parts of them with at most `most` rows."""
+    """Row indices of each forward pass: whole minibatches, or equal parts of them with at most max_rows rows."""
     return [
         part
         for rows in torch.arange(num_rows).split(minibatch)

@@ -1,4 +1,4 @@
-"""Read, clean, split and pair the data: a data set for every stage, with no prompt in two of them."""
+"""Read, clean, split and pair the data: a data set for every stage, with no prompt in two roles."""
 
 from functools import partial
 from pathlib import Path

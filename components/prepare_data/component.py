@@ -20,7 +20,7 @@ def prepare_data(
     tracking: str = "{}",
     storage: str = "{}",
 ) -> dsl.ContainerSpec:
-    """Read, clean, split and pair the data: a data set for every stage, with no prompt in two of them.
+    """Read, clean, split and pair the data: a data set for every stage, with no prompt in two roles.
 
     Args:
         base_model: Base model, whose tokenizer counts tokens and renders chat templates.

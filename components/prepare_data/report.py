@@ -17,7 +17,7 @@ def as_markdown(prepared: PreparedData) -> str:
             if "dropped" in key and n
         ]
         lines.append(f"| {source} | {counts['read']:,} | {counts['kept']:,} | {', '.join(dropped) or 'none'} |")
-    lines += ["", "No prompt is in two of these data sets:", "", "| data set | records |", "|---|---:|"]
+    lines += ["", "Only held-out data sets share prompts:", "", "| data set | records |", "|---|---:|"]
     lines += [f"| {name.replace('_', ' ')} | {size:,} |" for name, size in _sizes(prepared).items()]
     return "\n".join(lines) + "\n"
 

@@ -1,1 +1,1 @@
-"""The shared library, sorted into rooms. What a room holds and may import is the docstring of its `__init__.py`."""
+"""The shared library, by topic. What a package holds and may import is the docstring of its `__init__.py`."""

@@ -1,6 +1,6 @@
 """Running the compiled pipeline on this machine, through kfp.local.
 
-Rooms: artifacts, config, runtime, text, tracking.
+Imports: artifacts, config, runtime, text, tracking.
 Packages: kfp, rich.
 
 Nothing here imports torch.

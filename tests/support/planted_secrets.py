@@ -10,6 +10,8 @@ PLANTED = {
     "MLFLOW_TRACKING_TOKEN": "PLANTED.mlflow.token",
     "RLHF_WEBHOOK_URL": "http://127.0.0.1:9/services/T0PLANTED/B0PLANTEDhook",
     "KFP_TOKEN": "PLANTED-kfp-token",
+    "PGPASSWORD": "PLANTED-postgres",
+    "SOMEAPIKEY": "PLANTED-api-key",
     "WANDB_API_KEY": "PLANTEDwandbPLANTEDwandb",
     "HTTPS_PROXY": "http://proxyuser:PLANTEDproxy@127.0.0.1:9",
     "NO_PROXY": "*",  # tests use no proxy

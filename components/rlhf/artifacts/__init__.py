@@ -1,6 +1,6 @@
 """Artifacts that stages exchange on disk: manifests, atomic writes and verification.
 
-Rooms: text.
+Imports: text.
 Packages: pydantic.
 
 It is independent of training and KFP.

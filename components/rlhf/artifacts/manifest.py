@@ -36,8 +36,7 @@ Kind = Literal[
     "code",
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
-Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Fact = str | Int64 | float
+Fact = str | int | float
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -46,7 +45,7 @@ class FileEntry:
     __pydantic_config__ = STRICT
 
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    size: Annotated[int, Field(ge=0, lt=2**63)]  # bytes
+    size: Annotated[int, Field(ge=0)]  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)

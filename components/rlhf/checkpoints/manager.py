@@ -55,14 +55,14 @@ class CheckpointManager:
     @property
     def latest(self) -> str | None:
         """URI of the latest checkpoint that is known to be complete."""
-        if self._writer is not None and not self._writer.is_alive():
-            self.wait()
+        self._collect_finished_save()
         return self._latest
 
     def should_save(self) -> bool:
         """Whether every_minutes have passed since the last save (or the start), or a signal asks for a checkpoint."""
         if self.store is None:
             return False
+        self._collect_finished_save()
         if self._lease:
             self._lease.check()
         # All ranks must decide alike, but their clocks differ and signals reach them at different moments.
@@ -192,6 +192,10 @@ class CheckpointManager:
                 kept += 1
             else:
                 self.store.delete(folder)
+
+    def _collect_finished_save(self) -> None:
+        if self._writer is not None and not self._writer.is_alive():
+            self.wait()
 
     def wait(self) -> None:
         """Wait for the writer thread and handle its outcome."""

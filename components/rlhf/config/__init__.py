@@ -1,6 +1,6 @@
 """One validated pydantic model per stage, and the model of the whole params file.
 
-Rooms: text.
+Imports: text.
 Packages: pydantic.
 
 It reads no file, environment variable or device.

@@ -9,7 +9,7 @@ class CheckpointConfig(BaseConfig):
     """How often a training stage saves a checkpoint to resume from."""
 
     every_minutes: NonNegative = 5.0
-    """Minutes between checkpoints; a crash loses at most this much work."""
+    """Minutes between checkpoints; a crash loses at most this much work, plus the time to write one."""
     keep: PositiveInt = 2
     """Number of newest checkpoints to keep."""
 
@@ -58,7 +58,7 @@ class TrackingConfig(BaseConfig):
     enabled: bool = True
     """Log to MLflow."""
     uri: str | None = None
-    """MLflow tracking URI; null is a SQLite file next to the run directory in local runs, and MLFLOW_TRACKING_URI on a cluster."""
+    """MLflow tracking URI; null is mlflow.db in the run directory (with --out) or next to it, and MLFLOW_TRACKING_URI on a cluster."""
     experiment: str = "kfp-rlhf"
     """MLflow experiment of the runs."""
     registered_model: str = "kfp-rlhf"

@@ -1,6 +1,6 @@
 """Record types, readers, cleaning, splits, chat templates, tokenization and batches.
 
-Rooms: config, maths, text.
+Imports: config, maths, text.
 Packages: datasets, pyarrow, pydantic, torch, transformers.
 
 It has no models and no losses; it uses only the tokenizers of transformers.

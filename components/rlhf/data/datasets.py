@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -14,7 +14,7 @@ from components.rlhf.text.errors import InputError
 from components.rlhf.text.strict_json import NotJsonError, parse_json_as
 
 R = TypeVar("R", Demonstration, PreferencePair, Prompt, RatedText, ValidationSample)
-Count = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=0)]
 HEADER = "dataset.json"
 MAX_HEADER_BYTES = 2**20
 
@@ -50,10 +50,12 @@ def load_records(directory: Path, split: str, record: type[R]) -> list[R]:
     path = directory / f"{split}.jsonl"
     if not path.is_file():
         raise InputError(f"{directory} has no split {split!r}; run prepare_data again.")
-    validator = TypeAdapter(record)
+    validator, names = TypeAdapter(record), {field.name for field in fields(record)}
     records = []
     for location, row in read_jsonl(path):
         try:
+            for name in sorted(row.keys() ^ names):
+                raise NotJsonError(f"{name[:80]!a} is {'missing' if name in names else 'not a field'}")
             records.append(parse_json_as(validator, json.dumps(row)))
         except NotJsonError as error:
             raise InputError(
@@ -68,7 +70,7 @@ class DatasetHeader:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    max_tokens: Annotated[int, Field(gt=0, lt=2**63)]  # maximum length of prompt and completion together
+    max_tokens: Annotated[int, Field(gt=0)]  # maximum length of prompt and completion together
     sizes: dict[str, Count]  # records per split
     counts: dict[str, Count]  # records read, kept, and dropped by reason
 

@@ -1,6 +1,6 @@
 """Engines that turn losses into optimizer steps: plain torch and DeepSpeed behind one protocol, and the process group.
 
-Rooms: config, text.
+Imports: config, text.
 Packages: safetensors, torch.
 Packages of deepspeed.py: deepspeed.
 

@@ -1,6 +1,6 @@
 """Tensors in, tensors out: masked statistics, log-probs, KL, rewards, advantages and losses.
 
-Rooms: none.
+Imports: none.
 Packages: torch.
 
 It has no modules, devices, config objects, files or process groups. A caller with several processes passes `reduce`,

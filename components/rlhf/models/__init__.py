@@ -1,6 +1,6 @@
 """The actor, the scalar model (reward model and critic), frozen layers, LoRA adapters, loading and saving.
 
-Rooms: config, data, maths, text.
+Imports: config, data, maths, text.
 Packages: peft, torch, transformers.
 Packages of lora.py: safetensors.
 

@@ -1,6 +1,6 @@
 """Scorers of (prompt, response) pairs: the reward model and the linear judge.
 
-Rooms: data, models, text.
+Imports: data, models, text.
 Packages: torch, transformers.
 Packages of linear.py: numpy, pydantic, safetensors, sklearn.
 

@@ -1,6 +1,6 @@
 """Rollout engines, which sample completions of prompts: transformers and vLLM behind one protocol.
 
-Rooms: config, data, models, text.
+Imports: config, data, models, text.
 Packages: torch, transformers.
 Packages of vllm.py: vllm.
 

@@ -1,6 +1,6 @@
 """The frame of every stage program: options, tracking, errors, KFP's executor protocol, processes and memory.
 
-Rooms: artifacts, checkpoints, config, data, engine, storage, text, tracking.
+Imports: artifacts, checkpoints, config, data, engine, storage, text, tracking.
 Packages: click, pydantic.
 Packages of launcher.py: torch.
 Packages of training.py: torch.

@@ -1,6 +1,6 @@
 """Files that are not KFP artifacts: a storage protocol for folders and S3 buckets, transfers, and packages from PyPI.
 
-Rooms: artifacts, config, text.
+Imports: artifacts, config, text.
 Packages: boto3, botocore.
 
 It is independent of tensors.

@@ -1,6 +1,6 @@
 """Input and output of text: strict JSON and YAML, credentials, redaction, progress and error messages.
 
-Rooms: none.
+Imports: none.
 Packages: yaml.
 
 It imports no other room and nothing that is slow to import.

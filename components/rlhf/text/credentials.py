@@ -10,10 +10,11 @@ QUERY_SECRET = re.compile(
     r"(?i)(?<=[?&;])((?:x-(?:amz|goog)-(?:signature|credential|security-token)|signature|sig|awsaccesskeyid|access_token|token"
     r"|api_?key|key|secret|password)=)[^&\s#'\"<>]+"
 )
-# Environment variables such as HF_TOKEN, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD and RLHF_WEBHOOK_URL. Not HF_TOKEN_PATH, which
+# Environment variables such as HF_TOKEN, AWS_SECRET_ACCESS_KEY, PGPASSWORD and RLHF_WEBHOOK_URL. Not HF_TOKEN_PATH, which
 # names a file, nor AWS_ACCESS_KEY_ID or MLFLOW_TRACKING_USERNAME: a user name is not a secret, and often a common word.
 SECRET_NAME = re.compile(
-    r"(?i)(?:.*_)?(?:token|secret|password|passwd|passphrase|pat|key|cookies?|webhook|webhook_url)|.*secret.*key|.*connection_string"
+    r"(?i).*(?:token|secret|password|passwd|passphrase|apikey|secret.*key|connection_string)"
+    r"|(?:.*_)?(?:pat|key|cookies?|webhook|webhook_url)"
 )
 
 

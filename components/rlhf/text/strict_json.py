@@ -5,6 +5,7 @@ The standard parser accepts NaN, keeps the last of duplicate keys, and raises th
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 T_co = TypeVar("T_co", covariant=True)
@@ -14,13 +15,14 @@ class NotJsonError(ValueError):
     """The text is not strict JSON; the message is the reason, as part of a sentence."""
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, parse_int: Callable[[str], int] = int) -> Any:
     """Parse JSON text (bytes are UTF-8). Raises only NotJsonError."""
     try:
         value = json.loads(
             text if isinstance(text, str) else text.decode("utf-8"),
             object_pairs_hook=_require_unique_keys,
             parse_constant=_reject_constant,
+            parse_int=parse_int,
             parse_float=_parse_float,
         )
     except UnicodeDecodeError as error:
@@ -46,8 +48,11 @@ class Validator(Protocol[T_co]):
 
 
 def parse_json_as(validator: Validator[T_co], text: str | bytes) -> T_co:
-    """Parse JSON text as the type of a pydantic TypeAdapter, in strict mode. Raises only NotJsonError."""
-    parse_json(text)
+    """Parse JSON text as the type of a pydantic TypeAdapter, in strict mode. Raises only NotJsonError.
+
+    Integers must fit into 64 bits; pydantic would accept larger ones as floats, and the largest as infinity.
+    """
+    parse_json(text, _parse_int64)
     try:
         return validator.validate_json(text, strict=True)
     except ValueError as error:  # pydantic's ValidationError
@@ -67,6 +72,13 @@ def _require_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _reject_constant(name: str) -> Any:
     raise NotJsonError(f"{name} is not a JSON number")
+
+
+def _parse_int64(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise NotJsonError(f"the number {text[:40]} is too large")
+    return value
 
 
 def _parse_float(text: str) -> float:

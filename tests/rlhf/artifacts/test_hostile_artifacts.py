@@ -161,6 +161,14 @@ def test_duplicate_file_name_in_manifest_is_refused(artifact: Path) -> None:
         open_artifact(artifact, "prompts")
 
 
+@pytest.mark.parametrize("digits", [19, 400])
+def test_fact_of_more_than_64_bits_is_refused(artifact: Path, digits: int) -> None:
+    text = (artifact / MANIFEST).read_text(encoding="utf-8")
+    (artifact / MANIFEST).write_text(text.replace('"n": 1', '"n": ' + "9" * digits), encoding="utf-8")
+    with pytest.raises(InputError, match="the number 999.* is too large"):
+        open_artifact(artifact, "prompts")
+
+
 def test_write_manifest_refuses_links(artifact: Path) -> None:
     shutil.rmtree(artifact / "sub")
     (artifact / "sub").symlink_to("/etc")

@@ -205,6 +205,20 @@ def test_failed_save_keeps_the_previous_checkpoint(tmp_path: Path, name: str) ->
     assert Saver(tmp_path).restore() == ({"step": 1}, 1)
 
 
+def test_failed_save_is_reported_after_the_next_step(tmp_path: Path) -> None:
+    failing = Saver(Broken(tmp_path, COMPLETE))
+    for step in (1, 2, 3):
+        failing.folder.save(step, {"actor": Counter(step)}, {})
+        writer = failing.folder._writer
+        assert writer is not None
+        writer.join()
+        if step < 3:
+            assert not failing.folder.should_save()
+            assert len(failing.said) == step
+    with pytest.raises(InputError, match="3 checkpoints in a row could not be written to ppo/abc"):
+        failing.folder.should_save()
+
+
 def test_repeated_save_failures_end_training(tmp_path: Path) -> None:
     failing = Saver(Broken(tmp_path, COMPLETE))
     failing.save(1)

@@ -37,6 +37,27 @@ def test_split_is_plain_jsonl(tmp_path: Path) -> None:
     assert json.loads(text)["prompt"] == "ü"
 
 
+@pytest.mark.parametrize(
+    ("record", "line", "reason"),
+    [
+        (Demonstration, '{"prompt": "p"}', "'completion' is missing"),
+        (Demonstration, '{"prompt": "p", "completion": "c", "id": "1"}', "'id' is not a field"),
+        (PreferencePair, '{"prompt": "p", "chosen": "a", "rejected": "b"}', "'margin' is missing"),
+        (Prompt, '{"prompt": "p"}', "'id' is missing"),
+        (Prompt, '{"prompt": 1, "id": "1"}', "'prompt': Input should be a valid string"),
+        (RatedText, '{"prompt": "p", "completion": "c", "rating": true}', "'rating': Input should be a valid number"),
+        (RatedText, '{"prompt": "p", "completion": "c", "rating": "1"}', "'rating': Input should be a valid number"),
+        (RatedText, '{"prompt": "p", "completion": "c", "rating": 1%s}' % ("0" * 400), f"the number 1{'0' * 39} is too large"),
+    ],
+)  # fmt: skip
+def test_line_that_is_not_the_record_is_refused(tmp_path: Path, record: Any, line: str, reason: str) -> None:
+    (tmp_path / "train.jsonl").write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        load_records(tmp_path, "train", record)
+    location = f"{tmp_path / 'train.jsonl'}:1"
+    assert str(caught.value) == f"{location} is not a valid {record.__name__} ({reason}); run prepare_data again."
+
+
 def test_missing_split(tmp_path: Path) -> None:
     save_dataset(tmp_path, {"train": []}, max_tokens=8, counts={})
     with pytest.raises(InputError) as caught:
