@@ -13,7 +13,7 @@ from components.rlhf.data.records import PreferencePair
 from components.rlhf.data.tokenizer import EncodedText
 from components.rlhf.text.errors import InputError
 from tests.support.reward_model_runs import PAIRS, trainer_of
-from tests.support.training import checkpoints_every_step
+from tests.support.training import break_after_saving, checkpoints_every_step
 
 # Tokens of a pair's two responses: unequal, equal, and one too short to share a cut of 3.
 SIZES = [(5, 3), (4, 4), (6, 2), (1, 1)]
@@ -197,16 +197,7 @@ def test_non_finite_loss_names_the_latest_checkpoint(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     trainer = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path, "reward_model"))
-    save = trainer.context.checkpoints.save
-
-    def save_and_break(step: int, *args: Any) -> None:
-        save(step, *args)
-        trainer.context.checkpoints.wait()
-        if step == 2:
-            with torch.no_grad():
-                trainer.model.lm.score.weight.fill_(math.nan)
-
-    trainer.context.checkpoints.save = save_and_break  # type: ignore[method-assign]
+    break_after_saving(trainer.context.checkpoints, step=2, weight=trainer.model.lm.score.weight)
     with pytest.raises(InputError, match="is nan at step 3") as error:
         train(trainer, tokenizer)
     assert f"the latest checkpoint is {tmp_path}/reward_model/x/step-00000002" in str(error.value)

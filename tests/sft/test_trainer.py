@@ -15,7 +15,7 @@ from components.rlhf.data.records import Demonstration
 from components.rlhf.data.tokenizer import EncodedText, encode_text
 from components.rlhf.text.errors import InputError
 from components.sft.trainer import SftTrainer, as_markdown
-from tests.support.training import NEVER, checkpoints_every_step, context_of
+from tests.support.training import NEVER, break_after_saving, checkpoints_every_step, context_of
 
 DATA = [
     Demonstration(prompt=prompt, completion=completion)
@@ -259,16 +259,7 @@ def test_non_finite_loss_names_the_latest_checkpoint(
     tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     trainer = trainer_of(tiny_model, checkpoints=checkpoints_every_step(tmp_path, "sft"))
-    save = trainer.context.checkpoints.save
-
-    def save_and_break(step: int, *args: Any) -> None:
-        save(step, *args)
-        trainer.context.checkpoints.wait()
-        if step == 3:
-            with torch.no_grad():
-                trainer.actor.lm.model.norm.weight.fill_(math.nan)
-
-    trainer.context.checkpoints.save = save_and_break  # type: ignore[method-assign]
+    break_after_saving(trainer.context.checkpoints, step=3, weight=trainer.actor.lm.model.norm.weight)
     with pytest.raises(InputError, match="loss is nan at step 4") as error:
         train(trainer, tokenizer)
     assert f"the latest checkpoint is {tmp_path}/sft/x/step-00000003" in str(error.value)

@@ -1,8 +1,12 @@
 """What every small training run needs: a tracker that records, and checkpoints after every step."""
 
+import math
 import threading
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from components.rlhf.checkpoints.manager import CheckpointManager
 from components.rlhf.config.storage import CheckpointConfig
@@ -48,3 +52,17 @@ def checkpoints_every_step(root: Path, stage: str) -> CheckpointManager:
     for lease in root.rglob("lease.json"):
         lease.unlink()
     return CheckpointManager(FolderStore(root), f"{stage}/x", CheckpointConfig(every_minutes=0.0))
+
+
+def break_after_saving(checkpoints: CheckpointManager, *, step: int, weight: Tensor) -> None:
+    """Fill a weight with nan as soon as the checkpoint of this step has been written."""
+    save = checkpoints.save
+
+    def save_and_break(saved: int, *args: Any) -> None:
+        save(saved, *args)
+        checkpoints.wait()
+        if saved == step:
+            with torch.no_grad():
+                weight.fill_(math.nan)
+
+    checkpoints.save = save_and_break  # type: ignore[method-assign]

@@ -3,5 +3,5 @@
 Imports: none.
 Packages: yaml.
 
-It imports no other room and nothing that is slow to import.
+It imports no other package of the library and nothing that is slow to import.
 """

@@ -1,6 +1,7 @@
 """One writer per key: a second one fails, a dead one is replaced, and a replaced one notices."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -70,7 +71,6 @@ def test_dead_holder_on_this_machine_is_replaced_at_once(tmp_path: Path) -> None
 
 
 def test_reused_pid_is_not_mistaken_for_the_holder(tmp_path: Path) -> None:
-    import os
     import socket
 
     write_other(tmp_path, host=socket.gethostname(), pid=os.getpid(), started="1")
@@ -99,7 +99,10 @@ def test_replaced_holder_fails_and_leaves_the_new_lease_alone(tmp_path: Path) ->
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"x" * 20_000])
 def test_unreadable_lease_is_replaced(tmp_path: Path, content: bytes) -> None:
     write_other(tmp_path)
-    (tmp_path / "ppo" / "abc" / "lease.json").write_bytes(content)
+    path = tmp_path / "ppo" / "abc" / "lease.json"
+    path.write_bytes(content)
     lease = lease_in(tmp_path)
     lease.acquire()
+    assert json.loads(path.read_bytes())["pid"] == os.getpid()
     lease.release()
+    assert not path.exists()

@@ -24,4 +24,5 @@ def test_rows_of_neighbouring_iterations_and_runs_have_different_seeds() -> None
 
 
 def test_seed_of_the_largest_run_seed_fits_a_torch_generator() -> None:
-    torch.Generator().manual_seed(derive_seed("rollout", 2**31 - 1, 10**6, 10**6))
+    seed = derive_seed("rollout", 2**31 - 1, 10**6, 10**6)
+    assert torch.Generator().manual_seed(seed).initial_seed() == seed
