@@ -77,3 +77,9 @@ def test_key_changes_with_the_code_revision(monkeypatch: pytest.MonkeyPatch) -> 
     before = checkpoint_key("sft", STAGE, BASE, DATA)
     monkeypatch.setattr(key_module, "code_revision", lambda: "abc+dirty")
     assert checkpoint_key("sft", STAGE, BASE, DATA) != before
+
+
+def test_key_changes_with_the_format_of_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = checkpoint_key("sft", STAGE, BASE, DATA)
+    monkeypatch.setattr(key_module, "STATE_FORMAT", key_module.STATE_FORMAT + 1)
+    assert checkpoint_key("sft", STAGE, BASE, DATA) != before
