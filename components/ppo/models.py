@@ -12,12 +12,18 @@ from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.data.lengths import longest_prompt
 from components.rlhf.data.records import Prompt
 from components.rlhf.data.tokenizer import load_tokenizer
-from components.rlhf.engine.factory import prepare_frozen_model, shards_weights
+from components.rlhf.engine.factory import max_over_shards, prepare_frozen_model, shards_weights
 from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.engine.protocol import Group
 from components.rlhf.models.actor import Actor
 from components.rlhf.models.layers import enable_gradient_checkpointing, share_trunk
-from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, load_stop_ids, reward_normalization
+from components.rlhf.models.loading import (
+    halve_frozen_copy,
+    load_causal_lm,
+    load_scalar_lm,
+    load_stop_ids,
+    reward_normalization,
+)
 from components.rlhf.models.lora import add_adapters
 from components.rlhf.models.precision import default_device
 from components.rlhf.models.scalar import ScalarModel
@@ -45,10 +51,12 @@ def load_models(
     frozen, lora = config.model.num_frozen_layers, config.model.lora
     critic_trains = config.ppo.critic.trains
     actor_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=lora is None)
-    # In the precision of the actor, so that their log-probs are bitwise equal before the first update.
+    # Rounded exactly as the actor in each pass, so that their log-probs are bitwise equal before the first update.
     reference_lm = (
         actor_lm if lora else load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype).requires_grad_(False)
     )
+    if not lora and dtype == torch.bfloat16 and config.ppo.training.engine == "torch":
+        halve_frozen_copy(reference_lm)
     reward_lm = load_scalar_lm(reward_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
     critic_lm = (
         copy_with_own_head(reward_lm)
@@ -77,9 +85,12 @@ def load_models(
             lm.to(device)
     mean, std = reward_normalization(reward_model) if config.ppo.normalize_reward else (0.0, 1.0)
     normalization = {"mean": mean, "std": std}
+    max_over_ranks = max_over_shards(training, group)
     models = Models(
-        actor=Actor(actor_lm, num_frozen_layers=frozen, dtype=dtype),
-        reference=Actor(reference_lm, num_frozen_layers=frozen, dtype=dtype, with_adapters=False),
+        actor=Actor(actor_lm, num_frozen_layers=frozen, dtype=dtype, max_over_ranks=max_over_ranks),
+        reference=Actor(
+            reference_lm, num_frozen_layers=frozen, dtype=dtype, with_adapters=False, max_over_ranks=max_over_ranks
+        ),
         critic=ScalarModel(critic_lm, num_frozen_layers=frozen, dtype=dtype, trains=critic_trains, **normalization),
         reward_model=ScalarModel(
             reward_lm, num_frozen_layers=frozen, dtype=dtype, with_adapters=False, **normalization

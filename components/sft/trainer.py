@@ -12,7 +12,7 @@ from components.rlhf.config.sft import SftStageConfig
 from components.rlhf.data.batching import collate, step_batches
 from components.rlhf.data.records import Demonstration
 from components.rlhf.data.tokenizer import EncodedText, encode_text
-from components.rlhf.engine.factory import create_engine, shards_weights
+from components.rlhf.engine.factory import create_engine, max_over_shards, shards_weights
 from components.rlhf.engine.protocol import TrainEngine
 from components.rlhf.maths.losses import aggregate
 from components.rlhf.models.actor import Actor, SamplingDistribution
@@ -40,7 +40,12 @@ class SftTrainer:
             lm.to(self.device)
         if config.sft.training.gradient_checkpointing:
             enable_gradient_checkpointing(lm)
-        self.actor = Actor(lm, num_frozen_layers=frozen, dtype=self.dtype)
+        self.actor = Actor(
+            lm,
+            num_frozen_layers=frozen,
+            dtype=self.dtype,
+            max_over_ranks=max_over_shards(config.sft.training, context.group),
+        )
         self.engine: TrainEngine | None = None
 
     def train(

@@ -39,6 +39,10 @@ class TokenBatch:
         positions = state_positions(self.prompt_lengths, self.response_ids.shape[1])
         return positions.clamp(max=self.input_ids.shape[1] - 1)
 
+    def attention_mask(self) -> Tensor:
+        """True at real tokens: [B, S] bool."""
+        return length_mask(self.prompt_lengths + self.response_lengths, self.input_ids.shape[1])
+
     def last_positions(self) -> Tensor:
         """Sequence position of the last real token of each row: [B] int64."""
         return self.prompt_lengths + self.response_lengths - 1

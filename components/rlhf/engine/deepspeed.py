@@ -1,5 +1,6 @@
 """The engine that shards: DeepSpeed ZeRO."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -58,12 +59,13 @@ class DeepSpeedEngine:
             self.parameters.values(), lr=self.peak, betas=(0.9, 0.95), weight_decay=training.weight_decay
         )
         init_deepspeed()
-        self.engine, self.optimizer, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=deepspeed_config(training, dtype=dtype, world_size=group.world_size),
-            dist_init_required=False,
-        )
+        with _unchanged_buffers(module):
+            self.engine, self.optimizer, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=deepspeed_config(training, dtype=dtype, world_size=group.world_size),
+                dist_init_required=False,
+            )
         self._allocate_moments()
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -161,7 +163,19 @@ def shard_frozen_model(module: nn.Module, training: TrainingConfig, *, group: Gr
     """Shard a module that is not trained over the ranks; each layer is gathered while it computes."""
     init_deepspeed()
     config = deepspeed_config(training, dtype=dtype, world_size=group.world_size)
-    deepspeed.initialize(model=module, config=config, dist_init_required=False)
+    with _unchanged_buffers(module):
+        deepspeed.initialize(model=module, config=config, dist_init_required=False)
+
+
+@contextlib.contextmanager
+def _unchanged_buffers(module: nn.Module) -> Iterator[None]:
+    """Restore the precision of the buffers, which DeepSpeed casts to bf16: RoPE's frequencies need fp32."""
+    before = [(owner, name, buffer) for owner in module.modules() for name, buffer in owner._buffers.items()]
+    yield
+    for owner, name, buffer in before:
+        moved = owner._buffers[name]
+        if buffer is not None and moved is not None:
+            owner._buffers[name] = buffer.to(moved.device)
 
 
 def gathered(parameter: nn.Parameter, *, changed: bool = False) -> Any:

@@ -1,5 +1,6 @@
 """Creating the engine that a config names."""
 
+from collections.abc import Callable
 from importlib.metadata import version
 
 import torch
@@ -33,7 +34,13 @@ def create_engine(
 def prepare_frozen_model(
     module: nn.Module, training: TrainingConfig, *, group: Group, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Move a module that is not trained to the device, or under ZeRO-3 shard it over all ranks."""
+    """Move a module that is not trained to the device, or under ZeRO-3 shard it over all ranks.
+
+    With DeepSpeed it gets the precision of a trained one, whose weights are in dtype.
+    """
+    if training.engine == "deepspeed":
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(dtype)
     if not shards_weights(training):
         module.to(device)
         return
@@ -45,6 +52,14 @@ def prepare_frozen_model(
 def shards_weights(training: TrainingConfig) -> bool:
     """Whether the model is sharded over the ranks (ZeRO-3), so that it must not be moved to one device as a whole."""
     return training.engine == "deepspeed" and training.zero_stage == 3
+
+
+def max_over_shards(training: TrainingConfig, group: Group) -> Callable[[int], int]:
+    """The largest of a number over the ranks that shard the weights of a model, or the number itself if none are sharded.
+
+    Ranks that shard weights must use each of them equally often, because gathering one is collective.
+    """
+    return group.max_int if shards_weights(training) else int
 
 
 def engine_name(training: TrainingConfig, group: Group) -> str:

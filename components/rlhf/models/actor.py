@@ -1,7 +1,8 @@
 """The actor, and the frozen reference of the same class: log-probs of response tokens."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -10,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from components.rlhf.data.batching import TokenBatch
 from components.rlhf.maths.logprobs import entropy, token_logprobs
-from components.rlhf.models.layers import freeze_lower_layers, run_layers
+from components.rlhf.models.layers import apply_head, freeze_lower_layers, run_layers
 from components.rlhf.models.lora import adapters_enabled, merged_weights
 from components.rlhf.models.precision import autocast_to
+from components.rlhf.models.router import RouterLoss
 
 MAX_LOGITS = 2**24  # logits in memory at once: 64 MiB in fp32, several times that with softmax and gradient
 
@@ -40,14 +42,27 @@ class Actor(nn.Module):
 
     trunk(batch) returns the hidden states after the frozen layers; forward(batch, states) reuses or computes them.
     With with_adapters False the LoRA adapters are off, which gives the reference from the weights of the actor.
+    max_over_ranks(n) is the largest n of the ranks that shard this model (ZeRO-3), whose passes must use the head equally often.
+    router_loss is the auxiliary loss of a mixture of experts in the last forward pass, if gradients are enabled; else None.
     """
 
-    def __init__(self, lm: Any, *, num_frozen_layers: int, dtype: torch.dtype, with_adapters: bool = True) -> None:
+    def __init__(
+        self,
+        lm: Any,
+        *,
+        num_frozen_layers: int,
+        dtype: torch.dtype,
+        with_adapters: bool = True,
+        max_over_ranks: Callable[[int], int] = int,
+    ) -> None:
         super().__init__()
         self.lm = lm
         self.num_frozen_layers = num_frozen_layers
         self.dtype = dtype
         self.with_adapters = with_adapters
+        self.max_over_ranks = max_over_ranks
+        self.router_loss: Tensor | None = None
+        self._router = RouterLoss.of(lm.config)
         freeze_lower_layers(lm, num_frozen_layers)
 
     @torch.no_grad()
@@ -56,7 +71,7 @@ class Actor(nn.Module):
         if self.num_frozen_layers == 0:
             return None
         with autocast_to(self.dtype, batch.input_ids.device):
-            return run_layers(self.lm, batch.input_ids, start=0, stop=self.num_frozen_layers)
+            return cast(Tensor, run_layers(self.lm, batch.input_ids, stop=self.num_frozen_layers))
 
     def forward(
         self,
@@ -73,27 +88,28 @@ class Actor(nn.Module):
         if states is None:
             states = self.trunk(batch)
         with autocast_to(self.dtype, batch.input_ids.device), adapters_enabled(self.lm, on=self.with_adapters):
-            inputs, start = (batch.input_ids, 0) if states is None else (states, self.num_frozen_layers)
-            hidden = run_layers(self.lm, inputs, start=start, stop=None)
+            start = 0 if states is None else self.num_frozen_layers
+            router = self._router if torch.is_grad_enabled() else None
+            output = run_layers(
+                self.lm, batch.input_ids, start=start, states=states, **({} if router is None else router.options)
+            )
+            self.router_loss = None if router is None else router(output, batch.attention_mask())
+            hidden = output.last_hidden_state
             mask = batch.response_mask
             rows = torch.arange(len(batch), device=hidden.device)[:, None]
             states_before = hidden[rows, batch.state_positions()][mask]  # [N, H], N = response tokens in the batch
             steps = torch.arange(mask.shape[1], device=hidden.device).expand_as(mask)[mask]
-            size = max(MAX_LOGITS // self.lm.config.vocab_size, 1)
-            chunks = [
-                self._head(*chunk, distribution, with_entropy)
-                for chunk in zip(
-                    torch.split(states_before, size),
-                    torch.split(batch.response_ids[mask], size),
-                    torch.split(steps, size),
-                    strict=True,
-                )
+            size = max(MAX_LOGITS // self.lm.config.get_text_config().vocab_size, 1)
+            # Under ZeRO-3 every piece gathers the head, so all ranks need the same number of them; the last ones may be empty.
+            num_pieces = self.max_over_ranks(max(-(-len(steps) // size), 1))
+            bounds = [min(piece * size, len(steps)) for piece in range(num_pieces + 1)]
+            labels = batch.response_ids[mask]
+            pieces = [
+                self._head(states_before[a:b], labels[a:b], steps[a:b], distribution, with_entropy)
+                for a, b in pairwise(bounds)
             ]
-        logprobs = torch.zeros(mask.shape, device=hidden.device)
-        entropies = torch.zeros(mask.shape, device=hidden.device)
-        if chunks:
-            logprobs = logprobs.masked_scatter(mask, torch.cat([chunk[0] for chunk in chunks]))
-            entropies = entropies.masked_scatter(mask, torch.cat([chunk[1] for chunk in chunks]))
+        zeros = torch.zeros(mask.shape, device=hidden.device)
+        logprobs, entropies = (zeros.masked_scatter(mask, torch.cat(parts)) for parts in zip(*pieces, strict=True))
         return logprobs, entropies
 
     def export_weights(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -103,10 +119,10 @@ class Actor(nn.Module):
     def _head(
         self, hidden: Tensor, labels: Tensor, steps: Tensor, distribution: SamplingDistribution, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of one chunk. The logits are recomputed in the backward pass to save memory."""
+        """Log-probs and entropies of one piece. The logits are recomputed in the backward pass to save memory."""
 
         def head(hidden: Tensor) -> tuple[Tensor, Tensor]:
-            logits = distribution.mask_early_stops(self.lm.get_output_embeddings()(hidden), steps)
+            logits = distribution.mask_early_stops(apply_head(self.lm, hidden), steps)
             logprobs = token_logprobs(logits, labels, distribution.temperature)
             if not with_entropy:
                 return logprobs, torch.zeros_like(logprobs)

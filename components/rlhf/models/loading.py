@@ -4,17 +4,25 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     modeling_utils,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
 from components.rlhf.models.layers import HEAD_NAME, frozen_modules, require_layers_to_train
@@ -23,11 +31,12 @@ from components.rlhf.text.errors import InputError
 
 
 class Fp32Head(nn.Linear):
-    """The scalar head, computed in fp32 independent of the dtype of its weight."""
+    """The scalar head, computed in fp32 independent of the dtype of its weights."""
 
     def forward(self, features: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
         with torch.autocast(features.device.type, enabled=False):
-            return nn.functional.linear(features.float(), self.weight.float())
+            return nn.functional.linear(features.float(), self.weight.float(), bias)
 
 
 def load_causal_lm(directory: Path, *, num_frozen_layers: int, dtype: torch.dtype, trainable: bool = True) -> Any:
@@ -44,15 +53,48 @@ def load_scalar_lm(
     Without a seed the folder must contain a trained head. The scale of the initialization is that of OpenRLHF v0.5.5
     models/model.py `_get_reward_model`.
     """
+    register_scalar_class(_config(directory))
     model = _load(AutoModelForSequenceClassification, directory, needs_head=seed is None, num_labels=1)
-    head = Fp32Head(model.config.hidden_size, 1, bias=False)
-    head.weight = getattr(model, HEAD_NAME).weight
+    old = getattr(model, HEAD_NAME)
+    # Some public reward models have a bias, for which transformers' own classes have no place.
+    bias = None if seed is not None else _stored_tensor(directory, f"{HEAD_NAME}.bias")
+    head = Fp32Head(old.in_features, 1, bias=bias is not None)
+    head.weight = old.weight
+    if bias is not None:
+        head.bias = nn.Parameter(bias)
     setattr(model, HEAD_NAME, head)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1))
     return _set_precision(model, num_frozen_layers=num_frozen_layers, dtype=dtype, trainable=trainable)
+
+
+def register_scalar_class(config: Any) -> None:
+    """Give transformers a sequence classification class for a decoder that has none with the head `score`.
+
+    It is made of transformers' own generic class, and has the layout of those of other decoders.
+    """
+    kind = type(config)
+    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(kind, None)
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
+    if causal is None or (known is not None and _has_linear_head(known, config)):
+        return
+    base = next(
+        base for base in causal.__mro__[1:] if issubclass(base, PreTrainedModel) and base is not GenerationMixin
+    )
+    name = causal.__name__.replace("ForCausalLM", "").replace("LMHeadModel", "") + "ForSequenceClassification"
+    attributes = {"base_model_prefix": base.base_model_prefix, "config_class": kind, "__module__": __name__}
+    made = type(name, (GenericForSequenceClassification, base), attributes)
+    AutoModelForSequenceClassification.register(kind, made, exist_ok=True)
+
+
+def _has_linear_head(kind: Any, config: Any) -> bool:
+    try:
+        with torch.device("meta"):
+            return isinstance(getattr(kind(config), HEAD_NAME, None), nn.Linear)
+    except Exception:  # some classes cannot be made from the config of a causal language model
+        return False
 
 
 def reward_normalization(directory: Path) -> tuple[float, float]:
@@ -181,7 +223,33 @@ def _load(kind: Any, directory: Path, *, needs_head: bool = True, **options: Any
         raise InputError(
             f"{directory} lacks the weights {', '.join(sorted(missing)[:3])}; the model folder is incomplete."
         )
+    if ignored := _ignored_weights(model, info["unexpected_keys"]):
+        raise InputError(
+            f"{directory} has the weights {', '.join(ignored[:3])}, which {type(model).__name__} does not use with this "
+            "config.json, so it would not be the model that was trained; correct config.json."
+        )
     return model
+
+
+def _ignored_weights(model: nn.Module, unexpected: Iterable[str]) -> list[str]:
+    """Weights of the folder that belong to a module of the model, such as a bias, but are not loaded.
+
+    Weights of whole modules that the class leaves out, such as another head or a vision tower, do not change what it computes.
+    """
+    with_weights = {
+        name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
+    }
+    head_bias = f"{HEAD_NAME}.bias"  # loaded by load_scalar_lm
+    return sorted(name for name in unexpected if name.rpartition(".")[0] in with_weights and name != head_bias)
+
+
+def _stored_tensor(directory: Path, name: str) -> Tensor | None:
+    """A weight of the folder, or None if it has none of this name."""
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118
+                return cast(Tensor, file.get_tensor(name))
+    return None
 
 
 def _set_precision(model: Any, *, num_frozen_layers: int, dtype: torch.dtype, trainable: bool) -> Any:
@@ -189,11 +257,31 @@ def _set_precision(model: Any, *, num_frozen_layers: int, dtype: torch.dtype, tr
     model.eval()
     if not trainable:
         model.requires_grad_(False)
-        return model.to(dtype)
+        return cast_parameters(model, dtype)
     require_layers_to_train(model, num_frozen_layers)
-    model.float()
+    cast_parameters(model, torch.float32)
     for module in frozen_modules(model, num_frozen_layers) if num_frozen_layers else []:
-        module.to(dtype)
+        cast_parameters(module, dtype)
+    return model
+
+
+def cast_parameters(module: Any, dtype: torch.dtype) -> Any:
+    """Cast the parameters in place, but no buffer: in bf16, RoPE's frequencies would be wrong by 1 radian after 1,000 tokens."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def halve_frozen_copy(model: Any) -> Any:
+    """Round the matrices of a frozen fp32 copy of a trained model to bf16, without any change of its output under autocast.
+
+    Autocast rounds the weights of linear layers to bf16 in every pass; all other weights stay in fp32, as in the trained model.
+    """
+    tied = {id(model.get_input_embeddings().weight)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module.weight) not in tied:
+            cast_parameters(module, torch.bfloat16)
     return model
 
 

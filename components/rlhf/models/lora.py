@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from components.rlhf.config.model import LoraConfig
-from components.rlhf.models.layers import HEAD_NAME, decoder_of, num_layers, require_layers_to_train
+from components.rlhf.models.layers import HEAD_NAME, layers_of, num_layers, require_layers_to_train
 from components.rlhf.text.errors import InputError
 
 ADAPTER = "default"  # peft's default adapter name, which is part of the weight names
@@ -32,7 +32,7 @@ def add_adapters(lm: Any, lora: LoraConfig, *, num_frozen_layers: int, seed: int
     require_layers_to_train(lm, num_frozen_layers)
     found = {
         name.rpartition(".")[2]
-        for layer in decoder_of(lm).layers[num_frozen_layers:]
+        for layer in layers_of(lm)[num_frozen_layers:]
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear)
     }

@@ -1,14 +1,16 @@
 """A decoder with a scalar head: the reward model and the critic."""
 
+import contextlib
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from components.rlhf.data.batching import TokenBatch
-from components.rlhf.models.layers import freeze_lower_layers, num_layers, run_layers
+from components.rlhf.models.layers import freeze_lower_layers, run_layers
 from components.rlhf.models.lora import adapters_enabled
 from components.rlhf.models.precision import autocast_to
+from components.rlhf.models.router import RouterLoss
 
 
 class ScalarModel(nn.Module):
@@ -17,6 +19,7 @@ class ScalarModel(nn.Module):
     mean and std normalize scores: normalized = (raw - mean) / std.
     trains selects what is trainable: the layers above the frozen ones with the head, or only the head.
     With with_adapters False the LoRA adapters are off, which gives the reward model from the weights of the critic.
+    router_loss is the auxiliary loss of a mixture of experts in the last forward pass, if gradients are enabled; else None.
     """
 
     def __init__(
@@ -37,7 +40,9 @@ class ScalarModel(nn.Module):
         self.mean, self.std = mean, std
         self.trains = trains
         self.with_adapters = with_adapters
-        freeze_lower_layers(lm, num_frozen_layers if trains == "layers" else num_layers(lm))
+        self.router_loss: Tensor | None = None
+        self._router = RouterLoss.of(lm.config)
+        freeze_lower_layers(lm, num_frozen_layers)
         if trains == "head":
             lm.base_model.requires_grad_(False)
 
@@ -46,12 +51,15 @@ class ScalarModel(nn.Module):
         with autocast_to(self.dtype, batch.input_ids.device), adapters_enabled(self.lm, on=self.with_adapters):
             if states is None and self.num_frozen_layers:
                 with torch.no_grad():
-                    states = run_layers(self.lm, batch.input_ids, start=0, stop=self.num_frozen_layers)
-            inputs, start = (batch.input_ids, 0) if states is None else (states, self.num_frozen_layers)
-            if self.trains == "head":
-                with torch.no_grad():
-                    return run_layers(self.lm, inputs, start=start, stop=None)
-            return run_layers(self.lm, inputs, start=start, stop=None)
+                    states = run_layers(self.lm, batch.input_ids, stop=self.num_frozen_layers)
+            start = 0 if states is None else self.num_frozen_layers
+            with contextlib.nullcontext() if self.trains == "layers" else torch.no_grad():
+                router = self._router if torch.is_grad_enabled() else None
+                options = {} if router is None else router.options
+                output = run_layers(self.lm, batch.input_ids, start=start, states=states, **options)
+            self.router_loss = None if router is None else router(output, batch.attention_mask())
+            features: Tensor = output.last_hidden_state
+            return features
 
     def apply_head(self, features: Tensor) -> Tensor:
         """Normalized scalar of features [..., H] -> [...] fp32."""

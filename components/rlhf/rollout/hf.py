@@ -1,17 +1,22 @@
 """Rollouts with transformers, in the training process."""
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.data.tokenizer import encode_prompt
 from components.rlhf.models.actor import SamplingDistribution
+from components.rlhf.models.layers import apply_head
+from components.rlhf.rollout.decoding import Decoding, allows_padding
+
+Sample = tuple[list[int], list[float]]  # ids of a response, and the log-prob of each
 
 
 class HfRolloutEngine:
@@ -27,11 +32,20 @@ class HfRolloutEngine:
         self._parameters = dict(model.named_parameters())
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int]) -> list[Completion]:
-        completions: list[Completion] = []
-        for start in range(0, len(prompts), sampling.batch_size):
-            stop = start + sampling.batch_size
-            completions += self._generate_batch(prompts[start:stop], sampling, seeds[start:stop])
-        return completions
+        prompt_ids = [encode_prompt(self.tokenizer, prompt.prompt) for prompt in prompts]
+        samples = sample(self.model, prompt_ids, sampling, seeds, stop_ids=self.stop_ids)
+        return [
+            Completion(
+                prompt=prompt,
+                prompt_ids=ids,
+                response_ids=response,
+                response=str(self.tokenizer.decode(response, skip_special_tokens=True)),
+                logprobs=torch.tensor(logprobs),
+                truncated=response[-1] not in self.stop_ids,
+                weight_version=self.version,
+            )
+            for prompt, ids, (response, logprobs) in zip(prompts, prompt_ids, samples, strict=True)
+        ]
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> int:
         with torch.no_grad():
@@ -39,6 +53,9 @@ class HfRolloutEngine:
                 self._parameters[name].copy_(weight)
         self.version += 1
         return self.version
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self._parameters.items())
 
     @torch.inference_mode()
     def prompt_logprobs(self, ids: Sequence[int]) -> Tensor:
@@ -49,73 +66,72 @@ class HfRolloutEngine:
     def close(self) -> None:
         del self.model
 
-    @torch.inference_mode()
-    def _generate_batch(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int]
-    ) -> list[Completion]:
-        prompt_ids = [encode_prompt(self.tokenizer, prompt.prompt) for prompt in prompts]
-        device = self.model.device
-        # One uniform number per token from a generator per row: the same seed gives the same draws in any batch.
-        uniforms = torch.stack(
-            [torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        ).to(device)
-        distribution = SamplingDistribution(
-            temperature=sampling.temperature, min_new_tokens=sampling.min_new_tokens, stop_ids=self.stop_ids
-        )
-        tokens, mask = _left_pad(prompt_ids, device)
-        active = torch.arange(len(prompts), device=device)  # rows of the batch that have not stopped
-        responses: list[list[int]] = [[] for _ in prompts]
-        logprobs: list[list[float]] = [[] for _ in prompts]
-        stops = torch.tensor(self.stop_ids, device=device)
-        cache = DynamicCache(config=self.model.config)
-        for step in range(sampling.max_new_tokens):
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-            hidden = self.model.base_model(
-                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            ).last_hidden_state
-            # Contiguous, because on a strided slice the head would copy its weights once per row.
-            logits = self.model.get_output_embeddings()(hidden[:, -1].contiguous())
-            steps = torch.full((len(active),), step, device=device)
-            logits = distribution.mask_early_stops(logits.float(), steps) / sampling.temperature
-            sampled, sampled_logprobs = _sample(logits, uniforms[active, step])
-            for row, token, logprob in zip(active.tolist(), sampled.tolist(), sampled_logprobs.tolist(), strict=True):
-                responses[row].append(token)
-                logprobs[row].append(logprob)
-            unfinished = ~torch.isin(sampled, stops)
-            if not unfinished.all():  # drop finished rows from the batch
-                kept = unfinished.nonzero().squeeze(1)
-                active, sampled, mask = active[kept], sampled[kept], mask[kept]
-                cache.batch_select_indices(kept)
-            if len(active) == 0:
-                break
-            tokens = sampled[:, None]
-            mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
-        return [
-            Completion(
-                prompt=prompt,
-                prompt_ids=ids,
-                response_ids=response,
-                response=str(self.tokenizer.decode(response, skip_special_tokens=True)),
-                logprobs=torch.tensor(row_logprobs),
-                truncated=response[-1] not in self.stop_ids,
-                weight_version=self.version,
+
+@torch.inference_mode()
+def sample(
+    model: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    seeds: Sequence[int],
+    *,
+    stop_ids: tuple[int, ...],
+) -> list[Sample]:
+    """One response to each prompt. It depends on its prompt, its seed and the weights, not on the rest of the batch."""
+    groups = [list(range(len(prompt_ids)))]
+    if not allows_padding(model):  # then a batch takes prompts of equal length only
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for row, ids in enumerate(prompt_ids):
+            by_length[len(ids)].append(row)
+        groups = list(by_length.values())
+    samples: dict[int, Sample] = {}
+    for group in groups:
+        for start in range(0, len(group), sampling.batch_size):
+            rows = group[start : start + sampling.batch_size]
+            batch = _sample_batch(
+                model, [prompt_ids[row] for row in rows], sampling, [seeds[row] for row in rows], stop_ids
             )
-            for prompt, ids, response, row_logprobs in zip(prompts, prompt_ids, responses, logprobs, strict=True)
-        ]
+            samples |= zip(rows, batch, strict=True)
+    return [samples[row] for row in range(len(prompt_ids))]
 
 
-def _left_pad(prompt_ids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask [B, P] int64, padded on the left, so that the next token of every row is in the same column."""
-    width = max(len(ids) for ids in prompt_ids)
-    tokens = torch.zeros(len(prompt_ids), width, dtype=torch.int64)
-    mask = torch.zeros(len(prompt_ids), width, dtype=torch.int64)
-    for row, ids in enumerate(prompt_ids):
-        tokens[row, width - len(ids) :] = torch.tensor(ids)
-        mask[row, width - len(ids) :] = 1
-    return tokens.to(device), mask.to(device)
+def _sample_batch(
+    model: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    seeds: Sequence[int],
+    stop_ids: tuple[int, ...],
+) -> list[Sample]:
+    device = model.device
+    # One uniform number per token from a generator per row: the same seed gives the same draws in any batch.
+    uniforms = torch.stack(
+        [torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    ).to(device)
+    distribution = SamplingDistribution(
+        temperature=sampling.temperature, min_new_tokens=sampling.min_new_tokens, stop_ids=stop_ids
+    )
+    active = torch.arange(len(prompt_ids), device=device)  # rows of the batch that have not stopped
+    samples: list[Sample] = [([], []) for _ in prompt_ids]
+    stops = torch.tensor(stop_ids, device=device)
+    decoding = Decoding(model, prompt_ids)
+    for step in range(sampling.max_new_tokens):
+        logits = apply_head(model, decoding.advance())
+        steps = torch.full((len(active),), step, device=device)
+        logits = distribution.mask_early_stops(logits.float(), steps) / sampling.temperature
+        tokens, logprobs = _draw(logits, uniforms[active, step])
+        for row, token, logprob in zip(active.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
+            samples[row][0].append(token)
+            samples[row][1].append(logprob)
+        unfinished = ~torch.isin(tokens, stops)
+        kept = None if unfinished.all() else unfinished.nonzero().squeeze(1)  # finished rows leave the batch
+        if kept is not None:
+            active = active[kept]
+        if len(active) == 0 or step + 1 == sampling.max_new_tokens:
+            break
+        decoding.append(tokens, kept)
+    return samples
 
 
-def _sample(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def _draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse transform sampling: one token per row, and its log-prob. logits [B, V], uniforms [B] in [0, 1) -> [B], [B].
 
     It needs one uniform number per row instead of one exponential variate per token, which torch draws serially on CPU.

@@ -1,0 +1,136 @@
+"""Whether this library computes for a model exactly what transformers computes: checked on the model itself."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.rlhf.config.model import SamplingConfig
+from components.rlhf.data.batching import collate
+from components.rlhf.models.actor import Actor, SamplingDistribution
+from components.rlhf.models.layers import layers_of
+from components.rlhf.rollout.hf import sample
+from components.rlhf.text.errors import InputError
+
+TOLERANCE = 2e-3  # nats per token, in fp32
+WINDOW = 8  # tokens; longer attention windows are cut to it, so that the texts below are longer than any window
+WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size", "local_window_size")
+LENGTHS = ((3, 9), (21, 12), (1, 30))  # tokens of (prompt, response): padded on either side, and longer than WINDOW
+NO_STOP = (-1,)
+SAMPLING = SamplingConfig(max_new_tokens=6, temperature=0.8)
+
+
+def check_conformance(lm: Any, *, num_frozen_layers: int, vocab_size: int | None = None) -> dict[str, float]:
+    """The largest gap in nats between log-probs of this library and of the model's own forward pass on single texts.
+
+    lm is in fp32. Checks that the model is causal, the log-probs of padded batches, with and without frozen layers, and responses
+    sampled with a cache while other rows stop. Raises InputError with what differs, and by how much. vocab_size limits the ids.
+    """
+    name = f"{type(lm).__name__} ({lm.config.model_type})"
+    try:
+        with torch.no_grad():
+            return _measure_gaps(lm, name, num_frozen_layers, vocab_size)
+    except InputError:
+        raise
+    except Exception as error:  # the code of an architecture can raise any exception on inputs that it does not expect
+        reason = (str(error).splitlines() or [""])[0][:200]
+        frozen = f" with {num_frozen_layers} frozen layers" if num_frozen_layers else ""
+        remedy = "set model.num_frozen_layers to 0 or choose" if num_frozen_layers else "choose"
+        raise InputError(
+            f"{name} cannot be run{frozen} ({type(error).__name__}: {reason}); {remedy} another architecture."
+        ) from error
+
+
+def _measure_gaps(lm: Any, name: str, num_frozen_layers: int, vocab_size: int | None) -> dict[str, float]:
+    size = min(vocab_size or math.inf, lm.config.get_text_config().vocab_size)
+    prompts, responses = (
+        [
+            [int(token) for token in _ids(row * 1000 + 100 * part, lengths[part], int(size))]
+            for row, lengths in enumerate(LENGTHS)
+        ]
+        for part in (0, 1)
+    )
+    if num_frozen_layers:
+        layers_of(lm)
+    gaps: dict[str, float] = {}
+    with _short_windows(lm.config):
+        own = [_own_logprobs(lm, prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        gaps["causal"] = max(
+            _gap(_own_logprobs(lm, prompt, [*response[:-1], (response[-1] + 1) % int(size)])[:-1], one[:-1])
+            for prompt, response, one in zip(prompts, responses, own, strict=True)
+        )
+        _require(
+            gaps["causal"],
+            f"{name} is not causal: a later token changes the log-probs of earlier ones; choose a causal language model",
+        )
+        for frozen in sorted({0, num_frozen_layers}):
+            actor = Actor(lm, num_frozen_layers=frozen, dtype=torch.float32)
+            batch = collate(prompts, responses).to(lm.device)
+            logprobs, _ = actor(batch, SamplingDistribution(), actor.trunk(batch))
+            gap = max(_gap(logprobs[row, : len(one)], one) for row, one in enumerate(own))
+            remedy = "set model.num_frozen_layers to 0" if frozen else "choose another architecture"
+            _require(gap, f"log-probs of {name} with {frozen} frozen layers differ from its own forward pass; {remedy}")
+            gaps["logprobs_frozen" if frozen else "logprobs"] = gap
+        gaps["sampling"] = _sampling_gap(lm, prompts)
+        _require(
+            gaps["sampling"],
+            f"responses of {name} that are sampled with a cache differ from its own forward pass; choose another architecture",
+        )
+    return gaps
+
+
+def _sampling_gap(lm: Any, prompts: list[list[int]]) -> float:
+    """Between the log-probs of sampled responses and the own forward pass, once without stops and once with rows that stop."""
+    seeds = range(len(prompts))
+    samples = sample(lm, prompts, SAMPLING, seeds, stop_ids=NO_STOP)
+    stop = samples[0][0][1]  # ends the first row, and maybe others, after two tokens
+    samples += sample(lm, prompts, SAMPLING, seeds, stop_ids=(stop,))
+    return max(
+        _gap(torch.tensor(logprobs), _own_logprobs(lm, prompt, ids, SAMPLING.temperature))
+        for prompt, (ids, logprobs) in zip([*prompts, *prompts], samples, strict=True)
+    )
+
+
+def _own_logprobs(lm: Any, prompt: list[int], response: list[int], temperature: float = 1.0) -> Tensor:
+    """Log-probs [T] of the response by the model's own forward pass over one text."""
+    ids = torch.tensor([prompt + response], device=lm.device)
+    logits = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    return logprobs.gather(1, ids[0, len(prompt) :, None]).squeeze(1).cpu()
+
+
+def _gap(first: Tensor, second: Tensor) -> float:
+    difference = (first.cpu() - second.cpu()).abs()
+    return float(difference.max()) if difference.isfinite().all() else math.inf
+
+
+def _require(gap: float, sentence: str) -> None:
+    if gap > TOLERANCE:
+        what, _, remedy = sentence.partition(";")
+        raise InputError(f"{what} by up to {gap:.3g} nats per token ({TOLERANCE:g} is tolerated);{remedy}.")
+
+
+def _ids(seed: int, length: int, vocab_size: int) -> Tensor:
+    return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@contextlib.contextmanager
+def _short_windows(config: Any) -> Iterator[None]:
+    """Cut the attention windows in a config, from which every forward pass makes its masks."""
+    parts = {id(part): part for part in (config, config.get_text_config())}.values()
+    changed = [
+        (part, name, value)
+        for part in parts
+        for name in WINDOWS
+        if isinstance(value := getattr(part, name, None), int) and value > WINDOW
+    ]
+    for part, name, _ in changed:
+        setattr(part, name, WINDOW)
+    try:
+        yield
+    finally:
+        for part, name, value in changed:
+            setattr(part, name, value)

@@ -1,0 +1,105 @@
+"""Token-by-token decoding of a batch with any transformers decoder: what to pass to its forward, and how to drop rows."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from components.rlhf.models.layers import decoder_of
+
+CACHES = (
+    "past_key_values",
+    "cache_params",
+    "state",
+)  # names of the argument, and of the output, in transformers' decoders
+
+
+def allows_padding(model: Any) -> bool:
+    """Whether prompts of different lengths can be decoded in one batch.
+
+    They cannot if the decoder has no position_ids, so that its positions would count the padding, or if a layer is neither full nor
+    sliding attention: recurrent states would contain the padding, and chunks or blocks of attention would begin in it.
+    """
+    decoder = decoder_of(model)
+    arguments = inspect.signature(decoder.forward).parameters
+    if not {"attention_mask", "position_ids", "past_key_values"} <= set(arguments):
+        return False
+    kinds = getattr(decoder.config.get_text_config(), "layer_types", None) or ["full_attention"]
+    layers = DynamicCache(config=decoder.config).layers
+    is_recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+    return set(kinds) <= {"full_attention", "sliding_attention"} and not is_recurrent
+
+
+class Decoding:
+    """A batch that is being decoded: its tokens, attention mask and cache.
+
+    Prompts are padded on the left, so that the next token of every row is in the same column. The cache is whatever the decoder
+    returns. A decoder without a cache runs over all tokens in every step.
+    """
+
+    def __init__(self, model: Any, prompt_ids: Sequence[Sequence[int]]) -> None:
+        self.decoder = decoder_of(model)
+        self.tokens, self.mask = left_pad(prompt_ids, model.device)
+        self.arguments = set(inspect.signature(self.decoder.forward).parameters)
+        self.allows_padding = allows_padding(model)
+        self.cache: dict[str, Any] = {}
+        self.rows = torch.arange(
+            len(prompt_ids), device=model.device
+        )  # of the tokens, in which the cache has its states
+
+    def advance(self) -> Tensor:
+        """Run the decoder on the tokens that it has not seen; the hidden states [B, H] that predict the next ones."""
+        tokens = self.tokens[:, -1:] if self.cache else self.tokens
+        known: dict[str, Any] = {"use_cache": True}
+        if self.allows_padding:
+            positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)
+            known |= {"attention_mask": self.mask, "position_ids": positions[:, -tokens.shape[1] :]}
+        inputs = {name: value for name, value in known.items() if name in self.arguments}
+        output = self.decoder(input_ids=tokens, **inputs, **self.cache)
+        found = {name: getattr(output, name, None) for name in CACHES if name in self.arguments}
+        self.cache = {name: cache for name, cache in found.items() if cache is not None}
+        # Contiguous, because on a strided slice the head would copy its weights once per row.
+        hidden: Tensor = output.last_hidden_state[:, -1].contiguous()
+        return hidden[self.rows] if len(self.rows) < len(hidden) else hidden
+
+    def append(self, sampled: Tensor, kept: Tensor | None) -> None:
+        """Append one token [B] to every row, and keep only the rows `kept` (indices [b]) if it is given."""
+        if len(self.rows) < len(self.tokens):  # rows that could not leave the batch go on with any token
+            whole = torch.zeros_like(self.tokens[:, 0])
+            whole[self.rows] = sampled
+            sampled = whole
+        self.mask = torch.cat([self.mask, torch.ones_like(sampled[:, None])], dim=1)
+        self.tokens = torch.cat([self.tokens, sampled[:, None]], dim=1)
+        if kept is None:
+            return
+        if all(hasattr(cache, "layers") for cache in self.cache.values()):
+            for cache in self.cache.values():
+                _select_rows(cache, kept)
+            self.tokens, self.mask = self.tokens[kept], self.mask[kept]
+            self.rows = torch.arange(len(kept), device=kept.device)
+        else:
+            self.rows = self.rows[kept]
+
+
+def left_pad(prompt_ids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask [B, P] int64, padded on the left."""
+    width = max(len(ids) for ids in prompt_ids)
+    tokens = torch.zeros(len(prompt_ids), width, dtype=torch.int64)
+    mask = torch.zeros(len(prompt_ids), width, dtype=torch.int64)
+    for row, ids in enumerate(prompt_ids):
+        tokens[row, width - len(ids) :] = torch.tensor(ids)
+        mask[row, width - len(ids) :] = 1
+    return tokens.to(device), mask.to(device)
+
+
+def _select_rows(cache: Any, rows: Tensor) -> None:
+    for layer in cache.layers:
+        # Layers with a recurrent state have no batch_select_indices of their own; reordering by fewer rows selects them.
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            layer.reorder_cache(rows)
+        else:
+            layer.batch_select_indices(rows)
