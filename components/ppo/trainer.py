@@ -20,13 +20,10 @@ from components.rlhf.maths.kl import adapt_kl_coef
 from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.models.actor import SamplingDistribution
 from components.rlhf.models.loading import collect_weights
-from components.rlhf.rollout.probe import check_sync, probe_ids
+from components.rlhf.rollout.probe import SyncCheck, probe_ids
 from components.rlhf.rollout.protocol import RolloutEngine
 from components.rlhf.runtime.memory import release_freed_memory
 from components.rlhf.runtime.training import TrainingContext
-
-# Nats at any token of the probe. In bf16 each engine rounds a logit of 20 to about the nearest 0.1 in its own way.
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.75}
 
 
 class PpoTrainer:
@@ -64,6 +61,7 @@ class PpoTrainer:
             },
         )
         self.varying_lengths = sampling.min_new_tokens < sampling.max_new_tokens
+        self.sync_check = SyncCheck(models.actor.dtype)
         self.kl_coef = self.ppo.kl_coef
         self.history: History = []
         self.validation: list[ValidationSample] = []
@@ -178,19 +176,19 @@ class PpoTrainer:
 
     def _sync(self) -> None:
         weights = self.learner.engines["actor"].full_weights()
-        self.rollout.sync(self.learner.models.actor.export_weights(weights))
+        self.rollout.sync(self.sync_check.observe(self.learner.models.actor.export_weights(weights)))
         self._check_sync()
 
     @torch.no_grad()
     def _check_sync(self) -> None:
-        """Compare log-probs of a fixed text between trainer and rollout engine; only rounding may differ."""
+        """Compare weights, and log-probs of a fixed text, of trainer and rollout engine; only rounding may differ."""
         actor, ids = self.learner.models.actor, probe_ids(self.rollout.tokenizer)
         batch = collate([ids[:1]], [ids[1:]]).to(next(actor.parameters()).device)
         trainer_logprobs, _ = actor(batch, SamplingDistribution())
-        check_sync(
+        self.sync_check.check(
+            self.rollout.weight_samples(),
             self.rollout.prompt_logprobs(ids),
             trainer_logprobs[0],
-            tolerance=PROBE_TOLERANCE[actor.dtype],
             version=self.rollout.version,
         )
 

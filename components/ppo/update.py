@@ -70,7 +70,11 @@ def _optimizer_step(
             aggregation=config.loss_aggregation,
             denominator=denominator,
         )
-        engines["actor"].backward(policy.loss, last=number == len(minibatch))
+        share = float(mask.sum()) / num_tokens
+        router_losses = {}
+        if models.actor.router_loss is not None:
+            router_losses["actor"] = share * models.actor.router_loss
+        engines["actor"].backward(policy.loss + router_losses.get("actor", 0.0), last=number == len(minibatch))
         new_values = models.critic(batch, states, features=None if e.features is None else e.features[rows])
         value = value_loss(
             new_values,
@@ -81,8 +85,11 @@ def _optimizer_step(
             aggregation=config.loss_aggregation,
             denominator=denominator,
         )
-        engines["critic"].backward(value, last=number == len(minibatch))
-        share = float(mask.sum()) / num_tokens
+        if models.critic.router_loss is not None:
+            router_losses["critic"] = share * models.critic.router_loss
+        engines["critic"].backward(value + router_losses.get("critic", 0.0), last=number == len(minibatch))
+        for name, loss in router_losses.items():
+            sums[f"{name}/router_loss"] += loss.item()
         sums["loss/policy"] += policy.loss.item()
         sums["loss/value"] += value.item()
         sums["actor/clip_fraction"] += policy.clip_fraction.item() * share

@@ -3,7 +3,7 @@
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -112,7 +112,10 @@ def _read_demonstrations(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -
     assert source is not None
     if source.format == "movie_ratings":
         return [Demonstration(prompt=text.prompt, completion=text.completion) for text in _read_movie_snippets(source)]
-    return [to_demonstration(location, row, tokenizer, data.template) for location, row in read_rows(source)]
+    return [
+        to_demonstration(location, row, tokenizer, data.template, data.template_date)
+        for location, row in read_rows(source)
+    ]
 
 
 def _read_preferences(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Preference], Counter[str]]:
@@ -121,7 +124,8 @@ def _read_preferences(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> t
         return list(drop_too_long(rated, data, tokenizer, counts)), counts
     rows = read_rows(data.preferences)
     pairs, counts = clean(
-        _source_label(data, "preferences"), (to_pair(location, row, tokenizer, data.template) for location, row in rows)
+        _source_label(data, "preferences"),
+        (to_pair(location, row, tokenizer, data.template, data.template_date) for location, row in rows),
     )
     return list(drop_too_long(pairs, data, tokenizer, counts)), counts
 
@@ -132,7 +136,10 @@ def _read_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[
             Prompt(prompt=prompt)
             for prompt in dict.fromkeys(text.prompt for text in _read_movie_snippets(data.prompts))
         ]
-    return [to_prompt(location, row, tokenizer, data.template) for location, row in read_rows(data.prompts)]
+    return [
+        to_prompt(location, row, tokenizer, data.template, data.template_date)
+        for location, row in read_rows(data.prompts)
+    ]
 
 
 def _build_pairs(
@@ -151,10 +158,10 @@ def _split_prompts(out: PreparedData, prompts: list[tuple[str, Prompt]], data: D
     held_out = [p for role, p in prompts if role == HELD_OUT]
     random.Random(seed).shuffle(train)
     random.Random(seed).shuffle(held_out)
-    numbered = [Prompt(prompt=p.prompt, id=f"train-{number}") for number, p in enumerate(train)]
+    numbered = [replace(p, id=f"train-{number}") for number, p in enumerate(train)]
     cut = min(data.num_validation_prompts, len(numbered) // 4)
     out.validation_prompts, out.prompts = numbered[:cut], numbered[cut:]
-    out.heldout_prompts = [Prompt(prompt=p.prompt, id=f"heldout-{number}") for number, p in enumerate(held_out)]
+    out.heldout_prompts = [replace(p, id=f"heldout-{number}") for number, p in enumerate(held_out)]
 
 
 def _require_enough(out: PreparedData, data: DataConfig, num_evaluation_prompts: int) -> None:

@@ -1,12 +1,13 @@
 """The mean and standard deviation of a reward model's scores on samples of the SFT model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.model import SamplingConfig
-from components.rlhf.data.records import Completion, PreferencePair, Prompt
+from components.rlhf.data.records import Completion, PreferencePair, Prompt, is_chat
 from components.rlhf.data.tokenizer import encode_text
 from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.models.loading import load_causal_lm, load_stop_ids
@@ -51,7 +52,10 @@ def calibrate(scorer: Scorer, responses: Sequence[Completion]) -> tuple[float, f
 
 def cut_to_half(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, *, max_tokens: int) -> PreferencePair:
     """Both texts cut to half the tokens of the shorter one, to measure the accuracy on texts without EOS."""
-    texts = [encode_text(tokenizer, pair.prompt, text, max_tokens=max_tokens) for text in (pair.chosen, pair.rejected)]
+    texts = [
+        encode_text(tokenizer, pair.prompt, text, max_tokens=max_tokens, is_chat=is_chat(pair))
+        for text in (pair.chosen, pair.rejected)
+    ]
     length = max(min(len(text.response_ids) for text in texts) // 2, 1)
     chosen, rejected = (str(tokenizer.decode(text.response_ids[:length])) for text in texts)
-    return PreferencePair(prompt=pair.prompt, chosen=chosen, rejected=rejected)
+    return replace(pair, chosen=chosen, rejected=rejected)

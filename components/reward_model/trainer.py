@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.reward_model import RewardModelStageConfig
 from components.rlhf.data.batching import collate, step_batches
-from components.rlhf.data.records import PreferencePair
+from components.rlhf.data.records import PreferencePair, is_chat
 from components.rlhf.data.tokenizer import EncodedText, encode_text
 from components.rlhf.engine.factory import create_engine, shards_weights
 from components.rlhf.engine.protocol import TrainEngine
@@ -64,7 +64,11 @@ class RewardModelTrainer:
 
         def shares_of(rows: Sequence[int], batch: Sequence[int]) -> dict[str, Tensor]:
             losses, is_correct = self.losses([encoded[i] for i in rows])
-            return {"loss": losses.sum() / len(batch), "accuracy": is_correct.sum() / len(batch)}
+            shares = {"loss": losses.sum() / len(batch), "accuracy": is_correct.sum() / len(batch)}
+            if self.model.router_loss is not None:
+                shares["router_loss"] = self.model.router_loss * len(rows) / len(batch)
+                shares["loss"] = shares["loss"] + shares["router_loss"]
+            return shares
 
         batches = Batches(
             records="pairs",
@@ -83,8 +87,8 @@ class RewardModelTrainer:
 
     def _encode(self, tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, max_tokens: int) -> EncodedPair:
         return EncodedPair(
-            chosen=encode_text(tokenizer, pair.prompt, pair.chosen, max_tokens=max_tokens),
-            rejected=encode_text(tokenizer, pair.prompt, pair.rejected, max_tokens=max_tokens),
+            chosen=encode_text(tokenizer, pair.prompt, pair.chosen, max_tokens=max_tokens, is_chat=is_chat(pair)),
+            rejected=encode_text(tokenizer, pair.prompt, pair.rejected, max_tokens=max_tokens, is_chat=is_chat(pair)),
             margin=pair.margin or 0.0 if self.config.reward_model.use_margin else 0.0,
         )
 

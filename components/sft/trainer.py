@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.sft import SftStageConfig
 from components.rlhf.data.batching import collate, step_batches
-from components.rlhf.data.records import Demonstration
+from components.rlhf.data.records import Demonstration, is_chat
 from components.rlhf.data.tokenizer import EncodedText, encode_text
 from components.rlhf.engine.factory import create_engine, max_over_shards, shards_weights
 from components.rlhf.engine.protocol import TrainEngine
@@ -59,7 +59,10 @@ class SftTrainer:
         """Take every step that no checkpoint has; return the final metrics."""
         sft, seed = self.config.sft, self.config.seed
         texts, heldout_texts = (
-            [encode_text(tokenizer, d.prompt, d.completion, max_tokens=max_tokens) for d in demonstrations]
+            [
+                encode_text(tokenizer, d.prompt, d.completion, max_tokens=max_tokens, is_chat=is_chat(d))
+                for d in demonstrations
+            ]
             for demonstrations in (train, heldout[:MAX_HELDOUT])
         )
         steps = list(
@@ -72,7 +75,11 @@ class SftTrainer:
         def shares_of(rows: Sequence[int], batch: Sequence[int]) -> dict[str, Tensor]:
             # The mean over all response tokens of the step.
             denominator = sum(len(texts[i].response_ids) for i in batch)
-            return {"loss": self._loss([texts[i] for i in rows], denominator)}
+            loss = self._loss([texts[i] for i in rows], denominator)
+            if self.actor.router_loss is None:
+                return {"loss": loss}
+            share = sum(texts[i].num_tokens for i in rows) / sum(texts[i].num_tokens for i in batch)
+            return {"loss": loss + share * self.actor.router_loss, "router_loss": share * self.actor.router_loss}
 
         batches = Batches(
             records="demonstrations",

@@ -1,5 +1,6 @@
 """Settings of prepare_data: data sources, filtering and splits."""
 
+import datetime
 from typing import Literal
 
 from pydantic import Field
@@ -50,6 +51,8 @@ class DataConfig(BaseConfig):
     """Number of PPO prompts that are reserved for validation."""
     template: Literal["plain", "chat"] = "plain"
     """plain uses prompts as they are; chat applies the model's chat template with the prompt as a user message."""
+    template_date: datetime.date = datetime.date(2025, 1, 1)
+    """Date for chat templates that contain the current date, so that prompts are the same on every day."""
     max_prompt_tokens: PositiveInt = 512
     """Maximum length of a prompt in tokens; records with longer prompts are dropped."""
     max_tokens: PositiveInt = 1024

@@ -50,7 +50,7 @@ def _texts(record: Record) -> tuple[object, ...]:
     values = (
         getattr(record, field.name)
         for field in dataclasses.fields(record)
-        if field.name not in ("id", "margin", "rating")
+        if field.name not in ("id", "margin", "rating", "messages")
     )
     return tuple(" ".join(value.split()) for value in values)
 

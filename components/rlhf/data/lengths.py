@@ -7,8 +7,8 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.prepare_data import DataConfig
-from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText
-from components.rlhf.data.tokenizer import encode_prompt
+from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText, is_chat
+from components.rlhf.data.tokenizer import encode_completion, encode_prompt
 
 R = TypeVar("R", Demonstration, PreferencePair, Prompt, RatedText)
 
@@ -18,17 +18,20 @@ def drop_too_long(
 ) -> list[R]:
     """The records that fit into max_prompt_tokens and max_tokens; with over_length 'cut' long completions are kept.
 
-    One of the max_tokens is reserved for the end-of-sequence token. Updates counts.
+    One of the max_tokens is reserved for the token that ends the response. Updates counts.
     """
     kept: list[R] = []
     for record in records:
-        prompt_length = len(encode_prompt(tokenizer, record.prompt))
-        if prompt_length > data.max_prompt_tokens or prompt_length == 0:
-            counts["dropped_long_prompt" if prompt_length else "dropped_no_tokens"] += 1
+        if not encode_completion(tokenizer, record.prompt):
+            counts["dropped_no_tokens"] += 1
+            continue
+        prompt_length = len(encode_prompt(tokenizer, record.prompt, is_chat=is_chat(record)))
+        if prompt_length > data.max_prompt_tokens:
+            counts["dropped_long_prompt"] += 1
             continue
         max_completion_tokens = data.max_tokens - prompt_length - 1
         if data.over_length == "drop" and any(
-            len(encode_prompt(tokenizer, text)) > max_completion_tokens for text in _completions(record)
+            len(encode_completion(tokenizer, text)) > max_completion_tokens for text in _completions(record)
         ):
             counts["dropped_long_text"] += 1
             continue
@@ -39,7 +42,7 @@ def drop_too_long(
 
 def longest_prompt(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> int:
     """Number of tokens of the longest prompt; 0 without prompts."""
-    return max((len(encode_prompt(tokenizer, prompt.prompt)) for prompt in prompts), default=0)
+    return max((len(encode_prompt(tokenizer, p.prompt, is_chat=is_chat(p))) for p in prompts), default=0)
 
 
 def _completions(record: Demonstration | PreferencePair | Prompt | RatedText) -> list[str]:

@@ -10,9 +10,16 @@ if TYPE_CHECKING:  # torch may be missing: the data is also checked on the machi
 
 
 @dataclass(frozen=True, kw_only=True)
+class Message:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demonstration:
     prompt: str
     completion: str
+    messages: tuple[Message, ...] = ()  # that a chat template rendered as the prompt; empty for plain text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +30,7 @@ class PreferencePair:
     chosen: str
     rejected: str
     margin: float | None = None
+    messages: tuple[Message, ...] = ()  # that a chat template rendered as the prompt; empty for plain text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,12 @@ class RatedText:
 class Prompt:
     prompt: str
     id: str = ""  # identifies the prompt in reports; unique within its data set
+    messages: tuple[Message, ...] = ()  # that a chat template rendered as the prompt; empty for plain text
+
+
+def is_chat(record: Demonstration | PreferencePair | RatedText | Prompt) -> bool:
+    """Whether a chat template rendered the prompt, with all special tokens that it needs."""
+    return bool(getattr(record, "messages", ()))
 
 
 @dataclass(frozen=True, kw_only=True)

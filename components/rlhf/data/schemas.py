@@ -6,10 +6,12 @@ messages:              {"messages": [{"role": "user", "content": "..."}, {"role"
 prompt + pair:         {"prompt": "...", "chosen": "...", "rejected": "...", "margin": 0.5}    (margin is optional)
 """
 
+import datetime
 import math
 from typing import TYPE_CHECKING, Literal
 
-from components.rlhf.data.records import Demonstration, PreferencePair, Prompt
+from components.rlhf.data.chat import DEFAULT_DATE, render_chat, without_opening
+from components.rlhf.data.records import Demonstration, Message, PreferencePair, Prompt
 from components.rlhf.data.sources import Row
 from components.rlhf.text.errors import InputError
 
@@ -17,56 +19,79 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Template = Literal["plain", "chat"]
-Message = dict[str, str]
 
 
 def to_demonstration(
-    location: str, row: Row, tokenizer: "PreTrainedTokenizerBase", template: Template
+    location: str,
+    row: Row,
+    tokenizer: "PreTrainedTokenizerBase",
+    template: Template,
+    date: datetime.date = DEFAULT_DATE,
 ) -> Demonstration:
     if "messages" in row:
         messages = _messages(location, row)
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        if len(messages) < 2 or messages[-1].role != "assistant":
             raise InputError(
                 f"{location}: messages must end with a message of role 'assistant' after at least one other."
             )
-        return Demonstration(prompt=_render(location, messages[:-1], tokenizer), completion=messages[-1]["content"])
-    return Demonstration(
-        prompt=_prompt(location, row, tokenizer, template), completion=_text(location, row, "completion")
-    )
+        prompt, completion = _render(location, messages[:-1], tokenizer, date), messages[-1].content
+    else:
+        prompt, completion = _prompt(location, row, tokenizer, template, date), _text(location, row, "completion")
+    return Demonstration(prompt=prompt.prompt, messages=prompt.messages, completion=_continuation(prompt, completion))
 
 
-def to_prompt(location: str, row: Row, tokenizer: "PreTrainedTokenizerBase", template: Template) -> Prompt:
+def to_prompt(
+    location: str,
+    row: Row,
+    tokenizer: "PreTrainedTokenizerBase",
+    template: Template,
+    date: datetime.date = DEFAULT_DATE,
+) -> Prompt:
     if "messages" in row:
         messages = _messages(location, row)
-        if messages[-1]["role"] == "assistant":  # a demonstration's conversation is a valid prompt without its answer
+        if messages[-1].role == "assistant":  # a demonstration's conversation is a valid prompt without its answer
             messages = messages[:-1]
         if not messages:
             raise InputError(
                 f"{location}: messages contain only an assistant message; add one of role 'user' before it."
             )
-        return Prompt(prompt=_render(location, messages, tokenizer))
-    return Prompt(prompt=_prompt(location, row, tokenizer, template))
+        return _render(location, messages, tokenizer, date)
+    return _prompt(location, row, tokenizer, template, date)
 
 
-def to_pair(location: str, row: Row, tokenizer: "PreTrainedTokenizerBase", template: Template) -> PreferencePair:
+def to_pair(
+    location: str,
+    row: Row,
+    tokenizer: "PreTrainedTokenizerBase",
+    template: Template,
+    date: datetime.date = DEFAULT_DATE,
+) -> PreferencePair:
     margin = row.get("margin")
     if margin is not None and (
         isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin)
     ):
         raise InputError(f"{location}: margin is {margin!r}; it must be a finite number.")
+    prompt = _prompt(location, row, tokenizer, template, date)
     return PreferencePair(
-        prompt=_prompt(location, row, tokenizer, template),
-        chosen=_text(location, row, "chosen"),
-        rejected=_text(location, row, "rejected"),
+        prompt=prompt.prompt,
+        messages=prompt.messages,
+        chosen=_continuation(prompt, _text(location, row, "chosen")),
+        rejected=_continuation(prompt, _text(location, row, "rejected")),
         margin=None if margin is None else float(margin),
     )
 
 
-def _prompt(location: str, row: Row, tokenizer: "PreTrainedTokenizerBase", template: Template) -> str:
+def _prompt(
+    location: str, row: Row, tokenizer: "PreTrainedTokenizerBase", template: Template, date: datetime.date
+) -> Prompt:
     prompt = _text(location, row, "prompt")
     if template == "plain" or not prompt.strip():
-        return prompt
-    return _render(location, [{"role": "user", "content": prompt}], tokenizer)
+        return Prompt(prompt=prompt)
+    return _render(location, [Message(role="user", content=prompt)], tokenizer, date)
+
+
+def _continuation(prompt: Prompt, completion: str) -> str:
+    return without_opening(prompt.prompt, completion) if prompt.messages else completion
 
 
 def _text(location: str, row: Row, name: str) -> str:
@@ -89,15 +114,17 @@ def _messages(location: str, row: Row) -> list[Message]:
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise InputError(f"{location}: message {number} must be an object with the strings role and content.")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return [Message(role=message["role"], content=message["content"]) for message in messages]
 
 
-def _render(location: str, messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> str:
+def _render(
+    location: str, messages: list[Message], tokenizer: "PreTrainedTokenizerBase", date: datetime.date
+) -> Prompt:
     if not tokenizer.chat_template:
         raise InputError(
             f"{location}: a chat template is required, but the base model's tokenizer has none; use plain prompts."
         )
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return Prompt(prompt=render_chat(tokenizer, messages, date=date), messages=tuple(messages))
     except Exception as error:  # a template is a program and can raise any exception
         raise InputError(f"{location}: the model's chat template rejects these messages ({error}).") from error

@@ -1,12 +1,15 @@
 """The tokenizer: loading, digests, and encoding of prompts and completions as separate sequences of ids."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
+from weakref import WeakKeyDictionary
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from components.rlhf.data.chat import turn_end_id
 from components.rlhf.text.errors import InputError
 
 
@@ -44,7 +47,7 @@ def chat_template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedText:
-    """One prompt with one completion. A complete text ends with EOS; a truncated one does not."""
+    """One prompt with one completion. A complete text ends with response_end_id; a truncated one does not."""
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -55,17 +58,64 @@ class EncodedText:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Ids of a prompt. No special tokens are added: a chat template already contains them."""
-    return cast(list[int], tokenizer(prompt, add_special_tokens=False)["input_ids"])
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, is_chat: bool = False) -> list[int]:
+    """Ids of a prompt.
+
+    Plain text gets the special tokens that tokenizer(text) puts before it, such as BOS, unless it already begins with them. A
+    rendered chat gets none, because its template has written them.
+    """
+    ids = _ids(tokenizer, prompt)
+    prefix = [] if is_chat else special_prefix(tokenizer)
+    return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, *, max_tokens: int) -> EncodedText:
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a completion, without special tokens."""
+    return _ids(tokenizer, text)
+
+
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, *, max_tokens: int, is_chat: bool = False
+) -> EncodedText:
     """Ids of a prompt and its completion, tokenized separately, as a model that continues the prompt would generate them.
 
-    Texts of more than max_tokens (EOS included) are truncated and have no EOS.
+    A complete text ends with response_end_id. Texts of more than max_tokens (end included) are truncated and have no end.
     """
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    response_ids = [*encode_prompt(tokenizer, completion), cast(int, tokenizer.eos_token_id)]
+    prompt_ids = encode_prompt(tokenizer, prompt, is_chat=is_chat)
+    response_ids = [*encode_completion(tokenizer, completion), response_end_id(tokenizer, is_chat=is_chat)]
     limit = max(max_tokens - len(prompt_ids), 0)
     return EncodedText(prompt_ids=prompt_ids, response_ids=response_ids[:limit], truncated=len(response_ids) > limit)
+
+
+def response_end_id(tokenizer: PreTrainedTokenizerBase, *, is_chat: bool) -> int:
+    """The token that ends a response: the one that closes a turn in the chat template, or for plain text EOS."""
+    turn_end = _turn_end(tokenizer) if is_chat else None
+    return cast(int, tokenizer.eos_token_id) if turn_end is None else turn_end
+
+
+def stop_ids_of(tokenizer: PreTrainedTokenizerBase, generation_eos: Iterable[int] = ()) -> list[int]:
+    """Every token that ends a response: EOS of the tokenizer, the end of a turn, and the ids of generation_config.json."""
+    return sorted({response_end_id(tokenizer, is_chat=is_chat) for is_chat in (False, True)} | set(generation_eos))
+
+
+def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens, such as BOS, that tokenizer(text) puts before a text."""
+    if tokenizer not in _prefixes:
+        plain, whole = _ids(tokenizer, "a"), cast(list[int], tokenizer("a")["input_ids"])
+        starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        _prefixes[tokenizer] = whole[: next(starts, 0)]
+    return _prefixes[tokenizer]
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    if tokenizer not in _turn_ends:
+        _turn_ends[tokenizer] = turn_end_id(tokenizer)
+    return _turn_ends[tokenizer]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+_prefixes: "WeakKeyDictionary[PreTrainedTokenizerBase, list[int]]" = WeakKeyDictionary()
+_turn_ends: "WeakKeyDictionary[PreTrainedTokenizerBase, int | None]" = WeakKeyDictionary()

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.data.batching import collate, split_by_tokens
-from components.rlhf.data.records import Completion, PreferencePair, Prompt
+from components.rlhf.data.records import Completion, PreferencePair, Prompt, is_chat
 from components.rlhf.data.tokenizer import encode_text
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rewards.protocol import Scorer
@@ -33,14 +33,14 @@ class RewardModelScorer:
 
 
 def as_completion(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, *, max_tokens: int, complete: bool = True
+    tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, text: str, *, max_tokens: int, complete: bool = True
 ) -> Completion:
-    """A human-written response as a Completion. With complete False it has no EOS."""
-    encoded = encode_text(tokenizer, prompt, text, max_tokens=max_tokens)
+    """A human-written response of a pair as a Completion. With complete False it has no end token."""
+    encoded = encode_text(tokenizer, pair.prompt, text, max_tokens=max_tokens, is_chat=is_chat(pair))
     truncated = encoded.truncated or not complete
     response_ids = encoded.response_ids if complete or encoded.truncated else encoded.response_ids[:-1]
     return Completion(
-        prompt=Prompt(prompt=prompt),
+        prompt=Prompt(prompt=pair.prompt, messages=pair.messages),
         prompt_ids=encoded.prompt_ids,
         response_ids=response_ids,
         response=str(tokenizer.decode(response_ids, skip_special_tokens=True)),
@@ -59,9 +59,7 @@ def pair_accuracy(
 ) -> float:
     """Fraction of pairs whose chosen text scores strictly higher; a tie counts as wrong."""
     chosen, rejected = (
-        scorer.score(
-            [as_completion(tokenizer, p.prompt, text, max_tokens=max_tokens, complete=complete) for p, text in texts]
-        )
+        scorer.score([as_completion(tokenizer, p, text, max_tokens=max_tokens, complete=complete) for p, text in texts])
         for texts in ([(p, p.chosen) for p in pairs], [(p, p.rejected) for p in pairs])
     )
     return float((chosen > rejected).float().mean())

@@ -54,10 +54,10 @@ class Decoding:
     def advance(self) -> Tensor:
         """Run the decoder on the tokens that it has not seen; the hidden states [B, H] that predict the next ones."""
         tokens = self.tokens[:, -1:] if self.cache else self.tokens
-        known: dict[str, Any] = {"use_cache": True}
+        positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        known: dict[str, Any] = {"position_ids": positions, "use_cache": True}
         if self.allows_padding:
-            positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)
-            known |= {"attention_mask": self.mask, "position_ids": positions[:, -tokens.shape[1] :]}
+            known["attention_mask"] = self.mask
         inputs = {name: value for name, value in known.items() if name in self.arguments}
         output = self.decoder(input_ids=tokens, **inputs, **self.cache)
         found = {name: getattr(output, name, None) for name in CACHES if name in self.arguments}

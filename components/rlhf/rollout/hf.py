@@ -1,7 +1,7 @@
 """Rollouts with transformers, in the training process."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.model import SamplingConfig
-from components.rlhf.data.records import Completion, Prompt
+from components.rlhf.data.records import Completion, Prompt, is_chat
 from components.rlhf.data.tokenizer import encode_prompt
 from components.rlhf.models.actor import SamplingDistribution
 from components.rlhf.models.layers import apply_head
 from components.rlhf.rollout.decoding import Decoding, allows_padding
+from components.rlhf.rollout.probe import WeightSample
 
 Sample = tuple[list[int], list[float]]  # ids of a response, and the log-prob of each
 
@@ -32,7 +33,7 @@ class HfRolloutEngine:
         self._parameters = dict(model.named_parameters())
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int]) -> list[Completion]:
-        prompt_ids = [encode_prompt(self.tokenizer, prompt.prompt) for prompt in prompts]
+        prompt_ids = [encode_prompt(self.tokenizer, prompt.prompt, is_chat=is_chat(prompt)) for prompt in prompts]
         samples = sample(self.model, prompt_ids, sampling, seeds, stop_ids=self.stop_ids)
         return [
             Completion(
@@ -54,8 +55,8 @@ class HfRolloutEngine:
         self.version += 1
         return self.version
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self._parameters.items())
+    def weight_samples(self) -> dict[str, WeightSample]:
+        return {name: WeightSample.of(weight) for name, weight in self._parameters.items()}
 
     @torch.inference_mode()
     def prompt_logprobs(self, ids: Sequence[int]) -> Tensor:

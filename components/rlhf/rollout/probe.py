@@ -1,5 +1,9 @@
-"""Verifies that a rollout engine has the trainer's weights: both compute the log-probs of a fixed text after every sync."""
+"""Verifies that a rollout engine has the trainer's weights: by values of the weights, and by log-probs of a fixed text."""
 
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -9,6 +13,26 @@ from components.rlhf.text.errors import InputError
 # The log-probs of this text depend on every weight except the embeddings of other tokens.
 PROBE_TEXT = "In 1969 the quick brown fox, 38 years old, said: 'What a film!' Then it left."
 PROBE_TOKENS = 64
+SAMPLE_SIZE = 256  # values of each weight
+# A sync that changed at least this share of the values must change the log-probs of the probe.
+MIN_CHANGED = 1e-3
+# Nats at any token of the probe. In bf16 each engine rounds a logit of 20 to about the nearest 0.1 in its own way, so there the
+# log-probs show only gross errors, and the values of the weights have to show the rest.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.75}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSample:
+    """Values at fixed, evenly spaced places of one weight."""
+
+    shape: tuple[int, ...]
+    values: Tensor  # [at most SAMPLE_SIZE], on the CPU, in the precision of the weight
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "WeightSample":
+        flat = weight.detach().reshape(-1)
+        places = torch.linspace(0, max(len(flat) - 1, 0), min(len(flat), SAMPLE_SIZE), dtype=torch.float64).long()
+        return cls(shape=tuple(weight.shape), values=flat[places.to(flat.device)].to("cpu", copy=True))
 
 
 def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -16,15 +40,79 @@ def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return encode_prompt(tokenizer, PROBE_TEXT)[:PROBE_TOKENS]
 
 
-def check_sync(engine_logprobs: Tensor, trainer_logprobs: Tensor, *, tolerance: float, version: int) -> None:
-    """Raise InputError if a log-prob differs by more than tolerance (nats). Both are [T], of the same ids, at temperature 1."""
-    if engine_logprobs.shape != trainer_logprobs.shape:
-        raise ValueError(
-            f"log-probs of the engine have shape {engine_logprobs.shape}, of the trainer {trainer_logprobs.shape}"
-        )
-    gap = (engine_logprobs.double().cpu() - trainer_logprobs.double().cpu()).abs().max().item()
-    if not gap <= tolerance:  # also fails for nan
-        raise InputError(
-            f"The rollout engine's weights (version {version}) do not match the trainer's: log-probs of the probe differ by "
-            f"{gap:.3g} nats, more than {tolerance:.3g}; resume from the last checkpoint, or set ppo.rollout.engine to hf."
-        )
+class SyncCheck:
+    """Compares the trainer with a rollout engine after every sync, and each sync with the one before.
+
+    dtype is the engine's precision. Weights that the engine holds under another name or shape are seen only by the log-probs.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._sent: dict[str, WeightSample] = {}
+        self._sent_before: dict[str, WeightSample] = {}
+        self._logprobs: Tensor | None = None
+
+    def observe(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The stream of weights of one sync, unchanged, of which this remembers a sample."""
+        self._sent = {}
+        for name, weight in weights:
+            sample = WeightSample.of(weight)
+            self._sent[name] = WeightSample(shape=sample.shape, values=sample.values.to(self.dtype))
+            yield name, weight
+
+    def check(
+        self,
+        received: Mapping[str, WeightSample],
+        engine_logprobs: Tensor,
+        trainer_logprobs: Tensor,
+        *,
+        version: int,
+    ) -> None:
+        """Raise InputError if the engine lacks weights that were sent, or computes other log-probs.
+
+        Both log-probs are [T], of the same ids, at temperature 1.
+        """
+        if engine_logprobs.shape != trainer_logprobs.shape:
+            raise ValueError(
+                f"log-probs of the engine have shape {engine_logprobs.shape}, of the trainer {trainer_logprobs.shape}"
+            )
+        stale = [
+            name
+            for name, sent in self._sent.items()
+            if (held := received.get(name)) is not None
+            and held.shape == sent.shape
+            and not torch.equal(held.values.to(self.dtype), sent.values)
+        ]
+        if stale:
+            raise _mismatch(version, f"{len(stale)} weights still have other values, such as {stale[0]}")
+        if (
+            self._logprobs is not None
+            and self._changed() >= MIN_CHANGED
+            and torch.equal(engine_logprobs, self._logprobs)
+        ):
+            raise _mismatch(
+                version, f"{self._changed():.1%} of the weights have changed, but not the log-probs of the probe"
+            )
+        gap = (engine_logprobs.double().cpu() - trainer_logprobs.double().cpu()).abs().max().item()
+        if not gap <= TOLERANCE[self.dtype]:  # also fails for nan
+            raise _mismatch(
+                version, f"log-probs of the probe differ by {gap:.3g} nats, more than {TOLERANCE[self.dtype]:.3g}"
+            )
+        self._logprobs, self._sent_before = engine_logprobs, self._sent
+
+    def _changed(self) -> float:
+        """The share of the sampled values, in the engine's precision, in which the last two syncs differ."""
+        pairs = [
+            (sent.values, self._sent_before[name].values)
+            for name, sent in self._sent.items()
+            if name in self._sent_before
+        ]
+        total = sum(len(new) for new, _ in pairs)
+        return sum(int((new != old).sum()) for new, old in pairs) / total if total else 0.0
+
+
+def _mismatch(version: int, reason: str) -> InputError:
+    return InputError(
+        f"The rollout engine's weights (version {version}) do not match the trainer's: {reason}; resume from the last checkpoint, "
+        "or set ppo.rollout.engine to hf."
+    )

@@ -1,6 +1,6 @@
 """The interface of rollout engines."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.records import Completion, Prompt
+from components.rlhf.rollout.probe import WeightSample
 
 
 class RolloutEngine(Protocol):
@@ -27,10 +28,17 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def weight_samples(self) -> Mapping[str, WeightSample]:
+        """Values of each weight that the engine holds under its Hugging Face name and shape, in the engine's precision.
+
+        An engine may hold others in a form of its own (fused, packed, sharded); those are left out.
+        """
+        ...
+
     def prompt_logprobs(self, ids: Sequence[int]) -> Tensor:
         """Log-prob of each id after the first, given those before it, at temperature 1: [len(ids) - 1] fp32.
 
-        check_sync compares it with the trainer's after every sync.
+        SyncCheck compares it with the trainer's after every sync.
         """
         ...
 

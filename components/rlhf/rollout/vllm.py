@@ -19,8 +19,9 @@ from torch import Tensor
 
 from components.rlhf.config.model import SamplingConfig
 from components.rlhf.config.ppo import VllmConfig
-from components.rlhf.data.records import Completion, Prompt
+from components.rlhf.data.records import Completion, Prompt, is_chat
 from components.rlhf.data.tokenizer import encode_prompt, load_tokenizer
+from components.rlhf.rollout.probe import WeightSample
 from components.rlhf.rollout.vllm_errors import start_error
 from components.rlhf.text.errors import InputError
 
@@ -105,7 +106,7 @@ class VllmRolloutEngine:
 
         With tensor_parallel_size above 1 this is collective over the ranks that share the engine; each passes its prompts.
         """
-        prompt_ids = [encode_prompt(self.tokenizer, prompt.prompt) for prompt in prompts]
+        prompt_ids = [encode_prompt(self.tokenizer, prompt.prompt, is_chat=is_chat(prompt)) for prompt in prompts]
         self._check_request(prompt_ids, sampling)
         offset, requests = self._gather(list(zip(prompt_ids, seeds, strict=True)))
         outputs = self._run(
@@ -152,6 +153,11 @@ class VllmRolloutEngine:
         self._llm.reset_prefix_cache()
         self.version += 1
         return self.version
+
+    def weight_samples(self) -> dict[str, WeightSample]:
+        self._wake("weights")
+        (samples,) = self._llm.apply_model(_sample_weights)
+        return dict(samples)
 
     def prompt_logprobs(self, ids: Sequence[int]) -> Tensor:
         # A request for prompt log-probs bypasses the prefix cache, so the current weights are used for all tokens.
@@ -240,6 +246,22 @@ class VllmRolloutEngine:
         if tag in self._sleeping:
             self._llm.wake_up(tags=[tag])
             self._sleeping.remove(tag)
+
+
+def _sample_weights(model: torch.nn.Module) -> dict[str, WeightSample]:
+    """Of norms, biases and embeddings: matrices may be fused, or packed for a kernel."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    embeddings = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+    }
+    return {
+        name: WeightSample.of(weight)
+        for name, weight in model.named_parameters()
+        if weight.dim() == 1 or name in embeddings
+    }
 
 
 def _pack_heads(model: torch.nn.Module) -> None:

@@ -23,7 +23,7 @@ from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.loading import load_causal_lm
 from components.rlhf.rollout import vllm as engine_module
 from components.rlhf.rollout.hf import HfRolloutEngine
-from components.rlhf.rollout.probe import check_sync, probe_ids
+from components.rlhf.rollout.probe import SyncCheck, WeightSample, probe_ids
 from components.rlhf.rollout.vllm import VllmRolloutEngine
 from components.rlhf.text.errors import InputError
 from tests.support.tiny_model import make_tiny_model
@@ -95,6 +95,13 @@ def probe(lm: Any, ids: list[int]) -> Tensor:
     return logprobs[0]
 
 
+def check(engine: VllmRolloutEngine, lm: Any, sync_check: SyncCheck | None = None) -> None:
+    """Compare the engine with a trainer that has the weights of lm."""
+    ids = probe_ids(engine.tokenizer)
+    logprobs = engine.prompt_logprobs(ids), probe(lm, ids)
+    (sync_check or SyncCheck(engine.dtype)).check(engine.weight_samples(), *logprobs, version=engine.version)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _environment() -> Iterator[None]:
     """The engine sets environment variables, which must not leak into other tests."""
@@ -148,7 +155,7 @@ def test_tokens_and_log_probs_equal_transformers_before_and_after_each_update(
         lm = trained(model(models, seed))
         assert engine.sync(lm.named_parameters()) == engine.version == version
         same(engine, model(models, seed), version=version)
-        check_sync(engine.prompt_logprobs(ids), probe(lm, ids), tolerance=1e-2, version=version)
+        check(engine, lm)
 
 
 @pytest.mark.vllm
@@ -198,7 +205,41 @@ def test_weights_that_are_not_synced_do_not_change(engine: VllmRolloutEngine, mo
     some = {name: w for name, w in new.named_parameters() if ".layers.2." in name or name == "model.norm.weight"}
     mixed.load_state_dict(some, strict=False)
     version = engine.sync(some.items())
-    check_sync(engine.prompt_logprobs(ids), probe(mixed, ids), tolerance=1e-2, version=version)
+    check(engine, mixed)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"], scope="class")
+@pytest.mark.parametrize("lost", ["everything", "matrices"])
+def test_sync_that_loses_weights_is_detected_after_a_step_of_1e_6(
+    engine: VllmRolloutEngine, models: Path, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, sync_check = trained(model(models, 0)), SyncCheck(torch.float32)
+    engine.sync(sync_check.observe(lm.named_parameters()))
+    check(engine, lm, sync_check)
+    with torch.no_grad():
+        for name, weight in lm.named_parameters():
+            if lost == "everything" or weight.dim() == 2 and "embed" not in name:  # norms would be seen by their values
+                weight.add_(1e-6 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).sign())
+    real = engine._llm.collective_rpc
+    monkeypatch.setattr(engine._llm, "collective_rpc", lambda name, **_: list(_["kwargs"]["weights_iterator"]))
+    engine.sync(sync_check.observe(lm.named_parameters()))
+    monkeypatch.setattr(engine._llm, "collective_rpc", real)
+    with pytest.raises(InputError, match=r"still have other values|have changed, but not the log-probs"):
+        check(engine, lm, sync_check)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"], scope="class")
+def test_samples_of_weights_are_those_of_transformers(engine: VllmRolloutEngine, models: Path) -> None:
+    lm = trained(model(models, 2))
+    engine.sync(lm.named_parameters())
+    samples, weights = engine.weight_samples(), dict(lm.named_parameters())
+    expected = {name: WeightSample.of(weight) for name, weight in weights.items()}
+    compared = {name for name in samples.keys() & expected.keys() if samples[name].shape == expected[name].shape}
+    assert {"model.norm.weight", "model.layers.0.input_layernorm.weight"} <= compared
+    for name in compared:
+        assert torch.equal(samples[name].values, expected[name].values)
 
 
 @pytest.mark.vllm
@@ -213,9 +254,9 @@ def test_probe_detects_a_stale_head(
         broken.setattr(engine_module, "_pack_heads", lambda _: None)
         version = engine.sync((name, w) for name, w in lm.named_parameters() if name != "lm_head.weight")
     with pytest.raises(InputError, match=rf"weights \(version {version}\) do not match the trainer's"):
-        check_sync(engine.prompt_logprobs(ids), probe(lm, ids), tolerance=1e-2, version=version)
+        check(engine, lm)
     version = engine.sync(lm.named_parameters())
-    check_sync(engine.prompt_logprobs(ids), probe(lm, ids), tolerance=1e-2, version=version)
+    check(engine, lm)
 
 
 @pytest.fixture(scope="class")
@@ -414,7 +455,7 @@ import sys, torch
 from pathlib import Path
 torch.distributed.init_process_group("gloo")
 from components.rlhf.config.ppo import VllmConfig
-from components.rlhf.rollout.probe import check_sync, probe_ids
+from components.rlhf.rollout.probe import SyncCheck, WeightSample, probe_ids
 from components.rlhf.rollout.vllm import VllmRolloutEngine
 from tests.rlhf.rollout.test_vllm import COLD, PROMPTS, hf, ids_of, model, probe, sampling, trained
 rank = torch.distributed.get_rank()
@@ -434,7 +475,9 @@ for name in ("tied", "untied"):
             found, expected = (e.generate(mine, how, seeds) for e in (engine, hf(model(folder, seed))))
             assert ids_of(found) == ids_of(expected), (rank, parallel, seed, ids_of(found), ids_of(expected))
             ids = probe_ids(engine.tokenizer)
-            check_sync(engine.prompt_logprobs(ids), probe(lm, ids), tolerance=1e-2, version=engine.version)
+            SyncCheck(torch.float32).check(
+                engine.weight_samples(), engine.prompt_logprobs(ids), probe(lm, ids), version=engine.version
+            )
         engine.close()
         total = torch.ones(1)
         torch.distributed.all_reduce(total)  # the trainer's process group still works
