@@ -76,8 +76,8 @@ def register_scalar_class(config: Any) -> None:
     It is made of transformers' own generic class, and has the layout of those of other decoders.
     """
     kind = type(config)
-    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(kind, None)
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
+    known: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(kind, None)
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
     if causal is None or (known is not None and _has_linear_head(known, config)):
         return
     base = next(
@@ -97,6 +97,12 @@ def _has_linear_head(kind: Any, config: Any) -> bool:
         return False
 
 
+def load_reward_model(directory: Path) -> tuple[Any, dict[str, Any]]:
+    """A sequence classification model as its class loads it, with transformers' loading info. Raises InputError."""
+    register_scalar_class(_config(directory))
+    return load_with_info(AutoModelForSequenceClassification, directory)
+
+
 def reward_normalization(directory: Path) -> tuple[float, float]:
     """The mean and std that scores are normalized with, from a reward model folder. Raises InputError if they are missing."""
     config = _config(directory)
@@ -110,6 +116,11 @@ def reward_normalization(directory: Path) -> tuple[float, float]:
             f"{directory}/config.json: reward_mean and reward_std must be finite numbers, and reward_std must be above 0."
         )
     return float(mean), float(std)
+
+
+def is_scored_as_text(directory: Path) -> bool:
+    """Whether a reward model has a tokenizer of its own, so that responses must reach it as text and not as ids."""
+    return getattr(_config(directory), "scored_as", "ids") == "text"
 
 
 def load_stop_ids(directory: Path) -> tuple[int, ...]:
