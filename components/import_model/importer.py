@@ -41,6 +41,7 @@ from components.rlhf.models.loading import (
     load_reward_model,
     load_scalar_lm,
     load_stop_ids,
+    require_scalar_class,
     save_model,
 )
 from components.rlhf.storage.pypi import PREFIX, fetch_package
@@ -117,6 +118,7 @@ def check_model(
     if config.is_chat:
         require_chat_template(config.source, tokenizer)
     require_lora_modules(model, config.lora_modules)
+    require_scalar_class(model.config)
     gaps = check_conformance(model, num_frozen_layers=config.num_frozen_layers, vocab_size=len(tokenizer.get_vocab()))
     log(found.stops_sentence())
     if found.special_prefix:
