@@ -25,7 +25,7 @@ FORBIDDEN_STDLIB = {
     "config": {"os", "pathlib", "io", "shutil", "subprocess", "logging", "tempfile"},
     "maths": {"os", "pathlib", "io", "shutil", "subprocess", "logging", "tempfile", "json", "pickle", "sys"},
 }
-MAY_IMPORT_OF_TRANSFORMERS = {"data": {"AutoTokenizer", "PreTrainedTokenizerBase", "utils"}}
+MAY_IMPORT_OF_TRANSFORMERS = {"data": {"AutoTokenizer", "PreTrainedTokenizerBase"}}
 
 
 @dataclass(frozen=True, kw_only=True)

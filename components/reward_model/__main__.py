@@ -29,15 +29,12 @@ def main(
     prompts: Path,
     **writes: Path,
 ) -> None:
-    from components.reward_model.evaluate import as_markdown, calibrate_and_measure
+    from components.reward_model.evaluate import as_markdown
     from components.reward_model.imported import measure_imported
-    from components.reward_model.trainer import RewardModelTrainer
+    from components.reward_model.trained import train_and_measure
     from components.rlhf.artifacts.directory import open_artifact, open_inputs
     from components.rlhf.data.datasets import load_records, read_header
     from components.rlhf.data.records import PreferencePair, Prompt
-    from components.rlhf.data.tokenizer import load_tokenizer
-    from components.rlhf.engine.factory import engine_name
-    from components.rlhf.engine.group import join_process_group
     from components.rlhf.models.layers import HEAD_NAME
     from components.rlhf.models.loading import save_model
 
@@ -45,40 +42,32 @@ def main(
     train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
     texts = dict(pairs=heldout, prompts=load_records(prompts, "train", Prompt), max_tokens=max_tokens)
     inputs = open_inputs(sft_model=sft_model, preferences=preferences, prompts=prompts)
-    facts = {"head_name": HEAD_NAME, "padding_side": "right", "scored_as": "ids"}
     if config.use:
         inputs["imported"] = open_artifact(base_model, "reward_model")
-        found = measure_imported(base_model, run.config, sft_model, texts, run.progress.log)
-        model, weights, tokenizer, numbers, facts["scored_as"] = (
-            found.model,
-            None,
-            found.tokenizer,
-            found.numbers,
-            found.scored_as,
-        )
+        result = measure_imported(base_model, run.config, sft_model, texts, run.progress.log)
     else:
         inputs |= open_inputs(base_model=base_model, sft_model=sft_model)
-        tokenizer = load_tokenizer(sft_model)
-        with join_process_group(timeout_minutes=config.training.timeout_minutes) as group:
-            parents = (inputs[kind] for kind in ("base_model", "sft_model", "preferences"))  # prompts only calibrate
-            context = run.training_context(run.config.checkpoint, group, *parents)
-            trainer = RewardModelTrainer(run.config, sft_model if config.init == "sft" else base_model, context)
-            numbers = trainer.train(tokenizer, train, max_tokens=max_tokens)
-            numbers |= calibrate_and_measure(trainer.model, run.config, sft_model, tokenizer, **texts)
-            model, weights = trainer.model, trainer.weights()
-        facts["training_engine"] = engine_name(config.training, group)
+        # Checkpoints do not depend on the prompts, which only calibrate the trained model.
+        parents = [inputs[kind] for kind in ("base_model", "sft_model", "preferences")]
+        start = sft_model if config.init == "sft" else base_model
+        result = train_and_measure(
+            start, run.config, sft_model, train, texts,
+            lambda group: run.training_context(run.config.checkpoint, group, *parents),
+        )  # fmt: skip
     run.write_artifact(
         "model",
         writes["model"],
-        lambda draft: save_model(model.lm, tokenizer, draft, dtype=model.dtype, weights=weights),
+        lambda draft: save_model(
+            result.model.lm, result.tokenizer, draft, dtype=result.model.dtype, weights=result.weights
+        ),
         kind="reward_model",
         parents=inputs,
-        tokenizer_of=None if facts["scored_as"] == "text" else inputs["sft_model"],
-        facts={**numbers, **facts},
+        tokenizer_of=None if result.facts["scored_as"] == "text" else inputs["sft_model"],
+        facts={**result.numbers, **result.facts, "head_name": HEAD_NAME, "padding_side": "right"},
     )
-    run.progress.log(f"accuracy on held-out human pairs: {numbers['heldout_accuracy']:.1%}")
-    run.write_report("summary", writes["summary"], as_markdown(numbers))
-    run.write_metrics(writes["metrics"], numbers)
+    run.progress.log(f"accuracy on held-out human pairs: {result.numbers['heldout_accuracy']:.1%}")
+    run.write_report("summary", writes["summary"], as_markdown(result.numbers))
+    run.write_metrics(writes["metrics"], result.numbers)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """A reward model that was trained elsewhere: how it reads responses, its accuracy and the scale of its scores."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from components.reward_model.evaluate import calibrate_and_measure
+from components.reward_model.evaluate import RewardModelResult, calibrate_and_measure
 from components.rlhf.config.reward_model import RewardModelStageConfig
 from components.rlhf.data.records import is_chat
 from components.rlhf.data.tokenizer import load_tokenizer, same_ids
@@ -19,21 +18,13 @@ from components.rlhf.text.errors import InputError
 ScoredAs = Literal["ids", "text"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImportedRewardModel:
-    model: ScalarModel
-    tokenizer: PreTrainedTokenizerBase  # to save with it: the SFT model's, or its own if it reads text
-    scored_as: ScoredAs
-    numbers: dict[str, float]
-
-
 def measure_imported(
     folder: Path,
     config: RewardModelStageConfig,
     sft_model: Path,
     texts: dict[str, Any],
     log: Callable[[str], None],
-) -> ImportedRewardModel:
+) -> RewardModelResult:
     """Load an imported reward model and measure it. texts are the pairs, prompts and max_tokens of calibrate_and_measure."""
     tokenizer, own = load_tokenizer(sft_model), load_tokenizer(folder)
     way = scored_as(own, tokenizer, has_chats=any(map(is_chat, texts["pairs"])))
@@ -44,7 +35,9 @@ def measure_imported(
     model = ScalarModel(lm, num_frozen_layers=0, dtype=dtype)
     text_tokenizer = own if way == "text" else None
     numbers = calibrate_and_measure(model, config, sft_model, tokenizer, **texts, text_tokenizer=text_tokenizer)
-    return ImportedRewardModel(model=model, tokenizer=text_tokenizer or tokenizer, scored_as=way, numbers=numbers)
+    return RewardModelResult(
+        model=model, tokenizer=text_tokenizer or tokenizer, weights=None, numbers=numbers, facts={"scored_as": way}
+    )
 
 
 def scored_as(own: PreTrainedTokenizerBase, actors: PreTrainedTokenizerBase, *, has_chats: bool) -> ScoredAs:

@@ -3,5 +3,5 @@
 Imports: config, maths, text.
 Packages: datasets, pyarrow, pydantic, torch, transformers.
 
-It has no models and no losses; it uses only the tokenizers and chat templates of transformers.
+It has no models and no losses; it uses only the tokenizers of transformers.
 """

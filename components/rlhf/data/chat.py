@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -35,14 +36,17 @@ def render_chat(
 @contextlib.contextmanager
 def _fixed_clock(date: datetime.date) -> Iterator[None]:
     """Let strftime_now, which transformers gives to templates and takes from nobody, read this date."""
-    from transformers.utils import chat_template_utils
+    # A tokenizer of transformers has imported it; the submitting machine may have no transformers.
+    module: Any = sys.modules.get("transformers.utils.chat_template_utils")
 
     class Clock(datetime.datetime):
         @classmethod
         def now(cls, tz: datetime.tzinfo | None = None) -> Self:
             return cls(date.year, date.month, date.day, tzinfo=tz)
 
-    module: Any = chat_template_utils
+    if module is None:
+        yield
+        return
     original, module.datetime = module.datetime, Clock
     try:
         yield
