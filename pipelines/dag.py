@@ -18,13 +18,12 @@ from components.ppo.component import ppo
 from components.prepare_data.component import prepare_data
 from components.register.component import register
 from components.reward_model.component import reward_model
-from components.rlhf.config.import_model import ImportModelStageConfig
 from components.rlhf.config.notify import NotifyStageConfig
 from components.rlhf.config.params import Params
 from components.rlhf.config.register import RegisterStageConfig
 from components.sft.component import sft
 from pipelines import placement
-from pipelines.settings import settings_of_stage
+from pipelines.settings import import_settings, settings_of_stage
 
 NAME = "rlhf"
 
@@ -56,9 +55,8 @@ def build_pipeline(params: Params) -> Any:
             placement.configure_task(task, stage, params, source=source, node_inputs=node_inputs)
             return task.set_display_name(name or stage.replace("_", " "))
 
-        def import_task(kind: str, source: str, name: str, revision: str | None = None) -> Any:
-            settings = ImportModelStageConfig.model_validate({"kind": kind, "source": source, "revision": revision})
-            task = import_model(settings=settings.canonical_json(), **shared)
+        def import_task(kind: Any, source: str, name: str, revision: str | None = None) -> Any:
+            task = import_model(settings=import_settings(params, kind, source, revision), **shared)
             return configure(task, "import_model", name, source)
 
         settings = NotifyStageConfig(preset=params.preset, ui_url=params.cluster.ui_url).canonical_json()
@@ -86,18 +84,20 @@ def build_pipeline(params: Params) -> Any:
                 configure(sft_task, "sft", "SFT")
             sft_model = sft_task.outputs["model"]
 
+            start_model = base_model
             if params.reward_model.use:
-                reward_model_task = import_task("reward_model", params.reward_model.use, "import reward model")
-            else:
-                reward_model_task = reward_model(
-                    base_model=base_model,
-                    sft_model=sft_model,
-                    preferences=datasets["preferences"],
-                    prompts=datasets["prompts"],
-                    settings=settings_of_stage(params, "reward_model"),
-                    **shared,
-                )
-                configure(reward_model_task, "reward_model")
+                start_model = import_task("reward_model", params.reward_model.use, "import reward model").outputs[
+                    "model"
+                ]
+            reward_model_task = reward_model(
+                base_model=start_model,
+                sft_model=sft_model,
+                preferences=datasets["preferences"],
+                prompts=datasets["prompts"],
+                settings=settings_of_stage(params, "reward_model"),
+                **shared,
+            )
+            configure(reward_model_task, "reward_model")
 
             judge_task = judge(
                 preferences=datasets["judge_preferences"],

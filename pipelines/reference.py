@@ -66,4 +66,4 @@ def _unannotated(annotation: Any) -> Any:
 def _default_text(default: Any, field: FieldInfo) -> str:
     if default is PydanticUndefined:
         return "required" if field.default_factory is None else "`{}`"
-    return f"`{json.dumps(default)}`"
+    return f"`{json.dumps(default, default=str)}`"

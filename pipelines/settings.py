@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError
@@ -151,9 +151,25 @@ def settings_of_stage(params: Params, stage: str) -> str:
         "evaluation": EvaluationStageConfig,
     }
     if stage == "import_model":
-        return ImportModelStageConfig(
-            kind="base_model", source=params.model.source, revision=params.model.revision
-        ).canonical_json()
+        return import_settings(params, "base_model", params.model.source, params.model.revision)
     if stage not in stages:
         raise InputError(f"{stage} is not a stage with settings; stages: {', '.join(['import_model', *stages])}.")
     return params.stage(stages[stage]).canonical_json()
+
+
+def import_settings(
+    params: Params, kind: Literal["base_model", "sft_model", "reward_model"], source: str, revision: str | None = None
+) -> str:
+    """The canonical JSON of one import: the source, and what the run needs of the model."""
+    samplings = [params.ppo.rollout.sampling, params.evaluation.sampling or params.ppo.rollout.sampling]
+    longest_response = max(sampling.max_new_tokens for sampling in samplings)
+    is_language_model = kind != "reward_model"
+    return ImportModelStageConfig(
+        kind=kind,
+        source=source,
+        revision=revision,
+        num_frozen_layers=params.model.num_frozen_layers if is_language_model else 0,
+        lora_modules=params.model.lora.target_modules if params.model.lora and is_language_model else (),
+        max_sequence_tokens=max(params.data.max_tokens, params.data.max_prompt_tokens + longest_response),
+        is_chat=params.data.template == "chat" and is_language_model,
+    ).canonical_json()

@@ -16,11 +16,10 @@ from components.rlhf.maths.kl import estimate_kl
 from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import share_trunk
-from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, load_stop_ids, reward_normalization
+from components.rlhf.models.loading import load_causal_lm, load_stop_ids
 from components.rlhf.models.precision import compute_dtype, default_device
-from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rewards.linear import load_judge
-from components.rlhf.rewards.reward_model import RewardModelScorer
+from components.rlhf.rewards.reward_model import load_reward_scorer
 from components.rlhf.rollout.hf import HfRolloutEngine
 from components.rlhf.text.progress import Progress
 
@@ -78,11 +77,7 @@ def compare(
         frozen = 0
     actors = {name: Actor(lm, num_frozen_layers=frozen, dtype=dtype) for name, lm in lms.items()}
     kl = sequence_kl(actors["PPO"], actors["fine-tuned"], responses["PPO"], distribution, device)
-    mean, std = reward_normalization(reward_model)
-    lm = load_scalar_lm(reward_model, num_frozen_layers=0, dtype=dtype, trainable=False).to(device)
-    reward_scorer = RewardModelScorer(
-        ScalarModel(lm, num_frozen_layers=0, dtype=dtype, mean=mean, std=std), microbatch_tokens=MICROBATCH_TOKENS
-    )
+    reward_scorer = load_reward_scorer(reward_model, dtype=dtype, device=device, microbatch_tokens=MICROBATCH_TOKENS)
     judge_scorer = load_judge(judge)
 
     def score(completions: list[Completion], cut: list[Completion]) -> ScoredResponses:

@@ -22,7 +22,7 @@ def main(run: StageRun[ImportModelStageConfig], model: Path) -> None:
     run.progress.log(f"importing {run.config.source} as {run.config.kind}")
     source = run.config.source
     with local_copy(source, run.storage, run.progress.log) as local, atomic_directory(model) as folder:
-        tokenizer, facts = import_model(run.config.model_copy(update={"source": local}), folder)
+        tokenizer, facts = import_model(run.config.model_copy(update={"source": local}), folder, run.progress.log)
         facts["source"] = source
         manifest = write_manifest(
             folder,

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.batching import collate
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import layers_of
+from components.rlhf.models.loading import load_causal_lm
+from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rollout.hf import sample
 from components.rlhf.text.errors import InputError
 
 TOLERANCE = 2e-3  # nats per token, in fp32
+ROUNDED_TOLERANCE = 0.1  # of a model that had some weights in a higher precision than it is saved in
 WINDOW = 8  # tokens; longer attention windows are cut to it, so that the texts below are longer than any window
 WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size", "local_window_size")
 LENGTHS = ((3, 9), (21, 12), (1, 30))  # tokens of (prompt, response): padded on either side, and longer than WINDOW
@@ -80,6 +84,51 @@ def _measure_gaps(lm: Any, name: str, num_frozen_layers: int, vocab_size: int | 
             f"responses of {name} that are sampled with a cache differ from its own forward pass; choose another architecture",
         )
     return gaps
+
+
+@torch.no_grad()
+def check_scalar_conformance(lm: Any) -> float:
+    """The largest gap between scores of padded texts and those of the model's own forward pass. lm is in fp32.
+
+    Raises InputError if it is not rounding.
+    """
+    name = f"{type(lm).__name__} ({lm.config.model_type})"
+    size = lm.config.get_text_config().vocab_size
+    texts = [_ids(row, sum(lengths), size).tolist() for row, lengths in enumerate(LENGTHS)]
+    pad = lm.config.get_text_config().pad_token_id
+    texts = [
+        [i if i != pad else (i + 1) % size for i in text] for text in texts
+    ]  # it reads the last token that is not PAD
+    with _short_windows(lm.config):
+        own = torch.cat([lm(input_ids=torch.tensor([text])).logits[:, 0] for text in texts])
+        batch = collate([text[:1] for text in texts], [text[1:] for text in texts])
+        scores = ScalarModel(lm, num_frozen_layers=0, dtype=torch.float32).scores(batch)
+    gap = _gap(scores, own) / max(float(own.abs().max()), 1.0)
+    if gap > TOLERANCE:
+        raise InputError(
+            f"scores of {name} differ from its own forward pass by up to {gap:.3g} ({TOLERANCE:g} is tolerated); "
+            "choose another architecture."
+        )
+    return gap
+
+
+@torch.no_grad()
+def fixed_logprobs(lm: Any) -> Tensor:
+    """Log-probs of a fixed text by the model's own forward pass: [T] fp32."""
+    ids = _ids(7, 24, lm.config.get_text_config().vocab_size).tolist()
+    return _own_logprobs(lm, ids[:1], ids[1:])
+
+
+def require_same_after_saving(folder: Path, before: Tensor, dtype: torch.dtype) -> None:
+    """Raise InputError unless the saved model gives the log-probs that it gave before it was saved in dtype."""
+    after = fixed_logprobs(load_causal_lm(folder, num_frozen_layers=0, dtype=torch.float32, trainable=False))
+    gap = _gap(after, before)
+    tolerance = TOLERANCE if dtype == torch.float32 else ROUNDED_TOLERANCE
+    if gap > tolerance:
+        raise InputError(
+            f"The model does not survive saving and loading: its log-probs change by up to {gap:.3g} nats ({tolerance:g} is "
+            "tolerated); choose another architecture."
+        )
 
 
 def _sampling_gap(lm: Any, prompts: list[list[int]]) -> float:

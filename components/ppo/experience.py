@@ -1,5 +1,6 @@
 """From completions to experience: log-probs, values and scores of a rollout, and its advantages."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from components.rlhf.maths.masked import whiten
 from components.rlhf.maths.rewards import token_rewards
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.scalar import ScalarModel
+from components.rlhf.rewards.protocol import Scorer
 from components.rlhf.text.errors import InputError
 
 
@@ -28,7 +30,8 @@ class Models:
     reference: Actor  # the SFT model, frozen
     critic: ScalarModel  # trained, starts from the reward model
     reward_model: ScalarModel  # frozen
-    shared_trunk: bool  # all four models hold the same frozen layers
+    shared_trunk: bool  # all models that compute with the actor's ids hold the same frozen layers
+    text_scorer: Scorer | None = None  # scores in place of a reward model with a tokenizer of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,7 @@ class Experience:
     advantages: Tensor  # [B, T], whitened
     returns: Tensor  # [B, T]
     truncated: Tensor  # [B] bool
+    clipped: Tensor  # [B] bool, score beyond reward_clip
     states: Tensor | None  # [B, S, H] above the frozen layers, computed once for all models and epochs
     features: Tensor | None  # [B, S, H] of the reward model, if only the critic's head is trained
     microbatches: list[Tensor]  # row indices [b] of each forward pass, in the order of the minibatches
@@ -97,13 +101,23 @@ def make_experience(learner: Learner, completions: Sequence[Completion], *, kl_c
     ref_logprobs, _ = _map_microbatches_pair(
         parts, lambda rows: models.reference(batch.select(rows), learner.distribution, states_at(rows))
     )
-    features = map_microbatches(parts, lambda rows: models.reward_model.features(batch.select(rows), states_at(rows)))
-    scores = models.reward_model.apply_head(features[torch.arange(len(batch)), batch.last_positions()])
     keep_features = models.critic.trains == "head"
+    features = None
+    if models.text_scorer is None or keep_features:
+        # A critic of which only the head is trained has the layers of the reward model, or without those its own frozen ones.
+        scalar = models.reward_model if models.text_scorer is None else models.critic
+        features = map_microbatches(parts, lambda rows: scalar.features(batch.select(rows), states_at(rows)))
+    if models.text_scorer is None:
+        assert features is not None
+        scores = models.reward_model.apply_head(features[torch.arange(len(batch)), batch.last_positions()])
+    else:
+        scores = models.text_scorer.score(completions).to(mask.device)
     old_values = map_microbatches(
         parts,
         lambda rows: models.critic(
-            batch.select(rows), states_at(rows), features=features[rows] if keep_features else None
+            batch.select(rows),
+            states_at(rows),
+            features=features[rows] if keep_features and features is not None else None,
         ),
     )
     _require_finite_scores(scores, completions)
@@ -112,6 +126,7 @@ def make_experience(learner: Learner, completions: Sequence[Completion], *, kl_c
     penalized = scores - config.missing_eos_penalty * truncated
     kl_penalty = estimate_kl(old_logprobs, ref_logprobs, mask, config.kl_estimator)
     clip = None if config.reward_clip is None else (-config.reward_clip, config.reward_clip)
+    clipped = penalized.abs() > (config.reward_clip or math.inf)
     rewards = token_rewards(penalized, kl_penalty, mask, kl_coef=kl_coef, reward_clip=clip)
 
     # 5. Advantages; the returns are those of the advantages before whitening.
@@ -132,6 +147,7 @@ def make_experience(learner: Learner, completions: Sequence[Completion], *, kl_c
         advantages=advantages,
         returns=returns,
         truncated=truncated,
+        clipped=clipped,
         states=states,
         features=features if keep_features else None,
         microbatches=parts,

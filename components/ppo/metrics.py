@@ -29,6 +29,7 @@ def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, f
         "score/mean": score_mean,
         "score/std": score_variance**0.5,
         "score/mean_ended": mean(e.scores, ended),
+        "score/clipped_fraction": mean(e.clipped.float(), every_row),
         "kl/sequence": mean(e.kl.sum(dim=1), every_row),
         "kl/token": mean(e.kl, mask),
         "entropy": mean(e.entropy, mask),

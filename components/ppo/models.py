@@ -19,6 +19,7 @@ from components.rlhf.models.actor import Actor
 from components.rlhf.models.layers import enable_gradient_checkpointing, share_trunk
 from components.rlhf.models.loading import (
     halve_frozen_copy,
+    is_scored_as_text,
     load_causal_lm,
     load_scalar_lm,
     load_stop_ids,
@@ -27,6 +28,8 @@ from components.rlhf.models.loading import (
 from components.rlhf.models.lora import add_adapters
 from components.rlhf.models.precision import default_device
 from components.rlhf.models.scalar import ScalarModel
+from components.rlhf.rewards.reward_model import RewardModelScorer
+from components.rlhf.rewards.text import TextScorer
 from components.rlhf.rollout.hf import HfRolloutEngine
 from components.rlhf.rollout.probe import PROBE_TOKENS
 from components.rlhf.rollout.protocol import RolloutEngine
@@ -43,6 +46,8 @@ def load_models(
 ) -> tuple[Models, RolloutEngine]:
     """Actor and reference from the SFT model, critic and reward model from the reward model, and the rollout engine.
 
+    With a reward model that has a tokenizer of its own, the critic starts from the SFT model with a new head.
+
     All models share the frozen layers if these are equal in both artifacts. With adapters the reference is the actor with its
     adapters disabled, and the reward model is the critic with its adapters disabled and its own head, without copies of the
     weights. Under ZeRO-3 reference and reward model are sharded here, and actor and critic by their engines.
@@ -57,12 +62,19 @@ def load_models(
     )
     if not lora and dtype == torch.bfloat16 and config.ppo.training.engine == "torch":
         halve_frozen_copy(reference_lm)
-    reward_lm = load_scalar_lm(reward_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
-    critic_lm = (
-        copy_with_own_head(reward_lm)
-        if lora or critic_trains == "head"
-        else load_scalar_lm(reward_model, num_frozen_layers=frozen, dtype=dtype)
-    )
+    as_text = is_scored_as_text(reward_model)
+    reward_frozen = 0 if as_text else frozen
+    reward_lm = load_scalar_lm(reward_model, num_frozen_layers=reward_frozen, dtype=dtype, trainable=False)
+    # A critic reads the actor's ids: it cannot start from a reward model with other ids, so it gets the SFT model and a new head.
+    critic_source, seed = (sft_model, config.seed) if as_text else (reward_model, None)
+    if lora or critic_trains == "head":
+        critic_lm = copy_with_own_head(
+            load_scalar_lm(critic_source, num_frozen_layers=frozen, dtype=dtype, trainable=False, seed=seed)
+            if as_text
+            else reward_lm
+        )
+    else:
+        critic_lm = load_scalar_lm(critic_source, num_frozen_layers=frozen, dtype=dtype, seed=seed)
     if lora:
         add_adapters(actor_lm, lora, num_frozen_layers=frozen, seed=config.seed)
         if critic_trains == "layers":
@@ -72,7 +84,8 @@ def load_models(
     if config.ppo.rollout.engine == "hf":
         rollout_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
         copies.append(rollout_lm)
-    all_lms = [*copies, reward_lm] + ([] if critic_lm.base_model is reward_lm.base_model else [critic_lm])
+    all_lms = [*copies] + ([] if as_text else [reward_lm])
+    all_lms += [] if critic_lm.base_model is reward_lm.base_model else [critic_lm]
     shared = share_trunk(actor_lm, all_lms, frozen)
     if not shared and frozen:
         share_trunk(actor_lm, copies, frozen)
@@ -86,16 +99,30 @@ def load_models(
     mean, std = reward_normalization(reward_model) if config.ppo.normalize_reward else (0.0, 1.0)
     normalization = {"mean": mean, "std": std}
     max_over_ranks = max_over_shards(training, group)
+    reward_scalar = ScalarModel(
+        reward_lm, num_frozen_layers=reward_frozen, dtype=dtype, with_adapters=False, **normalization
+    )
+    text_scorer = None
+    if as_text:
+        scorer = RewardModelScorer(
+            reward_scalar, microbatch_tokens=training.microbatch_tokens, max_over_ranks=max_over_ranks
+        )
+        text_scorer = TextScorer(scorer, load_tokenizer(reward_model))
     models = Models(
         actor=Actor(actor_lm, num_frozen_layers=frozen, dtype=dtype, max_over_ranks=max_over_ranks),
         reference=Actor(
             reference_lm, num_frozen_layers=frozen, dtype=dtype, with_adapters=False, max_over_ranks=max_over_ranks
         ),
-        critic=ScalarModel(critic_lm, num_frozen_layers=frozen, dtype=dtype, trains=critic_trains, **normalization),
-        reward_model=ScalarModel(
-            reward_lm, num_frozen_layers=frozen, dtype=dtype, with_adapters=False, **normalization
+        critic=ScalarModel(
+            critic_lm,
+            num_frozen_layers=frozen,
+            dtype=dtype,
+            trains=critic_trains,
+            **({} if as_text else normalization),
         ),
+        reward_model=reward_scalar,
         shared_trunk=shared,
+        text_scorer=text_scorer,
     )
     for model in (models.reference, models.reward_model):
         prepare_frozen_model(model, training, group=group, dtype=dtype, device=device)

@@ -1,6 +1,6 @@
 """Calibration and held-out accuracy of a trained reward model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +10,9 @@ from components.rlhf.config.reward_model import RewardModelStageConfig
 from components.rlhf.data.records import PreferencePair, Prompt
 from components.rlhf.models.layers import HEAD_NAME
 from components.rlhf.models.scalar import ScalarModel
+from components.rlhf.rewards.protocol import Scorer
 from components.rlhf.rewards.reward_model import RewardModelScorer, pair_accuracy
+from components.rlhf.rewards.text import TextScorer
 
 MAX_HELDOUT_PAIRS = 384  # for the held-out accuracies, whose standard error is then at most 2.6%
 
@@ -24,10 +26,16 @@ def calibrate_and_measure(
     pairs: Sequence[PreferencePair],
     prompts: Sequence[Prompt],
     max_tokens: int,
+    text_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, float]:
-    """Store the normalization in the model's config, then measure accuracy with the scorer that PPO uses."""
+    """Store the normalization in the model's config, then measure accuracy with the scorer that PPO uses.
+
+    tokenizer is that of the SFT model; text_tokenizer that of a reward model that reads text, with a tokenizer of its own.
+    """
     pairs = pairs[:MAX_HELDOUT_PAIRS]
-    scorer = RewardModelScorer(model, microbatch_tokens=config.reward_model.training.microbatch_tokens)
+    scorer: Scorer = RewardModelScorer(model, microbatch_tokens=config.reward_model.training.microbatch_tokens)
+    if text_tokenizer is not None:
+        scorer = TextScorer(scorer, text_tokenizer)
     calibration_prompts = prompts[: config.reward_model.num_calibration_samples]
     responses = (
         sample_responses(sft_model, tokenizer, calibration_prompts, config.sampling, model=model, seed=config.seed)
@@ -47,3 +55,13 @@ def calibrate_and_measure(
         "reward_std": model.std,
         "num_calibration_samples": float(len(responses)),
     }
+
+
+def as_markdown(metrics: Mapping[str, float]) -> str:
+    return (
+        "# Reward model\n\n"
+        f"Accuracy on {metrics['num_heldout_pairs']:.0f} held-out human pairs: **{metrics['heldout_accuracy']:.1%}** "
+        f"(whole texts; {metrics['heldout_accuracy_cut']:.1%} with both cut to half).\n\n"
+        f"Scores of {metrics['num_calibration_samples']:.0f} responses of the SFT model have mean "
+        f"{metrics['reward_mean']:.3f} and standard deviation {metrics['reward_std']:.3f}; PPO normalizes by these.\n"
+    )

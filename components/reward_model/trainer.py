@@ -1,6 +1,6 @@
 """Reward-model training: the chosen text scores above the rejected one, whole and cut short."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,13 +117,3 @@ class RewardModelTrainer:
             share = torch.where(shared.any(dim=1), config.prefix_loss, 0.0)
             loss = (1 - share) * loss + share * mean
         return loss, (chosen > rejected).detach()
-
-
-def as_markdown(metrics: Mapping[str, float]) -> str:
-    return (
-        "# Reward model\n\n"
-        f"Accuracy on {metrics['num_heldout_pairs']:.0f} held-out human pairs: **{metrics['heldout_accuracy']:.1%}** "
-        f"(whole texts; {metrics['heldout_accuracy_cut']:.1%} with both cut to half).\n\n"
-        f"Scores of {metrics['num_calibration_samples']:.0f} responses of the SFT model have mean "
-        f"{metrics['reward_mean']:.3f} and standard deviation {metrics['reward_std']:.3f}; PPO normalizes by these.\n"
-    )

@@ -109,7 +109,14 @@ def test_folder_is_imported(tiny_model: Path, tmp_path: Path) -> None:
         "model_type": "llama",
         "num_parameters": num_parameters,
         "num_layers": 3,
+        "conformance_gap": manifest.facts["conformance_gap"],
+        "end_of_text": "<eos>",
+        "end_of_turn": "<eos>",  # the template closes a turn with no token of its own
+        "stop_tokens": "<eos>",
+        "special_prefix": "",
+        "max_positions": 256,
     }
+    assert 0 <= float(manifest.facts["conformance_gap"]) < 1e-4
     # Pods may run as different users, but safetensors creates files that only their owner can read.
     assert {path.stat().st_mode & 0o777 for path in out.iterdir() if path.name != "manifest.json"} == {0o644}
 
@@ -209,7 +216,7 @@ def test_model_without_stop_ids_is_refused(copy: Copy, tmp_path: Path) -> None:
 def test_language_model_is_refused_as_reward_model(copy: Copy, tmp_path: Path) -> None:
     folder = copy()
     assert refusal(folder, tmp_path / "out", "reward_model") == (
-        f"{folder}/config.json lacks reward_mean and reward_std; add them (0 and 1 for raw scores)."
+        f"{folder} has no trained scalar head 'score' with one output, which a reward model needs."
     )
 
 

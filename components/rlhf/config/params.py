@@ -9,7 +9,7 @@ from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.cluster import TRAINING_STAGES, ClusterConfig
 from components.rlhf.config.evaluation import EvaluationConfig, GateConfig
 from components.rlhf.config.judge import JudgeConfig
-from components.rlhf.config.model import ModelConfig, Seed, check_zero3_compatibility
+from components.rlhf.config.model import ModelConfig, Seed, TrainingConfig, check_zero3_compatibility
 from components.rlhf.config.ppo import PpoConfig
 from components.rlhf.config.prepare_data import DataConfig
 from components.rlhf.config.reward_model import RewardModelConfig
@@ -66,6 +66,8 @@ class Params(BaseConfig):
     def stage(self, config_class: type[StageConfig]) -> StageConfig:
         """The settings of one stage: only the sections that are fields of its config class."""
         sections: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
+        if self.reward_model.use:  # nothing is trained, so one process is enough
+            sections["reward_model"] = self.reward_model.model_copy(update={"training": TrainingConfig()})
         sections["num_evaluation_prompts"] = self.evaluation.num_prompts
         sections["sampling"] = self.ppo.rollout.sampling  # the reward model is calibrated on PPO's distribution
         if "evaluation" in config_class.model_fields:

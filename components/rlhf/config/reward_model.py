@@ -13,7 +13,7 @@ class RewardModelConfig(BaseConfig):
     """Training of a reward model with the pairwise Bradley-Terry loss."""
 
     use: str | None = None
-    """Folder or s3://BUCKET/PREFIX of your own reward model; it replaces the stage. A manifest.json in it is verified."""
+    """Folder, s3://BUCKET/PREFIX or Hugging Face id of a reward model to use as it is; only its accuracy and scale are measured."""
     init: Literal["sft", "base"] = "sft"
     """Model that training starts from: the SFT model or the base model."""
     num_epochs: PositiveInt = 1

@@ -1,10 +1,11 @@
 """The tokenizer: loading, digests, and encoding of prompts and completions as separate sequences of ids."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -35,10 +36,33 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of everything that determines ids: the vocabulary with its rules, and the ids of EOS and PAD."""
+    """sha256 of everything that determines the ids of a text and its end: vocabulary, rules, special tokens and EOS.
+
+    PAD does not matter, because masks come from lengths.
+    """
+    rules = _rules(tokenizer)
+    content = json.dumps([rules, tokenizer.eos_token_id], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def same_ids(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether every text has the same ids in both, apart from the special tokens around it."""
+    rules = [_rules(tokenizer) for tokenizer in (first, second)]
+    for each in rules:
+        each.pop("post_processor", None)
+    return rules[0] == rules[1]
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The parts of a tokenizer that determine ids, as JSON."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(f"{rules}|{tokenizer.eos_token_id}|{tokenizer.pad_token_id}".encode()).hexdigest()
+    if backend is None:
+        return {"vocabulary": sorted(tokenizer.get_vocab().items())}
+    rules = cast(dict[str, Any], json.loads(backend.to_str()))
+    for name in ("padding", "truncation"):
+        rules.pop(name, None)
+    rules["added_tokens"] = sorted((token["id"], token["content"]) for token in rules.get("added_tokens", []))
+    return rules
 
 
 def chat_template_digest(tokenizer: PreTrainedTokenizerBase) -> str:

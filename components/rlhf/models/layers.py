@@ -21,7 +21,7 @@ from components.rlhf.text.errors import InputError
 HEAD_NAME = "score"  # transformers' name for the head of a sequence classification model
 
 
-def decoder_of(model: nn.Module) -> Any:
+def decoder_of(model: Any) -> Any:
     """The module that turns token ids into the hidden states that the head reads. Raises InputError if there is none."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     if decoder is model or not isinstance(decoder, PreTrainedModel):
@@ -101,10 +101,10 @@ def run_head(model: nn.Module, output: "Output", **options: Any) -> Any:
     return _with_child(model, path.split("."), _ReturnOutput(decoder, output)).forward(input_ids=ids, **options)
 
 
-def enable_gradient_checkpointing(model: nn.Module) -> None:
+def enable_gradient_checkpointing(model: Any) -> None:
     """Keep only the hidden states between layers; the backward pass recomputes the rest of each layer. Raises InputError."""
     try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except ValueError:
         raise InputError(
             f"{type(model).__name__} does not support gradient checkpointing; set training.gradient_checkpointing to false."
@@ -148,7 +148,7 @@ def frozen_modules(model: nn.Module, num_frozen: int) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def share_trunk(owner: nn.Module, others: list[nn.Module], num_frozen: int) -> bool:
+def share_trunk(owner: Any, others: list[Any], num_frozen: int) -> bool:
     """Replace the frozen modules of others with those of owner if they compute the same; return whether they do.
 
     They compute the same if all weights are equal and the frozen layers have the same output for the same tokens, which also
@@ -173,14 +173,14 @@ def share_trunk(owner: nn.Module, others: list[nn.Module], num_frozen: int) -> b
     return True
 
 
-def _same_computation(owner: nn.Module, other: nn.Module, num_frozen: int) -> bool:
+def _same_computation(owner: Any, other: Any, num_frozen: int) -> bool:
     first, second = ([p for m in frozen_modules(model, num_frozen) for p in m.parameters()] for model in (owner, other))
     # Compare the counts too: layers of another architecture may have more parameters (biases) or fewer.
     if len(first) != len(second) or not all(
         x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(first, second, strict=True)
     ):
         return False
-    vocab_size = int(owner.config.get_text_config().vocab_size)  # type: ignore[union-attr]
+    vocab_size = int(owner.config.get_text_config().vocab_size)
     ids = (torch.arange(48, device=first[0].device) * 7919 % vocab_size)[None]
     with torch.autocast(ids.device.type, dtype=first[0].dtype, enabled=first[0].dtype == torch.bfloat16):
         outputs = [run_layers(model, ids, stop=num_frozen) for model in (owner, other)]

@@ -1,6 +1,7 @@
 """Loading and saving of Hugging Face model folders (safetensors, offline)."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,18 +15,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     modeling_utils,
 )
-from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
-from components.rlhf.models.layers import HEAD_NAME, frozen_modules, require_layers_to_train
+from components.rlhf.models.layers import HEAD_NAME, decoder_of, frozen_modules, require_layers_to_train
 from components.rlhf.models.lora import lora_scale, merged_weights, save_adapter
 from components.rlhf.text.errors import InputError
 
@@ -71,22 +70,63 @@ def load_scalar_lm(
 
 
 def register_scalar_class(config: Any) -> None:
-    """Give transformers a sequence classification class for a decoder that has none with the head `score`.
+    """Give transformers a sequence classification class for an architecture that has none with the head `score`.
 
-    It is made of transformers' own generic class, and has the layout of those of other decoders.
+    It is the architecture's causal language model with the head `score` in place of its own. Its folders have the layout of those
+    of other architectures.
     """
     kind = type(config)
-    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(kind, None)
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
-    if causal is None or (known is not None and _has_linear_head(known, config)):
-        return
-    base = next(
-        base for base in causal.__mro__[1:] if issubclass(base, PreTrainedModel) and base is not GenerationMixin
-    )
-    name = causal.__name__.replace("ForCausalLM", "").replace("LMHeadModel", "") + "ForSequenceClassification"
-    attributes = {"base_model_prefix": base.base_model_prefix, "config_class": kind, "__module__": __name__}
-    made = type(name, (GenericForSequenceClassification, base), attributes)
-    AutoModelForSequenceClassification.register(kind, made, exist_ok=True)
+    known: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(kind, None)
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
+    if causal is not None and (known is None or not _has_linear_head(known, config)):
+        AutoModelForSequenceClassification.register(kind, _scalar_class(causal, kind), exist_ok=True)
+
+
+def require_scalar_class(config: Any) -> None:
+    """Raise InputError if no reward model and no critic can be made of this architecture."""
+    register_scalar_class(config)
+    from_config: Any = AutoModelForSequenceClassification.from_config
+    scalar_config = copy.deepcopy(config)
+    scalar_config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            model = from_config(scalar_config, trust_remote_code=False)
+            model._init_weights(model)  # as when a folder is loaded, but without data on the device meta
+        if not isinstance(getattr(model, HEAD_NAME, None), nn.Linear):
+            raise ValueError(f"{type(model).__name__} has no head named {HEAD_NAME}")
+    except Exception as error:  # the code of an architecture can raise any exception in a class that it does not expect
+        raise InputError(
+            f"No reward model can be made of the architecture {config.model_type} ({error}); choose another one."
+        ) from error
+
+
+def _scalar_class(causal: Any, config: Any) -> Any:
+    class Scalar(causal):  # type: ignore[misc]
+        # transformers renames weights and initializes buffers as the architecture needs it only for classes of its own modules.
+        __module__ = causal.__module__
+        config_class = config
+        _tied_weights_keys = None
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            head = super().get_output_embeddings()
+            name = next(name for name, child in self.named_children() if any(m is head for m in child.modules()))
+            delattr(self, name)
+            setattr(self, HEAD_NAME, nn.Linear(head.weight.shape[1], config.num_labels, bias=False))
+            self.num_labels = config.num_labels
+            self.post_init()
+
+        def get_output_embeddings(self) -> None:
+            return None
+
+        def forward(self, input_ids: Tensor, **options: Any) -> Any:
+            """Logits [B, num_labels] of texts without padding, at their last token."""
+            hidden = decoder_of(self)(input_ids=input_ids, use_cache=False, **options).last_hidden_state
+            return SequenceClassifierOutput(logits=getattr(self, HEAD_NAME)(hidden[:, -1]))
+
+    stem = causal.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    Scalar.__name__ = Scalar.__qualname__ = f"{stem}ForSequenceClassification"
+    return Scalar
 
 
 def _has_linear_head(kind: Any, config: Any) -> bool:
@@ -95,6 +135,12 @@ def _has_linear_head(kind: Any, config: Any) -> bool:
             return isinstance(getattr(kind(config), HEAD_NAME, None), nn.Linear)
     except Exception:  # some classes cannot be made from the config of a causal language model
         return False
+
+
+def load_reward_model(directory: Path) -> tuple[Any, dict[str, Any]]:
+    """A sequence classification model as its class loads it, with transformers' loading info. Raises InputError."""
+    register_scalar_class(_config(directory))
+    return load_with_info(AutoModelForSequenceClassification, directory)
 
 
 def reward_normalization(directory: Path) -> tuple[float, float]:
@@ -110,6 +156,11 @@ def reward_normalization(directory: Path) -> tuple[float, float]:
             f"{directory}/config.json: reward_mean and reward_std must be finite numbers, and reward_std must be above 0."
         )
     return float(mean), float(std)
+
+
+def is_scored_as_text(directory: Path) -> bool:
+    """Whether a reward model has a tokenizer of its own, so that responses must reach it as text and not as ids."""
+    return getattr(_config(directory), "scored_as", "ids") == "text"
 
 
 def load_stop_ids(directory: Path) -> tuple[int, ...]:

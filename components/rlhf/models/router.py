@@ -32,8 +32,9 @@ class RouterLoss:
         coefficient = _coefficient(config)
         if not coefficient:
             return None
+        from_config: Any = AutoModelForCausalLM.from_config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+            model = from_config(config, trust_remote_code=False).eval()
         return cls(coefficient=coefficient, model=model)
 
     def __call__(self, output: Any, attention_mask: Tensor) -> Tensor | None:

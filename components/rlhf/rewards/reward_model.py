@@ -1,6 +1,7 @@
 """The reward model as a scorer, for PPO, evaluation and held-out accuracy alike."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,28 +9,45 @@ from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.data.batching import collate, split_by_tokens
 from components.rlhf.data.records import Completion, PreferencePair, Prompt, is_chat
-from components.rlhf.data.tokenizer import encode_text
+from components.rlhf.data.tokenizer import encode_text, load_tokenizer
+from components.rlhf.models.loading import is_scored_as_text, load_scalar_lm, reward_normalization
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rewards.protocol import Scorer
+from components.rlhf.rewards.text import TextScorer
 
 
 class RewardModelScorer:
     """Normalized scores of responses, computed at the last token. Implements Scorer."""
 
-    def __init__(self, model: ScalarModel, *, microbatch_tokens: int) -> None:
+    def __init__(
+        self, model: ScalarModel, *, microbatch_tokens: int, max_over_ranks: Callable[[int], int] = int
+    ) -> None:
+        """max_over_ranks(n) is the largest n of the ranks that shard the model (ZeRO-3), which run equally many passes."""
         self.model = model
         self.microbatch_tokens = microbatch_tokens
+        self.max_over_ranks = max_over_ranks
 
     @torch.no_grad()
     def score(self, completions: Sequence[Completion]) -> Tensor:
         device = self.model.lm.device
         scores = torch.zeros(len(completions))
         lengths = [len(c.prompt_ids) + len(c.response_ids) for c in completions]
-        for group in split_by_tokens(lengths, self.microbatch_tokens):
+        groups = split_by_tokens(lengths, self.microbatch_tokens)
+        groups += [[0]] * (self.max_over_ranks(len(groups)) - len(groups))
+        for group in groups:
             rows = [completions[index] for index in group]
             batch = collate([c.prompt_ids for c in rows], [c.response_ids for c in rows])
             scores[group] = self.model.scores(batch.to(device)).cpu()
         return scores
+
+
+def load_reward_scorer(directory: Path, *, dtype: torch.dtype, device: torch.device, microbatch_tokens: int) -> Scorer:
+    """The scorer of a reward model folder, which computes with the ids of a response or with its text, as the folder says."""
+    mean, std = reward_normalization(directory)
+    lm = load_scalar_lm(directory, num_frozen_layers=0, dtype=dtype, trainable=False).to(device)
+    model = ScalarModel(lm, num_frozen_layers=0, dtype=dtype, mean=mean, std=std)
+    scorer = RewardModelScorer(model, microbatch_tokens=microbatch_tokens)
+    return TextScorer(scorer, load_tokenizer(directory)) if is_scored_as_text(directory) else scorer
 
 
 def as_completion(

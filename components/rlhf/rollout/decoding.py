@@ -96,7 +96,7 @@ def left_pad(prompt_ids: Sequence[Sequence[int]], device: torch.device) -> tuple
     return tokens.to(device), mask.to(device)
 
 
-def _select_rows(cache: Any, rows: Tensor) -> None:
+def _select_rows(cache: Any, rows: Any) -> None:
     for layer in cache.layers:
         # Layers with a recurrent state have no batch_select_indices of their own; reordering by fewer rows selects them.
         if isinstance(layer, LinearAttentionCacheLayerMixin):

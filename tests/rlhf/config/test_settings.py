@@ -11,6 +11,7 @@ from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.import_model import ImportModelStageConfig
 from components.rlhf.config.judge import JudgeStageConfig
 from components.rlhf.config.model import SamplingConfig, TrainingConfig
+from components.rlhf.config.notify import NotifyStageConfig
 from components.rlhf.config.params import Params, explain_validation_error
 from components.rlhf.config.ppo import PpoConfig, PpoStageConfig, RolloutConfig
 from components.rlhf.config.prepare_data import PrepareDataStageConfig
@@ -82,8 +83,8 @@ def test_demonstrations_are_optional_with_own_sft_model() -> None:
 
 
 def test_canonical_json_of_a_stage() -> None:
-    settings = ImportModelStageConfig(kind="base_model", source="mödel")
-    assert settings.canonical_json() == '{"kind":"base_model","revision":null,"source":"mödel"}'
+    settings = NotifyStageConfig(preset="mödel", ui_url=None)
+    assert settings.canonical_json() == '{"preset":"mödel","ui_url":null}'
 
 
 def test_canonical_json_does_not_depend_on_key_order() -> None:

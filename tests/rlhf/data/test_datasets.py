@@ -33,7 +33,7 @@ def test_save_and_load_round_trip(tmp_path: Path, records: list[Any]) -> None:
 def test_split_is_plain_jsonl(tmp_path: Path) -> None:
     save_dataset(tmp_path, {"train": [Prompt(prompt="ü", id="x")]}, max_tokens=8, counts={})
     text = (tmp_path / "train.jsonl").read_text(encoding="utf-8")
-    assert text == '{"prompt": "ü", "id": "x"}\n'
+    assert text == '{"prompt": "ü", "id": "x", "messages": []}\n'
     assert json.loads(text)["prompt"] == "ü"
 
 
@@ -44,7 +44,7 @@ def test_split_is_plain_jsonl(tmp_path: Path) -> None:
         (Demonstration, '{"prompt": "p", "completion": "c", "id": "1"}', "'id' is not a field"),
         (PreferencePair, '{"prompt": "p", "chosen": "a", "rejected": "b"}', "'margin' is missing"),
         (Prompt, '{"prompt": "p"}', "'id' is missing"),
-        (Prompt, '{"prompt": 1, "id": "1"}', "'prompt': Input should be a valid string"),
+        (Prompt, '{"prompt": 1, "id": "1", "messages": []}', "'prompt': Input should be a valid string"),
         (RatedText, '{"prompt": "p", "completion": "c", "rating": true}', "'rating': Input should be a valid number"),
         (RatedText, '{"prompt": "p", "completion": "c", "rating": "1"}', "'rating': Input should be a valid number"),
         (RatedText, '{"prompt": "p", "completion": "c", "rating": 1%s}' % ("0" * 400), f"the number 1{'0' * 39} is too large"),

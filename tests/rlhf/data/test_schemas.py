@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from components.rlhf.data.records import Demonstration, PreferencePair, Prompt
+from components.rlhf.data.records import Demonstration, Message, PreferencePair, Prompt
 from components.rlhf.data.schemas import to_demonstration, to_pair, to_prompt
 from components.rlhf.text.errors import InputError
 from tests.support.tiny_model import make_tiny_tokenizer
@@ -36,12 +36,16 @@ def test_prompt_with_completion() -> None:
 
 def test_messages_as_a_demonstration() -> None:
     got = to_demonstration(LOCATION, {"messages": [SYSTEM, USER, ASSISTANT]}, TOKENIZER, "plain")
-    assert got == Demonstration(prompt="<system>Be kind.\n<user>Hi\n<assistant>", completion="Hello.")
+    assert got == Demonstration(
+        prompt="<system>Be kind.\n<user>Hi\n<assistant>",
+        completion="Hello.",
+        messages=(Message(**SYSTEM), Message(**USER)),
+    )
 
 
 def test_messages_as_a_prompt() -> None:
     """The final answer of a demonstration is not part of the prompt."""
-    expected = Prompt(prompt="<user>Hi\n<assistant>")
+    expected = Prompt(prompt="<user>Hi\n<assistant>", messages=(Message(**USER),))
     assert to_prompt(LOCATION, {"messages": [USER]}, TOKENIZER, "plain") == expected
     assert to_prompt(LOCATION, {"messages": [USER, ASSISTANT]}, TOKENIZER, "plain") == expected
     longer = to_prompt(LOCATION, {"messages": [USER, ASSISTANT, USER]}, TOKENIZER, "plain")

@@ -52,18 +52,6 @@ def test_prompt_and_completion_are_tokenized_separately(tmp_path: Path) -> None:
     assert (encoded.prompt_ids, encoded.response_ids) == ([1], [2, 0])
 
 
-def test_no_special_tokens_are_added() -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    with_special_tokens = make_tiny_tokenizer()
-    with_special_tokens.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<eos> $A <eos>", special_tokens=[("<eos>", 0)]
-    )
-    assert with_special_tokens("a")["input_ids"] == [EOS, A, EOS]
-    assert encode_prompt(with_special_tokens, "a") == [A]
-    assert encode_text(with_special_tokens, "a", "b", max_tokens=9).response_ids == [B, EOS]
-
-
 # --- loading ---
 
 
@@ -112,10 +100,12 @@ def test_missing_eos_is_rejected(folder: Path) -> None:
 
 
 def test_digest_depends_on_everything_that_determines_ids() -> None:
-    same, other_pad = make_tiny_tokenizer(), make_tiny_tokenizer()
+    same, other_pad, other_eos = make_tiny_tokenizer(), make_tiny_tokenizer(), make_tiny_tokenizer()
     assert tokenizer_digest(same) == tokenizer_digest(TOKENIZER)
     other_pad.pad_token = "a"
-    assert tokenizer_digest(other_pad) != tokenizer_digest(TOKENIZER)
+    assert tokenizer_digest(other_pad) == tokenizer_digest(TOKENIZER)  # masks come from lengths
+    other_eos.eos_token = "a"
+    assert tokenizer_digest(other_eos) != tokenizer_digest(TOKENIZER)
     larger = make_tiny_tokenizer()
     larger.add_tokens(["zebra"])
     assert tokenizer_digest(larger) != tokenizer_digest(TOKENIZER)

@@ -112,7 +112,7 @@ def test_chunks_bound_the_logits_in_memory(tiny_model: Path, monkeypatch: pytest
     actor = actor_of(tiny_model)
     monkeypatch.setattr(actor_module, "MAX_LOGITS", 5 * actor.lm.config.vocab_size - 1)
     chunk_sizes: list[int] = []
-    actor.lm.lm_head.register_forward_hook(lambda _module, _args, logits: chunk_sizes.append(logits.shape[0]))
+    actor.lm.lm_head.register_forward_hook(lambda _module, _args, logits: chunk_sizes.append(logits.shape[1]))
     with torch.no_grad():
         actor(batch(), PLAIN)
     assert chunk_sizes == [4, 4, 4, 3]  # 15 response tokens, no prompt tokens

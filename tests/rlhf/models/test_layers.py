@@ -6,9 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from components.rlhf.models.layers import (
-    decoder_of,
+    apply_head,
     enable_gradient_checkpointing,
     freeze_lower_layers,
+    layers_of,
     run_layers,
     share_trunk,
 )
@@ -30,29 +31,36 @@ def frozen_lm(folder: Path, frozen: int) -> Any:
     return load_causal_lm(folder, num_frozen_layers=frozen, dtype=FP32)
 
 
-@pytest.mark.parametrize("split", [0, 1, 2, 3])
+@pytest.mark.parametrize("split", [1, 2, 3])
 def test_two_ranges_equal_the_plain_forward_bit_for_bit(tiny_model: Path, split: int) -> None:
     lm = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-    lower = run_layers(lm, IDS, start=0, stop=split)
-    upper = run_layers(lm, lower, start=split, stop=None)
+    lower = run_layers(lm, IDS, stop=split)
+    upper = run_layers(lm, IDS, start=split, states=lower).last_hidden_state
     plain = lm(IDS, output_hidden_states=True).hidden_states  # the last one is after the norm
     assert torch.equal(upper, plain[-1])
     if split < 3:
         assert torch.equal(lower, plain[split])
 
 
-def test_run_layers_does_not_change_the_model(tiny_model: Path) -> None:
+def test_running_a_range_or_the_head_does_not_change_the_model(tiny_model: Path) -> None:
     lm = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-    before = lm(IDS).logits
-    run_layers(lm, IDS, start=0, stop=1)
+    before, hooks = lm(IDS).logits, sum(len(module._forward_hooks) for module in lm.modules())
+    for _ in range(2):
+        states = run_layers(lm, IDS, stop=1)
+        apply_head(lm, run_layers(lm, IDS, start=1, states=states).last_hidden_state[0])
     assert len(lm.model.layers) == 3
     assert torch.equal(lm(IDS).logits, before)
+    after = sum(len(module._forward_hooks) for module in lm.modules())
+    states = run_layers(lm, IDS, stop=1)
+    assert sum(len(module._forward_hooks) for module in lm.modules()) == after >= hooks
 
 
-def test_architecture_without_layers_and_norm_is_rejected() -> None:
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8))
-    with pytest.raises(InputError, match="GPT2LMHeadModel does not keep its transformer layers"):
-        decoder_of(gpt2)
+def test_model_without_a_list_of_layers_cannot_be_frozen() -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=2, n_head=1, n_positions=8))
+    assert layers_of(gpt2) is gpt2.transformer.h
+    gpt2.transformer.h = torch.nn.ModuleList([gpt2.transformer.h[0]])
+    with pytest.raises(InputError, match="GPT2Model does not keep its 2 layers in a list, so they cannot be frozen"):
+        layers_of(gpt2)
 
 
 def test_frozen_layers_and_embeddings_are_not_trained(tiny_model: Path) -> None:
@@ -190,7 +198,7 @@ def test_gradient_checkpointing_recomputes_layers_with_the_same_gradients(tiny_m
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     ids = torch.tensor([[5, 6, 7, 8]])
     for model in (lm, plain):
-        run_layers(model, ids, start=0, stop=None).square().sum().backward()
+        run_layers(model, ids).last_hidden_state.square().sum().backward()
     assert len(calls) == len(lm.model.layers) * (2 if checkpointed else 1)
     assert not lm.model.layers[0].mlp.training  # dropout stays off
     for parameter, expected in zip(lm.parameters(), plain.parameters(), strict=True):

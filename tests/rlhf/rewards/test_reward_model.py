@@ -82,22 +82,25 @@ def test_no_completions_give_no_scores(tiny_model: Path) -> None:
     assert scorer_of(tiny_model, microbatch_tokens=10).score([]).tolist() == []
 
 
+PAIR = PreferencePair(prompt="ab", chosen="cde", rejected="x")
+
+
 def test_human_text_ends_with_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    c = as_completion(tokenizer, "ab", "cde", max_tokens=100)
+    c = as_completion(tokenizer, PAIR, "cde", max_tokens=100)
     assert c.prompt_ids == tokenizer("ab")["input_ids"]
     assert c.response_ids == [*tokenizer("cde")["input_ids"], 0]
     assert (c.response, c.truncated, c.logprobs, c.prompt.prompt) == ("cde", False, None, "ab")
 
 
 def test_incomplete_text_has_no_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    c = as_completion(tokenizer, "ab", "cde", max_tokens=100, complete=False)
+    c = as_completion(tokenizer, PAIR, "cde", max_tokens=100, complete=False)
     assert c.response_ids == tokenizer("cde")["input_ids"]
     assert c.truncated
 
 
 @pytest.mark.parametrize("complete", [True, False])
 def test_truncated_text_has_no_eos(tokenizer: PreTrainedTokenizerBase, complete: bool) -> None:
-    c = as_completion(tokenizer, "ab", "cdefg", max_tokens=5, complete=complete)
+    c = as_completion(tokenizer, PAIR, "cdefg", max_tokens=5, complete=complete)
     assert c.response_ids == tokenizer("cde")["input_ids"]
     assert (c.response, c.truncated) == ("cde", True)
 

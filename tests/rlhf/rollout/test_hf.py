@@ -15,7 +15,7 @@ from components.rlhf.data.batching import collate
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.loading import load_causal_lm
-from components.rlhf.rollout.hf import HfRolloutEngine, _sample
+from components.rlhf.rollout.hf import HfRolloutEngine, _draw
 from tests.support.tiny_model import make_tiny_model
 
 TEXTS = ["a film", "b", "the longest prompt of all", "no", "what a day it was", "zz"]
@@ -209,7 +209,7 @@ LOGITS = torch.tensor([0.2, 0.3, 0.5]).log()
     ("u", "token"), [(0.0, 0), (0.1, 0), (0.199, 0), (0.201, 1), (0.499, 1), (0.501, 2), (0.999, 2)]
 )
 def test_sample_inverts_the_cumulative_distribution(u: float, token: int) -> None:
-    chosen, logprob = _sample(LOGITS[None], torch.tensor([u]))
+    chosen, logprob = _draw(LOGITS[None], torch.tensor([u]))
     assert chosen.tolist() == [token]
     assert logprob.item() == pytest.approx(LOGITS[token].item(), abs=1e-6)
 
@@ -222,7 +222,7 @@ def test_impossible_token_is_never_sampled(possible: list[int]) -> None:
     boundaries = torch.softmax(logits, -1).cumsum(-1).tolist()
     uniforms = [0.0, 2**-24, 0.5, 1 - 2**-24, *(x for x in boundaries if x < 1)]
     uniforms += [random.Random(0).random() for _ in range(100)]
-    chosen, logprobs = _sample(logits.expand(len(uniforms), -1), torch.tensor(uniforms, dtype=torch.float64))
+    chosen, logprobs = _draw(logits.expand(len(uniforms), -1), torch.tensor(uniforms, dtype=torch.float64))
     assert set(chosen.tolist()) <= set(possible)
     assert logprobs.isfinite().all()
     assert chosen[0] == possible[0]
@@ -232,15 +232,15 @@ def test_impossible_token_is_never_sampled(possible: list[int]) -> None:
 def test_large_vocabulary_loses_no_mass_to_rounding() -> None:
     """100 tokens of probability 1e-9 after a near-certain one: an fp32 sum would lose them."""
     logits = torch.cat([torch.zeros(1), torch.full((100,), math.log(1e-9))])
-    chosen, _ = _sample(logits[None], torch.tensor([1 - 2**-24]))  # 6e-8 below 1: about the 41st of them
+    chosen, _ = _draw(logits[None], torch.tensor([1 - 2**-24]))  # 6e-8 below 1: about the 41st of them
     assert 30 < chosen.item() < 50
-    equal, _ = _sample(torch.zeros(2, 50_000), torch.tensor([1 - 2**-24, 0.50001]))
+    equal, _ = _draw(torch.zeros(2, 50_000), torch.tensor([1 - 2**-24, 0.50001]))
     assert equal.tolist() == [49_999, 25_000]
 
 
 def test_rows_are_sampled_independently() -> None:
     logits = torch.stack([LOGITS, LOGITS.flip(0)])
-    chosen, _ = _sample(logits, torch.tensor([0.4, 0.4]))
+    chosen, _ = _draw(logits, torch.tensor([0.4, 0.4]))
     assert chosen.tolist() == [1, 0]
 
 

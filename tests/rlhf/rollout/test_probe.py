@@ -107,7 +107,9 @@ def test_sync_that_arrived_passes(tiny_model: Path, dtype: torch.dtype, size: fl
         pair.compare(values=False)
 
 
-@pytest.mark.parametrize("lost", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "lost", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+)
 def test_one_lost_weight_is_detected_and_named(tiny_model: Path, lost: str) -> None:
     pair = Pair(tiny_model, BF16)
     pair.step(1e-2)

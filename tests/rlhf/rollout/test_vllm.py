@@ -150,7 +150,6 @@ def test_tokens_and_log_probs_equal_transformers_before_and_after_each_update(
 ) -> None:
     assert engine.version == 0
     same(engine, model(models, 0), version=0)
-    ids = probe_ids(engine.tokenizer)
     for version, seed in enumerate([1, 2, 1, 3], start=1):
         lm = trained(model(models, seed))
         assert engine.sync(lm.named_parameters()) == engine.version == version
@@ -201,7 +200,7 @@ def test_weights_that_are_not_synced_do_not_change(engine: VllmRolloutEngine, mo
     engine.sync(trained(model(models, 1)).named_parameters())
     version = engine.sync([])
     same(engine, model(models, 1), version=version)
-    ids, mixed, new = probe_ids(engine.tokenizer), trained(model(models, 1)), trained(model(models, 3))
+    mixed, new = trained(model(models, 1)), trained(model(models, 3))
     some = {name: w for name, w in new.named_parameters() if ".layers.2." in name or name == "model.norm.weight"}
     mixed.load_state_dict(some, strict=False)
     version = engine.sync(some.items())
@@ -219,7 +218,9 @@ def test_sync_that_loses_weights_is_detected_after_a_step_of_1e_6(
     check(engine, lm, sync_check)
     with torch.no_grad():
         for name, weight in lm.named_parameters():
-            if lost == "everything" or weight.dim() == 2 and "embed" not in name:  # norms would be seen by their values
+            if lost == "everything" or (
+                weight.dim() == 2 and "embed" not in name
+            ):  # norms would be seen by their values
                 weight.add_(1e-6 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).sign())
     real = engine._llm.collective_rpc
     monkeypatch.setattr(engine._llm, "collective_rpc", lambda name, **_: list(_["kwargs"]["weights_iterator"]))
@@ -247,7 +248,6 @@ def test_samples_of_weights_are_those_of_transformers(engine: VllmRolloutEngine,
 def test_probe_detects_a_stale_head(
     engine: VllmRolloutEngine, models: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = probe_ids(engine.tokenizer)
     engine.sync(trained(model(models, 0)).named_parameters())
     lm = trained(model(models, 1))
     with monkeypatch.context() as broken:
