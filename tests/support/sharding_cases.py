@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DbrxConfig,
+    JetMoeConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 
 from components.ppo.experience import Learner, make_experience
 from components.ppo.models import load_models
@@ -52,6 +60,21 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
     "tied": lambda **ids: Qwen2Config(**SIZES, **ids, tie_word_embeddings=True),
     "mixtral": lambda **ids: MixtralConfig(**SIZES, **EXPERTS, **ids, num_local_experts=6),
     "qwen3_moe": lambda **ids: Qwen3MoeConfig(**SIZES, **EXPERTS, **ids, num_experts=6, moe_intermediate_size=64),
+    # Calls a module once per expert that any token is routed to, so a different number of times on each rank.
+    "dbrx": lambda **ids: DbrxConfig(
+        **ids,
+        d_model=128,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=256,
+        initializer_range=0.1,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0},
+        ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 6, "moe_top_k": 2, "moe_loss_weight": 0.1},
+    ),
+    # Adds a bias of experts outside of the forward pass of the module that owns it.
+    "jetmoe": lambda **ids: JetMoeConfig(
+        **SIZES, **ids, kv_channels=32, num_local_experts=6, num_experts_per_tok=2, aux_loss_coef=0.1
+    ),
 }
 
 # (prompt, response) ids; row i belongs to rank i % 2. Rank 0 has most response tokens; rank 1 has none in the second batch, and in
@@ -100,6 +123,11 @@ CASES = [
         for model in ("tied", "mixtral", "qwen3_moe")
         for kind in ("language", "ppo")
         for dtype in (FP32, BF16)
+    ),
+    *(
+        Case(model=model, kind=kind, zero_stage=3, dtype=FP32)
+        for model in ("dbrx", "jetmoe")
+        for kind in ("language", "ppo")
     ),
     *(Case(model=model, kind="language", zero_stage=2, dtype=FP32) for model in ("mixtral", "qwen3_moe")),
 ]
@@ -227,7 +255,11 @@ def require_shards(module: nn.Module, *, is_sharded: bool) -> None:
             shard = getattr(parameter, "ds_tensor", None)
             assert (shard is not None) == is_sharded, name
             assert shard is None or shard.numel() == -(-parameter.ds_numel // NUM_RANKS), name
-    heads = [p for name, p in module.named_parameters() if name.endswith(("lm_head.weight", "embed_tokens.weight"))]
+    heads = [
+        p
+        for name, p in module.named_parameters()
+        if name.endswith(("lm_head.weight", "embed_tokens.weight", "wte.weight"))
+    ]
     assert heads and all((head.numel() == 0) == is_sharded for head in heads)
 
 

@@ -79,12 +79,12 @@ def mean_gap(weights: dict[str, Tensor], others: dict[str, Tensor]) -> float:
 
 
 def before_training(folder: Path) -> dict[str, Tensor]:
-    names = {"actor": "sft", "critic": "reward"}
-    return {
-        f"{trained}.{key}": weight
-        for trained, name in names.items()
-        for key, weight in AutoModel.from_pretrained(folder / name).state_dict(prefix="model.").items()
-    }
+    """The weights below the heads."""
+    weights = {}
+    for trained, name in (("actor", "sft"), ("critic", "reward")):
+        model = AutoModel.from_pretrained(folder / name)
+        weights |= {f"{trained}.{model.base_model_prefix}.{key}": weight for key, weight in model.state_dict().items()}
+    return weights
 
 
 @pytest.mark.parametrize("number", range(len(BATCHES)))
