@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -182,6 +183,35 @@ def submit_command(
     server, run_id = submit.submit(params, access, options, click.echo)
     if wait:
         sys.exit(submit.wait(server, access, run_id, options, click.echo))
+
+
+@cli.command("check-model")
+@click.argument("path", metavar="PATH", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--frozen-layers", type=click.IntRange(min=0), default=0, show_default=True, help="model.num_frozen_layers."
+)
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest prompt and response together, in tokens.")
+@click.option("--chat", is_flag=True, help="Require a chat template, as with data.template: chat.")
+@click.option("--reward-model", is_flag=True, help="Check a reward model instead of a language model.")
+def check_model_command(
+    path: Path, frozen_layers: int, max_tokens: int | None, *, chat: bool, reward_model: bool
+) -> None:
+    """Check that a model folder is computed exactly as transformers computes it, as import_model does.
+
+    Also checks tokenizer, stop tokens and context. docs/models.md lists the architectures.
+    """
+    from components.rlhf.config.import_model import ImportModelStageConfig
+
+    config = ImportModelStageConfig(
+        kind="reward_model" if reward_model else "base_model",
+        source=str(path),
+        num_frozen_layers=frozen_layers,
+        max_sequence_tokens=max_tokens,
+        is_chat=chat,
+    )
+    # Stages run as programs of their own; this process imports no torch.
+    command = [sys.executable, "-m", "components.import_model.check", config.canonical_json()]
+    sys.exit(subprocess.run(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=False).returncode)
 
 
 @cli.group()

@@ -1,8 +1,10 @@
 """Calibration and held-out accuracy of a trained reward model."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from components.reward_model.calibration import calibrate, cut_to_half, sample_responses
@@ -15,6 +17,17 @@ from components.rlhf.rewards.reward_model import RewardModelScorer, pair_accurac
 from components.rlhf.rewards.text import TextScorer
 
 MAX_HELDOUT_PAIRS = 384  # for the held-out accuracies, whose standard error is then at most 2.6%
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelResult:
+    """What the stage saves: a trained or imported reward model, calibrated and measured."""
+
+    model: ScalarModel
+    tokenizer: PreTrainedTokenizerBase  # to save with it: the SFT model's, or its own if it reads text
+    weights: dict[str, Tensor] | None  # that an engine gathered; None for those of the model
+    numbers: dict[str, float]
+    facts: dict[str, str]  # scored_as, and the training engine
 
 
 def calibrate_and_measure(

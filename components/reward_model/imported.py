@@ -1,12 +1,15 @@
-"""A reward model that was trained elsewhere: how it reads responses."""
+"""A reward model that was trained elsewhere: how it reads responses, its accuracy and the scale of its scores."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from components.rlhf.config.model import ModelConfig
-from components.rlhf.data.tokenizer import same_ids
+from components.reward_model.evaluate import RewardModelResult, calibrate_and_measure
+from components.rlhf.config.reward_model import RewardModelStageConfig
+from components.rlhf.data.records import is_chat
+from components.rlhf.data.tokenizer import load_tokenizer, same_ids
 from components.rlhf.models.loading import load_scalar_lm
 from components.rlhf.models.precision import compute_dtype, default_device
 from components.rlhf.models.scalar import ScalarModel
@@ -15,24 +18,38 @@ from components.rlhf.text.errors import InputError
 ScoredAs = Literal["ids", "text"]
 
 
-def scored_as(own: PreTrainedTokenizerBase, actors: PreTrainedTokenizerBase, *, is_chat: bool) -> ScoredAs:
-    """ids if both tokenizers give every text the same ids; else text, which its own chat template and tokenizer encode.
+def measure_imported(
+    folder: Path,
+    config: RewardModelStageConfig,
+    sft_model: Path,
+    texts: dict[str, Any],
+    log: Callable[[str], None],
+) -> RewardModelResult:
+    """Load an imported reward model and measure it. texts are the pairs, prompts and max_tokens of calibrate_and_measure."""
+    tokenizer, own = load_tokenizer(sft_model), load_tokenizer(folder)
+    way = scored_as(own, tokenizer, has_chats=any(map(is_chat, texts["pairs"])))
+    log("the reward model reads " + ("the SFT model's token ids" if way == "ids" else "text, with its own tokenizer"))
+    dtype = compute_dtype(config.model.precision)
+    lm = load_scalar_lm(folder, num_frozen_layers=0, dtype=dtype, trainable=False).to(default_device())
+    lm.config.scored_as = way
+    model = ScalarModel(lm, num_frozen_layers=0, dtype=dtype)
+    text_tokenizer = own if way == "text" else None
+    numbers = calibrate_and_measure(model, config, sft_model, tokenizer, **texts, text_tokenizer=text_tokenizer)
+    return RewardModelResult(
+        model=model, tokenizer=text_tokenizer or tokenizer, weights=None, numbers=numbers, facts={"scored_as": way}
+    )
 
-    Raises InputError for chats that it has no template for.
+
+def scored_as(own: PreTrainedTokenizerBase, actors: PreTrainedTokenizerBase, *, has_chats: bool) -> ScoredAs:
+    """ids if both tokenizers give every text the same ids; else text, for its own chat template and tokenizer.
+
+    Raises InputError if there are chats and it has no template for them.
     """
     if same_ids(own, actors):
         return "ids"
-    if is_chat and not own.chat_template:
+    if has_chats and not own.chat_template:
         raise InputError(
             "The reward model has another tokenizer than the SFT model and no chat template, so it cannot read conversations; "
             "add its chat template to the model folder, or set data.template to plain."
         )
     return "text"
-
-
-def load_imported(folder: Path, config: ModelConfig, way: ScoredAs) -> ScalarModel:
-    """The imported model, frozen. Its config says how it reads responses."""
-    dtype = compute_dtype(config.precision)
-    lm = load_scalar_lm(folder, num_frozen_layers=0, dtype=dtype, trainable=False).to(default_device())
-    lm.config.scored_as = way
-    return ScalarModel(lm, num_frozen_layers=0, dtype=dtype)

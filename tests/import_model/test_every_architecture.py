@@ -219,8 +219,9 @@ def as_page() -> str:
     return f"""# Architectures
 
 Written by `tests/import_model/test_every_architecture.py`, which builds a tiny random model of every causal language model class of
-transformers {transformers.__version__}: {len(exact)} of {len(rows)} are exact, {len(frozen)} of them also with frozen layers; `import_model` refuses the others before
-data is prepared. It checks the model of a run in the same way, with its own weights; `kfp-rlhf check-model PATH` runs only that check.
+transformers {transformers.__version__}: {len(exact)} of {len(rows)} are exact, {len(frozen)} of them also with frozen layers;
+`import_model` refuses the others before data is prepared. It checks the model of a run in the same way, with its own weights;
+`kfp-rlhf check-model PATH` runs only that check.
 
 Exact means that these equal the model's own forward pass on single texts, in fp32, up to rounding: log-probs of padded batches longer
 than the attention windows, with and without frozen layers; responses sampled with a cache while other rows stop; the exported

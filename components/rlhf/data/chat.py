@@ -1,8 +1,10 @@
 """Chat templates: rendering with a fixed date, and the token that closes a turn of the assistant."""
 
+import contextlib
 import datetime
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 from components.rlhf.data.records import Message
 
@@ -21,18 +23,35 @@ def render_chat(
     add_generation_prompt: bool = True,
 ) -> str:
     """The conversation as text. A template that asks for the current date gets the given one, the same on every day."""
-
-    def fixed_date(pattern: str) -> str:
-        return datetime.datetime.combine(date, datetime.time()).strftime(pattern)
-
-    return str(
-        tokenizer.apply_chat_template(
-            [{"role": message.role, "content": message.content} for message in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            strftime_now=fixed_date,
+    with _fixed_clock(date):
+        return str(
+            tokenizer.apply_chat_template(
+                [{"role": message.role, "content": message.content} for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
         )
-    )
+
+
+@contextlib.contextmanager
+def _fixed_clock(date: datetime.date) -> Iterator[None]:
+    """Let strftime_now, which transformers gives to templates and takes from nobody, read this date."""
+    # A tokenizer of transformers has imported it; the submitting machine may have no transformers.
+    module: Any = sys.modules.get("transformers.utils.chat_template_utils")
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Self:
+            return cls(date.year, date.month, date.day, tzinfo=tz)
+
+    if module is None:
+        yield
+        return
+    original, module.datetime = module.datetime, Clock
+    try:
+        yield
+    finally:
+        module.datetime = original
 
 
 def turn_end_id(tokenizer: "PreTrainedTokenizerBase") -> int | None:

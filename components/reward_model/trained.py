@@ -1,0 +1,34 @@
+"""Trains a reward model, then calibrates and measures it."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from components.reward_model.evaluate import RewardModelResult, calibrate_and_measure
+from components.reward_model.trainer import RewardModelTrainer
+from components.rlhf.config.reward_model import RewardModelStageConfig
+from components.rlhf.data.records import PreferencePair
+from components.rlhf.data.tokenizer import load_tokenizer
+from components.rlhf.engine.factory import engine_name
+from components.rlhf.engine.group import join_process_group
+from components.rlhf.engine.protocol import Group
+from components.rlhf.runtime.training import TrainingContext
+
+
+def train_and_measure(
+    start: Path,
+    config: RewardModelStageConfig,
+    sft_model: Path,
+    pairs: Sequence[PreferencePair],
+    texts: dict[str, Any],
+    context_of: Callable[[Group], TrainingContext],
+) -> RewardModelResult:
+    """Train from the model folder start. texts are the held-out pairs, prompts and max_tokens of calibrate_and_measure."""
+    training, tokenizer = config.reward_model.training, load_tokenizer(sft_model)
+    with join_process_group(timeout_minutes=training.timeout_minutes) as group:
+        trainer = RewardModelTrainer(config, start, context_of(group))
+        numbers = trainer.train(tokenizer, pairs, max_tokens=texts["max_tokens"])
+        numbers |= calibrate_and_measure(trainer.model, config, sft_model, tokenizer, **texts)
+        weights = trainer.weights()
+    facts = {"scored_as": "ids", "training_engine": engine_name(training, group)}
+    return RewardModelResult(model=trainer.model, tokenizer=tokenizer, weights=weights, numbers=numbers, facts=facts)
