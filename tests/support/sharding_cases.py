@@ -248,6 +248,38 @@ def ppo_steps(
     return numbers, engines
 
 
+class Experts(nn.Module):
+    """Runs one of a list of experts, as models of transformers did before their experts were one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(128, 128) for _ in range(4))
+
+    def forward(self, x: Tensor, chosen: int) -> Tensor:
+        output: Tensor = self.experts[chosen](x)
+        return output
+
+
+def expert_steps(group: Group = SINGLE_PROCESS) -> dict[str, Tensor]:
+    """The weights after three steps in which each rank chooses other experts, and one process those of both ranks."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(128, 128), Experts())
+        inputs = torch.randn(3, NUM_RANKS, 5, 128)
+    name = "torch" if group.world_size == 1 else "deepspeed"
+    training = training_of(name, zero_stage=3, num_processes=group.world_size)
+    engine = create_engine(module, training, num_steps=4, group=group, dtype=FP32)
+    for number, of_ranks in enumerate(inputs):
+        ranks = range(NUM_RANKS) if group.world_size == 1 else [group.rank]
+        for rank in ranks:
+            loss = module[1](module[0](of_ranks[rank]), (number + rank) % 3).square().mean() / NUM_RANKS
+            if group.world_size == 1:  # sharded weights that nothing used have the gradient 0, others have none
+                loss = loss + 0 * torch.stack([parameter.sum() for parameter in module.parameters()]).sum()
+            engine.backward(loss, last=rank == ranks[-1])
+        engine.step()
+    return whole_weights(engine)
+
+
 def require_shards(module: nn.Module, *, is_sharded: bool) -> None:
     """Every matrix of the model, with that of the head, is really sharded, or none is."""
     for name, parameter in module.named_parameters():
@@ -266,6 +298,9 @@ def require_shards(module: nn.Module, *, is_sharded: bool) -> None:
 def main(folder: Path, models: Path) -> None:
     actor_module.MAX_LOGITS = PIECE * len(make_tiny_tokenizer())
     with join_process_group(timeout_minutes=1) as group:
+        weights = expert_steps(group)
+        if group.rank == 0:
+            save_file(weights, folder / "experts.safetensors")
         for case in CASES:
             group.watchdog(case.name)
             numbers, weights = run(case, models, group)

@@ -15,7 +15,17 @@ from transformers import AutoModel
 
 from components.rlhf.data.batching import local_microbatches
 from tests.support.engine_cases import FP32, Numbers
-from tests.support.sharding_cases import BATCHES, CASES, MAX_TOKENS, NUM_RANKS, PIECE, Case, make_models, run
+from tests.support.sharding_cases import (
+    BATCHES,
+    CASES,
+    MAX_TOKENS,
+    NUM_RANKS,
+    PIECE,
+    Case,
+    expert_steps,
+    make_models,
+    run,
+)
 
 pytestmark = pytest.mark.deepspeed
 # Numbers of a case that are computed before its first update.
@@ -70,6 +80,13 @@ def test_sharded_steps_equal_those_of_one_process(found: Path, models: Path, cas
     assert their_weights.keys() == weights.keys()
     gap, moved = (mean_gap(weights, others) for others in (their_weights, before_training(models / case.model)))
     assert gap < (1e-4 if case.dtype == FP32 else 0.3) * moved  # Adam's first step is the sign even of a rounding error
+
+
+def test_ranks_may_use_different_experts_of_a_list(found: Path) -> None:
+    weights, theirs = expert_steps(), load_file(found / "experts.safetensors")
+    assert theirs.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(theirs[name], weight, rtol=1e-5, atol=1e-6)
 
 
 def mean_gap(weights: dict[str, Tensor], others: dict[str, Tensor]) -> float:
