@@ -69,7 +69,15 @@ class PpoTrainer:
         self.best_objective = float("-inf")
 
     def train(self, prompts: Sequence[Prompt], validation: Sequence[Prompt]) -> History:
-        """Run every iteration that no checkpoint has; return one row of metrics per iteration."""
+        """Run every iteration that no checkpoint has; return one row of metrics per iteration.
+
+        Validation takes as many prompts as the ranks can share equally, because all of them run as many forward passes.
+        """
+        validation = validation[: len(validation) // self.group.world_size * self.group.world_size]
+        if self.ppo.eval_every and not validation:
+            self.progress.log(
+                f"no validation: there are fewer validation prompts than processes ({self.group.world_size})"
+            )
         first = self._restore() + 1
         self._check_sync()
         if first == 1 and self.ppo.eval_every and validation:
@@ -142,8 +150,7 @@ class PpoTrainer:
     def _validate(self, validation: Sequence[Prompt], iteration: int) -> dict[str, float]:
         """Sample the validation prompts with the current policy. The objective is the mean score minus its KL cost."""
         self.group.watchdog(f"PPO evaluation after iteration {iteration}")
-        count = len(validation) - len(validation) % self.group.world_size  # every rank runs as many forward passes
-        rows = range(count)[self.group.rank :: self.group.world_size]
+        rows = range(self.group.rank, len(validation), self.group.world_size)
         # The same draws in every evaluation of every run, so that only the policy differs.
         seeds = [derive_seed("validation", 0, row) for row in rows]
         completions = self.rollout.generate([validation[row] for row in rows], self.ppo.rollout.sampling, seeds)

@@ -30,7 +30,7 @@ from tests.support.ppo_runs import (
     weights,
     without_times,
 )
-from tests.support.training import checkpoints_every_step
+from tests.support.training import checkpoints_every_step, context_of
 
 
 def number_of(value: float) -> Any:
@@ -246,6 +246,24 @@ def test_run_interrupted_after_convergence_stays_converged(
 def test_model_that_never_improves_on_its_start_has_converged(tiny_model: Path, reward_model: Path) -> None:
     trainer = evals(tiny_model, reward_model, [5.0, 1.0, 2.0, 99.0])
     assert len(trainer.train(PROMPTS, VALIDATION)) == 2
+
+
+def test_validation_prompts_that_the_ranks_cannot_share_equally_are_left_out(
+    tiny_model: Path, reward_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if that is all of them. The other ranks are not there: this one works as the first of several."""
+    config = config_of(eval_every=1, minibatch=8)
+    used = {}
+    for world_size in (2, 8):
+        group = SingleProcess()
+        group.world_size = world_size
+        models, rollout = load(config, tiny_model, reward_model)
+        trainer = PpoTrainer(config, models, rollout, replace(context_of("ppo"), group=group))
+        history = trainer.train(PROMPTS, VALIDATION)
+        used[world_size] = [sample.prompt for sample in trainer.validation if sample.iteration == 1]
+        assert all(("validation/objective" in row) == (world_size == 2) for row in history)
+    assert used == {2: [VALIDATION[0].prompt], 8: []}
+    assert "no validation: there are fewer validation prompts than processes (8)" in capsys.readouterr().err
 
 
 def test_validation_objective_is_score_minus_kl_cost(tiny_model: Path, reward_model: Path) -> None:

@@ -1,6 +1,5 @@
 """The engine that shards: DeepSpeed ZeRO."""
 
-import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from deepspeed.utils import (
     safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    set_z3_leaf_module,
 )
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -59,13 +59,13 @@ class DeepSpeedEngine:
             self.parameters.values(), lr=self.peak, betas=(0.9, 0.95), weight_decay=training.weight_decay
         )
         init_deepspeed()
-        with _unchanged_buffers(module):
-            self.engine, self.optimizer, *_ = deepspeed.initialize(
-                model=module,
-                optimizer=optimizer,
-                config=deepspeed_config(training, dtype=dtype, world_size=group.world_size),
-                dist_init_required=False,
-            )
+        _gather_experts_together(module)
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config(training, dtype=dtype, world_size=group.world_size),
+            dist_init_required=False,
+        )
         self._allocate_moments()
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -163,19 +163,27 @@ def shard_frozen_model(module: nn.Module, training: TrainingConfig, *, group: Gr
     """Shard a module that is not trained over the ranks; each layer is gathered while it computes."""
     init_deepspeed()
     config = deepspeed_config(training, dtype=dtype, world_size=group.world_size)
-    with _unchanged_buffers(module):
-        deepspeed.initialize(model=module, config=config, dist_init_required=False)
+    _gather_experts_together(module)
+    deepspeed.initialize(model=module, config=config, dist_init_required=False)
+    # DeepSpeed keeps small weights whole, but only from their first use on, and some models use one outside of its module's forward.
+    parameters: list[Any] = list(module.parameters())
+    small = [parameter for parameter in parameters if parameter.ds_persist]
+    if small:
+        small[0].all_gather(small)
 
 
-@contextlib.contextmanager
-def _unchanged_buffers(module: nn.Module) -> Iterator[None]:
-    """Restore the precision of the buffers, which DeepSpeed casts to bf16: RoPE's frequencies need fp32."""
-    before = [(owner, name, buffer) for owner in module.modules() for name, buffer in owner._buffers.items()]
-    yield
-    for owner, name, buffer in before:
-        moved = owner._buffers[name]
-        if buffer is not None and moved is not None:
-            owner._buffers[name] = buffer.to(moved.device)
+def _gather_experts_together(module: nn.Module) -> None:
+    """Make ZeRO-3 gather all experts of a layer at once where they are a list of modules, or one module that is called for each.
+
+    Which experts run depends on the tokens of a rank, and gathering them one by one is collective: ranks would wait for each other.
+    Experts that are computed by one call, as in most models, need nothing.
+    """
+    for parent in list(module.modules()):
+        experts = parent._modules.get("experts")
+        if isinstance(experts, nn.ModuleList | nn.ModuleDict):
+            set_z3_leaf_module(parent, True)
+        elif experts is not None and sum(any(True for _ in child.parameters()) for child in experts.children()) == 1:
+            set_z3_leaf_module(experts, True)
 
 
 def gathered(parameter: nn.Parameter, *, changed: bool = False) -> Any:

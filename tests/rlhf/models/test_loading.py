@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from components.rlhf.data.tokenizer import load_tokenizer
-from components.rlhf.models.actor import SamplingDistribution
+from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.loading import (
+    halve_frozen_copy,
     load_causal_lm,
     load_scalar_lm,
     load_stop_ids,
@@ -253,3 +254,19 @@ def test_non_finite_weights_are_not_saved(tiny_model: Path, tmp_path: Path) -> N
     with pytest.raises(InputError, match="are not finite after the last step"):
         save_model(model, load_tokenizer(tiny_model), tmp_path, dtype=torch.float32)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_halved_frozen_copy_has_the_same_output_under_autocast(tmp_path: Path, tied: bool) -> None:
+    folder = make_tiny_model(tmp_path, seed=4, tied=tied)
+    whole = actor_of(folder, dtype=BF16)
+    halved = Actor(halve_frozen_copy(actor_of(folder).lm), num_frozen_layers=0, dtype=BF16)
+    for distribution in (SamplingDistribution(), SamplingDistribution(temperature=0.7)):
+        for ours, theirs in zip(
+            *(actor(batch(), distribution, with_entropy=True) for actor in (halved, whole)), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+    kept = {"lm.model.embed_tokens.weight"} | {name for name, p in halved.named_parameters() if p.ndim == 1}
+    assert {p.dtype for name, p in halved.named_parameters() if name not in kept} == {BF16}
+    assert {p.dtype for name, p in halved.named_parameters() if name in kept} == {FP32}
+    assert (halved.lm.lm_head.weight is halved.lm.model.embed_tokens.weight) == tied
