@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -191,10 +192,17 @@ def submit_command(
     "--frozen-layers", type=click.IntRange(min=0), default=0, show_default=True, help="model.num_frozen_layers."
 )
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest prompt and response together, in tokens.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="model.precision.",
+)
 @click.option("--chat", is_flag=True, help="Require a chat template, as with data.template: chat.")
 @click.option("--reward-model", is_flag=True, help="Check a reward model instead of a language model.")
 def check_model_command(
-    path: Path, frozen_layers: int, max_tokens: int | None, *, chat: bool, reward_model: bool
+    path: Path, frozen_layers: int, max_tokens: int | None, precision: Any, *, chat: bool, reward_model: bool
 ) -> None:
     """Check that a model folder is computed exactly as transformers computes it, as import_model does.
 
@@ -207,6 +215,7 @@ def check_model_command(
         source=str(path),
         num_frozen_layers=frozen_layers,
         max_sequence_tokens=max_tokens,
+        precision=precision,
         is_chat=chat,
     )
     # Stages run as programs of their own; this process imports no torch.

@@ -171,5 +171,6 @@ def import_settings(
         num_frozen_layers=params.model.num_frozen_layers if is_language_model else 0,
         lora_modules=params.model.lora.target_modules if params.model.lora and is_language_model else (),
         max_sequence_tokens=max(params.data.max_tokens, params.data.max_prompt_tokens + longest_response),
+        precision=params.model.precision,
         is_chat=params.data.template == "chat" and is_language_model,
     ).canonical_json()

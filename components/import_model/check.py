@@ -29,12 +29,19 @@ def main(settings: str) -> None:
     try:
         import transformers
 
+        from components.import_model.conformance import require_bf16
         from components.import_model.importer import check_model, load_source
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         model, tokenizer = load_source(config, Path(config.source))
         facts = check_model(config, model, tokenizer, lambda _: None)
+        architecture, size = (
+            f"{type(model).__name__} ({model.config.model_type})",
+            sum(p.numel() for p in model.parameters()),
+        )
+        if config.precision != "fp32" and config.kind != "reward_model":
+            require_bf16(model)
     except ModuleNotFoundError as error:
         click.echo(
             f"error: check-model needs torch and transformers (no module {error.name}); run pip install 'kfp-rlhf[cpu]', or "
@@ -46,8 +53,8 @@ def main(settings: str) -> None:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     table = Table(show_header=False, box=None)
-    table.add_row("architecture", f"{type(model).__name__} ({model.config.model_type})")
-    table.add_row("parameters", f"{sum(p.numel() for p in model.parameters()):,}")
+    table.add_row("architecture", architecture)
+    table.add_row("parameters", f"{size:,}")
     for name, label in LABELS.items():
         if name in facts:
             value = facts[name]

@@ -13,7 +13,7 @@ from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.batching import collate
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import layers_of
-from components.rlhf.models.loading import load_causal_lm
+from components.rlhf.models.loading import cast_parameters, load_causal_lm
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rollout.hf import sample
 from components.rlhf.text.errors import InputError
@@ -119,9 +119,10 @@ def fixed_logprobs(lm: Any) -> Tensor:
     return _own_logprobs(lm, ids[:1], ids[1:])
 
 
-def require_same_after_saving(folder: Path, before: Tensor, dtype: torch.dtype) -> None:
-    """Raise InputError unless the saved model gives the log-probs that it gave before it was saved in dtype."""
-    after = fixed_logprobs(load_causal_lm(folder, num_frozen_layers=0, dtype=torch.float32, trainable=False))
+def require_same_after_saving(folder: Path, before: Tensor, dtype: torch.dtype) -> Any:
+    """The saved model in fp32. Raises InputError unless it gives the log-probs that it gave before it was saved in dtype."""
+    lm = load_causal_lm(folder, num_frozen_layers=0, dtype=torch.float32, trainable=False)
+    after = fixed_logprobs(lm)
     gap = _gap(after, before)
     tolerance = TOLERANCE if dtype == torch.float32 else ROUNDED_TOLERANCE
     if gap > tolerance:
@@ -129,6 +130,26 @@ def require_same_after_saving(folder: Path, before: Tensor, dtype: torch.dtype) 
             f"The model does not survive saving and loading: its log-probs change by up to {gap:.3g} nats ({tolerance:g} is "
             "tolerated); choose another architecture."
         )
+    return lm
+
+
+def require_bf16(lm: Any) -> None:
+    """Raise InputError if training or sampling in bf16 fails. Rounds the weights of lm, which is in fp32, to bf16."""
+    size = lm.config.get_text_config().vocab_size
+    prompts = [_ids(row, length, size).tolist() for row, (length, _) in enumerate(LENGTHS)]
+    try:
+        batch = collate(prompts, prompts).to(lm.device)
+        lm.requires_grad_(True)
+        actor = Actor(lm, num_frozen_layers=0, dtype=torch.bfloat16)  # as trained: fp32 weights under autocast
+        actor(batch, SamplingDistribution())[0].sum().backward()
+        lm.zero_grad(set_to_none=True)
+        sample(cast_parameters(lm, torch.bfloat16), prompts, SAMPLING, range(len(prompts)), stop_ids=NO_STOP)
+    except Exception as error:  # the code of an architecture can raise any exception for a mixture of dtypes
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise InputError(
+            f"{type(lm).__name__} ({lm.config.model_type}) cannot be trained or sampled in bf16 ({type(error).__name__}: {reason}); "
+            "set model.precision to fp32."
+        ) from error
 
 
 def _sampling_gap(lm: Any, prompts: list[list[int]]) -> float:

@@ -22,6 +22,7 @@ from components.import_model.conformance import (
     check_conformance,
     check_scalar_conformance,
     fixed_logprobs,
+    require_bf16,
     require_same_after_saving,
 )
 from components.import_model.facts import (
@@ -35,7 +36,7 @@ from components.rlhf.artifacts.directory import open_artifact
 from components.rlhf.artifacts.manifest import MANIFEST
 from components.rlhf.config.import_model import ImportModelStageConfig
 from components.rlhf.data.tokenizer import load_tokenizer, stop_ids_of
-from components.rlhf.models.layers import HEAD_NAME, num_layers
+from components.rlhf.models.layers import HEAD_NAME, num_layers, require_layers_to_train
 from components.rlhf.models.loading import (
     cast_parameters,
     load_causal_lm,
@@ -78,7 +79,9 @@ def import_model(
     }
     del model
     if before is not None:
-        require_same_after_saving(target, before, dtype)
+        saved = require_same_after_saving(target, before, dtype)
+        if config.precision != "fp32":
+            require_bf16(saved)
     return tokenizer, facts
 
 
@@ -118,6 +121,7 @@ def check_model(
         return {"conformance_gap": gap, "max_positions": found.max_positions}
     if config.is_chat:
         require_chat_template(config.source, tokenizer)
+    require_layers_to_train(model, config.num_frozen_layers)
     require_lora_modules(model, config.lora_modules)
     require_scalar_class(model.config)
     gaps = check_conformance(model, num_frozen_layers=config.num_frozen_layers, vocab_size=len(tokenizer.get_vocab()))

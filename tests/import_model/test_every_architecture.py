@@ -20,6 +20,7 @@ from components.import_model.conformance import (
     _short_windows,
     check_conformance,
     fixed_logprobs,
+    require_bf16,
     require_same_after_saving,
 )
 from components.rlhf.data.batching import TokenBatch, collate
@@ -45,13 +46,12 @@ class Row:
     name: str
     result: str  # yes, or why not
     frozen: str = ""
+    bf16: str = ""
     reward_model: str = ""
     router_loss: str = ""
 
     def __str__(self) -> str:
-        return (
-            f"| {self.type} | {self.name} | {self.result} | {self.frozen} | {self.reward_model} | {self.router_loss} |"
-        )
+        return f"| {self.type} | {self.name} | {self.result} | {self.frozen} | {self.bf16} | {self.reward_model} | {self.router_loss} |"
 
 
 ROWS: dict[str, Row] = {}
@@ -147,6 +147,7 @@ def test_architecture_is_exact_or_refused(kind: str, tmp_path: Path) -> None:
         name=name,
         result="yes",
         frozen=frozen,
+        bf16=bf16_of(tmp_path / "model"),
         reward_model=reward_model_of(tmp_path / "model", batch, frozen_depths),
         router_loss=router_loss_of(tmp_path / "model"),
     )
@@ -175,6 +176,15 @@ def last_state(lm: Any, ids: Tensor) -> Tensor:
     lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     handle.remove()
     return outputs[-1][0, -1]
+
+
+def bf16_of(folder: Path) -> str:
+    """Whether training and sampling in bf16 work."""
+    try:
+        require_bf16(load_causal_lm(folder, num_frozen_layers=0, dtype=torch.float32))
+    except InputError:
+        return "no"
+    return "yes"
 
 
 def router_loss_of(folder: Path) -> str:
@@ -226,9 +236,10 @@ transformers {transformers.__version__}: {len(exact)} of {len(rows)} are exact, 
 Exact means that these equal the model's own forward pass on single texts, in fp32, up to rounding: log-probs of padded batches longer
 than the attention windows, with and without frozen layers; responses sampled with a cache while other rows stop; the exported
 model; scores of a reward model of this architecture. *Reward model* says which class it has: of transformers, or a generic one, which
-`AutoModelForSequenceClassification` loads only after `components.rlhf.models.loading.register_scalar_class`. *Router loss* says that
-the auxiliary loss of a mixture of experts is added as transformers adds it.
+`AutoModelForSequenceClassification` loads only after `components.rlhf.models.loading.register_scalar_class`. *bf16* says whether
+training and sampling in bf16 work; otherwise set `model.precision` to fp32. *Router loss* says that the auxiliary loss of a mixture
+of experts is added as transformers adds it.
 
-| model_type | class | exact | frozen layers | reward model | router loss |
-|---|---|---|---|---|---|
+| model_type | class | exact | frozen layers | bf16 | reward model | router loss |
+|---|---|---|---|---|---|---|
 """ + "".join(f"{row}\n" for row in rows)

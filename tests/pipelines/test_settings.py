@@ -237,6 +237,7 @@ def test_settings_of_a_stage_are_canonical_json(file: Path) -> None:
         "num_frozen_layers": 0,
         "lora_modules": [],
         "max_sequence_tokens": 1024,
+        "precision": "auto",
         "is_chat": False,
     }
     assert ImportModelStageConfig.from_json(text).source == "org/name"

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from components.rlhf.config.base import BaseConfig, Count, PositiveInt
+from components.rlhf.config.model import Precision
 
 
 class ImportModelStageConfig(BaseConfig):
@@ -16,5 +17,7 @@ class ImportModelStageConfig(BaseConfig):
     """model.lora.target_modules, which the layers must have; empty without LoRA."""
     max_sequence_tokens: PositiveInt | None = None
     """The longest prompt and response of the run together, which must fit into the context of the model."""
+    precision: Precision = "auto"
+    """model.precision; unless it is fp32, training and sampling in bf16 must work."""
     is_chat: bool = False
     """Whether the run needs the chat template."""
