@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     modeling_utils,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -181,6 +182,18 @@ def load_stop_ids(directory: Path) -> tuple[int, ...]:
     if not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise InputError(f"{directory}: eos_token_id must be a token id or a list of token ids.")
     return tuple(ids)
+
+
+def empty_causal_lm(directory: Path) -> Any:
+    """The model of a folder without its weights, on the device meta."""
+    from_config: Any = AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        return from_config(_config(directory), trust_remote_code=False)
+
+
+def stored_form(lm: Any, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """One weight of a loaded model in the form of its folder: other names, and experts of their own instead of one fused tensor."""
+    yield from revert_weight_conversion(lm, {name: weight}).items()
 
 
 def collect_weights(named: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from components.rlhf.config.model import SamplingConfig
 from components.rlhf.config.ppo import VllmConfig
 from components.rlhf.data.records import Completion, Prompt, is_chat
 from components.rlhf.data.tokenizer import encode_prompt, load_tokenizer
+from components.rlhf.models.loading import empty_causal_lm, stored_form
 from components.rlhf.rollout.probe import WeightSample
 from components.rlhf.rollout.vllm_errors import start_error
 from components.rlhf.text.errors import InputError
@@ -50,6 +51,7 @@ class VllmRolloutEngine:
         self.max_model_len = max_model_len
         self.dtype = dtype
         self.tensor_parallel_size = config.tensor_parallel_size
+        self._shell = empty_causal_lm(model_folder)  # knows the names that the weights have in the folder
         self._sleeping: set[str] = set()  # vLLM's wake-up tags: "weights", "kv_cache"
         self._owns_process_group = not torch.distributed.is_initialized()
         _check_processes(config.tensor_parallel_size)
@@ -100,6 +102,11 @@ class VllmRolloutEngine:
             self.close()
             raise start_error(error, model_folder=model_folder, config=config, max_model_len=max_model_len) from error
         self.name = f"vllm {vllm.__version__}"
+        if self.on_cpu and any(self._llm.apply_model(_has_experts)):
+            self.close()
+            raise InputError(
+                f"vLLM 0.32 on a CPU loses the packed experts of {model_folder} when weights are updated; set ppo.rollout.engine to hf."
+            )
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int]) -> list[Completion]:
         """sampling.batch_size is ignored in favor of num_sequences. On a GPU the engine sleeps afterwards.
@@ -234,7 +241,8 @@ class VllmRolloutEngine:
         # vLLM holds the parts of a fused matrix (q, k and v) until it has all of them, but a trainer with sharded weights
         # has freed the first by then. So copy each, in the engine's dtype; at most one layer's copies exist at a time.
         for name, weight in weights:
-            yield name, weight.detach().to(self.dtype, copy=True)
+            for stored_name, stored in stored_form(self._shell, name, weight.detach()):
+                yield stored_name, stored.to(self.dtype, copy=True)
 
     def _sleep(self) -> None:
         """Free GPU memory for the updates: drop the cache and offload the weights to main memory."""
@@ -246,6 +254,10 @@ class VllmRolloutEngine:
         if tag in self._sleeping:
             self._llm.wake_up(tags=[tag])
             self._sleeping.remove(tag)
+
+
+def _has_experts(model: torch.nn.Module) -> bool:
+    return any("Experts" in type(module).__name__ or "FusedMoE" in type(module).__name__ for module in model.modules())
 
 
 def _sample_weights(model: torch.nn.Module) -> dict[str, WeightSample]:
