@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.data.batching import collate, split_by_tokens
 from components.rlhf.data.records import Completion, Prompt
-from components.rlhf.data.tokenizer import load_tokenizer
+from components.rlhf.data.tokenizer import decode_response, load_tokenizer
 from components.rlhf.maths.kl import estimate_kl
 from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.models.actor import Actor, SamplingDistribution
@@ -107,7 +107,7 @@ def cut_to_equal_length(
 
     def cut(completion: Completion, length: int) -> Completion:
         ids = ids_without_stop(completion)[:length]
-        text = str(tokenizer.decode(ids, skip_special_tokens=True))
+        text = decode_response(tokenizer, completion.prompt_ids, ids)
         return replace(completion, response_ids=ids, response=text, logprobs=None, truncated=True)
 
     lengths = [min(len(ids_without_stop(a)), len(ids_without_stop(b))) for a, b in zip(first, second, strict=True)]

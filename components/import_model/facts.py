@@ -1,14 +1,21 @@
 """What a run needs to know of a model and its tokenizer, and the contradictions between them."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from components.rlhf.config.model import LoraConfig
 from components.rlhf.data.tokenizer import response_end_id, special_prefix, stop_ids_of
 from components.rlhf.models.layers import layers_of
+from components.rlhf.models.lora import add_adapters, merged_weights
 from components.rlhf.text.errors import InputError
+
+POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # names in the configs of transformers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +52,20 @@ def read_facts(model: Any, tokenizer: PreTrainedTokenizerBase, generation_eos: t
 def max_positions(config: Any) -> int:
     """The longest text that the model was made for, in tokens; 0 if its config has no limit (ALiBi, recurrent models)."""
     text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return 0
-    for rope in (getattr(text, "rope_parameters", None), getattr(text, "rope_scaling", None)):
-        if isinstance(rope, dict) and rope.get("original_max_position_embeddings") and rope.get("factor"):
+    limits = [getattr(text, name, None) for name in POSITIONS]
+    limit = next((limit for limit in limits if isinstance(limit, int) and limit > 0), 0)
+    for rope in _ropes(text) if limit else []:
+        if rope.get("original_max_position_embeddings") and rope.get("factor"):
             limit = max(limit, int(rope["original_max_position_embeddings"] * rope["factor"]))
     return limit
+
+
+def _ropes(text: Any) -> list[dict[str, Any]]:
+    """The RoPE parameters of a config: one set, or one for each kind of layer."""
+    found = [
+        rope for name in ("rope_parameters", "rope_scaling") if isinstance(rope := getattr(text, name, None), dict)
+    ]
+    return [*found, *(inner for rope in found for inner in rope.values() if isinstance(inner, dict))]
 
 
 def require_matching_tokenizer(
@@ -60,7 +74,13 @@ def require_matching_tokenizer(
     """Raise InputError if the tokenizer has ids for which the model has no embedding, or sampling could never stop."""
     size = embedding_size(model)
     vocabulary = tokenizer.get_vocab()
-    beyond = sorted((number, token) for token, number in vocabulary.items() if number >= size)
+    # A special token that no text uses, such as that of an image in a model without vision, needs no embedding.
+    template = str(tokenizer.chat_template or "")
+    beyond = sorted(
+        (number, token)
+        for token, number in vocabulary.items()
+        if number >= size and (number not in tokenizer.all_special_ids or token in template or number in facts.stop_ids)
+    )
     if beyond:
         raise InputError(
             f"{folder}: the tokenizer has {len(vocabulary):,} tokens, but the model embeds only the ids below {size:,} "
@@ -74,7 +94,18 @@ def require_matching_tokenizer(
         )
 
 
-def require_context(folder: Path | str, facts: ModelFacts, max_sequence_tokens: int | None) -> None:
+def require_context(folder: Path | str, config: Any, facts: ModelFacts, max_sequence_tokens: int | None) -> None:
+    """Raise InputError if texts of the run do not fit into the context, or would change the positions of shorter ones."""
+    for rope in _ropes(config.get_text_config()):
+        kind, short = rope.get("rope_type"), rope.get("original_max_position_embeddings")
+        short = short or getattr(config.get_text_config(), "original_max_position_embeddings", None)
+        if kind == "dynamic":
+            short = short or facts.max_positions
+        if kind in ("longrope", "dynamic") and short and (max_sequence_tokens or 0) > short:
+            raise InputError(
+                f"{folder}: with {kind} RoPE the positions of all texts of a batch change when one is longer than {short:,} tokens, but "
+                f"prompt and response may have {max_sequence_tokens:,}; lower data.max_tokens, data.max_prompt_tokens or max_new_tokens."
+            )
     if max_sequence_tokens and facts.max_positions and max_sequence_tokens > facts.max_positions:
         raise InputError(
             f"{folder}: prompt and response may have {max_sequence_tokens:,} tokens together, but the model has only "
@@ -90,21 +121,47 @@ def require_chat_template(folder: Path | str, tokenizer: PreTrainedTokenizerBase
         )
 
 
-def require_lora_modules(model: Any, names: tuple[str, ...]) -> None:
-    """Raise InputError unless the layers have linear modules of all these names."""
+def require_lora_modules(model: Any, names: tuple[str, ...], *, num_frozen_layers: int) -> None:
+    """Raise InputError unless adapters of these modules can be trained and merged, tried on the model without its weights."""
     if not names:
         return
-    found = {
-        name.rpartition(".")[2]
+    modules = [
+        (name, module)
         for layer in layers_of(model)
         for name, module in layer.named_modules()
-        if type(module).__name__ == "Linear"
-    }
+        if isinstance(module, nn.Linear)
+    ]
+    found = {name.rpartition(".")[2] for name, _ in modules}
     if unknown := sorted(set(names) - found):
-        raise InputError(
-            f"model.lora.target_modules names {', '.join(unknown)}, which no layer of {type(model).__name__} has; "
-            f"choose among {', '.join(sorted(found))}."
+        choices = (
+            f"choose among {', '.join(sorted(found))}" if found else "it has no linear modules; set model.lora to null"
         )
+        raise InputError(
+            f"model.lora.target_modules names {', '.join(unknown)}, which no layer of {type(model).__name__} has; {choices}."
+        )
+    owners = Counter(id(module.weight) for name, module in modules if name.rpartition(".")[2] in names)
+    try:
+        if max(owners.values()) > 1:
+            raise ValueError("layers share these weights")
+        empty = _without_weights(model)
+        expected = set(empty.state_dict())
+        add_adapters(empty, LoraConfig(target_modules=names), num_frozen_layers=num_frozen_layers, seed=0)
+        if {name for name, _ in merged_weights(empty, empty.state_dict().items())} != expected:
+            raise ValueError("they cannot be merged into the weights of the model")
+    except InputError:
+        raise
+    except Exception as error:  # peft raises many types for modules that it does not know
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(
+            f"{type(model).__name__} cannot have LoRA adapters on {', '.join(names)} ({reason}); name other modules in "
+            "model.lora.target_modules."
+        ) from error
+
+
+def _without_weights(model: Any) -> Any:
+    from_config: Any = AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        return from_config(model.config, trust_remote_code=False)
 
 
 def embedding_size(model: Any) -> int:

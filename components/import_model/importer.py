@@ -103,7 +103,7 @@ def load_source(config: ImportModelStageConfig, folder: Path) -> tuple[Any, PreT
     model = load_causal_lm(folder, num_frozen_layers=0, dtype=torch.float32)
     # Stop and padding ids only: the model's own sampling settings must not affect rollouts.
     model.generation_config = GenerationConfig(
-        eos_token_id=stop_ids_of(tokenizer, eos), pad_token_id=model.config.pad_token_id
+        eos_token_id=stop_ids_of(tokenizer, eos), pad_token_id=tokenizer.pad_token_id
     )
     return model, tokenizer
 
@@ -115,14 +115,14 @@ def check_model(
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
     found = read_facts(model, tokenizer, tuple(eos if isinstance(eos, list) else [eos]))
     require_matching_tokenizer(config.source, model, tokenizer, found)
-    require_context(config.source, found, config.max_sequence_tokens)
+    require_context(config.source, model.config, found, config.max_sequence_tokens)
     if config.kind == "reward_model":
         gap = check_scalar_conformance(model)
         return {"conformance_gap": gap, "max_positions": found.max_positions}
     if config.is_chat:
         require_chat_template(config.source, tokenizer)
     require_layers_to_train(model, config.num_frozen_layers)
-    require_lora_modules(model, config.lora_modules)
+    require_lora_modules(model, config.lora_modules, num_frozen_layers=config.num_frozen_layers)
     require_scalar_class(model.config)
     gaps = check_conformance(model, num_frozen_layers=config.num_frozen_layers, vocab_size=len(tokenizer.get_vocab()))
     log(found.stops_sentence())

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.records import Completion, PreferencePair, Prompt, is_chat
-from components.rlhf.data.tokenizer import encode_text
+from components.rlhf.data.tokenizer import decode_response, encode_text
 from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.models.loading import load_causal_lm, load_stop_ids
 from components.rlhf.models.precision import default_device
@@ -57,5 +57,5 @@ def cut_to_half(tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, *, max
         for text in (pair.chosen, pair.rejected)
     ]
     length = max(min(len(text.response_ids) for text in texts) // 2, 1)
-    chosen, rejected = (str(tokenizer.decode(text.response_ids[:length])) for text in texts)
+    chosen, rejected = (decode_response(tokenizer, text.prompt_ids, text.response_ids[:length]) for text in texts)
     return replace(pair, chosen=chosen, rejected=rejected)

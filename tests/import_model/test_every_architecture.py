@@ -238,7 +238,7 @@ than the attention windows, with and without frozen layers; responses sampled wi
 model; scores of a reward model of this architecture. *Reward model* says which class it has: of transformers, or a generic one, which
 `AutoModelForSequenceClassification` loads only after `components.rlhf.models.loading.register_scalar_class`. *bf16* says whether
 training and sampling in bf16 work; otherwise set `model.precision` to fp32. *Router loss* says that the auxiliary loss of a mixture
-of experts is added as transformers adds it.
+of experts is added, as transformers adds it with `output_router_logits`.
 
 | model_type | class | exact | frozen layers | bf16 | reward model | router loss |
 |---|---|---|---|---|---|---|

@@ -22,6 +22,7 @@ from components.rlhf.data.tokenizer import encode_text, load_tokenizer
 from components.rlhf.models.loading import load_causal_lm, load_stop_ids
 from components.rlhf.rollout.hf import HfRolloutEngine
 from tests.import_model.test_import_model import import_artifact, refusal, run
+from tests.support.architectures import make_folder as make_architecture
 from tests.support.chat_tokenizers import FAMILIES, make_tokenizer
 from tests.support.tiny_model import make_tiny_tokenizer
 
@@ -181,3 +182,68 @@ def test_imported_tokenizer_gives_plain_text_its_bos(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path / "out")
     encoded = encode_text(tokenizer, "It is", " good", max_tokens=99)
     assert encoded.prompt_ids == tokenizer("It is")["input_ids"]
+
+
+@pytest.mark.parametrize(("longest", "accepted"), [(64, True), (65, False)])
+def test_positions_that_depend_on_the_longest_text_of_a_batch_are_refused(
+    tmp_path: Path, longest: int, accepted: bool
+) -> None:
+    rope = {
+        "rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+    }  # fmt: skip
+    source = make_folder(tmp_path / "source", make_tiny_tokenizer(), rope_parameters=rope)
+    if accepted:
+        assert run(source, tmp_path / "out", max_sequence_tokens=longest).exit_code == 0
+    else:
+        message = refusal(source, tmp_path / "out", max_sequence_tokens=longest)
+        assert (
+            "with longrope RoPE the positions of all texts of a batch change when one is longer than 64 tokens"
+            in message
+        )
+
+
+def test_special_token_that_no_text_uses_needs_no_embedding(tmp_path: Path) -> None:
+    tokenizer = make_tiny_tokenizer()
+    source = make_folder(tmp_path / "source", tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(source)
+    assert run(source, tmp_path / "out").exit_code == 0
+    tokenizer.chat_template = "<image>" + str(tokenizer.chat_template)
+    tokenizer.save_pretrained(source)
+    assert "'<image>' is 257" in refusal(source, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("kind", "modules", "reason"),
+    [
+        ("zamba2", ["gate_up_proj"], "layers share these weights"),
+        ("deepseek_v3", ["down_proj"], "cannot have LoRA adapters on down_proj"),
+        ("glm4_moe", ["o_proj", "down_proj"], "cannot have LoRA adapters on o_proj, down_proj"),
+        ("gpt2", ["c_attn"], "it has no linear modules; set model.lora to null"),
+        ("falcon", ["query_key_value"], ""),
+        ("mixtral", ["q_proj", "o_proj"], ""),
+        ("opt", ["q_proj", "fc1"], ""),
+    ],
+)
+def test_adapters_that_cannot_be_trained_or_merged_are_refused(
+    kind: str, modules: list[str], reason: str, tmp_path: Path
+) -> None:
+    source = make_architecture(kind, tmp_path / "source")
+    if reason:
+        assert reason in refusal(source, tmp_path / "out", lora_modules=modules)
+    else:
+        done = run(source, tmp_path / "out", lora_modules=modules)
+        assert done.exit_code == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "got_ocr2", "fuyu", "llama4_text"])
+def test_config_without_pad_token_is_imported(kind: str, tmp_path: Path) -> None:
+    source = make_architecture(kind, tmp_path / "source")
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((source / name).read_text())
+        content.pop("pad_token_id", None)
+        (source / name).write_text(json.dumps(content))
+    done = run(source, tmp_path / "out")
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    assert GenerationConfig.from_pretrained(tmp_path / "out").pad_token_id == 0

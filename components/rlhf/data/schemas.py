@@ -37,7 +37,9 @@ def to_demonstration(
         prompt, completion = _render(location, messages[:-1], tokenizer, date), messages[-1].content
     else:
         prompt, completion = _prompt(location, row, tokenizer, template, date), _text(location, row, "completion")
-    return Demonstration(prompt=prompt.prompt, messages=prompt.messages, completion=_continuation(prompt, completion))
+    return Demonstration(
+        prompt=prompt.prompt, messages=prompt.messages, completion=_continuation(prompt, completion, tokenizer, date)
+    )
 
 
 def to_prompt(
@@ -75,8 +77,8 @@ def to_pair(
     return PreferencePair(
         prompt=prompt.prompt,
         messages=prompt.messages,
-        chosen=_continuation(prompt, _text(location, row, "chosen")),
-        rejected=_continuation(prompt, _text(location, row, "rejected")),
+        chosen=_continuation(prompt, _text(location, row, "chosen"), tokenizer, date),
+        rejected=_continuation(prompt, _text(location, row, "rejected"), tokenizer, date),
         margin=None if margin is None else float(margin),
     )
 
@@ -90,8 +92,13 @@ def _prompt(
     return _render(location, [Message(role="user", content=prompt)], tokenizer, date)
 
 
-def _continuation(prompt: Prompt, completion: str) -> str:
-    return without_opening(prompt.prompt, completion) if prompt.messages else completion
+def _continuation(prompt: Prompt, completion: str, tokenizer: "PreTrainedTokenizerBase", date: datetime.date) -> str:
+    """The completion without what the generation prompt of the template has opened, such as <think>."""
+    if not prompt.messages or without_opening(prompt.prompt, completion) == completion:
+        return completion
+    turns = render_chat(tokenizer, prompt.messages, date=date, add_generation_prompt=False)
+    opening = prompt.prompt.removeprefix(turns) if prompt.prompt.startswith(turns) else ""
+    return without_opening(opening, completion)
 
 
 def _text(location: str, row: Row, name: str) -> str:

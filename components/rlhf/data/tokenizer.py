@@ -111,6 +111,19 @@ def encode_text(
     return EncodedText(prompt_ids=prompt_ids, response_ids=response_ids[:limit], truncated=len(response_ids) > limit)
 
 
+def decode_response(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], response_ids: list[int]) -> str:
+    """The text that a response adds to its prompt, without special tokens.
+
+    Decoded with the prompt, because alone some tokenizers (SentencePiece) drop the space that it begins with.
+    """
+    before, whole = (
+        str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt_ids, [*prompt_ids, *response_ids])
+    )
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return str(tokenizer.decode(response_ids, skip_special_tokens=True))  # the prompt ends within a character
+
+
 def response_end_id(tokenizer: PreTrainedTokenizerBase, *, is_chat: bool) -> int:
     """The token that ends a response: the one that closes a turn in the chat template, or for plain text EOS."""
     turn_end = _turn_end(tokenizer) if is_chat else None

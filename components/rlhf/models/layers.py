@@ -18,6 +18,12 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from components.rlhf.text.errors import InputError
 
+# Entries of a config that do not change hidden states.
+NOT_COMPUTED = {
+    "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "tie_word_embeddings", "use_cache",
+    "num_labels", "id2label", "label2id", "problem_type", "reward_mean", "reward_std", "scored_as", "head_name", "padding_side",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
 HEAD_NAME = "score"  # transformers' name for the head of a sequence classification model
 
 
@@ -113,9 +119,11 @@ def enable_gradient_checkpointing(model: Any) -> None:
         if isinstance(module, GradientCheckpointingLayer):
             # transformers checkpoints only in training mode; set the flag of the layer but not of its dropout modules.
             module.training = True
-            for name, value in vars(module).items():  # some layers apply dropout themselves
-                if "drop" in name and isinstance(value, float):
-                    setattr(module, name, 0.0)
+            # Some layers apply dropout themselves, with a rate of their own or of the config.
+            for owner in (module, getattr(module, "config", None)):
+                for name, value in vars(owner).items() if owner is not None else ():
+                    if "drop" in name and isinstance(value, float):
+                        setattr(owner, name, 0.0)
 
 
 def freeze_lower_layers(model: nn.Module, num_frozen: int) -> None:
@@ -179,6 +187,13 @@ def _same_computation(owner: Any, other: Any, num_frozen: int) -> bool:
     if len(first) != len(second) or not all(
         x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(first, second, strict=True)
     ):
+        return False
+    # The probe below is shorter than most windows, so compare what the configs say too.
+    configs = [
+        {key: value for key, value in model.config.get_text_config().to_dict().items() if key not in NOT_COMPUTED}
+        for model in (owner, other)
+    ]
+    if configs[0] != configs[1]:
         return False
     vocab_size = int(owner.config.get_text_config().vocab_size)
     ids = (torch.arange(48, device=first[0].device) * 7919 % vocab_size)[None]

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.data.batching import collate, split_by_tokens
 from components.rlhf.data.records import Completion, PreferencePair, Prompt, is_chat
-from components.rlhf.data.tokenizer import encode_text, load_tokenizer
+from components.rlhf.data.tokenizer import decode_response, encode_text, load_tokenizer
 from components.rlhf.models.loading import is_scored_as_text, load_scalar_lm, reward_normalization
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rewards.protocol import Scorer
@@ -61,7 +61,7 @@ def as_completion(
         prompt=Prompt(prompt=pair.prompt, messages=pair.messages),
         prompt_ids=encoded.prompt_ids,
         response_ids=response_ids,
-        response=str(tokenizer.decode(response_ids, skip_special_tokens=True)),
+        response=decode_response(tokenizer, encoded.prompt_ids, response_ids),
         logprobs=None,
         truncated=truncated,
     )

@@ -32,10 +32,11 @@ def reencode(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> Comp
     """
     messages, response = completion.prompt.messages, completion.response
     if messages and tokenizer.chat_template:
-        answer = Message(role="assistant", content=response)
-        text = render_chat(tokenizer, [*messages, answer], add_generation_prompt=False)
-        if completion.truncated and (before := text.rpartition(response.strip())[0]):
-            text = before + response.strip()
+        if completion.truncated:
+            text = render_chat(tokenizer, messages) + response
+        else:
+            answer = Message(role="assistant", content=response)
+            text = render_chat(tokenizer, [*messages, answer], add_generation_prompt=False)
         ids = encode_prompt(tokenizer, text, is_chat=True)
     else:
         ids = encode_prompt(tokenizer, completion.prompt.prompt + response)

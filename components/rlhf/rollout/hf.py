@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.records import Completion, Prompt, is_chat
-from components.rlhf.data.tokenizer import encode_prompt
+from components.rlhf.data.tokenizer import decode_response, encode_prompt
 from components.rlhf.models.actor import SamplingDistribution
 from components.rlhf.models.layers import apply_head
 from components.rlhf.rollout.decoding import Decoding, allows_padding
@@ -40,7 +40,7 @@ class HfRolloutEngine:
                 prompt=prompt,
                 prompt_ids=ids,
                 response_ids=response,
-                response=str(self.tokenizer.decode(response, skip_special_tokens=True)),
+                response=decode_response(self.tokenizer, ids, response),
                 logprobs=torch.tensor(logprobs),
                 truncated=response[-1] not in self.stop_ids,
                 weight_version=self.version,

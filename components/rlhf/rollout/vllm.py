@@ -20,7 +20,7 @@ from torch import Tensor
 from components.rlhf.config.model import SamplingConfig
 from components.rlhf.config.ppo import VllmConfig
 from components.rlhf.data.records import Completion, Prompt, is_chat
-from components.rlhf.data.tokenizer import encode_prompt, load_tokenizer
+from components.rlhf.data.tokenizer import decode_response, encode_prompt, load_tokenizer
 from components.rlhf.models.loading import empty_causal_lm, stored_form
 from components.rlhf.rollout.probe import WeightSample
 from components.rlhf.rollout.vllm_errors import start_error
@@ -141,7 +141,7 @@ class VllmRolloutEngine:
                     prompt=prompt,
                     prompt_ids=ids,
                     response_ids=response,
-                    response=str(self.tokenizer.decode(response, skip_special_tokens=True)),
+                    response=decode_response(self.tokenizer, ids, response),
                     logprobs=torch.tensor(logprobs),
                     truncated=response[-1] not in self.stop_ids,
                     weight_version=self.version,

@@ -1,15 +1,19 @@
 """Special tokens, ends of responses and chat templates of well-known model families."""
 
 import datetime
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from components.rlhf.data.chat import render_chat, turn_end_id, without_opening
 from components.rlhf.data.records import Message
 from components.rlhf.data.schemas import to_demonstration, to_pair, to_prompt
 from components.rlhf.data.tokenizer import (
+    decode_response,
     encode_prompt,
     encode_text,
     response_end_id,
@@ -169,3 +173,32 @@ def test_pad_template_and_special_tokens_around_a_text_do_not_change_its_ids() -
     more = make_tokenizer("llama 2")
     more.add_tokens(["zebra"])
     assert not same_ids(first, more)
+
+
+def sentencepiece_like() -> Any:
+    """A tokenizer whose words begin with a space that is lost when a text is decoded alone, as SentencePiece's."""
+    vocabulary = {"<eos>": 0, "\u2581The": 1, "\u2581film": 2, "\u2581was": 3, "\u2581good": 4, "<unk>": 5}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+def test_text_of_a_response_begins_with_its_space() -> None:
+    tokenizer = sentencepiece_like()
+    assert tokenizer.decode([3, 4]) == "was good"
+    assert decode_response(tokenizer, [1, 2], [3, 4, 0]) == " was good"
+    assert decode_response(TOKENIZERS["qwen", False], [65], [66]) == TOKENIZERS["qwen", False].decode([66])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("Reply with one of [yes] [no]", "[no] because"), ("Continue the tag <b>", "<b>bold</b>")],
+)
+def test_answer_that_repeats_the_users_words_is_kept(prompt: str, completion: str) -> None:
+    for family in ("llama 2", "qwen", "deepseek r1"):
+        row = {"prompt": prompt, "completion": completion}
+        assert to_demonstration("x", row, make_tokenizer(family), "chat").completion == completion
+    bare = make_tokenizer("qwen")
+    bare.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    assert to_demonstration("x", {"prompt": prompt, "completion": completion}, bare, "chat").completion == completion

@@ -203,3 +203,11 @@ def test_gradient_checkpointing_recomputes_layers_with_the_same_gradients(tiny_m
     assert not lm.model.layers[0].mlp.training  # dropout stays off
     for parameter, expected in zip(lm.parameters(), plain.parameters(), strict=True):
         assert torch.equal(parameter.grad, expected.grad)
+
+
+def test_models_with_other_windows_do_not_share_layers(tiny_model: Path) -> None:
+    """Their weights are equal, and so are the states of texts shorter than the window."""
+    first, second = frozen_lm(tiny_model, 1), frozen_lm(tiny_model, 1)
+    assert share_trunk(first, [frozen_lm(tiny_model, 1)], 1)
+    second.config.rope_parameters = {**second.config.rope_parameters, "factor": 4.0}
+    assert not share_trunk(first, [second], 1)

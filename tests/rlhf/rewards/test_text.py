@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
+from components.rlhf.data.chat import render_chat
 from components.rlhf.data.records import Completion, Message, Prompt
 from components.rlhf.rewards.reward_model import load_reward_scorer
 from components.rlhf.rewards.text import reencode
@@ -45,6 +46,13 @@ def test_conversation_is_rendered_with_the_reward_models_own_template(family: st
 def test_truncated_response_is_not_closed() -> None:
     expected = "<|im_start|>user\nIs it good?<|im_end|>\n<|im_start|>assistant\nYes, bec"
     assert read("qwen", completion(CHAT, "Yes, bec", truncated=True)) == expected
+
+
+@pytest.mark.parametrize("response", ["", "  \n", "e", "end", "<|im"])
+@pytest.mark.parametrize("family", ["qwen", "gemma", "llama 3"])
+def test_short_truncated_response_is_read_as_it_is(family: str, response: str) -> None:
+    whole = read(family, completion(CHAT, response, truncated=True))
+    assert whole == render_chat(make_tokenizer(family), MESSAGES) + response
 
 
 def test_plain_text_has_the_special_tokens_of_the_reward_model() -> None:
