@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.rlhf.models.loading import load_scalar_lm, save_model
+from components.rlhf.models.scalar import ScalarModel
 from components.sft.trainer import SftTrainer
 from tests.ppo.test_trainer import config_of
 from tests.sft.test_trainer import DATA, HELDOUT, encoded
@@ -131,3 +132,10 @@ def test_reward_model_of_an_architecture_without_a_class_is_saved_and_loaded(tmp
         torch.equal(a, b)
         for a, b in zip(reward.model.lm.state_dict().values(), again.state_dict().values(), strict=True)
     )
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "gpt2", "gemma2"])
+def test_critic_that_trains_its_head_trains_exactly_the_head(kind: str, tmp_path: Path) -> None:
+    lm = load_scalar_lm(make_folder(kind, tmp_path), num_frozen_layers=0, dtype=torch.float32, seed=1)
+    model = ScalarModel(lm, num_frozen_layers=0, dtype=torch.float32, trains="head")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["lm.score.weight"]

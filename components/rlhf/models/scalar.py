@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from components.rlhf.data.batching import TokenBatch
-from components.rlhf.models.layers import freeze_lower_layers, run_layers
+from components.rlhf.models.layers import HEAD_NAME, freeze_lower_layers, run_layers
 from components.rlhf.models.lora import adapters_enabled
 from components.rlhf.models.precision import autocast_to
 from components.rlhf.models.router import RouterLoss
@@ -44,7 +44,11 @@ class ScalarModel(nn.Module):
         self._router = RouterLoss.of(lm.config)
         freeze_lower_layers(lm, num_frozen_layers)
         if trains == "head":
-            lm.base_model.requires_grad_(False)
+            for (
+                name,
+                parameter,
+            ) in lm.named_parameters():  # not by base_model, which in some architectures is the whole model
+                parameter.requires_grad_(name.startswith(f"{HEAD_NAME}."))
 
     def features(self, batch: TokenBatch, states: Tensor | None = None) -> Tensor:
         """Final hidden states [B, S, H]; states are those after the frozen layers [B, S, H], computed if None."""
