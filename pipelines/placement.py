@@ -103,8 +103,7 @@ def cluster_storage(params: Params) -> StorageConfig:
 
 def data_sources(params: Params) -> list[str]:
     """The locations that prepare_data reads, without duplicates."""
-    sources = (params.data.demonstrations, params.data.preferences, params.data.prompts)
-    return sorted({source.path for source in sources if source})
+    return sorted({source.path for source in params.data.keyed_sources().values()})
 
 
 def is_remote(source: str) -> bool:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from components.rlhf.config.params import Params
+from components.rlhf.config.params import Params, section_in
 
 TARGET = Path(__file__).parent / "params" / "README.md"
 HEAD = """# Parameters
@@ -45,17 +45,13 @@ def leaves(model: type[BaseModel], prefix: str, section: BaseModel | None = None
     fields = []
     for name, field in model.model_fields.items():
         default = getattr(section, name) if section else field.default
-        nested = next((t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)), None)
+        nested = section_in(field.annotation)
         if nested:
             suffix = {dict: ".NAME", tuple: "[]"}.get(get_origin(_unannotated(field.annotation)), "")
             fields += leaves(nested, f"{prefix}{name}{suffix}.", default if isinstance(default, BaseModel) else None)
         else:
             fields.append((prefix + name, _default_text(default, field), field.description or ""))
     return fields
-
-
-def _types(annotation: Any) -> tuple[Any, ...]:
-    return (annotation, *get_args(annotation))
 
 
 def _unannotated(annotation: Any) -> Any:

@@ -20,9 +20,7 @@ def local_sources(params: Params) -> dict[str, Path]:
         "sft.use": params.sft.use,
         "reward_model.use": params.reward_model.use,
     }
-    for name in ("demonstrations", "preferences", "prompts"):
-        source = getattr(params.data, name)
-        sources[f"data.{name}.path"] = source.path if source else None
+    sources |= {f"{key}.path": source.path for key, source in params.data.keyed_sources().items()}
     return {
         key: Path(source).expanduser()
         for key, source in sources.items()
@@ -69,7 +67,7 @@ def plan_upload(params: Params) -> tuple[Params, list[tuple[Path, str]]]:
         *sections, name = key.split(".")
         section = content
         for part in sections:
-            section = section[part]
+            section = section[int(part) if isinstance(section, list) else part]
         location = f"{uri.removeprefix('file://').rstrip('/')}/{prefix}"
         section[name] = f"{location}/{path.name}" if path.is_file() else location
     return Params.model_validate(content), [(file, key) for key, file in uploads.items()]

