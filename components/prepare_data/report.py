@@ -1,28 +1,50 @@
-"""Reports the counts of records by source, and the sizes of the data sets."""
+"""Reports what happened to the records of each source, their lengths, and what the model will see."""
+
+import re
+from collections import Counter
 
 from components.prepare_data.prepare import PreparedData
+from components.rlhf.data.reading import section_of
+
+
+def as_counts(prepared: PreparedData) -> dict[str, dict[str, int]]:
+    """Records read, kept, dropped and changed by reason, of each section and of the pairs built from ratings."""
+    counts: dict[str, Counter[str]] = {}
+    for key, tally in prepared.tallies.items():
+        section = section_of(key) if key.startswith("data.") else _slug(key)
+        counts.setdefault(section, Counter()).update(
+            {"read": tally.read, "kept": tally.kept}
+            | {f"dropped_{_slug(reason)}": n for reason, n in tally.dropped.items()}
+            | {f"changed_{_slug(reason)}": n for reason, n in tally.changed.items() if n}
+        )
+    return {section: dict(count) for section, count in counts.items()}
 
 
 def as_metrics(prepared: PreparedData) -> dict[str, float]:
-    metrics = {f"{source}_{key}": float(n) for source, counts in prepared.counts.items() for key, n in counts.items()}
-    return metrics | {f"size_{name}": float(n) for name, n in _sizes(prepared).items()}
+    metrics = {
+        f"{section}_{key}": float(n) for section, counts in as_counts(prepared).items() for key, n in counts.items()
+    }
+    return metrics | {f"size_{name}": float(n) for name, n in sizes(prepared).items()}
+
+
+def _slug(phrase: str) -> str:
+    return re.sub(r"\W+", "_", phrase).strip("_").lower()
 
 
 def as_markdown(prepared: PreparedData) -> str:
     lines = ["# Data", "", "| source | read | kept | dropped |", "|---|---:|---:|---|"]
-    for source, counts in prepared.counts.items():
-        dropped = [
-            f"{n} {key.removeprefix('dropped_').replace('_', ' ')}"
-            for key, n in counts.items()
-            if "dropped" in key and n
-        ]
-        lines.append(f"| {source} | {counts['read']:,} | {counts['kept']:,} | {', '.join(dropped) or 'none'} |")
-    lines += ["", "Only held-out data sets share prompts:", "", "| data set | records |", "|---|---:|"]
-    lines += [f"| {name.replace('_', ' ')} | {size:,} |" for name, size in _sizes(prepared).items()]
+    for key, tally in prepared.tallies.items():
+        lines.append(f"| {key} | {tally.read:,} | {tally.kept:,} | {_reasons(tally.dropped)} |")
+    lines += ["", "", "| data set | records |", "|---|---:|"]
+    lines += [f"| {name.replace('_', ' ')} | {size:,} |" for name, size in sizes(prepared).items()]
     return "\n".join(lines) + "\n"
 
 
-def _sizes(prepared: PreparedData) -> dict[str, int]:
+def _reasons(counts: Counter[str]) -> str:
+    return ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common() if n) or "none"
+
+
+def sizes(prepared: PreparedData) -> dict[str, int]:
     return {
         "sft": len(prepared.demonstrations),
         "reward_model_pairs": len(prepared.pairs),

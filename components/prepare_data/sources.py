@@ -14,12 +14,7 @@ def download_sources(
 ) -> Iterator[DataConfig]:
     """Yield data with every s3:// path replaced by that of a local copy; a path used by two sources is downloaded once."""
     with contextlib.ExitStack() as stack:
-        local_paths: dict[str, str] = {}
-        local_sources = {}
-        for name in ("demonstrations", "preferences", "prompts"):
-            source = getattr(data, name)
-            if source is not None:
-                if source.path not in local_paths:
-                    local_paths[source.path] = stack.enter_context(local_copy(source.path, storage, log))
-                local_sources[name] = source.model_copy(update={"path": local_paths[source.path]})
-        yield data.model_copy(update=local_sources)
+        paths = {source.path: "" for source in data.keyed_sources().values()}
+        for path in paths:
+            paths[path] = stack.enter_context(local_copy(path, storage, log))
+        yield data.with_paths(paths)

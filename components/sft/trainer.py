@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from components.rlhf.config.sft import SftStageConfig
 from components.rlhf.data.batching import collate, step_batches
 from components.rlhf.data.records import Demonstration, is_chat
-from components.rlhf.data.tokenizer import EncodedText, encode_text
+from components.rlhf.data.tokenizer import EncodedText, encode_turns
 from components.rlhf.engine.factory import create_engine, max_over_shards, shards_weights
 from components.rlhf.engine.protocol import TrainEngine
 from components.rlhf.maths.losses import aggregate
@@ -59,10 +59,7 @@ class SftTrainer:
         """Take every step that no checkpoint has; return the final metrics."""
         sft, seed = self.config.sft, self.config.seed
         texts, heldout_texts = (
-            [
-                encode_text(tokenizer, d.prompt, d.completion, max_tokens=max_tokens, is_chat=is_chat(d))
-                for d in demonstrations
-            ]
+            [encode_turns(tokenizer, d.turns, max_tokens=max_tokens, is_chat=is_chat(d)) for d in demonstrations]
             for demonstrations in (train, heldout[:MAX_HELDOUT])
         )
         steps = list(
@@ -73,8 +70,8 @@ class SftTrainer:
         )
 
         def shares_of(rows: Sequence[int], batch: Sequence[int]) -> dict[str, Tensor]:
-            # The mean over all response tokens of the step.
-            denominator = sum(len(texts[i].response_ids) for i in batch)
+            # The mean over all tokens of answers in the step.
+            denominator = sum(texts[i].num_learned for i in batch)
             loss = self._loss([texts[i] for i in rows], denominator)
             if self.actor.router_loss is None:
                 return {"loss": loss}
@@ -109,7 +106,9 @@ class SftTrainer:
         return collect_weights(self.engine.full_weights(), keep=self.context.group.rank == 0)
 
     def _loss(self, texts: Sequence[EncodedText], denominator: int) -> Tensor:
-        batch = collate([t.prompt_ids for t in texts], [t.response_ids for t in texts]).to(self.device)
+        batch = collate(
+            [t.prompt_ids for t in texts], [t.response_ids for t in texts], [t.response_mask for t in texts]
+        ).to(self.device)
         logprobs, _ = self.actor(batch, SamplingDistribution())
         return aggregate(-logprobs, batch.response_mask, "token-mean", denominator)
 
@@ -118,7 +117,7 @@ class SftTrainer:
         """Mean negative log-likelihood per response token, in nats; 0 when there are no held-out texts."""
         if not texts:
             return 0.0
-        denominator = sum(len(t.response_ids) for t in texts)
+        denominator = sum(text.num_learned for text in texts)
         local_sum = torch.zeros((), device=self.device)
         lengths, max_tokens = [text.num_tokens for text in texts], self.config.sft.training.microbatch_tokens
         for rows, weight in self.context.microbatches(lengths, max_tokens):

@@ -1,6 +1,7 @@
 """Settings of prepare_data: data sources, filtering and splits."""
 
 import datetime
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
@@ -123,7 +124,7 @@ class DataConfig(BaseConfig):
 
     def keyed_sources(self) -> dict[str, DataSource]:
         """All sources by their key in a params file, such as data.prompts or data.preferences.1."""
-        keyed = {}
+        keyed: dict[str, DataSource] = {}
         for section in SECTIONS:
             sources = self.sources(section)
             is_list = isinstance(getattr(self, section), tuple)
@@ -131,6 +132,19 @@ class DataConfig(BaseConfig):
                 f"data.{section}.{i}" if is_list else f"data.{section}": source for i, source in enumerate(sources)
             }
         return keyed
+
+    def with_paths(self, paths: Mapping[str, str]) -> "DataConfig":
+        """The same sources at other paths."""
+
+        def moved(source: DataSource) -> DataSource:
+            return source.model_copy(update={"path": paths[source.path]})
+
+        update: dict[str, Any] = {}
+        for section in SECTIONS:
+            value = getattr(self, section)
+            if value is not None:
+                update[section] = tuple(map(moved, value)) if isinstance(value, tuple) else moved(value)
+        return self.model_copy(update=update)
 
 
 class PrepareDataStageConfig(BaseConfig):

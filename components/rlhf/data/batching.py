@@ -25,14 +25,17 @@ class TokenBatch:
     input_ids: Tensor  # [B, S] int64
     prompt_lengths: Tensor  # [B] int64
     response_ids: Tensor  # [B, T] int64, 0 at padding
-    response_mask: Tensor  # [B, T] bool, True = response token, including the EOS that the model generated
+    response_mask: (
+        Tensor  # [B, T] bool, True = token of an answer, including its end; the turns between answers are False
+    )
+    lengths: Tensor  # [B] int64, real tokens of each row: prompt and response
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     @property
     def response_lengths(self) -> Tensor:  # [B] int64
-        return self.response_mask.sum(dim=1)
+        return self.lengths - self.prompt_lengths
 
     def state_positions(self) -> Tensor:
         """Sequence position of the state before each action, clamped to the row width at padding: [B, T] int64."""
@@ -41,11 +44,11 @@ class TokenBatch:
 
     def attention_mask(self) -> Tensor:
         """True at real tokens: [B, S] bool."""
-        return length_mask(self.prompt_lengths + self.response_lengths, self.input_ids.shape[1])
+        return length_mask(self.lengths, self.input_ids.shape[1])
 
     def last_positions(self) -> Tensor:
         """Sequence position of the last real token of each row: [B] int64."""
-        return self.prompt_lengths + self.response_lengths - 1
+        return self.lengths - 1
 
     def select(self, rows: Tensor) -> "TokenBatch":
         """The given rows (indices [b] int64), not trimmed: the padded widths stay the same."""
@@ -54,6 +57,7 @@ class TokenBatch:
             prompt_lengths=self.prompt_lengths[rows],
             response_ids=self.response_ids[rows],
             response_mask=self.response_mask[rows],
+            lengths=self.lengths[rows],
         )
 
     def to(self, device: torch.device) -> "TokenBatch":
@@ -62,11 +66,19 @@ class TokenBatch:
             prompt_lengths=self.prompt_lengths.to(device),
             response_ids=self.response_ids.to(device),
             response_mask=self.response_mask.to(device),
+            lengths=self.lengths.to(device),
         )
 
 
-def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> TokenBatch:
-    """Pad B prompts and their responses (ids) into one batch. Each prompt has at least one token."""
+def collate(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    masks: Sequence[Sequence[bool]] | None = None,
+) -> TokenBatch:
+    """Pad B prompts and their responses (ids) into one batch. Each prompt has at least one token.
+
+    masks say which tokens of each response belong to answers; without masks all do.
+    """
     prompt_lengths = torch.tensor([len(p) for p in prompts])
     response_lengths = torch.tensor([len(r) for r in responses])
     if (prompt_lengths == 0).any():
@@ -78,11 +90,15 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         input_ids[row, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
         response_ids[row, : len(response)] = torch.tensor(response, dtype=torch.int64)
+    response_mask = length_mask(response_lengths, num_actions)
+    for row, mask in enumerate(masks or ()):
+        response_mask[row, : len(mask)] = torch.tensor(mask, dtype=torch.bool)
     return TokenBatch(
         input_ids=input_ids,
         prompt_lengths=prompt_lengths,
         response_ids=response_ids,
-        response_mask=length_mask(response_lengths, num_actions),
+        response_mask=response_mask,
+        lengths=prompt_lengths + response_lengths,
     )
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self
@@ -19,18 +21,65 @@ def render_chat(
     tokenizer: "PreTrainedTokenizerBase",
     messages: Sequence[Message],
     *,
+    tools: str = "",
     date: datetime.date = DEFAULT_DATE,
     add_generation_prompt: bool = True,
 ) -> str:
-    """The conversation as text. A template that asks for the current date gets the given one, the same on every day."""
+    """The conversation as text. A template that asks for the current date gets the given one, the same on every day.
+
+    tools is a JSON list of function schemas, or empty.
+    """
     with _fixed_clock(date):
         return str(
             tokenizer.apply_chat_template(
-                [{"role": message.role, "content": message.content} for message in messages],
+                [_as_dict(message) for message in messages],
+                tools=json.loads(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
         )
+
+
+def marks_answers(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the chat template marks the answers of the assistant with {% generation %}."""
+    template = tokenizer.chat_template
+    return isinstance(template, str) and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+
+def marked_spans(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    *,
+    tools: str = "",
+    date: datetime.date = DEFAULT_DATE,
+) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as text, and the characters [start, end) that its template marks with {% generation %}."""
+    with _fixed_clock(date):
+        # The method of tokenizers that returns marks returns tokens, not characters.
+        texts, spans = sys.modules["transformers.utils.chat_template_utils"].render_jinja_template(
+            conversations=[[_as_dict(message) for message in messages]],
+            tools=json.loads(tools) if tools else None,
+            chat_template=tokenizer.chat_template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    return str(texts[0]), [(int(start), int(end)) for start, end in spans[0]]
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    """The message in the form that chat templates read."""
+    calls = [
+        {"type": "function", "function": {"name": call.name, "arguments": json.loads(call.arguments)}}
+        | ({"id": call.id} if call.id else {})
+        for call in message.tool_calls
+    ]
+    optional = {
+        "name": message.name,
+        "reasoning_content": message.reasoning,
+        "tool_calls": calls,
+        "tool_call_id": message.tool_call_id,
+    }
+    return {"role": message.role, "content": message.content} | {key: value for key, value in optional.items() if value}
 
 
 @contextlib.contextmanager

@@ -1,55 +1,77 @@
-"""Drops records by their length in tokens, and counts them."""
+"""Lengths of records in tokens, and the limits that they must fit into."""
 
-from collections import Counter
 from collections.abc import Sequence
-from typing import TypeVar
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.prepare_data import DataConfig
+from components.rlhf.data.examples import Unusable
 from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText, is_chat
-from components.rlhf.data.tokenizer import encode_completion, encode_prompt
+from components.rlhf.data.tokenizer import EncodedText, encode_completion, encode_prompt, encode_text, encode_turns
 
-R = TypeVar("R", Demonstration, PreferencePair, Prompt, RatedText)
+Record = Demonstration | PreferencePair | Prompt | RatedText
+UNLIMITED = 2**62
 
 
-def drop_too_long(
-    records: list[R], data: DataConfig, tokenizer: PreTrainedTokenizerBase, counts: Counter[str]
-) -> list[R]:
-    """The records that fit into max_prompt_tokens and max_tokens; with over_length 'cut' long completions are kept.
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Tokens of a record: of its prompt, and of the longest of its whole texts, end included, after cutting."""
 
-    One of the max_tokens is reserved for the token that ends the response. Updates counts.
+    prompt: int
+    text: int
+    is_cut: bool = False
+
+
+def fit_into_limits(record: Record, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Lengths:
+    """The lengths of a record that fits into max_prompt_tokens and max_tokens. Raises Unusable for one that does not.
+
+    One of the max_tokens is for the token that ends an answer. With over_length 'cut' a long text is no reason, unless nothing
+    that tells a pair apart is left.
     """
-    kept: list[R] = []
-    for record in records:
-        if not encode_completion(tokenizer, record.prompt):
-            counts["dropped_no_tokens"] += 1
-            continue
-        prompt_length = len(encode_prompt(tokenizer, record.prompt, is_chat=is_chat(record)))
-        if prompt_length > data.max_prompt_tokens:
-            counts["dropped_long_prompt"] += 1
-            continue
-        max_completion_tokens = data.max_tokens - prompt_length - 1
-        if data.over_length == "drop" and any(
-            len(encode_completion(tokenizer, text)) > max_completion_tokens for text in _completions(record)
-        ):
-            counts["dropped_long_text"] += 1
-            continue
-        kept.append(record)
-    counts["kept"] = len(kept)
-    return kept
+    if not encode_completion(tokenizer, record.prompt):
+        raise Unusable("a prompt without tokens", "its prompt has no tokens.")
+    prompt = len(encode_prompt(tokenizer, record.prompt, is_chat=is_chat(record)))
+    if prompt > data.max_prompt_tokens:
+        raise Unusable(
+            "a prompt longer than max_prompt_tokens",
+            f"its prompt has {prompt} tokens, and data.max_prompt_tokens is {data.max_prompt_tokens}.",
+        )
+    texts = encode_record(record, tokenizer, max_tokens=UNLIMITED)
+    longest = max((text.num_tokens for text in texts), default=prompt)
+    is_cut = longest > data.max_tokens
+    if is_cut and data.over_length == "drop":
+        raise Unusable(
+            "a text longer than max_tokens",
+            f"its text has {longest} tokens, and data.max_tokens is {data.max_tokens}.",
+        )
+    limit = data.max_tokens - prompt
+    if is_cut and len(texts) == 2 and texts[0].response_ids[:limit] == texts[1].response_ids[:limit]:
+        raise Unusable(
+            "both answers equal after cutting",
+            f"its answers do not differ within data.max_tokens ({data.max_tokens}).",
+        )
+    return Lengths(prompt=prompt, text=min(longest, data.max_tokens), is_cut=is_cut)
+
+
+def encode_record(record: Record, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> list[EncodedText]:
+    """The texts of a record as ids, exactly as training encodes them; none for a prompt."""
+    match record:
+        case PreferencePair():
+            return [
+                encode_text(tokenizer, record.prompt, text, max_tokens=max_tokens, is_chat=is_chat(record))
+                for text in (record.chosen, record.rejected)
+            ]
+        case RatedText():
+            return [
+                encode_text(tokenizer, record.prompt, record.completion, max_tokens=max_tokens, is_chat=is_chat(record))
+            ]
+        case Demonstration():
+            return [encode_turns(tokenizer, record.turns, max_tokens=max_tokens, is_chat=is_chat(record))]
+        case _:
+            return []
 
 
 def longest_prompt(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> int:
     """Number of tokens of the longest prompt; 0 without prompts."""
     return max((len(encode_prompt(tokenizer, p.prompt, is_chat=is_chat(p))) for p in prompts), default=0)
-
-
-def _completions(record: Demonstration | PreferencePair | Prompt | RatedText) -> list[str]:
-    match record:
-        case PreferencePair():
-            return [record.chosen, record.rejected]
-        case Demonstration() | RatedText():
-            return [record.completion]
-        case _:
-            return []

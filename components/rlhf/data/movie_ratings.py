@@ -46,11 +46,6 @@ def read_movie_ratings(sdist: Path) -> list[RatedText]:
     return rated
 
 
-def opening_words(text: str, num_words: int) -> str:
-    """The first words of a text, case-folded, as a key."""
-    return " ".join(text.split()[:num_words]).casefold()
-
-
 def _mean_rating(sdist: Path, ratings: str) -> float:
     try:
         numbers = parse_json(ratings)

@@ -3,8 +3,11 @@
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import combinations
 
 from components.rlhf.data.records import PreferencePair, RatedText
+
+MAX_RATED_ANSWERS = 100  # of one prompt, because the number of pairs grows with its square
 
 
 def pairs_from_ratings(rated: Sequence[RatedText], *, min_gap: float, seed: int) -> list[PreferencePair]:
@@ -39,6 +42,33 @@ def pairs_from_ratings(rated: Sequence[RatedText], *, min_gap: float, seed: int)
     shuffled = list(pairs.values())
     generator.shuffle(shuffled)
     return shuffled
+
+
+def pairs_per_prompt(rated: Sequence[RatedText], *, min_gap: float, seed: int) -> list[PreferencePair]:
+    """Every two answers to the same prompt whose ratings differ by at least min_gap. margin is the difference of the ratings.
+
+    Of a prompt with more than MAX_RATED_ANSWERS answers, a random subset is paired.
+    """
+    generator = random.Random(seed)
+    by_prompt: dict[str, list[RatedText]] = defaultdict(list)
+    for text in rated:
+        by_prompt[text.prompt].append(text)
+    pairs = []
+    for texts in by_prompt.values():
+        for first, second in combinations(generator.sample(texts, min(len(texts), MAX_RATED_ANSWERS)), 2):
+            better, worse = (first, second) if first.rating > second.rating else (second, first)
+            gap = better.rating - worse.rating
+            if gap > 0 and gap >= min_gap and better.completion != worse.completion:
+                pairs.append(
+                    PreferencePair(
+                        prompt=better.prompt,
+                        chosen=better.completion,
+                        rejected=worse.completion,
+                        margin=round(gap, 6),
+                        conversation=better.conversation,
+                    )
+                )
+    return pairs
 
 
 def cap_per_prompt(pairs: Sequence[PreferencePair], limit: int, *, seed: int) -> list[PreferencePair]:

@@ -28,6 +28,7 @@ class Message:
     reasoning: str = ""  # that precedes the content, as templates with reasoning_content write it
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""  # the call that this message answers
+    is_learned: bool = True  # False for an answer that the source excludes from training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +40,24 @@ class Conversation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Turn:
+    """An answer to be learned, without the token that ends it, after the text since the answer before it."""
+
+    context: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    prompt: str
-    completion: str
-    messages: tuple[Message, ...] = ()  # that a chat template rendered as the prompt; empty for plain text
+    """Answers to be learned, in the order of one rendered conversation: context, answer, context, answer, ..."""
+
+    turns: tuple[Turn, ...]
+    conversation: Conversation | None = None  # that a chat template rendered, answers included; None for plain text
+
+    @property
+    def prompt(self) -> str:
+        """The text before the first answer."""
+        return self.turns[0].context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,28 +68,29 @@ class PreferencePair:
     chosen: str
     rejected: str
     margin: float | None = None
-    messages: tuple[Message, ...] = ()  # that a chat template rendered as the prompt; empty for plain text
+    conversation: Conversation | None = None  # that a chat template rendered as the prompt; None for plain text
 
 
 @dataclass(frozen=True, kw_only=True)
 class RatedText:
-    """One text with the mean of its human ratings."""
+    """One text with its rating, such as the mean of several people's."""
 
     prompt: str
     completion: str
     rating: float
+    conversation: Conversation | None = None  # that a chat template rendered as the prompt; None for plain text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     prompt: str
     id: str = ""  # identifies the prompt in reports; unique within its data set
-    messages: tuple[Message, ...] = ()  # that a chat template rendered as the prompt; empty for plain text
+    conversation: Conversation | None = None  # that a chat template rendered as the prompt; None for plain text
 
 
 def is_chat(record: Demonstration | PreferencePair | RatedText | Prompt) -> bool:
-    """Whether a chat template rendered the prompt, with all special tokens that it needs."""
-    return bool(getattr(record, "messages", ()))
+    """Whether a chat template rendered the text, with all special tokens that it needs."""
+    return record.conversation is not None
 
 
 @dataclass(frozen=True, kw_only=True)

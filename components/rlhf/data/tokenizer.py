@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from components.rlhf.data.chat import turn_end_id
+from components.rlhf.data.records import Turn
 from components.rlhf.text.errors import InputError
 
 
@@ -71,15 +72,20 @@ def chat_template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedText:
-    """One prompt with one completion. A complete text ends with response_end_id; a truncated one does not."""
+    """One prompt with what follows it. A complete text ends with response_end_id; a truncated one does not."""
 
     prompt_ids: list[int]
     response_ids: list[int]
+    response_mask: list[bool]  # of response_ids: True for a token to learn, False between the answers of a conversation
     truncated: bool
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def num_learned(self) -> int:
+        return sum(self.response_mask)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, is_chat: bool = False) -> list[int]:
@@ -105,10 +111,35 @@ def encode_text(
 
     A complete text ends with response_end_id. Texts of more than max_tokens (end included) are truncated and have no end.
     """
-    prompt_ids = encode_prompt(tokenizer, prompt, is_chat=is_chat)
-    response_ids = [*encode_completion(tokenizer, completion), response_end_id(tokenizer, is_chat=is_chat)]
+    return encode_turns(tokenizer, [Turn(context=prompt, answer=completion)], max_tokens=max_tokens, is_chat=is_chat)
+
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, max_tokens: int, is_chat: bool = False
+) -> EncodedText:
+    """Ids of the answers of one text, each with its end, and of what stands between them.
+
+    Answers are tokenized separately, as a model that continues the text before them would generate them.
+    """
+    prompt_ids = encode_prompt(tokenizer, turns[0].context, is_chat=is_chat)
+    end = response_end_id(tokenizer, is_chat=is_chat)
+    ids: list[int] = []
+    mask: list[bool] = []
+    for number, turn in enumerate(turns):
+        between = [] if number == 0 else _ids_after(tokenizer, end, turn.context)
+        answer = [*encode_completion(tokenizer, turn.answer), end]
+        ids += [*between, *answer]
+        mask += [False] * len(between) + [True] * len(answer)
     limit = max(max_tokens - len(prompt_ids), 0)
-    return EncodedText(prompt_ids=prompt_ids, response_ids=response_ids[:limit], truncated=len(response_ids) > limit)
+    return EncodedText(
+        prompt_ids=prompt_ids, response_ids=ids[:limit], response_mask=mask[:limit], truncated=len(ids) > limit
+    )
+
+
+def _ids_after(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> list[int]:
+    """Ids of a text that follows a special token: some tokenizers put a space before a text that stands alone."""
+    ids = _ids(tokenizer, str(tokenizer.convert_ids_to_tokens(token)) + text)
+    return ids[1:] if ids[:1] == [token] else _ids(tokenizer, text)
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], response_ids: list[int]) -> str:

@@ -58,7 +58,7 @@ def as_completion(
     truncated = encoded.truncated or not complete
     response_ids = encoded.response_ids if complete or encoded.truncated else encoded.response_ids[:-1]
     return Completion(
-        prompt=Prompt(prompt=pair.prompt, messages=pair.messages),
+        prompt=Prompt(prompt=pair.prompt, conversation=pair.conversation),
         prompt_ids=encoded.prompt_ids,
         response_ids=response_ids,
         response=decode_response(tokenizer, encoded.prompt_ids, response_ids),

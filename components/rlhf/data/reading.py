@@ -1,0 +1,97 @@
+"""Reads a source as examples, and decides whether a run renders its sources with the chat template."""
+
+from collections.abc import Iterator, Mapping
+
+from components.rlhf.config.prepare_data import DataConfig, DataSource
+from components.rlhf.data.examples import Example, Unusable
+from components.rlhf.data.shapes import CONVERTERS, Fields
+from components.rlhf.data.sources import read_rows
+from components.rlhf.data.tally import Tally
+from components.rlhf.text.errors import InputError
+
+
+def section_of(key: str) -> str:
+    """The section of a source's key, such as prompts for data.prompts.1."""
+    return key.split(".")[1]
+
+
+def source_name(key: str, source: DataSource) -> str:
+    return f"{key} ({source.path})"
+
+
+def read_examples(section: str, source: DataSource, tally: Tally) -> Iterator[tuple[str, Example]]:
+    """Yield (location, example) of every usable row; count all of them in tally, except those that are kept.
+
+    Raises InputError for a row that cannot be read at all, such as a line that is not JSON.
+    """
+    used: set[str] = set()
+    columns: set[str] = set()
+    for location, row in read_rows(source):
+        fields = Fields(row)
+        try:
+            for example in CONVERTERS[section](fields):
+                tally.read += 1
+                if isinstance(example, Unusable):
+                    tally.drop(example, location)
+                    continue
+                if example.changed:
+                    tally.changed[example.changed] += 1
+                yield location, example
+        except Unusable as error:
+            tally.read += 1
+            tally.drop(error, location)
+        columns.update(fields.row)
+        used.update(fields.used)
+    tally.unread_columns = columns - used
+
+
+def uses_chat_template(data: DataConfig, *, has_template: bool | None) -> bool:
+    """Whether the sources of a run are rendered with the chat template, all of them alike.
+
+    has_template says whether the tokenizer has one; None if that is not known yet. Raises InputError, with the names of the
+    sources, if they cannot be rendered alike as data.template says.
+    """
+    keyed = data.keyed_sources()
+    movies = [source_name(key, source) for key, source in keyed.items() if source.format == "movie_ratings"]
+    if movies and data.template == "chat":
+        raise InputError(
+            f"{movies[0]} has beginnings of texts to continue, which are no chat; set data.template to plain."
+        )
+    chats = _source_with_messages(keyed) if data.template != "chat" else None
+    if chats and movies:
+        raise InputError(
+            f"{chats} holds messages and {movies[0]} beginnings of texts to continue, which cannot be rendered alike; "
+            "use sources of one kind."
+        )
+    if chats and data.template == "plain":
+        text = _source_with_texts(keyed)
+        other = f" and {text} plain texts" if text else ""
+        raise InputError(
+            f"{chats} holds messages{other}, and data.template is plain, which cannot render messages; set it to chat."
+        )
+    is_chat = data.template == "chat" or chats is not None
+    if is_chat and has_template is False:
+        reason = f"{chats} holds messages" if chats else "data.template is chat"
+        raise InputError(
+            f"{reason}, but the base model's tokenizer has no chat template; use plain texts with data.template: plain, or a "
+            "model with a template."
+        )
+    return is_chat
+
+
+def _source_with_messages(keyed: Mapping[str, DataSource]) -> str | None:
+    return _source_where(keyed, is_text=False)
+
+
+def _source_with_texts(keyed: Mapping[str, DataSource]) -> str | None:
+    return _source_where(keyed, is_text=True)
+
+
+def _source_where(keyed: Mapping[str, DataSource], *, is_text: bool) -> str | None:
+    """Name of the first source with an example of that kind."""
+    for key, source in keyed.items():
+        if source.format != "movie_ratings":
+            for _, example in read_examples(section_of(key), source, Tally(name=key)):
+                if example.is_text == is_text:
+                    return source_name(key, source)
+    return None
