@@ -223,6 +223,36 @@ def check_model_command(
     sys.exit(subprocess.run(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=False).returncode)
 
 
+@cli.command("data")
+@PARAMS_ARGUMENT
+@SET_OPTION
+@click.option(
+    "--rows",
+    type=click.IntRange(min=0),
+    default=1000,
+    show_default=True,
+    help="Records to read of each source; 0 reads all.",
+)
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Also write an HTML page.")
+def data_command(params_file: Path, overrides: tuple[str, ...], rows: int, html: Path | None) -> None:
+    """Show the data of a params file as the model will see it.
+
+    Counts what is dropped, cut or changed and why, checks the split, and shows lengths in tokens and ten examples with the tokens
+    that carry loss. Nothing is trained; of the model only the tokenizer is loaded. docs/data.md lists the accepted shapes.
+    """
+    from pipelines.settings import load_params, preview_settings
+
+    command = [
+        sys.executable,
+        "-m",
+        "components.prepare_data.preview",
+        preview_settings(load_params(params_file, overrides)),
+    ]
+    command += ["--rows", str(rows), *(["--html", str(html)] if html else [])]
+    # Stages run as programs of their own; this process imports no torch.
+    sys.exit(subprocess.run(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=False).returncode)
+
+
 @cli.group()
 def dev() -> None:
     """Commands for developers of kfp-rlhf."""

@@ -2,24 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from components.rlhf.config.params import Params
 from components.rlhf.config.prepare_data import DataSource
-from components.rlhf.data.clean import clean
-from components.rlhf.data.schemas import to_demonstration, to_pair, to_prompt
-from components.rlhf.data.sources import read_rows
+from components.rlhf.data.reading import read_examples, section_of, source_name, uses_chat_template
+from components.rlhf.data.tally import Tally
 from components.rlhf.storage.store import open_store
 from components.rlhf.text.errors import InputError
-
-
-class PlaceholderTokenizer:
-    """Stands in for a tokenizer: this checks the structure of messages, prepare_data their rendering."""
-
-    chat_template = "any"
-
-    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
-        return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def check_inputs(params: Params, *, is_on_cluster: Callable[[str], bool] = lambda source: False) -> None:
@@ -34,17 +23,16 @@ def check_inputs(params: Params, *, is_on_cluster: Callable[[str], bool] = lambd
     ):
         if source and _is_local(source) and not is_on_cluster(source):
             _check_model(key, Path(source))
-    converters: dict[str, Callable[..., Any]] = {
-        "demonstrations": to_demonstration,
-        "preferences": to_pair,
-        "prompts": to_prompt,
+    local = {
+        key: source
+        for key, source in params.data.keyed_sources().items()
+        if _is_file(source) and not is_on_cluster(source.path)
     }
-    for name, to_record in converters.items():
-        source = getattr(params.data, name)
-        if source is not None and _is_file(source) and not is_on_cluster(source.path):
-            tokenizer = PlaceholderTokenizer()
-            records = (to_record(location, row, tokenizer, "plain") for location, row in read_rows(source))
-            clean(f"data.{name} ({source.path})", records)
+    for key, source in local.items():
+        tally = Tally(name=source_name(key, source))
+        tally.kept = sum(1 for _ in read_examples(section_of(key), source, tally))
+        tally.require_usable()
+    uses_chat_template(params.data, local, has_template=None)
 
 
 def check_stores(params: Params) -> None:

@@ -16,7 +16,7 @@ from components.rlhf.config.import_model import ImportModelStageConfig
 from components.rlhf.config.judge import JudgeStageConfig
 from components.rlhf.config.params import Params, explain_validation_error, short_repr
 from components.rlhf.config.ppo import PpoStageConfig
-from components.rlhf.config.prepare_data import PrepareDataStageConfig
+from components.rlhf.config.prepare_data import PrepareDataStageConfig, PreviewConfig
 from components.rlhf.config.reward_model import RewardModelStageConfig
 from components.rlhf.config.sft import SftStageConfig
 from components.rlhf.text.errors import InputError
@@ -155,6 +155,12 @@ def settings_of_stage(params: Params, stage: str) -> str:
     if stage not in stages:
         raise InputError(f"{stage} is not a stage with settings; stages: {', '.join(['import_model', *stages])}.")
     return params.stage(stages[stage]).canonical_json()
+
+
+def preview_settings(params: Params) -> str:
+    """The canonical JSON that `kfp-rlhf data` passes to the program that shows the data."""
+    stage = params.stage(PrepareDataStageConfig)
+    return PreviewConfig(model=params.model, prepare_data=stage, storage=params.storage).canonical_json()
 
 
 def import_settings(

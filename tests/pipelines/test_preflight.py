@@ -32,21 +32,54 @@ def test_messages_are_valid_without_a_tokenizer(tmp_path: Path, tiny_model: Path
     check_toy_inputs(tiny_model, data)
 
 
+def test_error_names_the_line_that_is_not_an_object(tmp_path: Path, tiny_model: Path) -> None:
+    data = write_data(tmp_path)
+    with data["demonstrations"].open("a") as file:
+        file.write("[1]\n")
+    with pytest.raises(InputError, match=r"demonstrations\.jsonl:61 is a JSON list"):
+        check_toy_inputs(tiny_model, data)
+
+
 @pytest.mark.parametrize(
     ("name", "line", "message"),
     [
-        ("preferences", '{"prompt": "a", "chosen": "b"}', "preferences.jsonl:61 has no field 'rejected'"),
+        (
+            "preferences",
+            '{"prompt": "a", "chosen": "b"}',
+            "preferences.jsonl:61: no field 'rejected' (found: prompt, chosen)",
+        ),
         ("prompts", '{"prompt": 3}', "prompts.jsonl:61: prompt has type int; it must be a string"),
-        ("demonstrations", "[1]", "demonstrations.jsonl:61 is a JSON list"),
+        (
+            "demonstrations",
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            "demonstrations.jsonl:61: messages have no message of",
+        ),
     ],
 )
-def test_error_names_the_invalid_line(tmp_path: Path, tiny_model: Path, name: str, line: str, message: str) -> None:
+def test_few_unusable_records_pass_and_many_are_reported_with_an_example(
+    tmp_path: Path, tiny_model: Path, name: str, line: str, message: str
+) -> None:
     data = write_data(tmp_path)
     with data[name].open("a") as file:
         file.write(line + "\n")
+    check_toy_inputs(tiny_model, data)
+    with data[name].open("a") as file:
+        file.write((line + "\n") * 20)
     with pytest.raises(InputError) as error:
         check_toy_inputs(tiny_model, data)
-    assert message in str(error.value)
+    assert "only 60 of 81 records are usable" in str(error.value) and message in str(error.value)
+
+
+def test_messages_and_plain_texts_cannot_be_mixed_in_a_plain_run(tmp_path: Path, tiny_model: Path) -> None:
+    data = write_data(tmp_path)
+    data["prompts"].write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    with pytest.raises(InputError) as error:
+        check_toy_inputs(tiny_model, data, data={"template": "plain"})
+    prompts, demonstrations = (f"data.{name} ({data[name]})" for name in ("prompts", "demonstrations"))
+    assert str(error.value) == (
+        f"{prompts} holds messages and {demonstrations} plain texts, and data.template is plain, which cannot render messages; "
+        "set it to chat."
+    )
 
 
 def test_error_names_the_missing_file(tmp_path: Path, tiny_model: Path) -> None:

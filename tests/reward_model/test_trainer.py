@@ -37,7 +37,12 @@ def encoded_pairs(*, margins: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)) -> list[
     """Pairs of the sizes above, of arbitrary tokens."""
 
     def text(prompt: list[int], size: int, start: int) -> EncodedText:
-        return EncodedText(prompt_ids=prompt, response_ids=list(range(start, start + size)), truncated=False)
+        return EncodedText(
+            prompt_ids=prompt,
+            response_ids=list(range(start, start + size)),
+            response_mask=[True] * size,
+            truncated=False,
+        )
 
     return [
         EncodedPair(

@@ -11,18 +11,21 @@ from components.rlhf.checkpoints.manager import CheckpointManager
 from components.rlhf.config.model import LoraConfig, ModelConfig, TrainingConfig
 from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
-from components.rlhf.data.records import Demonstration
-from components.rlhf.data.tokenizer import EncodedText, encode_text
+from components.rlhf.data.records import Demonstration, Turn
+from components.rlhf.data.tokenizer import EncodedText, encode_text, encode_turns
 from components.rlhf.text.errors import InputError
 from components.sft.trainer import SftTrainer, as_markdown
 from tests.support.training import NEVER, break_after_saving, checkpoints_every_step, context_of
 
 DATA = [
-    Demonstration(prompt=prompt, completion=completion)
+    Demonstration(turns=(Turn(context=prompt, answer=completion),))
     for prompt in ("It is", "We saw that it was", "A")
     for completion in (" good", " a very good film", " so")
 ]
-HELDOUT = [Demonstration(prompt="It was", completion=" good"), Demonstration(prompt="This", completion=" a good film")]
+HELDOUT = [
+    Demonstration(turns=(Turn(context="It was", answer=" good"),)),
+    Demonstration(turns=(Turn(context="This", answer=" a good film"),)),
+]
 
 
 def trainer_of(
@@ -60,7 +63,7 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, max_tokens: int = 64) -> list[EncodedText]:
-    return [encode_text(tokenizer, d.prompt, d.completion, max_tokens=max_tokens) for d in DATA]
+    return [encode_text(tokenizer, d.prompt, d.turns[0].answer, max_tokens=max_tokens) for d in DATA]
 
 
 def test_loss_equals_transformers_with_prompts_ignored(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -88,13 +91,31 @@ def test_loss_equals_a_loop_over_tokens(tiny_model: Path, tokenizer: PreTrainedT
     """Prompts carry no loss, EOS does."""
     lm, total, count = AutoModelForCausalLM.from_pretrained(tiny_model).eval(), 0.0, 0
     for d in HELDOUT:
-        prompt, rest = tokenizer(d.prompt)["input_ids"], [*tokenizer(d.completion)["input_ids"], 0]
+        prompt, rest = tokenizer(d.prompt)["input_ids"], [*tokenizer(d.turns[0].answer)["input_ids"], 0]
         with torch.no_grad():
             logprobs = torch.log_softmax(lm(torch.tensor([prompt + rest])).logits[0], dim=-1)
         total -= sum(logprobs[len(prompt) - 1 + t, token].item() for t, token in enumerate(rest))
         count += len(rest)
-    texts = [encode_text(tokenizer, d.prompt, d.completion, max_tokens=64) for d in HELDOUT]
+    texts = [encode_text(tokenizer, d.prompt, d.turns[0].answer, max_tokens=64) for d in HELDOUT]
     assert trainer_of(tiny_model).heldout_loss(texts) == pytest.approx(total / count, abs=1e-5)
+
+
+def test_every_answer_of_a_conversation_carries_loss_and_the_turns_between_do_not(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Against a loop over the tokens of each answer, in one batch with a shorter text."""
+    lm = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    turns = (Turn(context="ab", answer="cd"), Turn(context="efg", answer="h"))
+    ids = [*tokenizer("abcd")["input_ids"], 0, *tokenizer("efgh")["input_ids"], 0]
+    learned = [2, 3, 4, 8, 9]  # c, d, end, h, end
+    with torch.no_grad():
+        logprobs = torch.log_softmax(lm(torch.tensor([ids])).logits[0], dim=-1)
+        short = torch.log_softmax(lm(torch.tensor([tokenizer("xy")["input_ids"] + [0]])).logits[0], dim=-1)
+    expected = -sum(logprobs[t - 1, ids[t]].item() for t in learned) - short[0, tokenizer("y")["input_ids"][0]].item()
+    expected -= short[1, 0].item()
+    texts = [encode_turns(tokenizer, turns, max_tokens=64), encode_text(tokenizer, "x", "y", max_tokens=64)]
+    assert [text.num_learned for text in texts] == [5, 2]
+    assert trainer_of(tiny_model)._loss(texts, 1).item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_truncated_text_has_no_eos_in_its_loss(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:

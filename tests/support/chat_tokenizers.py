@@ -66,6 +66,35 @@ FAMILIES: dict[str, tuple[list[str], str, str | None, str]] = {
         "{% else %}<|Assistant|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}",
     ),
+    "qwen 3": (  # writes the thoughts of the last answer only, and an empty thought where there is none
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "<|im_end|>",
+        None,
+        MESSAGES
+        + "<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% set text = m['content'].split('</think>')[-1].strip() %}"
+        "{% if loop.last %}<think>\n{{ (m['content'].split('</think>')[0].split('<think>')[-1].strip() if '</think>' in m['content'] "
+        "else '') }}\n</think>\n\n{% endif %}{{ text }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n"
+        + END
+        + CHATML[1],
+    ),
+    "chatml with marks": (
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "<|im_end|>",
+        None,
+        MESSAGES
+        + "<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n" + END + CHATML[1],
+    ),
+    "chatml with tools": (
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        "<|im_end|>",
+        None,
+        "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+        + MESSAGES
+        + "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% for call in m['tool_calls'] or [] %}"
+        '<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>'
+        "{% endfor %}<|im_end|>\n" + END + CHATML[1],
+    ),
     "no template": (["<s>", "</s>"], "</s>", "<s>", ""),
 }
 

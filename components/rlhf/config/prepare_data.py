@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from components.rlhf.config.base import BaseConfig, Count, Fraction, NonNegative, Positive, PositiveInt
-from components.rlhf.config.model import Seed
+from components.rlhf.config.model import ModelConfig, Seed
+from components.rlhf.config.storage import StorageConfig
 
 FIELDS = (
     "prompt", "completion", "messages", "chosen", "rejected", "margin", "system", "input", "history", "tools", "rating", "label",
@@ -151,3 +152,11 @@ class PrepareDataStageConfig(BaseConfig):
     data: DataConfig
     num_evaluation_prompts: PositiveInt
     seed: Seed
+
+
+class PreviewConfig(BaseConfig):
+    """What `kfp-rlhf data` reads: the data of a run, with the tokenizer of its model."""
+
+    model: ModelConfig
+    prepare_data: PrepareDataStageConfig
+    storage: StorageConfig

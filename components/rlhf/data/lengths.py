@@ -30,11 +30,11 @@ def fit_into_limits(record: Record, data: DataConfig, tokenizer: PreTrainedToken
     that tells a pair apart is left.
     """
     if not encode_completion(tokenizer, record.prompt):
-        raise Unusable("a prompt without tokens", "its prompt has no tokens.")
+        raise Unusable("prompt without tokens", "its prompt has no tokens.")
     prompt = len(encode_prompt(tokenizer, record.prompt, is_chat=is_chat(record)))
     if prompt > data.max_prompt_tokens:
         raise Unusable(
-            "a prompt longer than max_prompt_tokens",
+            "prompt longer than max_prompt_tokens",
             f"its prompt has {prompt} tokens, and data.max_prompt_tokens is {data.max_prompt_tokens}.",
         )
     texts = encode_record(record, tokenizer, max_tokens=UNLIMITED)
@@ -42,13 +42,13 @@ def fit_into_limits(record: Record, data: DataConfig, tokenizer: PreTrainedToken
     is_cut = longest > data.max_tokens
     if is_cut and data.over_length == "drop":
         raise Unusable(
-            "a text longer than max_tokens",
+            "text longer than max_tokens",
             f"its text has {longest} tokens, and data.max_tokens is {data.max_tokens}.",
         )
     limit = data.max_tokens - prompt
     if is_cut and len(texts) == 2 and texts[0].response_ids[:limit] == texts[1].response_ids[:limit]:
         raise Unusable(
-            "both answers equal after cutting",
+            "equal answers after cutting",
             f"its answers do not differ within data.max_tokens ({data.max_tokens}).",
         )
     return Lengths(prompt=prompt, text=min(longest, data.max_tokens), is_cut=is_cut)

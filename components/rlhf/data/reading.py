@@ -1,6 +1,7 @@
 """Reads a source as examples, and decides whether a run renders its sources with the chat template."""
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 
 from components.rlhf.config.prepare_data import DataConfig, DataSource
 from components.rlhf.data.examples import Example, Unusable
@@ -19,14 +20,16 @@ def source_name(key: str, source: DataSource) -> str:
     return f"{key} ({source.path})"
 
 
-def read_examples(section: str, source: DataSource, tally: Tally) -> Iterator[tuple[str, Example]]:
-    """Yield (location, example) of every usable row; count all of them in tally, except those that are kept.
+def read_examples(
+    section: str, source: DataSource, tally: Tally, *, max_rows: int | None = None
+) -> Iterator[tuple[str, Example]]:
+    """Yield (location, example) of every usable row, or of the first max_rows; count all of them in tally, except those kept.
 
     Raises InputError for a row that cannot be read at all, such as a line that is not JSON.
     """
     used: set[str] = set()
     columns: set[str] = set()
-    for location, row in read_rows(source):
+    for location, row in islice(read_rows(source), max_rows):
         fields = Fields(row)
         try:
             for example in CONVERTERS[section](fields):
@@ -45,13 +48,12 @@ def read_examples(section: str, source: DataSource, tally: Tally) -> Iterator[tu
     tally.unread_columns = columns - used
 
 
-def uses_chat_template(data: DataConfig, *, has_template: bool | None) -> bool:
+def uses_chat_template(data: DataConfig, keyed: Mapping[str, DataSource], *, has_template: bool | None) -> bool:
     """Whether the sources of a run are rendered with the chat template, all of them alike.
 
-    has_template says whether the tokenizer has one; None if that is not known yet. Raises InputError, with the names of the
-    sources, if they cannot be rendered alike as data.template says.
+    keyed are the sources of data that can be read; has_template says whether the tokenizer has a chat template, None if that is
+    not known yet. Raises InputError, with the names of the sources, if they cannot be rendered alike as data.template says.
     """
-    keyed = data.keyed_sources()
     movies = [source_name(key, source) for key, source in keyed.items() if source.format == "movie_ratings"]
     if movies and data.template == "chat":
         raise InputError(

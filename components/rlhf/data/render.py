@@ -154,16 +154,13 @@ class Renderer:
         text, spans = self._render(last, add_generation_prompt=False), []
         for index in learned:
             before = self._render(Conversation(messages=whole.messages[:index], tools=whole.tools))
-            content = whole.messages[index].content.strip()
-            start = len(before)
-            written = text.find(content, start)
-            if not text.startswith(before) or written < 0:
+            after = Conversation(messages=whole.messages[: index + 1], tools=whole.tools)
+            alone = self._render(after, add_generation_prompt=False)
+            answer = _without_end(alone[len(before) :], whole.messages[index].content, self._end)
+            # Some templates write an answer differently, for example without its thoughts, once more messages follow.
+            if not alone.startswith(before) or not text.startswith(before + answer):
                 return ()
-            if index == learned[-1]:
-                end = start + len(_without_end(text[start:], content, self._end))
-            else:
-                end = text.find(self._end, written + len(content))
-            spans.append((start, end))
+            spans.append((len(before), len(before) + len(answer)))
         return self._split(text, spans, ends_included=False)
 
     def _split(self, text: str, spans: Sequence[Span], *, ends_included: bool) -> tuple[Turn, ...]:

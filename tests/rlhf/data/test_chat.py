@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 
 from components.rlhf.data.chat import render_chat, turn_end_id, without_opening
 from components.rlhf.data.records import Message
-from components.rlhf.data.schemas import to_demonstration, to_pair, to_prompt
 from components.rlhf.data.tokenizer import (
     decode_response,
     encode_prompt,
@@ -35,6 +34,9 @@ TURN_ENDS = {
     "phi 3": "<|end|>",
     "llama 2": "</s>",
     "deepseek r1": "<|end|>",
+    "qwen 3": "<|im_end|>",
+    "chatml with marks": "<|im_end|>",
+    "chatml with tools": "<|im_end|>",
 }
 
 
@@ -118,13 +120,6 @@ def test_date_in_a_template_is_the_setting_and_not_the_day() -> None:
     date = datetime.date(2024, 7, 26)
     assert "Today Date: 26 Jul 2024" in render_chat(tokenizer, [USER], date=date)
     assert "Today Date: 01 Jan 2025" in render_chat(tokenizer, [USER])
-    row = {"prompt": "Hi", "completion": "Hello", "chosen": "Hello", "rejected": "No"}
-    for convert in (to_demonstration, to_pair, to_prompt):
-        assert "26 Jul 2024" in convert("x", row, tokenizer, "chat", date).prompt
-    assert (
-        "26 Jul 2024"
-        in to_prompt("x", {"messages": [{"role": "user", "content": "Hi"}]}, tokenizer, "plain", date).prompt
-    )
 
 
 OPENED = [
@@ -146,18 +141,6 @@ OPENED = [
 @pytest.mark.parametrize(("prompt", "completion", "expected"), OPENED)
 def test_completion_does_not_open_again_what_the_prompt_has_opened(prompt: str, completion: str, expected: str) -> None:
     assert without_opening(prompt, completion) == expected
-
-
-def test_thinking_is_opened_once_in_demonstrations_and_pairs() -> None:
-    tokenizer = make_tokenizer("deepseek r1")
-    answer = "<think>\nWell.</think>Yes"
-    row = {"prompt": "Hi", "completion": answer, "chosen": answer, "rejected": "No"}
-    demonstration, pair = (convert("x", row, tokenizer, "chat") for convert in (to_demonstration, to_pair))
-    assert (demonstration.prompt + demonstration.completion).count("<think>") == 1
-    assert (pair.prompt + pair.chosen).count("<think>") == 1
-    assert pair.rejected == "No"
-    plain = to_demonstration("x", row, tokenizer, "plain")
-    assert (plain.prompt, plain.completion, plain.messages) == ("Hi", answer, ())
 
 
 # --- identity ---
@@ -189,16 +172,3 @@ def test_text_of_a_response_begins_with_its_space() -> None:
     assert tokenizer.decode([3, 4]) == "was good"
     assert decode_response(tokenizer, [1, 2], [3, 4, 0]) == " was good"
     assert decode_response(TOKENIZERS["qwen", False], [65], [66]) == TOKENIZERS["qwen", False].decode([66])
-
-
-@pytest.mark.parametrize(
-    ("prompt", "completion"),
-    [("Reply with one of [yes] [no]", "[no] because"), ("Continue the tag <b>", "<b>bold</b>")],
-)
-def test_answer_that_repeats_the_users_words_is_kept(prompt: str, completion: str) -> None:
-    for family in ("llama 2", "qwen", "deepseek r1"):
-        row = {"prompt": prompt, "completion": completion}
-        assert to_demonstration("x", row, make_tokenizer(family), "chat").completion == completion
-    bare = make_tokenizer("qwen")
-    bare.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-    assert to_demonstration("x", {"prompt": prompt, "completion": completion}, bare, "chat").completion == completion

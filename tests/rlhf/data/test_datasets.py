@@ -5,17 +5,36 @@ from typing import Any
 import pytest
 
 from components.rlhf.data.datasets import DatasetHeader, load_records, read_header, save_dataset
-from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText
+from components.rlhf.data.records import (
+    Conversation,
+    Demonstration,
+    Message,
+    PreferencePair,
+    Prompt,
+    RatedText,
+    ToolCall,
+    Turn,
+)
 from components.rlhf.text.errors import InputError
 
+CHAT = Conversation(
+    messages=(
+        Message(role="user", content="u"),
+        Message(role="assistant", content="", tool_calls=(ToolCall(name="add", arguments="{}"),)),
+    ),
+    tools="[]",
+)
 RECORDS: list[list[Any]] = [
-    [Demonstration(prompt="p", completion=" c"), Demonstration(prompt="ü\u2028\n\x85", completion="\U0001f600")],
+    [
+        Demonstration(turns=(Turn(context="p", answer=" c"), Turn(context="d", answer="e"))),
+        Demonstration(turns=(Turn(context="ü\u2028\n\x85", answer="\U0001f600"),), conversation=CHAT),
+    ],
     [
         PreferencePair(prompt="p", chosen="a", rejected="b"),
         PreferencePair(prompt="p", chosen="a", rejected="c", margin=0.1),
     ],
     [RatedText(prompt="p", completion="c", rating=-1.25)],
-    [Prompt(prompt="p", id="train-0")],
+    [Prompt(prompt="p", id="train-0"), Prompt(prompt="p", conversation=CHAT)],
 ]
 
 
@@ -33,21 +52,21 @@ def test_save_and_load_round_trip(tmp_path: Path, records: list[Any]) -> None:
 def test_split_is_plain_jsonl(tmp_path: Path) -> None:
     save_dataset(tmp_path, {"train": [Prompt(prompt="ü", id="x")]}, max_tokens=8, counts={})
     text = (tmp_path / "train.jsonl").read_text(encoding="utf-8")
-    assert text == '{"prompt": "ü", "id": "x", "messages": []}\n'
+    assert text == '{"prompt": "ü", "id": "x", "conversation": null}\n'
     assert json.loads(text)["prompt"] == "ü"
 
 
 @pytest.mark.parametrize(
     ("record", "line", "reason"),
     [
-        (Demonstration, '{"prompt": "p"}', "'completion' is missing"),
-        (Demonstration, '{"prompt": "p", "completion": "c", "id": "1"}', "'id' is not a field"),
-        (PreferencePair, '{"prompt": "p", "chosen": "a", "rejected": "b"}', "'margin' is missing"),
-        (Prompt, '{"prompt": "p"}', "'id' is missing"),
-        (Prompt, '{"prompt": 1, "id": "1", "messages": []}', "'prompt': Input should be a valid string"),
-        (RatedText, '{"prompt": "p", "completion": "c", "rating": true}', "'rating': Input should be a valid number"),
-        (RatedText, '{"prompt": "p", "completion": "c", "rating": "1"}', "'rating': Input should be a valid number"),
-        (RatedText, '{"prompt": "p", "completion": "c", "rating": 1%s}' % ("0" * 400), f"the number 1{'0' * 39} is too large"),
+        (Demonstration, '{"conversation": null}', "'turns' is missing"),
+        (Demonstration, '{"turns": [], "conversation": null, "id": "1"}', "'id' is not a field"),
+        (PreferencePair, '{"prompt": "p", "chosen": "a", "rejected": "b", "conversation": null}', "'margin' is missing"),
+        (Prompt, '{"prompt": "p", "conversation": null}', "'id' is missing"),
+        (Prompt, '{"prompt": 1, "id": "1", "conversation": null}', "'prompt': Input should be a valid string"),
+        (RatedText, '{"prompt": "p", "completion": "c", "conversation": null, "rating": true}', "'rating': Input should be a valid number"),
+        (RatedText, '{"prompt": "p", "completion": "c", "conversation": null, "rating": "1"}', "'rating': Input should be a valid number"),
+        (RatedText, '{"prompt": "p", "completion": "c", "conversation": null, "rating": 1%s}' % ("0" * 400), f"the number 1{'0' * 39} is too large"),
     ],
 )  # fmt: skip
 def test_line_that_is_not_the_record_is_refused(tmp_path: Path, record: Any, line: str, reason: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from components.rlhf.data.movie_ratings import opening_words, read_movie_ratings
+from components.rlhf.data.movie_ratings import read_movie_ratings
 from components.rlhf.data.records import RatedText
 from components.rlhf.text.errors import InputError
 
@@ -93,8 +93,3 @@ def test_archive_without_ratings_is_rejected(tmp_path: Path) -> None:
 def test_other_encoding_is_rejected(build: Build) -> None:
     with pytest.raises(InputError, match="is not the vaderSentiment 3.3.2 sdist"):
         read_movie_ratings(build(texts="1_1\t0\tcafé".encode("latin-1")))
-
-
-def test_opening_words_ignore_case_and_whitespace() -> None:
-    assert opening_words("The  Film\tis good", 2) == "the film" == opening_words("THE FILM", 2)
-    assert opening_words("The", 2) == "the"

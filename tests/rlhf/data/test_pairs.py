@@ -3,7 +3,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.rlhf.data.pairs import cap_per_prompt, pairs_from_ratings
+from components.rlhf.data.pairs import cap_per_prompt, pairs_from_ratings, pairs_per_prompt
 from components.rlhf.data.records import PreferencePair, RatedText
 
 
@@ -106,3 +106,31 @@ def test_cap_is_independent_of_file_order() -> None:
     assert kept != sorted(kept)
     assert kept == [int(p.chosen) for p in cap_per_prompt(pairs, 10, seed=0)]
     assert kept != [int(p.chosen) for p in cap_per_prompt(pairs, 10, seed=1)]
+
+
+# --- several rated answers to a prompt ---
+
+
+def answer(text: str, rating: float, prompt: str = "p") -> RatedText:
+    return RatedText(prompt=prompt, completion=text, rating=rating)
+
+
+def test_every_two_answers_to_a_prompt_that_differ_enough_form_a_pair() -> None:
+    pairs = pairs_per_prompt([answer("a", 3), answer("b", 1), answer("c", 2.5), answer("z", 9, "q")], min_gap=1, seed=0)
+    assert {(p.prompt, p.chosen, p.rejected, p.margin) for p in pairs} == {("p", "a", "b", 2.0), ("p", "c", "b", 1.5)}
+
+
+def test_labels_form_pairs_of_good_and_bad_answers() -> None:
+    pairs = pairs_per_prompt([answer("good", 1), answer("bad", 0), answer("fine", 1)], min_gap=1, seed=0)
+    assert {(p.chosen, p.rejected) for p in pairs} == {("good", "bad"), ("fine", "bad")}
+
+
+def test_equal_ratings_and_equal_texts_form_no_pair() -> None:
+    assert pairs_per_prompt([answer("a", 1), answer("b", 1), answer("a", 3)], min_gap=0, seed=0) == [
+        PreferencePair(prompt="p", chosen="a", rejected="b", margin=2.0)
+    ]
+
+
+def test_number_of_pairs_of_one_prompt_is_bounded() -> None:
+    pairs = pairs_per_prompt([answer(str(n), n) for n in range(3000)], min_gap=1, seed=0)
+    assert len(pairs) == 100 * 99 / 2

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.rlhf.data.split import HELD_OUT, assign_role, hash_to_unit_interval
+from components.rlhf.data.records import Conversation, Message
+from components.rlhf.data.split import HELD_OUT, assign_role, hash_to_unit_interval, opening_words, split_key
 
 KEYS = [f"prompt number {number}" for number in range(4000)]
 WEIGHTS = {"sft": 0.2, "reward_model": 0.5, "judge": 0.3}
@@ -66,3 +67,41 @@ def test_every_key_has_a_valid_role(key: str, seed: int, held_out: float) -> Non
 def test_hash_separates_parts() -> None:
     assert hash_to_unit_interval(0, "a", "b") != hash_to_unit_interval(0, "ab")
     assert hash_to_unit_interval(1, "1") != hash_to_unit_interval(11, "")
+
+
+# --- keys ---
+
+
+def chat(*texts: str, system: str = "") -> Conversation:
+    """A conversation of user and assistant in turn."""
+    messages = [Message(role="system", content=system)] if system else []
+    messages += [Message(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(texts)]
+    return Conversation(messages=tuple(messages))
+
+
+@pytest.mark.parametrize(
+    ("text", "conversation"),
+    [
+        ("What is 2 plus 2?", None),
+        ("  what IS\n2 plus 2 ", None),
+        ("\uff37hat is \uff12 plus 2", None),  # full-width letters
+        ("\n\nHuman: What is 2 plus 2?\n\nAssistant:", None),
+        ("\n\nHuman: What is 2 plus 2?\n\nAssistant: 4\n\nHuman: Sure?\n\nAssistant:", None),
+        ("rendered", chat("What is 2 plus 2?")),
+        ("rendered", chat("What is 2 plus 2?", system="Be brief.")),
+        ("rendered", chat("What is 2 plus 2?", "4", "Are you sure?")),
+    ],
+)
+def test_same_first_question_has_the_same_key(text: str, conversation: Conversation | None) -> None:
+    assert split_key(text, conversation) == "what is 2 plus 2"
+
+
+def test_key_of_other_scripts_and_of_symbols() -> None:
+    assert split_key("\u4f60\u597d\uff1f", None) == "\u4f60\u597d"
+    assert split_key(" ?! ", None) == "?!"
+    assert split_key("x", Conversation(messages=(Message(role="system", content="Go."),))) == "go"
+
+
+def test_opening_words_ignore_case_and_whitespace() -> None:
+    assert opening_words("The  Film\tis good", 2) == "the film" == opening_words("THE FILM", 2)
+    assert opening_words("The", 2) == "the"

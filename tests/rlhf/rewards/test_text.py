@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from components.rlhf.data.chat import render_chat
-from components.rlhf.data.records import Completion, Message, Prompt
+from components.rlhf.data.records import Completion, Conversation, Message, Prompt
 from components.rlhf.rewards.reward_model import load_reward_scorer
 from components.rlhf.rewards.text import reencode
 from tests.support.chat_tokenizers import make_tokenizer
 
 MESSAGES = (Message(role="user", content="Is it good?"),)
-CHAT = Prompt(prompt="<user>Is it good?\n<assistant>", messages=MESSAGES)
+CHAT = Prompt(prompt="<user>Is it good?\n<assistant>", conversation=Conversation(messages=MESSAGES))
 CPU, FP32 = torch.device("cpu"), torch.float32
 
 
