@@ -9,6 +9,7 @@ from kfp import kubernetes
 
 from components.rlhf.config.cluster import TRAINING_STAGES, ClusterConfig, Profile, has_digest
 from components.rlhf.config.params import Params
+from components.rlhf.config.prepare_data import is_glob
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.storage.pypi import PREFIX
 from components.rlhf.text.errors import InputError
@@ -26,7 +27,7 @@ IMAGE_OF = {
 }
 DOWNLOADING_STAGES = ("import_model", "prepare_data")  # the only stages that download models and data
 DETERMINISTIC_STAGES = (*DOWNLOADING_STAGES, "judge")
-DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv", ".gz")
 CHECKPOINT_PATH = "/checkpoints"
 # The network policies of manifests/ select tasks by these labels.
 TASK_LABELS = {"app.kubernetes.io/part-of": "kfp-rlhf"}
@@ -107,8 +108,9 @@ def data_sources(params: Params) -> list[str]:
 
 
 def is_remote(source: str) -> bool:
-    """Whether a source is a Hugging Face id or a package, not a path or an S3 URI."""
-    return not (source.startswith(("s3://", "/", "./", "../", "~")) or PurePosixPath(source).suffix in DATA_SUFFIXES)
+    """Whether a source is a Hugging Face id or a package, not a path, a pattern of paths or an S3 URI."""
+    is_path = source.startswith(("s3://", "/", "./", "../", "~")) or PurePosixPath(source).suffix in DATA_SUFFIXES
+    return not is_path and not is_glob(source)
 
 
 def _environment(cluster: ClusterConfig, stage: str) -> dict[str, str]:

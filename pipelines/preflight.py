@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from components.rlhf.config.params import Params
-from components.rlhf.config.prepare_data import DataSource
+from components.rlhf.config.prepare_data import DataSource, is_glob
 from components.rlhf.data.reading import read_examples, section_of, source_name, uses_chat_template
+from components.rlhf.data.sources import suffix_of
 from components.rlhf.data.tally import Tally
 from components.rlhf.storage.store import open_store
 from components.rlhf.text.errors import InputError
@@ -51,9 +52,10 @@ def _is_local(source: str) -> bool:
 
 
 def _is_file(source: DataSource) -> bool:
-    if source.path.startswith("s3://"):
+    if source.path.startswith("s3://") or source.format in ("hub", "movie_ratings"):
         return False
-    return source.format in ("jsonl", "parquet") or (source.format == "auto" and Path(source.path).suffix != "")
+    is_named_as_file = source.format != "auto" or suffix_of(source.path) != "" or is_glob(source.path)
+    return is_named_as_file or Path(source.path).is_dir()
 
 
 def _check_model(key: str, folder: Path) -> None:

@@ -59,8 +59,8 @@ class PreparedData:
             "heldout_prompts": ("prompts", {"heldout": self.heldout_prompts}),
         }
 
-    def prompts_by_role(self) -> dict[str, list[str]]:
-        """The normalized prompts of all records of each role."""
+    def texts_by_role(self, *, of_snippets: bool) -> dict[str, list[str]]:
+        """The normalized prompts of all records of each role, or for movie snippets, of which prompts are the first words, the texts."""
         roles: dict[str, Sequence[Record]] = {
             "sft": self.demonstrations,
             "reward model": self.pairs,
@@ -69,9 +69,23 @@ class PreparedData:
             "held out": [*self.heldout_demonstrations, *self.heldout_pairs, *self.heldout_prompts],
         }
         return {
-            role: sorted({split_key(record.prompt, record.conversation) for record in records})
+            role: sorted({text for record in records for text in _compared_texts(record, of_snippets=of_snippets)})
             for role, records in roles.items()
         }
+
+
+def _compared_texts(record: Record, *, of_snippets: bool) -> list[str]:
+    """What a record must not have in common with those of another role, normalized."""
+    match record:
+        case PreferencePair() if of_snippets:
+            texts = [record.prompt + record.chosen, record.prompt + record.rejected]
+        case RatedText() if of_snippets:
+            texts = [record.prompt + record.completion]
+        case Demonstration() if of_snippets:
+            texts = [record.prompt + record.turns[0].answer]
+        case _:
+            texts = [record.prompt]
+    return [split_key(text, record.conversation) for text in texts]
 
 
 def prepare(
@@ -114,7 +128,8 @@ def prepare(
     _split_prompts(out, prompts, data, seed)
     if max_rows is None:
         _require_enough(out, data, num_evaluation_prompts)
-    out.overlap = overlap(out.prompts_by_role(), threshold=data.near_duplicates)
+    of_snippets = any(source.format == "movie_ratings" for source in data.keyed_sources().values())
+    out.overlap = overlap(out.texts_by_role(of_snippets=of_snippets), threshold=data.near_duplicates)
     return out
 
 

@@ -117,18 +117,20 @@ def split_statement(prepared: PreparedData, data: DataConfig) -> str:
     """What the check of the written data sets found."""
     if prepared.overlap is None:
         return "The split was not checked."
-    near = "" if data.near_duplicates >= 1 else f" or is a near-duplicate ({data.near_duplicates:.0%} of its 5-grams)"
-    counted = f"{prepared.num_keys:,} different prompts, {prepared.num_keys - prepared.num_groups:,} of them near-duplicates of others"
-    if prepared.overlap.total == 0:
-        return f"Checked after the split ({counted}): no prompt of one role occurs{near} in another role."
+    counted = f"{prepared.num_keys:,} different prompts"
+    if prepared.num_groups < prepared.num_keys:
+        counted += f" in {prepared.num_groups:,} groups of near-duplicates"
+    near = (
+        "" if data.near_duplicates >= 1 else f" or nearly occurs ({data.near_duplicates:.0%} of its character 5-grams)"
+    )
+    found = prepared.overlap
+    if found.total == 0:
+        return f"Checked after the split of {counted}: no prompt of one role occurs{near} in another role."
     examples = "; ".join(
         f"{text[:80]!r} ({role}) and {other_text[:80]!r} ({other})"
-        for role, text, other, other_text in prepared.overlap.examples[:3]
+        for role, text, other, other_text in found.examples[:3]
     )
-    return (
-        f"Checked after the split ({counted}): **{prepared.overlap.total:,} prompts** of one role occur{near.replace(' is ', ' are ')} "
-        f"in another role: {examples}."
-    )
+    return f"Checked after the split of {counted}: **{found.total:,}** prompts of which each occurs{near} in another role: {examples}."
 
 
 def length_rows(prepared: PreparedData) -> list[dict[str, str]]:

@@ -1,11 +1,14 @@
 """Upload of local models and data to storage.uri, under the digest of their content."""
 
+import glob
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from components.rlhf.artifacts.manifest import sha256_of
 from components.rlhf.config.params import Params
+from components.rlhf.config.prepare_data import is_glob
 from components.rlhf.storage.store import Store, open_store
 from components.rlhf.text.errors import InputError
 from pipelines.placement import DATA_SUFFIXES, is_within
@@ -26,7 +29,7 @@ def local_sources(params: Params) -> dict[str, Path]:
         for key, source in sources.items()
         if source
         and not is_on_mounted_volume(source, params)
-        and (Path(source).expanduser().exists() or _is_path(source))
+        and (Path(source).expanduser().exists() or _is_path(source) or is_glob(source))
     }
 
 
@@ -69,6 +72,7 @@ def plan_upload(params: Params) -> tuple[Params, list[tuple[Path, str]]]:
         for part in sections:
             section = section[int(part) if isinstance(section, list) else part]
         location = f"{uri.removeprefix('file://').rstrip('/')}/{prefix}"
+        # A pattern of files becomes the folder of its matches.
         section[name] = f"{location}/{path.name}" if path.is_file() else location
     return Params.model_validate(content), [(file, key) for key, file in uploads.items()]
 
@@ -89,6 +93,12 @@ def upload(params: Params, uploads: list[tuple[Path, str]], log: Log) -> None:
 def _files(key: str, path: Path) -> dict[str, Path]:
     if path.is_file():
         return {path.name: path}
+    if is_glob(str(path)) and not path.exists():
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        if not found:
+            raise InputError(f"{key}: {path} matches no file; correct the path.")
+        parent = Path(os.path.commonpath([file.parent for file in found]))
+        return {file.relative_to(parent).as_posix(): file for file in found}
     if not path.is_dir():
         raise InputError(f"{key}: {path} does not exist; correct the path.")
     files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}

@@ -74,7 +74,8 @@ def test_messages_and_plain_texts_cannot_be_mixed_in_a_plain_run(tmp_path: Path,
     data = write_data(tmp_path)
     data["prompts"].write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     with pytest.raises(InputError) as error:
-        check_toy_inputs(tiny_model, data, data={"template": "plain"})
+        params = toy_params(tiny_model, data)
+        check_inputs(Params.model_validate(params | {"data": params["data"] | {"template": "plain"}}))
     prompts, demonstrations = (f"data.{name} ({data[name]})" for name in ("prompts", "demonstrations"))
     assert str(error.value) == (
         f"{prompts} holds messages and {demonstrations} plain texts, and data.template is plain, which cannot render messages; "

@@ -31,7 +31,7 @@ KINDS = {
     "prompts": "prompts",
     "heldout_prompts": "prompts",
 }
-OUTPUTS = [*KINDS, "metrics", "summary"]
+OUTPUTS = [*KINDS, "metrics", "summary", "report"]
 NUM_SHARED, NUM_OWN = 120, 30  # prompts in all three files, and in only one file
 
 
@@ -205,6 +205,7 @@ def test_reward_model_and_judge_have_the_same_heldout_pairs(outputs: Path) -> No
 def test_metrics_and_summary_report_counts(outputs: Path) -> None:
     metrics = json.loads((outputs / "metrics").read_text(encoding="utf-8"))
     read = {name: value for name, value in metrics.items() if not name.startswith("size_")}
+    assert read.pop("prompts_in_two_roles") == 0
     assert read == {
         "demonstrations_read": 155,
         "demonstrations_kept": 150,
@@ -229,10 +230,14 @@ def test_metrics_and_summary_report_counts(outputs: Path) -> None:
         "validation_prompts": 5,
         "heldout_prompts": len(records_of(outputs, "heldout_prompts", "heldout", Prompt)),
     }
-    assert {name.removeprefix("size_"): value for name, value in metrics.items() if name not in read} == sizes
+    assert {name.removeprefix("size_"): n for name, n in metrics.items() if name.startswith("size_")} == sizes
     summary = (outputs / "summary").read_text(encoding="utf-8")
-    assert "| demonstrations | 155 | 150 | 2 duplicate, 1 empty, 1 long prompt, 1 long text |" in summary
-    assert "| prompts | 150 | 150 | none |" in summary
+    assert (
+        "/demos.jsonl) | 155 | 150 | 2 duplicate (1.3%), 1 empty text (0.6%), 1 prompt longer than max_prompt_tokens (0.6%), "
+        "1 text longer than max_tokens (0.6%) | none | none |"
+    ) in summary
+    assert "/prompts.jsonl) | 150 | 150 | none | none | none |" in summary
+    assert "no prompt of one role occurs or nearly occurs" in summary
     assert f"| sft | {sizes['sft']} |" in summary
 
 
@@ -394,8 +399,8 @@ INVALID_DATA: dict[str, tuple[Callable[[Path, dict[str, Any]], None], str]] = {
         "{folder}/pairs.jsonl:7 is not JSON (Expecting value, column 20); each line must be one object.",
     ),
     "wrong column": (
-        spoil("pairs", 2, b'{"question": "a", "good": "b", "bad": "c"}'),
-        "{folder}/pairs.jsonl:2 has no column 'q' (found: question, good, bad); correct columns in the params file.",
+        spoil("pairs", 1, b'{"question": "a", "good": "b", "bad": "c"}'),
+        "{folder}/pairs.jsonl:1 has no column 'q' (found: question, good, bad); correct columns in the params file.",
     ),
     "unpaired surrogate": (
         spoil("demos", 4, b'{"prompt": "\\ud800", "completion": "c"}'),

@@ -12,7 +12,7 @@ from components.reward_model.imported import measure_imported, scored_as
 from components.rlhf.artifacts.manifest import write_manifest
 from components.rlhf.config.import_model import ImportModelStageConfig
 from components.rlhf.config.model import LoraConfig
-from components.rlhf.data.records import Conversation, Completion, Message, PreferencePair, Prompt
+from components.rlhf.data.records import Completion, Conversation, Message, PreferencePair, Prompt
 from components.rlhf.models.loading import is_scored_as_text, reward_normalization, save_model
 from components.rlhf.rewards.reward_model import load_reward_scorer
 from components.rlhf.text.errors import InputError

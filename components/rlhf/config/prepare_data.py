@@ -20,6 +20,11 @@ FIELDS = (
 SECTIONS = ("demonstrations", "preferences", "prompts")
 
 
+def is_glob(path: str) -> bool:
+    """Whether a path is a pattern of paths."""
+    return any(character in path for character in "*?[")
+
+
 class DataSource(BaseConfig):
     """One source of records."""
 
@@ -87,7 +92,7 @@ class DataConfig(BaseConfig):
     """Fraction of all prompts that no stage trains on."""
     num_validation_prompts: Count = 64
     """Number of PPO prompts that are reserved for validation."""
-    near_duplicates: Fraction = 0.8
+    near_duplicates: Annotated[float, Field(ge=0.5, le=1)] = 0.8
     """Prompts whose character n-grams overlap by at least this fraction (Jaccard) get the same role; 1 turns this off."""
     template: Literal["auto", "plain", "chat"] = "auto"
     """plain uses texts as they are; chat renders everything with the model's chat template; auto is chat if any source holds messages."""

@@ -8,8 +8,8 @@ from typing import Annotated, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
+from components.rlhf.data.files import read_jsonl
 from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText, ValidationSample
-from components.rlhf.data.sources import read_jsonl
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.strict_json import NotJsonError, parse_json_as
 

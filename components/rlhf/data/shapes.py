@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from components.rlhf.data.examples import Answer, Example, Unusable, as_text
+from components.rlhf.data.files import Row
 from components.rlhf.data.messages import parse_messages, parse_tools
 from components.rlhf.data.records import Conversation, Message
-from components.rlhf.data.sources import Row
 
 # The names under which data sets have a field; the first one that a row has is taken.
 NAMES = {

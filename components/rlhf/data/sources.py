@@ -1,142 +1,171 @@
-"""Reads rows from a file or a data set, each with its location."""
+"""Reads the rows of a source: files, folders and globs of files, and Hugging Face data sets."""
 
+import glob
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from components.rlhf.config.prepare_data import DataSource
+from components.rlhf.config.prepare_data import DataSource, is_glob
+from components.rlhf.data.files import Row, check_readable, read_csv, read_json, read_parquet, without_nan
 from components.rlhf.text.errors import InputError
-from components.rlhf.text.strict_json import NotJsonError, parse_json
 
-Row = dict[str, Any]
-MAX_LINE_BYTES = 16 * 2**20  # far longer than any model's context, and small enough to read into memory
-MAX_ROW_GROUP_BYTES = 4 * 2**30
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+SAVED_DATA_SET = ("state.json", "dataset_dict.json")  # in a folder that datasets' save_to_disk wrote
+
+
+def suffix_of(path: str) -> str:
+    """The suffix that tells the format, without .gz."""
+    return Path(path.removesuffix(".gz")).suffix
 
 
 def read_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
-    """Yield (location, row) of a JSONL file, a parquet file or a Hugging Face data set, with source.columns renamed.
+    """Yield (location, row) of a source, with source.columns renamed.
 
-    location is `file:line` or `file row N`. Raises InputError with the location of a row that cannot be read.
+    location is `file:line`, `file item N` or `file row N`. Raises InputError with the location of a row that cannot be read, and if
+    the first row lacks a column; a later row that lacks it has no such field.
     """
+    is_first = True
     for location, row in _read_source(source):
-        missing = [column for column in source.columns.values() if column not in row]
-        if missing:
+        found = {field: _column(row, column) for field, column in source.columns.items()}
+        missing = [source.columns[field] for field, value in found.items() if value is _MISSING]
+        if missing and is_first:
             raise InputError(
                 f"{location} has no column {missing[0]!r} (found: {', '.join(row)}); correct columns in the params file."
             )
+        is_first = False
         # A renamed column takes precedence over one that already has that field name.
         others = {name: value for name, value in row.items() if name not in source.columns.values()}
-        yield location, others | {field: row[column] for field, column in source.columns.items()}
+        yield location, others | {field: value for field, value in found.items() if value is not _MISSING}
+
+
+_MISSING = object()
+
+
+def _column(row: Row, column: str) -> Any:
+    """The value of a column, or with dots in its name, of a field in nested objects."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return _MISSING
+        value = value[part]
+    return value
 
 
 def _read_source(source: DataSource) -> Iterator[tuple[str, Row]]:
-    path = Path(source.path)
-    match _format_of(source):
-        case "jsonl":
-            yield from read_jsonl(path)
-        case "parquet":
-            yield from _read_parquet(path)
-        case _:
-            yield from _read_hub(source)
+    path = source.path
+    if source.format == "hub":
+        yield from _read_hub(source)
+    elif is_glob(path) and not os.path.exists(path):
+        if path.startswith("s3://"):
+            raise InputError(f"{path} is a pattern, which S3 does not have; give the prefix of the files.")
+        files = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
+        if not files:
+            raise InputError(f"{path} matches no file; correct the path.")
+        for name in files:
+            yield from _read_file(source, Path(name))
+    elif os.path.isdir(path):
+        yield from _read_folder(source, Path(path))
+    elif source.format != "auto" or suffix_of(path) in FORMATS or os.path.exists(path):
+        yield from _read_file(source, Path(path))
+    else:
+        yield from _read_hub(source)
 
 
-def _format_of(source: DataSource) -> str:
-    if source.format != "auto":
-        return source.format
-    suffix = Path(source.path).suffix
-    if suffix in (".jsonl", ".json", ".ndjson"):
-        return "jsonl"
-    if suffix == ".parquet":
-        return "parquet"
-    if os.path.exists(source.path):  # unlike Path.exists, False for an invalid file name
+def _read_folder(source: DataSource, folder: Path) -> Iterator[tuple[str, Row]]:
+    """All data files of a folder, by their paths; or a data set that the datasets library describes or has saved."""
+    if any((folder / name).is_file() for name in SAVED_DATA_SET):
+        yield from _read_saved(source, folder)
+        return
+    if source.config is not None or _describes_configs(folder):
+        yield from _read_hub(source)
+        return
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+        and (source.format != "auto" or suffix_of(file.name) in FORMATS)
+        and file.suffix != ".md"
+    ]
+    if not files:
+        raise InputError(f"{folder} has no data files ({', '.join(FORMATS)}); correct the path.")
+    for file in files:
+        yield from _read_file(source, file)
+
+
+def _describes_configs(folder: Path) -> bool:
+    """Whether the folder has the layout of a repository on the Hub, with a README.md that says which files are which."""
+    try:
+        with (folder / "README.md").open(encoding="utf-8") as file:
+            head = file.read(2**16)
+    except (OSError, UnicodeDecodeError):
+        return False
+    return head.startswith("---") and "\nconfigs:" in head.split("\n---", 1)[0]
+
+
+def _read_file(source: DataSource, path: Path) -> Iterator[tuple[str, Row]]:
+    file_format = source.format if source.format != "auto" else FORMATS.get(suffix_of(path.name))
+    if file_format is None:
         raise InputError(
-            f"{source.path}: cannot tell the format from the suffix {suffix!r}; set format to jsonl or parquet."
+            f"{path}: cannot tell the format from the suffix {path.suffix!r}; set format to jsonl, json, csv or parquet."
         )
-    return "hub"
+    if path.is_dir():
+        check_readable(path)
+    match file_format:
+        case "parquet":
+            yield from read_parquet(path)
+        case "csv":
+            yield from read_csv(path, delimiter="\t" if suffix_of(path.name) == ".tsv" else ",")
+        case _:
+            yield from read_json(path)
 
 
-def _check_readable(path: Path) -> None:
-    """Raise InputError unless path is a readable regular file: opening a pipe would block, and a device has no end."""
+def _read_saved(source: DataSource, folder: Path) -> Iterator[tuple[str, Row]]:
+    import datasets
+
     try:
-        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-            raise InputError(f"{path} is a pipe or a device; save its content as a regular file.")
-        with path.open("rb"):
-            return
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; correct the path in the params file.") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path} cannot be read ({reason}); make it a readable file.") from None
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield (file:line, object) of every non-blank line, in bounded memory. Raises InputError with the location."""
-    _check_readable(path)
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            location = f"{path}:{number}"
-            if len(line) > MAX_LINE_BYTES:
-                raise InputError(
-                    f"{location} is longer than {MAX_LINE_BYTES // 2**20} MiB; each line must be one record."
-                )
-            if line.strip():
-                yield location, _parse(location, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-
-
-def _parse(location: str, line: bytes) -> Row:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{location} is not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8."
-        ) from None
-    try:
-        row = parse_json(line)
-    except NotJsonError as error:
-        raise InputError(f"{location} is not JSON ({error}); each line must be one object.") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{location} is a JSON {type(row).__name__}; each line must be one object.")
-    return row
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    _check_readable(path)
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        for group in range(file.metadata.num_row_groups):
-            if file.metadata.row_group(group).total_byte_size > MAX_ROW_GROUP_BYTES:
-                raise InputError(
-                    f"{path}: row group {group + 1} is larger than {MAX_ROW_GROUP_BYTES // 2**30} GiB; "
-                    "write the file again with smaller row groups."
-                )
-        # A small batch bounds memory: a text shared by thousands of rows is stored once and expanded here.
-        for batch in file.iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path} row {number}", row
-    except InputError:
-        raise
-    except Exception as error:  # errors of Arrow, and of conversions to Python such as dates or invalid UTF-8
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} is not a readable parquet file ({reason}, after row {number}).") from None
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # a broken folder raises many types
+        raise InputError(f"{folder} is not a data set that can be loaded ({_reason(error)}); save it again.") from error
+    if isinstance(saved, datasets.DatasetDict):
+        if source.split not in saved:
+            raise InputError(f"{folder} has no split {source.split!r}; splits: {', '.join(map(str, saved))}.")
+        saved = saved[source.split]
+    yield from _rows_of(source, saved)
 
 
 def _read_hub(source: DataSource) -> Iterator[tuple[str, Row]]:
     import datasets
 
+    datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(source.path, split=source.split, streaming=False)
+        rows = datasets.load_dataset(source.path, name=source.config, split=source.split, streaming=False)
     except Exception as error:  # the library raises many types for a wrong id, a wrong split or a network failure
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{source.path} is neither an existing file nor a loadable data set ({reason}); correct the path."
+            f"{source.path} is neither an existing file nor a loadable data set ({_reason(error)}); correct the path, config or "
+            "split."
         ) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{source.path} row {number}", dict(row)
+    yield from _rows_of(source, rows)
+
+
+def _reason(error: Exception) -> str:
+    """The message of an error in one line, with the names of configurations and splits that some libraries put into the next."""
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+def _rows_of(source: DataSource, rows: Any) -> Iterator[tuple[str, Row]]:
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield f"{source.path} row {number}", without_nan(dict(row))
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # such as an image that cannot be decoded
+        raise InputError(f"{source.path} has a row that cannot be read ({_reason(error)}).") from error

@@ -24,6 +24,7 @@ CHAT = Conversation(
     ),
     tools="[]",
 )
+RATED = '{"prompt": "p", "completion": "c", "conversation": null, "rating": %s}'
 RECORDS: list[list[Any]] = [
     [
         Demonstration(turns=(Turn(context="p", answer=" c"), Turn(context="d", answer="e"))),
@@ -64,9 +65,9 @@ def test_split_is_plain_jsonl(tmp_path: Path) -> None:
         (PreferencePair, '{"prompt": "p", "chosen": "a", "rejected": "b", "conversation": null}', "'margin' is missing"),
         (Prompt, '{"prompt": "p", "conversation": null}', "'id' is missing"),
         (Prompt, '{"prompt": 1, "id": "1", "conversation": null}', "'prompt': Input should be a valid string"),
-        (RatedText, '{"prompt": "p", "completion": "c", "conversation": null, "rating": true}', "'rating': Input should be a valid number"),
-        (RatedText, '{"prompt": "p", "completion": "c", "conversation": null, "rating": "1"}', "'rating': Input should be a valid number"),
-        (RatedText, '{"prompt": "p", "completion": "c", "conversation": null, "rating": 1%s}' % ("0" * 400), f"the number 1{'0' * 39} is too large"),
+        (RatedText, RATED % "true", "'rating': Input should be a valid number"),
+        (RatedText, RATED % '"1"', "'rating': Input should be a valid number"),
+        (RatedText, RATED % f"1{'0' * 400}", f"the number 1{'0' * 39} is too large"),
     ],
 )  # fmt: skip
 def test_line_that_is_not_the_record_is_refused(tmp_path: Path, record: Any, line: str, reason: str) -> None:

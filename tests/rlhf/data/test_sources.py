@@ -120,13 +120,13 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_folder_with_a_file_suffix(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").mkdir()
-    assert error_message(tmp_path / "x.jsonl").endswith("cannot be read (Is a directory); make it a readable file.")
+    assert error_message(tmp_path / "x.jsonl").startswith(f"{tmp_path / 'x.jsonl'} has no data files (.jsonl, ")
 
 
 def test_unknown_suffix(tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_bytes(b"prompt\na\n")
-    assert error_message(tmp_path / "x.csv") == (
-        f"{tmp_path / 'x.csv'}: cannot tell the format from the suffix '.csv'; set format to jsonl or parquet."
+    (tmp_path / "x.xml").write_bytes(b"prompt\na\n")
+    assert error_message(tmp_path / "x.xml") == (
+        f"{tmp_path / 'x.xml'}: cannot tell the format from the suffix '.xml'; set format to jsonl, json, csv or parquet."
     )
 
 
@@ -160,10 +160,22 @@ def test_one_column_can_map_to_two_fields(write: Write) -> None:
 
 
 def test_missing_column_error_lists_the_found_columns(write: Write) -> None:
-    path = write(b'{"question": "q"}\n{"qestion": "q", "n": 1}\n')
+    path = write(b'{"qestion": "q", "n": 1}\n{"question": "q"}\n')
     assert error_message(path, columns={"prompt": "question"}) == (
-        f"{path}:2 has no column 'question' (found: qestion, n); correct columns in the params file."
+        f"{path}:1 has no column 'question' (found: qestion, n); correct columns in the params file."
     )
+
+
+def test_later_row_without_the_column_lacks_the_field(write: Write) -> None:
+    path = write(b'{"question": "q"}\n{"n": 1}\n')
+    rows = list(read_rows(DataSource(path=str(path), columns={"prompt": "question"})))
+    assert rows == [(f"{path}:1", {"prompt": "q"}), (f"{path}:2", {"n": 1})]
+
+
+def test_dots_lead_into_objects_unless_a_column_has_that_name(write: Write) -> None:
+    path = write(b'{"info": {"post": "a"}}\n{"info.post": "b", "info": {"post": "c"}}\n{"info": 3}\n')
+    rows = [row for _, row in read_rows(DataSource(path=str(path), columns={"prompt": "info.post"}))]
+    assert [row.get("prompt") for row in rows] == ["a", "b", None]
 
 
 # --- parquet ---
