@@ -225,6 +225,12 @@ def stage_run(
         for call in run.on_success:
             call()
         tracker.finish("FINISHED")
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # A thread of gloo that outlives its process group can abort the process while Python exits, and fail the stage
+            # after all is done. The processes of a group therefore leave without Python's teardown.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     except InputError as error:
         if tracker:
             tracker.finish("FAILED")

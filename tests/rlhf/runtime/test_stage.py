@@ -1,6 +1,9 @@
 import contextlib
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -276,3 +279,30 @@ def test_published_model_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (reported,) = json.loads((tmp_path / "output.json").read_text())["artifacts"]["model"]["artifacts"]
     assert reported["uri"] == kfp_uri
     assert reported["metadata"]["published_uri"] == str(published)
+
+
+EXITING = """
+import atexit, os
+atexit.register(os.abort)  # as a thread of gloo does that is still there
+from components.rlhf.config.base import BaseConfig
+from components.rlhf.runtime.stage import stage_run
+
+with stage_run("example", BaseConfig, "{}", '{"enabled": false}'):
+    print("done")
+    if os.environ.get("FAILS"):
+        raise ValueError("broken")
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "code"), [({"RANK": "1"}, 0), ({"RANK": "0"}, 0), ({"RANK": "0", "FAILS": "1"}, -6)]
+)
+def test_process_of_a_group_that_has_succeeded_cannot_fail_while_it_exits(variables: dict[str, str], code: int) -> None:
+    """A failure keeps its exit code and traceback."""
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": os.getcwd()} | variables
+    result = subprocess.run(
+        [sys.executable, "-c", EXITING], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == code, result.stderr
+    assert result.stdout == "done\n"
+    assert ("ValueError: broken" in result.stderr) == ("FAILS" in variables)
