@@ -44,11 +44,10 @@ def preview(config: PreviewConfig, max_rows: int | None, html: Path | None, cons
         as_html,
         first_cases,
         length_rows,
-        rendering,
+        log_lines,
         shown_examples,
         sizes,
         source_rows,
-        split_statement,
     )
     from components.prepare_data.sources import download_sources
     from components.prepare_data.tokenizer_source import tokenizer_of
@@ -66,15 +65,17 @@ def preview(config: PreviewConfig, max_rows: int | None, html: Path | None, cons
     examples = shown_examples(prepared, data, tokenizer, seed=seed)
     if max_rows:
         console.print(f"The first {max_rows:,} records of each source; --rows 0 reads all.", highlight=False)
-    console.print(rendering(prepared), highlight=False)
-    _print_table(console, source_rows(prepared))
+    for line in log_lines(prepared, data):
+        console.print(line, highlight=False, markup=False)
+    for row in source_rows(prepared):
+        if row["unread"] != "none":
+            console.print(f"{row['source']}: columns not read: {row['unread']}", highlight=False, markup=False)
     for case in first_cases(prepared):
         console.print(f"  {case}", style="yellow", highlight=False, markup=False)
-    console.print(split_statement(prepared, data).replace("**", ""), highlight=False, markup=False)
     console.print(", ".join(f"{size:,} {name}" for name, size in sizes(prepared).items() if size), highlight=False)
     _print_table(console, length_rows(prepared))
     for example in examples:
-        console.print(_as_text(example))
+        console.print(_as_text(example, in_color=console.color_system is not None))
     if html:
         html.write_text(as_html(prepared, data, examples), encoding="utf-8")
         console.print(f"wrote {html}", highlight=False)
@@ -89,13 +90,15 @@ def _print_table(console: Console, rows: list[dict[str, str]]) -> None:
     console.print(table)
 
 
-def _as_text(example: ShownExample) -> Text:
-    """The example with its answers on a colored background."""
+def _as_text(example: ShownExample, *, in_color: bool) -> Text:
+    """The example with its answers on a colored background, or without colors in brackets."""
     text = Text(f"\n{example.title}{' (cut to max_tokens)' if example.is_truncated else ''}\n", style="bold")
     for segment in example.segments:
         if segment.kind in ("chosen", "rejected"):
             text.append(f"\n{segment.kind}: ", style="default not bold")
         shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in segment.text)
+        if not in_color and segment.kind != "context":
+            shown = f"\u27e6{shown}\u27e7"
         text.append(shown, style=f"not bold {STYLES[segment.kind]}")
     return text
 
