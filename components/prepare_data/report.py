@@ -248,16 +248,17 @@ def _histograms(prepared: PreparedData, data: DataConfig) -> str:
     )
     axis: Any
     for axis, (name, lengths) in zip(axes[0], sections.items(), strict=True):
-        values = {"prompt": [each.prompt for each in lengths]}
+        values = {"prompt": ([each.prompt for each in lengths], data.max_prompt_tokens, "#9ca3af")}
         if name != "prompts":
-            values["prompt and answer"] = [each.text for each in lengths]
-        for (label, tokens), color in zip(values.items(), ("#9ca3af", "#2563eb"), strict=False):
-            axis.hist(tokens, bins=30, alpha=0.65, color=color, label=label)
-        axis.axvline(data.max_prompt_tokens, color="#9ca3af", linestyle="--", linewidth=1)
-        if name != "prompts":
-            axis.axvline(data.max_tokens, color="#2563eb", linestyle="--", linewidth=1)
+            values["prompt and answer"] = ([each.text for each in lengths], data.max_tokens, "#2563eb")
+        longest = max(max(tokens) for tokens, _, _ in values.values())
+        bins = np.linspace(0, longest + 1, min(longest + 2, 41))
+        for label, (tokens, limit, color) in values.items():
+            axis.hist(tokens, bins=bins, alpha=0.65, color=color, label=f"{label} (limit {limit:,})")
+            if limit <= 1.2 * longest:
+                axis.axvline(limit, color=color, linestyle="--", linewidth=1)
         axis.set_title(name, fontsize=10)
-        axis.set_xlabel("tokens (dashed: the limits)", fontsize=8)
+        axis.set_xlabel("tokens", fontsize=8)
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     buffer = io.StringIO()

@@ -1,5 +1,6 @@
 """Malicious data files: they give rows or a one-line error, in bounded memory."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -13,7 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from components.rlhf.config.prepare_data import DataSource
+import components.rlhf.data.files as files
+from components.rlhf.config.prepare_data import FIELDS, DataSource
+from components.rlhf.data.examples import Example, Unusable
+from components.rlhf.data.shapes import CONVERTERS, NAMES, TWO_ANSWERS, Fields
 from components.rlhf.data.sources import read_rows
 from tests.support.hostile_input import result_or_refusal
 
@@ -82,3 +86,56 @@ def test_zip_bomb_is_rejected(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("data.jsonl", b"0" * 10**8)
     assert read(path) is None
+
+
+@FUZZ
+@given(data=st.data(), name=st.sampled_from(["data.json", "data.csv", "data.jsonl.gz", "data.json.gz"]))
+def test_arbitrary_bytes_in_arrays_tables_and_archives(tmp_path: Path, data: st.DataObject, name: str) -> None:
+    content = json.dumps(ROWS[:3]).encode() if ".json" in name else b'prompt,n\n"a, b",1\nc,2\n'
+    path = tmp_path / name
+    path.write_bytes(mutate(data, gzip.compress(content) if name.endswith(".gz") else content))
+    for _, row in read(path) or []:
+        assert isinstance(row, dict)
+
+
+SMALL_ROWS = st.lists(
+    st.dictionaries(st.text(max_size=5), st.text(max_size=9) | st.integers(-9, 9), max_size=3), max_size=4
+)
+
+
+@FUZZ
+@given(rows=SMALL_ROWS, chunk=st.integers(1, 40))
+def test_any_array_is_read_whatever_its_chunks(tmp_path: Path, rows: list[dict[str, object]], chunk: int) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "CHUNK_BYTES", chunk)
+        assert [row for _, row in read_rows(DataSource(path=str(path)))] == rows
+
+
+KEYS = ["role", "content", "from", "value", "type", "text", "tool_calls", "function", "name", "arguments"]
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats(allow_nan=False) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=8,
+)
+COLUMNS = sorted(
+    {name for names in NAMES.values() for name in names}
+    | {name for first, second, better in TWO_ANSWERS for name in (first, second, *better)}
+    | {*FIELDS, "info", "summaries", "choice", "text"}
+)
+
+
+@FUZZ
+@given(
+    row=st.dictionaries(st.sampled_from(COLUMNS), JSON_VALUES, max_size=6), section=st.sampled_from(sorted(CONVERTERS))
+)
+def test_any_row_is_an_example_or_unusable(row: dict[str, object], section: str) -> None:
+    """Whatever is in the columns that data sets have."""
+    try:
+        for example in CONVERTERS[section](Fields(row)):
+            assert isinstance(example, Unusable | Example)
+            if isinstance(example, Example):
+                assert example.prompt.messages and all(answer.messages for answer in example.answers)
+    except Unusable:
+        return
