@@ -24,6 +24,7 @@ NAMES = {
     "score_rejected": ("score_rejected", "rejected_score", "rejected_rating"),
 }
 REPEATED_PROMPT = "prompt repeated in its answers"
+MIN_REPEATED = 12  # characters
 
 
 class Fields:
@@ -71,7 +72,7 @@ class Fields:
 
 def to_demonstrations(fields: Fields) -> Iterator[Example]:
     """One demonstration: a conversation with answers of the assistant, or a prompt with its completion."""
-    if fields.get("label") in (0, False):
+    if fields.get("label") is False:  # a number may be the label of something else
         raise Unusable("labelled as bad", is_defect=False)
     if fields.has("messages") and not fields.has("chosen"):
         messages = parse_messages(fields.get("messages"), "messages")
@@ -190,7 +191,8 @@ def _with_answers(prompt: Conversation, is_text: bool, answers: list[Answer], ma
     """The example, with answers that do not repeat its prompt. Raises Unusable for an answer that is none."""
     changed = ""
     is_text = is_text and all(len(answer.messages) == 1 and not answer.messages[0].tool_calls for answer in answers)
-    if all(_repeats(answer, prompt) for answer in answers):
+    # A single answer may repeat the question on purpose; two answers that both begin with it are whole texts.
+    if all(_repeats(answer, prompt) and (len(answers) == 2 or len(answer.messages) > 1) for answer in answers):
         answers = [_without_prompt(answer, prompt) for answer in answers]
         changed = REPEATED_PROMPT
     if any(
@@ -205,12 +207,16 @@ def _with_answers(prompt: Conversation, is_text: bool, answers: list[Answer], ma
 
 
 def _repeats(answer: Answer, prompt: Conversation) -> bool:
-    """Whether an answer begins with the prompt: with its messages, or as a text with its text."""
+    """Whether an answer begins with the prompt: with its messages, or as a text with its text.
+
+    A text that is shorter than MIN_REPEATED may begin an answer by chance.
+    """
     if len(answer.messages) > 1:
         own = tuple(m for m in prompt.messages if m.role != "system")
         start = tuple(m for m in answer.messages if m.role != "system")[: len(own)]
         return [(m.role, m.content) for m in start] == [(m.role, m.content) for m in own]
-    return len(prompt.messages) == 1 and answer.messages[0].content.startswith(prompt.messages[0].content)
+    text = prompt.messages[0].content
+    return len(prompt.messages) == 1 and len(text) >= MIN_REPEATED and answer.messages[0].content.startswith(text)
 
 
 def _without_prompt(answer: Answer, prompt: Conversation) -> Answer:

@@ -71,3 +71,27 @@ def test_shape_without_meaning_is_refused_as_documented(row: str, section: str, 
 
 def test_at_least_20_shapes_are_documented() -> None:
     assert len(table("shapes")) >= 20 and len({row[0] for row in table("shapes")}) == len(table("shapes"))
+
+
+# --- what looks like another shape and is not ---
+
+
+def test_answers_that_begin_with_a_short_prompt_are_kept_whole() -> None:
+    assert show(convert("preferences", {"prompt": "Yes", "chosen": "Yes, I do.", "rejected": "Yes."})) == (
+        "text: Yes -> assistant: Yes, I do. > assistant: Yes."
+    )
+
+
+def test_demonstration_may_repeat_its_question() -> None:
+    row = {"prompt": "What is two and two?", "completion": "What is two and two? Four."}
+    assert show(convert("demonstrations", row)) == f"text: {row['prompt']} -> assistant: {row['completion']}"
+
+
+def test_number_in_label_is_not_a_bad_demonstration() -> None:
+    assert show(convert("demonstrations", {"prompt": "a", "completion": "b", "label": 0})) == "text: a -> assistant: b"
+
+
+def test_fields_that_were_read_are_known() -> None:
+    fields = Fields({"prompt": "a", "completion": "b", "label": None, "source": "x", "input": ""})
+    list(CONVERTERS["demonstrations"](fields))
+    assert set(fields.row) - fields.used == {"source"}
