@@ -8,7 +8,7 @@ import pytest
 from components.rlhf.config.model import ModelConfig, SamplingConfig, TrainingConfig
 from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
-from components.rlhf.data.records import Demonstration, Prompt
+from components.rlhf.data.records import Demonstration, Prompt, Turn
 from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.models.loading import save_model
 from components.rlhf.rollout.protocol import RolloutEngine
@@ -43,7 +43,9 @@ def imitator(walks: Walks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     context = context_of("sft")
     trainer = SftTrainer(stage, base, context)
-    texts = [Demonstration(prompt=as_text(walk[:1]), completion=as_text(walk[1:])) for walk in walks.behaviour]
+    texts = [
+        Demonstration(turns=(Turn(context=as_text(walk[:1]), answer=as_text(walk[1:])),)) for walk in walks.behaviour
+    ]
     tokenizer = load_tokenizer(base)
     trainer.train(tokenizer, texts, [], max_tokens=MAX_NODES + 1)
     save_model(trainer.actor.lm, tokenizer, folder / "sft", dtype=FP32)

@@ -5,7 +5,8 @@ from itertools import islice
 
 from components.rlhf.config.prepare_data import DataConfig, DataSource
 from components.rlhf.data.examples import Example, Unusable
-from components.rlhf.data.shapes import CONVERTERS, Fields
+from components.rlhf.data.fields import Fields
+from components.rlhf.data.shapes import CONVERTERS
 from components.rlhf.data.sources import read_rows
 from components.rlhf.data.tally import Tally
 from components.rlhf.text.errors import InputError

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 import components.rlhf.data.files as files
 from components.rlhf.config.prepare_data import FIELDS, DataSource
 from components.rlhf.data.examples import Example, Unusable
-from components.rlhf.data.shapes import CONVERTERS, NAMES, TWO_ANSWERS, Fields
+from components.rlhf.data.fields import NAMES, Fields
+from components.rlhf.data.preferences import TWO_ANSWERS
+from components.rlhf.data.shapes import CONVERTERS
 from components.rlhf.data.sources import read_rows
 from tests.support.hostile_input import result_or_refusal
 

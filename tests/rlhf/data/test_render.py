@@ -8,9 +8,10 @@ from transformers import PreTrainedTokenizerFast
 
 from components.rlhf.data.chat import DEFAULT_DATE, render_chat
 from components.rlhf.data.examples import Example, Unusable
+from components.rlhf.data.fields import Fields
 from components.rlhf.data.records import Demonstration, Message
 from components.rlhf.data.render import Renderer
-from components.rlhf.data.shapes import CONVERTERS, Fields
+from components.rlhf.data.shapes import CONVERTERS
 from components.rlhf.data.tokenizer import encode_text, encode_turns
 from tests.support.chat_tokenizers import FAMILIES, make_tokenizer
 from tests.support.tiny_model import make_tiny_tokenizer

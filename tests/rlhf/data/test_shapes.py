@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from components.rlhf.data.examples import Answer, Example, Unusable
+from components.rlhf.data.fields import Fields
 from components.rlhf.data.records import Message
-from components.rlhf.data.shapes import CONVERTERS, Fields
+from components.rlhf.data.shapes import CONVERTERS
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "data.md"
 
