@@ -15,7 +15,16 @@ from pipelines.settings import settings_of_stage
 STAGE_IO: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...]]] = {
     "prepare_data": (
         {"base-model": ("import_model", "model")},
-        ("demonstrations", "preferences", "judge-preferences", "prompts", "heldout-prompts", "metrics", "summary"),
+        (
+            "demonstrations",
+            "preferences",
+            "judge-preferences",
+            "prompts",
+            "heldout-prompts",
+            "metrics",
+            "summary",
+            "report",
+        ),
     ),
     "sft": (
         {"base-model": ("import_model", "model"), "demonstrations": ("prepare_data", "demonstrations")},

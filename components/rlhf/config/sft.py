@@ -8,7 +8,7 @@ from components.rlhf.config.storage import CheckpointConfig
 
 
 class SftConfig(BaseConfig):
-    """Supervised fine-tuning on demonstrations; the loss covers completions only."""
+    """Supervised fine-tuning on demonstrations; the loss covers the answers only."""
 
     use: str | None = None
     """Folder or s3://BUCKET/PREFIX of your own fine-tuned model; it replaces the stage. A manifest.json in it is verified."""
