@@ -41,7 +41,9 @@ def _history(fields: Fields) -> tuple[Message, ...]:
     history = fields.get("history")
     if not history or isinstance(history, str):
         return ()
-    if not all(isinstance(t, list) and len(t) == 2 and all(isinstance(x, str) for x in t) for t in history):
+    if not isinstance(history, list) or not all(
+        isinstance(t, list) and len(t) == 2 and all(isinstance(x, str) for x in t) for t in history
+    ):
         raise Unusable("history is not pairs of texts", "history must be a list of [question, answer] pairs.")
     return tuple(m for question, answer in history for m in (*as_text(question), *as_text(answer, "assistant")))
 

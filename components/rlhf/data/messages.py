@@ -31,7 +31,10 @@ def parse_messages(value: Any, field: str) -> tuple[Message, ...]:
             f"{field} must be a non-empty list of {{role, content}} objects.",
         )
     messages = [_parse_message(number, message, field) for number, message in enumerate(value, start=1)]
-    return tuple(m for m in messages if m.role != "system" or m.content.strip())
+    kept = tuple(m for m in messages if m.role != "system" or m.content.strip())
+    if not kept:
+        raise Unusable("a message is empty", f"{field} has only an empty system message.")
+    return kept
 
 
 def _parse_message(number: int, message: Any, field: str) -> Message:

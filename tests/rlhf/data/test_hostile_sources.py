@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -16,11 +17,15 @@ from hypothesis import strategies as st
 
 import components.rlhf.data.files as files
 from components.rlhf.config.prepare_data import FIELDS, DataSource
-from components.rlhf.data.examples import Example, Unusable
+from components.rlhf.data.chat import DEFAULT_DATE
+from components.rlhf.data.examples import Unusable
 from components.rlhf.data.fields import NAMES, Fields
 from components.rlhf.data.preferences import TWO_ANSWERS
+from components.rlhf.data.render import Renderer
 from components.rlhf.data.shapes import CONVERTERS
 from components.rlhf.data.sources import read_rows
+from tests.rlhf.data.test_shapes import row_in, table
+from tests.support.chat_tokenizers import FAMILIES, make_tokenizer
 from tests.support.hostile_input import result_or_refusal
 
 FUZZ = settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -128,16 +133,38 @@ COLUMNS = sorted(
 )
 
 
+DOCUMENTED = [(section, row_in(row)) for _, section, row, _ in table("shapes")]
+RENDERERS = [
+    Renderer(tokenizer=make_tokenizer(family), is_chat=is_chat, date=DEFAULT_DATE)
+    for family in FAMILIES
+    for is_chat in (True, False)
+    if family != "no template" or not is_chat
+]
+
+
 @FUZZ
 @given(
-    row=st.dictionaries(st.sampled_from(COLUMNS), JSON_VALUES, max_size=6), section=st.sampled_from(sorted(CONVERTERS))
+    documented=st.sampled_from(DOCUMENTED),
+    changes=st.dictionaries(st.sampled_from(COLUMNS), JSON_VALUES, max_size=3),
+    renderer=st.sampled_from(RENDERERS),
+    section=st.sampled_from(sorted(CONVERTERS)) | st.none(),
 )
-def test_any_row_is_an_example_or_unusable(row: dict[str, object], section: str) -> None:
-    """Whatever is in the columns that data sets have."""
+def test_any_row_is_rendered_or_unusable(
+    documented: tuple[str, dict[str, object]], changes: dict[str, object], renderer: Renderer, section: str | None
+) -> None:
+    """Whatever is put into some columns of a row in a documented shape, for any chat template."""
+    own, row = documented
+    section = section or own
     try:
-        for example in CONVERTERS[section](Fields(row)):
-            assert isinstance(example, Unusable | Example)
-            if isinstance(example, Example):
-                assert example.prompt.messages and all(answer.messages for answer in example.answers)
+        for example in CONVERTERS[section](Fields(row | changes)):
+            if isinstance(example, Unusable):
+                continue
+            if section == "prompts":
+                records: list[Any] = [renderer.prompt(example)]
+            elif section == "demonstrations":
+                records = list(renderer.demonstrations(example))
+            else:
+                records = [renderer.rated(example) if len(example.answers) == 1 else renderer.pair(example)]
+            assert records and all(record.prompt for record in records)
     except Unusable:
         return
