@@ -143,7 +143,8 @@ class StageRun(Generic[Config]):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(redact(text), encoding="utf-8")
         self.outputs[output] = {}
-        self.tracker.log_file(path)
+        # KFP's paths have no suffix, by which MLflow decides how to show a file.
+        self.tracker.log_file(path, f"{output}.html" if text.lstrip().startswith("<!") else f"{output}.md")
 
 
 def stage_program(

@@ -20,7 +20,8 @@ MANUAL_RUN_ID = "manual"  # of stages without RLHF_RUN_ID; they are unrelated to
 class Tracker(Protocol):
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
-    def log_file(self, path: Path) -> None: ...
+    def log_file(self, path: Path, name: str = "") -> None:
+        """Log a text file, under its own name or another one."""
 
     def flush(self) -> None:
         """Send buffered metrics; called before a checkpoint, so that a resumed run has no gaps in its curves."""
@@ -35,7 +36,7 @@ class NullTracker:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         return
 
-    def log_file(self, path: Path) -> None:
+    def log_file(self, path: Path, name: str = "") -> None:
         return
 
     def flush(self) -> None:
@@ -59,7 +60,7 @@ class MlflowTracker:
         self._open_run = open_run
         self._run: OpenRun | None = None
         self._points: list[Any] = []
-        self._files: list[Path] = []
+        self._files: list[tuple[Path, str]] = []
         self._flushed = time.monotonic()
         self._unreachable_since: float | None = None
         self._send(lambda run: None)
@@ -72,8 +73,8 @@ class MlflowTracker:
         if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
             self.flush()
 
-    def log_file(self, path: Path) -> None:
-        self._files.append(path)
+    def log_file(self, path: Path, name: str = "") -> None:
+        self._files.append((path, name or path.name))
         self.flush()
 
     def finish(self, status: str) -> None:
@@ -107,8 +108,9 @@ class MlflowTracker:
                 run.client.log_batch(run.id, metrics=batch)
                 del self._points[: len(batch)]
             while self._files:
-                if self._files[0].exists():  # a deleted file must not block the rest
-                    run.client.log_artifact(run.id, str(self._files[0]))
+                path, name = self._files[0]
+                if path.exists():  # a deleted file must not block the rest
+                    run.client.log_text(run.id, path.read_text(encoding="utf-8"), name)
                 del self._files[0]
 
         self._send(send)

@@ -38,7 +38,7 @@ class Recorder:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self.calls.append((dict(metrics), step))
 
-    def log_file(self, path: Path) -> None:
+    def log_file(self, path: Path, name: str = "") -> None:
         self.calls.append(path.name)
 
     def flush(self) -> None:

@@ -96,9 +96,10 @@ def test_files_are_logged(tracking: TrackingConfig, client: MlflowClient, tmp_pa
     tracker = start_tracking(tracking, run_id="files", stage="sft", params={})
     (tmp_path / "summary.md").write_text("# x\n", encoding="utf-8")
     tracker.log_file(tmp_path / "summary.md")
+    tracker.log_file(tmp_path / "summary.md", "report.html")
     tracker.finish("FINISHED")
     (run,) = runs_of(client, "files")[1]
-    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["summary.md"]
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["report.html", "summary.md"]
 
 
 # --- MLflow errors never fail a stage ---
@@ -121,9 +122,8 @@ class FakeClient:
         self._call("log_batch")
         self.batches.append(len(metrics))
 
-    def log_artifact(self, run_id: str, path: str) -> None:
-        self._call("log_artifact")
-        Path(path).read_bytes()  # like the real client
+    def log_text(self, run_id: str, text: str, artifact_file: str) -> None:
+        self._call("log_text")
 
     def set_terminated(self, run_id: str, status: str) -> None:
         self._call(f"set_terminated {status}")
@@ -184,7 +184,7 @@ def test_buffered_metrics_are_sent_when_server_is_back(capsys: pytest.CaptureFix
     tracker.RETRY_SECONDS = 0.0
     tracker.log({"loss": 1.0}, 4)
     assert client.batches == [4]
-    assert client.calls[-1] == "log_artifact"
+    assert client.calls[-1] == "log_text"
     tracker.finish("FINISHED")
     assert client.calls[-1] == "set_terminated FINISHED"
     assert "not logged" not in capsys.readouterr().err
@@ -216,7 +216,7 @@ def test_finish_waits_for_a_restarting_server(
     tracker.finish("FINISHED")
     assert 45 <= sum(sleeps) < 47
     assert client.batches == [1]
-    assert client.calls[-2:] == ["log_artifact", "set_terminated FINISHED"]
+    assert client.calls[-2:] == ["log_text", "set_terminated FINISHED"]
     assert "not logged" not in capsys.readouterr().err
 
 
@@ -251,7 +251,7 @@ def test_deleted_file_does_not_block_other_data(tmp_path: Path) -> None:
     tracker.log_file(tmp_path / "existing")
     tracker.log({"loss": 1.0}, 1)
     tracker.finish("FINISHED")
-    assert client.calls == ["log_artifact", "log_batch", "set_terminated FINISHED"]
+    assert client.calls == ["log_text", "log_batch", "set_terminated FINISHED"]
 
 
 def test_server_may_become_reachable_after_the_start(capsys: pytest.CaptureFixture[str]) -> None:
