@@ -143,12 +143,18 @@ def _read_array(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
             if (mark == b"," and depth == 1) or depth == 0:
                 element += chunk[begin : position - 1]
                 begin = position
-                if element.strip() or mark == b",":
+                if depth == 0 and mark != b"]":
+                    raise InputError(
+                        f"{path} closes its list with the wrong bracket after item {number}; save it again."
+                    )
+                if element.strip() or mark == b"," or number:
                     number += 1
                     yield f"{path} item {number}", _parse(f"{path} item {number}", bytes(element), advice)
                 element.clear()
                 if depth == 0:
-                    rest = chunk[position:] + file.read(CHUNK_BYTES)
+                    rest = chunk[position:]
+                    while not rest.strip() and (rest := file.read(CHUNK_BYTES)):
+                        pass
                     if rest.strip():
                         raise InputError(
                             f"{path} goes on after its list; write one list of objects, or one object per line."

@@ -18,6 +18,7 @@ FORMATS = {
     ".csv": "csv",
     ".tsv": "csv",
 }
+METADATA = ("dataset_infos.json", "dataset_info.json", "config.json")  # in repositories of data sets
 SAVED_DATA_SET = ("state.json", "dataset_dict.json")  # in a folder that datasets' save_to_disk wrote
 
 
@@ -96,6 +97,7 @@ def _read_folder(source: DataSource, folder: Path) -> Iterator[tuple[str, Row]]:
         and not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
         and (source.format != "auto" or suffix_of(file.name) in FORMATS)
         and file.suffix != ".md"
+        and file.name not in METADATA
     ]
     if not files:
         raise InputError(f"{folder} has no data files ({', '.join(FORMATS)}); correct the path.")

@@ -193,3 +193,16 @@ def test_saved_data_set(tmp_path: Path) -> None:
     assert [row["n"] for _, row in read(tmp_path / "both", split="test")] == [2]
     assert [row["n"] for _, row in read(tmp_path / "one")] == [1]
     assert error(tmp_path / "both", split="dev") == f"{tmp_path / 'both'} has no split 'dev'; splits: train, test."
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}}', '[{"a": 1},]', '[{"a": 1}]' + " " * 2**21 + "x"])
+def test_array_that_is_not_json_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    assert error(path).startswith(str(path))
+
+
+def test_metadata_of_a_repository_is_not_data(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"n": 1}\n')
+    (tmp_path / "dataset_infos.json").write_text('{"default": {}}')
+    assert [row["n"] for _, row in read(tmp_path)] == [1]
