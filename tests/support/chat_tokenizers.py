@@ -99,6 +99,21 @@ FAMILIES: dict[str, tuple[list[str], str, str | None, str]] = {
 }
 
 
+# The token that closes an answer in each family with a template.
+TURN_ENDS = {
+    "qwen": "<|im_end|>",
+    "chatml with eos endoftext": "<|im_end|>",
+    "llama 3": "<|eot_id|>",
+    "gemma": "<end_of_turn>",
+    "phi 3": "<|end|>",
+    "llama 2": "</s>",
+    "deepseek r1": "<|end|>",
+    "qwen 3": "<|im_end|>",
+    "chatml with marks": "<|im_end|>",
+    "chatml with tools": "<|im_end|>",
+}
+
+
 def make_tokenizer(family: str, *, adds_eos: bool = False) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of a family; with adds_eos tokenizer(text) also appends EOS."""
     special, eos, bos, template = FAMILIES[family]

@@ -21,23 +21,11 @@ from components.rlhf.data.tokenizer import (
     stop_ids_of,
     tokenizer_digest,
 )
-from tests.support.chat_tokenizers import FAMILIES, make_tokenizer
+from tests.support.chat_tokenizers import FAMILIES, TURN_ENDS, make_tokenizer
 from tests.support.tiny_model import make_tiny_tokenizer
 
 USER, ANSWER = Message(role="user", content="Hi"), Message(role="assistant", content="Hello")
 CHAT_FAMILIES = [family for family in FAMILIES if family != "no template"]
-TURN_ENDS = {
-    "qwen": "<|im_end|>",
-    "chatml with eos endoftext": "<|im_end|>",
-    "llama 3": "<|eot_id|>",
-    "gemma": "<end_of_turn>",
-    "phi 3": "<|end|>",
-    "llama 2": "</s>",
-    "deepseek r1": "<|end|>",
-    "qwen 3": "<|im_end|>",
-    "chatml with marks": "<|im_end|>",
-    "chatml with tools": "<|im_end|>",
-}
 
 
 @pytest.mark.parametrize("family", CHAT_FAMILIES)

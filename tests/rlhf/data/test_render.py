@@ -13,21 +13,9 @@ from components.rlhf.data.records import Demonstration, Message
 from components.rlhf.data.render import Renderer
 from components.rlhf.data.shapes import CONVERTERS
 from components.rlhf.data.tokenizer import encode_text, encode_turns
-from tests.support.chat_tokenizers import FAMILIES, make_tokenizer
+from tests.support.chat_tokenizers import FAMILIES, TURN_ENDS, make_tokenizer
 from tests.support.tiny_model import make_tiny_tokenizer
 
-ENDS = {
-    "qwen": "<|im_end|>",
-    "chatml with eos endoftext": "<|im_end|>",
-    "llama 3": "<|eot_id|>",
-    "gemma": "<end_of_turn>",
-    "phi 3": "<|end|>",
-    "llama 2": "</s>",
-    "deepseek r1": "<|end|>",
-    "qwen 3": "<|im_end|>",
-    "chatml with marks": "<|im_end|>",
-    "chatml with tools": "<|im_end|>",
-}
 REWRITING = ("deepseek r1", "qwen 3")  # templates that write an earlier answer differently from the last one
 TURNS = [
     {"role": "user", "content": "What is 2+2?"},
@@ -74,25 +62,25 @@ def all_text(tokenizer: PreTrainedTokenizerFast, demonstration: Demonstration) -
 
 
 def test_every_family_is_here() -> None:
-    assert set(ENDS) == set(FAMILIES) - {"no template"}
+    assert set(TURN_ENDS) == set(FAMILIES) - {"no template"}
 
 
 # --- the answers of a conversation ---
 
 
-@pytest.mark.parametrize("family", [family for family in ENDS if family not in REWRITING])
+@pytest.mark.parametrize("family", [family for family in TURN_ENDS if family not in REWRITING])
 def test_ids_of_a_conversation_are_those_of_its_rendered_text(family: str) -> None:
     """One record, whose ids are those of the whole rendered text, and every answer is learned with its end."""
     tokenizer = make_tokenizer(family)
     (only,) = demonstrations(tokenizer, {"messages": TURNS})
     messages = [Message(**turn) for turn in TURNS]
     text = render_chat(tokenizer, messages, add_generation_prompt=False)
-    text = text[: text.rindex(ENDS[family]) + len(ENDS[family])]
+    text = text[: text.rindex(TURN_ENDS[family]) + len(TURN_ENDS[family])]
     encoded = encode_turns(tokenizer, only.turns, max_tokens=10**6, is_chat=True)
     assert [*encoded.prompt_ids, *encoded.response_ids] == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert [run.strip() for run in learned(tokenizer, only)] == [
-        f"It is 4.{' ' if family == 'llama 2' else ''}{ENDS[family]}",
-        f"Yes, I am.{' ' if family == 'llama 2' else ''}{ENDS[family]}",
+        f"It is 4.{' ' if family == 'llama 2' else ''}{TURN_ENDS[family]}",
+        f"Yes, I am.{' ' if family == 'llama 2' else ''}{TURN_ENDS[family]}",
     ]
     assert only.prompt == render_chat(tokenizer, messages[:1])  # what a rollout continues
 
@@ -106,11 +94,11 @@ def test_conversation_that_the_template_rewrites_is_one_record_per_answer(family
     assert first.prompt == render_chat(tokenizer, messages[:1])
     assert last.prompt == render_chat(tokenizer, messages[:3])
     thought = "<think>\n\n</think>\n\n" if family == "qwen 3" else ""
-    assert learned(tokenizer, first) == [f"{thought}It is 4.{ENDS[family]}"]
-    assert learned(tokenizer, last) == [f"{thought}Yes, I am.{ENDS[family]}"]
+    assert learned(tokenizer, first) == [f"{thought}It is 4.{TURN_ENDS[family]}"]
+    assert learned(tokenizer, last) == [f"{thought}Yes, I am.{TURN_ENDS[family]}"]
 
 
-@pytest.mark.parametrize("family", ENDS)
+@pytest.mark.parametrize("family", TURN_ENDS)
 def test_only_the_last_answer_is_learned_if_so_set(family: str) -> None:
     tokenizer = make_tokenizer(family)
     (only,) = demonstrations(tokenizer, {"messages": TURNS}, assistant_turns="last")
@@ -119,7 +107,7 @@ def test_only_the_last_answer_is_learned_if_so_set(family: str) -> None:
     assert "It is 4." in only.prompt
 
 
-@pytest.mark.parametrize("family", ENDS)
+@pytest.mark.parametrize("family", TURN_ENDS)
 def test_answers_that_the_source_excludes_are_not_learned(family: str) -> None:
     tokenizer = make_tokenizer(family)
     turns = [TURNS[0], TURNS[1] | {"weight": 0}, *TURNS[2:]]
@@ -163,7 +151,7 @@ def test_template_without_a_token_of_its_own_is_one_record_per_answer() -> None:
 # --- pairs, ratings and prompts ---
 
 
-@pytest.mark.parametrize("family", ENDS)
+@pytest.mark.parametrize("family", TURN_ENDS)
 def test_all_sections_render_the_same_question_alike(family: str) -> None:
     tokenizer = make_tokenizer(family)
     text = "What is 2+2?"
@@ -185,7 +173,7 @@ def test_all_sections_render_the_same_question_alike(family: str) -> None:
     assert prompts == {render_chat(tokenizer, [Message(role="user", content=text)])}
 
 
-@pytest.mark.parametrize("family", ENDS)
+@pytest.mark.parametrize("family", TURN_ENDS)
 def test_answer_of_a_pair_is_what_sft_learns(family: str) -> None:
     tokenizer = make_tokenizer(family)
     pair = renderer(tokenizer).pair(example("preferences", {"prompt": "Hi", "chosen": "Hello.", "rejected": "No."}))
@@ -222,7 +210,7 @@ def test_thinking_that_the_prompt_opens_is_opened_once() -> None:
     ("prompt", "completion"),
     [("Reply with one of [yes] [no]", "[no] because"), ("Continue the tag <b>", "<b>bold</b>")],
 )
-@pytest.mark.parametrize("family", [*ENDS, "bare"])
+@pytest.mark.parametrize("family", [*TURN_ENDS, "bare"])
 def test_answer_that_repeats_the_users_words_is_kept(family: str, prompt: str, completion: str) -> None:
     tokenizer = make_tokenizer("qwen" if family == "bare" else family)
     if family == "bare":
