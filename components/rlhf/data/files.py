@@ -173,13 +173,15 @@ def read_csv(path: Path, *, delimiter: str) -> Iterator[tuple[str, Row]]:
     csv.field_size_limit(MAX_LINE_BYTES)
     try:
         with _open(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
-            rows = csv.reader(_bounded_lines(path, text), delimiter=delimiter, strict=True)
+            budget = [MAX_LINE_BYTES]  # characters left for the current record
+            rows = csv.reader(_bounded_lines(path, text, budget), delimiter=delimiter, strict=True)
             header = next(rows, None)
             if not header:
                 return
             if len(set(header)) < len(header):
                 raise InputError(f"{path}:1 has two columns of the same name; rename one.")
             for row in rows:
+                budget[0] = MAX_LINE_BYTES
                 if row and len(row) != len(header):
                     raise InputError(
                         f"{path}:{rows.line_num} has {len(row)} cells, and the header {len(header)}; quote cells that contain "
@@ -193,11 +195,13 @@ def read_csv(path: Path, *, delimiter: str) -> Iterator[tuple[str, Row]]:
         raise InputError(f"{path} is not a readable table ({error}); save it again.") from None
 
 
-def _bounded_lines(path: Path, text: io.TextIOWrapper) -> Iterator[str]:
+def _bounded_lines(path: Path, text: io.TextIOWrapper, budget: list[int]) -> Iterator[str]:
+    """The lines of a table. Raises InputError when the record that they belong to exceeds the budget."""
     while line := text.readline(MAX_LINE_BYTES + 1):
-        if len(line) > MAX_LINE_BYTES:
+        budget[0] -= len(line)
+        if budget[0] < 0:
             raise InputError(
-                f"{path} has a line longer than {MAX_LINE_BYTES // 2**20} MiB; each record must be shorter."
+                f"{path} has a record longer than {MAX_LINE_BYTES // 2**20} MiB; close the quotes of its cells."
             )
         yield line
 

@@ -69,7 +69,7 @@ def _read_source(source: DataSource) -> Iterator[tuple[str, Row]]:
     elif is_glob(path) and not os.path.exists(path):
         if path.startswith("s3://"):
             raise InputError(f"{path} is a pattern, which S3 does not have; give the prefix of the files.")
-        files = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
+        files = sorted(n for n in glob.glob(path, recursive=True) if os.path.isfile(n) and not n.endswith(".md"))
         if not files:
             raise InputError(f"{path} matches no file; correct the path.")
         for name in files:
@@ -137,6 +137,8 @@ def _read_saved(source: DataSource, folder: Path) -> Iterator[tuple[str, Row]]:
 
     try:
         saved = datasets.load_from_disk(str(folder))
+        for part in saved.values() if isinstance(saved, datasets.DatasetDict) else [saved]:
+            part.data.table.validate(full=True)  # reading a corrupt table can crash the process
     except Exception as error:  # a broken folder raises many types
         raise InputError(f"{folder} is not a data set that can be loaded ({_reason(error)}); save it again.") from error
     if isinstance(saved, datasets.DatasetDict):

@@ -206,3 +206,20 @@ def test_metadata_of_a_repository_is_not_data(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"n": 1}\n')
     (tmp_path / "dataset_infos.json").write_text('{"default": {}}')
     assert [row["n"] for _, row in read(tmp_path)] == [1]
+
+
+def test_record_of_a_table_with_unclosed_quotes_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1000)
+    path = tmp_path / "x.csv"
+    path.write_text("a,b\n" + "1,2\n" * 1000)
+    assert len(read(path)) == 1000
+    path.write_text("a,b\n" + '"1","\n' * 1000)
+    assert error(path).startswith(f"{path} ")
+    path.write_text("a,b\n1," + '"' + "x\n" * 1000)
+    assert error(path).startswith(f"{path} has a record longer than")
+
+
+def test_pattern_of_files_leaves_out_the_readme(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# Data\n")
+    (tmp_path / "x.jsonl").write_text('{"n": 1}\n')
+    assert [row["n"] for _, row in read(tmp_path / "*")] == [1]
