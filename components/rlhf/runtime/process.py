@@ -1,9 +1,12 @@
-"""Linux process settings of a stage."""
+"""How the process of a stage ends: with its parent, and after success."""
 
+import atexit
 import ctypes
+import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1  # sys/prctl.h of Linux
 DIE_WITH_PARENT = "RLHF_DIE_WITH_PARENT"
@@ -18,3 +21,30 @@ def die_with_parent() -> None:
     if os.getppid() != int(parent):
         # The parent died before prctl(), which covers later deaths only.
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_before_finalization() -> Callable[[], None]:
+    """In a rank of a group: once the returned function has been called, end with code 0 after all atexit handlers.
+
+    The interpreter is not finalized then. If a thread of gloo releases the tensors of the last collective during finalization,
+    Python ends the thread, and C++ aborts the process ("terminate called without an active exception"). Destroying the process
+    group does not join its threads where DeepSpeed still refers to it.
+
+    Call this before other modules register atexit handlers, since the first one registered is called last.
+    """
+    succeeded = False
+
+    def end() -> None:
+        if succeeded:
+            logging.shutdown()  # the logging module's own handler may have been registered earlier
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
+    def succeed() -> None:
+        nonlocal succeeded
+        succeeded = True
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit.register(end)
+    return succeed

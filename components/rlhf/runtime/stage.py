@@ -22,7 +22,7 @@ from components.rlhf.config.params import explain_validation_error
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
 from components.rlhf.runtime.executor import output_uri, write_executor_output
 from components.rlhf.runtime.memory import keep_freed_memory
-from components.rlhf.runtime.process import die_with_parent
+from components.rlhf.runtime.process import die_with_parent, end_before_finalization
 from components.rlhf.storage.copy import upload_folder
 from components.rlhf.storage.store import open_store
 from components.rlhf.text.errors import InputError
@@ -157,8 +157,10 @@ def stage_program(
 
     def decorate(function: Callable[..., None]) -> click.Command:
         def command(settings: str, tracking: str, storage: str, executor_input: str, **paths: Path) -> None:
+            succeed = end_before_finalization()
             with stage_run(name, config_class, settings, tracking, storage, executor_input) as run:
                 function(run, **paths)
+            succeed()
 
         options = [
             click.option(f"--{path.replace('_', '-')}", type=click.Path(path_type=Path), required=True, help=text)
@@ -226,12 +228,6 @@ def stage_run(
         for call in run.on_success:
             call()
         tracker.finish("FINISHED")
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            # A thread of gloo that outlives its process group can abort the process while Python exits, and fail the stage
-            # after all is done. The processes of a group therefore leave without Python's teardown.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
     except InputError as error:
         if tracker:
             tracker.finish("FAILED")
