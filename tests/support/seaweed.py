@@ -40,6 +40,12 @@ class SeaweedFS:
         # The default gRPC port, the HTTP port + 10000, may be taken.
         options = [f"-{name}={port}" for name, port in self.ports.items()]
         options += [f"-{name}.grpc={free_port()}" for name in self.ports]
+        deadline = time.monotonic() + 60
+        while not self._start_once(options, deadline):
+            time.sleep(1)  # another process may have taken a port for a moment
+
+    def _start_once(self, options: list[str], deadline: float) -> bool:
+        """Start the server; return whether it can be written to, False if it has ended."""
         self.process = subprocess.Popen(
             [
                 weed(), "server", f"-dir={self.folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", *options,
@@ -51,17 +57,18 @@ class SeaweedFS:
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )  # fmt: skip
-        deadline = time.monotonic() + 60
         while True:
             try:
                 bare_client(self.url).create_bucket(Bucket=BUCKET)
                 bare_client(self.url).put_object(Bucket=BUCKET, Key="ready", Body=b"yes")
                 bare_client(self.url).delete_object(Bucket=BUCKET, Key="ready")
-                return
+                return True
             except Exception as error:
                 if "BucketAlready" in str(error):
-                    return
-                if time.monotonic() > deadline or self.process.poll() is not None:
+                    return True
+                if time.monotonic() < deadline and self.process.poll() is not None:
+                    return False
+                if time.monotonic() > deadline:
                     self.kill()
                     raise RuntimeError((self.folder / "log").read_text()[-2000:]) from error
                 time.sleep(0.2)

@@ -1,12 +1,14 @@
 """A store in an S3 bucket, based on boto3: parallel transfers with checksums, retries, and resumable downloads.
 
-A prefix is a folder: it matches keys under `prefix/`. Credentials come from boto3's default chain.
+A prefix is a folder: it matches keys under `prefix/`. Credentials come from boto3's default chain, and so does whether checksums are
+sent (AWS_REQUEST_CHECKSUM_CALCULATION). Where a server lacks checksums, conditional writes or the deletion of several objects, the store
+works without them, and logs what that costs.
 """
 
 import contextlib
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,19 @@ from botocore.config import Config
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.storage.s3_download import CRC32, THREADS, crc32_of, download_object
 from components.rlhf.storage.s3_errors import RetryBudget, describe_error, is_code
+from components.rlhf.storage.s3_features import (
+    CHECKSUM_SETTINGS,
+    CHECKSUMS,
+    CONDITIONAL_WRITES,
+    DELETE_OBJECTS,
+    LIST_UPLOADS,
+    StoreFeatures,
+    checksum_mode,
+    may_reject_checksums,
+    rejects_overwriting,
+    sends_checksums,
+)
+from components.rlhf.storage.store import require_prefix
 from components.rlhf.storage.transfer import TransferProgress
 from components.rlhf.text.errors import InputError
 
@@ -41,11 +56,16 @@ class S3Store:
             raise InputError(f"{uri} has no bucket; write s3://BUCKET/PREFIX.")
         self.uri = uri.rstrip("/")
         self.bucket, self.prefix = bucket, prefix.strip("/")
-        self.client = make_client(config)
+        self._config = config
         self._retries = RetryBudget(self.uri, 60 * config.retry_minutes)
         self._log = log
         self._bucket_exists = False
         self._open_uploads: dict[str, str] = {}  # upload id -> full key, of this client's multipart uploads
+        self._features = StoreFeatures(self.uri, log)
+        self._connect()
+
+    def _connect(self, *, checksums: bool = True) -> None:
+        self.client = make_client(self._config, checksums=checksums)
         events = self.client.meta.events
         events.register("after-call.s3.CreateMultipartUpload", self._on_upload_created)
         events.register("after-call.s3.CompleteMultipartUpload", self._on_upload_completed)
@@ -56,7 +76,8 @@ class S3Store:
     def read(self, key: str, *, limit: int) -> bytes | None:
         def attempt() -> bytes | None:
             try:
-                response = self.client.get_object(Bucket=self.bucket, Key=self._full_key(key), ChecksumMode="ENABLED")
+                location = {"Bucket": self.bucket, "Key": self._full_key(key)}
+                response = self.client.get_object(**location, **checksum_mode(self.client))
             except Exception as error:
                 if is_code(error, "NoSuchKey"):
                     return None
@@ -71,19 +92,22 @@ class S3Store:
 
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> bool:
         write_id = uuid.uuid4().hex  # identifies this write if the response to an earlier attempt was lost
-        condition = {"IfNoneMatch": "*"} if only_if_absent else {}
+        location = {"Bucket": self.bucket, "Key": self._full_key(key)}
+        is_conditional = only_if_absent and self._retries.run(f"write {key}", self._has_conditional_writes)
+        condition = {"IfNoneMatch": "*"} if is_conditional else {}
 
         def attempt() -> bool:
             self._require_bucket()
-            location = {"Bucket": self.bucket, "Key": self._full_key(key)}
+            if only_if_absent and not is_conditional and self._writer_of(location) not in (None, write_id):
+                return False
             try:
-                self.client.put_object(
-                    **location, Body=data, ChecksumAlgorithm="CRC32", Metadata={WRITER: write_id}, **condition
+                self._with_checksums_if_possible(
+                    lambda: self.client.put_object(**location, Body=data, Metadata={WRITER: write_id}, **condition)
                 )
             except Exception as error:
                 if not is_code(error, "PreconditionFailed", "412"):
                     raise
-                return bool(self.client.head_object(**location)["Metadata"].get(WRITER) == write_id)
+                return self._writer_of(location) == write_id
             return True
 
         return self._retries.run(f"write {key}", attempt)
@@ -91,14 +115,16 @@ class S3Store:
     def upload(self, file: Path, key: str) -> None:
         """Upload a file atomically, with its CRC32 as metadata."""
         size, full = file.stat().st_size, self._full_key(key)
-        extra = {"ChecksumAlgorithm": "CRC32", "Metadata": {CRC32: crc32_of(file)}}
+        extra = {"Metadata": {CRC32: crc32_of(file)}}
 
         def attempt() -> None:
             self._require_bucket()
             progress = TransferProgress(f"uploading {self._uri(key)}", size, self._log)
             try:
-                self.client.upload_file(
-                    str(file), self.bucket, full, ExtraArgs=extra, Callback=progress.add, Config=_transfer_config()
+                self._with_checksums_if_possible(
+                    lambda: self.client.upload_file(
+                        str(file), self.bucket, full, ExtraArgs=extra, Callback=progress.add, Config=_transfer_config()
+                    )
                 )
             except BaseException:
                 self._abort_own_uploads(full)
@@ -118,18 +144,79 @@ class S3Store:
         download_object(self.client, self.bucket, self._full_key(key), file, self._retries, self._log)
 
     def delete(self, prefix: str) -> None:
+        require_prefix(prefix)
+
         def attempt() -> None:
             full = self._full_key(prefix)
             keys = [self._full_key(key) for key, _ in self._list_objects(prefix)]
-            keys += [full] if full else []
+            keys += [full]
             for start in range(0, len(keys), 1000):  # the server's limit for one request
-                batch = [{"Key": key} for key in keys[start : start + 1000]]
-                response = self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": batch, "Quiet": True})
-                for failed in response.get("Errors", []):
-                    raise InputError(f"s3://{self.bucket}/{failed['Key']} could not be deleted ({failed.get('Code')}).")
+                self._delete_objects(keys[start : start + 1000])
             self._abort_all_uploads(full)
 
         self._retries.run(f"delete {prefix}", attempt)
+
+    def _delete_objects(self, keys: Sequence[str]) -> None:
+        def delete_together() -> None:
+            response = self.client.delete_objects(
+                Bucket=self.bucket, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True}
+            )
+            for failed in response.get("Errors", []):
+                raise InputError(f"s3://{self.bucket}/{failed['Key']} could not be deleted ({failed.get('Code')}).")
+
+        if self._features.try_optional(DELETE_OBJECTS, lambda: self._with_checksums_if_possible(delete_together)):
+            return
+        for key in keys:
+            self.client.delete_object(Bucket=self.bucket, Key=key)
+
+    def _with_checksums_if_possible(self, request: Callable[[], object]) -> None:
+        """Make a request; without checksums if the server rejects it because of them."""
+        try:
+            request()
+        except Exception as error:
+            if not sends_checksums(self.client) or not may_reject_checksums(error):
+                raise
+            if not self._works_without_checksums(request):
+                raise
+            self._features.note(CHECKSUMS)
+
+    def _works_without_checksums(self, request: Callable[[], object]) -> bool:
+        """Make the request again without checksums; if it fails again, they were not the reason, and are sent from then on too."""
+        self._connect(checksums=False)
+        try:
+            request()
+        except Exception:
+            self._connect()
+            return False
+        return True
+
+    def _has_conditional_writes(self) -> bool:
+        """Whether a write that requires that the object does not exist fails if it does; tried once, on an object of its own."""
+        if self._features.conditional_writes is None:
+            self._require_bucket()
+            location = {"Bucket": self.bucket, "Key": self._full_key(f".probe-{uuid.uuid4().hex}")}
+            self._with_checksums_if_possible(lambda: self.client.put_object(**location, Body=b"probe"))
+            try:
+                if self.client.get_object(**location)["Body"].read() != b"probe":
+                    raise InputError(
+                        f"{self.uri}: an object that was just written reads differently; use another store."
+                    )
+                self._features.conditional_writes = rejects_overwriting(self.client, location)
+            finally:
+                with contextlib.suppress(Exception):
+                    self.client.delete_object(**location)
+            if not self._features.conditional_writes:
+                self._features.note(CONDITIONAL_WRITES)
+        return self._features.conditional_writes
+
+    def _writer_of(self, location: dict[str, str]) -> str | None:
+        """The id of the write that created an object; None if it does not exist."""
+        try:
+            return str(self.client.head_object(**location)["Metadata"].get(WRITER))
+        except Exception as error:
+            if is_code(error, "404", "NoSuchKey"):
+                return None
+            raise
 
     def _require_bucket(self) -> None:
         """Some servers would create a bucket with a misspelled name on the first write."""
@@ -184,14 +271,22 @@ class S3Store:
 
     def _abort_all_uploads(self, full: str) -> None:
         """Delete parts that crashed processes left under a prefix."""
-        response = self.client.list_multipart_uploads(Bucket=self.bucket, Prefix=full)
-        for upload in response.get("Uploads", []):
-            if upload["Key"] == full or upload["Key"].startswith(f"{full}/"):
-                self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
+        def abort() -> None:
+            response = self.client.list_multipart_uploads(Bucket=self.bucket, Prefix=full)
+            for upload in response.get("Uploads", []):
+                key = upload["Key"]
+                if key == full or key.startswith(f"{full}/"):
+                    self.client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload["UploadId"])
+
+        self._features.try_optional(LIST_UPLOADS, abort)
 
 
-def make_client(config: StorageConfig) -> Any:
-    """Create a boto3 client that verifies checksums in both directions and makes up to 3 attempts per request."""
+def make_client(config: StorageConfig, *, checksums: bool = True) -> Any:
+    """Create a boto3 client that makes up to 3 attempts per request.
+
+    With checksums it sends and verifies them, unless boto3's own settings say when_required.
+    """
     if config.ca_bundle and not Path(config.ca_bundle).is_file():
         raise InputError(f"storage.ca_bundle: {config.ca_bundle} does not exist; set it to a PEM file.")
     endpoint = config.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -203,8 +298,7 @@ def make_client(config: StorageConfig) -> Any:
         connect_timeout=CONNECT_SECONDS,
         read_timeout=READ_SECONDS,
         max_pool_connections=THREADS + 2,
-        request_checksum_calculation="when_supported",
-        response_checksum_validation="when_supported",
+        **({} if checksums else dict.fromkeys(CHECKSUM_SETTINGS, "when_required")),
     )
     try:
         return boto3.session.Session().client(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from components.rlhf.storage.s3_errors import RetryBudget, StaleObjectError, is_code
+from components.rlhf.storage.s3_features import checksum_mode
 from components.rlhf.storage.transfer import TransferProgress
 from components.rlhf.text.errors import InputError
 
@@ -55,7 +56,7 @@ def download_object(
 
 def _head(client: Any, bucket: str, key: str) -> dict[str, Any]:
     try:
-        head: dict[str, Any] = client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+        head: dict[str, Any] = client.head_object(Bucket=bucket, Key=key, **checksum_mode(client))
     except Exception as error:
         if is_code(error, "404", "NoSuchKey"):  # HEAD does not distinguish a missing bucket, but this request does
             client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)

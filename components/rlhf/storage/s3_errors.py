@@ -19,7 +19,7 @@ from botocore.exceptions import (
     SSLError,
 )
 
-from components.rlhf.text.errors import InputError
+from components.rlhf.text.errors import InputError, RetryableError
 
 T = TypeVar("T")
 FIRST_CONTACT_SECONDS = 10.0  # an endpoint that has never responded is probably misspelled
@@ -45,7 +45,7 @@ class RetryBudget:
         self._has_responded = False
 
     def run(self, action: str, attempt: Callable[[], T]) -> T:
-        """Return the result of attempt. Raises InputError for a permanent error or when the budget is exhausted."""
+        """Return the result of attempt. Raises InputError for a permanent error, RetryableError when the budget is exhausted."""
         first_failure: float | None = None
         max_wait = 0.5
         while True:
@@ -66,7 +66,7 @@ class RetryBudget:
                 budget = self.budget if self._has_responded else min(self.budget, FIRST_CONTACT_SECONDS)
                 wait = random.uniform(0, max_wait)
                 if now + wait - first_failure > budget:
-                    raise InputError(
+                    raise RetryableError(
                         f"{self.uri}: could not {action} in {now - first_failure:.0f} s of retries: {describe_error(error)}; "
                         "check storage.endpoint_url, and that the server is running."
                     ) from error
@@ -85,7 +85,8 @@ def is_transient(error: BaseException) -> bool:
     client_error = _client_error(error)
     if client_error is not None:
         status = client_error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or status == 429 or is_code(error, *TRANSIENT_CODES)
+        is_overload = (status >= 500 and status != 501) or status == 429  # 501: the server will never know this request
+        return is_overload or is_code(error, *TRANSIENT_CODES)
     if _was_truncated(error):
         return True
     if isinstance(error, SSLError):
@@ -125,6 +126,10 @@ def describe_error(error: BaseException) -> str:
     if status in (301, 307, 400) and code in ("301", "307", "PermanentRedirect", "AuthorizationHeaderMalformed"):
         return "the bucket is in another region; set storage.region"
     message = client_error.response.get("Error", {}).get("Message", "")
+    if status == 501:
+        return f"the server does not support it ({message or code}); use a server that does (components/rlhf/storage/README.md)".rstrip(
+            "."
+        )
     return f"the server responded {code}{f' ({message})' if message else ''}".rstrip(".")
 
 

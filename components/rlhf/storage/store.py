@@ -34,7 +34,7 @@ class Store(Protocol):
         """Download an object of any size. Raises InputError if it does not exist or differs from what was uploaded."""
 
     def delete(self, prefix: str) -> None:
-        """Delete the object at prefix and all objects under prefix/."""
+        """Delete the object at prefix and all objects under prefix/. Raises ValueError for an empty prefix, the whole store."""
 
 
 class FolderStore:
@@ -99,7 +99,8 @@ class FolderStore:
             raise InputError(f"{self.folder / key} does not exist; correct the path.") from error
 
     def delete(self, prefix: str) -> None:
-        target = self.folder / prefix
+        require_prefix(prefix)
+        target = self._resolve(prefix)
         if target.is_dir():
             shutil.rmtree(target)
         else:
@@ -118,6 +119,13 @@ class FolderStore:
         target = self._resolve(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         return _temporary_name(target)
+
+
+def require_prefix(prefix: str) -> None:
+    """Raise ValueError for a prefix that stands for the whole store, or leads out of it."""
+    parts = [part for part in prefix.split("/") if part not in ("", ".")]
+    if not parts or ".." in parts:
+        raise ValueError(f"{prefix!r} is not a prefix that can be deleted")
 
 
 def _temporary_name(target: Path) -> Path:

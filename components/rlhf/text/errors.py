@@ -22,3 +22,7 @@ def require_finite(value: float, *, what: str, step: int, batch: str) -> None:
     """Raise NonFiniteError when a loss or a gradient is nan or infinite. batch names the records that it came from."""
     if not math.isfinite(value):
         raise NonFiniteError(f"{what} is {value} at step {step} ({batch})")
+
+
+class RetryableError(InputError):
+    """An InputError that another attempt some time later may not meet: an unreachable store, a checkpoint that is in use."""
