@@ -200,7 +200,7 @@ class _Attempt:
         return min(before, int(found[1])) if found else (0 if "is skipped" in self.said else before)
 
     def _saving(self) -> bool:
-        return any(not (step / ".complete").exists() for step in self.run.glob("checkpoints/*/*/step-*"))
+        return any(not (step / ".complete").exists() for step in self.run.glob("checkpoints/run-*/*/*/step-*"))
 
     def _uploading(self) -> bool:
         assert isinstance(self.place, Services)
@@ -228,7 +228,7 @@ def _damage(kind: str, run: Path, draws: random.Random) -> None:
     if kind == "checkpoint":
         files = [
             path
-            for step in sorted(run.glob("checkpoints/*/*/step-*"))[-1:]
+            for step in sorted(run.glob("checkpoints/run-*/*/*/step-*"))[-1:]
             for path in step.rglob("*")
             if path.is_file()
         ]

@@ -45,7 +45,7 @@ class FolderPlace:
 
     def steps(self, run: Path) -> list[str]:
         """Names of all checkpoints, complete or not."""
-        return [path.name for path in run.glob("checkpoints/*/*/step-*") if path.is_dir()]
+        return [path.name for path in run.glob("checkpoints/run-*/*/*/step-*") if path.is_dir()]
 
     def curves(self, run: Path) -> Curves | None:
         """The steps of every metric of the run in MLflow; None if nothing is tracked."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.rlhf.storage.store import Store
-from components.rlhf.text.errors import InputError
+from components.rlhf.text.errors import InputError, RetryableError
 from components.rlhf.text.strict_json import parse_json
 
 BEAT_SECONDS = 10.0
@@ -54,15 +54,16 @@ class Lease:
             if other and not self._owner_is_dead(other):
                 self._wait_for_a_beat(other)
             self.store.write(self.key, self._text())
-            time.sleep(min(0.2, BEAT_SECONDS))  # if two processes take over at once, the later one wins
-            now = self._read()
-            if now.get("owner") != self.identity["owner"]:
-                raise InputError(_held_message(self.store.uri, self.key, now))
+        # If two processes take over at once, or write at once to a store without conditional writes, the later one wins.
+        time.sleep(min(0.2, BEAT_SECONDS))
+        now = self._read()
+        if now.get("owner") != self.identity["owner"]:
+            raise RetryableError(_held_message(self.store.uri, self.key, now))
 
     def check(self) -> None:
         """Raise InputError if another process has taken over."""
         if self.lost:
-            raise InputError(self.lost)
+            raise RetryableError(self.lost)
 
     def release(self) -> None:
         self._stop.set()
@@ -93,7 +94,7 @@ class Lease:
             if not now:
                 return
             if (now.get("owner"), now.get("beat")) != (other.get("owner"), other.get("beat")):
-                raise InputError(_held_message(self.store.uri, self.key, now))
+                raise RetryableError(_held_message(self.store.uri, self.key, now))
         self.log(f"{_name(other)} sent no heartbeat; taking over its checkpoints")
 
     def _owner_is_dead(self, other: dict[str, Any]) -> bool:

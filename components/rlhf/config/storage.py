@@ -1,8 +1,13 @@
 """Settings of checkpoints, storage and experiment tracking."""
 
-from pydantic import field_validator
+import posixpath
+from itertools import combinations
+
+from pydantic import field_validator, model_validator
 
 from components.rlhf.config.base import BaseConfig, NonNegative, PositiveInt
+
+UPLOADS = "uploads"  # folder in storage.uri
 
 
 class CheckpointConfig(BaseConfig):
@@ -17,12 +22,12 @@ class CheckpointConfig(BaseConfig):
 class StorageConfig(BaseConfig):
     """Location of checkpoints and published models, and access to S3. Credentials come from the environment."""
 
-    checkpoint_uri: str | None = None
-    """Folder or s3://BUCKET/PREFIX for checkpoints; null is the run directory in local runs, cluster.checkpoint_claim on a cluster."""
     uri: str | None = None
-    """Folder or s3://BUCKET/PREFIX that local files of a submitted run are uploaded to."""
+    """s3://BUCKET/PREFIX (or a folder of cluster.claims) of submitted runs: local files are uploaded to URI/uploads."""
+    checkpoint_uri: str | None = None
+    """Folder or s3://BUCKET/PREFIX for checkpoints; null is the run directory here, and on a cluster a volume or URI/checkpoints."""
     publish_uri: str | None = None
-    """Folder or s3://BUCKET/PREFIX that trained models are published to, as RUN_ID/STAGE/model; null publishes nothing."""
+    """Folder or s3://BUCKET/PREFIX for trained models, as RUN_ID/STAGE/model; null is nothing here, and URI/models on a cluster."""
     endpoint_url: str | None = None
     """Endpoint of an S3 server other than AWS: http(s)://HOST:PORT."""
     region: str | None = None
@@ -51,6 +56,31 @@ class StorageConfig(BaseConfig):
             raise ValueError("write s3://BUCKET/PREFIX or a folder")
         return value
 
+    @model_validator(mode="after")
+    def _require_separate_places(self) -> "StorageConfig":
+        uris = {key: uri for key in ("checkpoint_uri", "publish_uri") if (uri := getattr(self, key))}
+        uris |= {"uri": f"{self.uri.rstrip('/')}/{UPLOADS}"} if self.uri else {}
+        for (key, uri), (other_key, other) in combinations(uris.items(), 2):
+            if contains(uri, other) or contains(other, uri):
+                relation = "equal to" if contains(uri, other) and contains(other, uri) else "inside, or contains,"
+                raise ValueError(
+                    f"{key} is {uri}, which is {relation} {other_key} ({other}); checkpoints are deleted, so use separate "
+                    "prefixes, such as s3://BUCKET/checkpoints and s3://BUCKET/models"
+                )
+        return self
+
+
+def contains(uri: str, other: str) -> bool:
+    """Whether other is the same location as uri or inside it, for folders and s3:// URIs."""
+
+    def parts(location: str) -> list[str]:
+        if location.startswith("s3://"):
+            return ["s3:", *(part for part in location.removeprefix("s3://").split("/") if part)]
+        return posixpath.normpath(location.removeprefix("file://")).split("/")
+
+    outer, inner = parts(uri), parts(other)
+    return inner[: len(outer)] == outer
+
 
 class TrackingConfig(BaseConfig):
     """Experiment tracking in MLflow."""
@@ -59,6 +89,8 @@ class TrackingConfig(BaseConfig):
     """Log to MLflow."""
     uri: str | None = None
     """MLflow tracking URI; null is mlflow.db in the run directory (with --out) or next to it, and MLFLOW_TRACKING_URI on a cluster."""
+    ui_url: str | None = None
+    """URL at which people open MLflow, for links in notifications; null is uri."""
     experiment: str = "kfp-rlhf"
     """MLflow experiment of the runs."""
     registered_model: str = "kfp-rlhf"

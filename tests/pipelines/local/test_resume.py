@@ -84,7 +84,7 @@ def test_killed_run_resumes_and_produces_identical_models(
     command = [sys.executable, "-m", "pipelines", "run", str(toy), "--out", str(run)]
     with (tmp_path / "first").open("w") as log:
         first = resident.popen(command, stdout=log, stderr=log)
-        wait_for_file(first, run, "checkpoints/ppo/*/step-*/.complete")
+        wait_for_file(first, run, "checkpoints/run-*/ppo/*/step-*/.complete")
         first.kill()
     assert first.wait(timeout=30) == -signal.SIGKILL
     assert not (run / "summary.json").exists()
@@ -147,6 +147,7 @@ def test_stage_of_a_lost_pod_resumes_elsewhere_from_s3(toy: Path, whole: Path, t
             "--reward-model", str(output(whole, "reward-model", "model")),
             "--prompts", str(output(whole, "prepare-data", "prompts")),
             "--model", str(tmp_path / "model"),
+            "--manifest", str(tmp_path / "manifest"),
             "--metrics", str(tmp_path / "metrics"),
             "--curves", str(tmp_path / "curves"),
         ]  # fmt: skip
