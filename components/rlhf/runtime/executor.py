@@ -15,14 +15,14 @@ from components.rlhf.text.redaction import redact
 from components.rlhf.text.strict_json import NotJsonError, parse_json
 
 Metadata = Mapping[str, str | int | float]
+MODEL_URI, PUBLISHED_URI = "model_uri", "published_uri"  # in the metadata of a manifest: where the model is
 
 
-def write_executor_output(
-    executor_input: str, metadata: Mapping[str, Metadata], uris: Mapping[str, str] | None = None
-) -> None:
+def write_executor_output(executor_input: str, metadata: Mapping[str, Metadata]) -> None:
     """Write the executor output file atomically, with all declared output artifacts and their metadata.
 
-    uris overrides the URIs of artifacts that are stored elsewhere; KFP does not upload those.
+    Every artifact keeps the URI that KFP gave it: KFP's launcher fails a task that reports a URI outside of the pipeline root
+    (backend/src/v2/component/launcher_v2.go of Kubeflow Pipelines 2.17, uploadOutputArtifacts).
     """
     outputs = _section(executor_input, "outputs")
     output_file = Path(_string(outputs, "outputFile"))
@@ -37,7 +37,7 @@ def write_executor_output(
         artifact = _artifact(outputs, name)
         entry = {
             "name": _string(artifact, "name"),
-            "uri": (uris or {}).get(name, _string(artifact, "uri")),
+            "uri": _string(artifact, "uri"),
             "metadata": _validate_metadata(name, metadata.get(name, {})),
         }
         artifacts[name] = {"artifacts": [entry]}
@@ -47,14 +47,16 @@ def write_executor_output(
     temporary.replace(output_file)
 
 
-def input_uri(executor_input: str, name: str) -> str:
-    """KFP's URI of an input artifact: s3:// or minio:// on a cluster, a path in a local run."""
-    return _string(_artifact(_section(executor_input, "inputs"), name), "uri")
-
-
 def output_uri(executor_input: str, name: str) -> str:
     """KFP's URI of an output artifact: s3:// or minio:// on a cluster, a path in a local run."""
     return _string(_artifact(_section(executor_input, "outputs"), name), "uri")
+
+
+def input_metadata(executor_input: str, name: str, key: str) -> str:
+    """A string in the metadata of an input artifact; "" if there is none."""
+    metadata = _artifact(_section(executor_input, "inputs"), name).get("metadata")
+    value = metadata.get(key) if isinstance(metadata, dict) else None
+    return value if isinstance(value, str) and value.isprintable() else ""
 
 
 def write_parameter(path: Path | None, value: str) -> None:

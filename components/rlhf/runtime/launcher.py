@@ -9,6 +9,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from components.rlhf.runtime.process import DIE_WITH_PARENT
+from components.rlhf.runtime.termination import write_termination_message
 
 
 def launch(num_processes: int) -> int:
@@ -38,8 +39,9 @@ def launch(num_processes: int) -> int:
         if first.exitcode < 0:  # killed by a signal, without an error message
             name = signal.Signals(-first.exitcode).name
             hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
-            message = f"error: rank {first_rank} of {num_processes} was killed by {name}{hint}."
-            print(message, file=sys.stderr, flush=True)
+            message = f"rank {first_rank} of {num_processes} was killed by {name}{hint}."
+            write_termination_message(message)
+            print(f"error: {message}", file=sys.stderr, flush=True)
             return 1
         return first.exitcode
     return 0

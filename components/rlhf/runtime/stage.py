@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,9 +21,11 @@ from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.model import TrainingConfig
 from components.rlhf.config.params import explain_validation_error
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
-from components.rlhf.runtime.executor import output_uri, write_executor_output
+from components.rlhf.runtime.accelerators import require_accelerators
+from components.rlhf.runtime.executor import MODEL_URI, PUBLISHED_URI, output_uri, write_executor_output
 from components.rlhf.runtime.memory import keep_freed_memory
 from components.rlhf.runtime.process import die_with_parent, end_before_finalization
+from components.rlhf.runtime.termination import message_of, write_termination_message
 from components.rlhf.storage.copy import upload_folder
 from components.rlhf.storage.store import open_store
 from components.rlhf.text.errors import InputError
@@ -58,23 +61,29 @@ class StageRun(Generic[Config]):
     storage: StorageConfig = field(default_factory=StorageConfig)
     executor_input: str = ""
     stop: StopSignal = field(default_factory=StopSignal)
-    published: dict[str, str] = field(default_factory=dict)  # output -> URI that is reported instead of KFP's own
     outputs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)  # output -> metadata
     on_success: list[Callable[[], None]] = field(default_factory=list)  # called after the outputs have been reported
 
     def training_context(self, config: CheckpointConfig, group: "Group", *inputs: Manifest) -> "TrainingContext":
         """What a trainer works with. Its checkpoints are those of this stage for these inputs.
 
-        They are under storage.checkpoint_uri (without one nothing is saved), and are deleted when the stage succeeds.
+        They are those of this run under storage.checkpoint_uri (without one nothing is saved), and are deleted when the stage
+        succeeds.
         """
         from components.rlhf.checkpoints.key import checkpoint_key
         from components.rlhf.checkpoints.manager import CheckpointManager  # imports torch
+        from components.rlhf.checkpoints.run import delete_run_if_empty, mark_run, run_prefix
         from components.rlhf.runtime.training import TrainingContext
 
-        uri, key = self.storage.checkpoint_uri, checkpoint_key(self.name, self.config, *inputs)
+        uri = self.storage.checkpoint_uri
         store = open_store(uri, self.storage, self.progress.log) if uri else None
+        key = f"{run_prefix(self.run_id)}/{checkpoint_key(self.name, self.config, *inputs)}"
+        if store and group.rank == 0:
+            mark_run(store, self.run_id)
         checkpoints = CheckpointManager(store, key, config, group, self.progress.log, self.stop)
         self.on_success.append(checkpoints.delete_all)
+        if store and group.rank == 0:
+            self.on_success.append(lambda: delete_run_if_empty(store, self.run_id))
         return TrainingContext(checkpoints=checkpoints, progress=self.progress, tracker=self.tracker, group=group)
 
     def report_output(self, output: str, manifest: Manifest) -> None:
@@ -113,19 +122,24 @@ class StageRun(Generic[Config]):
         if kind.endswith("_model"):
             self._publish(output, path)
 
+    def write_manifest(self, output: str, path: Path, *, of: str, folder: Path) -> None:
+        """Write an output that is the manifest of another output in folder; its metadata says where that is. Only rank 0 writes."""
+        if rank() > 0:
+            return
+        with atomic_directory(path) as draft:
+            shutil.copyfile(folder / MANIFEST, draft / MANIFEST)
+        uri = output_uri(self.executor_input, of) if self.executor_input else str(folder.resolve())
+        self.outputs[output] = {**self.outputs[of], MODEL_URI: uri}
+
     def _publish(self, output: str, path: Path) -> None:
-        """Copy a model to storage.publish_uri. On a cluster, that URI is reported to KFP, which then makes no copy."""
+        """Copy a model to storage.publish_uri. KFP keeps its own copy, whose metadata names this one."""
         if self.storage.publish_uri is None:
             return
         key = f"{self.run_id}/{self.name}/{output}"
         uri = f"{self.storage.publish_uri.rstrip('/')}/{key}"
         upload_folder(open_store(self.storage.publish_uri, self.storage, self.progress.log), path, key, last=MANIFEST)
         self.progress.log(f"published as {uri}")
-        self.outputs[output] = {**self.outputs[output], "published_uri": uri}
-        # In a local run the next stage reads the folder, so KFP's own path is kept.
-        kfp_uri = output_uri(self.executor_input, output) if self.executor_input else ""
-        if "://" in kfp_uri and not kfp_uri.startswith("file://") and uri.startswith("s3://"):
-            self.published[output] = uri
+        self.outputs[output] = {**self.outputs[output], PUBLISHED_URI: uri}
 
     def write_metrics(self, path: Path, metrics: Mapping[str, float]) -> None:
         """Write the output `metrics`: a JSON file, the metadata of KFP's Metrics artifact, and final/* in MLflow."""
@@ -211,6 +225,8 @@ def stage_run(
     try:
         text = settings if settings.lstrip().startswith("{") else _read(settings)
         config = parse_config(config_class, text)
+        require_accelerators()
+        require_writable_tmpdir()
         launch_processes(getattr(getattr(config, name, None), "training", None))
         tracking_config = with_environment_uri(parse_config(TrackingConfig, tracking))
         storage_config = parse_config(StorageConfig, storage)
@@ -224,25 +240,42 @@ def stage_run(
         )
         yield run
         if executor_input and rank() == 0:
-            write_executor_output(executor_input, run.outputs, run.published)
+            write_executor_output(executor_input, run.outputs)
         for call in run.on_success:
-            call()
+            try:
+                call()
+            except (InputError, OSError) as error:  # the outputs are there: no reason to fail, and to train again
+                print(f"warning: {error}", file=sys.stderr, flush=True)
         tracker.finish("FINISHED")
     except InputError as error:
         if tracker:
-            tracker.finish("FAILED")
+            tracker.finish("FAILED", str(error))
         if rank() > 0:
             time.sleep(
                 PEER_ERROR_GRACE_SECONDS
             )  # if all ranks fail, rank 0 prints the error, and the launcher ends the rest
+        write_termination_message(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except BaseException as error:
+        is_failure = isinstance(error, Exception)  # not a signal or the end of the launcher of several processes
         if tracker:
-            tracker.finish("FAILED")
+            tracker.finish("FAILED", message_of(error) if is_failure else "")
         if "WORLD_SIZE" in os.environ and isinstance(error, RuntimeError):
             time.sleep(PEER_ERROR_GRACE_SECONDS)  # may be caused by a lost peer, whose own error is to be printed first
+        if is_failure:
+            write_termination_message(error)
         raise
+
+
+def require_writable_tmpdir() -> None:
+    """Raise InputError if temporary files cannot be written where TMPDIR says; Python would silently write them elsewhere."""
+    folder = os.environ.get("TMPDIR")
+    if folder and not os.access(folder, os.W_OK):
+        raise InputError(
+            f"TMPDIR is {folder}, which user {os.getuid()} cannot write; correct it, or, for the scratch of a profile, use a storage class "
+            "to whose volumes all users can write."
+        )
 
 
 def launch_processes(training: TrainingConfig | None) -> None:

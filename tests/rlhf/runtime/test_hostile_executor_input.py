@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from components.rlhf.runtime.executor import input_uri, output_uri, write_executor_output
+from components.rlhf.runtime.executor import input_metadata, output_uri, write_executor_output
 from components.rlhf.text.errors import InputError
 from tests.support.hostile_input import result_or_refusal
 
@@ -21,8 +21,11 @@ JSON = st.recursive(
 
 
 def valid_input(folder: Path) -> dict[str, Any]:
+    metadata = {"published_uri": "s3://b/m"}
     entry = {
-        "artifacts": [{"name": "m", "uri": "s3://bucket/m", "metadata": {}, "type": {"schemaTitle": "system.Model"}}]
+        "artifacts": [
+            {"name": "m", "uri": "s3://bucket/m", "metadata": metadata, "type": {"schemaTitle": "system.Model"}}
+        ]
     }
     return {
         "inputs": {"artifacts": {"policy": entry}},
@@ -54,8 +57,8 @@ def test_fuzzed_executor_input_is_accepted_or_refused(tmp_path: Path, data: st.D
     text = json.dumps(content)
 
     result_or_refusal(lambda: write_executor_output(text, {}))
-    for read, name in ((input_uri, "policy"), (output_uri, "model")):
-        uri = result_or_refusal(lambda read=read, name=name: read(text, name))
+    for read in (lambda: input_metadata(text, "policy", "published_uri"), lambda: output_uri(text, "model")):
+        uri = result_or_refusal(read)
         assert uri is None or isinstance(uri, str)
     assert not list(tmp_path.rglob("*.writing"))
 

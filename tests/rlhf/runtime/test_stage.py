@@ -19,8 +19,9 @@ from components.rlhf.config.register import RegisterStageConfig
 from components.rlhf.config.storage import CheckpointConfig, TrackingConfig
 from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.runtime import stage as stage_module
+from components.rlhf.runtime import termination
 from components.rlhf.runtime.stage import StageRun, stage_program, stage_run
-from components.rlhf.text.errors import InputError
+from components.rlhf.text.errors import InputError, RetryableError
 
 SETTINGS = '{"decision":"promote"}'
 ROOT = Path(__file__).resolve().parents[3]
@@ -46,8 +47,9 @@ class Recorder:
     def flush(self) -> None:
         return
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: str, error: str = "") -> None:
         self.calls.append(status)
+        self.error = error
 
 
 @pytest.fixture
@@ -112,6 +114,72 @@ def test_on_success_runs_after_outputs_are_reported(tracker: Recorder, tmp_path:
         stage.on_success.append(lambda: output_existed.append(output.exists()))
         assert 1 // (not fails)
     assert output_existed == ([] if fails else [True])
+
+
+@pytest.mark.parametrize("error", [InputError("s3://b could not be reached."), OSError("the disk is gone")])
+def test_stage_that_cannot_clean_up_succeeds(
+    tracker: Recorder, tmp_path: Path, error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    with run(executor_input=executor_input(tmp_path)) as stage:
+        stage.on_success.append(fail)
+    assert tracker.calls == ["FINISHED"] and capsys.readouterr().err == f"warning: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (InputError("data.jsonl:3 is\nnot JSON."), "error: data.jsonl:3 is\\nnot JSON."),
+        (RetryableError("s3://b is away."), "s3://b is away."),
+        (ValueError("two\nlines"), "ValueError: two lines"),
+        (InputError("x" * 9000), f"error: {'x' * 4089}"),
+        (InputError("the token is hunter2hunter2"), "error: the token is ***"),
+        (KeyboardInterrupt(), ""),
+        (SystemExit(143), ""),
+    ],
+)
+def test_reason_of_a_failure_is_the_termination_message(
+    tracker: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, message: str
+) -> None:
+    """Kubernetes shows it; "error: " in front means that another attempt would fail as well."""
+    log = tmp_path / "termination-log"
+    log.touch()
+    monkeypatch.setattr(termination, "TERMINATION_LOG", log)
+    monkeypatch.setenv("API_TOKEN", "hunter2hunter2")
+    for expected in (message, message):  # the first process of a container that fails has the reason
+        with pytest.raises((Exception, SystemExit, KeyboardInterrupt)), run():
+            raise error
+        assert log.read_text() == expected
+
+
+def test_nothing_is_written_outside_of_kubernetes(
+    tracker: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(termination, "TERMINATION_LOG", tmp_path / "none")
+    with pytest.raises(SystemExit), run():
+        raise InputError("x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scratch_that_cannot_be_written_is_refused(
+    tracker: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    with pytest.raises(SystemExit), run():
+        pytest.fail("the stage must not start")
+    assert f"TMPDIR is {tmp_path / 'missing'}, which user" in capsys.readouterr().err
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with run():
+        pass
+
+
+def test_error_of_a_stage_is_logged_to_its_mlflow_run(tracker: Recorder) -> None:
+    for error, expected in ((InputError("x."), "x."), (ValueError("y"), "ValueError: y"), (SystemExit(1), "")):
+        with pytest.raises((Exception, SystemExit, KeyboardInterrupt)), run():
+            raise error
+        assert tracker.error == expected
 
 
 def test_input_error_is_printed_as_one_line(
@@ -190,7 +258,7 @@ PROGRAM = """
 import atexit, ctypes, sys
 from components.rlhf.config.register import RegisterStageConfig
 from components.rlhf.runtime.stage import stage_program
-from components.rlhf.text.errors import InputError
+from components.rlhf.text.errors import InputError, RetryableError
 
 @stage_program("demo", RegisterStageConfig, reads={}, writes={"metrics": "Numbers."})
 def main(run, metrics):
