@@ -1,18 +1,17 @@
-"""The result of a run and how it is reported. Errors here are warnings and never fail a run."""
+"""The result of a run, and what is done with it. Errors here are warnings and never fail a run."""
 
 import json
 import sys
-import time
-import urllib.error
-import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from components.rlhf.config.notify import NotifyStageConfig
+from components.rlhf.checkpoints.run import delete_run
 from components.rlhf.config.storage import StorageConfig, TrackingConfig
 from components.rlhf.storage.store import open_store
 from components.rlhf.text.errors import InputError
-from components.rlhf.text.redaction import redact
 from components.rlhf.tracking.mlflow import RUN_ID_TAG, connect
+from components.rlhf.tracking.mlflow import warn as warn_of_mlflow
+from components.rlhf.tracking.parent import Parent, StageResult
 
 # The states of a run in kfp.local and in the cluster's metadata store.
 STATUS_OF_STATE = {
@@ -23,8 +22,6 @@ STATUS_OF_STATE = {
     "CANCELED": "canceled",
     "CANCELLED": "canceled",
 }
-MLFLOW_STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "canceled": "KILLED"}
-ATTEMPTS, TIMEOUT_SECONDS = 3, 10.0
 
 
 @dataclass(frozen=True)
@@ -36,14 +33,13 @@ class RunResult:
     job: str = ""
     decision: str = ""
     reason: str = ""
+    failed_stage: str = ""
+    error: str = ""  # of the failed stage
+    stages: Sequence[StageResult] = ()
 
-    @property
-    def mlflow_status(self) -> str:
-        return MLFLOW_STATUS[self.status]
 
-
-def get_result(status: str, tracking: TrackingConfig, run_id: str) -> RunResult:
-    """The result according to KFP's PipelineTaskFinalStatus and the model registry.
+def get_result(status: str, tracking: TrackingConfig, run_id: str, parent: Parent | None) -> RunResult:
+    """The result according to KFP's PipelineTaskFinalStatus, the model registry and the nested runs.
 
     A run whose pods were deleted may have no final state; it succeeded only if register, its last stage, has finished.
     """
@@ -54,8 +50,20 @@ def get_result(status: str, tracking: TrackingConfig, run_id: str) -> RunResult:
         warn(f"the final status {status!r} cannot be parsed")
         state, job = "", ""
     decision, reason = find_decision(tracking, run_id)
-    default = "succeeded" if decision else "failed"
-    return RunResult(STATUS_OF_STATE.get(state.upper(), default), run_id, job, decision, reason)
+    result = STATUS_OF_STATE.get(state.upper(), "succeeded" if decision else "failed")
+    stages = _stages(parent)
+    failed = next((stage for stage in reversed(stages) if stage.status == "FAILED"), None)
+    if failed is None or result == "succeeded":
+        return RunResult(result, run_id, job, decision, reason, stages=stages)
+    return RunResult(result, run_id, job, decision, reason, failed.name, failed.error, stages)
+
+
+def _stages(parent: Parent | None) -> list[StageResult]:
+    try:
+        return parent.stages() if parent else []
+    except Exception as error:  # MLflow must not fail a run
+        warn_of_mlflow(error)
+        return []
 
 
 def find_decision(tracking: TrackingConfig, run_id: str) -> tuple[str, str]:
@@ -72,51 +80,29 @@ def find_decision(tracking: TrackingConfig, run_id: str) -> tuple[str, str]:
     return "", ""
 
 
-def as_message(config: NotifyStageConfig, result: RunResult) -> dict[str, str]:
-    """The JSON object for the webhook; Slack, Teams and Mattermost display `text`."""
-    link = f"{config.ui_url.rstrip('/')}/#/runs/details/{result.run_id}" if config.ui_url else ""
-    text = f"RLHF run {config.preset} ({result.run_id or 'started manually'}) {result.status}"
-    if result.decision:
-        text += f": {'promoted' if result.decision == 'promote' else 'rejected'}, {result.reason}"
-    return {
-        "text": f"{text}. {link}".rstrip(),
-        "status": result.status,
-        "preset": config.preset,
-        "run_id": result.run_id,
-        "job": result.job,
-        "decision": result.decision,
-        "reason": result.reason,
-        "link": link,
-    }
-
-
-def post(url: str, message: dict[str, str]) -> None:
-    """POST the message to the webhook, if there is one. The URL is a secret and appears in no warning."""
-    if not url:
-        return
-    if not url.startswith(("https://", "http://")):
-        warn("RLHF_WEBHOOK_URL is not an http(s) URL; correct WEBHOOK_URL in the Secret")
-        return
-    data = redact(json.dumps(message)).encode()
-    for attempt in range(ATTEMPTS):
-        try:
-            request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
-                return
-        except (OSError, ValueError) as error:  # urllib's errors are OSErrors
-            problem = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                break
-            time.sleep(attempt)
-    warn(f"the message could not be posted to the webhook ({problem})")
+def finish_tracking(parent: Parent | None, result: RunResult, *, params: str) -> bool:
+    """Write the result into the parent run and end it; return whether it was announced before."""
+    if parent is None:
+        return False
+    facts = {"run_id": result.run_id, "decision": result.decision, "reason": result.reason or result.error}
+    try:
+        parent.finish(status=result.status, stages=result.stages, facts=facts, params=params)
+        return parent.was_notified(result.status)
+    except Exception as error:  # MLflow must not fail a run
+        warn_of_mlflow(error)
+        return False
 
 
 def delete_checkpoints(storage: StorageConfig, result: RunResult) -> None:
-    """Delete what is stored under the id of a successful run; stages delete their own checkpoints, which have other keys."""
-    if result.status != "succeeded" or not storage.checkpoint_uri or not result.run_id:
+    """Delete what is left of the checkpoints of a successful run in S3; its stages have deleted their own.
+
+    Volumes are not mounted here: the stages are the only ones that can delete from them.
+    """
+    uri = storage.checkpoint_uri or ""
+    if result.status != "succeeded" or not uri.startswith("s3://") or not result.run_id:
         return
     try:
-        open_store(storage.checkpoint_uri, storage).delete(result.run_id)
+        delete_run(open_store(uri, storage), result.run_id)
     except (InputError, OSError) as error:
         warn(f"the checkpoints of this run could not be deleted ({error})")
 

@@ -6,3 +6,5 @@ from components.rlhf.config.base import BaseConfig
 class NotifyStageConfig(BaseConfig):
     preset: str
     ui_url: str | None = None
+    params: str = ""
+    """The params of the run as YAML, for its parent run in MLflow."""

@@ -1,4 +1,8 @@
-"""Tracking in MLflow: one parent run per pipeline run, one nested run per stage. MLflow errors never fail a stage."""
+"""Tracking in MLflow: one parent run per pipeline run, one nested run per stage. MLflow errors never fail a stage.
+
+The MLflow plugin of Kubeflow Pipelines 2.17 makes these runs itself and passes the nested one to each task in MLFLOW_RUN_ID
+(backend/src/v2/common/plugins/mlflow/handler.go); such a run is joined, and no other is made.
+"""
 
 import math
 import os
@@ -13,6 +17,7 @@ from components.rlhf.config.storage import TrackingConfig
 from components.rlhf.text.redaction import redact
 
 RUN_ID_TAG = "rlhf.run_id"
+STAGE_TAG, ERROR_TAG, PARENT_TAG = "rlhf.stage", "rlhf.error", "mlflow.parentRunId"
 SQLITE = "sqlite:///"
 MANUAL_RUN_ID = "manual"  # of stages without RLHF_RUN_ID; they are unrelated to each other
 
@@ -26,8 +31,8 @@ class Tracker(Protocol):
     def flush(self) -> None:
         """Send buffered metrics; called before a checkpoint, so that a resumed run has no gaps in its curves."""
 
-    def finish(self, status: str) -> None:
-        """End the run with status FINISHED or FAILED."""
+    def finish(self, status: str, error: str = "") -> None:
+        """End the run with status FINISHED or FAILED, and the error of a failed stage."""
 
 
 class NullTracker:
@@ -42,7 +47,7 @@ class NullTracker:
     def flush(self) -> None:
         return
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: str, error: str = "") -> None:
         return
 
 
@@ -77,7 +82,7 @@ class MlflowTracker:
         self._files.append((path, name or path.name))
         self.flush()
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: str, error: str = "") -> None:
         """Send the rest and end the run. Waits for an unreachable server unless the stage has failed and will be retried."""
         wait = 0.0 if status != "FINISHED" else self.WAIT_SECONDS if self._run else self.UNREACHED_WAIT_SECONDS
         deadline = time.monotonic() + wait
@@ -86,7 +91,7 @@ class MlflowTracker:
             if self._unreachable_since is not None:
                 self._unreachable_since = -math.inf  # retry immediately
             self.flush()
-            self._send(lambda run: run.client.set_terminated(run.id, status))
+            self._send(lambda run: _end(run, status, error))
             if self._unreachable_since is None or time.monotonic() + self.PAUSE_SECONDS > deadline:
                 break
             if not is_waiting:
@@ -136,6 +141,21 @@ class OpenRun:
     last_steps: Mapping[str, int] = field(default_factory=dict)  # metric -> last step that an earlier attempt logged
 
 
+@dataclass(frozen=True)
+class ParentRun:
+    """The parent run of a pipeline run."""
+
+    id: str
+    experiment_id: str
+    plugin_run: Any = None  # the nested run that Kubeflow Pipelines made for this task, if it did
+
+
+def _end(run: OpenRun, status: str, error: str) -> None:
+    if error:
+        run.client.set_tag(run.id, ERROR_TAG, redact(error)[:5000])  # the server's limit for a tag
+    run.client.set_terminated(run.id, status)
+
+
 def with_environment_uri(config: TrackingConfig) -> TrackingConfig:
     """The settings with uri defaulting to MLFLOW_TRACKING_URI, which comes from a Secret on a cluster."""
     return config if config.uri else config.model_copy(update={"uri": os.environ.get("MLFLOW_TRACKING_URI") or None})
@@ -151,21 +171,35 @@ def start_tracking(config: TrackingConfig, *, run_id: str, stage: str, params: M
 def _open_run(config: TrackingConfig, run_id: str, stage: str, params: Mapping[str, Any]) -> OpenRun:
     assert config.uri
     client = connect(config.uri)
-    experiment_id = _experiment_id(client, config)
-    parent_id = _parent_run_id(client, experiment_id, run_id)
-    tags = {"mlflow.parentRunId": parent_id, "rlhf.stage": stage, RUN_ID_TAG: f"{run_id}/{stage}"}
-    if run_id != MANUAL_RUN_ID:  # resume the run of an earlier attempt at this stage, and with it the curves
-        for earlier in _search_runs(client, experiment_id, f"{run_id}/{stage}", max_results=10):
-            if earlier.info.status != "FINISHED":
-                client.update_run(earlier.info.run_id, status="RUNNING")
-                return OpenRun(client, earlier.info.run_id, _last_steps(client, earlier))
-    run = client.create_run(experiment_id, run_name=stage, tags=tags)
+    parent = find_parent_run(client, config, run_id)
+    tags = {STAGE_TAG: stage, RUN_ID_TAG: f"{run_id}/{stage}"}
+    if parent.plugin_run is not None:
+        if parent.plugin_run.data.tags.get(RUN_ID_TAG):
+            return _reopen(client, parent.plugin_run)
+        for key, value in tags.items():
+            client.set_tag(parent.plugin_run.info.run_id, key, value)
+        id = parent.plugin_run.info.run_id
+    else:
+        if run_id != MANUAL_RUN_ID:  # resume the run of an earlier attempt at this stage, and with it the curves
+            for earlier in _search_runs(client, parent.experiment_id, f"{run_id}/{stage}", max_results=10):
+                if earlier.info.status != "FINISHED":
+                    return _reopen(client, earlier)
+        run = client.create_run(parent.experiment_id, run_name=stage, tags={PARENT_TAG: parent.id, **tags})
+        id = run.info.run_id
     from mlflow.entities import Param
 
     mlflow_params = [Param(key, redact(str(value))[:6000]) for key, value in flatten(params).items()]
     for start in range(0, len(mlflow_params), 100):  # the server's limits: 100 params per request, 6000 characters each
-        client.log_batch(run.info.run_id, params=mlflow_params[start : start + 100])
-    return OpenRun(client, run.info.run_id)
+        client.log_batch(id, params=mlflow_params[start : start + 100])
+    return OpenRun(client, id)
+
+
+def _reopen(client: Any, run: Any) -> OpenRun:
+    """Continue the run of an earlier attempt."""
+    client.update_run(run.info.run_id, status="RUNNING")
+    if ERROR_TAG in run.data.tags:
+        client.delete_tag(run.info.run_id, ERROR_TAG)
+    return OpenRun(client, run.info.run_id, _last_steps(client, run))
 
 
 def _search_runs(client: Any, experiment_id: str, run_id: str, *, max_results: int) -> Any:
@@ -179,29 +213,13 @@ def _last_steps(client: Any, run: Any) -> dict[str, int]:
     }
 
 
-def finish_parent_run(
-    config: TrackingConfig, *, run_id: str, status: str, metrics: Mapping[str, float], files: list[Path]
-) -> None:
-    """End the parent run with its final status, metrics and files."""
-    if not config.enabled or not config.uri:
-        return
-    try:
-        client = connect(config.uri)
-        parent_id = _parent_run_id(client, _experiment_id(client, config), run_id)
-        for name, value in metrics.items():
-            client.log_metric(parent_id, name, value)
-        for path in files:
-            client.log_artifact(parent_id, str(path))
-        client.set_terminated(parent_id, status)
-    except Exception as error:  # MLflow must not fail a run
-        warn(error)
-
-
 def connect(uri: str) -> Any:
     """An MLflow client that gives up on an unreachable server in seconds instead of minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the address is internal to the cluster
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import logging
 
     from mlflow import MlflowClient
@@ -212,11 +230,34 @@ def connect(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def _parent_run_id(client: Any, experiment_id: str, run_id: str) -> str:
-    """The MLflow id of the parent run with this run_id; the first stage creates it."""
+def find_parent_run(client: Any, config: TrackingConfig, run_id: str) -> ParentRun:
+    """The parent run with this run_id. The first stage creates it, unless Kubeflow Pipelines has."""
+    plugin_run = _plugin_run(client)
+    if plugin_run is not None:
+        parent_id = plugin_run.data.tags[PARENT_TAG]
+        client.set_tag(parent_id, RUN_ID_TAG, run_id)
+        return ParentRun(parent_id, plugin_run.info.experiment_id, plugin_run)
+    experiment_id = _experiment_id(client, config)
     for run in _search_runs(client, experiment_id, run_id, max_results=1):
-        return str(run.info.run_id)
-    return str(client.create_run(experiment_id, run_name=run_id, tags={RUN_ID_TAG: run_id}).info.run_id)
+        return ParentRun(str(run.info.run_id), experiment_id)
+    run = client.create_run(experiment_id, run_name=run_id, tags={RUN_ID_TAG: run_id})
+    return ParentRun(str(run.info.run_id), experiment_id)
+
+
+def _plugin_run(client: Any) -> Any:
+    """The nested run in MLFLOW_RUN_ID, or None. A run without a parent is not one of the plugin."""
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    if not run_id:
+        return None
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # a run of another server than tracking.uri
+            return None
+        raise
+    return run if PARENT_TAG in run.data.tags else None
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,10 +11,10 @@ from components.rlhf.tracking.mlflow import (
     NullTracker,
     OpenRun,
     Tracker,
-    finish_parent_run,
     flatten,
     start_tracking,
 )
+from components.rlhf.tracking.parent import open_parent
 
 EXPERIMENT = "tests"
 
@@ -60,14 +60,7 @@ def test_each_stage_has_a_nested_run(tracking: TrackingConfig, client: MlflowCli
     assert {run.data.tags["rlhf.stage"] for run in nested} == {"sft", "ppo"}
     assert nested[0].data.params == {"seed": "3", "sft.use": "None"}
     assert parents[0].info.status == "RUNNING"
-
-    report = folder / "report.md"
-    report.write_text("# Done\n", encoding="utf-8")
-    finish_parent_run(tracking, run_id="run-1", status="FINISHED", metrics={"win_rate": 0.75}, files=[report])
-    parents, _ = runs_of(client, "run-1")
-    assert parents[0].data.metrics == {"win_rate": 0.75}
-    assert parents[0].info.status == "FINISHED"
-    assert [file.path for file in client.list_artifacts(parents[0].info.run_id)] == ["report.md"]
+    start_tracking(tracking, run_id="run-1", stage="report", params={}).log_file(Path(__file__), "report.md")
     assert (folder / "mlflow-files").is_dir()  # next to the database, not in the working directory
 
 
@@ -299,7 +292,7 @@ def test_invalid_uri_is_a_warning(
     (tmp_path / "file").touch()
     config = TrackingConfig(uri=uri.format(file=tmp_path / "file"))
     use(start_tracking(config, run_id="x", stage="sft", params={}))
-    finish_parent_run(config, run_id="x", status="FINISHED", metrics={}, files=[])
+    assert open_parent(config, "x") is None
     assert capsys.readouterr().err.count("warning: MLflow could not be used") == 2
 
 
@@ -308,7 +301,7 @@ def test_tracking_can_be_disabled(config: TrackingConfig, capsys: pytest.Capture
     tracker = start_tracking(config, run_id="x", stage="sft", params={})
     assert isinstance(tracker, NullTracker)
     use(tracker)
-    finish_parent_run(config, run_id="x", status="FINISHED", metrics={}, files=[])
+    assert open_parent(config, "x") is None
     assert capsys.readouterr().err == ""
 
 

@@ -1,0 +1,130 @@
+"""The end of a pipeline run in MLflow: what its parent run shows of the stages, wherever the run took place."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from components.rlhf.config.storage import TrackingConfig
+from components.rlhf.tracking.mlflow import ERROR_TAG, PARENT_TAG, STAGE_TAG, ParentRun, connect, find_parent_run, warn
+
+FINAL = "final/"  # prefix of the final metrics of a stage in its nested run
+SUMMARIZED_STAGE = "evaluation"  # its metrics and reports are those of the run
+NOTIFIED_TAG = "rlhf.notified"
+STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "canceled": "KILLED"}  # of a run -> of its parent run
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One nested run."""
+
+    name: str
+    status: str  # MLflow's: RUNNING, FINISHED, FAILED or KILLED
+    seconds: float
+    error: str
+    metrics: Mapping[str, float]  # final metrics
+    mlflow_run_id: str
+
+
+class Parent:
+    """The parent run of a pipeline run."""
+
+    def __init__(self, client: Any, config: TrackingConfig, run: ParentRun) -> None:
+        self._client, self._config, self._run = client, config, run
+
+    @property
+    def link(self) -> str:
+        """Where people look at the run, or "" if MLflow has no web address."""
+        uri = self._config.ui_url or self._config.uri or ""
+        path = f"#/experiments/{self._run.experiment_id}/runs/{self._run.id}"
+        return f"{uri.rstrip('/')}/{path}" if uri.startswith("http") else ""
+
+    def stages(self) -> list[StageResult]:
+        """The nested runs, in the order of their start."""
+        runs = self._client.search_runs(
+            [self._run.experiment_id],
+            filter_string=f"tags.`{PARENT_TAG}` = '{self._run.id}'",
+            order_by=["attributes.start_time ASC"],
+            max_results=1000,
+        )
+        return [
+            StageResult(
+                name=run.data.tags[STAGE_TAG],
+                status=run.info.status,
+                seconds=max(0.0, ((run.info.end_time or run.info.start_time) - run.info.start_time) / 1000),
+                error=run.data.tags.get(ERROR_TAG, ""),
+                metrics={n.removeprefix(FINAL): v for n, v in run.data.metrics.items() if n.startswith(FINAL)},
+                mlflow_run_id=run.info.run_id,
+            )
+            for run in runs
+            if STAGE_TAG in run.data.tags
+        ]
+
+    def finish(self, *, status: str, stages: Sequence[StageResult], facts: Mapping[str, str], params: str) -> None:
+        """End the parent run with the final metrics of its stages, params.yaml, summary.json and the reports of the evaluation.
+
+        The metrics of the evaluation keep their names; those of other stages are STAGE/NAME. facts are added to summary.json.
+        """
+        self._log_metrics(stages)
+        evaluation = next((s for s in reversed(stages) if s.name == SUMMARIZED_STAGE), None)
+        summary = {
+            "status": status,
+            **facts,
+            "stages": [{k: v for k, v in asdict(stage).items() if k != "metrics"} for stage in stages],
+            SUMMARIZED_STAGE: dict(evaluation.metrics) if evaluation else {},
+        }
+        self._client.log_text(self._run.id, json.dumps(summary, indent=2) + "\n", "summary.json")
+        if params:
+            self._client.log_text(self._run.id, params, "params.yaml")
+        if evaluation:
+            self._copy_files(evaluation.mlflow_run_id)
+        if self._run.plugin_run is None:  # else Kubeflow Pipelines ends the run that it started
+            self._client.set_terminated(self._run.id, STATUS[status])
+
+    def cancel(self) -> None:
+        """End the parent run of an interrupted run. Errors are warnings."""
+        try:
+            self._client.set_terminated(self._run.id, STATUS["canceled"])
+        except Exception as error:  # MLflow must not fail a run
+            warn(error)
+
+    def _log_metrics(self, stages: Sequence[StageResult]) -> None:
+        from mlflow.entities import Metric
+
+        known = self._client.get_run(self._run.id).data.metrics
+        values = {
+            name if stage.name == SUMMARIZED_STAGE else f"{stage.name}/{name}": value
+            for stage in stages
+            for name, value in stage.metrics.items()
+        }
+        new = [Metric(name, value, 0, 0) for name, value in values.items() if known.get(name) != value]
+        for start in range(0, len(new), 1000):  # the server's limit for one request
+            self._client.log_batch(self._run.id, metrics=new[start : start + 1000])
+
+    def _copy_files(self, mlflow_run_id: str) -> None:
+        with tempfile.TemporaryDirectory(prefix="rlhf-mlflow-") as folder:
+            for file in self._client.list_artifacts(mlflow_run_id):
+                if not file.is_dir:
+                    path = Path(self._client.download_artifacts(mlflow_run_id, file.path, folder))
+                    self._client.log_text(self._run.id, path.read_text(encoding="utf-8"), file.path)
+
+    def was_notified(self, status: str) -> bool:
+        return str(self._client.get_run(self._run.id).data.tags.get(NOTIFIED_TAG)) == status
+
+    def set_notified(self, status: str) -> None:
+        """Remember that this status was announced, so that another attempt of notify does not announce it again."""
+        self._client.set_tag(self._run.id, NOTIFIED_TAG, status)
+
+
+def open_parent(config: TrackingConfig, run_id: str) -> Parent | None:
+    """The parent run with this run_id; None without tracking, or with a warning if MLflow cannot be reached."""
+    if not config.enabled or not config.uri or not run_id:
+        return None
+    try:
+        client = connect(config.uri)
+        return Parent(client, config, find_parent_run(client, config, run_id))
+    except Exception as error:  # MLflow must not fail a run
+        warn(error)
+        return None

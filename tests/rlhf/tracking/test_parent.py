@@ -1,0 +1,181 @@
+"""The parent run of a pipeline run: what it shows at the end, and the runs of Kubeflow Pipelines' own MLflow plugin."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from components.rlhf.config.storage import TrackingConfig
+from components.rlhf.tracking.mlflow import start_tracking
+from components.rlhf.tracking.parent import Parent, open_parent
+
+EXPERIMENT = "parents"
+
+
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
+    return TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}", experiment=EXPERIMENT)
+
+
+@pytest.fixture(scope="module")
+def client(tracking: TrackingConfig) -> MlflowClient:
+    return MlflowClient(tracking_uri=tracking.uri)
+
+
+def run_stage(
+    tracking: TrackingConfig, run_id: str, stage: str, metrics: dict[str, float], *files: Path, error: str = ""
+) -> None:
+    tracker = start_tracking(tracking, run_id=run_id, stage=stage, params={"seed": 1})
+    tracker.log({"train/loss": 3.0, **{f"final/{name}": value for name, value in metrics.items()}}, step=0)
+    for file in files:
+        tracker.log_file(file)
+    tracker.finish("FAILED" if error else "FINISHED", error)
+
+
+def opened(tracking: TrackingConfig, run_id: str) -> Parent:
+    parent = open_parent(tracking, run_id)
+    assert parent
+    return parent
+
+
+def parent_of(client: MlflowClient, run_id: str) -> Any:
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    (run,) = client.search_runs([experiment], filter_string=f"tags.`rlhf.run_id` = '{run_id}'")
+    return run
+
+
+def finish(tracking: TrackingConfig, run_id: str, status: str) -> None:
+    parent = opened(tracking, run_id)
+    facts = {"run_id": run_id, "decision": "", "reason": ""}
+    parent.finish(status=status, stages=parent.stages(), facts=facts, params="seed: 1\n")
+
+
+def test_parent_shows_final_metrics_and_reports_of_its_stages(
+    tracking: TrackingConfig, client: MlflowClient, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.html"
+    report.write_text("<!doctype html>ö", encoding="utf-8")
+    run_stage(tracking, "good", "sft", {"loss": 0.5})
+    run_stage(tracking, "good", "evaluation", {"win_rate": 0.75, "kl": 3.0}, report)
+    run_stage(tracking, "other", "evaluation", {"win_rate": 0.1})
+    finish(tracking, "good", "succeeded")
+    parent = parent_of(client, "good")
+    assert parent.data.metrics == {"win_rate": 0.75, "kl": 3.0, "sft/loss": 0.5}
+    assert parent.info.status == "FINISHED"
+    files = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert files == {"params.yaml", "summary.json", "report.html"}
+    folder = Path(client.download_artifacts(parent.info.run_id, "", str(tmp_path)))
+    assert (folder / "report.html").read_text(encoding="utf-8") == report.read_text(encoding="utf-8")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "succeeded" and summary["evaluation"] == {"win_rate": 0.75, "kl": 3.0}
+    assert [(stage["name"], stage["status"]) for stage in summary["stages"]] == [
+        ("sft", "FINISHED"),
+        ("evaluation", "FINISHED"),
+    ]
+
+    finish(tracking, "good", "succeeded")  # by another attempt of notify
+    history = client.get_metric_history(parent.info.run_id, "win_rate")
+    assert [point.value for point in history] == [0.75]
+
+
+def test_parent_of_a_failed_run_names_the_error(tracking: TrackingConfig, client: MlflowClient) -> None:
+    run_stage(tracking, "bad", "sft", {"loss": 0.5})
+    run_stage(tracking, "bad", "ppo", {}, error="data.prompts: line 3 is broken.")
+    assert opened(tracking, "bad").stages()[-1].error == "data.prompts: line 3 is broken."
+    finish(tracking, "bad", "failed")
+    assert parent_of(client, "bad").info.status == "FAILED"
+    run_stage(tracking, "bad", "ppo", {"kl": 1.0})  # retried
+    last = opened(tracking, "bad").stages()[-1]
+    assert (last.name, last.status, last.error) == ("ppo", "FINISHED", "")
+
+
+def test_a_status_is_announced_once(tracking: TrackingConfig) -> None:
+    run_stage(tracking, "once", "sft", {})
+    parent = opened(tracking, "once")
+    assert not parent.was_notified("failed")
+    parent.set_notified("failed")
+    assert opened(tracking, "once").was_notified("failed")
+    assert not opened(tracking, "once").was_notified("succeeded")  # the run was retried
+
+
+@pytest.mark.parametrize(
+    ("uri", "ui_url", "expected"),
+    [
+        ("http://mlflow.rlhf:5000", None, "http://mlflow.rlhf:5000/#/experiments/"),
+        ("http://mlflow.rlhf:5000", "https://mlflow.example.com/", "https://mlflow.example.com/#/experiments/"),
+        (None, None, ""),
+    ],
+)
+def test_link_is_one_that_people_can_open(
+    tracking: TrackingConfig, uri: str | None, ui_url: str | None, expected: str
+) -> None:
+    parent = opened(tracking, "good")
+    parent._config = tracking.model_copy(update={"ui_url": ui_url, **({"uri": uri} if uri else {})})
+    assert parent.link.startswith(expected) and bool(parent.link) == bool(expected)
+
+
+# --- the MLflow plugin of Kubeflow Pipelines (backend/src/v2/common/plugins/mlflow/handler.go of 2.17) ---
+
+
+@pytest.fixture
+def plugin(client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The parent run of the plugin, and a function that starts a task as its driver does."""
+    experiment = client.create_experiment(f"KFP-{monkeypatch.__hash__()}")
+    parent = client.create_run(experiment, run_name="my run")
+
+    def start_task(name: str) -> str:
+        run = client.create_run(experiment, run_name=name, tags={"mlflow.parentRunId": parent.info.run_id})
+        monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
+        return str(run.info.run_id)
+
+    return parent.info.run_id, experiment, start_task
+
+
+def test_runs_of_the_kfp_plugin_are_joined(tracking: TrackingConfig, client: MlflowClient, plugin: Any) -> None:
+    parent_id, experiment, start_task = plugin
+    task = start_task("sft")
+    run_stage(tracking, "kfp-1", "sft", {"loss": 0.5})
+    evaluation = start_task("evaluation")
+    run_stage(tracking, "kfp-1", "evaluation", {"win_rate": 0.75})
+    joined = client.get_run(task)
+    assert joined.data.metrics == {"train/loss": 3.0, "final/loss": 0.5} and joined.data.params == {"seed": "1"}
+    start_task("notify")
+    finish(tracking, "kfp-1", "succeeded")
+    assert client.get_run(parent_id).data.metrics == {"win_rate": 0.75, "sft/loss": 0.5}
+    assert client.get_run(parent_id).info.status == "RUNNING"  # Kubeflow Pipelines ends its own run
+    assert len(client.search_runs([experiment])) == 4 and client.get_run(evaluation).info.status == "FINISHED"
+    experiments = [client.get_experiment_by_name(name) for name in (EXPERIMENT,)]
+    assert not client.search_runs(
+        [e.experiment_id for e in experiments if e], filter_string="tags.`rlhf.run_id` = 'kfp-1'"
+    )
+
+
+def test_second_attempt_continues_the_run_of_the_kfp_plugin(
+    tracking: TrackingConfig, client: MlflowClient, plugin: Any
+) -> None:
+    _, _, start_task = plugin
+    task = start_task("ppo")
+    for attempt, steps in enumerate(((1, 2, 3), (3, 4))):
+        tracker = start_tracking(tracking, run_id="kfp-2", stage="ppo", params={"processes": attempt})
+        for step in steps:
+            tracker.log({"score": step / 4}, step)
+        tracker.finish("FAILED" if attempt == 0 else "FINISHED", "lost" if attempt == 0 else "")
+    history = client.get_metric_history(task, "score")
+    assert [(point.step, point.value) for point in history] == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
+    run = client.get_run(task)
+    assert run.info.status == "FINISHED" and "rlhf.error" not in run.data.tags
+
+
+@pytest.mark.parametrize("is_unknown", [True, False])
+def test_other_run_in_the_environment_is_not_joined(
+    tracking: TrackingConfig, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, is_unknown: bool
+) -> None:
+    """A run of another server, or one without a parent, which is somebody's own."""
+    own = client.create_run(client.create_experiment(f"own-{is_unknown}"))
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32 if is_unknown else own.info.run_id)
+    run_stage(tracking, f"apart-{is_unknown}", "sft", {"loss": 0.5})
+    assert client.get_run(own.info.run_id).data.metrics == {}
+    assert [stage.name for stage in opened(tracking, f"apart-{is_unknown}").stages()] == ["sft"]
