@@ -14,7 +14,7 @@ from pipelines.settings import settings_of_stage
 # Inputs of each stage program (option: producing stage and output), and the options of its outputs.
 STAGE_IO: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...]]] = {
     "prepare_data": (
-        {"base-model": ("import_model", "model")},
+        {"tokenizer": ("import_model", "tokenizer")},
         (
             "demonstrations",
             "preferences",
@@ -40,7 +40,7 @@ STAGE_IO: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...]]] = {
         ("model", "metrics", "summary"),
     ),
     "judge": (
-        {"base-model": ("import_model", "model"), "preferences": ("prepare_data", "judge-preferences")},
+        {"tokenizer": ("import_model", "tokenizer"), "preferences": ("prepare_data", "judge-preferences")},
         ("judge", "metrics", "summary"),
     ),
     "ppo": (
@@ -49,7 +49,7 @@ STAGE_IO: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...]]] = {
             "reward-model": ("reward_model", "model"),
             "prompts": ("prepare_data", "prompts"),
         },
-        ("model", "metrics", "curves"),
+        ("model", "manifest", "metrics", "curves"),
     ),
     "evaluation": (
         {

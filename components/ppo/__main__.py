@@ -16,6 +16,7 @@ from components.rlhf.runtime.stage import StageRun, stage_program
     },
     writes={
         "model": "Trained policy in the Hugging Face format.",
+        "manifest": "Its manifest, for stages that need no weights.",
         "metrics": "Metrics of the stage as JSON.",
         "curves": "HTML report with the training curves.",
     },
@@ -26,6 +27,7 @@ def main(
     reward_model: Path,
     prompts: Path,
     model: Path,
+    manifest: Path,
     metrics: Path,
     curves: Path,
 ) -> None:
@@ -66,6 +68,7 @@ def main(
         tokenizer_of=inputs["sft_model"],
         facts={**numbers, "training_engine": engine_name(training, group), "rollout_engine": rollout.name},
     )
+    run.write_manifest("manifest", manifest, of="model", folder=model)
     run.write_report("curves", curves, as_html(history, run.config.ppo))
     run.write_metrics(metrics, numbers)
 

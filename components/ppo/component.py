@@ -1,17 +1,19 @@
 """KFP component of the stage ppo."""
 
 from kfp import dsl
-from kfp.dsl import HTML, Dataset, Input, Metrics, Model, Output
+from kfp.dsl import HTML, Input, Metrics, Output
 
+from components.artifact_types import Policy, PolicyManifest, Prompts, RewardModel, SftModel
 from components.container import container_spec
 
 
 @dsl.container_component
 def ppo(
-    sft_model: Input[Model],
-    reward_model: Input[Model],
-    prompts: Input[Dataset],
-    model: Output[Model],
+    sft_model: Input[SftModel],
+    reward_model: Input[RewardModel],
+    prompts: Input[Prompts],
+    model: Output[Policy],
+    manifest: Output[PolicyManifest],
     metrics: Output[Metrics],
     curves: Output[HTML],
     settings: str,
@@ -25,6 +27,7 @@ def ppo(
         reward_model: Reward model, also the start of the critic.
         prompts: Prompts to sample responses for.
         model: Trained policy in the Hugging Face layout.
+        manifest: Its manifest.json, for stages that need no weights.
         metrics: Metrics of the last iteration.
         curves: HTML page with the curves of the training.
         settings: Canonical JSON of PpoStageConfig.

@@ -10,7 +10,7 @@ from components.rlhf.runtime.stage import StageRun, stage_program
 @stage_program(
     "prepare_data",
     PrepareDataStageConfig,
-    reads={"base_model": "Base model, whose tokenizer counts tokens and renders chat templates."},
+    reads={"tokenizer": "Tokenizer of the base model, which counts tokens and renders chat templates."},
     writes={
         "demonstrations": "Demonstrations for supervised fine-tuning.",
         "preferences": "Preference pairs for the reward model.",
@@ -22,7 +22,7 @@ from components.rlhf.runtime.stage import StageRun, stage_program
         "report": "HTML report of the datasets, with examples as the model sees them.",
     },
 )
-def main(run: StageRun[PrepareDataStageConfig], base_model: Path, **writes: Path) -> None:
+def main(run: StageRun[PrepareDataStageConfig], tokenizer: Path, **writes: Path) -> None:
     from components.prepare_data.prepare import prepare
     from components.prepare_data.report import as_counts, as_html, as_markdown, as_metrics, log_lines, shown_examples
     from components.prepare_data.sources import download_sources
@@ -30,13 +30,13 @@ def main(run: StageRun[PrepareDataStageConfig], base_model: Path, **writes: Path
     from components.rlhf.data.datasets import save_dataset
     from components.rlhf.data.tokenizer import load_tokenizer
 
-    base = open_artifact(base_model, "base_model")
+    base = open_artifact(tokenizer, "tokenizer")
     data = run.config.data
-    tokenizer = load_tokenizer(base_model)
+    loaded = load_tokenizer(tokenizer)
     with download_sources(data, run.storage, run.progress.log) as local_data:
         prepared = prepare(
             local_data,
-            tokenizer,
+            loaded,
             seed=run.config.seed,
             num_evaluation_prompts=run.config.num_evaluation_prompts,
         )
@@ -50,12 +50,12 @@ def main(run: StageRun[PrepareDataStageConfig], base_model: Path, **writes: Path
             writes[name],
             partial(save_dataset, splits=splits, max_tokens=data.max_tokens, counts=counts.get(name, {})),
             kind=kind,
-            parents={"base_model": base},
+            parents={"tokenizer": base},
             tokenizer_of=base,
             facts={f"num_{split}": size for split, size in sizes.items()},
         )
         run.progress.log(f"{name}: {', '.join(f'{size} {split}' for split, size in sizes.items())}")
-    examples = shown_examples(prepared, data, tokenizer, seed=run.config.seed)
+    examples = shown_examples(prepared, data, loaded, seed=run.config.seed)
     run.write_report("summary", writes["summary"], as_markdown(prepared, data, examples))
     run.write_report("report", writes["report"], as_html(prepared, data, examples))
     run.write_metrics(writes["metrics"], as_metrics(prepared))

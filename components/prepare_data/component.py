@@ -1,19 +1,20 @@
 """KFP definition of prepare_data."""
 
 from kfp import dsl
-from kfp.dsl import HTML, Dataset, Input, Markdown, Metrics, Model, Output
+from kfp.dsl import HTML, Input, Markdown, Metrics, Output
 
+from components.artifact_types import Demonstrations, Preferences, Prompts, Tokenizer
 from components.container import container_spec
 
 
 @dsl.container_component
 def prepare_data(
-    base_model: Input[Model],
-    demonstrations: Output[Dataset],
-    preferences: Output[Dataset],
-    judge_preferences: Output[Dataset],
-    prompts: Output[Dataset],
-    heldout_prompts: Output[Dataset],
+    tokenizer: Input[Tokenizer],
+    demonstrations: Output[Demonstrations],
+    preferences: Output[Preferences],
+    judge_preferences: Output[Preferences],
+    prompts: Output[Prompts],
+    heldout_prompts: Output[Prompts],
     metrics: Output[Metrics],
     summary: Output[Markdown],
     report: Output[HTML],
@@ -24,7 +25,7 @@ def prepare_data(
     """Read, clean, split and pair the data: a data set for every stage, with no prompt in two roles.
 
     Args:
-        base_model: Base model, whose tokenizer counts tokens and renders chat templates.
+        tokenizer: Tokenizer of the base model, which counts tokens and renders chat templates.
         demonstrations: Demonstrations for supervised fine-tuning.
         preferences: Preference pairs for the reward model.
         judge_preferences: Ratings and pairs that only the judge is trained on.

@@ -1,18 +1,19 @@
 """KFP component of the stage reward_model."""
 
 from kfp import dsl
-from kfp.dsl import Dataset, Input, Markdown, Metrics, Model, Output
+from kfp.dsl import Artifact, Input, Markdown, Metrics, Output
 
+from components.artifact_types import Preferences, Prompts, RewardModel, SftModel
 from components.container import container_spec
 
 
 @dsl.container_component
 def reward_model(
-    base_model: Input[Model],
-    sft_model: Input[Model],
-    preferences: Input[Dataset],
-    prompts: Input[Dataset],
-    model: Output[Model],
+    base_model: Input[Artifact],
+    sft_model: Input[SftModel],
+    preferences: Input[Preferences],
+    prompts: Input[Prompts],
+    model: Output[RewardModel],
     metrics: Output[Metrics],
     summary: Output[Markdown],
     settings: str,
@@ -22,7 +23,7 @@ def reward_model(
     """Train the reward model on preference pairs, measure its held-out accuracy, and calibrate its scores.
 
     Args:
-        base_model: Base model, where training starts with init: base.
+        base_model: Base model, where training starts with init: base, or an imported reward model.
         sft_model: SFT model, where training starts with init: sft; its samples calibrate the scores.
         preferences: Pairs to train on, and held-out pairs.
         prompts: Prompts of the calibration samples.

@@ -1,16 +1,17 @@
 """KFP component of the stage sft."""
 
 from kfp import dsl
-from kfp.dsl import Dataset, Input, Markdown, Metrics, Model, Output
+from kfp.dsl import Input, Markdown, Metrics, Output
 
+from components.artifact_types import BaseModel, Demonstrations, SftModel
 from components.container import container_spec
 
 
 @dsl.container_component
 def sft(
-    base_model: Input[Model],
-    demonstrations: Input[Dataset],
-    model: Output[Model],
+    base_model: Input[BaseModel],
+    demonstrations: Input[Demonstrations],
+    model: Output[SftModel],
     metrics: Output[Metrics],
     summary: Output[Markdown],
     settings: str,

@@ -32,7 +32,9 @@ Copy = Callable[..., Path]
 
 def run(source: object, out: Path, kind: str = "base_model", **settings: Any) -> Any:
     stage = ImportModelStageConfig.model_validate({"kind": kind, "source": str(source), **settings})
-    return CliRunner().invoke(main, ["--model", str(out), "--settings", stage.canonical_json()])
+    return CliRunner().invoke(
+        main, ["--model", str(out), "--tokenizer", f"{out}-tokenizer", "--settings", stage.canonical_json()]
+    )
 
 
 def import_artifact(source: object, out: Path, kind: str = "base_model") -> Manifest:

@@ -67,6 +67,8 @@ def test_code_of_a_model_is_refused(folder: Path) -> None:
         "components.import_model",
         "--model",
         str(folder.parent / "out"),
+        "--tokenizer",
+        str(folder.parent / "tokenizer"),
         "--settings",
         settings,
     ]

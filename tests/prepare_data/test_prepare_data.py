@@ -78,7 +78,7 @@ def arguments(
         {"data": data, "num_evaluation_prompts": num_evaluation_prompts, "seed": seed}
     )
     options = [item for name in OUTPUTS for item in (f"--{name.replace('_', '-')}", str(out / name))]
-    return ["--base-model", str(base), *options, "--settings", stage.canonical_json()]
+    return ["--tokenizer", str(base), *options, "--settings", stage.canonical_json()]
 
 
 def invoke(*args: Any, executor_input: str = "", **options: Any) -> Result:
@@ -89,9 +89,12 @@ def invoke(*args: Any, executor_input: str = "", **options: Any) -> Result:
 def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("base") / "model"
     settings = ImportModelStageConfig(kind="base_model", source=str(tiny_model)).canonical_json()
-    result = CliRunner().invoke(import_model, ["--model", str(target), "--settings", settings])
+    result = CliRunner().invoke(
+        import_model,
+        ["--model", str(target), "--tokenizer", str(target.with_name("tokenizer")), "--settings", settings],
+    )
     assert result.exit_code == 0, result.stderr
-    return target
+    return target.with_name("tokenizer")
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +144,11 @@ def normalized(prompt: str) -> str:
 # --- valid data ---
 
 
-def test_every_output_is_an_artifact_with_the_base_model_as_parent(outputs: Path, base: Path) -> None:
-    parent = open_artifact(base, "base_model")
+def test_every_output_is_an_artifact_with_the_tokenizer_as_parent(outputs: Path, base: Path) -> None:
+    parent = open_artifact(base, "tokenizer")
     for output, kind in KINDS.items():
         manifest = open_artifact(outputs / output, kind)
-        assert manifest.parents == {"base_model": parent.digest}
+        assert manifest.parents == {"tokenizer": parent.digest}
         assert manifest.tokenizer_digest == parent.tokenizer_digest
         assert manifest.chat_template_digest == parent.chat_template_digest
         assert read_header(outputs / output).max_tokens == 100
@@ -463,7 +466,7 @@ def test_artifact_of_wrong_kind_is_rejected(outputs: Path, tmp_path: Path) -> No
     result = invoke(outputs / "prompts", tmp_path / "out", write_sources(tmp_path))
     assert result.exit_code == 1
     assert result.stderr == (
-        f"error: {outputs / 'prompts'} is a prompts, expected a base_model; pass the right artifact.\n"
+        f"error: {outputs / 'prompts'} is a prompts, expected a tokenizer; pass the right artifact.\n"
     )
     assert is_empty(tmp_path / "out")
 
@@ -471,13 +474,13 @@ def test_artifact_of_wrong_kind_is_rejected(outputs: Path, tmp_path: Path) -> No
 def test_modified_artifact_is_rejected(base: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(base, copy)
-    weights = bytearray((copy / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (copy / "model.safetensors").write_bytes(weights)
+    content = bytearray((copy / "tokenizer.json").read_bytes())
+    content[-1] ^= 1
+    (copy / "tokenizer.json").write_bytes(content)
     result = invoke(copy, tmp_path / "out", write_sources(tmp_path))
     assert result.exit_code == 1
     assert result.stderr == (
-        f"error: {copy / 'model.safetensors'} does not match its manifest (sha256 differs); create the artifact again.\n"
+        f"error: {copy / 'tokenizer.json'} does not match its manifest (sha256 differs); create the artifact again.\n"
     )
     assert is_empty(tmp_path / "out")
 

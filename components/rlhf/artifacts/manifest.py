@@ -25,6 +25,7 @@ SCHEMA_VERSION = 1
 MAX_BYTES = 16 * 2**20  # limit for untrusted manifests; real ones have a few KiB
 Kind = Literal[
     "base_model",
+    "tokenizer",
     "prompts",
     "demonstrations",
     "preferences",

@@ -46,7 +46,9 @@ def start(inputs: list[str], params: Path, folder: Path, *, timeout_minutes: flo
     settings = settings_of_stage(
         load_params(params, [*ENDLESS, f"ppo.training.timeout_minutes={timeout_minutes}"]), "ppo"
     )
-    outputs = [part for name in ("model", "metrics", "curves") for part in (f"--{name}", str(folder / name))]
+    outputs = [
+        part for name in ("model", "manifest", "metrics", "curves") for part in (f"--{name}", str(folder / name))
+    ]
     return subprocess.Popen(
         [sys.executable, "-m", "components.ppo", "--settings", settings, *inputs, *outputs],
         stderr=subprocess.PIPE,

@@ -84,7 +84,7 @@ def test_demonstrations_are_optional_with_own_sft_model() -> None:
 
 def test_canonical_json_of_a_stage() -> None:
     settings = NotifyStageConfig(preset="mödel", ui_url=None)
-    assert settings.canonical_json() == '{"preset":"mödel","ui_url":null}'
+    assert settings.canonical_json() == '{"params":"","preset":"mödel","ui_url":null}'
 
 
 def test_canonical_json_does_not_depend_on_key_order() -> None:

@@ -130,6 +130,7 @@ raise ValueError(f"raised {secret}") from OSError(f"because of {secret}")
 def test_password_of_tracking_uri_is_redacted_in_stage_output(tmp_path: Path) -> None:
     """A stage without the local runner, as in a pod."""
     command = [sys.executable, "-m", "components.import_model", "--model", str(tmp_path / "model")]
+    command += ["--tokenizer", str(tmp_path / "tokenizer")]
     command += [
         "--settings",
         '{"kind":"base_model","source":"/nowhere/PLANTED-no-secret"}'.replace("PLANTED", "planted"),
