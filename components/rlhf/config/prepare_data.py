@@ -43,6 +43,15 @@ class DataSource(BaseConfig):
     weight: Positive | None = None
     """Relative share of this source among several; the others are subsampled to it, and no record is repeated."""
 
+    @field_validator("path")
+    @classmethod
+    def _require_prefix(cls, path: str) -> str:
+        if path.startswith("s3://") and is_glob(path):
+            raise ValueError(
+                f"{path} is a pattern, which S3 does not have; give the prefix of the files, which are all read"
+            )
+        return path
+
     @field_validator("columns")
     @classmethod
     def _require_known_fields(cls, columns: dict[str, str]) -> dict[str, str]:

@@ -67,9 +67,7 @@ def _read_source(source: DataSource) -> Iterator[tuple[str, Row]]:
     if source.format == "hub":
         yield from _read_hub(source)
     elif is_glob(path) and not os.path.exists(path):
-        if path.startswith("s3://"):
-            raise InputError(f"{path} is a pattern, which S3 does not have; give the prefix of the files.")
-        files = sorted(n for n in glob.glob(path, recursive=True) if os.path.isfile(n) and not n.endswith(".md"))
+        files = sorted(n for n in glob.glob(path, recursive=True) if _is_data(Path(n)) and not n.endswith(".md"))
         if not files:
             raise InputError(f"{path} matches no file; correct the path.")
         for name in files:
@@ -80,6 +78,11 @@ def _read_source(source: DataSource) -> Iterator[tuple[str, Row]]:
         yield from _read_file(source, Path(path))
     else:
         yield from _read_hub(source)
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a path is a file, or a broken link, which is refused when it is read instead of being left out."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _read_folder(source: DataSource, folder: Path) -> Iterator[tuple[str, Row]]:
@@ -93,7 +96,7 @@ def _read_folder(source: DataSource, folder: Path) -> Iterator[tuple[str, Row]]:
     files = [
         file
         for file in sorted(folder.rglob("*"))
-        if file.is_file()
+        if _is_data(file)
         and not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
         and (source.format != "auto" or suffix_of(file.name) in FORMATS)
         and file.suffix != ".md"

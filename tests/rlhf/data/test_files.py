@@ -153,7 +153,16 @@ def test_folder_and_glob_of_shards(tmp_path: Path) -> None:
     assert [row["n"] for _, row in read(tmp_path / "b" / "*.jsonl")] == [3]
     assert [row["n"] for _, row in read(tmp_path / "[0-9].json")] == [1, 2]
     assert error(tmp_path / "*.csv") == f"{tmp_path / '*.csv'} matches no file; correct the path."
-    assert "give the prefix" in error("s3://bucket/*.jsonl")
+    with pytest.raises(ValueError, match="is a pattern, which S3 does not have; give the prefix of the files"):
+        DataSource(path="s3://bucket/*.jsonl")
+
+
+def test_broken_link_is_refused_and_not_left_out(tmp_path: Path) -> None:
+    """As when a mount is missing: half of the data would be gone."""
+    (tmp_path / "1.jsonl").write_text('{"n": 1}\n')
+    (tmp_path / "2.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    for path in (tmp_path, tmp_path / "*.jsonl"):
+        assert error(path) == f"{tmp_path / '2.jsonl'} does not exist; correct the path in the params file."
 
 
 def test_explicit_format_applies_to_every_file_of_a_folder(tmp_path: Path) -> None:
