@@ -140,7 +140,7 @@ def compile_command(
 @click.option(
     "--kube-context",
     metavar="NAME",
-    help='kubectl context for checking Secrets and volumes; "" skips the check. [default: the current context]',
+    help='kubectl context for checking Secrets and volumes, and with --wait pending pods; "" uses none. [default: the current context]',
 )
 def submit_command(
     params_file: Path,
@@ -251,6 +251,18 @@ def data_command(params_file: Path, overrides: tuple[str, ...], rows: int, html:
     command += ["--rows", str(rows), *(["--html", str(html)] if html else [])]
     # Stages run as programs of their own; this process imports no torch.
     sys.exit(subprocess.run(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=False).returncode)
+
+
+@cli.command("doctor")
+def doctor_command() -> None:
+    """Show what this machine can run: torch and its GPUs, the NVIDIA driver, disk, memory, and programs for a cluster."""
+    from pipelines.local.doctor import checks
+
+    found = []
+    for check in checks(Path.cwd()):
+        click.echo(f"{check.status:8} {check.name:10} {check.text}")
+        found.append(check.status)
+    sys.exit(1 if "problem" in found else 0)
 
 
 @cli.group()

@@ -2,7 +2,9 @@
 
 import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from kfp.compiler import Compiler
 
@@ -13,11 +15,13 @@ from pipelines.settings import load_params
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = ROOT / "pipelines" / "compiled"
+PLACEHOLDER = re.compile(r"\{\{|\$\([A-Za-z_.-][A-Za-z0-9_.-]*\)")
 EXAMPLES = ("movie_reviews", "llama3_8b_8gpu")  # for a CPU, and for a node with 8 GPUs
 
 
 def compile_pipeline(params: Params, target: Path) -> Path:
     """Write the IR YAML that a cluster and the local runner execute. Raises InputError for an unusable target."""
+    require_literal_values(params)
     if target.suffix not in (".yaml", ".yml"):
         raise InputError(f"{target} must end in .yaml or .yml, as KFP requires.")
     try:
@@ -26,6 +30,33 @@ def compile_pipeline(params: Params, target: Path) -> Path:
     except OSError as error:
         raise InputError(f"{target} cannot be written ({error.strerror}); choose another path.") from None
     return target
+
+
+def require_literal_values(params: Params) -> None:
+    """Raise InputError for a value that the platform would change on its way to a stage.
+
+    KFP and Argo replace {{...}}, and Kubernetes replaces $(NAME) in the arguments of a container.
+    """
+    for key, text in _texts(params.model_dump(mode="json")):
+        found = PLACEHOLDER.search(text)
+        if found:
+            platform = "Kubernetes" if found.group()[0] == "$" else "Kubeflow Pipelines or Argo"
+            raise InputError(
+                f"{key} contains {found.group()[:40]}, which {platform} would replace; write it differently, or put it into a file."
+            )
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every string in the parameters, names of keys included, with the dotted key where it is."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield key or "the params file", name
+            yield from _texts(inner, f"{key}.{name}".removeprefix("."))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _texts(inner, f"{key}[{number}]")
 
 
 def compile_manifests(params: Params, target: Path, *, namespace: str | None = None) -> Path:

@@ -5,13 +5,16 @@ import_model -> prepare_data -> sft -> reward_model -> ppo -> evaluation -> gate
 and notify at the end, whether the run succeeds or fails. placement.py sets the image, node and resources of each task.
 """
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from kfp import dsl
-from kfp.dsl import Artifact, Input, Model
+from kfp.dsl import Input
 
+from components.artifact_types import Evaluation, PolicyManifest
 from components.evaluation.component import evaluation
-from components.import_model.component import import_model
+from components.import_model.component import import_model, import_reward_model, import_sft_model
 from components.judge.component import judge
 from components.notify.component import notify
 from components.ppo.component import ppo
@@ -23,17 +26,20 @@ from components.rlhf.config.params import Params
 from components.rlhf.config.register import RegisterStageConfig
 from components.sft.component import sft
 from pipelines import placement
-from pipelines.settings import import_settings, settings_of_stage
+from pipelines.claim import create_checkpoint_claim
+from pipelines.settings import dump_yaml, import_settings, settings_of_stage
 
 NAME = "rlhf"
 
 
 def build_pipeline(params: Params) -> Any:
-    """The pipeline of a params file. Its inputs are the tracking and storage settings and the placement on GPU nodes."""
-    selector, tolerations = placement.gpu_node_defaults(params)
+    """The pipeline of a params file. Its inputs are the tracking and storage settings and the placement on GPU nodes.
+
+    A local run passes its own storage settings, and creates no volume for checkpoints.
+    """
 
     @dsl.pipeline(name="gate", description="Registers the policy; only a promoted one becomes champion.")
-    def gate(decision: str, policy: Input[Model], verdict: Input[Artifact], tracking: str) -> None:
+    def gate(decision: str, policy: Input[PolicyManifest], verdict: Input[Evaluation], tracking: str) -> None:
         # A nested pipeline, because kfp.local evaluates a condition on a component's named output as false.
         for branch in ("promote", "reject"):
             with dsl.If(decision == branch, name=branch):
@@ -41,32 +47,39 @@ def build_pipeline(params: Params) -> Any:
                 task = register(policy=policy, evaluation=verdict, settings=settings, tracking=tracking)
                 placement.configure_task(task, "register", params)
 
-    @dsl.pipeline(name=NAME, description="RLHF: SFT, reward model, PPO, held-out comparison, gate.")
-    def rlhf(
-        tracking: str = params.tracking.canonical_json(),
-        storage: str = placement.cluster_storage(params).canonical_json(),
-        gpu_node_selector: dict[str, str] = selector,
-        gpu_tolerations: list[dict[str, str]] = tolerations,
-    ) -> None:
-        shared = {"tracking": tracking, "storage": storage}
-        node_inputs = {"node_selector": gpu_node_selector, "tolerations": gpu_tolerations}
+    defaults = {
+        "tracking": params.tracking.canonical_json(),
+        "storage": placement.cluster_storage(params).canonical_json(),
+        **placement.node_inputs(params),
+    }
+
+    def rlhf(*values: Any) -> None:
+        inputs = dict(zip(defaults, values, strict=True))
+        tracking = inputs["tracking"]
+        shared = {"tracking": tracking, "storage": inputs["storage"]}
+        claim = None
 
         def configure(task: Any, stage: str, name: str = "", source: str = "") -> Any:
-            placement.configure_task(task, stage, params, source=source, node_inputs=node_inputs)
+            placement.configure_task(task, stage, params, source=source, inputs=inputs, claim=claim)
             return task.set_display_name(name or stage.replace("_", " "))
 
         def import_task(kind: Any, source: str, name: str, revision: str | None = None) -> Any:
-            task = import_model(settings=import_settings(params, kind, source, revision), **shared)
+            component = {"sft_model": import_sft_model, "reward_model": import_reward_model}.get(kind, import_model)
+            task = component(settings=import_settings(params, kind, source, revision), **shared)
             return configure(task, "import_model", name, source)
 
-        settings = NotifyStageConfig(preset=params.preset, ui_url=params.cluster.ui_url).canonical_json()
+        settings = NotifyStageConfig(
+            preset=params.preset, ui_url=params.cluster.ui_url, params=dump_yaml(params)
+        ).canonical_json()
         exit_task = configure(notify(settings=settings, **shared), "notify")
         with dsl.ExitHandler(exit_task, name="run"):
+            if placement.uses_checkpoint_volume(params):
+                claim = create_checkpoint_claim(params, inputs)
             import_model_task = import_task("base_model", params.model.source, "import model", params.model.revision)
-            base_model = import_model_task.outputs["model"]
+            base_model, tokenizer = import_model_task.outputs["model"], import_model_task.outputs["tokenizer"]
 
             prepare_data_task = prepare_data(
-                base_model=base_model,
+                tokenizer=tokenizer,
                 settings=settings_of_stage(params, "prepare_data"),
                 **shared,
             )
@@ -101,7 +114,7 @@ def build_pipeline(params: Params) -> Any:
 
             judge_task = judge(
                 preferences=datasets["judge_preferences"],
-                base_model=base_model,
+                tokenizer=tokenizer,
                 settings=settings_of_stage(params, "judge"),
                 tracking=tracking,
             )
@@ -129,9 +142,22 @@ def build_pipeline(params: Params) -> Any:
 
             gate(
                 decision=evaluation_task.outputs["decision"],
-                policy=ppo_task.outputs["model"],
+                policy=ppo_task.outputs["manifest"],
                 verdict=evaluation_task.outputs["evaluation"],
                 tracking=tracking,
             )
+            if claim:
+                claim.delete(after=ppo_task)
 
-    return rlhf
+    return dsl.pipeline(name=NAME, description="RLHF: SFT, reward model, PPO, held-out comparison, gate.")(
+        with_inputs(rlhf, defaults)
+    )
+
+
+def with_inputs(function: Any, defaults: Mapping[str, Any]) -> Any:
+    """The function with one parameter for each default, of its type, which KFP makes an input of the pipeline."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    function.__signature__ = inspect.Signature(
+        [inspect.Parameter(name, kind, default=value, annotation=type(value)) for name, value in defaults.items()]
+    )
+    return function

@@ -3,16 +3,19 @@
 import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kfp import kubernetes
 
-from components.rlhf.config.cluster import TRAINING_STAGES, ClusterConfig, Profile, has_digest
+from components.rlhf.config.cluster import STAGES, TRAINING_STAGES, ClusterConfig, Profile, Scratch, has_digest
 from components.rlhf.config.params import Params
 from components.rlhf.config.prepare_data import is_glob
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.storage.pypi import PREFIX
 from components.rlhf.text.errors import InputError
+
+if TYPE_CHECKING:
+    from pipelines.claim import CheckpointClaim
 
 IMAGE_OF = {
     "import_model": "trainer",
@@ -28,22 +31,37 @@ IMAGE_OF = {
 DOWNLOADING_STAGES = ("import_model", "prepare_data")  # the only stages that download models and data
 DETERMINISTIC_STAGES = (*DOWNLOADING_STAGES, "judge")
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv", ".gz")
-CHECKPOINT_PATH = "/checkpoints"
+CHECKPOINT_PATH, SCRATCH_PATH = "/checkpoints", "/scratch"
+# The images keep these in /tmp, where KFP's launcher writes too, which a volume that belongs to root would prevent.
+SCRATCH_VARIABLES = {"TMPDIR": "", "XDG_CACHE_HOME": "/.cache", "HF_HOME": "/.cache/huggingface", "TRITON_CACHE_DIR": "/.cache/triton",
+                     "TORCHINDUCTOR_CACHE_DIR": "/.cache/inductor", "TORCH_EXTENSIONS_DIR": "/.cache/torch_extensions"}  # fmt: skip
+BACKOFF_SECONDS = 60
+# KFP's backoff_max_duration is the time since the start of the first attempt after which Argo retries nothing. It includes
+# the time that pods wait for a node, which has no limit here.
+QUEUE_SECONDS = 365 * 24 * 3600
 # The network policies of manifests/ select tasks by these labels.
 TASK_LABELS = {"app.kubernetes.io/part-of": "kfp-rlhf"}
 HUB_LABELS = {"kfp-rlhf/egress": "hub"}
+NUM_ACCELERATORS_ANNOTATION = "kfp-rlhf/num-accelerators"
+PROCESS_GROUP_LABELS = {"kfp-rlhf/process-group": "true"}
 S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 S3_OPTIONAL_KEYS = ("AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION")
 MLFLOW_KEYS = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 def configure_task(
-    task: Any, stage: str, params: Params, *, source: str = "", node_inputs: Mapping[str, Any] | None = None
+    task: Any,
+    stage: str,
+    params: Params,
+    *,
+    source: str = "",
+    inputs: Mapping[str, Any] | None = None,
+    claim: "CheckpointClaim | None" = None,
 ) -> Any:
     """Set image, node, resources, secrets, volumes, retries and caching of a task.
 
-    source is what an import_model task reads. node_inputs are the pipeline inputs node_selector and tolerations; they replace those
-    of the profile on every stage with the profile of gpu_stage.
+    source is what an import_model task reads. inputs are the pipeline's inputs, by name; those of node_inputs() replace the node
+    selector and tolerations of a profile. claim is the one that this run creates for its checkpoints.
     """
     cluster, profile = params.cluster, params.cluster.profile(stage)
     sources = [source] if stage == "import_model" else data_sources(params) if stage == "prepare_data" else []
@@ -53,14 +71,12 @@ def configure_task(
         task.set_env_variable(name, value)
     _set_pod(task, stage, cluster, profile, needs_hub=any(is_remote(s) for s in sources))
     _set_resources(task, profile)
-    uses_inputs = profile.num_accelerators and profile == cluster.profile(gpu_stage(params))
-    _set_node(task, profile, node_inputs if uses_inputs else None)
+    if profile.num_accelerators and IMAGE_OF[stage] != "tools":  # which has no torch to look for them
+        _tell_num_accelerators(task, profile)
+    set_node(task, stage, params, inputs or {})
     _set_secrets(task, stage, params, sources)
-    _set_volumes(task, stage, params, profile)
-    if profile.num_accelerators and stage != "notify":
-        if cluster.num_retries:
-            task.set_retry(cluster.num_retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="600s")
-        kubernetes.set_timeout(task, int(3600 * cluster.timeout_hours))
+    _set_volumes(task, stage, params, profile, claim)
+    _set_retries(task, cluster)
     return task.set_caching_options(_may_cache(stage, cluster, profile, sources))
 
 
@@ -83,23 +99,49 @@ def require_digests(cluster: ClusterConfig) -> None:
             )
 
 
-def gpu_stage(params: Params) -> str:
-    """The stage whose profile has the defaults of gpu_node_selector and gpu_tolerations: ppo, or the first other one with GPUs."""
-    return next((s for s in ("ppo", "sft", "reward_model", "evaluation") if params.cluster.num_accelerators(s)), "ppo")
+def input_names(profile: str) -> tuple[str, str]:
+    """Names of the pipeline inputs with the node selector and the tolerations of a profile."""
+    name = re.sub(r"\W", "_", profile).lower()
+    return f"node_selector_{name}", f"tolerations_{name}"
 
 
-def gpu_node_defaults(params: Params) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Defaults of the inputs gpu_node_selector and gpu_tolerations, empty if no stage has accelerators."""
-    profile = params.cluster.profile(gpu_stage(params))
-    if not profile.num_accelerators:
-        return {}, []
-    return dict(profile.node_selector), [t.model_dump(exclude_none=True) for t in profile.tolerations]
+def node_inputs(params: Params) -> dict[str, Any]:
+    """Names and defaults of the pipeline inputs that place the stages with accelerators, two for each of their profiles.
+
+    Raises InputError for two profiles whose names give the same input.
+    """
+    cluster, inputs, profiles = params.cluster, {}, {}
+    for stage in STAGES:
+        name, profile = cluster.stages.get(stage, cluster.default_profile), cluster.profile(stage)
+        if not profile.num_accelerators:
+            continue
+        selector, tolerations = input_names(name)
+        if profiles.setdefault(selector, name) != name:
+            raise InputError(
+                f"cluster.profiles: {profiles[selector]} and {name} are one name as an input of the pipeline ({selector}); rename one."
+            )
+        inputs[selector] = dict(profile.node_selector)
+        inputs[tolerations] = [t.model_dump(exclude_none=True) for t in profile.tolerations]
+    return inputs
 
 
 def cluster_storage(params: Params) -> StorageConfig:
-    """The storage settings of a run on a cluster: by default, checkpoints are on the volume of cluster.checkpoint_claim."""
-    checkpoint_uri = params.storage.checkpoint_uri or (CHECKPOINT_PATH if params.cluster.checkpoint_claim else None)
-    return params.storage.model_copy(update={"checkpoint_uri": checkpoint_uri})
+    """The storage settings of a run on a cluster.
+
+    Without a URI of their own, checkpoints are on a volume if there is one, else in storage.uri, and so are published models.
+    """
+    storage, volume = params.storage, params.cluster.checkpoint_claim or params.cluster.checkpoint_volume
+    root = storage.uri.rstrip("/") if storage.uri and storage.uri.startswith("s3://") else None
+    checkpoint_uri = storage.checkpoint_uri or (CHECKPOINT_PATH if volume else root and f"{root}/checkpoints")
+    publish_uri = storage.publish_uri or (root and f"{root}/models")
+    return storage.model_copy(update={"uri": None, "checkpoint_uri": checkpoint_uri, "publish_uri": publish_uri})
+
+
+def uses_checkpoint_volume(params: Params) -> bool:
+    """Whether each run creates a claim for its checkpoints."""
+    return bool(params.cluster.checkpoint_volume) and is_within(
+        cluster_storage(params).checkpoint_uri or "", CHECKPOINT_PATH
+    )
 
 
 def data_sources(params: Params) -> list[str]:
@@ -107,10 +149,21 @@ def data_sources(params: Params) -> list[str]:
     return sorted({source.path for source in params.data.keyed_sources().values()})
 
 
+def sources_of(params: Params) -> list[str]:
+    """Every location that a run reads a model or data from, without duplicates."""
+    models = [source for source in (params.model.source, params.sft.use, params.reward_model.use) if source]
+    return sorted({*models, *data_sources(params)})
+
+
 def is_remote(source: str) -> bool:
     """Whether a source is a Hugging Face id or a package, not a path, a pattern of paths or an S3 URI."""
     is_path = source.startswith(("s3://", "/", "./", "../", "~")) or PurePosixPath(source).suffix in DATA_SUFFIXES
     return not is_path and not is_glob(source)
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether a source is a Hugging Face id."""
+    return is_remote(source) and not source.startswith(PREFIX)
 
 
 def _environment(cluster: ClusterConfig, stage: str) -> dict[str, str]:
@@ -121,6 +174,8 @@ def _environment(cluster: ClusterConfig, stage: str) -> dict[str, str]:
 
 def _set_pod(task: Any, stage: str, cluster: ClusterConfig, profile: Profile, *, needs_hub: bool) -> None:
     labels = TASK_LABELS | {"kfp-rlhf/stage": stage.replace("_", "-")} | (HUB_LABELS if needs_hub else {})
+    if stage in TRAINING_STAGES:
+        labels |= PROCESS_GROUP_LABELS
     if profile.queue:
         labels["kueue.x-k8s.io/queue-name"] = profile.queue
     for key, value in (labels | profile.labels).items():
@@ -133,6 +188,13 @@ def _set_pod(task: Any, stage: str, cluster: ClusterConfig, profile: Profile, *,
         kubernetes.set_security_context(task, run_as_user=user, run_as_group=user, run_as_non_root=user != 0)
 
 
+def _tell_num_accelerators(task: Any, profile: Profile) -> None:
+    """Through an annotation, because a local run sets the variables of a task too, and has other accelerators."""
+    kubernetes.add_pod_annotation(task, NUM_ACCELERATORS_ANNOTATION, str(profile.num_accelerators))
+    path = f"metadata.annotations['{NUM_ACCELERATORS_ANNOTATION}']"
+    kubernetes.use_field_path_as_env(task, env_name="RLHF_NUM_ACCELERATORS", field_path=path)
+
+
 def _set_resources(task: Any, profile: Profile) -> None:
     task.set_cpu_request(profile.cpu).set_cpu_limit(profile.cpu)
     task.set_memory_request(profile.pod_memory).set_memory_limit(profile.pod_memory)
@@ -142,10 +204,25 @@ def _set_resources(task: Any, profile: Profile) -> None:
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=profile.shared_memory)
 
 
-def _set_node(task: Any, profile: Profile, node_inputs: Mapping[str, Any] | None) -> None:
-    if node_inputs:
-        kubernetes.add_node_selector_json(task, node_inputs["node_selector"])
-        kubernetes.add_toleration_json(task, node_inputs["tolerations"])
+def _set_retries(task: Any, cluster: ClusterConfig) -> None:
+    timeout = int(3600 * cluster.timeout_hours)
+    kubernetes.set_timeout(task, timeout)
+    retries = cluster.num_retries
+    if retries:
+        waits = BACKOFF_SECONDS * (2**retries - 1)
+        limit = (retries + 1) * timeout + waits + QUEUE_SECONDS
+        task.set_retry(
+            retries, backoff_duration=f"{BACKOFF_SECONDS}s", backoff_factor=2.0, backoff_max_duration=f"{limit}s"
+        )
+
+
+def set_node(task: Any, stage: str, params: Params, inputs: Mapping[str, Any]) -> None:
+    """Place a task on the nodes of a stage: by inputs of the pipeline if its profile has them, else by the profile."""
+    profile = params.cluster.profile(stage)
+    selector, tolerations = input_names(params.cluster.stages.get(stage, params.cluster.default_profile))
+    if selector in inputs:
+        kubernetes.add_node_selector_json(task, inputs[selector])
+        kubernetes.add_toleration_json(task, inputs[tolerations])
     else:
         for key, value in profile.node_selector.items():
             kubernetes.add_node_selector(task, key, value)
@@ -159,7 +236,7 @@ def _set_node(task: Any, profile: Profile, node_inputs: Mapping[str, Any] | None
 def _set_secrets(task: Any, stage: str, params: Params, sources: list[str]) -> None:
     secrets, storage = params.cluster.secrets, cluster_storage(params)
     uris = [*sources]
-    if stage in (*TRAINING_STAGES, "notify"):
+    if stage in (*TRAINING_STAGES, "notify"):  # notify deletes what is left of the checkpoints
         uris += [storage.checkpoint_uri or ""]
     if stage in TRAINING_STAGES:
         uris += [storage.publish_uri or ""]
@@ -169,7 +246,7 @@ def _set_secrets(task: Any, stage: str, params: Params, sources: list[str]) -> N
         _use_secret(task, secrets.s3, S3_OPTIONAL_KEYS, optional=True)
     if secrets.mlflow and params.tracking.enabled:
         _use_secret(task, secrets.mlflow, MLFLOW_KEYS, optional=True)
-    if secrets.hf_token and stage == "import_model":
+    if secrets.hf_token and any(is_on_hub(source) for source in sources):
         _use_secret(task, secrets.hf_token, ("HF_TOKEN",), optional=True)
     if secrets.webhook and stage == "notify":
         keys = {"WEBHOOK_URL": "RLHF_WEBHOOK_URL"}  # WEBHOOK_URL may have another meaning on a laptop
@@ -182,21 +259,32 @@ def _use_secret(task: Any, name: str, keys: tuple[str, ...], *, optional: bool) 
     )
 
 
-def _set_volumes(task: Any, stage: str, params: Params, profile: Profile) -> None:
+def _set_volumes(task: Any, stage: str, params: Params, profile: Profile, claim: "CheckpointClaim | None") -> None:
     cluster, checkpoints = params.cluster, cluster_storage(params).checkpoint_uri or ""
-    if stage in (*TRAINING_STAGES, "notify") and cluster.checkpoint_claim and is_within(checkpoints, CHECKPOINT_PATH):
-        kubernetes.mount_pvc(task, cluster.checkpoint_claim, CHECKPOINT_PATH)
+    if stage in TRAINING_STAGES and is_within(checkpoints, CHECKPOINT_PATH):
+        kubernetes.mount_pvc(task, claim.name if claim else cluster.checkpoint_claim, CHECKPOINT_PATH)
+        if claim:
+            task.after(claim.opened)
     if stage in DOWNLOADING_STAGES:
-        for path, claim in cluster.claims.items():
-            kubernetes.mount_pvc(task, claim, path)
+        for path, name in cluster.claims.items():
+            kubernetes.mount_pvc(task, name, path)
     if profile.scratch:
+        _mount_scratch(task, profile.scratch)
+
+
+def _mount_scratch(task: Any, scratch: Scratch) -> None:
+    for name, folder in SCRATCH_VARIABLES.items():
+        task.set_env_variable(name, f"{SCRATCH_PATH}{folder}")
+    if scratch.storage_class is None:
+        kubernetes.empty_dir_mount(task, "scratch", SCRATCH_PATH, size_limit=scratch.size)
+    else:
         kubernetes.add_ephemeral_volume(
             task,
             volume_name="scratch",
-            mount_path="/tmp",  # the only folder that the images write to
+            mount_path=SCRATCH_PATH,
             access_modes=["ReadWriteOnce"],
-            size=profile.scratch.size,
-            storage_class_name=profile.scratch.storage_class,
+            size=scratch.size,
+            storage_class_name=scratch.storage_class,
         )
 
 

@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from components.rlhf.config.params import Params
-from components.rlhf.storage.pypi import PREFIX
 from components.rlhf.text.errors import InputError
-from pipelines.placement import cluster_storage, data_sources, is_remote
+from pipelines.placement import cluster_storage, is_on_hub, sources_of
 
 TIMEOUT_SECONDS = 5.0
 
@@ -55,11 +54,12 @@ def check_cluster(params: Params, namespace: str, context: str | None) -> str:
 
 def _optional_secrets(params: Params) -> Iterator[tuple[str, str]]:
     """Name of each optional Secret, and the consequence if it is missing."""
-    cluster, source = params.cluster, params.model.source
+    cluster = params.cluster
     if cluster.secrets.mlflow and params.tracking.enabled and not params.tracking.uri:
         yield cluster.secrets.mlflow, "the run is not tracked, and no model version is registered"
-    if cluster.secrets.hf_token and is_remote(source) and not source.startswith(PREFIX):
-        yield cluster.secrets.hf_token, f"{source} can be downloaded only if it is public"
+    on_hub = [source for source in sources_of(params) if is_on_hub(source)]
+    if cluster.secrets.hf_token and on_hub:
+        yield cluster.secrets.hf_token, f"{', '.join(on_hub)} can be downloaded only if public"
 
 
 def _required_objects(params: Params, core: Any) -> Iterator[tuple[str, str, Callable[..., Any], str]]:
@@ -72,7 +72,7 @@ def _required_objects(params: Params, core: Any) -> Iterator[tuple[str, str, Cal
             core.read_namespaced_service_account,
             "apply an overlay of manifests/, or correct cluster.service_account",
         )
-    uris = [params.model.source, params.sft.use, params.reward_model.use, *data_sources(params)]
+    uris: list[str | None] = [*sources_of(params)]
     uris += [storage.checkpoint_uri, storage.publish_uri]
     if cluster.secrets.s3 and not storage.anonymous and any((uri or "").startswith("s3://") for uri in uris):
         yield (
@@ -83,9 +83,23 @@ def _required_objects(params: Params, core: Any) -> Iterator[tuple[str, str, Cal
         )
     for secret in cluster.image_pull_secrets:
         yield "Secret", secret, core.read_namespaced_secret, "create it, or correct cluster.image_pull_secrets"
-    claims = [(claim, "correct cluster.claims") for claim in cluster.claims.values()]
+    for claim in cluster.claims.values():
+        yield "PersistentVolumeClaim", claim, core.read_namespaced_persistent_volume_claim, "correct cluster.claims"
     if cluster.checkpoint_claim and not (params.storage.checkpoint_uri or "").startswith("s3://"):
-        advice = "apply an overlay of manifests/, correct cluster.checkpoint_claim, or set storage.checkpoint_uri to s3://..."
-        claims.append((cluster.checkpoint_claim, advice))
-    for claim, advice in claims:
-        yield "PersistentVolumeClaim", claim, core.read_namespaced_persistent_volume_claim, advice
+        advice = "create it, correct cluster.checkpoint_claim, or set storage.checkpoint_uri to s3://..."
+        yield "PersistentVolumeClaim", cluster.checkpoint_claim, _read_shared_claim(core), advice
+
+
+def _read_shared_claim(core: Any) -> Callable[..., Any]:
+    def read(name: str, namespace: str, **options: Any) -> Any:
+        claim = core.read_namespaced_persistent_volume_claim(name, namespace, **options)
+        modes = claim.spec.access_modes or []
+        if "ReadWriteMany" not in modes:
+            raise InputError(
+                f"PersistentVolumeClaim {name} (cluster.checkpoint_claim) has the access mode {', '.join(modes)}: a second run on another "
+                "node could not mount it; use one with ReadWriteMany, cluster.checkpoint_volume for a claim per run, or "
+                "storage.checkpoint_uri in S3."
+            )
+        return claim
+
+    return read

@@ -3,7 +3,7 @@
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from components.rlhf.config.params import Params
 from components.rlhf.text.errors import InputError
 from pipelines.cluster import versions
 from pipelines.cluster.kube import check_cluster
+from pipelines.cluster.pods import PendingPods
 from pipelines.cluster.server import Server, ServerAccess, connect, translate_api_errors
 from pipelines.cluster.upload import is_on_mounted_volume, plan_upload, upload
 from pipelines.compile import compile_pipeline
-from pipelines.placement import CHECKPOINT_PATH, is_within, require_digests
+from pipelines.placement import CHECKPOINT_PATH, cluster_storage, is_within, require_digests
 from pipelines.preflight import check_inputs
 
 Log = Callable[[str], None]
@@ -46,10 +47,13 @@ def check_params(params: Params) -> None:
         if not is_within(checkpoints.removeprefix("file://"), CHECKPOINT_PATH):
             raise InputError(
                 f"storage.checkpoint_uri is {checkpoints}, a folder that pods do not have; set it to s3://BUCKET/PREFIX, or to "
-                f"null for the volume cluster.checkpoint_claim (at {CHECKPOINT_PATH})."
+                f"null for a volume (at {CHECKPOINT_PATH})."
             )
-        if not params.cluster.checkpoint_claim:
-            raise InputError("storage.checkpoint_uri is on a volume, but cluster.checkpoint_claim is null; set it.")
+        if not (params.cluster.checkpoint_claim or params.cluster.checkpoint_volume):
+            raise InputError(
+                "storage.checkpoint_uri is on a volume, but cluster.checkpoint_claim and cluster.checkpoint_volume are null; "
+                "set one of them."
+            )
     tracking = params.tracking.uri or ""
     if params.tracking.enabled and tracking and not tracking.startswith(("http://", "https://", "databricks")):
         raise InputError(
@@ -62,6 +66,21 @@ def check_params(params: Params) -> None:
             f"storage.publish_uri is {publish}, a folder that pods do not have; set it to s3://BUCKET/PREFIX."
         )
     check_inputs(params, is_on_cluster=lambda source: is_on_mounted_volume(source, params))
+
+
+def notes_on(params: Params) -> Iterator[str]:
+    """What a user should know before a run starts, although it is no error."""
+    storage = cluster_storage(params)
+    if not storage.checkpoint_uri:
+        yield (
+            "no checkpoints are saved: a stage that is retried starts from the beginning. Set storage.uri to s3://BUCKET/PREFIX, or "
+            "cluster.checkpoint_volume."
+        )
+    if params.tracking.enabled and not storage.publish_uri:
+        yield (
+            "no model is published: the registered model version will name an address in the store of Kubeflow Pipelines, which "
+            "MLflow may not be able to open."
+        )
 
 
 def check_cron(cron: str) -> None:
@@ -146,8 +165,12 @@ def mlflow_link(params: Params, run_id: str | None) -> str:
 
 
 def wait(server: Server, access: ServerAccess, run_id: str, options: SubmitOptions, log: Log) -> int:
-    """Log the states of a run until it ends; return 0 if it succeeded, else 1. Outages of the server are tolerated for minutes."""
+    """Log the states of a run until it ends, and why pods are pending; return 0 if it succeeded, else 1.
+
+    Outages of the server are tolerated for minutes.
+    """
     last_state, outage_start = "", 0.0
+    pods = PendingPods(access.namespace or DEFAULT_NAMESPACE, run_id, options.kube_context)
     while True:
         try:
             run: Any = server.client.get_run(run_id)
@@ -168,6 +191,8 @@ def wait(server: Server, access: ServerAccess, run_id: str, options: SubmitOptio
             if run.error and run.error.message:
                 log(f"error    {run.error.message}")
             return EXIT_CODES[state]
+        for reason in pods.new_reasons():
+            log(f"pending  {reason}")
         time.sleep(options.poll_seconds)
 
 
@@ -181,6 +206,6 @@ def _check(
     cluster_params, uploads = plan_upload(params)
     server = connect(access)
     note = check_cluster(cluster_params, access.namespace or DEFAULT_NAMESPACE, options.kube_context)
-    if note:
-        log(f"note     {note}")
+    for text in filter(None, [note, *notes_on(cluster_params)]):
+        log(f"note     {text}")
     return cluster_params, uploads, server

@@ -9,6 +9,7 @@ from pathlib import Path
 from components.rlhf.artifacts.manifest import sha256_of
 from components.rlhf.config.params import Params
 from components.rlhf.config.prepare_data import is_glob
+from components.rlhf.config.storage import UPLOADS
 from components.rlhf.storage.store import Store, open_store
 from components.rlhf.text.errors import InputError
 from pipelines.placement import DATA_SUFFIXES, is_within
@@ -65,7 +66,7 @@ def plan_upload(params: Params) -> tuple[Params, list[tuple[Path, str]]]:
     content = params.model_dump(mode="json")
     for key, path in sources.items():
         files = _files(key, path)
-        prefix = f"uploads/sha256-{_digest(files)}"
+        prefix = f"{UPLOADS}/sha256-{_digest(files)}"
         uploads |= {f"{prefix}/{name}": file for name, file in files.items()}
         *sections, name = key.split(".")
         section = content
@@ -83,7 +84,7 @@ def upload(params: Params, uploads: list[tuple[Path, str]], log: Log) -> None:
         return
     assert params.storage.uri is not None
     store: Store = open_store(params.storage.uri, params.storage, log)
-    sizes = store.list("uploads")
+    sizes = store.list(UPLOADS)
     for file, key in uploads:
         if sizes.get(key) != file.stat().st_size:
             log(f"uploading {file} to {store.uri}/{key}")

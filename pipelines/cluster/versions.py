@@ -18,6 +18,7 @@ from pipelines.cluster.server import Server, ServerAccess, translate_api_errors
 IGNORED_KEYS = re.compile(
     r"\.(sdkVersion|resources\.(cpu|memory)(Limit|Request)|accelerator\.(count|type)|secretName|pvcMount\[\d+\]\.constant)$"
     r"|\.(inputDefinitions|inputs)\.parameters\.pipelinechannel--\w+$"  # values that the compiler passes between DAGs
+    r"|notify\.inputs\.parameters\.settings\.runtimeValue\.constant\.params$"  # what differs is in the settings of the stages
 )
 
 

@@ -19,11 +19,12 @@ import kfp.components
 import kfp.local
 from rich.console import Console
 
-from components.rlhf.config.params import Params
-from components.rlhf.config.storage import TrackingConfig
+from components.rlhf.config.params import Params, explain_validation_error
+from components.rlhf.config.storage import StorageConfig, TrackingConfig
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.redaction import redact
-from components.rlhf.tracking.mlflow import SQLITE, finish_parent_run
+from components.rlhf.tracking.mlflow import SQLITE
+from components.rlhf.tracking.parent import open_parent
 from pipelines.compile import compile_pipeline
 from pipelines.local.display import Display
 from pipelines.local.journal import Journal, write_json_atomic
@@ -44,6 +45,7 @@ def run_pipeline(params: Params, run: Path, *, tracking_uri: str, console: Conso
     """
     check_inputs(params)
     check_stores(params)
+    local_storage(params, run)
     create_run_dir(run)
     with run_lock(run), disk_space_errors(run):
         tracking = params.tracking.model_copy(update={"uri": params.tracking.uri or tracking_uri})
@@ -75,8 +77,8 @@ def resume_pipeline(run: Path, *, console: Console) -> dict[str, Any]:
 def _execute(params: Params, run: Path, tracking: TrackingConfig, run_id: str, console: Console) -> dict[str, Any]:
     """Compile the pipeline into the run directory, run the stages that have not finished, and write the summary."""
     console.print(f"Run directory: {run}", soft_wrap=True)
-    # A local run reports a failure immediately, without retries.
-    cluster = params.cluster.model_copy(update={"num_retries": 0})
+    # A local run reports a failure immediately, without retries, and keeps its checkpoints in a folder.
+    cluster = params.cluster.model_copy(update={"num_retries": 0, "checkpoint_volume": None})
     package = compile_pipeline(params.model_copy(update={"cluster": cluster}), run / "pipeline.yaml")
     display = Display(console)
     local_run = LocalRun(
@@ -94,8 +96,7 @@ def _execute(params: Params, run: Path, tracking: TrackingConfig, run_id: str, c
                 raise_on_error=True,
             )
             pipeline = kfp.components.load_component_from_file(str(package))
-            checkpoints = params.storage.checkpoint_uri or str(run / "checkpoints")
-            storage = params.storage.model_copy(update={"checkpoint_uri": checkpoints})
+            storage = local_storage(params, run)
             pipeline(tracking=tracking.canonical_json(), storage=storage.canonical_json())
     except RuntimeError as failure:  # raised by kfp.local for a failed task, whose record has the reason
         failed = [stage for stage in local_run.stages if stage.status == "failed"]
@@ -111,14 +112,20 @@ def _execute(params: Params, run: Path, tracking: TrackingConfig, run_id: str, c
         tracking_uri=tracking.uri if tracking.enabled else "",
     )
     write_json_atomic(run / "summary.json", summary)
-    finish_parent_run(
-        tracking,
-        run_id=run_id,
-        status="FAILED" if error else "FINISHED",
-        metrics=summary["evaluation"],
-        files=[run / PARAMS_FILE, run / "summary.json"],
-    )
+    if error == "interrupted":  # notify, which ends the parent run in MLflow, has not run
+        parent = open_parent(tracking, run_id)
+        if parent:
+            parent.cancel()
     return summary
+
+
+def local_storage(params: Params, run: Path) -> StorageConfig:
+    """The storage settings of a run on this machine: by default, checkpoints are in the run directory. Raises InputError."""
+    checkpoints = params.storage.checkpoint_uri or str(run / "checkpoints")
+    try:
+        return StorageConfig.model_validate({**params.storage.model_dump(), "checkpoint_uri": checkpoints})
+    except ValueError as error:  # pydantic's
+        raise InputError(f"storage: {explain_validation_error(error, StorageConfig)}") from None
 
 
 @contextlib.contextmanager

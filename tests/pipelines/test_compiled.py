@@ -1,5 +1,6 @@
 """The committed pipelines are up to date, independent of key order, kfp's patch version and the git revision."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from components.rlhf.text.errors import InputError
 from pipelines.compile import COMMITTED, EXAMPLES, ROOT, compile_example, compile_pipeline
 from pipelines.settings import load_params
 
@@ -54,3 +56,39 @@ def test_keys_are_sorted(name: str) -> None:
             check(inner)
 
     check(documents(COMMITTED / f"{name}.yaml"))
+
+
+# --- values that the platform would change ---
+
+
+@pytest.mark.parametrize("text", ["{{workflow.name}}", "a {{$.inputs}} b", "{{", "$(HOME)", "x$(MLFLOW_TRACKING_URI)y"])
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("preset={}", "preset"),
+        ("model.source={}", "model.source"),
+        ("data.prompts={{path: p.jsonl, columns: {{prompt: {}}}}}", "data.prompts.columns.prompt"),
+        ("data.prompts=[{{path: a.jsonl}}, {{path: {}}}]", "data.prompts[1].path"),
+        ("cluster.environment={{A: {}}}", "cluster.environment.A"),
+        ("cluster.profiles={{cpu: {{labels: {{a: {}}}}}}}", "cluster.profiles.cpu.labels.a"),
+        ("cluster.profiles={{cpu: {{labels: {{{}: a}}}}}}", "cluster.profiles.cpu.labels"),
+        ("tracking.experiment={}", "tracking.experiment"),
+        ("storage.publish_uri={}", "storage.publish_uri"),
+    ],
+)
+def test_values_that_the_platform_would_replace_are_refused(text: str, override: str, key: str, tmp_path: Path) -> None:
+    """KFP and Argo replace {{...}} everywhere in a workflow, Kubernetes $(NAME) in the arguments of a container."""
+    params = load_params(ROOT / "pipelines/params/tiny.yaml", [override.format(json.dumps(text))])
+    with pytest.raises(
+        InputError, match=rf"^{re.escape(key)} contains .*, which .* would replace; write it differently"
+    ):
+        compile_pipeline(params, tmp_path / "p.yaml")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["{a}", "}}", "$HOME", "$(", "$5 (US)", "$$", "{ {x} }", "$(a b)"])
+def test_other_braces_and_dollars_are_accepted(text: str, tmp_path: Path) -> None:
+    params = load_params(ROOT / "pipelines/params/tiny.yaml", [f"tracking.experiment={json.dumps(text)}"])
+    compiled = documents(compile_pipeline(params, tmp_path / "p.yaml"))[0]
+    tracking = json.loads(compiled["root"]["inputDefinitions"]["parameters"]["tracking"]["defaultValue"])
+    assert tracking["experiment"] == text

@@ -102,53 +102,82 @@ def test_shared_memory_size(eight: CompiledPipeline) -> None:
 
 
 def test_node_selectors_tolerations_and_affinity(eight: CompiledPipeline) -> None:
-    """Stages with the profile of ppo use the pipeline inputs for selector and tolerations, other stages those of their profile."""
+    """Stages with accelerators take selector and tolerations from two inputs of the pipeline per profile."""
     affinity = [{"matchExpressions": [{"key": "nvidia.com/gpu.memory", "operator": "Gt", "values": ["79000"]}]}]
     taint = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
     for stage, pod in eight.pods.items():
         placement = pod.get("nodeSelector"), pod.get("tolerations"), pod.get("nodeAffinity")
-        if stage in GPU_STAGES:
-            selector = {"nodeSelectorJson": {"componentInputParameter": "pipelinechannel--gpu_node_selector"}}
-            tolerations = [{"tolerationJson": {"componentInputParameter": "pipelinechannel--gpu_tolerations"}}]
+        if stage in GPU_STAGES | {"evaluation"}:
+            profile = "gpu_80gb" if stage == "evaluation" else "gpu_8x80gb"
+            selector = {"nodeSelectorJson": {"componentInputParameter": f"pipelinechannel--node_selector_{profile}"}}
+            tolerations = [{"tolerationJson": {"componentInputParameter": f"pipelinechannel--tolerations_{profile}"}}]
             assert placement == (selector, tolerations, affinity)
         else:
-            assert placement == ((None, [taint], affinity) if stage == "evaluation" else (None, None, None)), stage
+            assert placement == (None, None, None), stage
     inputs = eight.spec["root"]["inputDefinitions"]["parameters"]
-    assert inputs["gpu_node_selector"] == {"defaultValue": {}, "isOptional": True, "parameterType": "STRUCT"}
-    assert inputs["gpu_tolerations"]["defaultValue"] == [taint]
+    for profile in ("gpu_80gb", "gpu_8x80gb"):
+        selector = inputs[f"node_selector_{profile}"]
+        assert selector == {"defaultValue": {}, "isOptional": True, "parameterType": "STRUCT"}
+        assert inputs[f"tolerations_{profile}"]["defaultValue"] == [taint]
+        assert inputs[f"tolerations_{profile}"]["parameterType"] == "LIST"
 
 
 def test_node_selector_of_the_profile_is_the_default_of_the_input(tmp_path: Path) -> None:
     compiled = tiny(tmp_path, "cluster.stages={ppo: gke-gpu-24gb, judge: gke-gpu-24gb, sft: eks-gpu-24gb}")
     inputs = compiled.spec["root"]["inputDefinitions"]["parameters"]
-    assert inputs["gpu_node_selector"]["defaultValue"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"}
-    assert {stage for stage, pod in compiled.pods.items() if "nodeSelector" in pod} == {"ppo", "judge"}
+    assert inputs["node_selector_gke_gpu_24gb"]["defaultValue"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"}
+    assert inputs["node_selector_eks_gpu_24gb"]["defaultValue"] == {}
+    assert {stage for stage, pod in compiled.pods.items() if "nodeSelector" in pod} == {"ppo", "judge", "sft"}
     (term,) = compiled.pods["sft"]["nodeAffinity"]
     assert term["matchExpressions"][0]["key"] == "node.kubernetes.io/instance-type"
     assert "g6.4xlarge" in term["matchExpressions"][0]["values"]
 
 
-def test_gpu_node_inputs_are_empty_and_unused_without_gpus(tmp_path: Path) -> None:
+def test_profiles_that_are_one_input_are_refused(tmp_path: Path) -> None:
+    profiles = "cluster.profiles={my-gpu: {like: gpu-24gb}, my_gpu: {like: gpu-80gb}}"
+    with pytest.raises(
+        InputError,
+        match=r"my-gpu and my_gpu are one name as an input of the pipeline .node_selector_my_gpu.; rename one",
+    ):
+        tiny(tmp_path, profiles, "cluster.stages={sft: my-gpu, ppo: my_gpu}")
+
+
+def test_pipeline_has_no_node_inputs_without_gpus(tmp_path: Path) -> None:
     compiled = tiny(tmp_path)
-    inputs = compiled.spec["root"]["inputDefinitions"]["parameters"]
-    assert inputs["gpu_node_selector"]["defaultValue"] == {} and inputs["gpu_tolerations"]["defaultValue"] == []
+    assert set(compiled.spec["root"]["inputDefinitions"]["parameters"]) == {"tracking", "storage"}
     assert not any("nodeSelector" in pod or "tolerations" in pod for pod in compiled.pods.values())
     assert not any("accelerator" in container["resources"] for container in compiled.containers.values())
 
 
-def test_only_gpu_stages_have_retries_and_timeouts(eight: CompiledPipeline) -> None:
-    for stage, task in eight.tasks.items():
-        retry, deadline = task.get("retryPolicy"), eight.pods[stage].get("activeDeadlineSeconds")
-        if stage in GPU_STAGES | {"evaluation"}:
-            expected = {
-                "maxRetryCount": 3,
-                "backoffDuration": "60s",
-                "backoffFactor": 2.0,
-                "backoffMaxDuration": "600s",
-            }
-            assert (retry, deadline) == (expected, "86400")
-        else:
-            assert (retry, deadline) == (None, None), stage
+def seconds(duration: str) -> int:
+    return int(duration.removesuffix("s"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("cluster.num_retries=1", "cluster.timeout_hours=0.5"),
+        ("cluster.num_retries=10", "cluster.timeout_hours=8760"),
+    ],
+)
+def test_every_attempt_of_a_stage_may_take_its_whole_time(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    """Argo retries nothing after backoffMaxDuration since the start of the first attempt, and ends an attempt then."""
+    params = load_params(ROOT / "pipelines/params/llama3_8b_8gpu.yaml", overrides)
+    compiled = CompiledPipeline(params, tmp_path)
+    assert {"sft", "import-model", "register", "notify"} <= set(compiled.tasks)
+    for stage, task in compiled.tasks.items():
+        retry, timeout = task["retryPolicy"], int(compiled.pods[stage]["activeDeadlineSeconds"])
+        assert timeout == 3600 * params.cluster.timeout_hours and retry["maxRetryCount"] == params.cluster.num_retries
+        waits = [seconds(retry["backoffDuration"]) * retry["backoffFactor"] ** n for n in range(retry["maxRetryCount"])]
+        assert waits[0] == 60
+        needed = (retry["maxRetryCount"] + 1) * timeout + sum(waits)
+        assert seconds(retry["backoffMaxDuration"]) >= needed + 7 * 24 * 3600, stage  # and pods wait for nodes
+
+
+def test_no_retries_can_be_chosen(tmp_path: Path) -> None:
+    compiled = tiny(tmp_path, "cluster.num_retries=0")
+    assert not any("retryPolicy" in task for task in compiled.tasks.values())
 
 
 def test_stages_get_only_the_secrets_they_need(eight: CompiledPipeline) -> None:
@@ -159,6 +188,72 @@ def test_stages_get_only_the_secrets_they_need(eight: CompiledPipeline) -> None:
     }
     for stage in eight.pods:
         assert eight.secrets(stage) == everyone | more.get(stage, {}), stage
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), set()),  # a package, which needs no token
+        (("model.source=org/model",), {"import-model"}),
+        (("data.prompts={path: org/prompts}",), {"prepare-data"}),
+        (("data.prompts=[{path: org/prompts, config: a}, {path: s3://b/p.jsonl}]",), {"prepare-data"}),
+        (("data.prompts=[{path: ./mine.jsonl}, {path: 's3://b/p.jsonl'}]",), set()),
+        (("sft.use=org/sft",), {"import-sft-model"}),
+        (("reward_model.use=org/rm", "sft.use=s3://b/sft"), {"import-reward-model"}),
+        (("model.source=s3://b/m", "sft.use=/data/sft", "cluster.claims={/data: team}"), set()),
+        (("model.source=org/model", "cluster.secrets.hf_token=null"), set()),
+    ],
+)
+def test_only_tasks_that_read_the_hub_get_its_token(
+    overrides: tuple[str, ...], expected: set[str], tmp_path: Path
+) -> None:
+    compiled = tiny(tmp_path, *overrides)
+    assert {stage for stage in compiled.pods if "rlhf-hf-token?" in compiled.secrets(stage)} == expected
+
+
+def test_claim_per_run_is_created_opened_and_deleted(tmp_path: Path) -> None:
+    """The claim is on the nodes of PPO, whose zone it may be bound to; a run that fails keeps it for a retry."""
+    stages = "cluster.stages={ppo: gke-gpu-24gb, sft: gke-gpu-24gb, reward_model: gke-gpu-24gb}"
+    compiled = tiny(tmp_path, "cluster.checkpoint_volume={storage_class: fast, size: 20Gi}", stages)
+    (dag,) = [dag for dag in compiled.dags if "createpvc" in dag["tasks"]]
+    created = {k: v["runtimeValue"]["constant"] for k, v in dag["tasks"]["createpvc"]["inputs"]["parameters"].items()}
+    assert created == {
+        "access_modes": ["ReadWriteOnce"], "size": "20Gi", "storage_class_name": "fast", "pvc_name_suffix": "-rlhf-checkpoints",
+    }  # fmt: skip
+    name = {"taskOutputParameter": {"producerTask": "createpvc", "outputParameterKey": "name"}}
+    mounting = {
+        stage for stage, pod in compiled.pods.items() if pod.get("pvcMount", [{}])[0].get("pvcNameParameter") == name
+    }
+    assert mounting == GPU_STAGES | {"open-volume"}
+    for stage in GPU_STAGES:
+        assert {"createpvc", "open-volume"} <= set(dag["tasks"][stage]["dependentTasks"])
+    assert set(dag["tasks"]["deletepvc"]["dependentTasks"]) == {"createpvc", "ppo"}
+    opened = compiled.pods["open-volume"]
+    assert compiled.containers["open-volume"]["command"] == ["chmod", "1777", "/checkpoints"]
+    assert (
+        opened["securityContext"]["runAsUser"] == "0" and opened["nodeSelector"] == compiled.pods["ppo"]["nodeSelector"]
+    )
+    assert not any(
+        dag["tasks"][task]["cachingOptions"].get("enableCache") for task in ("createpvc", "open-volume", "deletepvc")
+    )
+    in_s3 = tiny(tmp_path / "s3", "cluster.checkpoint_volume={storage_class: fast}", "storage.checkpoint_uri=s3://b/c")
+    assert "open-volume" not in in_s3.containers
+
+
+def test_notify_mounts_no_volume(tmp_path: Path) -> None:
+    """It would be pending for ever where the volume is on nodes that it does not tolerate."""
+    for number, override in enumerate(
+        ("cluster.checkpoint_claim=shared", "cluster.checkpoint_volume={storage_class: fast}")
+    ):
+        assert "pvcMount" not in tiny(tmp_path / str(number), override).pods["notify"]
+
+
+def test_scratch_leaves_tmp_to_the_launcher(tmp_path: Path) -> None:
+    compiled = tiny(tmp_path, "cluster.profiles={cpu: {scratch: {size: 9Gi}}}")
+    for stage, pod in compiled.pods.items():
+        assert pod["emptyDirMounts"] == [{"volumeName": "scratch", "mountPath": "/scratch", "sizeLimit": "9Gi"}]
+        variables = {e["name"]: e["value"] for e in compiled.containers[stage]["env"]}
+        assert variables["TMPDIR"] == "/scratch" and variables["HF_HOME"].startswith("/scratch/")
 
 
 def test_only_stages_that_use_s3_get_s3_credentials(tmp_path: Path) -> None:
@@ -194,8 +289,10 @@ def test_checkpoints_are_on_the_claim_or_in_s3(tmp_path: Path) -> None:
     def default_storage(compiled: CompiledPipeline) -> str:
         return compiled.spec["root"]["inputDefinitions"]["parameters"]["storage"]["defaultValue"]
 
-    on_claim = tiny(tmp_path / "a")
-    assert mounts(on_claim) == {stage: [("rlhf-checkpoints", "/checkpoints")] for stage in GPU_STAGES | {"notify"}}
+    nowhere = tiny(tmp_path / "nowhere")
+    assert mounts(nowhere) == {} and '"checkpoint_uri":null' in default_storage(nowhere)
+    on_claim = tiny(tmp_path / "a", "cluster.checkpoint_claim=shared")
+    assert mounts(on_claim) == {stage: [("shared", "/checkpoints")] for stage in GPU_STAGES}
     assert '"checkpoint_uri":"/checkpoints"' in default_storage(on_claim)
     in_s3 = tiny(tmp_path / "b", "storage.checkpoint_uri=s3://bucket/c")
     assert mounts(in_s3) == {}
@@ -241,12 +338,24 @@ def test_only_deterministic_stages_with_immutable_inputs_are_cached(
 
 def test_labels_user_and_run_id_of_pods(eight: CompiledPipeline) -> None:
     for stage, pod in eight.pods.items():
-        assert pod["fieldPathAsEnv"] == [{"name": "RLHF_RUN_ID", "fieldPath": "metadata.labels['pipeline/runid']"}]
+        variables = {e["name"]: e["fieldPath"] for e in pod["fieldPathAsEnv"]}
+        assert variables.pop("RLHF_RUN_ID") == "metadata.labels['pipeline/runid']"
+        gpus = {"evaluation": "1"}.get(stage, "8" if stage in GPU_STAGES else "")
+        expected = {"RLHF_NUM_ACCELERATORS": "metadata.annotations['kfp-rlhf/num-accelerators']"} if gpus else {}
+        assert variables == expected
         assert pod["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}
         assert pod["imagePullPolicy"] == "IfNotPresent"
         labels = {"app.kubernetes.io/part-of": "kfp-rlhf", "kfp-rlhf/stage": stage.removesuffix("-2")}
         hub = {"kfp-rlhf/egress": "hub"} if stage == "import-model" else {}  # its data is local files
-        assert pod["podMetadata"] == {"labels": labels | hub}
+        group = {"kfp-rlhf/process-group": "true"} if stage in GPU_STAGES else {}
+        annotations = {"annotations": {"kfp-rlhf/num-accelerators": gpus}} if gpus else {}
+        assert pod["podMetadata"] == {"labels": labels | hub | group} | annotations
+
+
+def test_stages_without_torch_do_not_look_for_accelerators(tmp_path: Path) -> None:
+    compiled = tiny(tmp_path, "cluster.default_profile=gpu-24gb")
+    looking = {s for s, pod in compiled.pods.items() if "RLHF_NUM_ACCELERATORS" in str(pod["fieldPathAsEnv"])}
+    assert looking == set(compiled.pods) - {"register", "register-2", "notify"}
 
 
 def test_cluster_settings_of_a_params_file(tmp_path: Path) -> None:
@@ -264,6 +373,7 @@ def test_cluster_settings_of_a_params_file(tmp_path: Path) -> None:
         "cluster.secrets={mlflow: null, webhook: null, hf_token: other}",
         "cluster.num_retries=1",
         "cluster.timeout_hours=0.5",
+        "model.source=org/model",
     )
     pod, container = compiled.pods["ppo"], compiled.containers["ppo"]
     assert container["image"] == "r.example/team/kfp-rlhf/rollout:0.1.0"
@@ -271,11 +381,11 @@ def test_cluster_settings_of_a_params_file(tmp_path: Path) -> None:
     assert container["resources"]["resourceCpuLimit"] == "500m"
     assert container["resources"]["resourceMemoryLimit"] == "2524Mi"  # 1500 + 1024
     (volume,) = pod["genericEphemeralVolume"]
-    assert (volume["mountPath"], volume["size"], volume["storageClassName"]) == ("/tmp", "200Gi", "fast")
+    assert (volume["mountPath"], volume["size"], volume["storageClassName"]) == ("/scratch", "200Gi", "fast")
     assert pod["podMetadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "rlhf"
     assert pod["podMetadata"]["labels"]["team"] == "nlp"
     assert pod["nodeAffinity"][0]["weight"] == 5
-    assert compiled.spec["root"]["inputDefinitions"]["parameters"]["gpu_tolerations"]["defaultValue"] == [
+    assert compiled.spec["root"]["inputDefinitions"]["parameters"]["tolerations_mine"]["defaultValue"] == [
         {"key": "spot", "operator": "Equal", "value": "true"}
     ]
     assert pod["activeDeadlineSeconds"] == "1800" and compiled.tasks["ppo"]["retryPolicy"]["maxRetryCount"] == 1
@@ -285,7 +395,8 @@ def test_cluster_settings_of_a_params_file(tmp_path: Path) -> None:
     everyone = {"HTTPS_PROXY": "http://proxy:3128", "NCCL_DEBUG": "INFO"}
     fetching = {"PIP_INDEX_URL": "https://p.example/simple", "HF_ENDPOINT": "https://h.example"}
     for stage, variables in environment.items():
-        assert variables == everyone | (fetching if stage in ("import-model", "prepare-data") else {})
+        set_here = {k: v for k, v in variables.items() if not v.startswith("/scratch")}
+        assert set_here == everyone | (fetching if stage in ("import-model", "prepare-data") else {})
     assert compiled.secrets("import-model") == {"other?": (True, ["HF_TOKEN"])}
     assert compiled.secrets("notify") == {}
 

@@ -77,12 +77,21 @@ class Toleration(BaseConfig):
 
 
 class Scratch(BaseConfig):
-    """A generic ephemeral volume at /tmp for caches and temporary files, which are otherwise on the node's disk."""
+    """A volume at /scratch for temporary files and caches, which are otherwise in the container's /tmp."""
 
     size: Memory
-    """Size of the scratch volume at /tmp."""
+    """Size of the volume; a pod that writes more to the node's disk is evicted."""
     storage_class: str | None = None
-    """StorageClass of the scratch volume; null is the cluster's default."""
+    """StorageClass of a volume of its own, to which all users must be able to write; null is a folder on the node's disk."""
+
+
+class CheckpointVolume(BaseConfig):
+    """A PersistentVolumeClaim that each run creates for its checkpoints, and deletes when it succeeds."""
+
+    storage_class: str
+    """StorageClass of the claim; Kubeflow Pipelines cannot use the default one of the cluster."""
+    size: Memory = "100Gi"
+    """Size of the claim: about 2 x 12 bytes per trained parameter for each model in training."""
 
 
 class Profile(BaseConfig):
@@ -145,7 +154,7 @@ class Secrets(BaseConfig):
     mlflow: str | None = "rlhf-mlflow"
     """Optional Secret with MLFLOW_TRACKING_URI and optional MLFLOW_TRACKING_USERNAME, _PASSWORD, _TOKEN."""
     hf_token: str | None = "rlhf-hf-token"
-    """Optional Secret with HF_TOKEN, for import_model."""
+    """Optional Secret with HF_TOKEN, for the tasks that read a model or a data set of the Hugging Face hub."""
     webhook: str | None = "rlhf-webhook"
     """Optional Secret with WEBHOOK_URL, for notify."""
 
@@ -175,14 +184,16 @@ class ClusterConfig(BaseConfig):
     """Service account of the runs; null is the default of Kubeflow Pipelines."""
     run_as_user: Count | None = 1000
     """User and group id of the containers; null leaves them to the image and the cluster (OpenShift)."""
-    checkpoint_claim: str | None = "rlhf-checkpoints"
-    """PersistentVolumeClaim for checkpoints if storage.checkpoint_uri is null; null saves none, and a retry starts from the beginning."""
+    checkpoint_claim: str | None = None
+    """Existing PersistentVolumeClaim (ReadWriteMany) for the checkpoints of all runs, instead of storage.checkpoint_uri."""
+    checkpoint_volume: CheckpointVolume | None = None
+    """A claim per run instead. Without any of the three, nothing is saved, and a retry starts from the beginning."""
     claims: dict[str, str] = Field(default_factory=dict)
     """PersistentVolumeClaims with models and data by mount path in import_model and prepare_data: {/data: team-data}."""
-    num_retries: Count = 3
-    """Number of retries of a stage with accelerators, with waits of 1, 2, 4... minutes."""
+    num_retries: Annotated[Count, Field(le=10)] = 3
+    """Number of retries of a stage, with waits of 1, 2, 4... minutes; what is retried is a setting of Argo (manifests/README.md)."""
     timeout_hours: Annotated[Positive, Field(le=24 * 365)] = 24.0
-    """Time limit of one attempt of a stage with accelerators, in hours."""
+    """Time limit of one attempt of a stage, in hours."""
     pipeline: str = "rlhf"
     """Name of the pipeline in Kubeflow Pipelines; each submission uploads a version."""
     ui_url: str | None = None
@@ -203,9 +214,15 @@ class ClusterConfig(BaseConfig):
     @classmethod
     def _require_mount_paths(cls, value: dict[str, str]) -> dict[str, str]:
         for path in value:
-            if not path.startswith("/") or path.rstrip("/") in ("", "/tmp"):
+            if not path.startswith("/") or path.rstrip("/") in ("", "/tmp", "/scratch", "/checkpoints"):
                 raise ValueError(f"{path} is not a path that a volume can be mounted at; write one like /data")
         return value
+
+    @model_validator(mode="after")
+    def _require_one_checkpoint_volume(self) -> "ClusterConfig":
+        if self.checkpoint_claim and self.checkpoint_volume:
+            raise ValueError("checkpoint_claim and checkpoint_volume are both set; remove one of them")
+        return self
 
     @model_validator(mode="after")
     def _require_known_names(self) -> "ClusterConfig":

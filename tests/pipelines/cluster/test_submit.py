@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import kfp
 import pytest
@@ -116,14 +117,14 @@ def test_same_content_reuses_the_version_and_dry_run_shows_differences(api: KfpA
         "--dry-run", "--set", "ppo.kl_coef=0.1", "--set", "cluster.stages={sft: cpu-large, ppo: cpu-large}"
     )
     assert [line for line in changed.stdout.splitlines() if line[:2] in ("~ ", "+ ", "- ")] == [
-        '~ ppo, sft: container.resources.resourceCpuLimit: "2" -> "8"',
-        '~ ppo, sft: container.resources.resourceCpuRequest: "2" -> "8"',
-        '~ ppo, sft: container.resources.resourceMemoryLimit: "8Gi" -> "64Gi"',
-        '~ ppo, sft: container.resources.resourceMemoryRequest: "8Gi" -> "64Gi"',
+        '~ ppo, sft: container.resources.resourceCpuLimit: "1" -> "8"',
+        '~ ppo, sft: container.resources.resourceCpuRequest: "1" -> "8"',
+        '~ ppo, sft: container.resources.resourceMemoryLimit: "4Gi" -> "64Gi"',
+        '~ ppo, sft: container.resources.resourceMemoryRequest: "4Gi" -> "64Gi"',
         "~ ppo: settings.ppo.kl_coef: 0.05 -> 0.1",
     ]
     gpus = submit("--dry-run", "--set", "cluster.stages={ppo: gpu-24gb}").stdout
-    assert '+ run parameter gpu_tolerations[0].key: "nvidia.com/gpu"' in gpus
+    assert '+ run parameter tolerations_gpu_24gb[0].key: "nvidia.com/gpu"' in gpus
     assert "+ ppo: nodeSelector.nodeSelectorJson" in gpus
     assert ".pipelinechannel--" not in gpus  # a value passed between DAGs
     assert api.num_created == num_created
@@ -368,8 +369,12 @@ def test_invalid_local_data_is_found_before_the_first_request(
             "a folder that pods do not have; set it to s3://BUCKET/PREFIX, or to null",
         ),
         (
-            ["storage.checkpoint_uri=/checkpoints/x", "cluster.checkpoint_claim=null"],
-            "cluster.checkpoint_claim is null; set it",
+            ["storage.checkpoint_uri=/checkpoints/x"],
+            "cluster.checkpoint_claim and cluster.checkpoint_volume are null; set one of them",
+        ),
+        (
+            ["cluster.checkpoint_claim=shared", "cluster.checkpoint_volume={storage_class: fast}"],
+            "checkpoint_claim and checkpoint_volume are both set; remove one of them",
         ),
         (
             ["storage.publish_uri=/home/me/models"],
@@ -407,20 +412,35 @@ class KubernetesApi:
     """The paths of the Kubernetes API that are read, for one namespace."""
 
     def __init__(self) -> None:
-        self.existing = {"serviceaccounts/rlhf-runner", "persistentvolumeclaims/rlhf-checkpoints", "secrets/rlhf-s3"}
+        self.existing = {"serviceaccounts/rlhf-runner", "persistentvolumeclaims/shared", "secrets/rlhf-s3"}
         self.existing.add("secrets/rlhf-mlflow")
         self.forbidden: set[str] = set()
+        self.access_modes = ["ReadWriteMany"]
+        self.pods: list[Any] = []
+        self.events: list[Any] = []
         self.requested: list[str] = []
 
     def handle(self, method: str, url: str, headers: Any, body: bytes) -> dict[str, Any]:
         assert method == "GET"
+        path, _, query = url.partition("?")
+        if path.endswith(("/pods", "/events")):
+            if path.rpartition("/")[2] in self.forbidden:
+                raise HttpError(403, "forbidden")
+            return self.answer(path, unquote(query))
         name = url.removeprefix("/api/v1/namespaces/kubeflow").strip("/")
         self.requested.append(name)
         if name in self.forbidden:
             raise HttpError(403, "forbidden")
         if name and name not in self.existing:
             raise HttpError(404, "not found")
-        return {"metadata": {"name": name}}
+        return {"metadata": {"name": name}, "spec": {"accessModes": self.access_modes}}
+
+    def answer(self, path: str, query: str) -> dict[str, Any]:
+        if path.endswith("/pods"):
+            assert "labelSelector=pipeline/runid=" in query and "fieldSelector=status.phase=Pending" in query
+            return {"items": self.pods}
+        assert "fieldSelector=involvedObject.name=" in query and "type=Warning" in query
+        return {"items": self.events}
 
 
 @pytest.fixture
@@ -441,23 +461,87 @@ def cluster(tmp_path: Path) -> Iterator[KubernetesApi]:
 
 
 S3 = ("--set", "storage.checkpoint_uri=s3://rlhf/checkpoints")
+SHARED_CLAIM = ("--set", "cluster.checkpoint_claim=shared")
 
 
 def test_missing_objects_are_reported_before_anything_is_created(
     api: KfpApi, submit: Submit, cluster: KubernetesApi
 ) -> None:
-    assert submit("--dry-run").returncode == 0
-    required = ["serviceaccounts/rlhf-runner", "persistentvolumeclaims/rlhf-checkpoints"]
+    assert submit("--dry-run", *SHARED_CLAIM).returncode == 0
+    required = ["serviceaccounts/rlhf-runner", "persistentvolumeclaims/shared"]
     assert cluster.requested == ["", *required, "secrets/rlhf-mlflow"]
     cluster.existing = set()
     assert "ServiceAccount rlhf-runner does not exist in namespace kubeflow (kubectl context here)" in error_of(
         submit()
     )
     cluster.existing = {"serviceaccounts/rlhf-runner"}
-    assert "PersistentVolumeClaim rlhf-checkpoints does not exist" in error_of(submit())
+    assert "PersistentVolumeClaim shared does not exist" in error_of(submit(*SHARED_CLAIM))
     assert "Secret rlhf-s3 does not exist" in error_of(submit(*S3))
     assert "Secret registry does not exist" in error_of(submit("--set", "cluster.image_pull_secrets=[registry]"))
     assert api.num_created == 0
+
+
+@pytest.mark.parametrize("modes", [["ReadWriteOnce"], ["ReadWriteOncePod"], ["ReadOnlyMany", "ReadWriteOnce"]])
+def test_shared_claim_that_two_runs_cannot_mount_is_refused(
+    api: KfpApi, submit: Submit, cluster: KubernetesApi, modes: list[str]
+) -> None:
+    cluster.access_modes = modes
+    message = error_of(submit(*SHARED_CLAIM))
+    assert (
+        f"shared (cluster.checkpoint_claim) has the access mode {', '.join(modes)}: a second run on another node"
+        in message
+    )
+    assert submit("--dry-run", *S3).returncode == 0
+    assert api.num_created == 0
+
+
+UNSCHEDULABLE = {
+    "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available:\n 1 Insufficient cpu.",
+}  # fmt: skip
+PULL_FAILS = {"name": "main", "image": "r/trainer:1", "imageID": "", "ready": False, "restartCount": 0,
+              "state": {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image r/trainer:1"}}}  # fmt: skip
+CREATING = PULL_FAILS | {"state": {"waiting": {"reason": "ContainerCreating"}}}
+EVENT = {
+    "metadata": {"name": "e"},
+    "involvedObject": {},
+    "reason": "FailedMount",
+    "message": "volume x is in use by another node",
+}
+
+
+@pytest.mark.parametrize(
+    ("status", "events", "expected"),
+    [
+        ({"conditions": [UNSCHEDULABLE]}, [], "ppo: Unschedulable: 0/1 nodes are available: 1 Insufficient cpu."),
+        ({"containerStatuses": [PULL_FAILS]}, [], "ppo: ImagePullBackOff: Back-off pulling image r/trainer:1"),
+        ({"initContainerStatuses": [PULL_FAILS]}, [], "ppo: ImagePullBackOff: Back-off pulling image r/trainer:1"),
+        ({"containerStatuses": [CREATING]}, [EVENT], "ppo: FailedMount: volume x is in use by another node"),
+        ({"containerStatuses": [CREATING]}, [], None),
+        ({}, [], None),
+    ],
+)
+def test_wait_says_why_a_pod_is_pending(
+    submit: Submit, api: KfpApi, cluster: KubernetesApi, monkeypatch: pytest.MonkeyPatch, status: Any, events: Any,
+    expected: str | None,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    cluster.pods = [{"metadata": {"name": "ppo-1", "labels": {"kfp-rlhf/stage": "ppo"}}, "status": status}]
+    cluster.events = events
+    api.states = ["PENDING", "RUNNING", "RUNNING", "SUCCEEDED"]
+    result = submit("--wait", *S3)
+    assert result.returncode == 0, result.stderr
+    found = [line.removeprefix("pending  ") for line in result.stdout.splitlines() if line.startswith("pending")]
+    assert found == ([expected] if expected else [])  # once, although it is polled three times
+
+
+@pytest.mark.parametrize("forbidden", ["pods", "events"])
+def test_wait_goes_on_without_permission_to_read_pods(
+    submit: Submit, cluster: KubernetesApi, monkeypatch: pytest.MonkeyPatch, forbidden: str
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    cluster.pods = [{"metadata": {"name": "ppo-1"}, "status": {}}]
+    cluster.forbidden = {forbidden}
+    assert submit("--wait", *S3).returncode == 0
 
 
 def test_unreadable_objects_are_only_a_note(submit: Submit, cluster: KubernetesApi) -> None:
@@ -468,15 +552,20 @@ def test_unreadable_objects_are_only_a_note(submit: Submit, cluster: KubernetesA
 
 
 def test_missing_optional_secrets_are_only_a_note(submit: Submit, cluster: KubernetesApi) -> None:
-    assert "note" not in submit("--dry-run").stdout
+    assert "note" not in submit("--dry-run", *S3, "--set", "storage.publish_uri=s3://rlhf/models").stdout
+    notes = [line for line in submit("--dry-run").stdout.splitlines() if line.startswith("note")]
+    assert ["no checkpoints are saved" in notes[0], "no model is published" in notes[1], len(notes)] == [
+        True,
+        True,
+        2,
+    ]
     cluster.existing.discard("secrets/rlhf-mlflow")
     note = "Secret rlhf-mlflow does not exist in namespace kubeflow: the run is not tracked, and no model version is registered."
     assert f"note     {note}\n" in submit("--dry-run").stdout
     assert "rlhf-mlflow" not in submit("--dry-run", "--set", "tracking.uri=http://mlflow:5000").stdout
     hub = submit("--dry-run", "--set", "model.source=org/model")
     assert (
-        "rlhf-hf-token does not exist in namespace kubeflow: org/model can be downloaded only if it is public."
-        in hub.stdout
+        "rlhf-hf-token does not exist in namespace kubeflow: org/model can be downloaded only if public." in hub.stdout
     )
 
 
