@@ -103,7 +103,7 @@ def play(tmp_path: Path) -> Play:
                 f'grep -q "port-forward service/ml-pipeline-ui 8080:80" "$CALLS" || exit 9\n'
                 f"echo $AWS_ACCESS_KEY_ID $AWS_SECRET_ACCESS_KEY $AWS_ENDPOINT_URL_S3 > {tmp_path}/credentials\n"
                 f'set -- "${{@/#http:\\/\\/localhost:8080/{address}}}"\n'
-                f'set -- "${{@/#storage.uri=s3:\\/\\/rlhf\\/data/storage.uri={shared}}}"\n'
+                f'set -- "${{@/#storage.uri=s3:\\/\\/rlhf/storage.uri={shared}}}"\n'
                 f'exec {sys.executable} "$@" --set "cluster.claims={{{shared}: shared}}"',
             )
             environment = {

@@ -16,7 +16,7 @@ KUEUE = yaml.safe_load((ROOT / "tests" / "manifests" / "kueue_schema.yaml").read
 EXTERNAL_NAMESPACES = {"kubeflow", "kube-system", "rlhf-team"}
 EXTERNAL_OBJECTS = {("ConfigMap", "kfp-launcher"), ("Secret", "mlpipeline-minio-artifact")}
 # The labels that the pipeline sets on its tasks.
-TASK_LABELS = {"app.kubernetes.io/part-of": "kfp-rlhf", "kfp-rlhf/egress": "hub"}
+TASK_LABELS = {"app.kubernetes.io/part-of": "kfp-rlhf", "kfp-rlhf/egress": "hub", "kfp-rlhf/process-group": "true"}
 
 
 def assert_valid(item: Object) -> None:
@@ -34,7 +34,7 @@ def test_objects_match_the_schemas(name: str) -> None:
 
 
 def test_unknown_fields_and_kinds_are_rejected() -> None:
-    claim = of_kind("kind", "PersistentVolumeClaim")[0]
+    claim = of_kind("standalone+checkpoint-claim", "PersistentVolumeClaim")[0]
     with pytest.raises(kubernetes_validate.ValidationError):
         assert_valid({**claim, "spec": {**claim["spec"], "acessModes": []}})
     with pytest.raises(kubernetes_validate.SchemaNotFoundError):
@@ -90,7 +90,7 @@ def test_references_of_roles_and_bindings_exist(name: str) -> None:
             ) in existing
     for role in of_kind(name, "Role"):
         for rule in role["rules"]:
-            for pair in [(kinds[r], n) for r in rule["resources"] if r in kinds for n in rule["resourceNames"]]:
+            for pair in [(kinds[r], n) for r in rule["resources"] if r in kinds for n in rule.get("resourceNames", [])]:
                 assert pair in EXTERNAL_OBJECTS or (role["metadata"]["namespace"], *pair) in existing
 
 

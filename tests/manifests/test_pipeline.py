@@ -23,7 +23,7 @@ def run_namespace(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def gpu_node(tmp_path_factory: pytest.TempPathFactory) -> CompiledPipeline:
-    """Stages on 8 GPUs, data in files, checkpoints on the volume, a queue."""
+    """Stages on 8 GPUs, data in files, a queue."""
     params = load_params(PARAMS / "llama3_8b_8gpu.yaml", ["cluster.profiles={gpu-8x80gb: {queue: rlhf}}"])
     return CompiledPipeline(params, tmp_path_factory.mktemp("gpu_node"))
 
@@ -73,7 +73,21 @@ def test_network_policies_select_the_right_tasks(
         for policy in policies:
             policy_name = policy["metadata"]["name"]
             selected = {s for s, tags in labels(compiled).items() if selects(policy["spec"]["podSelector"], tags)}
-            assert selected == (downloading if policy_name == "rlhf-hub" else set(compiled.pods)), policy_name
+            expected = {"rlhf-hub": downloading, "rlhf-process-groups": {"sft", "reward-model", "ppo"}}
+            assert selected == expected.get(policy_name, set(compiled.pods)), policy_name
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_processes_of_a_stage_on_several_nodes_reach_one_another(name: str, gpu_node: CompiledPipeline) -> None:
+    """On any port, because NCCL and torchrun choose theirs; other tasks of the namespace do not reach them."""
+    (policy,) = [p for p in of_kind(name, "NetworkPolicy") if p["metadata"]["name"] == "rlhf-process-groups"]
+    assert policy["metadata"]["namespace"] == run_namespace(name)
+    for direction, peers in (("ingress", "from"), ("egress", "to")):
+        (rule,) = policy["spec"][direction]
+        assert set(rule) == {peers}  # no ports
+        for stage, tags in labels(gpu_node).items():
+            reached = any(selects(peer["podSelector"], tags) for peer in rule[peers])
+            assert reached == (stage in ("sft", "reward-model", "ppo")), stage
 
 
 def test_only_downloading_tasks_have_the_hub_label(tmp_path: Path) -> None:
@@ -84,7 +98,7 @@ def test_only_downloading_tasks_have_the_hub_label(tmp_path: Path) -> None:
     assert downloading("movie_reviews.yaml") == {"import-model", "prepare-data"}  # the ratings are a package
     assert downloading("llama3_8b_8gpu.yaml") == {"import-model"}
     assert downloading("llama3_8b_8gpu.yaml", "model.source=s3://b/m") == set()
-    assert downloading("llama3_8b_8gpu.yaml", "model.source=s3://b/m", "sft.use=org/model") == {"import-model-2"}
+    assert downloading("llama3_8b_8gpu.yaml", "model.source=s3://b/m", "sft.use=org/model") == {"import-sft-model"}
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -143,7 +157,7 @@ def test_addresses_in_secrets_are_reachable_services(name: str) -> None:
         ]
         assert address.port in {port["port"] for port in service["spec"]["ports"]}
         egress = [
-            (peer, rule["ports"])
+            (peer, rule.get("ports", []))
             for policy in of_kind(name, "NetworkPolicy")
             if policy["metadata"]["namespace"] == run_namespace(name)
             for rule in policy["spec"].get("egress", [])
@@ -157,18 +171,32 @@ def test_addresses_in_secrets_are_reachable_services(name: str) -> None:
         ), address
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_claim_of_checkpoints_exists_and_is_writable(name: str, gpu_node: CompiledPipeline) -> None:
-    mounts = [mount for pod in gpu_node.pods.values() for mount in pod.get("pvcMount", [])]
-    claims = {mount["pvcNameParameter"]["runtimeValue"]["constant"] for mount in mounts}
-    assert claims == {"rlhf-checkpoints"} <= names_of_kind(name, "PersistentVolumeClaim", run_namespace(name))
+def test_shared_claim_of_checkpoints_can_be_mounted_by_two_runs_and_is_writable(tmp_path: Path) -> None:
+    params = load_params(PARAMS / "llama3_8b_8gpu.yaml", ["cluster.checkpoint_claim=rlhf-checkpoints"])
+    compiled, name = CompiledPipeline(params, tmp_path), "standalone+checkpoint-claim"
+    mounts = [mount for pod in compiled.pods.values() for mount in pod.get("pvcMount", [])]
+    assert {mount["pvcNameParameter"]["runtimeValue"]["constant"] for mount in mounts} == {"rlhf-checkpoints"}
+    (claim,) = of_kind(name, "PersistentVolumeClaim")
+    assert (claim["metadata"]["name"], claim["spec"]["accessModes"]) == ("rlhf-checkpoints", ["ReadWriteMany"])
     (job_pod,) = [pod for owner, _, pod in pods(name) if owner["metadata"]["name"] == "rlhf-open-checkpoints"]
     group = str(job_pod["securityContext"]["fsGroup"])
-    for pod in gpu_node.pods.values():  # the Job gives the volume to the group of the tasks
+    for pod in compiled.pods.values():  # the Job gives the volume to the group of the tasks
         assert pod["securityContext"] == {"runAsUser": "1000", "runAsGroup": group, "runAsNonRoot": True}
-    storage = gpu_node.spec["root"]["inputDefinitions"]["parameters"]["storage"]["defaultValue"]
-    assert {mount["mountPath"] for mount in mounts} == {"/checkpoints"}
-    assert '"checkpoint_uri":"/checkpoints"' in storage
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_only_the_component_for_claims_per_run_lets_runs_create_claims(name: str) -> None:
+    roles = [
+        role for role in of_kind(name, "Role") if role["metadata"]["namespace"] == run_namespace(name.partition("+")[0])
+    ]
+    verbs = {
+        verb
+        for role in roles
+        for rule in role["rules"]
+        if "persistentvolumeclaims" in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert verbs == ({"create", "delete"} if name.endswith("run-claims") else set())
 
 
 def test_largest_task_fits_quota_and_queue(gpu_node: CompiledPipeline) -> None:

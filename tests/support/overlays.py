@@ -14,7 +14,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 KUBECTL = Path(sys.executable).with_name("kubectl")
 OVERLAYS = sorted(path.name for path in (ROOT / "manifests" / "overlays").iterdir() if path.is_dir())
-BUILDS = [*OVERLAYS, "standalone+kueue"]
+BUILDS = [*OVERLAYS, *(f"standalone+{name}" for name in ("kueue", "checkpoint-claim", "run-claims"))]
 Object = dict[str, Any]
 
 
@@ -38,6 +38,7 @@ def build(name: str) -> str:
         subprocess.run([manifests / "make-secrets.sh", overlay], check=True, capture_output=True)
         if component:
             file = manifests / "overlays" / overlay / "kustomization.yaml"
+            assert "components: [" in file.read_text()
             file.write_text(file.read_text().replace("components: [", f"components: [../../components/{component}, "))
         run = subprocess.run(
             [KUBECTL, "kustomize", manifests / "overlays" / overlay], capture_output=True, text=True, check=False
