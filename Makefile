@@ -83,10 +83,12 @@ clean: ## Delete the environment and all caches of tools (runs/ stays)
 BUILDER ?= $(notdir $(firstword $(shell command -v podman) $(shell command -v docker)))
 TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 IMAGES ?= tools trainer rollout
+# The name that Kubernetes gives to an image without a registry; podman would name it localhost/.
+DEFAULT_REGISTRY := $(if $(filter podman,$(BUILDER)),docker.io/)
 images: ## Build the images of the stages with podman or docker (TAG, REGISTRY, BASE, BUILDER, IMAGES; images/README.md)
 	@test -n "$(BUILDER)" || { echo "Neither podman nor docker is installed; images/README.md says how to get podman."; exit 1; }
 	@set -e; for image in $(IMAGES); do \
-	  $(BUILDER) build -f images/$$image/Dockerfile -t $(REGISTRY)kfp-rlhf/$$image:$(TAG) --build-arg VERSION=$(TAG) \
+	  $(BUILDER) build -f images/$$image/Dockerfile -t $(or $(REGISTRY),$(DEFAULT_REGISTRY))kfp-rlhf/$$image:$(TAG) --build-arg VERSION=$(TAG) \
 	    --build-arg REVISION=$$(git rev-parse HEAD)$$(git diff --quiet HEAD || echo +dirty) --build-arg SOURCE="$$(git remote get-url origin 2>/dev/null | sed 's|//[^/@]*@|//|')" \
 	    $(if $(BASE),--build-arg BASE=$(BASE)) $(if $(BASE_DIGEST),--build-arg BASE_DIGEST=$(BASE_DIGEST)) $(BUILD_ARGS) .; done
 

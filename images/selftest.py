@@ -24,6 +24,7 @@ TRAINING = (
 )
 FORBIDDEN = {"tools": ("kfp", "torch", "transformers"), "trainer": ("kfp", "vllm"), "rollout": ("kfp",)}
 REQUIRED = {"rollout": ("vllm",)}
+LOAD = "import ctypes, sys, torch; ctypes.CDLL(sys.argv[1])"
 
 
 def source_of(module: str) -> Path | None:
@@ -74,6 +75,21 @@ def unpinned_packages(constraints: Path) -> list[str]:
     return unpinned
 
 
+def unloadable_kernels() -> list[str]:
+    """Compiled parts of vLLM that cannot be loaded, in an image for CPUs; those for GPUs need a driver. vLLM itself ignores them."""
+    import torch
+
+    if torch.version.cuda or not importlib.util.find_spec("vllm"):
+        return []
+    errors = []
+    for path in sorted(Path(str(importlib.util.find_spec("vllm").origin)).parent.glob("*.so")):
+        # Each in a process of its own: the builds for several kinds of CPU register the same operators.
+        done = subprocess.run([sys.executable, "-c", LOAD, path], capture_output=True, text=True)
+        if done.returncode:
+            errors.append((done.stderr.splitlines() or [path.name])[-1])
+    return errors
+
+
 def main(image: str) -> None:
     for stage in stages(image):
         result = subprocess.run([sys.executable, "-m", f"components.{stage}", "--help"], capture_output=True, text=True)
@@ -91,6 +107,8 @@ def main(image: str) -> None:
     for package in REQUIRED.get(image, ()):
         if not importlib.util.find_spec(package):
             sys.exit(f"{image}: {package} is not installed")
+    if image == "rollout" and (errors := unloadable_kernels()):
+        sys.exit(f"{image}: kernels of vLLM cannot be loaded: {'; '.join(errors)}")
     for package in FORBIDDEN[image]:
         if importlib.util.find_spec(package):
             sys.exit(f"{image}: {package} must not be installed")

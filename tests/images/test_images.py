@@ -179,7 +179,7 @@ def pipeline_of(image: str, source: Path, root: Path) -> Any:
     def containers() -> None:
         base = import_model(settings=imports.canonical_json()).set_container_image(image)
         prepared = prepare_data(
-            base_model=base.outputs["model"], settings=params.stage(PrepareDataStageConfig).canonical_json()
+            tokenizer=base.outputs["tokenizer"], settings=params.stage(PrepareDataStageConfig).canonical_json()
         ).set_container_image(image)
         sft(
             base_model=base.outputs["model"],

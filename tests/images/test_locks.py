@@ -43,6 +43,24 @@ def test_pinned_versions_are_those_of_the_test_environment(image: str, against: 
     assert image != "rollout" or theirs.keys() <= ours.keys()
 
 
+def test_extensions_of_torch_are_built_for_its_version() -> None:
+    """torchaudio 2.11 beside torch 2.13 may crash at import; no stage imports it."""
+    pinned = pins(ROOT / "images/rollout/constraints.txt")
+    assert "torchaudio" not in pinned
+    assert (pinned["torch"], pinned["torchvision"]) == ("2.13.0", "0.28.0")  # the pair that PyTorch released together
+    assert "torchaudio; sys_platform == 'never'" in (ROOT / "overrides.txt").read_text()
+
+
+@pytest.mark.parametrize("tool", ["podman", "docker"])
+@pytest.mark.parametrize("registry", ["", "registry.example.com/team/"])
+def test_images_get_the_names_that_pods_ask_for(tool: str, registry: str) -> None:
+    """podman would put localhost/ before a name without a registry; Kubernetes puts docker.io/."""
+    command = ["make", "-n", "images", f"BUILDER={tool}", f"REGISTRY={registry}", "IMAGES=tools", "TAG=1.0"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    prefix = registry or ("docker.io/" if tool == "podman" else "")
+    assert f" -t {prefix}kfp-rlhf/$image:1.0 " in said
+
+
 @pytest.mark.parametrize("image", IMAGES)
 def test_hadolint_finds_no_problem(image: str) -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
