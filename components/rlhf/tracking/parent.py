@@ -93,15 +93,16 @@ class Parent:
     def _log_metrics(self, stages: Sequence[StageResult]) -> None:
         from mlflow.entities import Metric
 
-        known = self._client.get_run(self._run.id).data.metrics
+        # One time for all attempts of notify: MLflow ignores a point that it has.
+        time = self._client.get_run(self._run.id).info.start_time
         values = {
             name if stage.name == SUMMARIZED_STAGE else f"{stage.name}/{name}": value
             for stage in stages
             for name, value in stage.metrics.items()
         }
-        new = [Metric(name, value, 0, 0) for name, value in values.items() if known.get(name) != value]
-        for start in range(0, len(new), 1000):  # the server's limit for one request
-            self._client.log_batch(self._run.id, metrics=new[start : start + 1000])
+        points = [Metric(name, value, time, 0) for name, value in values.items()]
+        for start in range(0, len(points), 1000):  # the server's limit for one request
+            self._client.log_batch(self._run.id, metrics=points[start : start + 1000])
 
     def _copy_files(self, mlflow_run_id: str) -> None:
         with tempfile.TemporaryDirectory(prefix="rlhf-mlflow-") as folder:

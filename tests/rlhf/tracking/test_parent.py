@@ -120,9 +120,9 @@ def test_link_is_one_that_people_can_open(
 
 
 @pytest.fixture
-def plugin(client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> Any:
+def plugin(client: MlflowClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The parent run of the plugin, and a function that starts a task as its driver does."""
-    experiment = client.create_experiment(f"KFP-{monkeypatch.__hash__()}")
+    experiment = client.create_experiment(f"KFP-{tmp_path.name}", artifact_location=tmp_path.as_uri())
     parent = client.create_run(experiment, run_name="my run")
 
     def start_task(name: str) -> str:
@@ -171,10 +171,10 @@ def test_second_attempt_continues_the_run_of_the_kfp_plugin(
 
 @pytest.mark.parametrize("is_unknown", [True, False])
 def test_other_run_in_the_environment_is_not_joined(
-    tracking: TrackingConfig, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, is_unknown: bool
+    tracking: TrackingConfig, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_unknown: bool
 ) -> None:
     """A run of another server, or one without a parent, which is somebody's own."""
-    own = client.create_run(client.create_experiment(f"own-{is_unknown}"))
+    own = client.create_run(client.create_experiment(f"own-{is_unknown}", artifact_location=tmp_path.as_uri()))
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32 if is_unknown else own.info.run_id)
     run_stage(tracking, f"apart-{is_unknown}", "sft", {"loss": 0.5})
     assert client.get_run(own.info.run_id).data.metrics == {}
