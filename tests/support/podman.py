@@ -1,6 +1,7 @@
 """Images that podman builds and runs on a Debian base made here, without a registry."""
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -85,12 +86,20 @@ def build(image: str, tag: str, *arguments: str) -> str:
     mounts = ["--build-context", f"wheels={found}"] if found and Path(found).is_dir() else []
     bundle = os.environ.get("SSL_CERT_FILE") or "/etc/ssl/certs/ca-certificates.crt"
     mounts += ["--secret", f"id=ca,src={bundle}"] if Path(bundle).is_file() else []
-    done = podman(
+    with base_file().with_suffix(".lock").open("w") as lock:
+        fcntl.flock(
+            lock, fcntl.LOCK_EX
+        )  # a second build of the same image at the same time would find no layer to reuse
+        done = _build(image, tag, overlay, [*mounts, *arguments])
+    return done.stdout + done.stderr
+
+
+def _build(image: str, tag: str, overlay: bool, options: list[str]) -> subprocess.CompletedProcess[str]:
+    return podman(
         "build", "--network", "host", f"--layers={str(overlay).lower()}", "--force-rm",
         "--file", f"images/{image}/Dockerfile", "--tag", tag,
-        "--build-arg", f"BASE={BASE}", *mounts, *arguments, str(ROOT), timeout=3000,
+        "--build-arg", f"BASE={BASE}", *options, str(ROOT), timeout=3000,
     )  # fmt: skip
-    return done.stdout + done.stderr
 
 
 @contextlib.contextmanager
