@@ -1,11 +1,7 @@
 """The trainer image, built step by step and run: alone, locked down, and as tasks of the DAG under kfp's DockerRunner."""
 
-import contextlib
 import json
 import os
-import re
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +16,6 @@ from components.rlhf.config.prepare_data import PrepareDataStageConfig
 from components.rlhf.config.sft import SftStageConfig
 from components.sft.component import sft
 from tests.support.podman import (
-    NO_NETWORK,
-    SETTINGS,
-    build,
-    make_base,
     missing,
     podman,
     podman_service,
@@ -37,48 +29,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(missing()), reason=f"NO IMAGE WAS BUILT OR RUN: {missing()}"),
 ]
-SELF_TEST_CACHED = re.compile(r"RUN python /opt/selftest/selftest\.py .*\n--> Using cache")
 LOCKED_DOWN = ("--read-only", "--tmpfs=/tmp", "--user=1000:1000", "--cap-drop=all", "--security-opt=no-new-privileges")
-
-
-@pytest.fixture(scope="module")
-def settings_of_podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    file = tmp_path_factory.mktemp("podman") / "containers.conf"
-    file.write_text(SETTINGS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONTAINERS_CONF", str(file))
-        yield
-
-
-@contextlib.contextmanager
-def built(image: str, *arguments: str) -> Iterator[tuple[str, str]]:
-    """The tag of an image built with every step of its Dockerfile, and the output of the build."""
-    tag = f"localhost/kfp-rlhf/{image}:test-{uuid.uuid4().hex[:8]}"
-    try:
-        try:
-            make_base()
-            said = build(image, tag, *arguments)
-        except RuntimeError as error:
-            reason = NO_NETWORK.search(str(error))
-            if not reason:
-                raise
-            pytest.skip(f"NO IMAGE WAS BUILT OR RUN: no network ({reason.group()})")
-        assert "stages show --help" in said or SELF_TEST_CACHED.search(said)
-        yield tag, said
-    finally:
-        podman("untag", tag, check=False)  # its layers stay, for the next build
-        podman("image", "prune", "--force", "--filter", "until=168h", check=False)
-
-
-@pytest.fixture(scope="module")
-def trainer(settings_of_podman: None) -> Iterator[str]:
-    """The tag of a trainer image, built with every step of its Dockerfile."""
-    given = os.environ.get("RLHF_TEST_TRAINER_IMAGE")
-    if given:  # an image that was built before
-        yield given
-        return
-    with built("trainer", "--build-arg", "REVISION=0123abc", "--build-arg", "VERSION=9.8.7") as (tag, _):
-        yield tag
 
 
 def run(image: str, *arguments: str, options: tuple[str, ...] = ()) -> Any:
@@ -132,21 +83,18 @@ def test_self_test_detects_a_forbidden_package(trainer: str, tmp_path: Path) -> 
     assert done.returncode == 1 and "trainer: kfp must not be installed" in done.stderr
 
 
-def test_tools_image_has_no_torch(settings_of_podman: None) -> None:
-    with built("tools") as (tag, _):
-        inspected = json.loads(podman("image", "inspect", tag).stdout)[0]
-        assert inspected["Config"]["User"] == "1000:1000" and inspected["Size"] < 600e6
-        assert run(tag, "python", "-c", "import torch").returncode == 1
-        for stage in ("register", "notify"):
-            shown = run(tag, "python", "-m", f"components.{stage}", "--help", options=LOCKED_DOWN)
-            assert shown.returncode == 0 and "--settings" in shown.stdout, shown.stderr
-        notify = ("python", "-m", "components.notify", "--status", '{"state": "SUCCEEDED"}', "--settings")
-        done = run(tag, *notify, '{"preset": "tiny"}', options=LOCKED_DOWN)
-        assert (done.returncode, done.stdout) == (0, "[notify] RLHF run tiny (started manually) succeeded.\n"), (
-            done.stderr
-        )
-        wrong = run(tag, *notify, "{}", options=LOCKED_DOWN)
-        assert (wrong.returncode, wrong.stderr) == (1, "error: Settings: preset is missing.\n")
+def test_tools_image_has_no_torch(tools: str) -> None:
+    inspected = json.loads(podman("image", "inspect", tools).stdout)[0]
+    assert inspected["Config"]["User"] == "1000:1000" and inspected["Size"] < 600e6
+    assert run(tools, "python", "-c", "import torch").returncode == 1
+    for stage in ("register", "notify"):
+        shown = run(tools, "python", "-m", f"components.{stage}", "--help", options=LOCKED_DOWN)
+        assert shown.returncode == 0 and "--settings" in shown.stdout, shown.stderr
+    notify = ("python", "-m", "components.notify", "--status", '{"state": "SUCCEEDED"}', "--settings")
+    done = run(tools, *notify, '{"preset": "tiny"}', options=LOCKED_DOWN)
+    assert (done.returncode, done.stdout) == (0, "[notify] RLHF run tiny (started manually) succeeded.\n"), done.stderr
+    wrong = run(tools, *notify, "{}", options=LOCKED_DOWN)
+    assert (wrong.returncode, wrong.stderr) == (1, "error: Settings: preset is missing.\n")
 
 
 # --- tasks of the DAG ---

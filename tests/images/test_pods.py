@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from components.rlhf.config.params import Params
-from tests.images.test_images import built, settings_of_podman  # noqa: F401
 from tests.support.compiled_pipelines import CompiledPipeline
 from tests.support.launcher import Platform, TaskResult
 from tests.support.pod_runs import run_dag
@@ -74,14 +73,9 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def images(settings_of_podman: None) -> Iterator[dict[str, str]]:  # noqa: F811
-    """The images by role; rollout with vLLM and torch for CPUs."""
-    with (
-        built("trainer") as (trainer, _),
-        built("tools") as (tools, _),
-        built("rollout", "--build-arg", "DEVICE=cpu") as (rollout, _),
-    ):
-        yield {"trainer": trainer, "tools": tools, "rollout": rollout}
+def images(trainer: str, tools: str, rollout: str) -> dict[str, str]:
+    """The images by role."""
+    return {"trainer": trainer, "tools": tools, "rollout": rollout}
 
 
 @pytest.fixture(scope="module")
