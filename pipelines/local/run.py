@@ -25,7 +25,7 @@ from components.rlhf.text.errors import InputError
 from components.rlhf.text.redaction import redact
 from components.rlhf.tracking.mlflow import SQLITE
 from components.rlhf.tracking.parent import open_parent
-from pipelines.compile import compile_pipeline
+from pipelines.compile import compile_pipeline, require_literal_values
 from pipelines.local.display import Display
 from pipelines.local.journal import Journal, write_json_atomic
 from pipelines.local.runner import LocalRun, container_processes
@@ -43,9 +43,10 @@ def run_pipeline(params: Params, run: Path, *, tracking_uri: str, console: Conso
 
     Raises InputError before anything is written if an input or the directory cannot be used.
     """
+    require_literal_values(params)
+    local_storage(params, run)
     check_inputs(params)
     check_stores(params)
-    local_storage(params, run)
     create_run_dir(run)
     with run_lock(run), disk_space_errors(run):
         tracking = params.tracking.model_copy(update={"uri": params.tracking.uri or tracking_uri})
@@ -125,7 +126,8 @@ def local_storage(params: Params, run: Path) -> StorageConfig:
     try:
         return StorageConfig.model_validate({**params.storage.model_dump(), "checkpoint_uri": checkpoints})
     except ValueError as error:  # pydantic's
-        raise InputError(f"storage: {explain_validation_error(error, StorageConfig)}") from None
+        reason = explain_validation_error(error, StorageConfig).removeprefix("the parameters: ")
+        raise InputError(f"storage: {reason}") from None
 
 
 @contextlib.contextmanager

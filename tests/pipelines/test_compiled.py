@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from components.rlhf.text.errors import InputError
 from pipelines.compile import COMMITTED, EXAMPLES, ROOT, compile_example, compile_pipeline
+from pipelines.local.run import run_pipeline
 from pipelines.settings import load_params
 
 
@@ -92,3 +94,25 @@ def test_other_braces_and_dollars_are_accepted(text: str, tmp_path: Path) -> Non
     compiled = documents(compile_pipeline(params, tmp_path / "p.yaml"))[0]
     tracking = json.loads(compiled["root"]["inputDefinitions"]["parameters"]["tracking"]["defaultValue"])
     assert tracking["experiment"] == text
+
+
+@pytest.mark.parametrize(
+    "override", ["tracking.experiment='{{x}}'", "storage.publish_uri=RUN/models", "storage.publish_uri=RUN"]
+)
+def test_run_that_is_refused_leaves_no_directory(override: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = [override.replace("RUN", str(run / "checkpoints")), f"storage.checkpoint_uri={run / 'checkpoints'}"]
+    with pytest.raises(InputError) as caught:
+        params = load_params(ROOT / "pipelines/params/tiny.yaml", settings)
+        run_pipeline(params, run, tracking_uri="", console=Console())
+    assert "would replace" in str(caught.value) or "use separate prefixes" in str(caught.value)
+    assert not run.exists()
+
+
+def test_published_models_may_not_contain_the_run_directory(tmp_path: Path) -> None:
+    params = load_params(ROOT / "pipelines/params/tiny.yaml", [f"storage.publish_uri={tmp_path}"])
+    with pytest.raises(
+        InputError, match="^storage: checkpoint_uri is .*/run/checkpoints, which is inside, or contains, publish_uri"
+    ):
+        run_pipeline(params, tmp_path / "run", tracking_uri="", console=Console())
+    assert list(tmp_path.iterdir()) == []
