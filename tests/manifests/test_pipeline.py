@@ -217,6 +217,23 @@ def gibibytes(quantity: str) -> int:
     return int(quantity[:-2]) * {"Gi": 1, "Ti": 1024}[quantity[-2:]]
 
 
+def test_requests_on_kind_are_those_that_the_readme_adds_up(tmp_path: Path) -> None:
+    """At most two stages run at once: the judge beside the others."""
+    compiled = CompiledPipeline(load_params(PARAMS / "tiny.yaml"), tmp_path)
+    (stage,) = {
+        (c["resources"]["resourceCpuRequest"], c["resources"]["resourceMemoryRequest"])
+        for c in compiled.containers.values()
+    }
+    assert stage == ("1", "4Gi")
+    cpu, memory = 2.0, 2 * 4 * 1024.0
+    for owner, _, pod in pods("kind"):
+        if owner["kind"] != "Job":
+            requests = pod["containers"][0]["resources"]["requests"]
+            cpu += int(requests["cpu"].removesuffix("m")) / 1000
+            memory += int(requests["memory"][:-2]) * {"Mi": 1, "Gi": 1024}[requests["memory"][-2:]]
+    assert f"request {cpu:g} CPUs and {memory / 1024:g} GiB" in page("manifests/README.md")
+
+
 def test_queue_of_a_profile_is_in_the_namespace_of_runs(gpu_node: CompiledPipeline) -> None:
     queues = {
         tags["kueue.x-k8s.io/queue-name"] for tags in labels(gpu_node).values() if "kueue.x-k8s.io/queue-name" in tags

@@ -1,6 +1,6 @@
 """What S3 servers may lack, how that is noticed, and what it costs.
 
-AWS, SeaweedFS and current MinIO have all of this. storage/README.md has a table of servers.
+SeaweedFS has all of this; storage/README.md says which other servers were tried.
 """
 
 from collections.abc import Callable
