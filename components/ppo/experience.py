@@ -18,7 +18,7 @@ from components.rlhf.maths.masked import whiten
 from components.rlhf.maths.rewards import token_rewards
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.scalar import ScalarModel
-from components.rlhf.rewards.protocol import Scorer
+from components.rlhf.rewards.protocol import ComputedStates, Scorer
 from components.rlhf.text.errors import InputError
 
 
@@ -30,8 +30,8 @@ class Models:
     reference: Actor  # the SFT model, frozen
     critic: ScalarModel  # trained, starts from the reward model
     reward_model: ScalarModel  # frozen
+    scorer: Scorer  # scores responses with the reward model, whatever its tokenizer
     shared_trunk: bool  # all models that compute with the actor's ids hold the same frozen layers
-    text_scorer: Scorer | None = None  # scores in place of a reward model with a tokenizer of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Experience:
     truncated: Tensor  # [B] bool
     clipped: Tensor  # [B] bool, score beyond reward_clip
     states: Tensor | None  # [B, S, H] above the frozen layers, computed once for all models and epochs
-    features: Tensor | None  # [B, S, H] of the reward model, if only the critic's head is trained
+    features: Tensor | None  # [B, S, H] of the critic, if only its head is trained
     microbatches: list[Tensor]  # row indices [b] of each forward pass, in the order of the minibatches
 
 
@@ -101,23 +101,18 @@ def make_experience(learner: Learner, completions: Sequence[Completion], *, kl_c
     ref_logprobs, _ = _map_microbatches_pair(
         parts, lambda rows: models.reference(batch.select(rows), learner.distribution, states_at(rows))
     )
-    keep_features = models.critic.trains == "head"
-    features = None
-    if models.text_scorer is None or keep_features:
-        # A critic of which only the head is trained has the layers of the reward model, or without those its own frozen ones.
-        scalar = models.reward_model if models.text_scorer is None else models.critic
-        features = map_microbatches(parts, lambda rows: scalar.features(batch.select(rows), states_at(rows)))
-    if models.text_scorer is None:
-        assert features is not None
-        scores = models.reward_model.apply_head(features[torch.arange(len(batch)), batch.last_positions()])
-    else:
-        scores = models.text_scorer.score(completions).to(mask.device)
+    # A critic of which only the head is trained has the layers of the reward model, or, if that reads text, frozen ones of its own.
+    features = (
+        map_microbatches(parts, lambda rows: models.critic.features(batch.select(rows), states_at(rows)))
+        if models.critic.trains == "head"
+        else None
+    )
+    computed = ComputedStates(batch=batch, microbatches=parts, states=states, features=features)
+    scores = models.scorer.score(completions, computed).to(mask.device)
     old_values = map_microbatches(
         parts,
         lambda rows: models.critic(
-            batch.select(rows),
-            states_at(rows),
-            features=features[rows] if keep_features and features is not None else None,
+            batch.select(rows), states_at(rows), features=None if features is None else features[rows]
         ),
     )
     _require_finite_scores(scores, completions)
@@ -149,7 +144,7 @@ def make_experience(learner: Learner, completions: Sequence[Completion], *, kl_c
         truncated=truncated,
         clipped=clipped,
         states=states,
-        features=features if keep_features else None,
+        features=features,
         microbatches=parts,
     )
 

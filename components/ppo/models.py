@@ -28,6 +28,7 @@ from components.rlhf.models.loading import (
 from components.rlhf.models.lora import add_adapters
 from components.rlhf.models.precision import default_device
 from components.rlhf.models.scalar import ScalarModel
+from components.rlhf.rewards.protocol import Scorer
 from components.rlhf.rewards.reward_model import RewardModelScorer
 from components.rlhf.rewards.text import TextScorer
 from components.rlhf.rollout.hf import HfRolloutEngine
@@ -102,12 +103,11 @@ def load_models(
     reward_scalar = ScalarModel(
         reward_lm, num_frozen_layers=reward_frozen, dtype=dtype, with_adapters=False, **normalization
     )
-    text_scorer = None
+    scorer: Scorer = RewardModelScorer(
+        reward_scalar, microbatch_tokens=training.microbatch_tokens, max_over_ranks=max_over_ranks
+    )
     if as_text:
-        scorer = RewardModelScorer(
-            reward_scalar, microbatch_tokens=training.microbatch_tokens, max_over_ranks=max_over_ranks
-        )
-        text_scorer = TextScorer(scorer, load_tokenizer(reward_model))
+        scorer = TextScorer(scorer, load_tokenizer(reward_model))
     models = Models(
         actor=Actor(actor_lm, num_frozen_layers=frozen, dtype=dtype, max_over_ranks=max_over_ranks),
         reference=Actor(
@@ -121,8 +121,8 @@ def load_models(
             **({} if as_text else normalization),
         ),
         reward_model=reward_scalar,
+        scorer=scorer,
         shared_trunk=shared,
-        text_scorer=text_scorer,
     )
     for model in (models.reference, models.reward_model):
         prepare_frozen_model(model, training, group=group, dtype=dtype, device=device)

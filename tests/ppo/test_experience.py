@@ -123,7 +123,7 @@ def test_advantages_are_not_whitened_when_whitening_is_off(tiny_model: Path, rew
 
 def returns(tiny_model: Path, reward_model: Path, score: float, **ppo: Any) -> list[float]:
     models = load(config_of(), tiny_model, reward_model)[0]
-    models = replace(models, reward_model=RewardFunction(lambda _prompt, _response: score))
+    models = replace(models, scorer=RewardFunction(lambda _prompt, _response: score))
     e = experience_of(models, kl_coef=0.0, gamma=1.0, gae_lambda=1.0, **ppo)
     assert e.scores.tolist() == [score] * 4  # scores are logged before penalty and clip
     mask = e.batch.response_mask
@@ -149,7 +149,7 @@ def test_scores_are_unclipped_without_reward_clip(tiny_model: Path, reward_model
 
 def test_kl_penalty_is_not_clipped(tiny_model: Path, reward_model: Path) -> None:
     models = trained(load(config_of(), tiny_model, reward_model)[0])
-    models = replace(models, reward_model=RewardFunction(lambda _prompt, _response: 0.0))
+    models = replace(models, scorer=RewardFunction(lambda _prompt, _response: 0.0))
     options: dict[str, Any] = {"gamma": 1.0, "gae_lambda": 1.0}
     wide = experience_of(models, kl_coef=1.0, reward_clip=10.0, **options)
     tight = experience_of(models, kl_coef=1.0, reward_clip=1e-6, **options)
@@ -160,7 +160,7 @@ def test_kl_penalty_is_not_clipped(tiny_model: Path, reward_model: Path) -> None
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_estimator_changes_only_the_penalty(tiny_model: Path, reward_model: Path, estimator: str) -> None:
     models = trained(load(config_of(), tiny_model, reward_model)[0])
-    models = replace(models, reward_model=RewardFunction(lambda _prompt, _response: 0.0))
+    models = replace(models, scorer=RewardFunction(lambda _prompt, _response: 0.0))
     e = experience_of(models, kl_coef=1.0, kl_estimator=estimator, gamma=1.0, gae_lambda=1.0)
     d = e.old_logprobs - e.ref_logprobs
     penalty = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[estimator]
@@ -206,9 +206,7 @@ def test_shared_trunk_gives_the_same_experience_as_separate_models(tiny_model: P
 
 def test_non_finite_score_names_its_prompt(tiny_model: Path, reward_model: Path) -> None:
     models = load(config_of(), tiny_model, reward_model)[0]
-    models = replace(
-        models, reward_model=RewardFunction(lambda _prompt, response: math.nan if len(response) == 4 else 1.0)
-    )
+    models = replace(models, scorer=RewardFunction(lambda _prompt, response: math.nan if len(response) == 4 else 1.0))
     unnamed = [*COMPLETIONS[:3], completion([40, 41], [20, 21, 22, 23], prompt="what they asked")]
     with pytest.raises(
         InputError, match="scored the response 'a response' to prompt 'what they asked' as nan"

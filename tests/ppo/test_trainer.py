@@ -340,10 +340,10 @@ def follow(trainer: PpoTrainer, scores: list[float]) -> None:
         return plain(prompts, sampling, seeds)
 
     trainer.rollout.generate = generate
-    model = trainer.learner.models.reward_model
-    read = model.apply_head
-    model.apply_head = lambda features: (
-        torch.full(features.shape[:-1], state["score"]) if state["looking"] else read(features)
+    scorer = trainer.learner.models.scorer
+    plain_score = scorer.score
+    scorer.score = lambda completions, computed: (
+        torch.full((len(completions),), state["score"]) if state["looking"] else plain_score(completions, computed)
     )
 
 

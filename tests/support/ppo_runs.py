@@ -1,6 +1,6 @@
 """Small PPO runs, against a reward model or against any function of token ids."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from components.rlhf.checkpoints.manager import CheckpointManager
 from components.rlhf.config.model import LoraConfig, ModelConfig
 from components.rlhf.config.ppo import PpoConfig, PpoStageConfig
 from components.rlhf.config.storage import CheckpointConfig
-from components.rlhf.data.batching import TokenBatch
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.models.loading import load_scalar_lm, save_model
+from components.rlhf.rewards.protocol import ComputedStates
 from components.rlhf.rollout.hf import HfRolloutEngine
 from tests.support.training import NEVER, context_of
 
@@ -29,22 +29,13 @@ Row = dict[str, float]
 
 
 class RewardFunction:
-    """Replaces the frozen reward model by a function of (prompt ids, response ids), read at the last token."""
+    """A scorer by a function of (prompt ids, response ids)."""
 
     def __init__(self, function: Callable[[list[int], list[int]], float]) -> None:
         self.function = function
 
-    def features(self, batch: TokenBatch, states: Tensor | None = None) -> Tensor:
-        found = torch.zeros(*batch.input_ids.shape, 1)
-        for row, (size, length) in enumerate(
-            zip(batch.prompt_lengths.tolist(), batch.response_lengths.tolist(), strict=True)
-        ):
-            ids = batch.input_ids[row].tolist()
-            found[row, size + length - 1, 0] = self.function(ids[:size], ids[size : size + length])
-        return found
-
-    def apply_head(self, features: Tensor) -> Tensor:
-        return features.squeeze(-1)
+    def score(self, completions: Sequence[Completion], computed: ComputedStates | None = None) -> Tensor:
+        return torch.tensor([self.function(c.prompt_ids, c.response_ids) for c in completions])
 
 
 def share_of_low_ids(prompt_ids: list[int], response_ids: list[int]) -> float:
@@ -93,7 +84,7 @@ def trainer_of(
 ) -> PpoTrainer:
     models, rollout = load(config, sft, reward_model)
     if reward is not None:
-        models = replace(models, reward_model=RewardFunction(reward))
+        models = replace(models, scorer=RewardFunction(reward))
     context = context_of("ppo", checkpoints=checkpoints, interrupt_at=interrupt_at)
     return PpoTrainer(config, models, rollout, context)
 

@@ -12,7 +12,7 @@ from components.rlhf.data.records import Completion, PreferencePair, Prompt, is_
 from components.rlhf.data.tokenizer import decode_response, encode_text, load_tokenizer
 from components.rlhf.models.loading import is_scored_as_text, load_scalar_lm, reward_normalization
 from components.rlhf.models.scalar import ScalarModel
-from components.rlhf.rewards.protocol import Scorer
+from components.rlhf.rewards.protocol import ComputedStates, Scorer
 from components.rlhf.rewards.text import TextScorer
 
 
@@ -28,7 +28,9 @@ class RewardModelScorer:
         self.max_over_ranks = max_over_ranks
 
     @torch.no_grad()
-    def score(self, completions: Sequence[Completion]) -> Tensor:
+    def score(self, completions: Sequence[Completion], computed: ComputedStates | None = None) -> Tensor:
+        if computed is not None:
+            return self._score_computed(computed)
         device = self.model.lm.device
         scores = torch.zeros(len(completions))
         lengths = [len(c.prompt_ids) + len(c.response_ids) for c in completions]
@@ -39,6 +41,19 @@ class RewardModelScorer:
             batch = collate([c.prompt_ids for c in rows], [c.response_ids for c in rows])
             scores[group] = self.model.scores(batch.to(device)).cpu()
         return scores
+
+    def _score_computed(self, computed: ComputedStates) -> Tensor:
+        """Scores in the caller's microbatches, from its features or else from its states after the frozen layers."""
+        batch, states, features = computed.batch, computed.states, computed.features
+        if features is not None:
+            rows = torch.arange(len(batch), device=features.device)
+            return self.model.apply_head(features[rows, batch.last_positions()])
+        return torch.cat(
+            [
+                self.model.scores(batch.select(rows), None if states is None else states[rows])
+                for rows in computed.microbatches
+            ]
+        )
 
 
 def load_reward_scorer(directory: Path, *, dtype: torch.dtype, device: torch.device, microbatch_tokens: int) -> Scorer:

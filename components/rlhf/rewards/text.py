@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from components.rlhf.data.chat import render_chat
 from components.rlhf.data.records import Completion, Message
 from components.rlhf.data.tokenizer import encode_prompt
-from components.rlhf.rewards.protocol import Scorer
+from components.rlhf.rewards.protocol import ComputedStates, Scorer
 
 
 class TextScorer:
@@ -20,7 +20,8 @@ class TextScorer:
         self.scorer = scorer
         self.tokenizer = tokenizer
 
-    def score(self, completions: Sequence[Completion]) -> Tensor:
+    def score(self, completions: Sequence[Completion], computed: ComputedStates | None = None) -> Tensor:
+        # Computed with other ids, so of no use here.
         return self.scorer.score([reencode(self.tokenizer, completion) for completion in completions])
 
 
