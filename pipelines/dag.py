@@ -27,7 +27,7 @@ from components.rlhf.config.register import RegisterStageConfig
 from components.sft.component import sft
 from pipelines import placement
 from pipelines.claim import create_checkpoint_claim
-from pipelines.settings import dump_yaml, import_settings, settings_of_stage
+from pipelines.settings import dump_yaml, import_settings, judge_reward_model_settings, settings_of_stage
 
 NAME = "rlhf"
 
@@ -112,11 +112,28 @@ def build_pipeline(params: Params) -> Any:
             )
             configure(reward_model_task, "reward_model")
 
+            second_model = {}
+            if params.reward_model_judge:
+                start_model, use = base_model, params.reward_model_judge.use
+                if use:
+                    start_model = import_task("reward_model", use, "import judge model").outputs["model"]
+                second_task = reward_model(
+                    base_model=start_model,
+                    sft_model=sft_model,
+                    preferences=datasets["judge_preferences"],
+                    prompts=datasets["prompts"],
+                    settings=judge_reward_model_settings(params),
+                    **shared,
+                )
+                configure(second_task, "reward_model", "judge reward model")
+                second_model = {"reward_model": second_task.outputs["model"]}
+
             judge_task = judge(
                 preferences=datasets["judge_preferences"],
                 tokenizer=tokenizer,
                 settings=settings_of_stage(params, "judge"),
-                tracking=tracking,
+                **second_model,
+                **shared,
             )
             configure(judge_task, "judge")
 
@@ -136,7 +153,7 @@ def build_pipeline(params: Params) -> Any:
                 judge=judge_task.outputs["judge"],
                 prompts=datasets["heldout_prompts"],
                 settings=settings_of_stage(params, "evaluation"),
-                tracking=tracking,
+                **shared,
             )
             configure(evaluation_task, "evaluation")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kfp import kubernetes
 
 from components.rlhf.config.cluster import STAGES, TRAINING_STAGES, ClusterConfig, Profile, Scratch, has_digest
+from components.rlhf.config.judge import as_list
 from components.rlhf.config.params import Params
 from components.rlhf.config.prepare_data import is_glob
 from components.rlhf.config.storage import StorageConfig
@@ -30,6 +31,7 @@ IMAGE_OF = {
 }
 DOWNLOADING_STAGES = ("import_model", "prepare_data")  # the only stages that download models and data
 DETERMINISTIC_STAGES = (*DOWNLOADING_STAGES, "judge")
+JUDGING_STAGES = ("judge", "evaluation")  # the stages that ask judges
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv", ".gz")
 CHECKPOINT_PATH, SCRATCH_PATH = "/checkpoints", "/scratch"
 # The images keep these in /tmp, where KFP's launcher writes too, which a volume that belongs to root would prevent.
@@ -41,7 +43,7 @@ BACKOFF_SECONDS = 60
 QUEUE_SECONDS = 365 * 24 * 3600
 # The network policies of manifests/ select tasks by these labels.
 TASK_LABELS = {"app.kubernetes.io/part-of": "kfp-rlhf"}
-HUB_LABELS = {"kfp-rlhf/egress": "hub"}
+HUB_LABELS, ENDPOINT_LABELS = {"kfp-rlhf/egress": "hub"}, {"kfp-rlhf/egress": "endpoint"}
 NUM_ACCELERATORS_ANNOTATION = "kfp-rlhf/num-accelerators"
 PROCESS_GROUP_LABELS = {"kfp-rlhf/process-group": "true"}
 S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -69,7 +71,9 @@ def configure_task(
     kubernetes.use_field_path_as_env(task, env_name="RLHF_RUN_ID", field_path="metadata.labels['pipeline/runid']")
     for name, value in _environment(cluster, stage).items():
         task.set_env_variable(name, value)
-    _set_pod(task, stage, cluster, profile, needs_hub=any(is_remote(s) for s in sources))
+    asks_endpoint = stage in JUDGING_STAGES and bool(params.endpoint_judges)
+    egress = HUB_LABELS if any(is_remote(s) for s in sources) else ENDPOINT_LABELS if asks_endpoint else {}
+    _set_pod(task, stage, cluster, profile, egress)
     _set_resources(task, profile)
     if profile.num_accelerators and IMAGE_OF[stage] != "tools":  # which has no torch to look for them
         _tell_num_accelerators(task, profile)
@@ -77,7 +81,7 @@ def configure_task(
     _set_secrets(task, stage, params, sources)
     _set_volumes(task, stage, params, profile, claim)
     _set_retries(task, cluster)
-    return task.set_caching_options(_may_cache(stage, cluster, profile, sources))
+    return task.set_caching_options(not asks_endpoint and _may_cache(stage, cluster, profile, sources))
 
 
 def image(cluster: ClusterConfig, stage: str) -> str:
@@ -134,7 +138,10 @@ def cluster_storage(params: Params) -> StorageConfig:
     root = storage.uri.rstrip("/") if storage.uri and storage.uri.startswith("s3://") else None
     checkpoint_uri = storage.checkpoint_uri or (CHECKPOINT_PATH if volume else root and f"{root}/checkpoints")
     publish_uri = storage.publish_uri or (root and f"{root}/models")
-    return storage.model_copy(update={"uri": None, "checkpoint_uri": checkpoint_uri, "publish_uri": publish_uri})
+    answers_uri = storage.answers_uri or (root and f"{root}/answers")
+    return storage.model_copy(
+        update={"uri": None, "checkpoint_uri": checkpoint_uri, "publish_uri": publish_uri, "answers_uri": answers_uri}
+    )
 
 
 def uses_checkpoint_volume(params: Params) -> bool:
@@ -151,8 +158,20 @@ def data_sources(params: Params) -> list[str]:
 
 def sources_of(params: Params) -> list[str]:
     """Every location that a run reads a model or data from, without duplicates."""
-    models = [source for source in (params.model.source, params.sft.use, params.reward_model.use) if source]
-    return sorted({*models, *data_sources(params)})
+    return sorted({*model_sources(params).values(), *data_sources(params)})
+
+
+def model_sources(params: Params) -> dict[str, str]:
+    """The locations that models are imported from, by their key in a params file."""
+    sources = {
+        "model.source": params.model.source,
+        "sft.use": params.sft.use,
+        "reward_model.use": params.reward_model.use,
+    }
+    for number, judge in enumerate(as_list(params.judge)):
+        key = f"judge.{number}.use" if isinstance(params.judge, tuple) else "judge.use"
+        sources[key] = getattr(judge, "use", None)
+    return {key: source for key, source in sources.items() if source}
 
 
 def is_remote(source: str) -> bool:
@@ -172,8 +191,8 @@ def _environment(cluster: ClusterConfig, stage: str) -> dict[str, str]:
     return variables | dict(cluster.environment)
 
 
-def _set_pod(task: Any, stage: str, cluster: ClusterConfig, profile: Profile, *, needs_hub: bool) -> None:
-    labels = TASK_LABELS | {"kfp-rlhf/stage": stage.replace("_", "-")} | (HUB_LABELS if needs_hub else {})
+def _set_pod(task: Any, stage: str, cluster: ClusterConfig, profile: Profile, egress: Mapping[str, str]) -> None:
+    labels = {**TASK_LABELS, "kfp-rlhf/stage": stage.replace("_", "-"), **egress}
     if stage in TRAINING_STAGES:
         labels |= PROCESS_GROUP_LABELS
     if profile.queue:
@@ -240,6 +259,8 @@ def _set_secrets(task: Any, stage: str, params: Params, sources: list[str]) -> N
         uris += [storage.checkpoint_uri or ""]
     if stage in TRAINING_STAGES:
         uris += [storage.publish_uri or ""]
+    if stage in JUDGING_STAGES and params.endpoint_judges:
+        uris += [storage.answers_uri or ""]
     if secrets.s3 and not storage.anonymous and any(uri.startswith("s3://") for uri in uris):
         # Not optional: Kubernetes reports a pod whose Secret is missing, while the stage would only fail later.
         _use_secret(task, secrets.s3, S3_KEYS, optional=False)
@@ -248,12 +269,17 @@ def _set_secrets(task: Any, stage: str, params: Params, sources: list[str]) -> N
         _use_secret(task, secrets.mlflow, MLFLOW_KEYS, optional=True)
     if secrets.hf_token and any(is_on_hub(source) for source in sources):
         _use_secret(task, secrets.hf_token, ("HF_TOKEN",), optional=True)
+    if secrets.judge and stage in JUDGING_STAGES:
+        variables = sorted({judge.api_key_variable for judge in params.endpoint_judges if judge.api_key_variable})
+        _use_secret(task, secrets.judge, tuple(variables), optional=True)
     if secrets.webhook and stage == "notify":
         keys = {"WEBHOOK_URL": "RLHF_WEBHOOK_URL"}  # WEBHOOK_URL may have another meaning on a laptop
         kubernetes.use_secret_as_env(task, secret_name=secrets.webhook, secret_key_to_env=keys, optional=True)
 
 
 def _use_secret(task: Any, name: str, keys: tuple[str, ...], *, optional: bool) -> None:
+    if not keys:
+        return
     kubernetes.use_secret_as_env(
         task, secret_name=name, secret_key_to_env={key: key for key in keys}, optional=optional
     )

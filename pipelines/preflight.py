@@ -10,6 +10,7 @@ from components.rlhf.data.sources import suffix_of
 from components.rlhf.data.tally import Tally
 from components.rlhf.storage.store import open_store
 from components.rlhf.text.errors import InputError
+from pipelines.placement import model_sources
 
 
 def check_inputs(params: Params, *, is_on_cluster: Callable[[str], bool] = lambda source: False) -> None:
@@ -17,12 +18,8 @@ def check_inputs(params: Params, *, is_on_cluster: Callable[[str], bool] = lambd
 
     The stages that read them check hub ids, packages, S3 URIs, and the paths for which is_on_cluster is true.
     """
-    for key, source in (
-        ("model.source", params.model.source),
-        ("sft.use", params.sft.use),
-        ("reward_model.use", params.reward_model.use),
-    ):
-        if source and _is_local(source) and not is_on_cluster(source):
+    for key, source in model_sources(params).items():
+        if _is_local(source) and not is_on_cluster(source):
             _check_model(key, Path(source))
     local = {
         key: source
@@ -37,8 +34,8 @@ def check_inputs(params: Params, *, is_on_cluster: Callable[[str], bool] = lambd
 
 
 def check_stores(params: Params) -> None:
-    """Raise InputError if the S3 store of checkpoints or published models is unreachable or denies access."""
-    for key in ("checkpoint_uri", "publish_uri"):
+    """Raise InputError if the S3 store of checkpoints, published models or answers is unreachable or denies access."""
+    for key in ("checkpoint_uri", "publish_uri", "answers_uri"):
         uri: str | None = getattr(params.storage, key)
         if uri and uri.startswith("s3://"):
             try:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from components.rlhf.config.params import Params, section_in
+from components.rlhf.config.params import Params, sections_in
 
 TARGET = Path(__file__).parent / "params" / "README.md"
 HEAD = """# Parameters
@@ -45,12 +45,14 @@ def leaves(model: type[BaseModel], prefix: str, section: BaseModel | None = None
     fields = []
     for name, field in model.model_fields.items():
         default = getattr(section, name) if section else field.default
-        nested = section_in(field.annotation)
+        nested = sections_in(field.annotation)
+        suffix = {dict: ".NAME", tuple: "[]"}.get(get_origin(_unannotated(field.annotation)), "")
+        for section_class in nested:
+            own = default if isinstance(default, section_class) else None
+            fields += leaves(section_class, f"{prefix}{name}{suffix}.", own)
         if nested:
-            suffix = {dict: ".NAME", tuple: "[]"}.get(get_origin(_unannotated(field.annotation)), "")
-            fields += leaves(nested, f"{prefix}{name}{suffix}.", default if isinstance(default, BaseModel) else None)
-        else:
-            fields.append((prefix + name, _default_text(default, field), field.description or ""))
+            continue
+        fields.append((prefix + name, _default_text(default, field), field.description or ""))
     return fields
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.import_model import ImportModelStageConfig
-from components.rlhf.config.judge import JudgeStageConfig
+from components.rlhf.config.judge import MAX_TEXT_CHARS, EndpointJudge, FunctionJudge, JudgeStageConfig, as_list
 from components.rlhf.config.params import Params, explain_validation_error, short_repr
 from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.config.prepare_data import PrepareDataStageConfig, PreviewConfig
@@ -45,8 +46,59 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
         params = Params.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{path}: {explain_validation_error(error, Params)}") from None
+    params = read_judge_files(params, path.parent)
     _reject_secrets(params, path)
     return params
+
+
+def read_judge_files(params: Params, folder: Path) -> Params:
+    """The params with the text of rubric files and the source of functions, which the stages cannot read elsewhere.
+
+    Relative paths are those of the working directory or of folder. Raises InputError.
+    """
+    judges = []
+    for number, judge in enumerate(as_list(params.judge)):
+        key = f"judge.{number}" if isinstance(params.judge, tuple) else "judge"
+        content = judge.model_dump(mode="json")
+        if isinstance(judge, EndpointJudge) and judge.rubric_file:
+            content |= {"rubric": _read_text(f"{key}.rubric_file", judge.rubric_file, folder), "rubric_file": None}
+        if isinstance(judge, FunctionJudge) and not judge.source:
+            module = judge.function.partition(":")[0]
+            file = f"{module.replace('.', '/')}.py"
+            if any((parent / file).is_file() for parent in (Path(), folder)):
+                content["source"] = _read_text(f"{key}.function", file, folder)
+            elif find_spec(module.partition(".")[0]) is None:
+                raise InputError(
+                    f"{key}.function: there is neither {file} in the working directory or next to the params file, nor an installed "
+                    f"package {module.partition('.')[0]}; correct the name."
+                )
+        judges.append(content)
+    if all(
+        content == judge.model_dump(mode="json") for content, judge in zip(judges, as_list(params.judge), strict=True)
+    ):
+        return params
+    try:
+        return Params.model_validate(
+            params.model_dump(mode="json") | {"judge": judges if isinstance(params.judge, tuple) else judges[0]}
+        )
+    except ValidationError as error:
+        raise InputError(explain_validation_error(error, Params)) from None
+
+
+def _read_text(key: str, name: str, folder: Path) -> str:
+    """The text of a file that is relative to the working directory or to folder."""
+    path = next((p for p in (Path(name).expanduser(), folder / name) if p.is_file()), None)
+    if path is None:
+        raise InputError(
+            f"{key}: {name} is not a file in the working directory or next to the params file; correct the path."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{key}: {path} cannot be read as UTF-8 text ({error}).") from None
+    if not text.strip() or len(text) > MAX_TEXT_CHARS:
+        raise InputError(f"{key}: {path} has {len(text):,} characters; it needs 1 to {MAX_TEXT_CHARS:,}.")
+    return text
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -155,6 +207,18 @@ def settings_of_stage(params: Params, stage: str) -> str:
     if stage not in stages:
         raise InputError(f"{stage} is not a stage with settings; stages: {', '.join(['import_model', *stages])}.")
     return params.stage(stages[stage]).canonical_json()
+
+
+def judge_reward_model_settings(params: Params) -> str:
+    """The canonical JSON of the task that trains or imports the judge's reward model: that of reward_model with another seed.
+
+    Its scores need no scale, because the judge only compares them.
+    """
+    judge = params.reward_model_judge
+    assert judge is not None
+    section = params.reward_model.model_copy(update={"use": judge.use, "num_calibration_samples": 0})
+    own = params.model_copy(update={"reward_model": section, "seed": (params.seed + 1) % 2**31})
+    return own.stage(RewardModelStageConfig).canonical_json()
 
 
 def preview_settings(params: Params) -> str:

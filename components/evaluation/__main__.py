@@ -1,4 +1,4 @@
-"""Compare PPO with the fine-tuned model on held-out prompts, using a judge that PPO never sees, and decide on promotion."""
+"""Compare PPO with the fine-tuned model on held-out prompts, using judges that PPO never sees, and decide on promotion."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from components.rlhf.runtime.stage import StageRun, stage_program
         "sft_model": "Fine-tuned model, the baseline.",
         "policy": "Policy that PPO has trained.",
         "reward_model": "Reward model that PPO has trained against.",
-        "judge": "Judge that compares the responses.",
+        "judge": "Judges that compare the responses; the first one decides.",
         "prompts": "Held-out prompts.",
     },
     writes={
@@ -36,34 +36,38 @@ def main(
 ) -> None:
     from components.evaluation.compare import compare
     from components.evaluation.judge_curve import judge_curve
+    from components.evaluation.judging import judge_all
     from components.evaluation.report import as_html, as_markdown
     from components.evaluation.samples import save_comparison
     from components.evaluation.verdict import decide, summarize
     from components.rlhf.artifacts.directory import open_inputs
     from components.rlhf.data.datasets import load_records
     from components.rlhf.data.records import Prompt, ValidationSample
-    from components.rlhf.rewards.linear import load_judge
+    from components.rlhf.rewards.judges import JudgeResources
     from components.rlhf.runtime.executor import write_parameter
 
-    compared = dict(sft_model=sft_model, reward_model=reward_model, judge=judge)
-    inputs = open_inputs(**compared, policy_model=policy, prompts=prompts)
-    heldout_prompts = load_records(prompts, "heldout", Prompt)[: run.config.evaluation.num_prompts]
-    comparison = compare(run.config, heldout_prompts, **compared, policy=policy, progress=run.progress)
-    accuracies = {role: inputs[role].facts.get("heldout_accuracy") for role in ("judge", "reward_model")}
-    accuracy = {role: float(value) for role, value in accuracies.items() if value is not None}
-    numbers = summarize(comparison, run.config.evaluation, accuracy=accuracy, seed=run.config.seed)
-    training = judge_curve(load_records(policy, "validation", ValidationSample), load_judge(judge))
-    verdict = decide(numbers, run.config.gate)
+    config, compared = run.config, dict(sft_model=sft_model, reward_model=reward_model)
+    inputs = open_inputs(**compared, judge=judge, policy_model=policy, prompts=prompts)
+    heldout_prompts = load_records(prompts, "heldout", Prompt)[: config.evaluation.num_prompts]
+    comparison = compare(config, heldout_prompts, **compared, policy=policy, progress=run.progress)
+    resources = JudgeResources(precision=run.config.model.precision, storage=run.storage, log=run.progress.log)
+    validation = load_records(policy, "validation", ValidationSample)
+    judges = judge_all(judge, comparison, validation, resources)
+    accuracy = inputs["reward_model"].facts.get("heldout_accuracy")
+    reward_accuracy = None if accuracy is None else float(accuracy)
+    numbers = summarize(comparison, judges, config.evaluation, reward_accuracy=reward_accuracy, seed=config.seed)
+    training, verdict = judge_curve(validation, judges), decide(numbers, judges[0], config.gate)
     run.write_artifact(
         "evaluation",
         writes["evaluation"],
-        lambda draft: save_comparison(comparison, numbers, training, draft),
+        lambda draft: save_comparison(comparison, judges, numbers, training, draft),
         kind="evaluation",
         parents=inputs,
         facts={**numbers, "decision": verdict.decision, "reason": verdict.reason},
     )
-    run.write_report("report", writes["report"], as_html(comparison, numbers, verdict, training, seed=run.config.seed))
-    run.write_report("summary", writes["summary"], as_markdown(numbers, verdict))
+    report = as_html(comparison, judges, numbers, verdict, training, seed=config.seed)
+    run.write_report("report", writes["report"], report)
+    run.write_report("summary", writes["summary"], as_markdown(numbers, judges, verdict))
     run.write_metrics(writes["metrics"], numbers)
     write_parameter(writes["decision"], verdict.decision)
     write_parameter(writes["reason"], verdict.reason)

@@ -22,14 +22,15 @@ def evaluation(
     reason: dsl.OutputPath(str),
     settings: str,
     tracking: str = "{}",
+    storage: str = "{}",
 ) -> dsl.ContainerSpec:
-    """Compare PPO with the fine-tuned model on held-out prompts, using a judge that PPO never sees, and decide on promotion.
+    """Compare PPO with the fine-tuned model on held-out prompts, using judges that PPO never sees, and decide on promotion.
 
     Args:
         sft_model: Fine-tuned model, the baseline of the comparison.
         policy: Model trained by PPO.
         reward_model: Reward model that PPO was trained with.
-        judge: Judge whose scores determine the win rate.
+        judge: Judges that compare the responses; the first one decides.
         prompts: Held-out prompts.
         evaluation: All numbers and responses of the comparison.
         metrics: Metrics of the stage.
@@ -39,5 +40,6 @@ def evaluation(
         reason: Reason for the decision.
         settings: Canonical JSON of EvaluationStageConfig.
         tracking: Canonical JSON of TrackingConfig.
+        storage: Canonical JSON of StorageConfig: answers of endpoint judges, and access to S3.
     """
     return container_spec("evaluation", "rollout", locals())

@@ -1,42 +1,35 @@
 """Judge and reward model scores over PPO's validation passes."""
 
+from collections import defaultdict
 from collections.abc import Sequence
-from itertools import groupby
 from statistics import fmean
 
-from components.rlhf.data.records import Completion, Prompt, ValidationSample
-from components.rlhf.rewards.protocol import Scorer
+from components.evaluation.judging import Judged
+from components.rlhf.data.records import ValidationSample
 
 
-def judge_curve(samples: Sequence[ValidationSample], judge: Scorer) -> list[dict[str, float]]:
+def judge_curve(samples: Sequence[ValidationSample], judges: Sequence[Judged]) -> list[dict[str, float]]:
     """One row of means per validation pass, in the order of the iterations.
 
     PPO optimizes the reward model's score and never sees the judge's: if only the first rises, it over-optimizes the reward
-    model (Gao et al. 2022).
+    model (Gao et al. 2022). judge_score is that of the first judge that gives scores and can tell; without one it is missing.
     """
+    scores = next((j.validation_scores for j in judges if j.validation_scores is not None and not j.cannot_tell), None)
+    passes: dict[int, list[int]] = defaultdict(list)
+    for number, sample in enumerate(samples):
+        passes[sample.iteration].append(number)
     rows = []
-    for iteration, group in groupby(sorted(samples, key=lambda s: s.iteration), key=lambda s: s.iteration):
-        validation_pass = list(group)
+    for iteration, numbers in sorted(passes.items()):
+        validation_pass = [samples[i] for i in numbers]
         rows.append(
             {
                 "iteration": float(iteration),
                 "num_rollouts": float(validation_pass[0].num_rollouts),
                 "reward": fmean(s.score for s in validation_pass),
-                "judge_score": float(judge.score([_as_completion(s) for s in validation_pass]).mean()),
+                **({} if scores is None else {"judge_score": fmean(scores[i] for i in numbers)}),
                 "kl": fmean(s.kl for s in validation_pass),
-                "length": fmean(s.num_tokens for s in validation_pass),
+                "length": fmean(len(s.response_ids) for s in validation_pass),
                 "eos_rate": fmean(not s.truncated for s in validation_pass),
             }
         )
     return rows
-
-
-def _as_completion(sample: ValidationSample) -> Completion:
-    return Completion(
-        prompt=Prompt(prompt=sample.prompt),
-        prompt_ids=[],
-        response_ids=[],
-        response=sample.response,
-        logprobs=None,
-        truncated=sample.truncated,
-    )

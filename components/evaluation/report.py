@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from components.evaluation.compare import Comparison
-from components.evaluation.samples import NUM_EXTREMES, NUM_RANDOM, choose_rows
+from components.evaluation.judging import Judged
+from components.evaluation.samples import NUM_EXTREMES, NUM_RANDOM, choose_disagreements, choose_rows, gains_of
 from components.evaluation.verdict import Decision
 from components.rlhf.text.comparison_table import comparison_rows
 
@@ -26,14 +27,17 @@ TRAINING_PANELS = (
 )
 
 
-def as_markdown(numbers: Mapping[str, float], verdict: Decision) -> str:
+def as_markdown(numbers: Mapping[str, float], judges: Sequence[Judged], verdict: Decision) -> str:
     lines = [f"# {verdict.decision.capitalize()}", "", f"{verdict.reason}.", "", "| | SFT | PPO |", "|---|---:|---:|"]
     lines += [f"| {row['name']} | {row['sft']} | {row['ppo']} |" for row in comparison_rows(numbers)]
+    lines += ["", "| judge | agreement with people | win rate |", "|---|---|---|"]
+    lines += [f"| {row['name']} | {row['agreement']} | {row['win_rate']} |" for row in judge_rows(numbers, judges)]
     return "\n".join(lines) + "\n"
 
 
 def as_html(
     comparison: Comparison,
+    judges: Sequence[Judged],
     numbers: Mapping[str, float],
     verdict: Decision,
     training: Sequence[Mapping[str, float]],
@@ -48,39 +52,95 @@ def as_html(
         numbers=numbers,
         verdict=verdict,
         rows=comparison_rows(numbers),
-        plot=_plot(comparison),
+        judges=judge_rows(numbers, judges),
+        kappas=[(*key.split("/")[1:], value) for key, value in numbers.items() if key.startswith("kappa/")],
+        plot=_plot(comparison, judges[0]) if judges[0].ppo_scores is not None else "",
         training_plot=_training_plot(training) if training else "",
-        groups=choose_samples(comparison, seed=seed),
+        groups=choose_samples(comparison, judges[0], seed=seed),
+        gain="judge score gain" if judges[0].ppo_scores is not None else "PPO preferred (1) or not (-1)",
+        disagreements=choose_disagreement_samples(comparison, judges, seed=seed),
+        names=[judge.name for judge in judges],
         samples_each=NUM_EXTREMES,
         num_random=NUM_RANDOM,
     )
 
 
-def choose_samples(comparison: Comparison, *, seed: int) -> dict[str, list[dict[str, Any]]]:
+def judge_rows(numbers: Mapping[str, float], judges: Sequence[Judged]) -> list[dict[str, str]]:
+    """A row for each judge: its agreement with people, a baseline, its consistency, and its win rate or why it has none."""
+    rows = []
+    for number, judge in enumerate(judges):
+        prefix = f"judges/{judge.name}/" if number else ""
+        own = {name.removeprefix(prefix): value for name, value in numbers.items() if name.startswith(prefix)}
+        agreement = judge.entry.agreement
+        row = {
+            "name": judge.name,
+            "kind": judge.entry.settings.kind,
+            "agreement": agreement.explain() if agreement else "not measured",
+            "longer": f"{agreement.longer_wins:.1%}" if agreement else "",
+            "consistency": f"{own['judge_consistency']:.1%}" if "judge_consistency" in own else "",
+            "cost": _cost_text(judge.counts),
+            "win_rate": f"cannot tell: {judge.cannot_tell}",
+        }
+        if "win_rate" in own:
+            row["win_rate"] = f"{own['win_rate']:.3f} [{own['win_rate_low']:.3f}, {own['win_rate_high']:.3f}]"
+        rows.append(row)
+    return rows
+
+
+def _cost_text(counts: Mapping[str, float]) -> str:
+    """What the answers of an endpoint took; empty for other judges."""
+    if not counts:
+        return ""
+    text = f"{counts['requests']:,.0f} requests, {counts['cached']:,.0f} from the cache, "
+    text += f"{counts['input_tokens'] + counts['output_tokens']:,.0f} tokens"
+    text += f", cost {counts['cost']:.2f}" if counts["cost"] else ""
+    without = ", ".join(f"{counts[name]:.0f} {name}" for name in ("refused", "unreadable", "rejected") if counts[name])
+    return f"{text}; {without}" if without else text
+
+
+def choose_samples(comparison: Comparison, judge: Judged, *, seed: int) -> dict[str, list[dict[str, Any]]]:
     """Selected pairs of responses, with the gain in judge score."""
-    gains = [p - s for p, s in zip(comparison.ppo.judge_scores, comparison.sft.judge_scores, strict=True)]
+    gains = gains_of(judge)
     return {
-        group: [
-            {
-                "prompt": comparison.prompts[i].prompt,
-                "sft": comparison.sft.completions[i].response,
-                "ppo": comparison.ppo.completions[i].response,
-                "gain": gains[i],
-            }
-            for i in rows
-        ]
+        group: [_sample(comparison, i) | {"gain": gains[i]} for i in rows]
         for group, rows in choose_rows(gains, seed=seed).items()
     }
 
 
-def _plot(comparison: Comparison) -> str:
-    """Histogram of the judge scores of both models, and scatter plot of judge score vs. reward model score per prompt."""
+def choose_disagreement_samples(comparison: Comparison, judges: Sequence[Judged], *, seed: int) -> list[dict[str, Any]]:
+    """Pairs of responses on which judges disagree, with the verdict of each judge."""
+    words = {1.0: "PPO", 0.0: "SFT", 0.5: "tie"}
+    return [
+        _sample(comparison, i)
+        | {
+            "verdicts": [
+                words.get(float(j.wins[i]), "PPO" if j.wins[i] > 0.5 else "SFT" if j.wins[i] < 0.5 else "")
+                for j in judges
+            ]
+        }
+        for i in choose_disagreements(judges, seed=seed)
+    ]
+
+
+def _sample(comparison: Comparison, row: int) -> dict[str, Any]:
+    return {
+        "prompt": comparison.prompts[row].prompt,
+        "sft": comparison.sft.completions[row].response,
+        "ppo": comparison.ppo.completions[row].response,
+    }
+
+
+def _plot(comparison: Comparison, judge: Judged) -> str:
+    """Histogram of the judge scores of both models, and scatter plot of judge score vs. reward model score per row."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
-    for scored, color, label in ((comparison.sft, "#9ca3af", "SFT"), (comparison.ppo, "#2563eb", "PPO")):
-        left.hist(scored.judge_scores, bins=30, alpha=0.65, color=color, label=label)
-        right.scatter(scored.rewards, scored.judge_scores, s=7, alpha=0.5, color=color, label=label)
+    for responses, scores, color, label in (
+        (comparison.sft, judge.sft_scores, "#9ca3af", "SFT"),
+        (comparison.ppo, judge.ppo_scores, "#2563eb", "PPO"),
+    ):
+        left.hist(scores, bins=30, alpha=0.65, color=color, label=label)
+        right.scatter(responses.rewards, scores, s=7, alpha=0.5, color=color, label=label)
     left.set_xlabel("judge score")
-    left.set_ylabel("prompts")
+    left.set_ylabel("responses")
     right.set_xlabel("reward model score")
     right.set_ylabel("judge score")
     for axis in (left, right):
@@ -90,15 +150,16 @@ def _plot(comparison: Comparison) -> str:
 
 
 def _training_plot(training: Sequence[Mapping[str, float]]) -> str:
-    """One plot of each metric in TRAINING_PANELS over the iterations."""
-    figure, axes = plt.subplots(1, 4, figsize=(13, 2.9), constrained_layout=True)
-    for axis, (name, title) in zip(axes, TRAINING_PANELS, strict=True):
+    """One plot of each metric in TRAINING_PANELS that was measured, over the iterations."""
+    panels = [(name, title) for name, title in TRAINING_PANELS if name in training[0]]
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 2.9), constrained_layout=True)
+    for axis, (name, title) in zip(axes, panels, strict=True):
         axis.plot([r["iteration"] for r in training], [r[name] for r in training], "o-", color="#2563eb", markersize=4)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("iteration", fontsize=8)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[3].set_ylim(-0.03, 1.03)
+    axes[-1].set_ylim(-0.03, 1.03)
     return _as_svg(figure)
 
 

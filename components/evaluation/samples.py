@@ -5,7 +5,10 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from components.evaluation.compare import Comparison, ScoredResponses
+import numpy as np
+
+from components.evaluation.compare import Comparison, Responses
+from components.evaluation.judging import Judged
 
 NUM_EXTREMES, NUM_RANDOM = 5, 10
 
@@ -21,10 +24,28 @@ def choose_rows(gains: Sequence[float], *, seed: int) -> dict[str, list[int]]:
     }
 
 
+def choose_disagreements(judges: Sequence[Judged], *, seed: int) -> list[int]:
+    """Rows on which one judge prefers PPO's response and another one the fine-tuned model's: a seeded sample of them."""
+    wins = np.array([judge.wins for judge in judges])
+    rows = np.flatnonzero((wins > 0.5).any(axis=0) & (wins < 0.5).any(axis=0)).tolist()
+    return sorted(random.Random(seed).sample(rows, min(NUM_RANDOM, len(rows))))
+
+
+def gains_of(judge: Judged) -> list[float]:
+    """Gain in judge score of each row, or the win (1, 0 or -1) of a judge that gives no scores; 0 without an answer."""
+    if judge.ppo_scores is not None and judge.sft_scores is not None:
+        return [p - s for p, s in zip(judge.ppo_scores, judge.sft_scores, strict=True)]
+    return [0.0 if np.isnan(win) else 2 * win - 1 for win in judge.wins.tolist()]
+
+
 def save_comparison(
-    comparison: Comparison, numbers: Mapping[str, float], training: Sequence[Mapping[str, float]], folder: Path
+    comparison: Comparison,
+    judges: Sequence[Judged],
+    numbers: Mapping[str, float],
+    training: Sequence[Mapping[str, float]],
+    folder: Path,
 ) -> None:
-    """Write samples.jsonl (a line per prompt), training.jsonl (a line per validation pass), and evaluation.json (all numbers)."""
+    """Write samples.jsonl (a line per row), training.jsonl (a line per validation pass), and evaluation.json (all numbers)."""
     (folder / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in training), encoding="utf-8")
     (folder / "evaluation.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
@@ -32,18 +53,27 @@ def save_comparison(
             row = {
                 "id": prompt.id,
                 "prompt": prompt.prompt,
-                "sft": _response_row(comparison.sft, number),
-                "ppo": _response_row(comparison.ppo, number) | {"kl": comparison.kl[number]},
+                "sft": _response_row(comparison.sft, number) | _scores(judges, "sft_scores", number),
+                "ppo": _response_row(comparison.ppo, number)
+                | _scores(judges, "ppo_scores", number)
+                | {"kl": comparison.kl[number], "kl_exact": comparison.exact_kl[number]},
+                "wins": {j.name: None if np.isnan(j.wins[number]) else float(j.wins[number]) for j in judges},
+                "consistent": {j.name: j.consistent[number] for j in judges if j.is_pairwise},
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _response_row(scored: ScoredResponses, number: int) -> dict[str, str | float | bool]:
-    completion = scored.completions[number]
+def _scores(judges: Sequence[Judged], side: str, number: int) -> dict[str, float]:
+    """judge_score of the first judge, and judge_score_NAME of the others, if they give scores."""
+    scores = [("judge_score" if i == 0 else f"judge_score_{j.name}", getattr(j, side)) for i, j in enumerate(judges)]
+    return {name: values[number] for name, values in scores if values is not None}
+
+
+def _response_row(responses: Responses, number: int) -> dict[str, str | float | bool]:
+    completion = responses.completions[number]
     return {
         "response": completion.response,
         "num_tokens": len(completion.response_ids),
         "truncated": completion.truncated,
-        "judge_score": scored.judge_scores[number],
-        "reward": scored.rewards[number],
+        "reward": responses.rewards[number],
     }

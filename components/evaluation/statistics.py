@@ -1,13 +1,24 @@
-"""Statistics over prompts: wins, bootstrap intervals, distinct-2."""
+"""Statistics over prompts: bootstrap intervals, length-controlled win rate, distinct-2, agreement of judges.
+
+Values are one per row, which is a pair of responses. Rows of one prompt form a group, and are resampled together.
+"""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.metrics import cohen_kappa_score
+
+from components.rlhf.text.words import split_words
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+RESAMPLES_AT_ONCE = 100
+# Weak penalties on the logistic model, without which its optimum is infinite if one response always wins.
+INTERCEPT_PENALTY, LENGTH_PENALTY = 1e-3, 1.0
+NEWTON_STEPS = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,22 +32,111 @@ class Interval:
         return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bootstrap:
+    """How intervals are computed: percentile bootstrap (Efron 1979) over groups."""
+
+    num_resamples: int
+    confidence: float
+    seed: int
+
+    def counts(self, num_groups: int) -> Iterator[Floats]:
+        """How often each resample contains each group: [n, num_groups] for RESAMPLES_AT_ONCE resamples at a time."""
+        generator = np.random.default_rng(self.seed)
+        for start in range(0, self.num_resamples, RESAMPLES_AT_ONCE):
+            size = min(RESAMPLES_AT_ONCE, self.num_resamples - start)
+            drawn = generator.integers(0, num_groups, size=(size, num_groups)) + np.arange(size)[:, None] * num_groups
+            yield np.bincount(drawn.ravel(), minlength=size * num_groups).reshape(size, num_groups).astype(np.float64)
+
+    def interval(self, value: float, resampled: Floats) -> Interval:
+        tail = (1 - self.confidence) / 2
+        low, high = np.quantile(resampled, [tail, 1 - tail])
+        return Interval(value=value, low=float(low), high=float(high))
+
+
 def pairwise_wins(scores: Sequence[float], baseline_scores: Sequence[float]) -> Floats:
-    """1 where the score is higher than the baseline's, 0 where it is lower, 0.5 for a tie: [N]."""
+    """1 where the score is higher than the baseline's, 0 where it is lower, 0.5 for a tie: [R]."""
     a, b = np.asarray(scores, dtype=np.float64), np.asarray(baseline_scores, dtype=np.float64)
     return np.where(a == b, 0.5, (a > b).astype(np.float64))
 
 
-def bootstrap_mean(values: Floats, *, num_resamples: int, confidence: float, seed: int) -> Interval:
-    """Mean with percentile bootstrap interval (Efron 1979). values [N] are one per prompt; prompts are resampled."""
-    generator = np.random.default_rng(seed)
-    means = values[generator.integers(0, len(values), size=(num_resamples, len(values)))].mean(axis=1)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(value=float(values.mean()), low=float(low), high=float(high))
+def bootstrap_mean(values: Floats, groups: Sequence[int], bootstrap: Bootstrap) -> Interval | None:
+    """Mean of the values [R] that are not nan, with its interval; None if there are none. Groups without values are left out."""
+    kept = ~np.isnan(values)
+    if not kept.any():
+        return None
+    numbers = _numbers(np.asarray(groups)[kept])
+    sums = np.bincount(numbers, weights=values[kept])
+    sizes = np.bincount(numbers).astype(np.float64)
+    means = np.concatenate([(n @ sums) / (n @ sizes) for n in bootstrap.counts(len(sums))])
+    return bootstrap.interval(float(values[kept].mean()), means)
 
 
-def distinct_2(texts: Sequence[str]) -> float:
-    """distinct-2 (Li et al. 2016): unique word bigrams over all word bigrams of all texts. Low values are repetitive."""
-    pairs = [pair for text in texts for pair in itertools.pairwise(text.split())]
+def length_controlled(
+    wins: Floats, length_gaps: Floats, groups: Sequence[int], bootstrap: Bootstrap
+) -> Interval | None:
+    """Win rate at equal length: that of a logistic model of the wins [R], at a length difference of 0.
+
+    The model is that of AlpacaEval 2 (Dubois et al. 2024) for two models: logit P(win) = a + b tanh(gap / std(gap)). Rows with nan are
+    left out; None if there are no others. length_gaps [R] are the lengths minus those of the baseline.
+    """
+    kept = ~np.isnan(wins)
+    if not kept.any():
+        return None
+    wins, gaps, numbers = wins[kept], length_gaps[kept], _numbers(np.asarray(groups)[kept])
+    scale = gaps.std()
+    features = np.tanh(gaps / scale) if scale > 0 else np.zeros_like(gaps)
+    value = _win_rate_at_equal_length(wins, features, np.ones((1, len(wins))))[0]
+    counts = bootstrap.counts(int(numbers.max()) + 1)
+    resampled = [_win_rate_at_equal_length(wins, features, n[:, numbers]) for n in counts]
+    return bootstrap.interval(float(value), np.concatenate(resampled))
+
+
+def _win_rate_at_equal_length(wins: Floats, features: Floats, weights: Floats) -> Floats:
+    """sigmoid(a) of the penalized maximum-likelihood fits with weights [n, R], by Newton's method: [n]."""
+    a, b = np.zeros(len(weights)), np.zeros(len(weights))
+    for _ in range(NEWTON_STEPS):
+        p = 1 / (1 + np.exp(-(a[:, None] + b[:, None] * features)))
+        slope = weights * (p - wins)
+        curve = weights * p * (1 - p)
+        grad_a, grad_b = slope.sum(1) + INTERCEPT_PENALTY * a, slope @ features + LENGTH_PENALTY * b
+        h_aa, h_ab, h_bb = curve.sum(1) + INTERCEPT_PENALTY, curve @ features, curve @ features**2 + LENGTH_PENALTY
+        determinant = h_aa * h_bb - h_ab**2
+        step_a = (h_bb * grad_a - h_ab * grad_b) / determinant
+        step_b = (h_aa * grad_b - h_ab * grad_a) / determinant
+        # Full steps overshoot where nearly all rows are wins.
+        a, b = a - step_a.clip(-1, 1), b - step_b.clip(-1, 1)
+        if max(np.abs(step_a).max(), np.abs(step_b).max()) < 1e-9:
+            break
+    rate: Floats = 1 / (1 + np.exp(-a))
+    return rate
+
+
+def distinct_2(first: Sequence[str], second: Sequence[str]) -> tuple[float, float]:
+    """distinct-2 (Li et al. 2016) of two sets of texts: unique bigrams of words over all of them. Low values are repetitive.
+
+    It falls with the amount of text, so that both texts of a row are cut to the number of words of the shorter one.
+    """
+    words = [(split_words(a), split_words(b)) for a, b in zip(first, second, strict=True)]
+    cut = [(a[: min(len(a), len(b))], b[: min(len(a), len(b))]) for a, b in words]
+    return _distinct_2([a for a, _ in cut]), _distinct_2([b for _, b in cut])
+
+
+def _distinct_2(texts: Sequence[Sequence[str]]) -> float:
+    pairs = [pair for text in texts for pair in itertools.pairwise(text)]
     return len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def cohen_kappa(first: Floats, second: Floats) -> float | None:
+    """Cohen's kappa of the wins of two judges, in win, tie and loss, on the rows that both answered; None if it is undefined."""
+    both = ~(np.isnan(first) | np.isnan(second))
+    labels = [np.sign(wins[both] - 0.5).astype(int) for wins in (first, second)]
+    if not both.any() or len(set(labels[0]) | set(labels[1])) < 2:
+        return None
+    return float(cohen_kappa_score(*labels))
+
+
+def _numbers(groups: NDArray[np.generic]) -> Ints:
+    """Groups as consecutive numbers from 0."""
+    numbers: Ints = np.unique(groups, return_inverse=True)[1].ravel()
+    return numbers

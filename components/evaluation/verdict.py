@@ -2,12 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
 from components.evaluation.compare import Comparison
-from components.evaluation.statistics import Interval, bootstrap_mean, distinct_2, pairwise_wins
+from components.evaluation.judging import Judged
+from components.evaluation.statistics import (
+    Bootstrap,
+    bootstrap_mean,
+    cohen_kappa,
+    distinct_2,
+    length_controlled,
+    pairwise_wins,
+)
 from components.rlhf.config.evaluation import EvaluationConfig, GateConfig
 from components.rlhf.data.records import Completion
 
@@ -19,46 +28,91 @@ class Decision:
 
 
 def summarize(
-    comparison: Comparison, config: EvaluationConfig, *, accuracy: Mapping[str, float], seed: int
+    comparison: Comparison,
+    judges: Sequence[Judged],
+    config: EvaluationConfig,
+    *,
+    reward_accuracy: float | None,
+    seed: int,
 ) -> dict[str, float]:
     """All numbers of the comparison, with confidence intervals over prompts.
 
-    accuracy maps judge and reward_model to their accuracy on held-out human pairs, if it was measured.
+    Those of the first judge, which decides, have no prefix; those of the others start with judges/NAME/. A judge that cannot tell has no
+    win rate and no scores. reward_accuracy is the reward model's accuracy on held-out human pairs, if it was measured.
     """
-    sft, ppo = comparison.sft, comparison.ppo
-    options = {"num_resamples": config.num_bootstrap, "confidence": config.confidence, "seed": seed}
-    win_rate = bootstrap_mean(pairwise_wins(ppo.judge_scores, sft.judge_scores), **options)
-    matched = matching_rows(sft.completions, ppo.completions)
-    matched_wins = pairwise_wins(np.array(ppo.judge_scores)[matched], np.array(sft.judge_scores)[matched])
-    # Without prompts whose two responses are equal in length and ending, the rate is unknown: 0.5 in [0, 1].
-    unknown = Interval(value=0.5, low=0.0, high=1.0)
-    matched_rate = bootstrap_mean(matched_wins, **options) if len(matched_wins) else unknown
-    cut_rate = bootstrap_mean(pairwise_wins(ppo.cut_judge_scores, sft.cut_judge_scores), **options)
-    kl = bootstrap_mean(np.array(comparison.kl), **options)
+    bootstrap = Bootstrap(num_resamples=config.num_bootstrap, confidence=config.confidence, seed=seed)
+    groups, sft, ppo = comparison.groups, comparison.sft, comparison.ppo
     numbers: dict[str, float] = {
-        "num_prompts": len(comparison.prompts),
+        "num_prompts": len(set(groups)),
+        "num_samples": config.num_samples,
         "confidence": config.confidence,
-        **win_rate.named("win_rate"),
-        "num_matched": len(matched_wins),
-        **matched_rate.named("win_rate_matched"),
-        **cut_rate.named("win_rate_cut"),
-        "reward_win_rate": float(pairwise_wins(ppo.rewards, sft.rewards).mean()),
-        **kl.named("kl"),
-        **{f"{role}_accuracy": value for role, value in accuracy.items()},
     }
-    for name, scored in (("sft", sft), ("ppo", ppo)):
+    for number, judge in enumerate(judges):
+        prefix = f"judges/{judge.name}/" if number else ""
+        numbers |= {prefix + name: value for name, value in judge_numbers(judge, comparison, bootstrap).items()}
+    for a, b in combinations([judge for judge in judges if not judge.error], 2):
+        kappa = cohen_kappa(a.wins, b.wins)
+        if kappa is not None:
+            numbers[f"kappa/{a.name}/{b.name}"] = kappa
+    for name, values in (("kl", comparison.kl), ("kl_exact", comparison.exact_kl)):
+        interval = bootstrap_mean(np.array(values), groups, bootstrap)
+        numbers |= interval.named(name) if interval else {}
+    numbers["reward_win_rate"] = float(pairwise_wins(ppo.rewards, sft.rewards).mean())
+    if reward_accuracy is not None:
+        numbers["reward_model_accuracy"] = reward_accuracy
+    distinct = distinct_2([c.response for c in sft.completions], [c.response for c in ppo.completions])
+    for name, responses, distinct2 in (("sft", sft, distinct[0]), ("ppo", ppo, distinct[1])):
         numbers |= {
-            f"judge_score_{name}": float(np.mean(scored.judge_scores)),
-            f"reward_{name}": float(np.mean(scored.rewards)),
-            f"length_{name}": float(np.mean([len(c.response_ids) for c in scored.completions])),
-            f"eos_rate_{name}": float(np.mean([not c.truncated for c in scored.completions])),
-            f"distinct2_{name}": distinct_2([c.response for c in scored.completions]),
+            f"reward_{name}": float(np.mean(responses.rewards)),
+            f"length_{name}": float(np.mean([len(c.response_ids) for c in responses.completions])),
+            f"eos_rate_{name}": float(np.mean([not c.truncated for c in responses.completions])),
+            f"distinct2_{name}": distinct2,
         }
     return numbers
 
 
+def judge_numbers(judge: Judged, comparison: Comparison, bootstrap: Bootstrap) -> dict[str, float]:
+    """Win rates and scores of one judge, if it can tell; its agreement with people and what it took in any case."""
+    groups, sft, ppo = comparison.groups, comparison.sft.completions, comparison.ppo.completions
+    answered = ~np.isnan(judge.wins)
+    numbers: dict[str, float] = {
+        "num_compared": len({group for group, known in zip(groups, answered, strict=True) if known}),
+        "num_unanswered": int((~answered).sum()),
+        **{f"judge_{name}": value for name, value in judge.counts.items()},
+    }
+    agreement = judge.entry.agreement
+    if agreement is not None:
+        numbers |= {
+            "judge_accuracy": agreement.accuracy,
+            "judge_accuracy_low": agreement.low,
+            "judge_accuracy_high": agreement.high,
+            "judge_accuracy_longer": agreement.longer_wins,
+        }
+    if judge.is_pairwise and answered.any():
+        numbers["judge_consistency"] = float(np.array(judge.consistent)[answered].mean())
+    if judge.cannot_tell:
+        return numbers
+    matched = matching_rows(sft, ppo)
+    gaps = np.array(
+        [len(b.response_ids) - len(a.response_ids) for a, b in zip(sft, ppo, strict=True)], dtype=np.float64
+    )
+    rates = {
+        "win_rate": bootstrap_mean(judge.wins, groups, bootstrap),
+        "win_rate_length_controlled": length_controlled(judge.wins, gaps, groups, bootstrap),
+        "win_rate_matched": bootstrap_mean(judge.wins[matched], np.array(groups)[matched].tolist(), bootstrap),
+        "win_rate_cut": None if judge.cut_wins is None else bootstrap_mean(judge.cut_wins, groups, bootstrap),
+    }
+    for name, interval in rates.items():
+        numbers |= interval.named(name) if interval else {}
+    numbers["num_matched"] = len(matched)
+    if judge.sft_scores is not None and judge.ppo_scores is not None:
+        numbers["judge_score_sft"] = float(np.mean(judge.sft_scores))
+        numbers["judge_score_ppo"] = float(np.mean(judge.ppo_scores))
+    return numbers
+
+
 def matching_rows(sft: Sequence[Completion], ppo: Sequence[Completion]) -> NDArray[np.int64]:
-    """Indices of prompts whose two responses have the same number of tokens and the same ending (EOS or truncated)."""
+    """Indices of rows whose two responses have the same number of tokens and the same ending (EOS or truncated)."""
     rows = [
         number
         for number, (a, b) in enumerate(zip(sft, ppo, strict=True))
@@ -67,8 +121,21 @@ def matching_rows(sft: Sequence[Completion], ppo: Sequence[Completion]) -> NDArr
     return np.array(rows, dtype=np.int64)
 
 
-def decide(numbers: dict[str, float], gate: GateConfig) -> Decision:
-    """Promote if the lower end of the win rate's interval is above min_win_rate and the KL is at most max_kl."""
+def decide(numbers: Mapping[str, float], judge: Judged, gate: GateConfig) -> Decision:
+    """Promote if the lower end of the win rate's interval is above min_win_rate and the KL is at most max_kl.
+
+    There is no verdict, and nothing is promoted, if the judge cannot tell or has compared fewer than min_prompts prompts.
+    """
+    if judge.cannot_tell:
+        return Decision(
+            decision="reject", reason=f"no verdict: the judge {judge.name} cannot tell, because {judge.cannot_tell}"
+        )
+    if numbers["num_compared"] < gate.min_prompts:
+        return Decision(
+            decision="reject",
+            reason=f"no verdict: {numbers['num_compared']:.0f} prompts are too few, gate.min_prompts is {gate.min_prompts}; raise "
+            "evaluation.num_prompts",
+        )
     low, kl = numbers["win_rate_low"], numbers["kl"]
     rate = f"win rate {numbers['win_rate']:.3f} [{low:.3f}, {numbers['win_rate_high']:.3f}]"
     reasons = []

@@ -1,8 +1,8 @@
-"""Fit the judge to human ratings that no other stage trains on, and measure its accuracy on held-out human pairs."""
+"""Build the judges that compare responses in the evaluation, and measure their agreement with people on held-out pairs."""
 
 from pathlib import Path
 
-from components.rlhf.config.judge import JudgeStageConfig
+from components.rlhf.config.judge import JudgeStageConfig, as_list
 from components.rlhf.runtime.stage import StageRun, stage_program
 
 
@@ -10,45 +10,61 @@ from components.rlhf.runtime.stage import StageRun, stage_program
     "judge",
     JudgeStageConfig,
     reads={
-        "preferences": "Ratings and preference pairs of the judge.",
+        "preferences": "Ratings and preference pairs of the judges.",
         "tokenizer": "Tokenizer of the base model, which truncates texts as for the reward model.",
     },
+    may_read={"reward_model": "Second reward model, for a judge of that kind."},
     writes={
-        "judge": "Fitted judge: vocabulary and coefficients.",
+        "judge": "The judges: settings, agreement with people, and weights.",
         "metrics": "Metrics of the stage as JSON.",
         "summary": "Markdown report of the metrics.",
     },
 )
 def main(
-    run: StageRun[JudgeStageConfig], preferences: Path, tokenizer: Path, judge: Path, metrics: Path, summary: Path
+    run: StageRun[JudgeStageConfig],
+    preferences: Path,
+    tokenizer: Path,
+    reward_model: Path | None,
+    judge: Path,
+    metrics: Path,
+    summary: Path,
 ) -> None:
-    from components.judge.fit import as_markdown, fit
+    from components.judge.panel import TrainingData, build_panel, metrics_of, save_panel
+    from components.judge.summary import as_markdown
     from components.rlhf.artifacts.directory import open_artifact
     from components.rlhf.data.datasets import load_records, read_header
     from components.rlhf.data.records import PreferencePair, RatedText
     from components.rlhf.data.tokenizer import load_tokenizer
-    from components.rlhf.rewards.reward_model import pair_accuracy
+    from components.rlhf.rewards.judges import JudgeResources
+    from components.rlhf.rewards.reward_model import as_completion
 
-    base, data = open_artifact(tokenizer, "tokenizer"), open_artifact(preferences, "preferences")
+    parents = {
+        "tokenizer": open_artifact(tokenizer, "tokenizer"),
+        "preferences": open_artifact(preferences, "preferences"),
+    } | ({"reward_model": open_artifact(reward_model, "reward_model")} if reward_model else {})
     ratings = load_records(preferences, "ratings", RatedText)
-    fitted = fit(run.config.judge, ratings, load_records(preferences, "train", PreferencePair))
-    pairs, max_tokens = load_records(preferences, "heldout", PreferencePair), read_header(preferences).max_tokens
-    numbers = {
-        "heldout_accuracy": pair_accuracy(fitted, pairs, load_tokenizer(tokenizer), max_tokens=max_tokens),
-        "num_heldout_pairs": float(len(pairs)),
-        "num_ratings": float(len(ratings)),
-        "num_features": float(len(fitted.coefficients)),
-    }
+    train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
+    encoder, max_tokens = load_tokenizer(tokenizer), read_header(preferences).max_tokens
+    resources = JudgeResources(precision=run.config.model.precision, storage=run.storage, log=run.progress.log)
+    judges = build_panel(
+        as_list(run.config.judge),
+        heldout,
+        lambda pair, text: as_completion(encoder, pair, text, max_tokens=max_tokens),
+        TrainingData(ratings=ratings, pairs=train, reward_model=reward_model),
+        resources,
+        seed=run.config.seed,
+    )
+    numbers = metrics_of(judges)
     run.write_artifact(
         "judge",
         judge,
-        fitted.save,
+        lambda draft: save_panel(judges, draft),
         kind="judge",
-        parents={"tokenizer": base, "preferences": data},
-        facts={**numbers, "judge_kind": run.config.judge.kind},
+        parents=parents,
+        tokenizer_of=parents.get("reward_model"),
+        facts=numbers | {"judges": ", ".join(measured.entry.settings.title for measured in judges)},
     )
-    run.progress.log(f"accuracy {numbers['heldout_accuracy']:.1%} on {len(pairs)} held-out pairs")
-    run.write_report("summary", summary, as_markdown(numbers, fitted))
+    run.write_report("summary", summary, as_markdown(judges))
     run.write_metrics(metrics, numbers)
 
 

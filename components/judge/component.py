@@ -3,7 +3,7 @@
 from kfp import dsl
 from kfp.dsl import Input, Markdown, Metrics, Output
 
-from components.artifact_types import Judge, Preferences, Tokenizer
+from components.artifact_types import Judge, Preferences, RewardModel, Tokenizer
 from components.container import container_spec
 
 
@@ -15,17 +15,21 @@ def judge(
     metrics: Output[Metrics],
     summary: Output[Markdown],
     settings: str,
+    reward_model: Input[RewardModel] = None,
     tracking: str = "{}",
+    storage: str = "{}",
 ) -> dsl.ContainerSpec:
-    """Fit the judge to human ratings that no other stage trains on, and measure its accuracy on held-out human pairs.
+    """Build the judges that compare responses in the evaluation, and measure their agreement with people on held-out pairs.
 
     Args:
-        preferences: Ratings and pairs that only the judge is trained on.
+        preferences: Ratings and pairs that only the judges are trained on, and held-out pairs.
         tokenizer: Tokenizer of the base model, which truncates texts as for the reward model.
-        judge: Vocabulary and coefficients of the judge.
+        reward_model: Second reward model, for a judge of that kind.
+        judge: The judges: settings, agreement with people, and weights.
         metrics: Metrics of the stage.
-        summary: Markdown summary of the judge.
+        summary: Markdown summary of the judges.
         settings: Canonical JSON of JudgeStageConfig.
         tracking: Canonical JSON of TrackingConfig.
+        storage: Canonical JSON of StorageConfig: answers of endpoint judges, and access to S3.
     """
-    return container_spec("judge", "trainer", locals())
+    return container_spec("judge", "trainer", locals(), optional=("reward_model",))

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from components.ppo.experience import Experience, Learner, Models, make_experience
@@ -169,9 +170,10 @@ class PpoTrainer:
             ValidationSample(
                 iteration=iteration,
                 num_rollouts=iteration * self.rollout_batch,
-                prompt=completion.prompt.prompt,
+                prompt=completion.prompt,
+                prompt_ids=completion.prompt_ids,
+                response_ids=completion.response_ids,
                 response=completion.response,
-                num_tokens=len(completion.response_ids),
                 truncated=completion.truncated,
                 score=score,
                 kl=kl,
@@ -216,7 +218,7 @@ class PpoTrainer:
         if state is None:
             return 0
         self.kl_coef, self.history = state["kl_coef"], state["history"]
-        self.validation = [ValidationSample(**sample) for sample in state["validation"]]
+        self.validation = TypeAdapter(list[ValidationSample]).validate_python(state["validation"])
         self.evals_without_improvement = state["evals_without_improvement"]
         self.best_objective = float("-inf") if state["best_objective"] is None else state["best_objective"]
         self._sync()

@@ -60,11 +60,10 @@ def check_params(params: Params) -> None:
             f"tracking.uri is {tracking}, which is on this machine; set it to the http(s) address of an MLflow server, or to "
             "null for the server in the Secret cluster.secrets.mlflow."
         )
-    publish = params.storage.publish_uri
-    if publish and not publish.startswith("s3://"):
-        raise InputError(
-            f"storage.publish_uri is {publish}, a folder that pods do not have; set it to s3://BUCKET/PREFIX."
-        )
+    for key in ("publish_uri", "answers_uri"):
+        uri = getattr(params.storage, key)
+        if uri and not uri.startswith("s3://"):
+            raise InputError(f"storage.{key} is {uri}, a folder that pods do not have; set it to s3://BUCKET/PREFIX.")
     check_inputs(params, is_on_cluster=lambda source: is_on_mounted_volume(source, params))
 
 
@@ -80,6 +79,11 @@ def notes_on(params: Params) -> Iterator[str]:
         yield (
             "no model is published: the registered model version will name an address in the store of Kubeflow Pipelines, which "
             "MLflow may not be able to open."
+        )
+    if params.endpoint_judges and not storage.answers_uri:
+        yield (
+            "the judge's answers are not kept: a stage that is retried, and the next run, ask the endpoint again. Set storage.uri or "
+            "storage.answers_uri to s3://BUCKET/PREFIX."
         )
 
 

@@ -12,24 +12,20 @@ from components.rlhf.config.prepare_data import is_glob
 from components.rlhf.config.storage import UPLOADS
 from components.rlhf.storage.store import Store, open_store
 from components.rlhf.text.errors import InputError
-from pipelines.placement import DATA_SUFFIXES, is_within
+from pipelines.placement import DATA_SUFFIXES, is_within, model_sources
 
 Log = Callable[[str], None]
 
 
 def local_sources(params: Params) -> dict[str, Path]:
     """Models and data that only this machine has, by params key: no S3 URI, hub id, package or path under cluster.claims."""
-    sources = {
-        "model.source": params.model.source,
-        "sft.use": params.sft.use,
-        "reward_model.use": params.reward_model.use,
+    sources = model_sources(params) | {
+        f"{key}.path": source.path for key, source in params.data.keyed_sources().items()
     }
-    sources |= {f"{key}.path": source.path for key, source in params.data.keyed_sources().items()}
     return {
         key: Path(source).expanduser()
         for key, source in sources.items()
-        if source
-        and not is_on_mounted_volume(source, params)
+        if not is_on_mounted_volume(source, params)
         and (Path(source).expanduser().exists() or _is_path(source) or is_glob(source))
     }
 

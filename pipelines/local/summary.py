@@ -48,7 +48,7 @@ def build_summary(
             }
             for stage in stages
         },
-        "evaluation": {name: numbers[name] for name in EVALUATION_METRICS} if numbers else {},
+        "evaluation": {name: numbers[name] for name in EVALUATION_METRICS if name in numbers},
         "evaluation_all": numbers,
         "paths": paths,
         "open": _commands(paths, tracking_uri) if numbers else {},

@@ -157,6 +157,8 @@ class Secrets(BaseConfig):
     """Optional Secret with HF_TOKEN, for the tasks that read a model or a data set of the Hugging Face hub."""
     webhook: str | None = "rlhf-webhook"
     """Optional Secret with WEBHOOK_URL, for notify."""
+    judge: str | None = "rlhf-judge"
+    """Optional Secret with the API keys of endpoint judges, each under the name judge.api_key_variable, such as OPENAI_API_KEY."""
 
 
 class ClusterConfig(BaseConfig):

@@ -8,7 +8,9 @@ class EvaluationConfig(BaseConfig):
     """Comparison of the PPO policy with the SFT model on held-out prompts."""
 
     num_prompts: PositiveInt = 256
-    """Number of held-out prompts; each model answers every prompt once."""
+    """Number of held-out prompts."""
+    num_samples: PositiveInt = 1
+    """Number of responses of each model to every prompt."""
     sampling: SamplingConfig | None = None
     """How both models sample; null uses ppo.rollout.sampling."""
     num_bootstrap: PositiveInt = 2000
@@ -24,6 +26,8 @@ class GateConfig(BaseConfig):
     """The lower bound of the win rate's confidence interval must be above this value."""
     max_kl: NonNegative = 10.0
     """Maximum KL divergence from the SFT model, in nats per sequence."""
+    min_prompts: PositiveInt = 30
+    """Least number of prompts that the judge has compared; with fewer there is no verdict, and nothing is promoted."""
 
 
 class EvaluationStageConfig(BaseConfig):

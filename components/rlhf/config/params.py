@@ -1,5 +1,6 @@
 """The settings of a whole run (the params file), and the part of them that each stage receives."""
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -8,7 +9,16 @@ from pydantic import BaseModel, ValidationError, model_validator
 from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.cluster import TRAINING_STAGES, ClusterConfig
 from components.rlhf.config.evaluation import EvaluationConfig, GateConfig
-from components.rlhf.config.judge import JudgeConfig
+from components.rlhf.config.judge import (
+    KIND_TAG,
+    KINDS,
+    EndpointJudge,
+    Judges,
+    LinearJudge,
+    RewardModelJudge,
+    as_list,
+    require_distinct_judges,
+)
 from components.rlhf.config.model import ModelConfig, Seed, TrainingConfig, check_zero3_compatibility
 from components.rlhf.config.ppo import PpoConfig
 from components.rlhf.config.prepare_data import DataConfig
@@ -30,7 +40,8 @@ class Params(BaseConfig):
     data: DataConfig
     sft: SftConfig = SftConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
-    judge: JudgeConfig = JudgeConfig()
+    judge: Judges = LinearJudge()
+    """One judge or a list of judges; the first one decides at the gate."""
     ppo: PpoConfig = PpoConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
@@ -53,6 +64,11 @@ class Params(BaseConfig):
         return self
 
     @model_validator(mode="after")
+    def _require_distinct_judges(self) -> "Params":
+        require_distinct_judges(self.judge)
+        return self
+
+    @model_validator(mode="after")
     def _require_one_process_per_accelerator(self) -> "Params":
         for stage in TRAINING_STAGES:
             section, num = getattr(self, stage), self.cluster.num_accelerators(stage)
@@ -63,6 +79,16 @@ class Params(BaseConfig):
                     "accelerators; remove num_processes"
                 )
         return self
+
+    @property
+    def reward_model_judge(self) -> RewardModelJudge | None:
+        """The judge that is a second reward model."""
+        return next((judge for judge in as_list(self.judge) if isinstance(judge, RewardModelJudge)), None)
+
+    @property
+    def endpoint_judges(self) -> tuple[EndpointJudge, ...]:
+        """The judges behind an API."""
+        return tuple(judge for judge in as_list(self.judge) if isinstance(judge, EndpointJudge))
 
     def stage(self, config_class: type[StageConfig]) -> StageConfig:
         """The settings of one stage: only the sections that are fields of its config class."""
@@ -95,10 +121,10 @@ def short_repr(value: object) -> str:
 
 
 def _explain_one(details: dict[str, Any], model: type[BaseModel]) -> str:
-    path = [_printable_key(part) for part in details["loc"] if part not in UNION_TAGS]
+    path = [_printable_key(part) for part in details["loc"] if not _is_tag(part)]
     key = ".".join(path) or "the parameters"
     if details["type"] == "extra_forbidden":
-        valid_keys = _valid_keys(model, path[:-1])
+        valid_keys = _valid_keys(model, details["loc"][:-1])
         hint = f"valid here: {', '.join(valid_keys) or 'nothing'}"
         for match in get_close_matches(path[-1], valid_keys, n=1, cutoff=0.5):
             hint = f"did you mean {'.'.join([*path[:-1], match])}?"
@@ -106,7 +132,7 @@ def _explain_one(details: dict[str, Any], model: type[BaseModel]) -> str:
     if details["type"] == "missing":
         return f"{key} is missing"
     if details["type"] in ("model_type", "model_attributes_type"):
-        return f"{key} is {short_repr(details['input'])}: expected a section with the keys {', '.join(_valid_keys(model, path))}"
+        return f"{key} is {short_repr(details['input'])}: expected a section with the keys {', '.join(_valid_keys(model, details['loc']))}"
     message = str(details["msg"]).removeprefix("Value error, ")
     if details["type"] == "value_error":
         return f"{key}: {message}"
@@ -118,23 +144,32 @@ def _printable_key(part: str | int) -> str:
     return text if text.isprintable() and len(text) <= MAX_VALUE_CHARS else short_repr(text)
 
 
-def _valid_keys(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Valid keys of the section at path, which may contain keys of mappings and indices of lists of sections."""
-    parts = list(path)
-    while parts:
-        part = parts.pop(0)
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        section = section_in(annotation)
-        if section is None:
+def _is_tag(part: str | int) -> bool:
+    return part in UNION_TAGS or str(part).startswith(KIND_TAG)
+
+
+def _valid_keys(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
+    """Valid keys of the section at a pydantic location, which may contain tags, keys of mappings and indices of lists."""
+    sections: list[type[BaseModel]] = [model]
+    is_key_of_mapping = False
+    for part in loc:
+        kind, fields = str(part).removeprefix(KIND_TAG), sections[0].model_fields
+        if is_key_of_mapping:
+            is_key_of_mapping = False
+        elif kind != part and kind in KINDS:
+            sections = [KINDS[kind]]
+        elif part in fields:
+            annotation = fields[str(part)].annotation
+            sections = sections_in(annotation)
+            is_key_of_mapping = getattr(annotation, "__origin__", None) is dict
+        if not sections:
             return []
-        model = section
-        if getattr(annotation, "__origin__", None) in (dict, tuple) or (parts and parts[0].isdigit()):
-            parts = parts[1:]
-    return list(model.model_fields)
+    return list(sections[0].model_fields)
 
 
-def section_in(annotation: Any) -> type[BaseModel] | None:
-    """The settings class in an annotation, at any depth."""
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The settings classes in an annotation, at any depth, without duplicates."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(section_in, getattr(annotation, "__args__", ()))), None)
+        return [annotation]
+    found = [section for part in getattr(annotation, "__args__", ()) for section in sections_in(part)]
+    return list(dict.fromkeys(found))

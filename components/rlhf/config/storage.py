@@ -28,6 +28,8 @@ class StorageConfig(BaseConfig):
     """Folder or s3://BUCKET/PREFIX for checkpoints; null is the run directory here, and on a cluster a volume or URI/checkpoints."""
     publish_uri: str | None = None
     """Folder or s3://BUCKET/PREFIX for trained models, as RUN_ID/STAGE/model; null is nothing here, and URI/models on a cluster."""
+    answers_uri: str | None = None
+    """Folder or s3://BUCKET/PREFIX for the answers of endpoint judges; null is ~/.cache/kfp-rlhf, and URI/answers on a cluster."""
     endpoint_url: str | None = None
     """Endpoint of an S3 server other than AWS: http(s)://HOST:PORT."""
     region: str | None = None
@@ -48,7 +50,7 @@ class StorageConfig(BaseConfig):
             raise ValueError("write it as http://HOST:PORT or https://HOST:PORT")
         return value
 
-    @field_validator("checkpoint_uri", "uri", "publish_uri")
+    @field_validator("checkpoint_uri", "uri", "publish_uri", "answers_uri")
     @classmethod
     def _require_store_uri(cls, value: str | None) -> str | None:
         scheme, separator, rest = (value or "").partition("://")
@@ -58,7 +60,7 @@ class StorageConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _require_separate_places(self) -> "StorageConfig":
-        uris = {key: uri for key in ("checkpoint_uri", "publish_uri") if (uri := getattr(self, key))}
+        uris = {key: uri for key in ("checkpoint_uri", "publish_uri", "answers_uri") if (uri := getattr(self, key))}
         uris |= {"uri": f"{self.uri.rstrip('/')}/{UPLOADS}"} if self.uri else {}
         for (key, uri), (other_key, other) in combinations(uris.items(), 2):
             if contains(uri, other) or contains(other, uri):

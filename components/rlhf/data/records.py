@@ -112,9 +112,10 @@ class ValidationSample:
 
     iteration: int  # 0: before the first update
     num_rollouts: int  # number of responses trained on so far
-    prompt: str
+    prompt: Prompt
+    prompt_ids: list[int]
+    response_ids: list[int]
     response: str
-    num_tokens: int
     truncated: bool
     score: float  # normalized score of the reward model
     kl: float  # log-ratio to the reference in nats, summed over the response

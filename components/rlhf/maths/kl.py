@@ -34,6 +34,19 @@ def estimate_kl(
     return torch.where(mask, kl, 0)
 
 
+def exact_kl(logits: Tensor, ref_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(softmax(logits / temperature) || softmax(ref_logits / temperature)) in nats: [..., V] -> [...], in fp32 (fp64 stays fp64).
+
+    A token that logits mask (-inf) contributes 0; one that only ref_logits mask makes the KL infinite.
+    """
+    logprobs, ref_logprobs = (
+        torch.log_softmax((x if x.dtype == torch.float64 else x.float()) / temperature, dim=-1)
+        for x in (logits, ref_logits)
+    )
+    gap = torch.where(logprobs.isneginf(), 0, logprobs - ref_logprobs)
+    return (logprobs.exp() * gap).sum(-1)
+
+
 def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, num_samples: int) -> float:
     """The next KL coefficient: raised when the KL is above target, lowered when below, by at most 20% x num_samples / horizon.
 

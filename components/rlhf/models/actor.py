@@ -85,36 +85,61 @@ class Actor(nn.Module):
 
         The entropy carries no gradient and is 0 unless with_entropy.
         """
-        if states is None:
-            states = self.trunk(batch)
-        with autocast_to(self.dtype, batch.input_ids.device), adapters_enabled(self.lm, on=self.with_adapters):
-            start = 0 if states is None else self.num_frozen_layers
-            router = self._router if torch.is_grad_enabled() else None
-            output = run_layers(
-                self.lm, batch.input_ids, start=start, states=states, **({} if router is None else router.options)
-            )
-            self.router_loss = None if router is None else router(output, batch.attention_mask())
-            hidden = output.last_hidden_state
-            mask = batch.response_mask
-            rows = torch.arange(len(batch), device=hidden.device)[:, None]
-            states_before = hidden[rows, batch.state_positions()][mask]  # [N, H], N = response tokens in the batch
-            steps = torch.arange(mask.shape[1], device=hidden.device).expand_as(mask)[mask]
-            size = max(MAX_LOGITS // self.lm.config.get_text_config().vocab_size, 1)
+        mask = batch.response_mask
+        with autocast_to(self.dtype, batch.input_ids.device):
+            states_before, steps = self._states_before(batch, states)
             # Under ZeRO-3 every piece gathers the head, so all ranks need the same number of them; the last ones may be empty.
+            size = self._rows_of_logits()
             num_pieces = self.max_over_ranks(max(-(-len(steps) // size), 1))
             bounds = [min(piece * size, len(steps)) for piece in range(num_pieces + 1)]
             labels = batch.response_ids[mask]
-            pieces = [
-                self._head(states_before[a:b], labels[a:b], steps[a:b], distribution, with_entropy)
-                for a, b in pairwise(bounds)
-            ]
-        zeros = torch.zeros(mask.shape, device=hidden.device)
+            with adapters_enabled(self.lm, on=self.with_adapters):
+                pieces = [
+                    self._head(states_before[a:b], labels[a:b], steps[a:b], distribution, with_entropy)
+                    for a, b in pairwise(bounds)
+                ]
+        zeros = torch.zeros(mask.shape, device=mask.device)
         logprobs, entropies = (zeros.masked_scatter(mask, torch.cat(parts)) for parts in zip(*pieces, strict=True))
         return logprobs, entropies
+
+    @torch.no_grad()
+    def logits(
+        self, batch: TokenBatch, distribution: SamplingDistribution, states: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Logits [n, V] of the response tokens, -inf for masked stop tokens and not divided by the temperature, in pieces.
+
+        Token by token in the order of the rows; models of one vocabulary give pieces of the same sizes.
+        """
+        with autocast_to(self.dtype, batch.input_ids.device):
+            states_before, steps = self._states_before(batch, states)
+        size = self._rows_of_logits()
+        for hidden, piece in zip(torch.split(states_before, size), torch.split(steps, size), strict=True):
+            with autocast_to(self.dtype, batch.input_ids.device), adapters_enabled(self.lm, on=self.with_adapters):
+                logits = apply_head(self.lm, hidden)
+            yield distribution.mask_early_stops(logits, piece)
 
     def export_weights(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Stream this module's weights under the names of its model folder, with adapters merged."""
         return merged_weights(self.lm, ((name.removeprefix("lm."), weight) for name, weight in named))
+
+    def _rows_of_logits(self) -> int:
+        """Number of tokens whose logits are in memory at once."""
+        return max(MAX_LOGITS // int(self.lm.config.get_text_config().vocab_size), 1)
+
+    def _states_before(self, batch: TokenBatch, states: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Hidden states [N, H] before each of the N response tokens of the batch, and the position of each in its response [N]."""
+        if states is None:
+            states = self.trunk(batch)
+        with adapters_enabled(self.lm, on=self.with_adapters):
+            start = 0 if states is None else self.num_frozen_layers
+            router = self._router if torch.is_grad_enabled() else None
+            options = {} if router is None else router.options
+            output = run_layers(self.lm, batch.input_ids, start=start, states=states, **options)
+            self.router_loss = None if router is None else router(output, batch.attention_mask())
+        hidden, mask = output.last_hidden_state, batch.response_mask
+        rows = torch.arange(len(batch), device=hidden.device)[:, None]
+        steps = torch.arange(mask.shape[1], device=hidden.device).expand_as(mask)[mask]
+        return hidden[rows, batch.state_positions()][mask], steps
 
     def _head(
         self, hidden: Tensor, labels: Tensor, steps: Tensor, distribution: SamplingDistribution, with_entropy: bool

@@ -1,8 +1,10 @@
-"""Scorers of (prompt, response) pairs: the reward model and the linear judge.
+"""Scorers and pairwise judges of responses: the reward model, the linear judge, endpoints and Python functions.
 
-Imports: data, models, text.
-Packages: torch, transformers.
-Packages of linear.py: numpy, pydantic, safetensors, sklearn.
+Imports: config, data, models, storage, text.
+Packages: pydantic, torch, transformers.
+Packages of agreement.py: numpy, scipy.
+Packages of endpoint.py: requests, urllib3.
+Packages of linear.py: numpy, safetensors, scipy, sklearn.
 
 It does not depend on advantages or engines.
 """

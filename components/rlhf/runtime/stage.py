@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import click
@@ -162,23 +163,31 @@ class StageRun(Generic[Config]):
 
 
 def stage_program(
-    name: str, config_class: type[Config], *, reads: Mapping[str, str], writes: Mapping[str, str]
+    name: str,
+    config_class: type[Config],
+    *,
+    reads: Mapping[str, str],
+    writes: Mapping[str, str],
+    may_read: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Callable[..., None]], click.Command]:
     """Make a function the program of a stage, with one option per path that it reads or writes, each with its help text.
 
-    The function is called with the StageRun and the paths, by name. The docstring of its module is the help of the program.
+    may_read are inputs that may be missing; the function then gets None. It is called with the StageRun and the paths, by name. The
+    docstring of its module is the help of the program.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
-        def command(settings: str, tracking: str, storage: str, executor_input: str, **paths: Path) -> None:
+        def command(settings: str, tracking: str, storage: str, executor_input: str, **paths: Path | None) -> None:
             succeed = end_before_finalization()
             with stage_run(name, config_class, settings, tracking, storage, executor_input) as run:
                 function(run, **paths)
             succeed()
 
         options = [
-            click.option(f"--{path.replace('_', '-')}", type=click.Path(path_type=Path), required=True, help=text)
-            for path, text in {**reads, **writes}.items()
+            click.option(
+                f"--{path.replace('_', '-')}", type=click.Path(path_type=Path), required=path not in may_read, help=text
+            )
+            for path, text in {**reads, **may_read, **writes}.items()
         ]
         for option in reversed([*options, *STAGE_OPTIONS]):
             command = option(command)

@@ -2,6 +2,7 @@
 
 Imports: none.
 Packages: yaml.
+Packages of words.py: regex.
 
 It imports no other package of the library and nothing that is slow to import.
 """

@@ -2,41 +2,53 @@
 
 from collections.abc import Mapping
 
+OTHER_JUDGE = "judges/"
+
 
 def comparison_rows(numbers: Mapping[str, float]) -> list[dict[str, str]]:
     """The rows of the table, each with a name and the formatted values of SFT and PPO.
 
     Args:
-        numbers: The content of evaluation.json. Accuracies that were not measured are left out of the table.
+        numbers: The content of evaluation.json. What was not measured is left out of the table.
     """
 
-    def interval(name: str) -> str:
-        return f"{numbers[name]:.3f} [{numbers[f'{name}_low']:.3f}, {numbers[f'{name}_high']:.3f}]"
+    def interval(key: str) -> str:
+        return f"{numbers[key]:.3f} [{numbers[f'{key}_low']:.3f}, {numbers[f'{key}_high']:.3f}]"
 
-    def both(name: str, key: str, form: str) -> dict[str, str]:
-        return {"name": name, "sft": format(numbers[f"{key}_sft"], form), "ppo": format(numbers[f"{key}_ppo"], form)}
+    def one(name: str, key: str, form: str = "") -> list[dict[str, str]]:
+        """A number of the comparison: with its interval, or in a form."""
+        if key not in numbers:
+            return []
+        return [{"name": name, "sft": "", "ppo": format(numbers[key], form) if form else interval(key)}]
 
-    return [
-        {
-            "name": f"win rate (judge), [{100 * numbers['confidence']:g}% interval]",
-            "sft": "",
-            "ppo": interval("win_rate"),
-        },
-        {
-            "name": f"win rate at equal length and ending ({numbers['num_matched']:.0f} prompts)",
-            "sft": "",
-            "ppo": interval("win_rate_matched"),
-        },
-        {"name": "win rate, both cut to equal length", "sft": "", "ppo": interval("win_rate_cut")},
-        both("judge score", "judge_score", ".3f"),
-        both("reward model score", "reward", ".3f"),
-        {"name": "KL to SFT (nats per response)", "sft": "0", "ppo": interval("kl")},
-        both("length (tokens)", "length", ".1f"),
-        both("EOS rate", "eos_rate", ".1%"),
-        both("distinct-2", "distinct2", ".3f"),
-        *(
-            {"name": f"{scorer} accuracy (held-out human pairs)", "sft": "", "ppo": f"{numbers[key]:.1%}"}
-            for scorer, key in (("judge", "judge_accuracy"), ("reward model", "reward_model_accuracy"))
-            if key in numbers
+    def both(name: str, key: str, form: str) -> list[dict[str, str]]:
+        if f"{key}_sft" not in numbers:
+            return []
+        return [{"name": name, "sft": format(numbers[f"{key}_sft"], form), "ppo": format(numbers[f"{key}_ppo"], form)}]
+
+    ends = f", [{100 * numbers['confidence']:g}% interval]"
+    others = [key.split("/")[1] for key in numbers if key.startswith(OTHER_JUDGE) and key.endswith("/num_compared")]
+    rows = [
+        *one(f"win rate (judge){ends}", "win_rate"),
+        *one("win rate, length-controlled", "win_rate_length_controlled"),
+        *one(
+            f"win rate at equal length and ending ({numbers.get('num_matched', 0):.0f} responses)", "win_rate_matched"
         ),
+        *one("win rate, both cut to equal length", "win_rate_cut"),
+        *[row for name in others for row in one(f"win rate ({name})", f"{OTHER_JUDGE}{name}/win_rate")],
+        *both("judge score", "judge_score", ".3f"),
+        *both("reward model score", "reward", ".3f"),
+        *one("KL to SFT (nats per response)", "kl"),
+        *one("KL to SFT, exact per token", "kl_exact"),
+        *both("length (tokens)", "length", ".1f"),
+        *both("EOS rate", "eos_rate", ".1%"),
+        *both("distinct-2 at equal length", "distinct2", ".3f"),
+        *one("judge agreement with people (held-out pairs)", "judge_accuracy"),
+        *[
+            row
+            for name in others
+            for row in one(f"{name} agreement with people", f"{OTHER_JUDGE}{name}/judge_accuracy")
+        ],
+        *one("reward model accuracy (held-out human pairs)", "reward_model_accuracy", ".1%"),
     ]
+    return [row | {"sft": "0"} if row["name"].startswith("KL to SFT") else row for row in rows]

@@ -128,7 +128,7 @@ def test_misspelled_key_gets_closest_match(path: str, match: str) -> None:
 
 def test_unknown_key_gets_all_valid_keys() -> None:
     message = error_message(with_value("gate.xyzzy", 1))
-    assert message == "gate.xyzzy is not a parameter; valid here: min_win_rate, max_kl."
+    assert message == "gate.xyzzy is not a parameter; valid here: min_win_rate, max_kl, min_prompts."
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ SECTIONS = {
     PrepareDataStageConfig: {"data", "num_evaluation_prompts", "seed"},
     SftStageConfig: {"model", "sft", "checkpoint", "seed"},
     RewardModelStageConfig: {"model", "reward_model", "sampling", "checkpoint", "seed"},
-    JudgeStageConfig: {"judge", "seed"},
+    JudgeStageConfig: {"model", "judge", "seed"},
     PpoStageConfig: {"model", "ppo", "checkpoint", "seed"},
     EvaluationStageConfig: {"model", "evaluation", "sampling", "gate", "seed"},
 }

@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
+from components.rlhf.config.judge import LinearJudge as LinearConfig
 from components.rlhf.data.records import RatedText
-from components.rlhf.rewards.linear import FEATURES, WEIGHTS, fit_to_ratings, load_judge
+from components.rlhf.rewards.linear import FEATURES, WEIGHTS, fit_to_ratings, load_linear_judge
 from components.rlhf.text.errors import InputError
 from tests.support.hostile_input import result_or_refusal
 
@@ -25,18 +26,18 @@ JSON = st.recursive(
 )
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(params=["words", "both"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     rated = [
         RatedText(prompt="a film", completion=f" that is {word}", rating=rating)
         for word, rating in (("good", 2.0), ("bad", -2.0))
     ]
-    fit_to_ratings(rated, max_ngram=2, regularisation=1.0).save(tmp_path)
+    fit_to_ratings(rated, LinearConfig(features=request.param)).save(tmp_path)
     return tmp_path
 
 
 def check(folder: Path) -> None:
-    judge = result_or_refusal(lambda: load_judge(folder))
+    judge = result_or_refusal(lambda: load_linear_judge(folder))
     if judge is not None:
         scores = judge.score_texts(["a film that is good", "", "unknown words only"])
         assert scores.shape == (3,) and torch.isfinite(scores).all()
@@ -46,13 +47,18 @@ def check(folder: Path) -> None:
 @given(data=st.data())
 def test_arbitrary_features_json(folder: Path, data: st.DataObject) -> None:
     content: dict[str, Any] = json.loads((folder / FEATURES).read_text(encoding="utf-8"))
-    match data.draw(st.integers(0, 3)):
+    vocabulary = data.draw(st.sampled_from(content["vocabularies"]))
+    match data.draw(st.integers(0, 5)):
         case 0:
-            content[data.draw(st.sampled_from(["max_ngram", "vocabulary"]) | st.text(max_size=5))] = data.draw(JSON)
+            vocabulary[data.draw(st.sampled_from(sorted(vocabulary)) | st.text(max_size=5))] = data.draw(JSON)
         case 1:
-            content["vocabulary"][data.draw(st.sampled_from(sorted(content["vocabulary"])))] = data.draw(JSON)
+            vocabulary["terms"][data.draw(st.sampled_from(sorted(vocabulary["terms"])))] = data.draw(JSON)
         case 2:
-            del content[data.draw(st.sampled_from(sorted(content)))]
+            del vocabulary[data.draw(st.sampled_from(sorted(vocabulary)))]
+        case 3:
+            content[data.draw(st.just("vocabularies") | st.text(max_size=5))] = data.draw(JSON)
+        case 4:
+            content["vocabularies"] = data.draw(st.lists(st.sampled_from(content["vocabularies"]) | JSON, max_size=3))
         case _:
             content = data.draw(JSON)
     good = (folder / FEATURES).read_bytes()
@@ -98,20 +104,60 @@ INVALID_HEADERS = {
 def test_invalid_safetensors_header_is_rejected(folder: Path, content: bytes) -> None:
     (folder / WEIGHTS).write_bytes(content)
     with pytest.raises(InputError, match="is not a loadable judge"):
-        load_judge(folder)
+        load_linear_judge(folder)
     check(folder)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
-@pytest.mark.parametrize("name", ["idf", "coefficients", "intercept"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+@pytest.mark.parametrize("name", ["idf_words", "idf_characters", "coefficients", "intercept"])
+@pytest.mark.parametrize("folder", ["both"], indirect=True)
 def test_non_finite_weights_are_rejected(folder: Path, name: str, value: float) -> None:
-    judge = load_judge(folder)
-    weights = {
-        "idf": judge.vectorizer.idf_,
-        "coefficients": judge.coefficients,
-        "intercept": np.array([judge.intercept]),
-    }
-    weights[name] = weights[name] * 0 + value
+    weights = load_file(folder / WEIGHTS)
+    weights[name][-1] = value
     save_file(weights, folder / WEIGHTS)
     with pytest.raises(InputError, match="a weight is not finite"):
-        load_judge(folder)
+        load_linear_judge(folder)
+
+
+@pytest.mark.parametrize("name", ["idf_words", "idf_characters", "coefficients", "intercept"])
+@pytest.mark.parametrize("folder", ["both"], indirect=True)
+def test_weights_of_another_shape_are_rejected(folder: Path, name: str) -> None:
+    good = load_file(folder / WEIGHTS)
+    without = {key: values for key, values in good.items() if key != name}
+    for weights in (
+        without,
+        without | {name: good[name][1:]},
+        without | {name: np.append(good[name], 1.0)},
+        without | {name: good[name][None]},
+        good | {"another": good[name]},
+    ):
+        save_file(weights, folder / WEIGHTS)
+        with pytest.raises(InputError, match="one number per n-gram"):
+            load_linear_judge(folder)
+    save_file(good, folder / WEIGHTS)
+    check(folder)
+    assert load_linear_judge(folder).intercept == good["intercept"][0]
+
+
+WORDS = {"analyzer": "words", "max_ngram": 1, "terms": {"good": 0}}
+INVALID_FEATURES: dict[str, tuple[Any, str]] = {
+    "no vocabulary": ([], "at least 1 item"),
+    "one analyzer twice": ([WORDS, WORDS], "two vocabularies have one analyzer"),
+    "three vocabularies": ([WORDS, WORDS | {"analyzer": "characters"}, WORDS], "at most 2 items"),
+    "unknown analyzer": ([WORDS | {"analyzer": "pickle"}], "analyzer"),
+    "no terms": ([WORDS | {"terms": {}}], "at least 1 item"),
+    "an index is missing": ([WORDS | {"terms": {"good": 0, "bad": 2}}], "not 0 to its size - 1"),
+    "an index occurs twice": ([WORDS | {"terms": {"good": 0, "bad": 0}}], "not 0 to its size - 1"),
+    "a negative index": ([WORDS | {"terms": {"good": 0, "bad": -1}}], "not 0 to its size - 1"),
+    "n-grams of length 0": ([WORDS | {"max_ngram": 0}], "max_ngram"),
+    "n-grams of any length": ([WORDS | {"max_ngram": 10**9}], "max_ngram"),
+    "an unknown key": ([WORDS | {"tokenizer": "os.system"}], "tokenizer"),
+}
+
+
+@pytest.mark.parametrize(("vocabularies", "reason"), INVALID_FEATURES.values(), ids=INVALID_FEATURES.keys())
+@pytest.mark.parametrize("folder", ["words"], indirect=True)
+def test_invalid_vocabularies_are_rejected(folder: Path, vocabularies: Any, reason: str) -> None:
+    (folder / FEATURES).write_text(json.dumps({"vocabularies": vocabularies}), encoding="utf-8")
+    with pytest.raises(InputError, match=f"is not a loadable judge.*{reason}"):
+        load_linear_judge(folder)

@@ -1,0 +1,126 @@
+"""Asks every judge which of two responses is better, and whether its answers can be relied on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from components.evaluation.compare import Comparison
+from components.evaluation.statistics import Floats, pairwise_wins
+from components.rlhf.data.records import Completion, ValidationSample
+from components.rlhf.rewards.judges import JudgeEntry, JudgeResources, OpenJudge, open_judge, read_judges
+from components.rlhf.text.errors import InputError
+
+MIN_ANSWERED = 0.9  # of the rows, for a verdict: what a judge does not answer is not left out at random
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What one judge says about the rows of a comparison."""
+
+    entry: JudgeEntry
+    wins: Floats  # [R] of PPO over the fine-tuned model: 1, 0, 0.5 for a tie; nan without an answer
+    consistent: list[bool]  # [R]: the same answer in both orders
+    sft_scores: list[float] | None = None  # None for a judge that gives no scores, and in the next four
+    ppo_scores: list[float] | None = None
+    cut_wins: Floats | None = None  # of the responses that are cut to equal length
+    validation_scores: list[float] | None = None  # of the samples of PPO's validation passes
+    counts: dict[str, float] = field(default_factory=dict)  # requests, tokens and cost of an endpoint
+    error: str = ""  # why it could not be asked
+
+    @property
+    def name(self) -> str:
+        return self.entry.settings.title
+
+    @property
+    def is_pairwise(self) -> bool:
+        """Whether the judge read two responses at a time, in both orders."""
+        return not self.error and self.ppo_scores is None
+
+    @property
+    def cannot_tell(self) -> str:
+        """Why this judge gives no verdict, as the end of a sentence; empty if it gives one."""
+        if self.error:
+            return self.error
+        if self.entry.cannot_tell:
+            return self.entry.cannot_tell
+        answered = float((~np.isnan(self.wins)).mean())
+        if answered < MIN_ANSWERED:
+            reasons = [
+                f"{self.counts[name]:.0f} {name}"
+                for name in ("refused", "unreadable", "rejected")
+                if self.counts.get(name)
+            ]
+            why = f" ({', '.join(reasons)})" if reasons else ""
+            return f"it answered only {answered:.0%} of the comparisons{why}"
+        return ""
+
+
+def judge_all(
+    folder: Path, comparison: Comparison, validation: Sequence[ValidationSample], resources: JudgeResources
+) -> list[Judged]:
+    """The answers of all judges of the artifact in folder, the deciding one first. A judge that fails is no error."""
+    return [judge_one(entry, folder, comparison, validation, resources) for entry in read_judges(folder)]
+
+
+def judge_one(
+    entry: JudgeEntry,
+    folder: Path,
+    comparison: Comparison,
+    validation: Sequence[ValidationSample],
+    resources: JudgeResources,
+) -> Judged:
+    name, num_rows = entry.settings.title, len(comparison.groups)
+    try:
+        judged = _ask(open_judge(entry, folder, resources), comparison, validation)
+    except InputError as error:
+        wins = np.full(num_rows, np.nan)
+        judged = Judged(entry=entry, wins=wins, consistent=[False] * num_rows, error=str(error).rstrip("."))
+    problem = judged.cannot_tell
+    resources.log(
+        f"judge {name} cannot tell, because {problem}" if problem else f"judge {name} compared {num_rows} pairs"
+    )
+    return judged
+
+
+def _ask(judge: OpenJudge, comparison: Comparison, validation: Sequence[ValidationSample]) -> Judged:
+    sft, ppo = comparison.sft, comparison.ppo
+    if judge.scorer is None:
+        preferences = judge.pairwise.compare(ppo.completions, sft.completions)
+        return Judged(
+            entry=judge.entry,
+            wins=preferences.wins.double().numpy(),
+            consistent=preferences.consistent.tolist(),
+            counts=preferences.counts,
+        )
+    # In one call, because a call may start a process.
+    parts = [sft.completions, ppo.completions, sft.cut, ppo.cut, [as_completion(sample) for sample in validation]]
+    scores = judge.scorer.score([completion for part in parts for completion in part]).tolist()
+    take = _taker(scores)
+    sft_scores, ppo_scores, cut_sft, cut_ppo, validation_scores = (take(len(part)) for part in parts)
+    return Judged(
+        entry=judge.entry,
+        wins=pairwise_wins(ppo_scores, sft_scores),
+        consistent=[True] * len(ppo_scores),
+        sft_scores=sft_scores,
+        ppo_scores=ppo_scores,
+        cut_wins=pairwise_wins(cut_ppo, cut_sft),
+        validation_scores=validation_scores,
+    )
+
+
+def _taker(values: Sequence[float]) -> Callable[[int], list[float]]:
+    remaining = iter(values)
+    return lambda count: [next(remaining) for _ in range(count)]
+
+
+def as_completion(sample: ValidationSample) -> Completion:
+    return Completion(
+        prompt=sample.prompt,
+        prompt_ids=sample.prompt_ids,
+        response_ids=sample.response_ids,
+        response=sample.response,
+        logprobs=None,
+        truncated=sample.truncated,
+    )

@@ -1,0 +1,156 @@
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.rlhf.config.judge import FunctionJudge
+from components.rlhf.data.records import Completion, Prompt
+from components.rlhf.rewards.function import FunctionScorer
+from components.rlhf.text.errors import InputError
+
+
+def completions(*responses: str) -> list[Completion]:
+    return [
+        Completion(
+            prompt=Prompt(prompt=f"prompt {i}"),
+            prompt_ids=[1],
+            response_ids=[2],
+            response=response,
+            logprobs=None,
+            truncated=False,
+        )
+        for i, response in enumerate(responses)
+    ]
+
+
+def scorer_of(source: str, *, function: str = "mine:score", **config: Any) -> FunctionScorer:
+    return FunctionScorer(FunctionJudge(kind="function", function=function, source=source, **config))
+
+
+def test_function_gets_prompts_and_responses() -> None:
+    source = "def score(prompts, responses):\n    return [len(r) + 0.5 * (p == 'prompt 1') for p, r in zip(prompts, responses)]"
+    scores = scorer_of(source).score(completions("four", "", "naïve 映画 😀\n"))
+    assert scores.tolist() == [4.0, 0.5, 11.0]
+
+
+@pytest.mark.parametrize(
+    "returned",
+    ["[1, 2]", "(1, 2.0)", "numpy.array([1, 2])", "torch.tensor([1.0, 2.0])", "iter([True, 2])", "range(1, 3)"],
+)
+def test_any_sequence_of_numbers_is_accepted(returned: str) -> None:
+    source = f"import numpy, torch\ndef score(prompts, responses):\n    return {returned}"
+    assert scorer_of(source).score(completions("a", "b")).tolist() == [1.0, 2.0]
+
+
+def test_module_may_be_dotted_or_installed() -> None:
+    source = "def rate(prompts, responses):\n    return [1.0 for _ in responses]"
+    assert scorer_of(source, function="team.judges.mine:rate").score(completions("a")).tolist() == [1.0]
+    with pytest.raises(InputError, match=r"statistics:fmean raised TypeError"):  # found, and called with two lists
+        scorer_of("", function="statistics:fmean").score(completions("a"))
+
+
+def test_function_may_print(capfd: pytest.CaptureFixture[str]) -> None:
+    source = "print('loading')\ndef score(prompts, responses):\n    print('{\"scores\": [9]}')\n    return [1.0]"
+    assert scorer_of(source).score(completions("a")).tolist() == [1.0]
+    assert "loading" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("raise ValueError('bad\\nday')", "raised ValueError: bad day"),
+        ("return [1.0]", "returned 1 scores for 2 responses"),
+        ("return [1.0, 2.0, 3.0]", "returned 3 scores for 2 responses"),
+        ("return [1.0, float('nan')]", "scored the response 'two' as nan"),
+        ("return [float('inf'), 1.0]", "scored the response 'one' as inf"),
+        ("return None", "raised TypeError: 'NoneType' object is not iterable"),
+        ("return ['good', 'bad']", "raised ValueError: could not convert string to float"),
+        ("return [[1.0], [2.0]]", "raised TypeError: float"),
+        ("import sys; sys.exit(3)", "raised SystemExit: 3"),
+        ("import os; os._exit(0)", "ended without a result"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "ended without a result"),
+        ("import missing_package_x", "raised ModuleNotFoundError: No module named 'missing_package_x'"),
+        ("return [1e300, -1e300]", "scored the response 'one' as inf"),
+    ],
+)
+def test_failure_is_one_sentence(body: str, problem: str) -> None:
+    source = f"def score(prompts, responses):\n    {body}"
+    with pytest.raises(InputError) as error:
+        scorer_of(source).score(completions("one", "two"))
+    assert str(error.value).startswith(f"The judge's function mine:score {problem}")
+    assert str(error.value).endswith("; correct the function.")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [("def score(:", "raised SyntaxError"), ("x = 1", "raised AttributeError"), ("1 / 0", "raised ZeroDivisionError")],
+)
+def test_module_that_cannot_be_imported(source: str, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        scorer_of(source).score(completions("one"))
+
+
+def test_function_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
+    source = f"""
+import subprocess, sys, time
+def score(prompts, responses):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
+    time.sleep(60)
+"""
+    with pytest.raises(
+        InputError, match=r"did not return within 3 seconds; raise judge.timeout_seconds if it needs more"
+    ):
+        scorer_of(source, timeout_seconds=3).score(completions("one"))
+    child = int((tmp_path / "child").read_text())
+    assert has_ended(child)
+
+
+def test_function_ends_with_a_stage_that_is_killed(tmp_path: Path) -> None:
+    """The stage is killed while the function runs; nothing is left behind."""
+    program = f"""
+from components.rlhf.rewards.function import FunctionScorer
+from components.rlhf.config.judge import FunctionJudge
+from tests.rlhf.rewards.test_function import completions
+source = "import os, time\\ndef score(p, r):\\n    open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid()))\\n    time.sleep(60)"
+FunctionScorer(FunctionJudge(kind="function", function="mine:score", source=source)).score(completions("a"))
+"""
+    root = Path(__file__).resolve().parents[3]
+    stage = subprocess.Popen([sys.executable, "-c", program], cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline and stage.poll() is None
+        time.sleep(0.05)
+    stage.send_signal(signal.SIGKILL)
+    stage.wait()
+    assert has_ended(int((tmp_path / "pid").read_text()))
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process that is not our child ends within 10 seconds (a zombie has ended)."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_no_responses_start_no_process() -> None:
+    assert scorer_of("raise Exception").score([]).shape == (0,)
+
+
+def test_scores_keep_their_order_in_large_calls() -> None:
+    source = "def score(prompts, responses):\n    return [float(r) for r in responses]"
+    scores = scorer_of(source).score(completions(*map(str, range(3000))))
+    assert scores.tolist() == list(range(3000)) and not math.isnan(scores.sum().item())
