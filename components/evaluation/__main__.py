@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from components.rlhf.config.evaluation import EvaluationStageConfig
+from components.rlhf.config.judge import as_list
 from components.rlhf.runtime.stage import StageRun, stage_program
 
 
@@ -43,19 +44,19 @@ def main(
     from components.rlhf.artifacts.directory import open_inputs
     from components.rlhf.data.datasets import load_records
     from components.rlhf.data.records import Prompt, ValidationSample
-    from components.rlhf.rewards.judges import JudgeResources
+    from components.rlhf.rewards.judges import JudgeResources, read_judges_of
     from components.rlhf.runtime.executor import write_parameter
 
     config, compared = run.config, dict(sft_model=sft_model, reward_model=reward_model)
     inputs = open_inputs(**compared, judge=judge, policy_model=policy, prompts=prompts)
+    entries = read_judges_of(as_list(config.judge), judge)
     heldout_prompts = load_records(prompts, "heldout", Prompt)[: config.evaluation.num_prompts]
     comparison = compare(config, heldout_prompts, **compared, policy=policy, progress=run.progress)
     resources = JudgeResources(precision=run.config.model.precision, storage=run.storage, log=run.progress.log)
     validation = load_records(policy, "validation", ValidationSample)
-    judges = judge_all(judge, comparison, validation, resources)
+    judges = judge_all(entries, judge, comparison, validation, resources)
     accuracy = inputs["reward_model"].facts.get("heldout_accuracy")
-    reward_accuracy = None if accuracy is None else float(accuracy)
-    numbers = summarize(comparison, judges, config.evaluation, reward_accuracy=reward_accuracy, seed=config.seed)
+    numbers = summarize(comparison, judges, config.evaluation, reward_accuracy=accuracy, seed=config.seed)
     training, verdict = judge_curve(validation, judges), decide(numbers, judges[0], config.gate)
     run.write_artifact(
         "evaluation",
@@ -65,8 +66,8 @@ def main(
         parents=inputs,
         facts={**numbers, "decision": verdict.decision, "reason": verdict.reason},
     )
-    report = as_html(comparison, judges, numbers, verdict, training, seed=config.seed)
-    run.write_report("report", writes["report"], report)
+    page = as_html(comparison, judges, numbers, verdict, training, seed=config.seed)
+    run.write_report("report", writes["report"], page)
     run.write_report("summary", writes["summary"], as_markdown(numbers, judges, verdict))
     run.write_metrics(writes["metrics"], numbers)
     write_parameter(writes["decision"], verdict.decision)

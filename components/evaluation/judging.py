@@ -9,7 +9,7 @@ import numpy as np
 from components.evaluation.compare import Comparison
 from components.evaluation.statistics import Floats, pairwise_wins
 from components.rlhf.data.records import Completion, ValidationSample
-from components.rlhf.rewards.judges import JudgeEntry, JudgeResources, OpenJudge, open_judge, read_judges
+from components.rlhf.rewards.judges import JudgeEntry, JudgeResources, OpenJudge, open_judge
 from components.rlhf.text.errors import InputError
 
 MIN_ANSWERED = 0.9  # of the rows, for a verdict: what a judge does not answer is not left out at random
@@ -58,10 +58,14 @@ class Judged:
 
 
 def judge_all(
-    folder: Path, comparison: Comparison, validation: Sequence[ValidationSample], resources: JudgeResources
+    entries: Sequence[JudgeEntry],
+    folder: Path,
+    comparison: Comparison,
+    validation: Sequence[ValidationSample],
+    resources: JudgeResources,
 ) -> list[Judged]:
     """The answers of all judges of the artifact in folder, the deciding one first. A judge that fails is no error."""
-    return [judge_one(entry, folder, comparison, validation, resources) for entry in read_judges(folder)]
+    return [judge_one(entry, folder, comparison, validation, resources) for entry in entries]
 
 
 def judge_one(

@@ -32,7 +32,7 @@ def summarize(
     judges: Sequence[Judged],
     config: EvaluationConfig,
     *,
-    reward_accuracy: float | None,
+    reward_accuracy: str | int | float | None,
     seed: int,
 ) -> dict[str, float]:
     """All numbers of the comparison, with confidence intervals over prompts.
@@ -59,7 +59,7 @@ def summarize(
         numbers |= interval.named(name) if interval else {}
     numbers["reward_win_rate"] = float(pairwise_wins(ppo.rewards, sft.rewards).mean())
     if reward_accuracy is not None:
-        numbers["reward_model_accuracy"] = reward_accuracy
+        numbers["reward_model_accuracy"] = float(reward_accuracy)
     distinct = distinct_2([c.response for c in sft.completions], [c.response for c in ppo.completions])
     for name, responses, distinct2 in (("sft", sft, distinct[0]), ("ppo", ppo, distinct[1])):
         numbers |= {

@@ -1,6 +1,7 @@
 """Settings of the evaluation on held-out prompts and of the promotion gate."""
 
 from components.rlhf.config.base import BaseConfig, Fraction, NonNegative, PositiveInt
+from components.rlhf.config.judge import Judges, LinearJudge
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed
 
 
@@ -35,4 +36,5 @@ class EvaluationStageConfig(BaseConfig):
     evaluation: EvaluationConfig
     sampling: SamplingConfig
     gate: GateConfig
+    judge: Judges = LinearJudge()
     seed: Seed

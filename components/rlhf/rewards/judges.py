@@ -104,6 +104,17 @@ def read_judges(directory: Path) -> list[JudgeEntry]:
     return entries
 
 
+def read_judges_of(configs: Sequence[Judge], directory: Path) -> list[JudgeEntry]:
+    """The entries of a judge artifact. Raises InputError unless they are the judges of the settings.
+
+    Their code and addresses come from the settings of a run, never from a file that another one may have written.
+    """
+    entries = read_judges(directory)
+    if [entry.settings for entry in entries] != list(configs):
+        raise InputError(f"{directory} has other judges than the settings of this run; run the judge stage again.")
+    return entries
+
+
 def open_judge(entry: JudgeEntry, directory: Path, resources: JudgeResources) -> OpenJudge:
     """Load a judge. directory is the artifact, which holds the weights of the judges that have any."""
     config, folder = entry.settings, directory / entry.settings.title
