@@ -41,7 +41,10 @@ def pairs_of(number: int, *, start: int = 0) -> list[PreferencePair]:
 def coin_pairs(number: int) -> list[PreferencePair]:
     """Answers of random words, of which a coin chose one."""
     rng = random.Random(0)
-    texts = [" ".join(rng.choices(["some", "words", "without", "any", "meaning", "at", "all"], k=6)) for _ in range(2 * number)]
+    texts = [
+        " ".join(rng.choices(["some", "words", "without", "any", "meaning", "at", "all"], k=6))
+        for _ in range(2 * number)
+    ]
     return [
         PreferencePair(prompt=f"question {i} ", chosen=f"{texts[2 * i]} {i}", rejected=f"{texts[2 * i + 1]} {i}")
         for i in range(number)

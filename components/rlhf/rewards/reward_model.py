@@ -12,7 +12,7 @@ from components.rlhf.data.records import Completion, PreferencePair, Prompt, is_
 from components.rlhf.data.tokenizer import decode_response, encode_text, load_tokenizer
 from components.rlhf.models.loading import is_scored_as_text, load_scalar_lm, reward_normalization
 from components.rlhf.models.scalar import ScalarModel
-from components.rlhf.rewards.protocol import ComputedStates, Scorer
+from components.rlhf.rewards.protocol import ComputedStates, Scorer, compare_scores
 from components.rlhf.rewards.text import TextScorer
 
 
@@ -90,9 +90,9 @@ def pair_accuracy(
     max_tokens: int,
     complete: bool = True,
 ) -> float:
-    """Fraction of pairs whose chosen text scores strictly higher; a tie counts as wrong."""
+    """Fraction of pairs whose chosen text scores higher; ties are halves."""
     chosen, rejected = (
         scorer.score([as_completion(tokenizer, p, text, max_tokens=max_tokens, complete=complete) for p, text in texts])
         for texts in ([(p, p.chosen) for p in pairs], [(p, p.rejected) for p in pairs])
     )
-    return float((chosen > rejected).float().mean())
+    return float(compare_scores(chosen, rejected).wins.mean())

@@ -120,7 +120,7 @@ def pair(chosen: str, rejected: str) -> PreferencePair:
     return PreferencePair(prompt="a prompt", chosen=chosen, rejected=rejected)
 
 
-def test_tie_counts_as_wrong(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tie_counts_as_half(tokenizer: PreTrainedTokenizerBase) -> None:
     correct, wrong, tie = pair("longer", "short"), pair("short", "longer"), pair("same", "even")
 
     def accuracy(*pairs: PreferencePair) -> float:
@@ -128,8 +128,8 @@ def test_tie_counts_as_wrong(tokenizer: PreTrainedTokenizerBase) -> None:
 
     assert accuracy(correct) == 1
     assert accuracy(wrong) == 0
-    assert accuracy(tie) == 0
-    assert accuracy(correct, wrong, tie, correct) == 0.5
+    assert accuracy(tie) == 0.5
+    assert accuracy(correct, wrong, tie, correct) == 2.5 / 4
 
 
 def test_texts_are_scored_in_the_form_of_responses(tokenizer: PreTrainedTokenizerBase) -> None:
