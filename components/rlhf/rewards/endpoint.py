@@ -23,7 +23,7 @@ from components.rlhf.rewards.protocol import Preferences
 from components.rlhf.text.errors import InputError, RetryableError
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-MAX_WAIT_SECONDS, MAX_RETRY_AFTER_SECONDS, LOG_SECONDS = 60, 300, 15.0
+MAX_WAIT_SECONDS, MAX_RETRY_AFTER_SECONDS, LOG_SECONDS = 60, 120, 15.0
 # How the two responses are shown and what the answer must look like follows the pairwise prompt of MT-Bench (Zheng et al. 2023).
 INSTRUCTION = "Which response is better? You may think first, but end your answer with exactly one of [[A]], [[B]], or [[C]] for a tie."
 VERDICT = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
@@ -108,6 +108,10 @@ class EndpointJudge:
         answers = {key: answer for key in keys if (answer := self.answers.get(key))}
         missing = {key: body for key, body in zip(keys, bodies, strict=True) if key not in answers}
         counts["cached"] += len(answers)
+        if missing:
+            self.log(
+                f"asking {self.config.model} {len(missing):,} questions; {len(answers):,} are answered in the cache"
+            )
         rejections: list[str] = []
         executor = ThreadPoolExecutor(self.config.max_concurrency)
         try:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.rlhf.maths.kl import KlEstimator, adapt_kl_coef, estimate_kl
+from components.rlhf.maths.kl import KlEstimator, adapt_kl_coef, estimate_kl, exact_kl
 from tests.support.random_batches import GARBAGE, doubles, equal, ragged, randn, spoil
 
 ESTIMATORS = get_args(KlEstimator)
@@ -86,6 +86,106 @@ def test_permuting_the_batch_permutes_the_result() -> None:
     order = torch.tensor([2, 0, 3, 1])
     got = estimate_kl(POLICY[order], REFERENCE[order], MASK[order], "k3")
     assert equal(got, estimate_kl(POLICY, REFERENCE, MASK, "k3")[order])
+
+
+# The exact KL of two distributions.
+
+
+def slow_exact_kl(logits: list[float], ref_logits: list[float], temperature: float) -> float:
+    """sum of p (log p - log q) over the tokens that p can sample, one at a time."""
+
+    def log_normalizer(values: list[float]) -> float:
+        largest = max(values)
+        return largest + math.log(sum(math.exp(v - largest) for v in values))
+
+    p, q = ([x / temperature for x in values] for values in (logits, ref_logits))
+    total = 0.0
+    for i in range(len(p)):
+        if p[i] > -math.inf:
+            logprob = p[i] - log_normalizer(p)
+            total += math.exp(logprob) * (logprob - (q[i] - log_normalizer(q)))
+    return total
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_exact_kl_equals_a_double_loop(temperature: float) -> None:
+    logits, ref_logits = 3 * randn(4, 5, 11), 3 * randn(4, 5, 11, seed=1)
+    got = exact_kl(logits, ref_logits, temperature)
+    expected = [
+        [slow_exact_kl(logits[i, t].tolist(), ref_logits[i, t].tolist(), temperature) for t in range(5)]
+        for i in range(4)
+    ]
+    assert equal(got, expected)
+    fp32 = exact_kl(logits.float(), ref_logits.float(), temperature)
+    assert fp32.dtype == torch.float32
+    assert torch.allclose(fp32.double(), got, rtol=1e-5, atol=1e-5)
+
+
+def test_hand_computed_exact_kl() -> None:
+    """1/4 and 3/4 against 1/2 and 1/2, whatever is added to all logits of a row."""
+    got = exact_kl(doubles([0, math.log(3)], [5, 5 + math.log(3)]), doubles([0, 0], [-7, -7]))
+    assert equal(got, [0.25 * math.log(0.5) + 0.75 * math.log(1.5)] * 2)
+
+
+def test_exact_kl_is_computed_in_fp32() -> None:
+    logits, ref_logits = randn(3, 50).bfloat16(), randn(3, 50, seed=1).bfloat16()
+    got = exact_kl(logits, ref_logits)
+    assert got.dtype == torch.float32
+    assert torch.allclose(got.double(), exact_kl(logits.double(), ref_logits.double()), rtol=1e-5)
+
+
+def test_exact_kl_of_equal_logits_is_0() -> None:
+    logits = randn(4, 7)
+    logits[:, 2] = -math.inf
+    assert equal(exact_kl(logits, logits), torch.zeros(4), atol=0)
+    assert equal(exact_kl(logits + 3, logits), torch.zeros(4))
+
+
+def test_masked_tokens_have_no_part_in_exact_kl() -> None:
+    """Tokens that both models mask are as good as absent."""
+    logits, ref_logits = randn(4, 7), randn(4, 7, seed=1)
+    expected = exact_kl(logits[:, 2:], ref_logits[:, 2:])
+    for x in (logits, ref_logits):
+        x[:, :2] = -math.inf
+    assert equal(exact_kl(logits, ref_logits, 1.0), expected)
+
+
+def test_token_that_only_one_model_masks() -> None:
+    """The mass of half of the tokens is doubled: log 2. A token that only the reference masks is infinitely unlikely."""
+    ref_logits = torch.zeros(1, 4, dtype=torch.float64)
+    logits = doubles([0, 0, -math.inf, -math.inf])
+    assert equal(exact_kl(logits, ref_logits), [math.log(2)])
+    assert exact_kl(ref_logits, logits).tolist() == [math.inf]
+
+
+def test_exact_kl_has_the_mean_of_k1_and_less_variance() -> None:
+    """Of two tokens, of which the second depends on the first; both estimates are sums over a sampled pair."""
+    size, num_samples = 8, 40_000
+    start, ref_start, after, ref_after = (
+        randn(size),
+        randn(size, seed=1),
+        randn(size, size, seed=2),
+        randn(size, size, seed=3),
+    )
+    p, q, p_after, q_after = (torch.log_softmax(x, -1) for x in (start, ref_start, after, ref_after))
+    joint, ref_joint = p[:, None] + p_after, q[:, None] + q_after
+    truth = (joint.exp() * (joint - ref_joint)).sum().item()
+    generator = torch.Generator().manual_seed(0)
+    first = torch.multinomial(p.exp(), num_samples, replacement=True, generator=generator)
+    second = torch.multinomial(p_after.exp()[first], 1, generator=generator)[:, 0]
+    k1 = (joint - ref_joint)[first, second]
+    exact = exact_kl(start, ref_start) + exact_kl(after, ref_after)[first]
+    for estimates in (k1, exact):
+        assert abs(estimates.mean().item() - truth) < 4 * estimates.std().item() / math.sqrt(num_samples)
+    assert exact.std() < 0.5 * k1.std()
+    assert k1.min() < 0 < exact.min()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.floats(-50, 50), st.floats(-50, 50)), min_size=1, max_size=20))
+def test_exact_kl_is_never_negative(pairs: list[tuple[float, float]]) -> None:
+    logits, ref_logits = doubles([a for a, _ in pairs]), doubles([b for _, b in pairs])
+    assert exact_kl(logits, ref_logits).item() >= -1e-13  # rounding
 
 
 @pytest.mark.parametrize(

@@ -188,3 +188,63 @@ def test_bf16_is_close_to_fp32(tiny_model: Path) -> None:
     assert bf16_logprobs.dtype == torch.float32
     assert torch.allclose(bf16_logprobs, fp32_logprobs, atol=0.3)
     assert not torch.equal(bf16_logprobs, fp32_logprobs)
+
+
+# Logits in pieces.
+
+
+@pytest.mark.parametrize("with_states", [False, True])
+@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize(
+    "distribution",
+    [PLAIN, SamplingDistribution(temperature=0.7, min_new_tokens=3, stop_ids=(0, 104))],
+    ids=["plain", "masked"],
+)
+def test_pieces_of_logits_give_the_logprobs(
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    distribution: SamplingDistribution,
+    frozen: int,
+    with_states: bool,
+) -> None:
+    actor, tokens = actor_of(tiny_model, frozen=frozen), batch()
+    with torch.no_grad():
+        expected = actor(tokens, distribution)[0][tokens.response_mask]
+    vocab_size = actor.lm.config.vocab_size
+    monkeypatch.setattr(actor_module, "MAX_LOGITS", 5 * vocab_size - 1)
+    pieces = list(actor.logits(tokens, distribution, actor.trunk(tokens) if with_states else None))
+    assert [piece.shape for piece in pieces] == [(4, vocab_size)] * 3 + [(3, vocab_size)]  # 15 response tokens
+    assert not any(piece.requires_grad for piece in pieces)
+    logprobs = torch.log_softmax(torch.cat(pieces) / distribution.temperature, dim=-1)
+    labels = torch.tensor([token for response in RESPONSES for token in response])
+    got = logprobs[torch.arange(15), labels]
+    assert torch.equal(got.isneginf(), expected.isneginf())
+    assert torch.allclose(got[got.isfinite()], expected[got.isfinite()], atol=1e-5)
+    assert bool(got.isneginf().any()) == (distribution.min_new_tokens > 0)
+
+
+def test_logits_are_those_of_plain_transformers(tiny_model: Path) -> None:
+    """Also with a temperature, which is left to the caller; stop tokens are masked in the first two steps."""
+    distribution = SamplingDistribution(temperature=0.5, min_new_tokens=2, stop_ids=(0,))
+    got = torch.cat(list(actor_of(tiny_model).logits(batch(), distribution)))
+    lm = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    rows = []
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].detach()
+        logits[:2, 0] = float("-inf")
+        rows.append(logits)
+    assert torch.allclose(got, torch.cat(rows), atol=1e-5)
+
+
+def test_given_states_are_used_for_logits(tiny_model: Path) -> None:
+    actor = actor_of(tiny_model, frozen=1)
+    states = actor.trunk(batch())
+    assert states is not None
+    (plain,), (other,) = (list(actor.logits(batch(), PLAIN, s)) for s in (states, states + 1))
+    assert not torch.equal(plain, other)
+
+
+def test_row_without_a_response_has_no_logits(tiny_model: Path) -> None:
+    actor = actor_of(tiny_model)
+    pieces = list(actor.logits(collate([[5, 6]], [[]]), PLAIN))
+    assert torch.cat(pieces).shape == (0, actor.lm.config.vocab_size)
