@@ -11,6 +11,8 @@ from pipelines.local.runner import LocalRun, StageRecord, run_process
 from pipelines.local.summary import find_output
 from pipelines.settings import settings_of_stage
 
+# The second reward model, which only a judge of that kind reads. No stage here trains it.
+JUDGE_REWARD_MODEL = ("judge_reward_model", "model")
 # Inputs of each stage program (option: producing stage and output), and the options of its outputs.
 STAGE_IO: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...]]] = {
     "prepare_data": (
@@ -40,7 +42,11 @@ STAGE_IO: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...]]] = {
         ("model", "metrics", "summary"),
     ),
     "judge": (
-        {"tokenizer": ("import_model", "tokenizer"), "preferences": ("prepare_data", "judge-preferences")},
+        {
+            "tokenizer": ("import_model", "tokenizer"),
+            "preferences": ("prepare_data", "judge-preferences"),
+            "reward-model": JUDGE_REWARD_MODEL,
+        },
         ("judge", "metrics", "summary"),
     ),
     "ppo": (
@@ -80,6 +86,10 @@ def rerun(run: Path, params: Params, stages: list[str], folder: Path) -> dict[st
     Returns time and memory of each stage, metrics and decision of the evaluation, the history of PPO, the scores over
     training, and all responses.
     """
+    if params.reward_model_judge:
+        sys.exit(
+            "a judge of kind reward_model is trained by a task of its own, which cannot be rerun; choose another kind"
+        )
     local_run = LocalRun(folder / "logs", environment={}, on_line=lambda _stage, line: print(line, flush=True))
 
     def output_of(stage: str, name: str) -> Path:
@@ -94,6 +104,8 @@ def rerun(run: Path, params: Params, stages: list[str], folder: Path) -> dict[st
         inputs, outputs = STAGE_IO[stage]
         command = ["python", "-m", f"components.{stage}", "--settings", settings_of_stage(params, stage)]
         for option, source in inputs.items():
+            if source == JUDGE_REWARD_MODEL:
+                continue
             command += [f"--{option}", str(output_of(*source))]
         for output in outputs:
             command += [f"--{output}", str(folder / stage / output)]

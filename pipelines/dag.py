@@ -112,7 +112,7 @@ def build_pipeline(params: Params) -> Any:
             )
             configure(reward_model_task, "reward_model")
 
-            second_model = {}
+            second_model, second_task = {}, None
             if params.reward_model_judge:
                 start_model, use = base_model, params.reward_model_judge.use
                 if use:
@@ -127,6 +127,8 @@ def build_pipeline(params: Params) -> Any:
                 )
                 configure(second_task, "reward_model", "judge reward model")
                 second_model = {"reward_model": second_task.outputs["model"]}
+                if claim:  # only one node at a time can mount the volume of the checkpoints
+                    second_task.after(reward_model_task)
 
             judge_task = judge(
                 preferences=datasets["judge_preferences"],
@@ -145,6 +147,8 @@ def build_pipeline(params: Params) -> Any:
                 **shared,
             )
             configure(ppo_task, "ppo", "PPO")
+            if claim and second_task:
+                ppo_task.after(second_task)
 
             evaluation_task = evaluation(
                 sft_model=sft_model,

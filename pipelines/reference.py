@@ -1,6 +1,7 @@
 """Generates the reference of all parameters from the config classes."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -36,8 +37,21 @@ def as_markdown() -> str:
         presets = ", ".join(f"`{name}`" for name in content.get("presets", ())) or "none"
         lines.append(f"| [{path.name}]({path.name}) | {presets} |")
     lines += ["", "| parameter | default | description |", "|---|---|---|"]
-    lines += [f"| `{name}` | {default} | {description} |" for name, default, description in leaves(Params, "")]
+    lines += [f"| `{name}` | {default} | {description} |" for name, default, description in merged(leaves(Params, ""))]
     return HEAD + "\n".join(lines) + "\n"
+
+
+def merged(rows: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """One row per name: keys that several kinds of a section share have all their defaults and descriptions."""
+    texts: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    for name, default, description in rows:
+        defaults, descriptions = texts.setdefault(name, ({}, {}))
+        defaults[default] = None
+        descriptions[description.rstrip(".")] = None
+    return [
+        (name, ", ".join(d for d in defaults), "; ".join(t for t in texts_) + ".")
+        for name, (defaults, texts_) in texts.items()
+    ]
 
 
 def leaves(model: type[BaseModel], prefix: str, section: BaseModel | None = None) -> list[tuple[str, str, str]]:
@@ -46,6 +60,9 @@ def leaves(model: type[BaseModel], prefix: str, section: BaseModel | None = None
     for name, field in model.model_fields.items():
         default = getattr(section, name) if section else field.default
         nested = sections_in(field.annotation)
+        if len(nested) > 1:  # a choice of several kinds of one section
+            kind = getattr(default, "kind", "")
+            fields.append((prefix + name, f"one of kind `{kind}`", field.description or ""))
         suffix = {dict: ".NAME", tuple: "[]"}.get(get_origin(_unannotated(field.annotation)), "")
         for section_class in nested:
             own = default if isinstance(default, section_class) else None

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,15 @@ from pydantic import ValidationError
 from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.import_model import ImportModelStageConfig
-from components.rlhf.config.judge import MAX_TEXT_CHARS, EndpointJudge, FunctionJudge, JudgeStageConfig, as_list
+from components.rlhf.config.judge import (
+    MAX_BYTES as MAX_TEXT_BYTES,
+)
+from components.rlhf.config.judge import (
+    EndpointJudge,
+    FunctionJudge,
+    JudgeStageConfig,
+    as_list,
+)
 from components.rlhf.config.params import Params, explain_validation_error, short_repr
 from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.config.prepare_data import PrepareDataStageConfig, PreviewConfig
@@ -23,7 +31,6 @@ from components.rlhf.config.sft import SftStageConfig
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.redaction import find_secrets
 from components.rlhf.text.strict_yaml import MAX_BYTES, NotYamlError, parse_yaml
-from components.rlhf.tracking.mlflow import flatten
 from pipelines.profiles import resolve_profiles
 
 
@@ -67,7 +74,7 @@ def read_judge_files(params: Params, folder: Path) -> Params:
             file = f"{module.replace('.', '/')}.py"
             if any((parent / file).is_file() for parent in (Path(), folder)):
                 content["source"] = _read_text(f"{key}.function", file, folder)
-            elif find_spec(module.partition(".")[0]) is None:
+            elif not _is_installed(module.partition(".")[0]):
                 raise InputError(
                     f"{key}.function: there is neither {file} in the working directory or next to the params file, nor an installed "
                     f"package {module.partition('.')[0]}; correct the name."
@@ -85,19 +92,31 @@ def read_judge_files(params: Params, folder: Path) -> Params:
         raise InputError(explain_validation_error(error, Params)) from None
 
 
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
 def _read_text(key: str, name: str, folder: Path) -> str:
     """The text of a file that is relative to the working directory or to folder."""
-    path = next((p for p in (Path(name).expanduser(), folder / name) if p.is_file()), None)
+    try:
+        path = next((p for p in (Path(name).expanduser(), folder / name) if p.is_file()), None)
+    except (OSError, RuntimeError):  # a name that is too long, a home directory of nobody
+        path = None
     if path is None:
         raise InputError(
-            f"{key}: {name} is not a file in the working directory or next to the params file; correct the path."
+            f"{key}: {short_repr(name)} is not a file in the working directory or next to the params file; correct the path."
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{key}: {path} cannot be read as UTF-8 text ({error}).") from None
-    if not text.strip() or len(text) > MAX_TEXT_CHARS:
-        raise InputError(f"{key}: {path} has {len(text):,} characters; it needs 1 to {MAX_TEXT_CHARS:,}.")
+    if not text.strip() or len(data) > MAX_TEXT_BYTES:
+        raise InputError(f"{key}: {path} must have 1 to {MAX_TEXT_BYTES:,} bytes of text.")
     return text
 
 
@@ -127,14 +146,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _reject_secrets(params: Params, path: Path) -> None:
     """Raise InputError for a parameter that contains a secret of the environment: it would be copied into pipelines and reports."""
-    values = {key: str(value) for key, value in flatten(params.model_dump(mode="json")).items()}
+    values = list(_leaves(params.model_dump(mode="json")))
     for name, secret in find_secrets(os.environ).items():
-        for key, value in values.items():
+        for key, value in values:
             if secret in value:
                 raise InputError(
                     f"{path}: {key} contains the secret in the environment variable {name}, and would be copied into pipelines and "
                     "reports; remove it, or rename the variable if it is not a secret."
                 )
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys and values of nested settings, with the numbers of lists as keys; keys of mappings are values too."""
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield key, str(name)
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, str(value)
 
 
 def _apply_preset(content: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -218,7 +247,8 @@ def judge_reward_model_settings(params: Params) -> str:
     assert judge is not None
     section = params.reward_model.model_copy(update={"use": judge.use, "num_calibration_samples": 0})
     own = params.model_copy(update={"reward_model": section, "seed": (params.seed + 1) % 2**31})
-    return own.stage(RewardModelStageConfig).canonical_json()
+    stage = own.stage(RewardModelStageConfig).model_copy(update={"stage_name": "judge_reward_model"})
+    return stage.canonical_json()
 
 
 def preview_settings(params: Params) -> str:

@@ -19,7 +19,7 @@ from components.rlhf.artifacts.directory import open_artifact
 from components.rlhf.artifacts.manifest import KINDS, sha256_of
 from components.rlhf.artifacts.revision import code_revision
 from components.rlhf.text.errors import InputError
-from pipelines.local.runner import StageRecord
+from pipelines.local.runner import StageRecord, output_folder
 
 
 class Journal:
@@ -85,14 +85,6 @@ class Journal:
             return False
         self.record_finish(StageRecord(name=name, status="succeeded", seconds=seconds), command)
         return True
-
-
-def output_folder(command: list[str]) -> Path | None:
-    """The output folder of a task, which contains its executor output; None if its command has no executor input."""
-    if "--executor-input" not in command:
-        return None
-    executor_input = json.loads(command[command.index("--executor-input") + 1])
-    return Path(executor_input["outputs"]["outputFile"]).parent
 
 
 def command_digest(command: list[str]) -> str:

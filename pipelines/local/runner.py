@@ -7,7 +7,9 @@ still works this way.
 """
 
 import contextlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -91,7 +93,7 @@ def container_processes(local_run: LocalRun) -> Iterator[None]:
 
 def run_unless_finished(local_run: LocalRun, command: list[str], environment: dict[str, str]) -> StageRecord:
     """Run a task, unless the journal has it as finished with unchanged inputs and outputs."""
-    record = local_run.start(stage_name(command))
+    record = local_run.start(task_name(command))
     if local_run.journal is None:
         run_process(record, command, local_run, environment)
         return record
@@ -107,6 +109,26 @@ def run_unless_finished(local_run: LocalRun, command: list[str], environment: di
     if record.status == "succeeded":
         local_run.journal.record_finish(record, command)
     return record
+
+
+def task_name(command: list[str]) -> str:
+    """The name of a task in KFP, such as import_sft_model and reward_model-2; without outputs, that of its stage.
+
+    kfp.local chooses the order of independent tasks anew in each process, so that they are not numbered by it.
+    """
+    folder = output_folder(command)
+    if folder is None:
+        return stage_name(command)
+    name, number = re.fullmatch(r"(.+?)(-\d+)?", folder.name).groups(default="")  # type: ignore[union-attr]
+    return name.replace("-", "_") + number
+
+
+def output_folder(command: list[str]) -> Path | None:
+    """The output folder of a task, which contains its executor output; None if its command has no executor input."""
+    if "--executor-input" not in command:
+        return None
+    executor_input = json.loads(command[command.index("--executor-input") + 1])
+    return Path(executor_input["outputs"]["outputFile"]).parent
 
 
 def stage_name(command: list[str]) -> str:

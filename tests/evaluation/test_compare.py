@@ -1,3 +1,4 @@
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -6,13 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import components.evaluation.compare as compare_module
+import components.rlhf.models.actor as actor_module
 from components.evaluation.compare import Comparison, compare, cut_to_equal_length, sequence_kl
 from components.rlhf.config.evaluation import EvaluationConfig, EvaluationStageConfig, GateConfig
 from components.rlhf.config.model import ModelConfig, SamplingConfig
-from components.rlhf.data.records import Completion, Prompt, RatedText
+from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, save_model
-from components.rlhf.rewards.linear import fit_to_ratings, load_judge
+from components.rlhf.rollout.hf import HfRolloutEngine
 from components.rlhf.text.progress import Progress
 from tests.support.tiny_model import make_tiny_model
 
@@ -22,28 +25,24 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 
 @pytest.fixture(scope="module")
 def folders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The models and the judge of one comparison; the policy is an unrelated model."""
+    """The models of one comparison; the policy is an unrelated model."""
     root = tmp_path_factory.mktemp("compare")
     reward = load_scalar_lm(tiny_model, num_frozen_layers=0, dtype=FP32, seed=1)
     reward.config.reward_mean, reward.config.reward_std = 0.5, 0.01
     save_model(reward, AutoTokenizer.from_pretrained(tiny_model), root / "reward", dtype=FP32)
-    ratings = [
-        RatedText(prompt="", completion=text, rating=len(text)) for text in ("it is so", "we", "a film that was")
-    ]
-    (root / "judge").mkdir()
-    fit_to_ratings(ratings, max_ngram=1, regularisation=1.0).save(root / "judge")
     return {
         "sft_model": tiny_model,
         "policy": make_tiny_model(root / "policy", seed=5),
         "reward_model": root / "reward",
-        "judge": root / "judge",
     }
 
 
-def run(folders: dict[str, Path], *, seed: int = 0, frozen: int = 0, **sampling: Any) -> Comparison:
+def run(
+    folders: dict[str, Path], *, seed: int = 0, frozen: int = 0, num_samples: int = 1, **sampling: Any
+) -> Comparison:
     stage = EvaluationStageConfig(
         model=ModelConfig(precision="fp32", num_frozen_layers=frozen),
-        evaluation=EvaluationConfig(),
+        evaluation=EvaluationConfig(num_samples=num_samples),
         sampling=SamplingConfig(**({"max_new_tokens": 5, "batch_size": 4} | sampling)),
         gate=GateConfig(),
         seed=seed,
@@ -58,24 +57,60 @@ def ids(completions: list[Completion]) -> list[list[int]]:
 def test_both_models_answer_every_prompt(folders: dict[str, Path]) -> None:
     comparison = run(folders)
     assert comparison.prompts == PROMPTS
-    for scored in (comparison.sft, comparison.ppo):
-        assert [c.prompt for c in scored.completions] == PROMPTS
-        assert len(scored.judge_scores) == len(scored.rewards) == len(PROMPTS)
+    assert comparison.groups == list(range(len(PROMPTS)))
+    for responses in (comparison.sft, comparison.ppo):
+        assert [c.prompt for c in responses.completions] == [c.prompt for c in responses.cut] == PROMPTS
+        assert len(responses.rewards) == len(PROMPTS)
+    assert len(comparison.kl) == len(comparison.exact_kl) == len(PROMPTS)
     assert ids(comparison.sft.completions) != ids(comparison.ppo.completions)
-    judge = load_judge(folders["judge"])
-    assert comparison.ppo.judge_scores == judge.score(comparison.ppo.completions).tolist()
 
 
-def test_cut_responses_are_scored_at_the_shorter_length(folders: dict[str, Path]) -> None:
-    comparison = run(folders, max_new_tokens=12, temperature=3.0)
-    judge, tokenizer = load_judge(folders["judge"]), AutoTokenizer.from_pretrained(folders["sft_model"])
-    stop = 0
+def test_several_samples_of_a_prompt_are_consecutive_rows(folders: dict[str, Path]) -> None:
+    comparison = run(folders, num_samples=3, temperature=2.0, max_new_tokens=8)
+    assert comparison.groups == [i for i in range(len(PROMPTS)) for _ in range(3)]
+    expected = [prompt for prompt in PROMPTS for _ in range(3)]
+    assert comparison.prompts == expected
+    for responses in (comparison.sft, comparison.ppo):
+        assert [c.prompt for c in responses.completions] == [c.prompt for c in responses.cut] == expected
+        texts = [tuple(c.response_ids) for c in responses.completions]
+        assert all(len(set(texts[i : i + 3])) == 3 for i in range(0, len(texts), 3))
+    assert len(comparison.kl) == len(comparison.exact_kl) == len(comparison.ppo.rewards) == 3 * len(PROMPTS)
+
+
+def test_both_models_get_the_same_seed_for_a_row_and_rows_different_ones(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[list[Prompt], list[int]]] = []
+    plain = HfRolloutEngine.generate
+
+    def generate(self: HfRolloutEngine, prompts: list[Prompt], sampling: SamplingConfig, seeds: list[int]) -> Any:
+        calls.append((list(prompts), list(seeds)))
+        return plain(self, prompts, sampling, seeds)
+
+    monkeypatch.setattr(HfRolloutEngine, "generate", generate)
+    run(folders, num_samples=3, batch_size=4)
+    assert [len(seeds) for _, seeds in calls] == [4, 4, 4, 4, 2] * 2
+    assert calls[:5] == calls[5:]
+    seeds = [seed for _, batch in calls[:5] for seed in batch]
+    assert len(set(seeds)) == 3 * len(PROMPTS)
+    assert [p for batch, _ in calls[:5] for p in batch] == [p for p in PROMPTS for _ in range(3)]
+    calls.clear()
+    run(folders, num_samples=3, batch_size=64, seed=1)
+    assert not set(calls[0][1]) & set(seeds)
+
+
+def test_cut_responses_have_the_shorter_length(folders: dict[str, Path]) -> None:
+    comparison = run(folders, max_new_tokens=100, temperature=0.7, num_samples=10, batch_size=64)
+    tokenizer = AutoTokenizer.from_pretrained(folders["sft_model"])
+    stop, different = 0, 0
     for i, (a, b) in enumerate(zip(comparison.sft.completions, comparison.ppo.completions, strict=True)):
         response_ids = [[x for x in c.response_ids if x != stop] for c in (a, b)]  # a stop token is only at the end
         length = min(map(len, response_ids))
-        for scored, ids in ((comparison.sft, response_ids[0]), (comparison.ppo, response_ids[1])):
-            text = PROMPTS[i].prompt + tokenizer.decode(ids[:length])
-            assert scored.cut_judge_scores[i] == pytest.approx(judge.score_texts([text]).item(), abs=1e-6)
+        different += max(map(len, response_ids)) > length
+        for responses, own_ids in ((comparison.sft, response_ids[0]), (comparison.ppo, response_ids[1])):
+            assert responses.cut[i].response_ids == own_ids[:length]
+            assert responses.cut[i].response == tokenizer.decode(own_ids[:length])
+    assert different
 
 
 def test_cut_to_equal_length_drops_stop_tokens(folders: dict[str, Path]) -> None:
@@ -117,34 +152,72 @@ def test_rewards_are_normalized(folders: dict[str, Path]) -> None:
 def test_model_compared_with_itself_gives_identical_responses(folders: dict[str, Path]) -> None:
     comparison = run(folders | {"policy": folders["sft_model"]})
     assert ids(comparison.sft.completions) == ids(comparison.ppo.completions)
-    assert comparison.sft.judge_scores == comparison.ppo.judge_scores
-    assert comparison.kl == [0.0] * len(PROMPTS)
+    assert comparison.sft.rewards == comparison.ppo.rewards
+    assert comparison.kl == comparison.exact_kl == [0.0] * len(PROMPTS)
 
 
 def test_same_seed_gives_same_comparison(folders: dict[str, Path]) -> None:
     a, b, c = (run(folders, seed=seed) for seed in (1, 1, 2))
     assert ids(a.ppo.completions) == ids(b.ppo.completions) != ids(c.ppo.completions)
     assert a.kl == b.kl
+    assert a.exact_kl == b.exact_kl
 
 
 def test_results_do_not_depend_on_batch_size(folders: dict[str, Path]) -> None:
     a, b = run(folders, batch_size=2), run(folders, batch_size=64)
     assert ids(a.ppo.completions) == ids(b.ppo.completions)
     assert a.kl == pytest.approx(b.kl, abs=1e-4)
+    assert a.exact_kl == pytest.approx(b.exact_kl, abs=1e-4)
 
 
-def test_kl_is_that_of_sampling_distribution(folders: dict[str, Path]) -> None:
-    """The reference sums log-probs at the sampling temperature with plain transformers, one response at a time."""
-    comparison = run(folders, temperature=0.5)
+@pytest.mark.parametrize("min_new_tokens", [0, 3])
+def test_kl_is_that_of_sampling_distribution(folders: dict[str, Path], min_new_tokens: int) -> None:
+    """The reference sums over tokens, with plain transformers, one response at a time."""
+    comparison = run(folders, num_samples=3, temperature=0.5, min_new_tokens=min_new_tokens)
     lms = [AutoModelForCausalLM.from_pretrained(folders[name]).eval() for name in ("policy", "sft_model")]
-    for c, kl in zip(comparison.ppo.completions, comparison.kl, strict=True):
-        sums = []
+    stop = 0
+    for c, kl, exact in zip(comparison.ppo.completions, comparison.kl, comparison.exact_kl, strict=True):
+        logprobs = []
         for lm in lms:
             with torch.no_grad():
-                logits = lm(torch.tensor([c.prompt_ids + c.response_ids])).logits[0].double()
-            logprobs = torch.log_softmax(logits / 0.5, dim=-1)
-            sums.append(sum(logprobs[len(c.prompt_ids) - 1 + t, x].item() for t, x in enumerate(c.response_ids)))
-        assert kl == pytest.approx(sums[0] - sums[1], abs=1e-3)
+                logits = (
+                    lm(torch.tensor([c.prompt_ids + c.response_ids])).logits[0, len(c.prompt_ids) - 1 : -1].double()
+                )
+            logits[:min_new_tokens, stop] = -1e9
+            logprobs.append(torch.log_softmax(logits / 0.5, dim=-1))
+        p, q = logprobs
+        assert kl == pytest.approx(sum((p - q)[t, x].item() for t, x in enumerate(c.response_ids)), abs=1e-3)
+        assert exact == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-3)
+    assert min(comparison.exact_kl) > 0
+
+
+def test_both_estimates_of_the_kl_have_the_same_mean(folders: dict[str, Path]) -> None:
+    """Up to their sampling error: of 240 responses, whose exact KL varies less."""
+    comparison = run(folders, num_samples=40, batch_size=120)
+    kl, exact = torch.tensor(comparison.kl), torch.tensor(comparison.exact_kl)
+    gaps = kl - exact
+    assert abs(gaps.mean().item()) < 4 * gaps.std().item() / len(gaps) ** 0.5
+    assert exact.std() < kl.std()
+    assert exact.min() > 0
+
+
+def test_pieces_of_logits_do_not_change_the_kl(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = run(folders)
+    vocab_size = AutoModelForCausalLM.from_pretrained(folders["sft_model"]).config.vocab_size
+    monkeypatch.setattr(actor_module, "MAX_LOGITS", 3 * vocab_size)
+    pieces = run(folders)
+    assert pieces.kl == pytest.approx(plain.kl, abs=1e-5)
+    assert pieces.exact_kl == pytest.approx(plain.exact_kl, abs=1e-5)
+
+
+def test_rows_keep_their_order_in_several_batches(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Responses are grouped by length for the passes of the models."""
+    plain = run(folders, max_new_tokens=12, temperature=3.0)
+    monkeypatch.setattr(compare_module, "MICROBATCH_TOKENS", 16)
+    small = run(folders, max_new_tokens=12, temperature=3.0)
+    assert small.kl == pytest.approx(plain.kl, abs=1e-4)
+    assert small.exact_kl == pytest.approx(plain.exact_kl, abs=1e-4)
+    assert small.ppo.rewards == pytest.approx(plain.ppo.rewards, abs=1e-2)
 
 
 def test_frozen_layers_are_computed_once_with_same_kl(
@@ -162,8 +235,11 @@ def test_frozen_layers_are_computed_once_with_same_kl(
     monkeypatch.setattr(Actor, "trunk", lambda self, batch: trunks.append(self) or plain_trunk(self, batch))
     plain, shared, not_shared = run(partly_frozen), run(partly_frozen, frozen=2), run(folders, frozen=2)
     assert shared.kl == pytest.approx(plain.kl, abs=1e-4)
+    assert shared.exact_kl == pytest.approx(plain.exact_kl, abs=1e-4)
     assert min(map(abs, plain.kl)) > 1e-3  # the KL is not trivially 0
-    assert not_shared.kl == pytest.approx(run(folders).kl, abs=1e-4)  # different layers are not shared
+    separate = run(folders)
+    assert not_shared.kl == pytest.approx(separate.kl, abs=1e-4)  # different layers are not shared
+    assert not_shared.exact_kl == pytest.approx(separate.exact_kl, abs=1e-4)
     with_frozen = [actor for actor in trunks if actor.num_frozen_layers]
     assert len(with_frozen) == 1  # one batch, one pass through the frozen layers
 
@@ -178,7 +254,9 @@ def test_kl_excludes_masked_stop_tokens(folders: dict[str, Path]) -> None:
         sequence_kl(*actors, completions, distribution, CPU)
         for distribution in (SamplingDistribution(), SamplingDistribution(min_new_tokens=5, stop_ids=(0,)))
     )
-    assert all(a != b for a, b in zip(unmasked, masked, strict=True))
+    for a, b in zip(unmasked, masked, strict=True):  # the log-ratios, and the exact KL
+        assert all(x != y for x, y in zip(a, b, strict=True))
+        assert all(map(math.isfinite, a + b))
 
 
 def test_reward_model_without_normalization_is_rejected(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -1,30 +1,37 @@
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from components.evaluation.compare import Comparison
-from components.evaluation.report import as_html, as_markdown, choose_samples
-from components.evaluation.samples import save_comparison
+from components.evaluation.judging import Judged
+from components.evaluation.report import (
+    as_html,
+    as_markdown,
+    choose_disagreement_samples,
+    choose_samples,
+    judge_rows,
+)
+from components.evaluation.samples import choose_disagreements, gains_of, save_comparison
 from components.evaluation.verdict import Decision, decide, summarize
 from components.rlhf.config.evaluation import EvaluationConfig, GateConfig
 from components.rlhf.text.comparison_table import comparison_rows
-from tests.support.comparisons import comparison_of
+from tests.support.comparisons import CHANCE, both_of, comparison_of, judged_of, pairwise_of
 
 # Gains of -20, -19, ..., 19 in shuffled order.
 GAINS = [float((17 * i) % 40 - 20) for i in range(40)]
+NAN = float("nan")
 
 
-def comparison_of_40_prompts() -> Comparison:
-    return comparison_of([100.0] * 40, [100.0 + gain for gain in GAINS])
+def forty_prompts() -> tuple[Comparison, Judged]:
+    return both_of([100.0] * 40, [100.0 + gain for gain in GAINS])
 
 
-def numbers_of(comparison: Comparison) -> dict[str, float]:
-    return summarize(
-        comparison, EvaluationConfig(num_bootstrap=200), accuracy={"judge": 0.811, "reward_model": 0.722}, seed=0
-    )
+def numbers_of(comparison: Comparison, *judges: Judged) -> dict[str, float]:
+    return summarize(comparison, judges, EvaluationConfig(num_bootstrap=200), reward_accuracy=0.722, seed=0)
 
 
 VALIDATION_PASSES = [
@@ -33,13 +40,16 @@ VALIDATION_PASSES = [
 ]  # fmt: skip
 
 
-def page_of(comparison: Comparison, training: list[dict[str, float]] = VALIDATION_PASSES) -> str:
-    numbers = numbers_of(comparison)
-    return as_html(comparison, numbers, decide(numbers, GateConfig()), training, seed=0)
+def page_of(comparison: Comparison, *judges: Judged, training: list[dict[str, float]] = VALIDATION_PASSES) -> str:
+    numbers = numbers_of(comparison, *judges)
+    return as_html(comparison, judges, numbers, decide(numbers, judges[0], GateConfig()), training, seed=0)
+
+
+# The samples.
 
 
 def test_samples_are_extremes_and_random_ones() -> None:
-    groups = choose_samples(comparison_of_40_prompts(), seed=3)
+    groups = choose_samples(*forty_prompts(), seed=3)
     assert list(groups) == ["Largest gains", "Largest losses", "At random"]
     assert [s["gain"] for s in groups["Largest gains"]] == [19, 18, 17, 16, 15]
     assert [s["gain"] for s in groups["Largest losses"]] == [-20, -19, -18, -17, -16]
@@ -49,31 +59,69 @@ def test_samples_are_extremes_and_random_ones() -> None:
 
 
 def test_random_samples_depend_on_seed() -> None:
-    a, b, c = (choose_samples(comparison_of_40_prompts(), seed=seed)["At random"] for seed in (1, 1, 2))
+    a, b, c = (choose_samples(*forty_prompts(), seed=seed)["At random"] for seed in (1, 1, 2))
     assert a == b != c
 
 
 def test_sample_has_prompt_and_both_responses() -> None:
-    best = choose_samples(comparison_of_40_prompts(), seed=0)["Largest gains"][0]
+    best = choose_samples(*forty_prompts(), seed=0)["Largest gains"][0]
     i = GAINS.index(19.0)
     assert best == {"prompt": f"prompt {i}", "sft": f"sft response {i}", "ppo": f"ppo response {i}", "gain": 19.0}
 
 
 @pytest.mark.parametrize("size", [1, 4, 10, 11])
 def test_samples_of_few_prompts(size: int) -> None:
-    groups = choose_samples(comparison_of([0.0] * size, [float(i) for i in range(size)]), seed=0)
+    groups = choose_samples(*both_of([0.0] * size, [float(i) for i in range(size)]), seed=0)
     assert len(groups["Largest gains"]) == min(size, 5)
     assert len(groups["At random"]) == max(size - 10, 0)
 
 
+def test_gains_of_a_judge_without_scores_are_its_wins() -> None:
+    assert gains_of(pairwise_of([1.0, 0.0, 0.5, NAN, 0.75])) == [1.0, -1.0, 0.0, 0.0, 0.5]
+    assert gains_of(judged_of([1.0, 2.0], [3.0, 1.5])) == [2.0, -0.5]
+
+
+def test_disagreements_are_rows_with_wins_and_losses() -> None:
+    first = pairwise_of([1.0, 1.0, 0.5, NAN, 0.0, 0.75, 0.0], name="a")
+    second = pairwise_of([0.0, 1.0, 0.0, 0.0, 1.0, 0.25, 0.0], name="b")
+    third = pairwise_of([0.5, 0.5, 1.0, 0.0, NAN, 0.5, 0.5], name="c")
+    assert choose_disagreements([first, second], seed=0) == [0, 4, 5]
+    assert choose_disagreements([first, second, third], seed=0) == [0, 2, 4, 5]
+    assert choose_disagreements([first], seed=0) == []
+    c = comparison_of([0.0] * 7, [0.0] * 7)
+    rows = choose_disagreement_samples(c, [first, second, third], seed=0)
+    assert rows[0] == {
+        "prompt": "prompt 0",
+        "sft": "sft response 0",
+        "ppo": "ppo response 0",
+        "verdicts": ["PPO", "SFT", "tie"],
+    }
+    assert [row["verdicts"] for row in rows[1:]] == [["tie", "SFT", "PPO"], ["SFT", "PPO", ""], ["PPO", "SFT", "tie"]]
+
+
+def test_ten_disagreements_are_shown_by_seed() -> None:
+    judges = [pairwise_of([1.0] * 40, name="a"), pairwise_of([0.0] * 40, name="b")]
+    a, b, c = (choose_disagreements(judges, seed=seed) for seed in (1, 1, 2))
+    assert len(set(a)) == 10
+    assert a == b != c
+
+
+# The artifact.
+
+
+def read_lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def test_all_responses_are_saved(tmp_path: Path) -> None:
-    c = comparison_of([1.0, 2.0], [3.0, 0.5], kl=[0.25, 0.5], ppo_ends=[(3, False), (6, True)])
-    numbers = numbers_of(c)
-    save_comparison(c, numbers, VALIDATION_PASSES, tmp_path)
-    saved = (tmp_path / "training.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in saved] == VALIDATION_PASSES
+    scores = [1.0, 2.0], [3.0, 0.5]
+    c = comparison_of(*scores, kl=[0.25, 0.5], exact_kl=[0.125, 0.75], ppo_ends=[(3, False), (6, True)])
+    judge = judged_of(*scores)
+    numbers = numbers_of(c, judge)
+    save_comparison(c, [judge], numbers, VALIDATION_PASSES, tmp_path)
+    assert read_lines(tmp_path / "training.jsonl") == VALIDATION_PASSES
     assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8")) == numbers
-    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_lines(tmp_path / "samples.jsonl")
     assert rows[1] == {
         "id": "heldout-1",
         "prompt": "prompt 1",
@@ -85,9 +133,39 @@ def test_all_responses_are_saved(tmp_path: Path) -> None:
             "judge_score": 0.5,
             "reward": 0.25,
             "kl": 0.5,
+            "kl_exact": 0.75,
         },
+        "wins": {"linear": 0.0},
+        "consistent": {},
     }
     assert [row["id"] for row in rows] == ["heldout-0", "heldout-1"]
+
+
+def test_answers_of_all_judges_are_saved(tmp_path: Path) -> None:
+    """null is no answer. Only judges that read two responses at a time have an order to be consistent in."""
+    c = comparison_of([0.0] * 3, [0.0] * 3, groups=[0, 0, 1])
+    judges = [
+        pairwise_of([1.0, NAN, 0.75], consistent=[True, False, False], name="gpt"),
+        judged_of([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], name="people"),
+        pairwise_of([NAN] * 3, name="down", error="it is down"),
+    ]
+    save_comparison(c, judges, {}, [], tmp_path)
+    assert "NaN" not in (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+    rows = read_lines(tmp_path / "samples.jsonl")
+    assert [row["id"] for row in rows] == ["heldout-0", "heldout-0", "heldout-1"]
+    assert [row["wins"] for row in rows] == [
+        {"gpt": 1.0, "people": 1.0, "down": None},
+        {"gpt": None, "people": 0.5, "down": None},
+        {"gpt": 0.75, "people": 0.0, "down": None},
+    ]
+    assert [row["consistent"] for row in rows] == [{"gpt": True}, {"gpt": False}, {"gpt": False}]
+    for side, scores in (("sft", [1.0, 2.0, 3.0]), ("ppo", [3.0, 2.0, 1.0])):
+        assert [row[side]["judge_score_people"] for row in rows] == scores  # type: ignore[index]
+        assert not [row for row in rows if "judge_score" in row[side]]  # type: ignore[operator]
+    assert (tmp_path / "training.jsonl").read_text(encoding="utf-8") == ""
+
+
+# The page.
 
 
 class TagCollector(HTMLParser):
@@ -103,8 +181,14 @@ class TagCollector(HTMLParser):
         self.text += data
 
 
+def text_of(page: str) -> str:
+    collector = TagCollector()
+    collector.feed(page)
+    return " ".join(collector.text.split())
+
+
 def test_page_is_self_contained() -> None:
-    page = page_of(comparison_of_40_prompts())
+    page = page_of(*forty_prompts())
     collector = TagCollector()
     collector.feed(page)
     assert not collector.seen & {"script", "link", "iframe", "object", "embed", "img"}
@@ -113,44 +197,196 @@ def test_page_is_self_contained() -> None:
 
 
 def test_page_shows_decision_and_accuracies() -> None:
-    collector = TagCollector()
-    collector.feed(page_of(comparison_of_40_prompts()))
-    text = " ".join(collector.text.split())
+    text = text_of(page_of(*forty_prompts()))
     assert "Rejected. win rate 0.4" in text
     assert "40 held-out prompts" in text
-    assert "judge accuracy (held-out human pairs)81.1%" in text
+    assert "both models answered each with the same seed." in text
+    assert "judge agreement with people (held-out pairs)0.811 [0.750, 0.860]" in text
     assert "reward model accuracy (held-out human pairs)72.2%" in text
 
 
+def test_page_shows_the_number_of_samples() -> None:
+    c, judge = forty_prompts()
+    numbers = numbers_of(c, judge) | {"num_samples": 3}
+    page = as_html(c, [judge], numbers, decide(numbers, judge, GateConfig()), [], seed=0)
+    assert "both models answered each 3 times with the same seeds." in text_of(page)
+
+
 def test_page_shows_training_curves_if_there_were_validation_passes() -> None:
-    assert "Training curves" in page_of(comparison_of_40_prompts())
-    assert page_of(comparison_of_40_prompts()).count("<svg") == 2
-    assert "Training curves" not in page_of(comparison_of_40_prompts(), [])
+    assert "Training curves" in page_of(*forty_prompts())
+    assert page_of(*forty_prompts()).count("<svg") == 2
+    assert "Training curves" not in page_of(*forty_prompts(), training=[])
+
+
+def test_training_curves_without_judge_scores() -> None:
+    passes = [{name: value for name, value in row.items() if name != "judge_score"} for row in VALIDATION_PASSES]
+    page = page_of(*forty_prompts(), training=passes)
+    assert "Training curves" in page
+    assert "not seen by PPO" not in page
+    assert "not seen by PPO" in page_of(*forty_prompts())
 
 
 def test_responses_are_escaped() -> None:
-    c = comparison_of([0.0], [1.0])
+    c, judge = both_of([0.0], [1.0])
     object.__setattr__(c.ppo.completions[0], "response", "<script>alert('& you')</script>")
-    page = page_of(c)
+    page = page_of(c, judge)
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
 
 
+def test_page_of_a_judge_without_scores_has_no_plot_of_them() -> None:
+    c, _ = forty_prompts()
+    page = page_of(c, pairwise_of([1.0, 0.0, 0.5, NAN] + [1.0] * 36), training=[])
+    assert "<svg" not in page
+    text = text_of(page)
+    assert "Scores per response" not in text
+    assert "PPO preferred (1) or not (-1)" in text
+    assert "Promoted. win rate 0.962" in text
+    assert text.count("+1.00") >= 5
+    assert "Where judges disagree" not in text
+    assert "Cohen's kappa" not in text
+
+
+def test_page_of_a_judge_that_could_not_be_asked() -> None:
+    c, _ = forty_prompts()
+    page = page_of(c, pairwise_of([NAN] * 40, error="the server <is> down"), training=[])
+    assert "<is>" not in page
+    text = text_of(page)
+    assert "Rejected. no verdict: the judge gpt cannot tell, because the server <is> down." in text
+    assert "cannot tell: the server <is> down" in text
+    assert "win rate (judge)" not in text
+
+
+COUNTS = {
+    "requests": 1234.0, "cached": 80.0, "refused": 2.0, "unreadable": 0.0, "rejected": 3.0,
+    "input_tokens": 1e6, "output_tokens": 2500.0, "cost": 1.5,
+}  # fmt: skip
+
+
+def test_page_shows_all_judges() -> None:
+    c, first = forty_prompts()
+    second = pairwise_of([0.0] * 39 + [NAN], consistent=[True] * 30 + [False] * 10, name="gpt", counts=COUNTS)
+    third = judged_of([0.0] * 40, [1.0] * 40, name="other", agreement=CHANCE)
+    page = page_of(c, first, second, third)
+    text = text_of(page)
+    assert "linearlinear81.1% [75.0%, 86.0%] on 200 held-out human pairs55.0%" in text
+    assert (
+        "gptendpoint81.1% [75.0%, 86.0%] on 200 held-out human pairs55.0% 76.9%0.000 [0.000, 0.000]" in text
+    )  # 30 of 39
+    assert "1,234 requests, 80 from the cache, 1,002,500 tokens, cost 1.50; 2 refused, 3 rejected" in text
+    reason = "its agreement with people, 52.0% [45.0%, 59.0%] on 200 held-out human pairs, is not above chance"
+    assert f"otherlinear52.0% [45.0%, 59.0%] on 200 held-out human pairs55.0% cannot tell: {reason}" in text
+    numbers = numbers_of(c, first, second, third)
+    kappas = [f"{a} and {b} {numbers[f'kappa/{a}/{b}']:.2f}" for a, b in (("linear", "gpt"), ("linear", "other"))]
+    assert f"{kappas[0]}, {kappas[1]}, gpt and other 0.00." in text
+    assert "Where judges disagree" in text
+    assert "linear prefersgpt prefersother prefers" in text
+    assert "<td>SFT</td><td>SFT</td><td>PPO</td>" in re.sub(r"\s+(?=<)", "", page)
+    assert "win rate (gpt)0.000 [0.000, 0.000]" in text
+    assert "win rate (other)" not in text
+
+
+def test_what_judges_say_is_escaped() -> None:
+    c, first = forty_prompts()
+    c = replace(c, sft=replace(c.sft, completions=[replace(x, response="<b>it</b>") for x in c.sft.completions]))
+    second = pairwise_of([NAN] * 40, error="<script>alert(1)</script>")
+    other = pairwise_of([0.0] * 40, name="other")
+    page = page_of(c, first, second, other)
+    assert "Where judges disagree" in page
+    assert "<script>" not in page and "<b>it" not in page
+    assert "cannot tell: &lt;script&gt;" in page
+
+
+def test_rows_of_judges() -> None:
+    c, first = forty_prompts()
+    second = pairwise_of([1.0] * 40, name="gpt", agreement=None)
+    rows = judge_rows(numbers_of(c, first, second), [first, second])
+    assert rows[1] == {
+        "name": "gpt",
+        "kind": "endpoint",
+        "agreement": "not measured",
+        "longer": "",
+        "consistency": "100.0%",
+        "cost": "",
+        "win_rate": "cannot tell: it answered none of the held-out human pairs",
+    }
+    assert [rows[0][key] for key in ("name", "kind", "longer", "consistency")] == ["linear", "linear", "55.0%", ""]
+    free = judge_rows({}, [pairwise_of([1.0], counts=COUNTS | {"cost": 0.0, "refused": 0.0, "rejected": 0.0})])
+    assert free[0]["cost"] == "1,234 requests, 80 from the cache, 1,002,500 tokens"
+
+
+# The tables.
+
+
 def test_comparison_rows() -> None:
-    rows = comparison_rows(numbers_of(comparison_of([0.0, 1.0], [1.0, 1.0], kl=[2.0, 4.0])))
+    c, judge = both_of([0.0, 1.0], [1.0, 1.0], kl=[2.0, 4.0], exact_kl=[1.0, 2.0])
+    rows = comparison_rows(numbers_of(c, judge))
     by_name = {row["name"]: (row["sft"], row["ppo"]) for row in rows}
     assert by_name["win rate (judge), [95% interval]"] == ("", "0.750 [0.500, 1.000]")
-    assert by_name["win rate at equal length and ending (2 prompts)"] == ("", "0.750 [0.500, 1.000]")
+    assert by_name["win rate at equal length and ending (2 responses)"] == ("", "0.750 [0.500, 1.000]")
+    assert by_name["win rate, both cut to equal length"] == ("", "0.750 [0.500, 1.000]")
+    assert by_name["win rate, length-controlled"] == ("", "0.749 [0.500, 0.997]")  # the weak penalty
     assert by_name["judge score"] == ("0.500", "1.000")
     assert by_name["KL to SFT (nats per response)"] == ("0", "3.000 [2.000, 4.000]")
+    assert by_name["KL to SFT, exact per token"] == ("0", "1.500 [1.000, 2.000]")
     assert by_name["length (tokens)"] == ("3.0", "3.0")
     assert by_name["EOS rate"] == ("100.0%", "100.0%")
+    assert by_name["judge agreement with people (held-out pairs)"] == ("", "0.811 [0.750, 0.860]")
+    assert by_name["reward model accuracy (held-out human pairs)"] == ("", "72.2%")
+    assert len(by_name) == len(rows) == 13
+
+
+def test_comparison_rows_of_other_judges() -> None:
+    c, judge = both_of([0.0] * 4, [1.0] * 4)
+    judges = [judge, pairwise_of([1.0, 0.0, 1.0, 1.0]), judged_of([0.0] * 4, [1.0] * 4, name="c", agreement=CHANCE)]
+    by_name = {row["name"]: row["ppo"] for row in comparison_rows(numbers_of(c, *judges))}
+    assert by_name["win rate (gpt)"].startswith("0.750 [")
+    assert by_name["gpt agreement with people"] == "0.811 [0.750, 0.860]"
+    assert by_name["c agreement with people"] == "0.520 [0.450, 0.590]"
+    assert "win rate (c)" not in by_name
+
+
+def test_comparison_rows_leave_out_what_was_not_measured() -> None:
+    assert comparison_rows({"confidence": 0.9}) == []
+    kl = {"confidence": 0.9, "kl": 3.0, "kl_low": 2.0, "kl_high": 4.0}
+    assert comparison_rows(kl) == [{"name": "KL to SFT (nats per response)", "sft": "0", "ppo": "3.000 [2.000, 4.000]"}]
+    without_interval = {"confidence": 0.9, "judge_accuracy": 0.75}  # as earlier versions wrote it
+    assert [row["ppo"] for row in comparison_rows(without_interval)] == ["0.750"]
+    c = comparison_of([0.0] * 4, [1.0] * 4)
+    cannot_tell = pairwise_of([NAN] * 4, agreement=None, error="it is down")
+    names = [row["name"] for row in comparison_rows(numbers_of(c, cannot_tell))]
+    assert names == [
+        "reward model score",
+        "KL to SFT (nats per response)",
+        "KL to SFT, exact per token",
+        "length (tokens)",
+        "EOS rate",
+        "distinct-2 at equal length",
+        "reward model accuracy (held-out human pairs)",
+    ]
+
+
+def table_cells(lines: list[str]) -> list[list[str]]:
+    """The cells of the lines of Markdown tables."""
+    return [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("|")]
 
 
 def test_markdown_summary() -> None:
-    numbers = numbers_of(comparison_of([0.0, 1.0], [1.0, 1.0]))
-    lines = as_markdown(numbers, Decision(decision="promote", reason="it is better")).splitlines()
+    c, judge = both_of([0.0, 1.0], [1.0, 1.0])
+    other = pairwise_of([1.0, 1.0], agreement=None)
+    numbers = numbers_of(c, judge, other)
+    lines = as_markdown(numbers, [judge, other], Decision(decision="promote", reason="it is better")).splitlines()
     assert lines[0] == "# Promote"
     assert lines[2] == "it is better."
     assert "| judge score | 0.500 | 1.000 |" in lines
-    assert len([line for line in lines if line.startswith("|")]) == 2 + len(comparison_rows(numbers))
+    agreement = "81.1% [75.0%, 86.0%] on 200 held-out human pairs"
+    assert f"| linear | {agreement} | 0.750 [0.500, 1.000] |" in lines
+    assert "| gpt | not measured | cannot tell: it answered none of the held-out human pairs |" in lines
+    assert len([line for line in lines if line.startswith("|")]) == 2 + len(comparison_rows(numbers)) + 2 + 2
+
+
+def test_error_of_a_judge_does_not_break_the_markdown_table() -> None:
+    c, judge = both_of([0.0, 1.0], [1.0, 1.0])
+    other = pairwise_of([NAN, NAN], error="its function raised ValueError: a | b")
+    text = as_markdown(numbers_of(c, judge, other), [judge, other], Decision(decision="promote", reason="it is better"))
+    assert {len(cells) for cells in table_cells(text.splitlines())} == {3}

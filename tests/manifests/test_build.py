@@ -16,7 +16,10 @@ KUEUE = yaml.safe_load((ROOT / "tests" / "manifests" / "kueue_schema.yaml").read
 EXTERNAL_NAMESPACES = {"kubeflow", "kube-system", "rlhf-team"}
 EXTERNAL_OBJECTS = {("ConfigMap", "kfp-launcher"), ("Secret", "mlpipeline-minio-artifact")}
 # The labels that the pipeline sets on its tasks.
-TASK_LABELS = {"app.kubernetes.io/part-of": "kfp-rlhf", "kfp-rlhf/egress": "hub", "kfp-rlhf/process-group": "true"}
+TASK_LABELS = [
+    {"app.kubernetes.io/part-of": "kfp-rlhf", "kfp-rlhf/egress": "hub", "kfp-rlhf/process-group": "true"},
+    {"app.kubernetes.io/part-of": "kfp-rlhf", "kfp-rlhf/egress": "endpoint"},
+]
 
 
 def assert_valid(item: Object) -> None:
@@ -107,7 +110,7 @@ def test_selectors_match_pods(name: str) -> None:
     labels = [(owner["metadata"]["namespace"], meta["labels"]) for owner, meta, _ in pods(name)]
     accounts = of_kind(name, "ServiceAccount")
     run_namespace = next(a["metadata"]["namespace"] for a in accounts if a["metadata"]["name"] == "rlhf-runner")
-    labels.append((run_namespace, TASK_LABELS))
+    labels += [(run_namespace, task_labels) for task_labels in TASK_LABELS]
     namespaces = EXTERNAL_NAMESPACES | {item["metadata"]["name"] for item in of_kind(name, "Namespace")}
 
     def has_match(namespace: str, selector: Object) -> bool:

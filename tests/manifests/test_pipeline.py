@@ -36,6 +36,14 @@ def cpu_with_s3(tmp_path_factory: pytest.TempPathFactory) -> CompiledPipeline:
     )
 
 
+@pytest.fixture(scope="module")
+def with_endpoint(tmp_path_factory: pytest.TempPathFactory) -> CompiledPipeline:
+    """A judge behind an API, whose answers are kept in S3; model from the hub, data from a package."""
+    judge = "judge=[{kind: endpoint, url: 'https://api.openai.com/v1', model: gpt}, {kind: linear}]"
+    params = load_params(PARAMS / "tiny.yaml", [judge, "storage.uri=s3://rlhf", "model.source=org/model"])
+    return CompiledPipeline(params, tmp_path_factory.mktemp("with_endpoint"))
+
+
 def labels(compiled: CompiledPipeline) -> dict[str, Object]:
     return {stage: pod["podMetadata"]["labels"] for stage, pod in compiled.pods.items()}
 
@@ -63,18 +71,38 @@ def test_service_account_of_runs_exists_with_a_role(name: str) -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_network_policies_select_the_right_tasks(
-    name: str, gpu_node: CompiledPipeline, cpu_with_s3: CompiledPipeline
+    name: str, gpu_node: CompiledPipeline, cpu_with_s3: CompiledPipeline, with_endpoint: CompiledPipeline
 ) -> None:
-    """All tasks are restricted; only those that download, never those that train, may reach the hub."""
+    """All tasks are restricted. Only those that download may reach the hub, only those that ask a judge its API; none that train."""
     policies = [p for p in of_kind(name, "NetworkPolicy") if p["metadata"]["namespace"] == run_namespace(name)]
-    assert {"rlhf-default-deny", "rlhf-tasks", "rlhf-hub"} <= {p["metadata"]["name"] for p in policies}
-    # A model from the hub and local data; then a model in S3 and data from a package.
-    for compiled, downloading in ((gpu_node, {"import-model"}), (cpu_with_s3, {"prepare-data"})):
+    assert {"rlhf-default-deny", "rlhf-tasks", "rlhf-hub", "rlhf-endpoints"} <= {
+        p["metadata"]["name"] for p in policies
+    }
+    for compiled, downloading, asking in (
+        (gpu_node, {"import-model"}, set()),  # a model from the hub and local data
+        (cpu_with_s3, {"prepare-data"}, set()),  # a model in S3 and data from a package
+        (with_endpoint, {"import-model", "prepare-data"}, {"judge", "evaluation"}),
+    ):
         for policy in policies:
             policy_name = policy["metadata"]["name"]
             selected = {s for s, tags in labels(compiled).items() if selects(policy["spec"]["podSelector"], tags)}
-            expected = {"rlhf-hub": downloading, "rlhf-process-groups": {"sft", "reward-model", "ppo"}}
+            groups = {"sft", "reward-model", "ppo"}
+            expected = {"rlhf-hub": downloading, "rlhf-endpoints": asking, "rlhf-process-groups": groups}
             assert selected == expected.get(policy_name, set(compiled.pods)), policy_name
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_tasks_that_ask_a_judge_reach_any_address_but_the_metadata_server(name: str) -> None:
+    """Its address and port are only known to its owner: a service outside, or a server in this cluster."""
+    (policy,) = [p for p in of_kind(name, "NetworkPolicy") if p["metadata"]["name"] == "rlhf-endpoints"]
+    assert policy["metadata"]["namespace"] == run_namespace(name)
+    selector = {"app.kubernetes.io/part-of": "kfp-rlhf", "kfp-rlhf/egress": "endpoint"}
+    assert policy["spec"]["podSelector"] == {"matchLabels": selector}
+    assert policy["spec"]["policyTypes"] == ["Egress"] and "ingress" not in policy["spec"]
+    (rule,) = policy["spec"]["egress"]
+    assert rule["ports"] == [{"protocol": "TCP", "port": 1, "endPort": 65535}]
+    blocks = [peer["ipBlock"] for peer in rule["to"] if "ipBlock" in peer]
+    assert blocks == [{"cidr": "0.0.0.0/0", "except": ["169.254.169.254/32"]}]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -117,11 +145,11 @@ def test_servers_accept_connections_of_every_task(name: str, gpu_node: CompiledP
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_secrets_have_exactly_the_keys_that_tasks_read(
-    name: str, gpu_node: CompiledPipeline, cpu_with_s3: CompiledPipeline
+    name: str, gpu_node: CompiledPipeline, cpu_with_s3: CompiledPipeline, with_endpoint: CompiledPipeline
 ) -> None:
     created = secrets_of_runs(name)
     used: dict[str, tuple[set[str], set[str]]] = {}  # name -> required keys, all keys
-    for compiled in (gpu_node, cpu_with_s3):
+    for compiled in (gpu_node, cpu_with_s3, with_endpoint):
         for stage in compiled.pods:
             for secret, (optional, keys) in compiled.secrets(stage).items():
                 required, known = used.setdefault(secret.removesuffix("?"), (set(), set()))
@@ -133,6 +161,7 @@ def test_secrets_have_exactly_the_keys_that_tasks_read(
     manual = dict(re.findall(r"create secret generic (\S+) --from-literal=(\w+)=", page("manifests/README.md")))
     assert {s: manual.get(s) for s in used if s not in created} == {
         "rlhf-hf-token": "HF_TOKEN",
+        "rlhf-judge": "OPENAI_API_KEY",
         "rlhf-webhook": "WEBHOOK_URL",
     }
     assert all(manual[s] in used[s][1] for s in manual)

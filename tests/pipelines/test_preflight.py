@@ -110,7 +110,22 @@ def test_user_models_are_checked(tmp_path: Path, tiny_model: Path) -> None:
         check_toy_inputs(tiny_model, write_data(tmp_path), sft={"use": str(tmp_path / "nowhere")})
 
 
-@pytest.mark.parametrize("key", ["checkpoint_uri", "publish_uri"])
+@pytest.mark.parametrize(("in_list", "key"), [(False, "judge.use"), (True, "judge.1.use")])
+def test_model_of_a_judge_is_checked(tmp_path: Path, tiny_model: Path, in_list: bool, key: str) -> None:
+    def check(use: Path) -> None:
+        judge = {"kind": "reward_model", "use": str(use)}
+        params = toy_params(tiny_model, write_data(tmp_path)) | {"judge": [{}, judge] if in_list else judge}
+        check_inputs(Params.model_validate(params))
+
+    with pytest.raises(InputError, match=rf"^{key}: .*nowhere is not a folder; correct the path\.$"):
+        check(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=rf"^{key}: .*empty has no config\.json"):
+        check(tmp_path / "empty")
+    check(tiny_model)
+
+
+@pytest.mark.parametrize("key", ["checkpoint_uri", "publish_uri", "answers_uri"])
 def test_unreachable_store_is_reported_before_the_first_stage(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:

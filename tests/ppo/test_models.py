@@ -11,7 +11,7 @@ from components.ppo.models import copy_with_own_head, load_models
 from components.ppo.policy import save_policy
 from components.rlhf.data.batching import collate
 from components.rlhf.data.datasets import load_records
-from components.rlhf.data.records import ValidationSample
+from components.rlhf.data.records import Conversation, Message, Prompt, ValidationSample
 from components.rlhf.models.loading import load_scalar_lm, save_model
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.text.errors import InputError
@@ -157,12 +157,24 @@ def test_saved_policy_loads_and_holds_the_training_history(
 ) -> None:
     trainer = trainer_of(config_of(), tiny_model, reward_model)
     history = [{"iteration": 1.0, "score/mean": 0.1 + 0.2}, {"iteration": 2.0, "score/mean": -1e-9}]
-    sample = ValidationSample(
-        iteration=1, num_rollouts=8, prompt="It", response="is", num_tokens=2, truncated=True, score=0.5, kl=-0.1
-    )
-    trainer.history, trainer.validation = history, [sample]
+    chat = Conversation(messages=(Message(role="user", content="It"),))
+    samples = [
+        ValidationSample(
+            iteration=1,
+            num_rollouts=8,
+            prompt=prompt,
+            prompt_ids=[5],
+            response_ids=[3, 4],
+            response="is",
+            truncated=True,
+            score=0.5,
+            kl=-0.1,
+        )
+        for prompt in (Prompt(prompt="It", id="validation-0"), Prompt(prompt="<user>It", conversation=chat))
+    ]
+    trainer.history, trainer.validation = history, samples
     save_policy(trainer, trainer.rollout.tokenizer, trainer.weights(), tmp_path)
-    assert load_records(tmp_path, "validation", ValidationSample) == [sample]
+    assert load_records(tmp_path, "validation", ValidationSample) == samples
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(BATCH.input_ids).logits, trainer.learner.models.actor.lm(BATCH.input_ids).logits)
     assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == history

@@ -260,7 +260,7 @@ def test_validation_prompts_that_the_ranks_cannot_share_equally_are_left_out(
         models, rollout = load(config, tiny_model, reward_model)
         trainer = PpoTrainer(config, models, rollout, replace(context_of("ppo"), group=group))
         history = trainer.train(PROMPTS, VALIDATION)
-        used[world_size] = [sample.prompt for sample in trainer.validation if sample.iteration == 1]
+        used[world_size] = [sample.prompt.prompt for sample in trainer.validation if sample.iteration == 1]
         assert all(("validation/objective" in row) == (world_size == 2) for row in history)
     assert used == {2: [VALIDATION[0].prompt], 8: []}
     assert "no validation: there are fewer validation prompts than processes (8)" in capsys.readouterr().err
@@ -291,13 +291,17 @@ def test_validation_samples_include_the_model_before_the_first_update(tiny_model
     assert [s.iteration for s in trainer.validation] == [0] * size + [2] * size + [4] * size
     batch = trainer.ppo.rollout.num_prompts
     assert [s.num_rollouts for s in trainer.validation[::size]] == [0, 2 * batch, 4 * batch]
-    assert [s.prompt for s in trainer.validation[:size]] == [p.prompt for p in VALIDATION]
+    assert [s.prompt for s in trainer.validation[:size]] == VALIDATION
+    tokenizer = trainer.rollout.tokenizer
+    for sample in trainer.validation:
+        assert tokenizer.decode(sample.prompt_ids) == sample.prompt.prompt
+        assert tokenizer.decode(sample.response_ids, skip_special_tokens=True) == sample.response
     assert [s.kl for s in trainer.validation[:size]] == [0.0] * size  # the SFT model
     last = trainer.validation[-size:]
     row = history[-1]
     assert sum(s.score for s in last) / size == pytest.approx(row["validation/score/mean"], abs=1e-5)
     assert sum(s.kl for s in last) / size == pytest.approx(row["validation/kl/sequence"], abs=1e-5)
-    assert sum(s.num_tokens for s in last) / size == pytest.approx(row["validation/response/length"])
+    assert sum(len(s.response_ids) for s in last) / size == pytest.approx(row["validation/response/length"])
     assert sum(not s.truncated for s in last) / size == pytest.approx(row["validation/response/eos_rate"])
 
 

@@ -52,7 +52,7 @@ def toy_params(model: Path, data: dict[str, Path], **sections: dict[str, Any]) -
             "rollout": {"num_prompts": 8, "sampling": {"max_new_tokens": 6, "batch_size": 8}},
         },
         "evaluation": {"num_prompts": 8, "num_bootstrap": 100},
-        "gate": {"min_win_rate": 0.0, "max_kl": 1000.0},
+        "gate": {"min_win_rate": 0.0, "max_kl": 1000.0, "min_prompts": 1},
     }
     for section, values in sections.items():
         params[section] = params.get(section, {}) | values

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from components.rlhf.text.credentials import contains_credentials
+from components.rlhf.text.strict_yaml import unprintable_character
 
 PositiveInt = Annotated[int, Field(ge=1, lt=2**53)]  # JSON represents integers exactly up to 2**53
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -19,6 +20,18 @@ class BaseConfig(BaseModel):
     """Rejects unknown keys; instances are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+    TEXTS: ClassVar[frozenset[str]] = frozenset()  # fields whose strings may have several lines
+
+    @field_validator("*")
+    @classmethod
+    def _reject_control_characters(cls, value: Any, info: ValidationInfo) -> Any:
+        allowed = "\n\t" if info.field_name in cls.TEXTS else ""
+        for text in _strings(value):
+            bad = next((c for c in text if unprintable_character(c) and c not in allowed), None)
+            if bad is not None:
+                raise ValueError(f"it contains the character {bad!a}; remove it")
+        return value
 
     @field_validator("*")
     @classmethod

@@ -1,14 +1,17 @@
 """Settings of the judges, which compare responses on data that no trained model has seen."""
 
+import json
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from components.rlhf.config.base import BaseConfig, Count, NonNegative, Positive, PositiveInt
 from components.rlhf.config.model import ModelConfig, Seed
 
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=100)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
-MAX_TEXT_CHARS = 64 * 1024  # of a rubric or the source of a function: settings are arguments of a container
+MAX_BYTES = 48 * 1024  # of all judges as JSON: Linux allows 128 KiB for an argument, and KFP passes settings twice
 
 
 class JudgeBase(BaseConfig):
@@ -48,6 +51,8 @@ class RewardModelJudge(JudgeBase):
 class EndpointJudge(JudgeBase):
     """A language model behind an OpenAI-compatible API, which compares two responses in both orders."""
 
+    TEXTS = frozenset({"rubric", "extra_body"})
+
     kind: Literal["endpoint"]
     """endpoint: a language model behind an OpenAI-compatible API."""
     url: str
@@ -56,9 +61,9 @@ class EndpointJudge(JudgeBase):
     """Name of the model."""
     rubric_file: str | None = None
     """Text file that says what makes a response better; relative to the params file. Submitting replaces it by rubric."""
-    rubric: Annotated[str, Field(max_length=MAX_TEXT_CHARS)] = ""
+    rubric: str = ""
     """The rubric itself; empty is a general one (components/rlhf/rewards/rubric.txt)."""
-    api_key_variable: str | None = "OPENAI_API_KEY"
+    api_key_variable: Variable | None = "OPENAI_API_KEY"
     """Environment variable with the API key, on a cluster a key of the Secret cluster.secrets.judge; no key is sent if it is unset."""
     num_pairs: PositiveInt = 200
     """Number of held-out human pairs that its agreement with people is measured on; each takes two requests."""
@@ -82,7 +87,7 @@ class EndpointJudge(JudgeBase):
     @field_validator("url")
     @classmethod
     def _require_http(cls, url: str) -> str:
-        if not url.startswith(("http://", "https://")):
+        if not url.startswith(("http://", "https://")) or not urlsplit(url).hostname:
             raise ValueError("write it as https://HOST/v1")
         return url.rstrip("/").removesuffix("/chat/completions")
 
@@ -104,11 +109,13 @@ class EndpointJudge(JudgeBase):
 class FunctionJudge(JudgeBase):
     """A Python function score(prompts, responses) that returns one number for each response, higher is better."""
 
+    TEXTS = frozenset({"source"})
+
     kind: Literal["function"]
     """function: a Python function."""
     function: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
     """MODULE:FUNCTION, such as mine:score: of mine.py next to the params file, else of an installed package."""
-    source: Annotated[str, Field(max_length=MAX_TEXT_CHARS)] = ""
+    source: str = ""
     """Source of the module; empty is the file next to the params file, which submitting copies here, or an installed package."""
     timeout_seconds: Positive = 600.0
     """Seconds that one call, with all responses, may take."""
@@ -142,7 +149,7 @@ Judge = Annotated[
     ),
 ]
 Judges = Annotated[
-    Annotated[Judge, Tag("one")] | Annotated[tuple[Judge, ...], Field(min_length=1, max_length=8), Tag("several")],
+    Annotated[Judge, Tag("one")] | Annotated[tuple[Judge, ...], Field(max_length=8), Tag("several")],
     Discriminator(_one_or_several),
 ]
 
@@ -158,16 +165,25 @@ class JudgeStageConfig(BaseConfig):
     seed: Seed
 
     @model_validator(mode="after")
-    def _require_distinct_names(self) -> "JudgeStageConfig":
-        require_distinct_judges(self.judge)
+    def _check_judges(self) -> "JudgeStageConfig":
+        check_judges(self.judge)
         return self
 
 
-def require_distinct_judges(judges: Any) -> None:
-    """Raise ValueError if two judges have one name, or two are reward models."""
-    names = [judge.title for judge in as_list(judges)]
+def check_judges(judges: Any) -> None:
+    """Raise ValueError for no judge, two judges of one name, two reward models, and texts that are too long together."""
+    panel = as_list(judges)
+    names = [judge.title for judge in panel]
+    if not panel:
+        raise ValueError("judge is an empty list; name a judge, or remove it for a linear one")
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two judges are named {name}; give them different names (judge.NUMBER.name)")
-    if sum(isinstance(judge, RewardModelJudge) for judge in as_list(judges)) > 1:
+    if sum(isinstance(judge, RewardModelJudge) for judge in panel) > 1:
         raise ValueError("judge has two reward models, and there can be one; remove one of them")
+    size = sum(len(json.dumps(judge.canonical_json())) for judge in panel)
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"the judges take {size:,} bytes as JSON, and {MAX_BYTES:,} are possible; shorten the rubric, or install the module of the "
+            "function where the stages run"
+        )

@@ -4,6 +4,8 @@ from components.rlhf.config.base import BaseConfig
 
 
 class NotifyStageConfig(BaseConfig):
+    TEXTS = frozenset({"params"})
+
     preset: str
     ui_url: str | None = None
     params: str = ""

@@ -17,7 +17,7 @@ from components.rlhf.config.judge import (
     LinearJudge,
     RewardModelJudge,
     as_list,
-    require_distinct_judges,
+    check_judges,
 )
 from components.rlhf.config.model import ModelConfig, Seed, TrainingConfig, check_zero3_compatibility
 from components.rlhf.config.ppo import PpoConfig
@@ -64,8 +64,8 @@ class Params(BaseConfig):
         return self
 
     @model_validator(mode="after")
-    def _require_distinct_judges(self) -> "Params":
-        require_distinct_judges(self.judge)
+    def _check_judges(self) -> "Params":
+        check_judges(self.judge)
         return self
 
     @model_validator(mode="after")
@@ -99,7 +99,7 @@ class Params(BaseConfig):
         sections["sampling"] = self.ppo.rollout.sampling  # the reward model is calibrated on PPO's distribution
         if "evaluation" in config_class.model_fields:
             sections["sampling"] = self.evaluation.sampling or self.ppo.rollout.sampling
-        return config_class(**{name: sections[name] for name in config_class.model_fields})
+        return config_class(**{name: sections[name] for name in config_class.model_fields if name in sections})
 
 
 def explain_validation_error(error: ValidationError, model: type[BaseModel]) -> str:

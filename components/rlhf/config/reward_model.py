@@ -34,6 +34,7 @@ class RewardModelConfig(BaseConfig):
 
 
 class RewardModelStageConfig(BaseConfig):
+    stage_name: Literal["reward_model", "judge_reward_model"] = "reward_model"  # of two tasks in one run
     model: ModelConfig
     reward_model: RewardModelConfig
     sampling: SamplingConfig

@@ -242,6 +242,9 @@ def stage_run(
         if rank() > 0:
             tracking_config = tracking_config.model_copy(update={"enabled": False})
         run_id = os.environ.get(RUN_ID, MANUAL_RUN_ID)
+        name = getattr(
+            config, "stage_name", name
+        )  # runs, checkpoints and published models of two tasks of a run are separate
         tracker = start_tracking(tracking_config, run_id=run_id, stage=name, params=config.model_dump(mode="json"))
         progress = Progress(name, silent=rank() > 0)
         run = StageRun(

@@ -13,6 +13,8 @@ def comparison_rows(numbers: Mapping[str, float]) -> list[dict[str, str]]:
     """
 
     def interval(key: str) -> str:
+        if f"{key}_low" not in numbers:
+            return f"{numbers[key]:.3f}"
         return f"{numbers[key]:.3f} [{numbers[f'{key}_low']:.3f}, {numbers[f'{key}_high']:.3f}]"
 
     def one(name: str, key: str, form: str = "") -> list[dict[str, str]]:

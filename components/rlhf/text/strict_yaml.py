@@ -74,10 +74,15 @@ def _require_unique_keys(node: yaml.MappingNode) -> None:
 
 
 def _require_printable(node: yaml.ScalarNode) -> None:
-    """Reject control characters, line breaks and lone surrogates, which would garble messages that quote the value."""
-    unprintable = next((c for c in node.value if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None)
+    """Reject control characters other than newlines and tabs, and lone surrogates, which would garble messages that quote the value."""
+    unprintable = next((c for c in node.value if unprintable_character(c) and c not in "\n\t"), None)
     if unprintable is not None:
         raise NotYamlError(f"a value contains the character {unprintable!a}", node.start_mark.line + 1)
+
+
+def unprintable_character(character: str) -> bool:
+    """Whether a character breaks a line, controls a terminal, or is half of a pair of surrogates."""
+    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 
 def _one_line(text: str) -> str:

@@ -380,6 +380,13 @@ def test_invalid_local_data_is_found_before_the_first_request(
             ["storage.publish_uri=/home/me/models"],
             "storage.publish_uri is /home/me/models, a folder that pods do not have",
         ),
+        (
+            ["storage.answers_uri=/home/me/answers"],
+            "storage.answers_uri is /home/me/answers, a folder that pods do not have; set it to s3://BUCKET/PREFIX.",
+        ),
+        (["judge.kind=gpt"], "kind is not one of linear, reward_model, endpoint, function; correct it."),
+        (["judge.kind=reward_model", "judge.use=/home/me/none"], "judge.use: /home/me/none is not a folder"),
+        (["judge=[{kind: reward_model, use: ./none}]"], "judge.0.use: none is not a folder"),
         (["tracking.uri=sqlite:////home/me/mlflow.db"], "which is on this machine; set it to the http(s) address"),
         (["cluster.require_digests=true"], "cluster.images.rollout is kfp-rlhf/rollout:0.1.0, which has no digest"),
         (["cluster.stages={ppo: gpu-80g}"], "did you mean gpu-80gb?"),
@@ -567,6 +574,46 @@ def test_missing_optional_secrets_are_only_a_note(submit: Submit, cluster: Kuber
     assert (
         "rlhf-hf-token does not exist in namespace kubeflow: org/model can be downloaded only if public." in hub.stdout
     )
+
+
+ENDPOINT = ("--set", "judge={kind: endpoint, url: 'https://api.example.com/v1', model: gpt}")
+
+
+def test_missing_secret_of_a_judge_is_only_a_note(submit: Submit, cluster: KubernetesApi) -> None:
+    note = "Secret rlhf-judge does not exist in namespace kubeflow: https://api.example.com/v1 is asked without an API key."
+    assert f"note     {note}\n" in submit("--dry-run", *ENDPOINT).stdout
+    without_key = submit("--dry-run", *ENDPOINT, "--set", "judge.api_key_variable=null")
+    assert "rlhf-judge" not in submit("--dry-run").stdout + without_key.stdout
+    assert "rlhf-judge" not in submit("--dry-run", *ENDPOINT, "--set", "cluster.secrets.judge=null").stdout
+    cluster.existing.add("secrets/rlhf-judge")
+    assert "rlhf-judge" not in submit("--dry-run", *ENDPOINT).stdout
+
+
+def test_answers_that_are_not_kept_are_a_note(submit: Submit, cluster: KubernetesApi) -> None:
+    note = (
+        "note     the judge's answers are not kept: a stage that is retried, and the next run, ask the endpoint again."
+    )
+    assert note in submit("--dry-run", *ENDPOINT).stdout
+    assert "answers" not in submit("--dry-run").stdout
+    for uri in ("storage.uri", "storage.answers_uri"):
+        assert "answers are not kept" not in submit("--dry-run", *ENDPOINT, "--set", f"{uri}=s3://rlhf/answers").stdout
+
+
+def test_credentials_for_the_answers_must_exist(submit: Submit, cluster: KubernetesApi) -> None:
+    answers = ("--set", "storage.answers_uri=s3://rlhf/answers")
+    cluster.existing.discard("secrets/rlhf-s3")
+    assert "Secret rlhf-s3 does not exist" in error_of(submit("--dry-run", *ENDPOINT, *answers))
+    assert submit("--dry-run", *answers).returncode == 0  # no stage keeps answers
+
+
+def test_secrets_of_an_imported_judge_are_checked(submit: Submit, cluster: KubernetesApi) -> None:
+    hub = submit("--dry-run", "--set", "judge=[{kind: reward_model, use: org/second}]")
+    assert (
+        "rlhf-hf-token does not exist in namespace kubeflow: org/second can be downloaded only if public." in hub.stdout
+    )
+    cluster.existing.discard("secrets/rlhf-s3")
+    s3 = submit("--dry-run", "--set", "judge={kind: reward_model, use: 's3://rlhf/second'}")
+    assert "Secret rlhf-s3 does not exist" in error_of(s3)
 
 
 def test_named_context_must_be_usable(submit: Submit, cluster: KubernetesApi) -> None:

@@ -253,7 +253,7 @@ SECTIONS = {
     RewardModelStageConfig: {"model", "reward_model", "sampling", "checkpoint", "seed"},
     JudgeStageConfig: {"model", "judge", "seed"},
     PpoStageConfig: {"model", "ppo", "checkpoint", "seed"},
-    EvaluationStageConfig: {"model", "evaluation", "sampling", "gate", "seed"},
+    EvaluationStageConfig: {"model", "evaluation", "sampling", "gate", "judge", "seed"},
 }
 
 
