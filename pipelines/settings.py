@@ -34,6 +34,9 @@ from components.rlhf.text.strict_yaml import MAX_BYTES, NotYamlError, parse_yaml
 from pipelines.profiles import resolve_profiles
 
 
+LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+
+
 def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
     """Load a params file and apply SECTION.KEY=VALUE overrides. Raises InputError with one sentence per mistake.
 
@@ -107,12 +110,12 @@ def _read_text(key: str, name: str, folder: Path) -> str:
         path = None
     if path is None:
         raise InputError(
-            f"{key}: {short_repr(name)} is not a file in the working directory or next to the params file; correct the path."
+            f"{key}: {name[:200]} is not a file in the working directory or next to the params file; correct the path."
         )
     try:
         with path.open("rb") as file:
             data = file.read(MAX_TEXT_BYTES + 1)
-        text = data.decode("utf-8-sig").replace("\r\n", "\n")
+        text = LINE_BREAK.sub("\n", data.decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{key}: {path} cannot be read as UTF-8 text ({error}).") from None
     if not text.strip() or len(data) > MAX_TEXT_BYTES:

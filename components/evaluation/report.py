@@ -31,7 +31,9 @@ def as_markdown(numbers: Mapping[str, float], judges: Sequence[Judged], verdict:
     lines = [f"# {verdict.decision.capitalize()}", "", f"{verdict.reason}.", "", "| | SFT | PPO |", "|---|---:|---:|"]
     lines += [f"| {row['name']} | {row['sft']} | {row['ppo']} |" for row in comparison_rows(numbers)]
     lines += ["", "| judge | agreement with people | win rate |", "|---|---|---|"]
-    lines += [f"| {row['name']} | {row['agreement']} | {row['win_rate']} |" for row in judge_rows(numbers, judges)]
+    for row in judge_rows(numbers, judges):
+        cells = [row[name].replace("|", "\\|") for name in ("name", "agreement", "win_rate")]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

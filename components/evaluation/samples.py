@@ -25,8 +25,10 @@ def choose_rows(gains: Sequence[float], *, seed: int) -> dict[str, list[int]]:
 
 
 def choose_disagreements(judges: Sequence[Judged], *, seed: int) -> list[int]:
-    """Rows on which one judge prefers PPO's response and another one the fine-tuned model's: a seeded sample of them."""
-    wins = np.array([judge.wins for judge in judges])
+    """Rows on which one judge that can tell prefers PPO's response and another one SFT's: a seeded sample of them."""
+    wins = np.array([judge.wins for judge in judges if not judge.cannot_tell])
+    if len(wins) < 2:
+        return []
     rows = np.flatnonzero((wins > 0.5).any(axis=0) & (wins < 0.5).any(axis=0)).tolist()
     return sorted(random.Random(seed).sample(rows, min(NUM_RANDOM, len(rows))))
 

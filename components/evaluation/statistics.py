@@ -104,8 +104,7 @@ def _win_rate_at_equal_length(wins: Floats, features: Floats, weights: Floats) -
         determinant = h_aa * h_bb - h_ab**2
         step_a = (h_bb * grad_a - h_ab * grad_b) / determinant
         step_b = (h_aa * grad_b - h_ab * grad_a) / determinant
-        # Full steps overshoot where nearly all rows are wins.
-        a, b = a - step_a.clip(-1, 1), b - step_b.clip(-1, 1)
+        a, b = a - step_a, b - step_b
         if max(np.abs(step_a).max(), np.abs(step_b).max()) < 1e-9:
             break
     rate: Floats = 1 / (1 + np.exp(-a))

@@ -82,13 +82,14 @@ def test_gains_of_a_judge_without_scores_are_its_wins() -> None:
 
 
 def test_disagreements_are_rows_with_wins_and_losses() -> None:
-    first = pairwise_of([1.0, 1.0, 0.5, NAN, 0.0, 0.75, 0.0], name="a")
-    second = pairwise_of([0.0, 1.0, 0.0, 0.0, 1.0, 0.25, 0.0], name="b")
-    third = pairwise_of([0.5, 0.5, 1.0, 0.0, NAN, 0.5, 0.5], name="c")
+    rest = [0.5] * 13
+    first = pairwise_of([1.0, 1.0, 0.5, NAN, 0.0, 0.75, 0.0, *rest], name="a")
+    second = pairwise_of([0.0, 1.0, 0.0, 0.0, 1.0, 0.25, 0.0, *rest], name="b")
+    third = pairwise_of([0.5, 0.5, 1.0, 0.0, NAN, 0.5, 0.5, *rest], name="c")
     assert choose_disagreements([first, second], seed=0) == [0, 4, 5]
     assert choose_disagreements([first, second, third], seed=0) == [0, 2, 4, 5]
     assert choose_disagreements([first], seed=0) == []
-    c = comparison_of([0.0] * 7, [0.0] * 7)
+    c = comparison_of([0.0] * 20, [0.0] * 20)
     rows = choose_disagreement_samples(c, [first, second, third], seed=0)
     assert rows[0] == {
         "prompt": "prompt 0",
@@ -281,7 +282,8 @@ def test_page_shows_all_judges() -> None:
     assert f"{kappas[0]}, {kappas[1]}, gpt and other 0.00." in text
     assert "Where judges disagree" in text
     assert "linear prefersgpt prefersother prefers" in text
-    assert "<td>SFT</td><td>SFT</td><td>PPO</td>" in re.sub(r"\s+(?=<)", "", page)
+    assert "<td>PPO</td><td>SFT</td><td>PPO</td>" in re.sub(r"\s+(?=<)", "", page)
+    assert "<td>SFT</td><td>SFT</td><td>PPO</td>" not in re.sub(r"\s+(?=<)", "", page)  # only a judge that cannot tell differs
     assert "win rate (gpt)0.000 [0.000, 0.000]" in text
     assert "win rate (other)" not in text
 

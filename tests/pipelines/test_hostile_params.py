@@ -127,7 +127,7 @@ def load_error(tmp_path: Path, text: str | bytes) -> str:
         ("seed: 1\nseed: 2\n", ":6 is not YAML (the key 'seed' is duplicated)."),
         ("ppo: {kl_coef: 0.1, kl_coef: 0.2}\n", ":5 is not YAML (the key 'kl_coef' is duplicated)."),
         ("preset: \"a\\0b\"\n", ":5 is not YAML (a value contains the character '\\x00')."),
-        ("preset: \"a\\nb\"\n", ":5 is not YAML (a value contains the character '\\n')."),
+        ("preset: \"a\\nb\"\n", ": preset: it contains the character '\\n'; remove it."),
         ("preset: &a [*a]\n", ":5 is not YAML (an alias contains itself)."),
         ("preset: 2020-13-45\n", " is not YAML (month must be in 1..12)."),
         ("preset: !!python/object/apply:os.system [id]\n", ":5 is not YAML (could not determine a constructor"),

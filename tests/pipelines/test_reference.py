@@ -6,9 +6,9 @@ import pytest
 
 from components.rlhf.config.judge import KINDS
 from components.rlhf.config.params import Params
-from pipelines.reference import TARGET, as_markdown, leaves
+from pipelines.reference import TARGET, as_markdown, leaves, merged
 
-ROWS = leaves(Params, "")
+ROWS = merged(leaves(Params, ""))
 
 
 def test_committed_reference_is_up_to_date() -> None:
