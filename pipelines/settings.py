@@ -33,7 +33,6 @@ from components.rlhf.text.redaction import find_secrets
 from components.rlhf.text.strict_yaml import MAX_BYTES, NotYamlError, parse_yaml
 from pipelines.profiles import resolve_profiles
 
-
 LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 
 

@@ -19,8 +19,9 @@ from pipelines.cluster.pods import PendingPods
 from pipelines.cluster.server import Server, ServerAccess, connect, translate_api_errors
 from pipelines.cluster.upload import is_on_mounted_volume, plan_upload, upload
 from pipelines.compile import compile_pipeline
-from pipelines.placement import CHECKPOINT_PATH, cluster_storage, is_within, require_digests
+from pipelines.placement import CHECKPOINT_PATH, cluster_storage, require_digests
 from pipelines.preflight import check_inputs
+from pipelines.sources import is_within
 
 Log = Callable[[str], None]
 EXIT_CODES = {"SUCCEEDED": 0, "FAILED": 1, "SKIPPED": 1, "CANCELED": 1}

@@ -12,7 +12,7 @@ from components.rlhf.config.prepare_data import is_glob
 from components.rlhf.config.storage import UPLOADS
 from components.rlhf.storage.store import Store, open_store
 from components.rlhf.text.errors import InputError
-from pipelines.placement import DATA_SUFFIXES, is_within, model_sources
+from pipelines.sources import DATA_SUFFIXES, is_within, model_sources
 
 Log = Callable[[str], None]
 

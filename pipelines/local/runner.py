@@ -7,6 +7,7 @@ still works this way.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -54,8 +55,9 @@ class LocalRun:
     stages: list[StageRecord] = field(default_factory=list)
 
     def start(self, name: str) -> StageRecord:
-        count = sum(stage.name.rpartition("-")[0] == name or stage.name == name for stage in self.stages)
-        record = StageRecord(name=f"{name}-{count + 1}" if count else name)
+        taken = {stage.name for stage in self.stages}
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        record = StageRecord(name=next(free for free in names if free not in taken))
         self.stages.append(record)
         return record
 

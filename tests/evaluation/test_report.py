@@ -253,7 +253,7 @@ def test_page_of_a_judge_that_could_not_be_asked() -> None:
     page = page_of(c, pairwise_of([NAN] * 40, error="the server <is> down"), training=[])
     assert "<is>" not in page
     text = text_of(page)
-    assert "Rejected. no verdict: the judge gpt cannot tell, because the server <is> down." in text
+    assert "Rejected: no verdict: the judge gpt cannot tell, because the server <is> down." in text
     assert "cannot tell: the server <is> down" in text
     assert "win rate (judge)" not in text
 
@@ -283,7 +283,9 @@ def test_page_shows_all_judges() -> None:
     assert "Where judges disagree" in text
     assert "linear prefersgpt prefersother prefers" in text
     assert "<td>PPO</td><td>SFT</td><td>PPO</td>" in re.sub(r"\s+(?=<)", "", page)
-    assert "<td>SFT</td><td>SFT</td><td>PPO</td>" not in re.sub(r"\s+(?=<)", "", page)  # only a judge that cannot tell differs
+    assert "<td>SFT</td><td>SFT</td><td>PPO</td>" not in re.sub(
+        r"\s+(?=<)", "", page
+    )  # only a judge that cannot tell differs
     assert "win rate (gpt)0.000 [0.000, 0.000]" in text
     assert "win rate (other)" not in text
 

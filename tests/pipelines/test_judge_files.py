@@ -226,9 +226,7 @@ def test_module_of_this_program_is_missing(folder: Path, monkeypatch: pytest.Mon
 def test_empty_or_too_long_source(folder: Path, content: str) -> None:
     (folder / "my_judge.py").write_text(content)
     message = load_error(folder, FUNCTION)
-    assert message.startswith("judge.function: ") and message.endswith(
-        f" must have 1 to {MAX_BYTES:,} bytes of text."
-    )
+    assert message.startswith("judge.function: ") and message.endswith(f" must have 1 to {MAX_BYTES:,} bytes of text.")
 
 
 def test_source_with_a_byte_order_mark_compiles(folder: Path) -> None:

@@ -113,7 +113,7 @@ def test_stage_that_finished_after_its_runner_died_is_recorded_on_resume(
     tmp_path: Path, script: str, runs_again: bool
 ) -> None:
     execute(tmp_path, script)
-    (tmp_path / "finished" / "sh.json").unlink()
+    (tmp_path / "finished" / "make.json").unlink()
     assert ("ran" in execute(tmp_path, script)) is runs_again
     assert words(execute(tmp_path, script)) == [REUSED, REUSED]
 
@@ -122,11 +122,11 @@ def test_stage_that_finished_after_its_runner_died_is_recorded_on_resume(
 def test_unrecorded_stage_with_incomplete_outputs_runs_again(tmp_path: Path, broken: str) -> None:
     execute(tmp_path, REPORTS)
     root, finished = tmp_path / "out" / "two" / "make", tmp_path / "finished"
-    (finished / "sh.json").unlink()
+    (finished / "make.json").unlink()
     if broken == "another command":
-        (finished / "sh.begun").write_text('{"command": "0123", "at": 0}')
+        (finished / "make.begun").write_text('{"command": "0123", "at": 0}')
     elif broken == "no beginning":
-        (finished / "sh.begun").unlink()
+        (finished / "make.begun").unlink()
     else:
         (root / "executor_output.json").write_text('{"artifacts": {"model": {}}}')
         if broken == "folder without manifest":

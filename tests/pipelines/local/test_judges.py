@@ -12,6 +12,7 @@ from tests.pipelines.local.test_whole_run import output, run_pipeline, summary_o
 from tests.support.resident import Resident
 from tests.support.toy_pipeline import toy_params, write_data, write_params
 
+pytestmark = pytest.mark.slow
 SOURCE = '''"""Prefers positive words."""
 
 

@@ -176,10 +176,10 @@ def test_one_rejected_request_loses_one_pair(tmp_path: Path) -> None:
 
 def test_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY, " my-key\n")
-    extra = {"reasoning_effort": "low", "max_tokens": None, "max_completion_tokens": 99}
+    extra: dict[str, Any] = {"reasoning_effort": "low", "max_tokens": None, "max_completion_tokens": 99}
     with JudgeServer(prefers(len), key="my-key") as server:
         compare(
-            judge_of(server, tmp_path, rubric="Be kind.\n", extra_body={k: v for k, v in extra.items()}),
+            judge_of(server, tmp_path, rubric="Be kind.\n", extra_body=extra),
             ["one"],
             ["four"],
         )
