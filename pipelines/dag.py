@@ -15,7 +15,7 @@ from kfp.dsl import Input
 from components.artifact_types import Evaluation, PolicyManifest
 from components.evaluation.component import evaluation
 from components.import_model.component import import_model, import_reward_model, import_sft_model
-from components.judge.component import judge
+from components.judge.component import judge, judge_with_reward_model
 from components.notify.component import notify
 from components.ppo.component import ppo
 from components.prepare_data.component import prepare_data
@@ -130,7 +130,8 @@ def build_pipeline(params: Params) -> Any:
                 if claim:  # only one node at a time can mount the volume of the checkpoints
                     second_task.after(reward_model_task)
 
-            judge_task = judge(
+            judge_component = judge_with_reward_model if second_model else judge
+            judge_task = judge_component(
                 preferences=datasets["judge_preferences"],
                 tokenizer=tokenizer,
                 settings=settings_of_stage(params, "judge"),

@@ -1,4 +1,10 @@
-"""KFP definition of judge."""
+"""KFP definitions of judge, without and with a second reward model.
+
+They are two, because the backend of Kubeflow Pipelines before 2.17.1 takes every optional input artifact for missing
+(kubeflow/pipelines#14175).
+"""
+
+from typing import Any
 
 from kfp import dsl
 from kfp.dsl import Input, Markdown, Metrics, Output
@@ -15,7 +21,6 @@ def judge(
     metrics: Output[Metrics],
     summary: Output[Markdown],
     settings: str,
-    reward_model: Input[RewardModel] = None,
     tracking: str = "{}",
     storage: str = "{}",
 ) -> dsl.ContainerSpec:
@@ -24,7 +29,6 @@ def judge(
     Args:
         preferences: Ratings and pairs that only the judges are trained on, and held-out pairs.
         tokenizer: Tokenizer of the base model, which truncates texts as for the reward model.
-        reward_model: Second reward model, for a judge of that kind.
         judge: The judges: settings, agreement with people, and weights.
         metrics: Metrics of the stage.
         summary: Markdown summary of the judges.
@@ -32,4 +36,30 @@ def judge(
         tracking: Canonical JSON of TrackingConfig.
         storage: Canonical JSON of StorageConfig: answers of endpoint judges, and access to S3.
     """
-    return container_spec("judge", "trainer", locals(), optional=("reward_model",))
+    return container_spec("judge", "trainer", locals())
+
+
+def _with_reward_model() -> Any:
+    @dsl.container_component
+    def judge(
+        preferences: Input[Preferences],
+        tokenizer: Input[Tokenizer],
+        reward_model: Input[RewardModel],
+        judge: Output[Judge],
+        metrics: Output[Metrics],
+        summary: Output[Markdown],
+        settings: str,
+        tracking: str = "{}",
+        storage: str = "{}",
+    ) -> dsl.ContainerSpec:
+        """Build judges of which one is a second reward model; other arguments as for judge.
+
+        Args:
+            reward_model: Second reward model.
+        """
+        return container_spec("judge", "trainer", locals())
+
+    return judge
+
+
+judge_with_reward_model = _with_reward_model()  # a component of the same name, and so is its task
