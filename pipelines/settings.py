@@ -4,7 +4,6 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,15 +13,7 @@ from pydantic import ValidationError
 from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.import_model import ImportModelStageConfig
-from components.rlhf.config.judge import (
-    MAX_BYTES as MAX_TEXT_BYTES,
-)
-from components.rlhf.config.judge import (
-    EndpointJudge,
-    FunctionJudge,
-    JudgeStageConfig,
-    as_list,
-)
+from components.rlhf.config.judge import JudgeStageConfig
 from components.rlhf.config.params import Params, explain_validation_error, short_repr
 from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.config.prepare_data import PrepareDataStageConfig, PreviewConfig
@@ -31,9 +22,8 @@ from components.rlhf.config.sft import SftStageConfig
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.redaction import find_secrets
 from components.rlhf.text.strict_yaml import MAX_BYTES, NotYamlError, parse_yaml
+from pipelines.judge_files import read_judge_files
 from pipelines.profiles import resolve_profiles
-
-LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 
 
 def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
@@ -58,68 +48,6 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
     params = read_judge_files(params, path.parent)
     _reject_secrets(params, path)
     return params
-
-
-def read_judge_files(params: Params, folder: Path) -> Params:
-    """The params with the text of rubric files and the source of functions, which the stages cannot read elsewhere.
-
-    Relative paths are those of the working directory or of folder. Raises InputError.
-    """
-    judges = []
-    for number, judge in enumerate(as_list(params.judge)):
-        key = f"judge.{number}" if isinstance(params.judge, tuple) else "judge"
-        content = judge.model_dump(mode="json")
-        if isinstance(judge, EndpointJudge) and judge.rubric_file:
-            content |= {"rubric": _read_text(f"{key}.rubric_file", judge.rubric_file, folder), "rubric_file": None}
-        if isinstance(judge, FunctionJudge) and not judge.source:
-            module = judge.function.partition(":")[0]
-            file = f"{module.replace('.', '/')}.py"
-            if any((parent / file).is_file() for parent in (Path(), folder)):
-                content["source"] = _read_text(f"{key}.function", file, folder)
-            elif not _is_installed(module.partition(".")[0]):
-                raise InputError(
-                    f"{key}.function: there is neither {file} in the working directory or next to the params file, nor an installed "
-                    f"package {module.partition('.')[0]}; correct the name."
-                )
-        judges.append(content)
-    if all(
-        content == judge.model_dump(mode="json") for content, judge in zip(judges, as_list(params.judge), strict=True)
-    ):
-        return params
-    try:
-        return Params.model_validate(
-            params.model_dump(mode="json") | {"judge": judges if isinstance(params.judge, tuple) else judges[0]}
-        )
-    except ValidationError as error:
-        raise InputError(explain_validation_error(error, Params)) from None
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def _read_text(key: str, name: str, folder: Path) -> str:
-    """The text of a file that is relative to the working directory or to folder."""
-    try:
-        path = next((p for p in (Path(name).expanduser(), folder / name) if p.is_file()), None)
-    except (OSError, RuntimeError):  # a name that is too long, a home directory of nobody
-        path = None
-    if path is None:
-        raise InputError(
-            f"{key}: {name[:200]} is not a file in the working directory or next to the params file; correct the path."
-        )
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_TEXT_BYTES + 1)
-        text = LINE_BREAK.sub("\n", data.decode("utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{key}: {path} cannot be read as UTF-8 text ({error}).") from None
-    if not text.strip() or len(data) > MAX_TEXT_BYTES:
-        raise InputError(f"{key}: {path} must have 1 to {MAX_TEXT_BYTES:,} bytes of text.")
-    return text
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

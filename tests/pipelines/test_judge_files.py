@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from components.rlhf.config.judge import MAX_BYTES, EndpointJudge, FunctionJudge, as_list
+from components.rlhf.config.judge import MAX_JUDGES_BYTES, EndpointJudge, FunctionJudge, as_list
 from components.rlhf.config.params import Params
 from components.rlhf.text.errors import InputError
 from pipelines.settings import dump_yaml, load_params, settings_of_stage
@@ -144,11 +144,11 @@ def test_rubric_itself_instead_of_its_file(folder: Path) -> None:
     assert "is not a file" in load_error(folder, ENDPOINT | {"rubric_file": text})
 
 
-@pytest.mark.parametrize("content", ["", " \n\t\n", "x" * (MAX_BYTES + 1)])
+@pytest.mark.parametrize("content", ["", " \n\t\n", "x" * (MAX_JUDGES_BYTES + 1)])
 def test_empty_or_too_long_rubric(folder: Path, content: str) -> None:
     (folder / "rubric.txt").write_text(content)
     assert load_error(folder, ENDPOINT | {"rubric_file": "rubric.txt"}) == (
-        f"judge.rubric_file: {folder / 'rubric.txt'} must have 1 to {MAX_BYTES:,} bytes of text."
+        f"judge.rubric_file: {folder / 'rubric.txt'} must have 1 to {MAX_JUDGES_BYTES:,} bytes of text."
     )
 
 
@@ -222,11 +222,13 @@ def test_module_of_this_program_is_missing(folder: Path, monkeypatch: pytest.Mon
     assert "neither __main__.py" in load_error(folder, FUNCTION | {"function": "__main__:score"})
 
 
-@pytest.mark.parametrize("content", ["", "\n", "#" * (MAX_BYTES + 1)])
+@pytest.mark.parametrize("content", ["", "\n", "#" * (MAX_JUDGES_BYTES + 1)])
 def test_empty_or_too_long_source(folder: Path, content: str) -> None:
     (folder / "my_judge.py").write_text(content)
     message = load_error(folder, FUNCTION)
-    assert message.startswith("judge.function: ") and message.endswith(f" must have 1 to {MAX_BYTES:,} bytes of text.")
+    assert message.startswith("judge.function: ") and message.endswith(
+        f" must have 1 to {MAX_JUDGES_BYTES:,} bytes of text."
+    )
 
 
 def test_source_with_a_byte_order_mark_compiles(folder: Path) -> None:
@@ -261,7 +263,7 @@ def test_dumped_params_load_without_the_files(folder: Path, tmp_path: Path, rubr
 @pytest.mark.parametrize("number", [1, 8])
 def test_settings_fit_one_argument_of_a_program(folder: Path, character: str, number: int) -> None:
     """The longest texts that are accepted must reach the stage, once as settings and once inside KFP's executor input."""
-    (folder / "rubric.txt").write_text("a" + character * (MAX_BYTES - 2) + "a", encoding="utf-8")
+    (folder / "rubric.txt").write_text("a" + character * (MAX_JUDGES_BYTES - 2) + "a", encoding="utf-8")
     judges = [ENDPOINT | {"name": f"e{n}", "rubric_file": "rubric.txt"} for n in range(number)]
     try:
         params = load(folder, judges)

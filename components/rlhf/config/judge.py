@@ -11,7 +11,9 @@ from components.rlhf.config.model import ModelConfig, Seed
 
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=100)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
-MAX_BYTES = 48 * 1024  # of all judges as JSON: Linux allows 128 KiB for an argument, and KFP passes settings twice
+MAX_JUDGES_BYTES = (
+    48 * 1024
+)  # of all judges as JSON: Linux allows 128 KiB for an argument, and KFP passes settings twice
 
 
 class JudgeBase(BaseConfig):
@@ -182,8 +184,8 @@ def check_judges(judges: Any) -> None:
     if sum(isinstance(judge, RewardModelJudge) for judge in panel) > 1:
         raise ValueError("judge has two reward models, and there can be one; remove one of them")
     size = sum(len(json.dumps(judge.canonical_json())) for judge in panel)
-    if size > MAX_BYTES:
+    if size > MAX_JUDGES_BYTES:
         raise ValueError(
-            f"the judges take {size:,} bytes as JSON, and {MAX_BYTES:,} are possible; shorten the rubric, or install the module of the "
-            "function where the stages run"
+            f"the judges take {size:,} bytes as JSON, and {MAX_JUDGES_BYTES:,} are possible; shorten the rubric, or install the module "
+            "of the function where the stages run"
         )

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from components.rlhf.config.judge import KINDS, MAX_BYTES, JudgeStageConfig, LinearJudge, as_list
+from components.rlhf.config.judge import KINDS, MAX_JUDGES_BYTES, JudgeStageConfig, LinearJudge, as_list
 from components.rlhf.config.params import Params, explain_validation_error
 
 DATA = {name: {"path": f"{name}.jsonl"} for name in ("demonstrations", "preferences", "prompts")}
@@ -221,8 +221,8 @@ def test_mistake_in_a_list_is_reported_once() -> None:
         (ENDPOINT | {"requests_per_minute": 0}, "judge.requests_per_minute is 0: "),
         (ENDPOINT | {"timeout_seconds": float("inf")}, "judge.timeout_seconds is inf: "),
         (ENDPOINT | {"input_price": -1}, "judge.input_price is -1: "),
-        (ENDPOINT | {"rubric": "x" * MAX_BYTES}, "the parameters: the judges take "),
-        (FUNCTION | {"source": "好" * (MAX_BYTES // 6)}, "the parameters: the judges take "),
+        (ENDPOINT | {"rubric": "x" * MAX_JUDGES_BYTES}, "the parameters: the judges take "),
+        (FUNCTION | {"source": "好" * (MAX_JUDGES_BYTES // 6)}, "the parameters: the judges take "),
         ({"features": "letters"}, "judge.features is 'letters': "),
         ({"regularisation": 0}, "judge.regularisation is 0: "),
         ({"name": "My judge"}, "judge.name is 'My judge': "),
