@@ -115,7 +115,7 @@ class EndpointJudge:
         rejections: list[str] = []
         executor = ThreadPoolExecutor(self.config.max_concurrency)
         try:
-            futures = {executor.submit(self._ask, body): key for key, body in missing.items()}
+            futures = {executor.submit(self._ask_and_keep, key, body): key for key, body in missing.items()}
             logged = time.monotonic()
             for number, future in enumerate(as_completed(futures), start=1):
                 result = future.result()
@@ -123,7 +123,6 @@ class EndpointJudge:
                     rejections.append(result)
                 else:
                     answers[futures[future]] = result
-                    self.answers.put(futures[future], result)
                     counts["requests"] += 1
                     counts["input_tokens"] += result.input_tokens
                     counts["output_tokens"] += result.output_tokens
@@ -131,7 +130,7 @@ class EndpointJudge:
                     logged = time.monotonic()
                     self.log(f"{self.config.model} has answered {number} of {len(futures)} requests")
         finally:
-            executor.shutdown(wait=False, cancel_futures=True)
+            executor.shutdown(cancel_futures=True)  # what is on its way is paid for
             self.answers.flush()
         if rejections and not answers:
             raise InputError(
@@ -143,6 +142,12 @@ class EndpointJudge:
             if verdicts[key] is None:
                 counts["refused" if answer.refused else "unreadable"] += 1
         return [verdicts.get(key) for key in keys]
+
+    def _ask_and_keep(self, key: str, body: dict[str, Any]) -> Answer | str:
+        answer = self._ask(body)
+        if isinstance(answer, Answer):
+            self.answers.put(key, answer)
+        return answer
 
     def _ask(self, body: dict[str, Any]) -> Answer | str:
         """The answer to one request, or the reason why the server rejects just this one, such as its length."""

@@ -271,6 +271,21 @@ def test_answers_that_were_paid_for_survive_a_failure(tmp_path: Path) -> None:
     assert (found.counts["cached"], found.counts["requests"]) == (5, 5)
 
 
+def test_answers_on_their_way_when_another_request_fails_are_kept(tmp_path: Path) -> None:
+    def answer(prompt: str, a: str, b: str) -> str | Reply:
+        if prompt == "question 0":
+            return refusal(401, "no key")
+        return Reply(message={"role": "assistant", "content": "[[A]]"}, seconds=0.5)
+
+    with JudgeServer(answer) as server:
+        with pytest.raises(InputError, match="answers 401"):
+            compare(judge_of(server, tmp_path, max_concurrency=6), ["a", "b", "c"], ["x", "y", "z"])
+        asked = sum("question 0" not in body["messages"][1]["content"] for body in server.requests)
+        server.answer = prefers(len)
+        found = compare(judge_of(server, tmp_path), ["a", "b", "c"], ["x", "y", "z"])
+    assert asked > 0 and found.counts["cached"] == asked
+
+
 def test_two_runs_share_a_location(tmp_path: Path) -> None:
     """Both write at the same time, and a third one finds the answers of both."""
     with JudgeServer(prefers(len)) as server:
