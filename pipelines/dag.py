@@ -148,8 +148,7 @@ def build_pipeline(params: Params) -> Any:
                 **shared,
             )
             configure(ppo_task, "ppo", "PPO")
-            if claim and second_task:
-                ppo_task.after(second_task)
+            ppo_task.after(judge_task)  # a judge that fails or cannot tell is known before the hours of PPO
 
             evaluation_task = evaluation(
                 sft_model=sft_model,

@@ -17,7 +17,7 @@ LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 def read_judge_files(params: Params, folder: Path) -> Params:
     """The params with the text of rubric files and the source of functions, which the stages cannot read elsewhere.
 
-    Relative paths are those of the working directory or of folder. Raises InputError.
+    Relative paths are those of folder or of the working directory. Raises InputError.
     """
     judges = []
     for number, judge in enumerate(as_list(params.judge)):
@@ -28,11 +28,11 @@ def read_judge_files(params: Params, folder: Path) -> Params:
         if isinstance(judge, FunctionJudge) and not judge.source:
             module = judge.function.partition(":")[0]
             file = f"{module.replace('.', '/')}.py"
-            if any((parent / file).is_file() for parent in (Path(), folder)):
+            if any((parent / file).is_file() for parent in (folder, Path())):
                 content["source"] = _read_text(f"{key}.function", file, folder)
             elif not _is_installed(module.partition(".")[0]):
                 raise InputError(
-                    f"{key}.function: there is neither {file} in the working directory or next to the params file, nor an installed "
+                    f"{key}.function: there is neither {file} next to the params file or in the working directory, nor an installed "
                     f"package {module.partition('.')[0]}; correct the name."
                 )
         judges.append(content)
@@ -53,12 +53,12 @@ def _is_installed(package: str) -> bool:
 def _read_text(key: str, name: str, folder: Path) -> str:
     """The text of a file that is relative to the working directory or to folder."""
     try:
-        path = next((p for p in (Path(name).expanduser(), folder / name) if p.is_file()), None)
+        path = next((p for p in (folder / Path(name).expanduser(), Path(name)) if p.is_file()), None)
     except (OSError, RuntimeError):  # a name that is too long, a home directory of nobody
         path = None
     if path is None:
         raise InputError(
-            f"{key}: {name[:200]} is not a file in the working directory or next to the params file; correct the path."
+            f"{key}: {name[:200]} is not a file next to the params file or in the working directory; correct the path."
         )
     try:
         with path.open("rb") as file:

@@ -9,10 +9,10 @@ import numpy as np
 from components.evaluation.compare import Comparison
 from components.evaluation.statistics import Floats, pairwise_wins
 from components.rlhf.data.records import Completion, ValidationSample
+from components.rlhf.rewards.agreement import MIN_ANSWERED
 from components.rlhf.rewards.judges import JudgeEntry, JudgeResources, OpenJudge, open_judge
 from components.rlhf.text.errors import InputError
-
-MIN_ANSWERED = 0.9  # of the rows, for a verdict: what a judge does not answer is not left out at random
+from components.rlhf.text.redaction import redact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def judge_one(
         judged = _ask(open_judge(entry, folder, resources), comparison, validation)
     except InputError as error:
         wins = np.full(num_rows, np.nan)
-        judged = Judged(entry=entry, wins=wins, consistent=[False] * num_rows, error=str(error).rstrip("."))
+        judged = Judged(entry=entry, wins=wins, consistent=[False] * num_rows, error=redact(str(error)).rstrip("."))
     problem = judged.cannot_tell
     resources.log(
         f"judge {name} cannot tell, because {problem}" if problem else f"judge {name} compared {num_rows} pairs"

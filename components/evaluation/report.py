@@ -50,16 +50,17 @@ def as_html(
     template = jinja2.Environment(autoescape=True).from_string(
         (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     )
+    gives_scores = judges[0].ppo_scores is not None and not judges[0].cannot_tell
     return template.render(
         numbers=numbers,
         verdict=verdict,
         rows=comparison_rows(numbers),
         judges=judge_rows(numbers, judges),
         kappas=[(*key.split("/")[1:], value) for key, value in numbers.items() if key.startswith("kappa/")],
-        plot=_plot(comparison, judges[0]) if judges[0].ppo_scores is not None else "",
+        plot=_plot(comparison, judges[0]) if gives_scores else "",
         training_plot=_training_plot(training) if training else "",
         groups=choose_samples(comparison, judges[0], seed=seed),
-        gain="judge score gain" if judges[0].ppo_scores is not None else "PPO preferred (1) or not (-1)",
+        gain="judge score gain" if gives_scores else "PPO preferred (1) or not (-1)",
         disagreements=choose_disagreement_samples(comparison, judges, seed=seed),
         names=[judge.name for judge in judges],
         samples_each=NUM_EXTREMES,
@@ -101,12 +102,12 @@ def _cost_text(counts: Mapping[str, float]) -> str:
 
 
 def choose_samples(comparison: Comparison, judge: Judged, *, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Selected pairs of responses, with the gain in judge score."""
+    """Selected pairs of responses, with the gain in judge score: only random ones, without gains, if the judge cannot tell."""
     gains = gains_of(judge)
-    return {
-        group: [_sample(comparison, i) | {"gain": gains[i]} for i in rows]
-        for group, rows in choose_rows(gains, seed=seed).items()
-    }
+    groups = choose_rows(gains, seed=seed)
+    if judge.cannot_tell:
+        return {"At random": [_sample(comparison, i) for i in groups["At random"] or range(len(gains))]}
+    return {group: [_sample(comparison, i) | {"gain": gains[i]} for i in rows] for group, rows in groups.items()}
 
 
 def choose_disagreement_samples(comparison: Comparison, judges: Sequence[Judged], *, seed: int) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ RESAMPLES_AT_ONCE = 100
 # Weak penalties on the logistic model, without which its optimum is infinite if one response always wins.
 INTERCEPT_PENALTY, LENGTH_PENALTY = 1e-3, 1.0
 NEWTON_STEPS = 30
+MIN_SHARE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +79,11 @@ def length_controlled(
     """Win rate at equal length: that of a logistic model of the wins [R], at a length difference of 0.
 
     The model is that of AlpacaEval 2 (Dubois et al. 2024) for two models: logit P(win) = a + b tanh(gap / std(gap)). Rows with nan are
-    left out; None if there are no others. length_gaps [R] are the lengths minus those of the baseline.
+    left out. length_gaps [R] are the lengths minus those of the baseline. None if one of the two is longer in more than 95% of the rows,
+    because the data then does not say what would be at equal length.
     """
     kept = ~np.isnan(wins)
-    if not kept.any():
+    if not kept.any() or min((length_gaps[kept] <= 0).mean(), (length_gaps[kept] >= 0).mean()) < MIN_SHARE:
         return None
     wins, gaps, numbers = wins[kept], length_gaps[kept], _numbers(np.asarray(groups)[kept])
     scale = gaps.std()

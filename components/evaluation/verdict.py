@@ -50,7 +50,7 @@ def summarize(
     for number, judge in enumerate(judges):
         prefix = f"judges/{judge.name}/" if number else ""
         numbers |= {prefix + name: value for name, value in judge_numbers(judge, comparison, bootstrap).items()}
-    for a, b in combinations([judge for judge in judges if not judge.error], 2):
+    for a, b in combinations([judge for judge in judges if not judge.cannot_tell], 2):
         kappa = cohen_kappa(a.wins, b.wins)
         if kappa is not None:
             numbers[f"kappa/{a.name}/{b.name}"] = kappa
@@ -88,8 +88,9 @@ def judge_numbers(judge: Judged, comparison: Comparison, bootstrap: Bootstrap) -
             "judge_accuracy_high": agreement.high,
             "judge_accuracy_longer": agreement.longer_wins,
         }
-    if judge.is_pairwise and answered.any():
-        numbers["judge_consistency"] = float(np.array(judge.consistent)[answered].mean())
+    asked = answered & np.array([a.response != b.response for a, b in zip(sft, ppo, strict=True)])
+    if judge.is_pairwise and asked.any():
+        numbers["judge_consistency"] = float(np.array(judge.consistent)[asked].mean())
     if judge.cannot_tell:
         return numbers
     matched = matching_rows(sft, ppo)

@@ -81,6 +81,12 @@ def notes_on(params: Params) -> Iterator[str]:
             "no model is published: the registered model version will name an address in the store of Kubeflow Pipelines, which "
             "MLflow may not be able to open."
         )
+    if params.reward_model_judge and "judge" not in params.cluster.stages:
+        profile = params.cluster.default_profile
+        yield (
+            f"the stage judge loads the second reward model on the profile {profile} ({params.cluster.profile('judge').memory} of memory); "
+            "set cluster.stages.judge to a profile with more if that is too little."
+        )
     if params.endpoint_judges and not storage.answers_uri:
         yield (
             "the judge's answers are not kept: a stage that is retried, and the next run, ask the endpoint again. Set storage.uri or "

@@ -278,8 +278,8 @@ def test_page_shows_all_judges() -> None:
     reason = "its agreement with people, 52.0% [45.0%, 59.0%] on 200 held-out human pairs, is not above chance"
     assert f"otherlinear52.0% [45.0%, 59.0%] on 200 held-out human pairs55.0% cannot tell: {reason}" in text
     numbers = numbers_of(c, first, second, third)
-    kappas = [f"{a} and {b} {numbers[f'kappa/{a}/{b}']:.2f}" for a, b in (("linear", "gpt"), ("linear", "other"))]
-    assert f"{kappas[0]}, {kappas[1]}, gpt and other 0.00." in text
+    assert f"linear and gpt {numbers['kappa/linear/gpt']:.2f}." in text
+    assert "kappa/linear/other" not in numbers and "kappa/gpt/other" not in numbers
     assert "Where judges disagree" in text
     assert "linear prefersgpt prefersother prefers" in text
     assert "<td>PPO</td><td>SFT</td><td>PPO</td>" in re.sub(r"\s+(?=<)", "", page)

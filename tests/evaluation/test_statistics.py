@@ -245,11 +245,22 @@ def test_shorter_responses_that_win_less_for_their_length_win_at_equal_length() 
     assert found.value == pytest.approx(1 / (1 + math.exp(-1)), abs=0.05)
 
 
-@pytest.mark.parametrize("gap", [0.0, 7.0, -3.0])
-def test_equal_gaps_give_the_plain_rate(gap: float) -> None:
+@pytest.mark.parametrize(
+    "gaps", [np.full(40, 7.0), np.full(40, -3.0), np.linspace(5, 200, 40), np.array([*[9.0] * 39, -1.0])]
+)
+def test_no_rate_if_one_of_the_two_is_nearly_always_longer(gaps: np.ndarray) -> None:
+    """What would be at equal length is then a guess."""
+    assert length_controlled(np.full(40, 1.0), gaps, list(range(40)), bootstrap()) is None
+    assert (
+        length_controlled(np.full(40, 1.0), np.array([*gaps[:36], -1.0, -2.0, 8.0, 9.0]), list(range(40)), bootstrap())
+        is not None
+    )
+
+
+def test_equal_lengths_give_the_plain_rate() -> None:
     """Up to the weak penalty: without different lengths nothing can be controlled for."""
     wins = np.array([1.0] * 22 + [0.5] * 4 + [0.0] * 14)
-    found = length_controlled(wins, np.full(40, gap), list(range(40)), bootstrap())
+    found = length_controlled(wins, np.zeros(40), list(range(40)), bootstrap())
     assert found is not None
     assert found.value == pytest.approx(0.6, abs=1e-4)
     plain = mean_of(wins)
@@ -261,6 +272,9 @@ def test_all_wins_or_all_losses_are_finite(size: int) -> None:
     gaps = np.random.default_rng(size).normal(3, 9, size)
     for win in (1.0, 0.0):
         found = length_controlled(np.full(size, win), gaps, list(range(size)), bootstrap(num_resamples=50))
+        if size == 1:
+            assert found is None  # nothing is known about the other length
+            continue
         assert np.isfinite(ends(found)).all()
         assert all(abs(end - win) < 0.1 for end in ends(found)), ends(found)
 

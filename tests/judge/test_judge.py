@@ -274,7 +274,8 @@ def test_failure_is_one_line_and_leaves_nothing(stage: Stage, judge: dict[str, A
 
 def test_wrong_key_fails_before_anything_is_written(stage: Stage) -> None:
     with JudgeServer(lambda *_: refusal(401, "no key")) as server:
-        result = stage.run([LINEAR, {"kind": "endpoint", "url": server.url, "model": "stub"}])
+        endpoint = {"kind": "endpoint", "url": server.url, "model": "stub", "api_key_variable": "OPENAI_API_KEY"}
+        result = stage.run([LINEAR, endpoint])
     assert result.exit_code == 1
     assert "set the environment variable OPENAI_API_KEY" in result.stderr
     assert not stage.judge.exists()

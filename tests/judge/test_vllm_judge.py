@@ -72,7 +72,9 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compare(url: str, folder: Path, **config: Any) -> Preferences:
     settings = EndpointConfig(
-        kind="endpoint", url=url, **({"model": "judge", "max_tokens": 8, "max_retries": 1} | config)
+        kind="endpoint",
+        url=url,
+        **({"model": "judge", "max_tokens": 8, "max_retries": 1, "api_key_variable": "OPENAI_API_KEY"} | config),
     )
     judge = EndpointJudge(settings, open_answers(StorageConfig(answers_uri=str(folder)), "judge", print), print)
     first, second = (
@@ -105,7 +107,7 @@ def test_free_text_of_a_random_model_is_unreadable(url: str, tmp_path: Path) -> 
 
 
 def test_too_long_question_is_rejected_by_the_server_alone(url: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"rejects every request \(400: .*2048.*\); correct the settings of the judge"):
+    with pytest.raises(InputError, match=r"rejects the request \(400: .*2048.*\); correct the settings of the judge"):
         compare(url, tmp_path, rubric="long " * 1000)
 
 

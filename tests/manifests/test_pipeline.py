@@ -102,7 +102,7 @@ def test_tasks_that_ask_a_judge_reach_any_address_but_the_metadata_server(name: 
     (rule,) = policy["spec"]["egress"]
     assert rule["ports"] == [{"protocol": "TCP", "port": 1, "endPort": 65535}]
     blocks = [peer["ipBlock"] for peer in rule["to"] if "ipBlock" in peer]
-    assert blocks == [{"cidr": "0.0.0.0/0", "except": ["169.254.169.254/32"]}]
+    assert blocks == [{"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}]  # credentials of nodes
 
 
 @pytest.mark.parametrize("name", OVERLAYS)

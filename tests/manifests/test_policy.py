@@ -62,7 +62,9 @@ def test_only_labeled_pods_may_reach_public_addresses(name: str) -> None:
     for policy in of_kind(name, "NetworkPolicy"):
         for peer in [peer for rule in policy["spec"].get("egress", []) for peer in rule["to"]]:
             if peer.get("ipBlock", {}).get("cidr") == "0.0.0.0/0":
-                assert "169.254.169.254/32" in peer["ipBlock"]["except"]  # has the cloud credentials of the node
+                assert {"169.254.169.254/32", "169.254.0.0/16"} & set(
+                    peer["ipBlock"]["except"]
+                )  # has the cloud credentials of the node
                 assert policy["spec"]["podSelector"] != {}
                 open_to_all.append(policy["metadata"]["name"])
     cloud_policies = ["mlflow-to-cloud", "rlhf-tasks-to-cloud"] if name in ("gke", "eks") else []

@@ -105,9 +105,11 @@ def test_rubric_is_relative_to_the_params_file_or_the_working_directory(home: Pa
     assert rubric_of(load(folder, judge)) == RUBRIC
     (home / "texts").mkdir()
     (home / "texts/rubric.md").write_text("of the working directory", encoding="utf-8")
-    assert rubric_of(load(folder, judge)) == "of the working directory"
+    assert rubric_of(load(folder, judge)) == RUBRIC
     assert rubric_of(load(folder, judge | {"rubric_file": str(folder / "texts/rubric.md")})) == RUBRIC
     assert rubric_of(load(folder, judge | {"rubric_file": "../params/texts/rubric.md"})) == RUBRIC
+    (folder / "texts/rubric.md").unlink()
+    assert rubric_of(load(folder, judge)) == "of the working directory"
 
 
 def test_rubric_of_a_home_directory(folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,13 +127,13 @@ def test_rubrics_of_several_judges(folder: Path) -> None:
     assert [judge.rubric for judge in load(folder, judges).endpoint_judges] == ["rubric a", "rubric b", ""]
     judges[2] |= {"rubric_file": "none.txt"}
     assert load_error(folder, judges) == (
-        "judge.2.rubric_file: none.txt is not a file in the working directory or next to the params file; correct the path."
+        "judge.2.rubric_file: none.txt is not a file next to the params file or in the working directory; correct the path."
     )
 
 
 def test_missing_rubric(folder: Path) -> None:
     message = (
-        "judge.rubric_file: texts is not a file in the working directory or next to the params file; correct the path."
+        "judge.rubric_file: texts is not a file next to the params file or in the working directory; correct the path."
     )
     assert load_error(folder, ENDPOINT | {"rubric_file": "texts"}) == message
     (folder / "texts").mkdir()
@@ -183,6 +185,8 @@ def test_source_is_next_to_the_params_file_or_in_the_working_directory(home: Pat
     assert source_of(load(folder, FUNCTION)) == SOURCE
     assert source_of(load(folder, [{}, FUNCTION])) == SOURCE
     (home / "my_judge.py").write_text("score = len\n")
+    assert source_of(load(folder, FUNCTION)) == SOURCE
+    (folder / "my_judge.py").unlink()
     assert source_of(load(folder, FUNCTION)) == "score = len\n"
 
 
@@ -209,7 +213,7 @@ def test_source_in_the_params_is_kept(folder: Path) -> None:
 
 
 def test_missing_module(folder: Path) -> None:
-    reason = "in the working directory or next to the params file, nor an installed package"
+    reason = "next to the params file or in the working directory, nor an installed package"
     message = load_error(folder, FUNCTION)
     assert message == f"judge.function: there is neither my_judge.py {reason} my_judge; correct the name."
     message = load_error(folder, [{}, FUNCTION | {"function": "mine.b:score"}])

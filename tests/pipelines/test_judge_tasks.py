@@ -35,7 +35,7 @@ EDGES = {
     "sft": {"import-model", "prepare-data"},
     "reward-model": {"import-model", "prepare-data", "sft"},
     "judge": {"import-model", "prepare-data"},
-    "ppo": {"prepare-data", "sft", "reward-model"},
+    "ppo": {"prepare-data", "sft", "reward-model", "judge"},  # after the judge: a judge that fails is known before
     "evaluation": {"prepare-data", "sft", "reward-model", "judge", "ppo"},
     "gate": {"ppo", "evaluation"},
 }
@@ -288,7 +288,7 @@ def test_checkpoint_volume_is_opened_before_and_deleted_after_the_second_reward_
     tasks = stage_tasks(compiled)
     assert {"createpvc", "open-volume"} <= set(tasks["reward-model-2"]["dependentTasks"])
     assert "reward-model" in tasks["reward-model-2"]["dependentTasks"]
-    assert "reward-model-2" in tasks["ppo"]["dependentTasks"]
+    assert "reward-model-2" in tasks["judge"]["dependentTasks"] and "judge" in tasks["ppo"]["dependentTasks"]
     assert "ppo" in tasks["deletepvc"]["dependentTasks"]
 
 

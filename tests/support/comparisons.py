@@ -16,7 +16,14 @@ from components.rlhf.rewards.judges import JudgeEntry
 
 # Agreements with people that are above chance, and that are not.
 GOOD = Agreement(
-    accuracy=0.811, low=0.75, high=0.86, num_pairs=200, num_independent=180, longer_wins=0.55, consistency=0.9
+    accuracy=0.811,
+    low=0.75,
+    high=0.86,
+    num_pairs=200,
+    num_asked=200,
+    num_independent=180,
+    longer_wins=0.55,
+    consistency=0.9,
 )
 CHANCE = replace(GOOD, accuracy=0.52, low=0.45, high=0.59)
 

@@ -59,14 +59,14 @@ class EndpointJudge(JudgeBase):
     """endpoint: a language model behind an OpenAI-compatible API."""
     url: str
     """Base URL of the API: https://api.openai.com/v1, http://vllm.models:8000/v1."""
-    model: str
+    model: Annotated[str, Field(pattern=r"^\w")]
     """Name of the model."""
     rubric_file: str | None = None
     """Text file that says what makes a response better; relative to the params file. Submitting replaces it by rubric."""
     rubric: str = ""
     """The rubric itself; empty is a general one (components/rlhf/rewards/rubric.txt)."""
     api_key_variable: Variable | None = "OPENAI_API_KEY"
-    """Environment variable with the API key, on a cluster a key of the Secret cluster.secrets.judge; no key is sent if it is unset."""
+    """Environment variable with the API key, on a cluster a key of the Secret cluster.secrets.judge; null is none, the default for http://."""
     num_pairs: PositiveInt = 200
     """Number of held-out human pairs that its agreement with people is measured on; each takes two requests."""
     max_tokens: PositiveInt = 512
@@ -86,10 +86,18 @@ class EndpointJudge(JudgeBase):
     output_price: NonNegative = 0.0
     """Price of a million output tokens, in the same currency."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _send_no_key_by_default_to_plain_http(cls, content: Any) -> Any:
+        if isinstance(content, dict) and str(content.get("url", "")).startswith("http://"):
+            return {"api_key_variable": None} | content
+        return content
+
     @field_validator("url")
     @classmethod
     def _require_http(cls, url: str) -> str:
-        if not url.startswith(("http://", "https://")) or not urlsplit(url).hostname:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError("write it as https://HOST/v1")
         return url.rstrip("/").removesuffix("/chat/completions")
 

@@ -66,6 +66,9 @@ class Params(BaseConfig):
     @model_validator(mode="after")
     def _check_judges(self) -> "Params":
         check_judges(self.judge)
+        second = self.reward_model_judge
+        if second and second.use and second.use == self.reward_model.use:
+            raise ValueError(f"judge.use is {second.use}, the reward model that PPO is trained with; use another one")
         return self
 
     @model_validator(mode="after")

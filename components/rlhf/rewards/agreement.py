@@ -10,6 +10,8 @@ from torch import Tensor
 from components.rlhf.data.records import PreferencePair
 
 CONFIDENCE = 0.95
+MIN_ANSWERED = 0.9  # of the pairs, for a verdict: what a judge does not answer is not left out at random
+MIN_PROMPTS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,7 @@ class Agreement:
     low: float
     high: float
     num_pairs: int  # that the judge answered
+    num_asked: int
     num_independent: int  # see independent_pairs
     longer_wins: float  # accuracy of always preferring the longer text, ties as halves: what a judge should beat
     consistency: float  # fraction of the pairs on which the judge prefers the same response in both orders
@@ -49,6 +52,7 @@ def measure_agreement(wins: Tensor, pairs: Sequence[PreferencePair], consistent:
         low=low,
         high=high,
         num_pairs=len(kept),
+        num_asked=len(pairs),
         num_independent=independent,
         longer_wins=float(np.where(gaps == 0, 0.5, gaps > 0).mean()),
         consistency=float(consistent[answered].float().mean()),
@@ -56,10 +60,13 @@ def measure_agreement(wins: Tensor, pairs: Sequence[PreferencePair], consistent:
 
 
 def independent_pairs(pairs: Sequence[PreferencePair]) -> int:
-    """The number of pairs that are left if each text is in one of them at most, taking them in their order.
+    """The number of prompts; with fewer than 10 of them, that of the pairs that share no text, taking them in their order.
 
-    Pairs of the same few texts, such as all pairs of a ranking, are not independent: an interval by their number is too narrow.
+    Pairs of one prompt, such as all pairs of a ranking, are not independent: an interval by their number is too narrow.
     """
+    prompts = {pair.prompt for pair in pairs}
+    if len(prompts) >= MIN_PROMPTS:
+        return len(prompts)
     used: set[tuple[str, str]] = set()
     count = 0
     for pair in pairs:

@@ -67,6 +67,7 @@ class AnswerCache:
         self._lock = Lock()
         self._own: dict[str, Answer] = {}
         self._flushed, self._flushed_at, self._failed = 0, time.monotonic(), False
+        self._warned = False
         self._known = self._read_all()
 
     def get(self, key: str) -> Answer | None:
@@ -76,16 +77,17 @@ class AnswerCache:
     def put(self, key: str, answer: Answer) -> None:
         with self._lock:
             self._own[key] = answer
-            if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
+            if not self._failed and time.monotonic() - self._flushed_at > FLUSH_SECONDS:
                 self._flush()
 
     def flush(self) -> None:
-        """Write what has not been written yet."""
+        """Write what has not been written yet, also if an earlier attempt has failed."""
         with self._lock:
+            self._failed = False
             self._flush()
 
     def _flush(self) -> None:
-        if self._failed or len(self._own) == self._flushed:
+        if len(self._own) == self._flushed:
             return
         lines = [json.dumps(asdict(_Line(key=k, answer=a)), ensure_ascii=True) + "\n" for k, a in self._own.items()]
         try:
@@ -110,6 +112,9 @@ class AnswerCache:
 
     def _warn(self, error: Exception, consequence: str) -> None:
         self._failed = True
+        if self._warned:
+            return
+        self._warned = True
         self.log(f"warning: the judge's answers cannot be kept in {self.store.uri} ({error}); {consequence}")
 
 

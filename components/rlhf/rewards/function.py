@@ -1,12 +1,14 @@
 """A judge that is a Python function of the user, run in a process of its own, so that it can neither hang nor end the stage."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from components.rlhf.data.records import Completion
 from components.rlhf.rewards.protocol import ComputedStates
 from components.rlhf.text.errors import InputError
 
-CALL, RESULT = "call.json", "result.json"
+CALL, RESULT, SOURCE = "call.json", "result.json", "source.py"
 PROGRAM = "components.rlhf.rewards.function_process"
 
 
@@ -35,9 +37,7 @@ class FunctionScorer:
         with tempfile.TemporaryDirectory(prefix="judge-") as temporary:
             folder = Path(temporary)
             if self.config.source:
-                file = folder.joinpath(*module.split(".")).with_suffix(".py")
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(self.config.source, encoding="utf-8")
+                (folder / SOURCE).write_text(self.config.source, encoding="utf-8")
             texts = {"prompts": [c.prompt.prompt for c in completions], "responses": [c.response for c in completions]}
             (folder / CALL).write_text(json.dumps({"module": module, "function": name, **texts}), encoding="utf-8")
             self._run(folder)
@@ -59,8 +59,17 @@ class FunctionScorer:
     def _run(self, folder: Path) -> None:
         # The child ends when its standard input is closed: when this process ends, however it does.
         process = subprocess.Popen(
-            [sys.executable, "-m", PROGRAM, str(folder)], stdin=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-u", "-m", PROGRAM, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
         )
+        # Through this process, which redacts what it writes.
+        printer = threading.Thread(target=_print_lines, args=(process.stdout,), daemon=True)
+        printer.start()
         try:
             process.wait(timeout=self.config.timeout_seconds)
         except subprocess.TimeoutExpired:
@@ -68,11 +77,19 @@ class FunctionScorer:
                 f"did not return within {self.config.timeout_seconds:g} seconds; raise judge.timeout_seconds if it needs more"
             ) from None
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            if process.stdin:
-                process.stdin.close()
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
+            process.wait()
+            printer.join(timeout=5.0)
+            for pipe in (process.stdin, process.stdout):
+                if pipe:
+                    pipe.close()
 
     def _error(self, problem: str) -> InputError:
         return InputError(f"The judge's function {self.config.function} {problem}; correct the function.")
+
+
+def _print_lines(lines: Iterable[str] | None) -> None:
+    with contextlib.suppress(ValueError):  # closed while a grandchild still held the other end
+        for line in lines or ():
+            print(line.rstrip("\n"), file=sys.stderr, flush=True)

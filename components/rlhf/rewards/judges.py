@@ -16,7 +16,7 @@ from components.rlhf.config.judge import LinearJudge as LinearConfig
 from components.rlhf.config.model import Precision
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.models.precision import compute_dtype, default_device
-from components.rlhf.rewards.agreement import Agreement
+from components.rlhf.rewards.agreement import MIN_ANSWERED, Agreement
 from components.rlhf.rewards.answers import open_answers
 from components.rlhf.rewards.endpoint import EndpointJudge
 from components.rlhf.rewards.function import FunctionScorer
@@ -45,6 +45,8 @@ class JudgeEntry:
         """Why the judge gives no verdict, as the end of a sentence; empty if it does."""
         if self.agreement is None:
             return "it answered none of the held-out human pairs"
+        if self.agreement.num_pairs < MIN_ANSWERED * self.agreement.num_asked:
+            return f"it answered only {self.agreement.num_pairs} of {self.agreement.num_asked} held-out human pairs"
         if self.agreement.is_above_chance:
             return ""
         return f"its agreement with people, {self.agreement.explain()}, is not above chance"
@@ -119,7 +121,7 @@ def open_judge(entry: JudgeEntry, directory: Path, resources: JudgeResources) ->
     """Load a judge. directory is the artifact, which holds the weights of the judges that have any."""
     config, folder = entry.settings, directory / entry.settings.title
     if isinstance(config, EndpointConfig):
-        slug = re.sub(r"[^A-Za-z0-9.-]+", "-", config.model)[:60] or "model"
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", config.model)[:60]
         endpoint = EndpointJudge(config, open_answers(resources.storage, slug, resources.log), resources.log)
         return OpenJudge(name=config.title, entry=entry, pairwise=endpoint, scorer=None)
     scorer: Scorer

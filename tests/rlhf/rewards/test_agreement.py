@@ -1,6 +1,7 @@
 """The agreement of a judge with people, and its interval."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,6 +139,17 @@ def test_ties_are_halves() -> None:
     assert not only_ties.is_above_chance
 
 
+def test_pairs_of_one_prompt_count_once() -> None:
+    """Right on all 40 pairs of 6 of 10 prompts, and wrong on those of the others: that is 6 of 10, not 240 of 400."""
+    pairs = [
+        PreferencePair(prompt=f"p{p}", chosen=f"good {n}", rejected=f"bad {n}") for p in range(10) for n in range(40)
+    ]
+    agreement = measured([1.0] * 240 + [0.0] * 160, pairs, [True] * 400)
+    assert (agreement.num_pairs, agreement.num_independent) == (400, 10)
+    assert (agreement.low, agreement.high) == pytest.approx((0.2624, 0.8784), abs=1e-4)  # of 6 in 10
+    assert not agreement.is_above_chance
+
+
 def test_pairs_without_an_answer_are_left_out() -> None:
     """In every number, not only in the accuracy."""
     pairs = [
@@ -147,7 +159,8 @@ def test_pairs_without_an_answer_are_left_out() -> None:
         PreferencePair(prompt="d", chosen="long one", rejected="no"),
     ]
     agreement = measured([1.0, NAN, NAN, 0.0], pairs, [True, False, False, True])
-    assert agreement == measured([1.0, 0.0], [pairs[0], pairs[3]], [True, True])
+    assert agreement.num_asked == 4
+    assert replace(agreement, num_asked=2) == measured([1.0, 0.0], [pairs[0], pairs[3]], [True, True])
     assert (agreement.num_pairs, agreement.accuracy, agreement.longer_wins, agreement.consistency) == (2, 0.5, 1.0, 1.0)
 
 

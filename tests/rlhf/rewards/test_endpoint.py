@@ -1,6 +1,8 @@
 import json
 import math
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,17 +28,7 @@ KEY = "OPENAI_API_KEY"
 @pytest.fixture(autouse=True)
 def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries wait 20 times less; nothing else changes. No API key of this machine is sent."""
-    plain = module.Retry
-
-    class FastRetry(plain):  # type: ignore[misc, valid-type]
-        def get_backoff_time(self) -> float:
-            return float(super().get_backoff_time()) / 20
-
-        def get_retry_after(self, response: Any) -> float | None:
-            seconds = super().get_retry_after(response)
-            return None if seconds is None else float(seconds) / 20
-
-    monkeypatch.setattr(module, "Retry", FastRetry)
+    monkeypatch.setattr(module, "SECONDS", 0.05)
     monkeypatch.delenv(KEY, raising=False)
 
 
@@ -47,7 +39,8 @@ class Logs(list[str]):
 
 def judge_of(server: JudgeServer | str, folder: Path, *, log: Logs | None = None, **config: Any) -> EndpointJudge:
     url = server if isinstance(server, str) else server.url
-    settings = EndpointConfig(kind="endpoint", url=url, model="stub", **({"max_retries": 2} | config))
+    options = {"max_retries": 2, "api_key_variable": KEY} | config
+    settings = EndpointConfig(kind="endpoint", url=url, model="stub", **options)
     log = Logs() if log is None else log
     return EndpointJudge(settings, open_answers(StorageConfig(answers_uri=str(folder)), "stub", log), log)
 
@@ -113,7 +106,9 @@ def test_tie_in_one_order_is_three_quarters_of_a_win(tmp_path: Path) -> None:
         ("[[B]]", 0.0),
         ("[[C]]", 0.5),
         ("[[tie]]", 0.5),
-        ("Response [[A]] is short, so [[B]]", 0.0),  # the last one counts
+        ("Response [[A]] is short, so [[B]]", 0.0),  # the one at the end counts
+        ("[[A]] would be wrong because the reply is rude; so B wins", None),
+        ("I may answer [[A]], [[B]] or [[C]]. First, Response", None),
         ("A is better because it is correct.\n\n**[[ a ]]**", 1.0),
         ("A", 1.0),
         (" B.\n", 0.0),
@@ -131,6 +126,10 @@ def test_tie_in_one_order_is_three_quarters_of_a_win(tmp_path: Path) -> None:
 )
 def test_read_verdict(content: str, expected: float | None) -> None:
     assert read_verdict(Answer(content=content)) == expected
+
+
+def test_answer_that_was_cut_has_no_verdict() -> None:
+    assert read_verdict(Answer(content="It is either [[A]] or [[B]]", finish_reason="length")) is None
 
 
 def test_refused_answer_has_no_verdict() -> None:
@@ -408,7 +407,10 @@ def test_wrong_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             r"answers 404 \(The model does not exist\); correct judge.url or judge.model",
         ),
         (refusal(301, "moved", Location="https://elsewhere/v1"), "answers 301 .*correct judge.url"),
-        (refusal(400, "unsupported parameter"), r"rejects every request \(400: unsupported parameter\)"),
+        (
+            refusal(400, "unsupported parameter"),
+            r"rejects the request \(400: unsupported parameter\); correct the settings",
+        ),
         (
             Reply(body=b"<html>welcome</html>"),
             r"does not answer like an OpenAI-compatible API \('<html>welcome</html>'\)",
@@ -417,7 +419,7 @@ def test_wrong_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (Reply(body=b"[1, 2]"), "does not answer like an OpenAI-compatible API"),
         (Reply(body=b'{"choices": [{"message": "text"}]}'), "does not answer like an OpenAI-compatible API"),
         (Reply(body=b""), "does not answer like an OpenAI-compatible API"),
-        (Reply(status=418, body=b"\xff\xfe teapot"), "rejects every request"),
+        (Reply(status=418, body=b"\xff\xfe teapot"), "rejects the request"),
         (Reply(status=403, body=b"nginx"), r"answers 403 \(nginx\)"),
     ],
 )
@@ -425,6 +427,109 @@ def test_rubbish_is_one_sentence(tmp_path: Path, reply: Reply, message: str) -> 
     with JudgeServer(lambda *_: reply) as server, pytest.raises(InputError, match=message) as error:
         compare(judge_of(server, tmp_path), ["a"], ["b"])
     assert "\n" not in str(error.value)
+
+
+def test_garbled_or_failing_replies_are_retried(tmp_path: Path) -> None:
+    """Each question gets one bad reply first: another one each time, and then an answer."""
+    bad = [
+        Reply(body=b'{"error": {"code": 502}}'), Reply(body=b"garbled"), refusal(524, "a timeout"), refusal(500, "oops"),
+        Reply(body=b'{"choices": []}'), refusal(429, "slow down"),
+    ]  # fmt: skip
+    seen: set[tuple[str, str]] = set()
+    lock = threading.Lock()
+
+    def answer(prompt: str, a: str, b: str) -> str | Reply:
+        with lock:
+            if (prompt, a) in seen:
+                return prefers(len)(prompt, a, b)
+            seen.add((prompt, a))
+            return bad[int(prompt.split()[1])]
+
+    with JudgeServer(answer) as server:
+        found = compare(judge_of(server, tmp_path), ["longer"] * 6, ["b"] * 6)
+    assert wins(found) == [1.0] * 6
+    assert (found.counts["requests"], found.counts["rejected"]) == (12, 0)
+
+
+def test_one_question_that_always_fails_loses_one_pair(tmp_path: Path) -> None:
+    log = Logs()
+
+    def answer(prompt: str, a: str, b: str) -> str | Reply:
+        return refusal(500, "bad luck") if prompt == "question 3" and a == "b" else prefers(len)(prompt, a, b)
+
+    with JudgeServer(answer) as server:
+        found = compare(judge_of(server, tmp_path, log=log), ["longer"] * 8, ["b"] * 8)
+    assert wins(found) == [1.0] * 3 + [None] + [1.0] * 4
+    assert "1 requests have no answer; the first: " in "".join(log) and "bad luck" in "".join(log)
+
+
+def test_slow_trickle_is_cut_off(tmp_path: Path) -> None:
+    """A byte now and then does not keep a request alive."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def trickle() -> None:
+            connection, _ = listener.accept()
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            for _ in range(100):
+                try:
+                    connection.sendall(b" ")
+                except OSError:
+                    return
+                time.sleep(0.1)
+
+        threading.Thread(target=trickle, daemon=True).start()
+        started = time.monotonic()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        with pytest.raises(RetryableError, match="did not answer within 0.5 seconds"):
+            compare(judge_of(url, tmp_path, timeout_seconds=0.5, max_retries=0, max_concurrency=1), ["a"], ["b"])
+    assert time.monotonic() - started < 4
+
+
+def test_fatal_error_ends_the_retries_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SECONDS", 1.0)
+
+    def answer(prompt: str, a: str, b: str) -> str | Reply:
+        return (
+            Reply(status=401, body=b"no", seconds=0.3)
+            if prompt == "question 0"
+            else refusal(429, "wait", **{"Retry-After": "100"})
+        )
+
+    started = time.monotonic()
+    with JudgeServer(answer) as server, pytest.raises(InputError, match="answers 401"):
+        compare(judge_of(server, tmp_path, max_retries=6), ["a"] * 5, ["b"] * 5)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("key", ["sk-abc\ndef-ghijkl", "sk-“quoted”-key"])
+def test_key_with_impossible_characters_is_refused_without_quoting_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv(KEY, key)
+    with pytest.raises(InputError, match=r"The API key in OPENAI_API_KEY contains characters that no key has") as error:
+        judge_of("http://127.0.0.1:1/v1", tmp_path)
+    assert "sk-" not in str(error.value)
+
+
+def test_credentials_of_netrc_are_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password hunter2\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    with JudgeServer(prefers(len)) as server:
+        compare(judge_of(server, tmp_path), ["a"], ["bc"])
+        monkeypatch.setenv(KEY, "right")
+        compare(judge_of(server, tmp_path, rubric="again"), ["a"], ["bc"])
+    assert [headers.get("Authorization") for headers in server.headers] == [None, None, "Bearer right", "Bearer right"]
+
+
+def test_unreadable_answers_are_asked_again_and_refusals_are_not(tmp_path: Path) -> None:
+    replies: list[str | Reply] = ["what?", Reply(message={"role": "assistant", "content": None, "refusal": "no"})]
+    with JudgeServer(lambda prompt, *_: replies[int(prompt.split()[1])]) as server:
+        compare(judge_of(server, tmp_path), ["a", "b"], ["c", "d"])
+        server.answer = lambda *_: "[[C]]"
+        found = compare(judge_of(server, tmp_path), ["a", "b"], ["c", "d"])
+    assert wins(found) == [0.5, None]
+    assert (found.counts["requests"], found.counts["cached"]) == (2, 2)
 
 
 def test_no_pairs_ask_nothing(tmp_path: Path) -> None:

@@ -55,10 +55,59 @@ def test_module_may_be_dotted_or_installed() -> None:
         scorer_of("", function="statistics:fmean").score(completions("a"))
 
 
+def test_source_wins_over_other_modules_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "pkg" / "__init__.py").write_text("")
+    (tmp_path / "pkg" / "mod.py").write_text("def score(p, r):\n    return [9.0 for _ in r]")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).resolve().parents[3]}")
+    source = "def score(p, r):\n    return [1.0 for _ in r]"
+    assert scorer_of("", function="pkg.mod:score").score(completions("a")).tolist() == [9.0]
+    for function in ("pkg.mod:score", "json:score"):
+        assert scorer_of(source, function=function).score(completions("a")).tolist() == [1.0]
+
+
+def test_programs_of_the_function_do_not_wait_for_input() -> None:
+    source = """
+import subprocess, sys, threading, time
+def score(prompts, responses):
+    subprocess.run([sys.executable, "-c", "import sys; sys.stdin.read()"], timeout=20, check=True)
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    return [1.0 for _ in responses]
+"""
+    started = time.monotonic()
+    assert scorer_of(source, timeout_seconds=30).score(completions("a")).tolist() == [1.0]
+    assert time.monotonic() - started < 20
+
+
+def test_successful_call_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    for _ in range(5):
+        scorer_of("def score(p, r):\n    return [1.0 for _ in r]").score(completions("a"))
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+
+
+def test_secrets_in_its_output_are_redacted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As all output of a stage is."""
+    program = """
+from components.rlhf.rewards.function import FunctionScorer
+from components.rlhf.config.judge import FunctionJudge
+from components.rlhf.text.redaction import redact_output
+from tests.rlhf.rewards.test_function import completions
+redact_output()
+source = "import os\\ndef score(p, r):\\n    print('the key is', os.environ['MY_API_KEY'])\\n    return [1.0]"
+FunctionScorer(FunctionJudge(kind="function", function="mine:score", source=source)).score(completions("a"))
+"""
+    root = Path(__file__).resolve().parents[3]
+    environment = os.environ | {"PYTHONPATH": str(root), "MY_API_KEY": "hunter2hunter2"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "the key is ***" in result.stderr and "hunter2" not in result.stderr + result.stdout
+
+
 def test_function_may_print(capfd: pytest.CaptureFixture[str]) -> None:
     source = "print('loading')\ndef score(prompts, responses):\n    print('{\"scores\": [9]}')\n    return [1.0]"
     assert scorer_of(source).score(completions("a")).tolist() == [1.0]
-    assert "loading" in capfd.readouterr().out
+    assert "loading" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -69,6 +118,8 @@ def test_function_may_print(capfd: pytest.CaptureFixture[str]) -> None:
         ("return [1.0, 2.0, 3.0]", "returned 3 scores for 2 responses"),
         ("return [1.0, float('nan')]", "scored the response 'two' as nan"),
         ("return [float('inf'), 1.0]", "scored the response 'one' as inf"),
+        ("return '12'", "raised TypeError: it returned a str, not a list of numbers"),
+        ("return {1: 2, 3: 4}", "raised TypeError: it returned a dict, not a list of numbers"),
         ("return None", "raised TypeError: 'NoneType' object is not iterable"),
         ("return ['good', 'bad']", "raised ValueError: could not convert string to float"),
         ("return [[1.0], [2.0]]", "raised TypeError: float"),
