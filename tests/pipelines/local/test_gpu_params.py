@@ -130,7 +130,7 @@ def test_prompts_are_rendered_once_by_the_template_of_the_model(dry_run: tuple[P
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     rows = (artifact(run, "ppo", "model") / "validation.jsonl").read_text().splitlines()
     assert rows
-    for prompt in {json.loads(row)["prompt"] for row in rows}:
+    for prompt in {json.loads(row)["prompt"]["prompt"] for row in rows}:
         (question,) = re.findall(r"What do you think of the \w+ \d+\?", prompt)
         turn = {"role": "user", "content": question}
         whole = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
