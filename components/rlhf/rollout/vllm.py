@@ -301,6 +301,8 @@ def _configure_environment() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are local folders
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # 18 s of compilation before the first token
+        # vLLM uses AMX in bf16 where the processor has it, but does not ask Linux for it, which then ends the process (SIGILL).
+        torch.cpu._init_amx()
 
 
 def _check_processes(tensor_parallel_size: int) -> None:
