@@ -11,8 +11,6 @@ from pipelines.local.runner import LocalRun, StageRecord, run_process
 from pipelines.local.summary import find_output
 from pipelines.settings import settings_of_stage
 
-# The second reward model, which only a judge of that kind reads. No stage here trains it.
-JUDGE_REWARD_MODEL = ("judge_reward_model", "model")
 # Inputs of each stage program (option: producing stage and output), and the options of its outputs.
 STAGE_IO: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...]]] = {
     "prepare_data": (
@@ -42,11 +40,7 @@ STAGE_IO: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...]]] = {
         ("model", "metrics", "summary"),
     ),
     "judge": (
-        {
-            "tokenizer": ("import_model", "tokenizer"),
-            "preferences": ("prepare_data", "judge-preferences"),
-            "reward-model": JUDGE_REWARD_MODEL,
-        },
+        {"tokenizer": ("import_model", "tokenizer"), "preferences": ("prepare_data", "judge-preferences")},
         ("judge", "metrics", "summary"),
     ),
     "ppo": (
@@ -104,8 +98,6 @@ def rerun(run: Path, params: Params, stages: list[str], folder: Path) -> dict[st
         inputs, outputs = STAGE_IO[stage]
         command = ["python", "-m", f"components.{stage}", "--settings", settings_of_stage(params, stage)]
         for option, source in inputs.items():
-            if source == JUDGE_REWARD_MODEL:
-                continue
             command += [f"--{option}", str(output_of(*source))]
         for output in outputs:
             command += [f"--{output}", str(folder / stage / output)]
