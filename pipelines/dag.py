@@ -112,7 +112,7 @@ def build_pipeline(params: Params) -> Any:
             )
             configure(reward_model_task, "reward_model")
 
-            second_model, second_task = {}, None
+            second_model = {}
             if params.reward_model_judge:
                 start_model, use = base_model, params.reward_model_judge.use
                 if use:

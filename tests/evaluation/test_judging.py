@@ -109,11 +109,11 @@ def judge(
     save_judges(folder, [entry for entry, _ in judges.values()])
 
     def open_judge(entry: JudgeEntry, directory: Path, resources: JudgeResources) -> OpenJudge:
-        name, made = entry.settings.title, judges[entry.settings.title][1]
+        made = judges[entry.settings.title][1]
         assert directory == folder
         scorer: Any = made if hasattr(made, "score") else None
         pairwise: Any = made if scorer is None else ScoreJudge(scorer)
-        return OpenJudge(name=name, entry=entry, pairwise=pairwise, scorer=scorer)
+        return OpenJudge(entry=entry, pairwise=pairwise, scorer=scorer)
 
     monkeypatch.setattr(judging, "open_judge", open_judge)
     log: list[str] = []

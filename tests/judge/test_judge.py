@@ -158,7 +158,7 @@ def test_function_judge(stage: Stage) -> None:
     assert stage.metrics["heldout_accuracy"] == 1.0
     assert not (stage.judge / "function").exists()
     [judge] = reopen(stage)
-    assert judge.scorer is not None and judge.name == "function"
+    assert judge.scorer is not None and judge.entry.settings.title == "function"
 
 
 def test_reward_model_judge_is_saved_with_its_weights(stage: Stage, reward_model: Path) -> None:

@@ -1,6 +1,7 @@
 """PPO with rollouts from the real vLLM, on a CPU."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def scores_of(folder: Path, engine: str, **changes: object) -> list[float]:
+def scores_of(folder: Path, engine: str, **changes: Any) -> list[float]:
     stage = config_of(**RUN, rollout={"engine": engine, "num_prompts": 128}, sampling=SAMPLING, **changes)
     trainer = trainer_of(stage, folder / "sft", folder / "reward", reward=lambda p, r: 3 * share_of_low_ids(p, r))
     try:
@@ -49,13 +50,16 @@ def vllm_scores(folder: Path) -> list[float]:
 
 
 def test_ppo_with_vllm_learns_like_with_transformers(folder: Path, vllm_scores: list[float]) -> None:
+    """The ends of training are means over three seeds: rounding, which differs between processors, soon leads to other samples."""
     hf_scores = scores_of(folder, "hf")
     # Three times the share of 4 tokens: a standard deviation of at most 0.75, so the mean of 128 rows has one of 0.07.
     assert hf_scores[0] == pytest.approx(vllm_scores[0], abs=0.2)
-    ends = [sum(scores[-3:]) / 3 for scores in (hf_scores, vllm_scores)]
-    assert min(ends) > hf_scores[0] + 0.3
-    # Rounding, which differs between processors and numbers of threads, soon leads to other samples: 0.34 has been seen.
-    assert ends[0] == pytest.approx(ends[1], abs=0.5)
+    runs = {"hf": [hf_scores], "vllm": [vllm_scores]}
+    for engine, found in runs.items():
+        found += [scores_of(folder, engine, seed=seed) for seed in (4, 5)]
+    assert all(sum(scores[-3:]) / 3 > hf_scores[0] + 0.3 for found in runs.values() for scores in found)
+    ends = [sum(sum(scores[-3:]) / 3 for scores in found) / 3 for found in runs.values()]
+    assert ends[0] == pytest.approx(ends[1], abs=0.3)
 
 
 def test_importance_correction_of_equal_engines_changes_nothing(folder: Path, vllm_scores: list[float]) -> None:

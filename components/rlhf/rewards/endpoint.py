@@ -34,7 +34,6 @@ INSTRUCTION = "Which response is better? You may think first, but end your answe
 VERDICT = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]\W*$", re.IGNORECASE)
 BARE_VERDICT = re.compile(r"\W*(?:(?:response|answer)\W+)?(A|B|C|tie)\W*", re.IGNORECASE)
 FIRST_WINS = {"a": 1.0, "b": 0.0, "c": 0.5, "tie": 0.5}
-Messages = list[dict[str, str]]
 
 
 class EndpointJudge:

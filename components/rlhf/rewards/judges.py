@@ -56,7 +56,6 @@ class JudgeEntry:
 class OpenJudge:
     """A judge that is ready to compare responses. scorer is None if it only compares, and gives no scores."""
 
-    name: str
     entry: JudgeEntry
     pairwise: PairwiseJudge
     scorer: Scorer | None
@@ -123,7 +122,7 @@ def open_judge(entry: JudgeEntry, directory: Path, resources: JudgeResources) ->
     if isinstance(config, EndpointConfig):
         slug = re.sub(r"[^A-Za-z0-9]+", "-", config.model)[:60]
         endpoint = EndpointJudge(config, open_answers(resources.storage, slug, resources.log), resources.log)
-        return OpenJudge(name=config.title, entry=entry, pairwise=endpoint, scorer=None)
+        return OpenJudge(entry=entry, pairwise=endpoint, scorer=None)
     scorer: Scorer
     if isinstance(config, FunctionConfig):
         scorer = FunctionScorer(config)
@@ -131,4 +130,4 @@ def open_judge(entry: JudgeEntry, directory: Path, resources: JudgeResources) ->
         scorer = load_linear_judge(folder)
     else:
         scorer = resources.load_reward_scorer(folder)
-    return OpenJudge(name=config.title, entry=entry, pairwise=ScoreJudge(scorer), scorer=scorer)
+    return OpenJudge(entry=entry, pairwise=ScoreJudge(scorer), scorer=scorer)

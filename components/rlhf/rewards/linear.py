@@ -25,7 +25,7 @@ from torch import Tensor
 
 from components.rlhf.config.judge import LinearJudge as LinearConfig
 from components.rlhf.data.records import Completion, PreferencePair, RatedText
-from components.rlhf.rewards.protocol import ComputedStates
+from components.rlhf.rewards.protocol import ComputedStates, compare_scores
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.strict_json import NotJsonError, parse_json_as
 from components.rlhf.text.words import split_words
@@ -212,7 +212,7 @@ def accuracy(judge: LinearJudge, pairs: Sequence[PreferencePair]) -> float:
     chosen, rejected = (
         judge.score_texts([pair.prompt + getattr(pair, side) for pair in pairs]) for side in ("chosen", "rejected")
     )
-    return float(torch.where(chosen == rejected, 0.5, (chosen > rejected).float()).mean())
+    return float(compare_scores(chosen, rejected).wins.mean())
 
 
 def rank_correlation(judge: LinearJudge, rated: Sequence[RatedText]) -> float:

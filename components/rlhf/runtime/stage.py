@@ -242,9 +242,8 @@ def stage_run(
         if rank() > 0:
             tracking_config = tracking_config.model_copy(update={"enabled": False})
         run_id = os.environ.get(RUN_ID, MANUAL_RUN_ID)
-        name = getattr(
-            config, "stage_name", name
-        )  # runs, checkpoints and published models of two tasks of a run are separate
+        # Two tasks of one stage in a run keep their MLflow runs, checkpoints and published models apart.
+        name = getattr(config, "stage_name", name)
         tracker = start_tracking(tracking_config, run_id=run_id, stage=name, params=config.model_dump(mode="json"))
         progress = Progress(name, silent=rank() > 0)
         run = StageRun(
