@@ -1,10 +1,8 @@
 """A real S3 server (SeaweedFS, which Kubeflow Pipelines ships) on free ports of the loopback interface."""
 
-import ctypes
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +14,8 @@ from botocore.config import Config
 
 ACCESS_KEY, SECRET_KEY = "rlhf-test", "rlhf-test-secret"
 BUCKET = "models"
+# A command, not a preexec_fn, for which subprocess would fork: a worker that has loaded vLLM is too large for that (ENOMEM).
+DIE_WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
 
 
 class SeaweedFS:
@@ -48,14 +48,13 @@ class SeaweedFS:
         """Start the server; return whether it can be written to, False if it has ended."""
         self.process = subprocess.Popen(
             [
-                weed(), "server", f"-dir={self.folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", *options,
+                *DIE_WITH_PARENT, weed(), "server", f"-dir={self.folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", *options,
                 f"-s3.config={self.folder / 'identities.json'}", "-master.volumeSizeLimitMB=1024", "-volume.max=50",
                 "-s3.port.iceberg=0", "-s3.port.lance=0",
             ],
             stdout=(self.folder / "log").open("ab"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
         )  # fmt: skip
         while True:
             try:
@@ -78,11 +77,6 @@ class SeaweedFS:
             self.process.kill()
             self.process.wait()
             self.process = None
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def weed() -> str:

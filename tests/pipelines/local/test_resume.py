@@ -50,17 +50,12 @@ def resume_in_resident(resident: Resident, run: Path) -> subprocess.CompletedPro
 def start_and_signal(params: Path, run: Path, *, when: str, number: signal.Signals) -> str:
     """Start a run, signal its program as soon as a file is there, and return everything that it printed."""
     command = [sys.executable, "-m", "pipelines", "run", str(params), "--out", str(run)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=accept_interrupts
-    )
+    # A shell makes a job in the background ignore SIGINT, and so do the processes that it starts, unless one has a handler.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_file(process, run, when)
     process.send_signal(number)
     return process.communicate(timeout=120)[0]
-
-
-def accept_interrupts() -> None:
-    """Undo what a shell does to a job in the background, which ignores SIGINT, as do the processes that it starts."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_file(process: subprocess.Popen[str] | ResidentProcess, run: Path, pattern: str) -> None:
