@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.evaluation import EvaluationStageConfig
-from components.rlhf.data.batching import collate, split_by_tokens
+from components.rlhf.data.batching import collate
+from components.rlhf.data.microbatches import plan_passes
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.data.tokenizer import decode_response, load_tokenizer
 from components.rlhf.maths.kl import exact_kl
@@ -129,7 +130,7 @@ def sequence_kl(
     """
     sampled, exact = torch.zeros(len(completions)), torch.zeros(len(completions))
     lengths = [len(c.prompt_ids) + len(c.response_ids) for c in completions]
-    for group in split_by_tokens(lengths, MICROBATCH_TOKENS):
+    for group in plan_passes(lengths, MICROBATCH_TOKENS):
         rows = [completions[i] for i in group]
         batch = collate([c.prompt_ids for c in rows], [c.response_ids for c in rows]).to(device)
         states, mask = reference.trunk(batch), batch.response_mask

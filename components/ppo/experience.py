@@ -1,7 +1,7 @@
 """From completions to experience: log-probs, values and scores of a rollout, and its advantages."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from components.rlhf.config.ppo import PpoConfig
 from components.rlhf.data.batching import TokenBatch, collate
+from components.rlhf.data.microbatches import equal_passes
+from components.rlhf.data.ragged import Ragged
 from components.rlhf.data.records import Completion
 from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.engine.protocol import Group, TrainEngine
@@ -17,7 +19,7 @@ from components.rlhf.maths.kl import estimate_kl
 from components.rlhf.maths.masked import whiten
 from components.rlhf.maths.rewards import token_rewards
 from components.rlhf.models.actor import Actor, SamplingDistribution
-from components.rlhf.models.scalar import ScalarModel
+from components.rlhf.models.scalar import ScalarModel, at_last_token, before_actions
 from components.rlhf.rewards.protocol import ComputedStates, Scorer
 from components.rlhf.text.errors import InputError
 
@@ -50,27 +52,32 @@ class Experience:
     """One rollout batch, ready for any number of epochs. B responses, T the longest one, all rows right-padded."""
 
     batch: TokenBatch
-    old_logprobs: Tensor  # [B, T] of the sampling policy, computed by the training engine
+    old_logprobs: Tensor  # [B, T] of the sampling policy, computed by the trainer or the rollout engine (old_logprobs)
     ref_logprobs: Tensor  # [B, T]
     engine_logprobs: Tensor  # [B, T] computed by the rollout engine
     old_values: Tensor  # [B, T]
     scores: Tensor  # [B] reward-model scores, normalized if the config says so
     kl: Tensor  # [B, T] log-ratio to the reference (k1), whichever estimator is penalized
-    entropy: Tensor  # [B, T]
+    entropy: Tensor  # [B, T]; without the trainer's log-probs an unbiased estimate, -old_logprobs
     advantages: Tensor  # [B, T], whitened
     returns: Tensor  # [B, T]
     truncated: Tensor  # [B] bool
     clipped: Tensor  # [B] bool, score beyond reward_clip
-    states: Tensor | None  # [B, S, H] above the frozen layers, computed once for all models and epochs
-    features: Tensor | None  # [B, S, H] of the critic, if only its head is trained
-    microbatches: list[Tensor]  # row indices [b] of each forward pass, in the order of the minibatches
+    states: Ragged | None  # [S, H] of each row above the frozen layers, computed once for all models and epochs
+    features: Ragged | None  # [T, H] of each row before each action, of a critic of which only the head is trained
+    minibatches: list[list[Tensor]]  # of the first epoch: row indices [b] of each forward pass of each minibatch
+
+    @property
+    def passes(self) -> list[Tensor]:
+        """Row indices [b] of every forward pass of scoring and of the first epoch."""
+        return [rows for minibatch in self.minibatches for rows in minibatch]
 
 
 @torch.no_grad()
 def make_experience(learner: Learner, completions: Sequence[Completion], *, kl_coef: float) -> Experience:
     """Score this rank's share of a rollout with all four models and estimate its advantages.
 
-    Rows go through the models in the same microbatches as in the first epoch of updates, so that the first ratio is exactly 1.
+    Rows go through the models in the same passes as in the first epoch of updates, so that the first ratio is exactly 1.
     """
     models, config, group = learner.models, learner.config, learner.group
     # 1. One batch of known lengths. A truncated response stays as it was sampled; no EOS is appended.
@@ -78,43 +85,44 @@ def make_experience(learner: Learner, completions: Sequence[Completion], *, kl_c
     batch = batch.to(next(models.actor.parameters()).device)
     mask = batch.response_mask
     truncated = torch.tensor([c.truncated for c in completions], device=mask.device)
-    # The widest row of all ranks, so that all of them run the same number of forward passes.
-    width = group.max_int(batch.input_ids.shape[1])
-    parts = microbatches(
-        len(batch), minibatch=config.minibatch // group.world_size, max_rows=config.training.microbatch_tokens // width
-    )
-    parts = [rows.to(mask.device) for rows in parts]
+    engine_logprobs = _engine_logprobs(completions, mask)
+    minibatches = plan_minibatches(range(len(batch)), batch, config, group)
+    passes = [rows for minibatch in minibatches for rows in minibatch]
 
-    # 2. The frozen layers, once.
-    states = (
-        map_microbatches(parts, lambda rows: models.actor.trunk(batch.select(rows))) if models.shared_trunk else None
-    )
+    # 2. The frozen layers once, then log-probs of actor and reference, and values.
+    states = Ragged(batch.lengths) if models.shared_trunk else None
+    features = Ragged(batch.response_lengths) if models.critic.trains == "head" else None
+    old_logprobs, entropy, ref_logprobs, old_values = (torch.zeros(mask.shape, device=mask.device) for _ in range(4))
+    last_features = []
+    for rows in passes:
+        part = batch.select(rows)
+        width = part.response_ids.shape[1]
+        part_states = models.actor.trunk(part) if models.shared_trunk else None
+        if states is not None and part_states is not None:
+            states.put(rows, part_states)
+        if config.old_logprobs == "trainer":
+            old_logprobs[rows, :width], entropy[rows, :width] = models.actor(
+                part, learner.distribution, part_states, with_entropy=True
+            )
+        ref_logprobs[rows, :width], _ = models.reference(part, learner.distribution, part_states)
+        part_features = None
+        if features is not None:
+            hidden = models.critic.features(part, part_states)
+            part_features = before_actions(part, hidden)
+            features.put(rows, part_features)
+            last_features.append(at_last_token(part, hidden))
+        old_values[rows, :width] = models.critic(part, part_states, part_features)
+    if config.old_logprobs == "engine":
+        old_logprobs, entropy = engine_logprobs, -engine_logprobs
 
-    # 3. Log-probs of actor and reference, values, scores.
-    def states_at(rows: Tensor) -> Tensor | None:
-        return None if states is None else states[rows]
-
-    old_logprobs, entropy = _map_microbatches_pair(
-        parts,
-        lambda rows: models.actor(batch.select(rows), learner.distribution, states_at(rows), with_entropy=True),
+    # 3. Scores. A critic of which only the head is trained has the layers of the reward model, unless that reads text.
+    computed = ComputedStates(
+        batch=batch,
+        passes=passes,
+        states=states,
+        last_features=torch.cat(last_features)[torch.cat(passes).argsort()] if last_features else None,
     )
-    ref_logprobs, _ = _map_microbatches_pair(
-        parts, lambda rows: models.reference(batch.select(rows), learner.distribution, states_at(rows))
-    )
-    # A critic of which only the head is trained has the layers of the reward model, or, if that reads text, frozen ones of its own.
-    features = (
-        map_microbatches(parts, lambda rows: models.critic.features(batch.select(rows), states_at(rows)))
-        if models.critic.trains == "head"
-        else None
-    )
-    computed = ComputedStates(batch=batch, microbatches=parts, states=states, features=features)
     scores = models.scorer.score(completions, computed).to(mask.device)
-    old_values = map_microbatches(
-        parts,
-        lambda rows: models.critic(
-            batch.select(rows), states_at(rows), features=None if features is None else features[rows]
-        ),
-    )
     _require_finite_scores(scores, completions)
 
     # 4. Rewards: the score is reduced and clipped first, then the KL penalty of every token is added.
@@ -134,7 +142,7 @@ def make_experience(learner: Learner, completions: Sequence[Completion], *, kl_c
         batch=batch,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
-        engine_logprobs=_engine_logprobs(completions, mask),
+        engine_logprobs=engine_logprobs,
         old_values=old_values,
         scores=scores,
         kl=estimate_kl(old_logprobs, ref_logprobs, mask, "k1"),
@@ -145,29 +153,26 @@ def make_experience(learner: Learner, completions: Sequence[Completion], *, kl_c
         clipped=clipped,
         states=states,
         features=features,
-        microbatches=parts,
+        minibatches=minibatches,
     )
 
 
-def microbatches(num_rows: int, *, minibatch: int, max_rows: int) -> list[Tensor]:
-    """Row indices of each forward pass: whole minibatches, or equal parts of them with at most max_rows rows."""
-    return [
-        part
-        for rows in torch.arange(num_rows).split(minibatch)
-        for part in rows.split(max(min(minibatch, max_rows), 1))
-    ]
+def plan_minibatches(order: Sequence[int], batch: TokenBatch, config: PpoConfig, group: Group) -> list[list[Tensor]]:
+    """Cut this rank's rows, in this order, into minibatches, and each of them into passes of rows of similar lengths.
 
-
-def map_microbatches(parts: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """compute(rows) of each microbatch in turn, concatenated."""
-    return torch.cat([compute(rows) for rows in parts])
-
-
-def _map_microbatches_pair(
-    parts: Sequence[Tensor], compute: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    first, second = zip(*(compute(rows) for rows in parts), strict=True)
-    return torch.cat(first), torch.cat(second)
+    Every rank has equally many rows, and gets equally many passes of each minibatch. Returns row indices [b] of each pass.
+    """
+    lengths, share = batch.lengths.tolist(), config.minibatch // group.world_size
+    minibatches = []
+    for start in range(0, len(order), share):
+        rows = order[start : start + share]
+        passes = equal_passes(
+            [lengths[row] for row in rows], config.training.microbatch_tokens, max_over_ranks=group.max_int
+        )
+        minibatches.append(
+            [torch.tensor([rows[index] for index in indices], device=batch.lengths.device) for indices, _ in passes]
+        )
+    return minibatches
 
 
 def _engine_logprobs(completions: Sequence[Completion], mask: Tensor) -> Tensor:

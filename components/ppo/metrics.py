@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from components.ppo.experience import Experience
+from components.rlhf.data.microbatches import padded_tokens
 from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.engine.protocol import Group
 from components.rlhf.maths.masked import masked_moments
@@ -23,6 +24,10 @@ def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, f
     def mean(x: Tensor, where: Tensor) -> float:
         return moments(x, where)[0]
 
+    lengths = e.batch.lengths.tolist()
+    computed, real = group.sum(
+        torch.tensor([padded_tokens(lengths, [rows.tolist() for rows in e.passes]), sum(lengths)])
+    ).tolist()
     score_mean, score_variance = moments(e.scores, every_row)
     returns_variance, residual_variance = moments(e.returns, mask)[1], moments(e.returns - e.old_values, mask)[1]
     return {
@@ -40,6 +45,7 @@ def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, f
         "value/explained_variance": 1 - residual_variance / returns_variance if returns_variance > 1e-8 else 0.0,
         "engine_gap/mean": mean(engine_gap, mask),
         "engine_gap/max": group.max(engine_gap.max()).item(),
+        "tokens/computed_per_real": computed / real,
     }
 
 

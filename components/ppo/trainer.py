@@ -14,6 +14,7 @@ from components.ppo.metrics import History, rollout_metrics
 from components.ppo.update import update
 from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.data.batching import collate, epoch_order
+from components.rlhf.data.microbatches import deal_rows
 from components.rlhf.data.records import Completion, Prompt, ValidationSample
 from components.rlhf.engine.factory import create_engine
 from components.rlhf.engine.protocol import Group
@@ -113,6 +114,7 @@ class PpoTrainer:
         self.group.watchdog(f"PPO iteration {iteration}, rollout")
         seeds = [derive_seed("rollout", self.config.seed, iteration, row) for row in rows]
         completions = self.rollout.generate([batch[row] for row in rows], self.ppo.rollout.sampling, seeds)
+        completions = share_rollout(rows, completions, self.ppo.minibatch, self.group)
         generated = time.monotonic()
         self.group.watchdog(f"PPO iteration {iteration}, scoring")
         experience = make_experience(self.learner, completions, kl_coef=self.kl_coef)
@@ -142,11 +144,10 @@ class PpoTrainer:
     def _prompts_of(self, iteration: int, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts of one iteration: consecutive slices of a stream of shuffled epochs."""
         size, count = self.ppo.rollout.num_prompts, len(prompts)
-        start = (iteration - 1) * size
-        return [
-            prompts[epoch_order(count, seed=self.config.seed, epoch=position // count)[position % count]]
-            for position in range(start, start + size)
-        ]
+        positions = range((iteration - 1) * size, iteration * size)
+        epochs = range(positions[0] // count, positions[-1] // count + 1)
+        orders = {epoch: epoch_order(count, seed=self.config.seed, epoch=epoch) for epoch in epochs}
+        return [prompts[orders[position // count][position % count]] for position in positions]
 
     def _validate(self, validation: Sequence[Prompt], iteration: int) -> dict[str, float]:
         """Sample the validation prompts with the current policy. The objective is the mean score minus its KL cost."""
@@ -227,6 +228,29 @@ class PpoTrainer:
 
 
 def local_rows(total: int, minibatch: int, group: Group) -> list[int]:
-    """Rows of a rollout that this rank samples and trains on: its equal share of every minibatch."""
+    """Rows of a rollout that this rank samples: its equal share of every minibatch."""
     share = minibatch // group.world_size
     return [row for row in range(total) if row % minibatch // share == group.rank]
+
+
+def share_rollout(
+    rows: Sequence[int], completions: Sequence[Completion], minibatch: int, group: Group
+) -> list[Completion]:
+    """The completions that this rank trains on: of every minibatch as many as each other rank, with nearly as many tokens.
+
+    completions are those of the rows (of the whole rollout) that this rank has sampled. The result is in the order of the minibatches,
+    and in each of them in the order of lengths.
+    """
+    rollout = [
+        completion for _, completion in sorted(group.gather(list(zip(rows, completions, strict=True))), key=_row)
+    ]
+    own = []
+    for start in range(0, len(rollout), minibatch):
+        part = rollout[start : start + minibatch]
+        lengths = [len(completion.prompt_ids) + len(completion.response_ids) for completion in part]
+        own += [part[index] for index in deal_rows(lengths, group.world_size)[group.rank]]
+    return own
+
+
+def _row(item: tuple[int, Completion]) -> int:
+    return item[0]

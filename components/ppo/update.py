@@ -5,7 +5,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from components.ppo.experience import Experience, Learner
+from components.ppo.experience import Experience, Learner, plan_minibatches
+from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.maths.importance import importance_weights
 from components.rlhf.maths.losses import denominator_of, policy_loss, value_loss
 from components.rlhf.maths.masked import masked_moments
@@ -23,19 +24,17 @@ def update(learner: Learner, experience: Experience, *, seed: int, iteration: in
     steps = 0
     first_ratio_error = 0.0
     weights, importance_metrics = _importance(learner, experience)
-    microbatches = experience.microbatches
-    size = len(experience.batch)
-    per_minibatch = len(microbatches) * (learner.config.minibatch // learner.group.world_size) // size
     for epoch in range(learner.config.num_epochs):
-        order = _epoch_order(size, seed=seed, iteration=iteration, epoch=epoch).to(microbatches[0].device)
-        for start in range(0, len(microbatches), per_minibatch):
-            minibatch = [order[rows] for rows in microbatches[start : start + per_minibatch]]
-            values = _optimizer_step(learner, experience, minibatch, weights)
+        minibatches = experience.minibatches
+        if epoch > 0:
+            order = _epoch_order(len(experience.batch), seed=seed, iteration=iteration, epoch=epoch)
+            minibatches = plan_minibatches(order, experience.batch, learner.config, learner.group)
+        for number, passes in enumerate(minibatches):
+            values = _optimizer_step(learner, experience, passes, weights)
             if steps == 0:
                 first_ratio_error = values["ratio_error"]
-            responses = torch.cat(minibatch).tolist()
             for name in ("loss/policy", "loss/value", "actor/grad_norm", "critic/grad_norm"):
-                where = f"epoch {epoch}, minibatch {start // per_minibatch}, responses {responses}"
+                where = f"epoch {epoch}, minibatch {number}, responses {sorted(torch.cat(passes).tolist())}"
                 require_finite(values[name], what=name, step=iteration, batch=where)
             steps += 1
             for name, value in values.items():
@@ -44,65 +43,104 @@ def update(learner: Learner, experience: Experience, *, seed: int, iteration: in
     return means | {"actor/first_ratio_error": first_ratio_error} | importance_metrics
 
 
-def _optimizer_step(
-    learner: Learner, e: Experience, minibatch: list[Tensor], weights: Tensor | None
+def _optimizer_step(learner: Learner, e: Experience, passes: list[Tensor], weights: Tensor | None) -> dict[str, float]:
+    """One step of both models on a minibatch, given as the rows of its passes; every rank has an equal share of it.
+
+    The actor takes its step before the critic begins, so that only one of them holds gradients at a time.
+    """
+    mask = e.batch.response_mask[torch.cat(passes)]
+    denominator = learner.group.sum(denominator_of(mask, learner.config.loss_aggregation))
+    num_tokens = learner.group.sum(mask.sum())
+    values = _actor_step(learner, e, passes, weights, denominator, num_tokens)
+    return values | _critic_step(learner, e, passes, denominator, num_tokens)
+
+
+def _actor_step(
+    learner: Learner,
+    e: Experience,
+    passes: list[Tensor],
+    weights: Tensor | None,
+    denominator: Tensor,
+    num_tokens: Tensor,
 ) -> dict[str, float]:
-    """One step of both models on a minibatch, given as the rows of its microbatches; every rank has an equal share of it."""
-    models, config, engines, group = learner.models, learner.config, learner.engines, learner.group
-    all_rows = torch.cat(minibatch)
-    denominator = group.sum(denominator_of(e.batch.response_mask[all_rows], config.loss_aggregation))
-    num_tokens = float(group.sum(e.batch.response_mask[all_rows].sum()))
-    sums: dict[str, float] = defaultdict(float)
-    largest_ratio_error = 0.0
-    for number, rows in enumerate(minibatch, start=1):
-        batch, mask = e.batch.select(rows), e.batch.response_mask[rows]
-        states = None if e.states is None else e.states[rows]
-        logprobs, _ = models.actor(batch, learner.distribution, states)
+    actor, config, engine = learner.models.actor, learner.config, learner.engines["actor"]
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+    ratio_errors = []
+    for number, rows in enumerate(passes, start=1):
+        batch = e.batch.select(rows)
+        mask, width = batch.response_mask, batch.response_ids.shape[1]
+        old_logprobs = e.old_logprobs[rows, :width]
+        logprobs, _ = actor(batch, learner.distribution, None if e.states is None else e.states.select(rows))
         policy = policy_loss(
             logprobs,
-            e.old_logprobs[rows],
-            e.advantages[rows],
+            old_logprobs,
+            e.advantages[rows, :width],
             mask,
             clip_range=config.clip_range,
             clip_range_high=config.clip_range_high,
             dual_clip=config.dual_clip,
-            weights=None if weights is None else weights[rows],
+            weights=None if weights is None else weights[rows, :width],
             aggregation=config.loss_aggregation,
             denominator=denominator,
         )
-        share = float(mask.sum()) / num_tokens
-        router_losses = {}
-        if models.actor.router_loss is not None:
-            router_losses["actor"] = share * models.actor.router_loss
-        engines["actor"].backward(policy.loss + router_losses.get("actor", 0.0), last=number == len(minibatch))
-        new_values = models.critic(batch, states, features=None if e.features is None else e.features[rows])
-        value = value_loss(
-            new_values,
-            e.old_values[rows],
-            e.returns[rows],
+        share = mask.sum() / num_tokens
+        loss = _with_router_loss(policy.loss, actor.router_loss, share, sums, "actor")
+        engine.backward(loss, last=number == len(passes))
+        sums["loss/policy"] = sums["loss/policy"] + policy.loss.detach()
+        sums["actor/clip_fraction"] = sums["actor/clip_fraction"] + (policy.clip_fraction * share)
+        sums["actor/approx_kl"] = sums["actor/approx_kl"] + (policy.approx_kl * share)
+        ratio_errors.append(((logprobs.detach() - old_logprobs).exp() - 1).abs().max())
+    values = _totals(sums, learner.group)
+    values["ratio_error"] = learner.group.max(torch.stack(ratio_errors).max()).item()
+    return values | _step(engine, "actor")
+
+
+def _critic_step(
+    learner: Learner, e: Experience, passes: list[Tensor], denominator: Tensor, num_tokens: Tensor
+) -> dict[str, float]:
+    critic, config, engine = learner.models.critic, learner.config, learner.engines["critic"]
+    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+    for number, rows in enumerate(passes, start=1):
+        batch = e.batch.select(rows)
+        mask, width = batch.response_mask, batch.response_ids.shape[1]
+        needs_states = e.states is not None and e.features is None
+        loss = value_loss(
+            critic(
+                batch,
+                e.states.select(rows) if needs_states else None,
+                None if e.features is None else e.features.select(rows),
+            ),
+            e.old_values[rows, :width],
+            e.returns[rows, :width],
             mask,
             value_clip_range=config.value_clip_range,
             aggregation=config.loss_aggregation,
             denominator=denominator,
         )
-        if models.critic.router_loss is not None:
-            router_losses["critic"] = share * models.critic.router_loss
-        engines["critic"].backward(value + router_losses.get("critic", 0.0), last=number == len(minibatch))
-        for name, loss in router_losses.items():
-            sums[f"{name}/router_loss"] += loss.item()
-        sums["loss/policy"] += policy.loss.item()
-        sums["loss/value"] += value.item()
-        sums["actor/clip_fraction"] += policy.clip_fraction.item() * share
-        sums["actor/approx_kl"] += policy.approx_kl.item() * share
-        ratio_error = ((logprobs.detach() - e.old_logprobs[rows]).exp() - 1).abs().max().item()
-        largest_ratio_error = max(largest_ratio_error, ratio_error)
-    values = dict(zip(sums, group.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist(), strict=True))
-    values["ratio_error"] = group.max(torch.tensor(largest_ratio_error)).item()
-    for name in ("actor", "critic"):
-        info = engines[name].step()
-        values[f"{name}/grad_norm"] = info.grad_norm
-        values[f"{name}/learning_rate"] = info.learning_rate
-    return values
+        sums["loss/value"] = sums["loss/value"] + loss.detach()
+        loss = _with_router_loss(loss, critic.router_loss, mask.sum() / num_tokens, sums, "critic")
+        engine.backward(loss, last=number == len(passes))
+    return _totals(sums, learner.group) | _step(engine, "critic")
+
+
+def _with_router_loss(
+    loss: Tensor, router_loss: Tensor | None, share: Tensor, sums: dict[str, Tensor], name: str
+) -> Tensor:
+    """Add the pass's share of the router's auxiliary loss, if the model has one, and its metric."""
+    if router_loss is None:
+        return loss
+    sums[f"{name}/router_loss"] = sums[f"{name}/router_loss"] + (share * router_loss.detach())
+    return loss + share * router_loss
+
+
+def _totals(sums: dict[str, Tensor], group: Group) -> dict[str, float]:
+    """The sums over all ranks."""
+    return dict(zip(sums, group.sum(torch.stack(list(sums.values()))).tolist(), strict=True))
+
+
+def _step(engine: TrainEngine, name: str) -> dict[str, float]:
+    info = engine.step()
+    return {f"{name}/grad_norm": info.grad_norm, f"{name}/learning_rate": info.learning_rate}
 
 
 def _importance(learner: Learner, e: Experience) -> tuple[Tensor | None, dict[str, float]]:
@@ -118,9 +156,7 @@ def _importance(learner: Learner, e: Experience) -> tuple[Tensor | None, dict[st
     }
 
 
-def _epoch_order(size: int, *, seed: int, iteration: int, epoch: int) -> Tensor:
-    """Row order of an epoch; it depends on its arguments alone, so that a resumed run repeats it."""
-    if epoch == 0:
-        return torch.arange(size)
+def _epoch_order(size: int, *, seed: int, iteration: int, epoch: int) -> list[int]:
+    """Row order of an epoch after the first; it depends on its arguments alone, so that a resumed run repeats it."""
     generator = torch.Generator().manual_seed(derive_seed("epoch order", seed, iteration, epoch))
-    return torch.randperm(size, generator=generator)
+    return torch.randperm(size, generator=generator).tolist()

@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.reward_model import RewardModelStageConfig
-from components.rlhf.data.batching import collate, step_batches
+from components.rlhf.data.batching import TokenBatch, collate, step_batches
+from components.rlhf.data.microbatches import equal_passes, fill_microbatches
 from components.rlhf.data.records import PreferencePair, is_chat
 from components.rlhf.data.tokenizer import EncodedText, encode_text
-from components.rlhf.engine.factory import create_engine, shards_weights
+from components.rlhf.engine.factory import create_engine, max_over_shards, shards_weights
 from components.rlhf.engine.protocol import TrainEngine
 from components.rlhf.maths.losses import pairwise_loss
 from components.rlhf.models.layers import enable_gradient_checkpointing
@@ -20,7 +21,7 @@ from components.rlhf.models.loading import collect_weights, load_scalar_lm
 from components.rlhf.models.lora import add_adapters
 from components.rlhf.models.precision import compute_dtype, default_device
 from components.rlhf.models.scalar import ScalarModel
-from components.rlhf.runtime.training import Batches, TrainingContext, train_on_batches
+from components.rlhf.runtime.training import Batches, TrainingContext, token_counts, train_on_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,17 @@ class EncodedPair:
     chosen: EncodedText
     rejected: EncodedText
     margin: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredPairs:
+    """N pairs as 2N texts, first the chosen and then the rejected ones, T the longest completion."""
+
+    batch: TokenBatch
+    scores: Tensor  # [2N, T], column t is cut after t + 1 completion tokens
+    margins: Tensor  # [N]
+    router_loss: Tensor | None  # of a mixture of experts, the mean over all tokens
+    passes: list[list[int]]  # texts of each forward pass
 
 
 class RewardModelTrainer:
@@ -45,6 +57,7 @@ class RewardModelTrainer:
         if training.gradient_checkpointing:
             enable_gradient_checkpointing(lm)
         self.model = ScalarModel(lm, num_frozen_layers=frozen, dtype=self.dtype)
+        self.max_over_ranks = max_over_shards(training, context.group)
         self.engine: TrainEngine | None = None
 
     def train(
@@ -63,18 +76,20 @@ class RewardModelTrainer:
         )
 
         def shares_of(rows: Sequence[int], batch: Sequence[int]) -> dict[str, Tensor]:
-            losses, is_correct = self.losses([encoded[i] for i in rows])
+            scored = self.score_prefixes([encoded[i] for i in rows])
+            losses, is_correct = self.losses(scored)
             shares = {"loss": losses.sum() / len(batch), "accuracy": is_correct.sum() / len(batch)}
-            if self.model.router_loss is not None:
-                shares["router_loss"] = self.model.router_loss * len(rows) / len(batch)
+            if scored.router_loss is not None:
+                shares["router_loss"] = scored.router_loss * len(rows) / len(batch)
                 shares["loss"] = shares["loss"] + shares["router_loss"]
-            return shares
+            return shares | token_counts(scored.batch.lengths.tolist(), scored.passes)
 
         batches = Batches(
             records="pairs",
-            lengths=[2 * max(pair.chosen.num_tokens, pair.rejected.num_tokens) for pair in encoded],
+            lengths=[pair.chosen.num_tokens + pair.rejected.num_tokens for pair in encoded],
             steps=steps,
             max_tokens=config.training.microbatch_tokens,
+            plan=fill_microbatches,
         )
         train_on_batches(self.context, "reward_model", self.engine, batches, shares_of)
         self.context.group.watchdog("reward model, final measurements")
@@ -92,21 +107,41 @@ class RewardModelTrainer:
             margin=pair.margin or 0.0 if self.config.reward_model.use_margin else 0.0,
         )
 
-    def losses(self, pairs: Sequence[EncodedPair]) -> tuple[Tensor, Tensor]:
+    def score_prefixes(self, pairs: Sequence[EncodedPair]) -> ScoredPairs:
+        """Score both texts of N pairs at every cut. Texts of similar length share a forward pass, whichever pair they are of."""
+        texts = [p.chosen for p in pairs] + [p.rejected for p in pairs]
+        batch = collate([t.prompt_ids for t in texts], [t.response_ids for t in texts]).to(self.device)
+        lengths, max_tokens = batch.lengths.tolist(), self.config.reward_model.training.microbatch_tokens
+        passes = equal_passes(lengths, max_tokens, self.max_over_ranks)
+        scores = torch.zeros(batch.response_mask.shape, device=self.device)
+        router_loss: Tensor | None = None
+        for indices, weight in passes:
+            rows = torch.tensor(indices, device=self.device)
+            part = batch.select(rows)
+            found = weight * self.model.prefix_scores(part)
+            scores = scores.index_put((rows[:, None], torch.arange(found.shape[1], device=self.device)), found, True)
+            if self.model.router_loss is not None:
+                share = weight * float(part.lengths.sum()) / sum(lengths)
+                router_loss = share * self.model.router_loss + (0 if router_loss is None else router_loss)
+        return ScoredPairs(
+            batch=batch,
+            scores=scores,
+            margins=torch.tensor([p.margin for p in pairs], device=self.device),
+            router_loss=router_loss,
+            passes=[indices for indices, _ in passes],
+        )
+
+    def losses(self, scored: ScoredPairs) -> tuple[Tensor, Tensor]:
         """Loss of each pair, and whether its chosen text scores higher: both [N].
 
         prefix_loss w mixes two comparisons: (1 - w) of the whole texts, and w of both texts cut after the same number of
         completion tokens, averaged over all cuts that both texts reach, weighted by length. Without the second, a text
         without EOS is out of distribution, and PPO learns not to stop: the score of a human text rises when its EOS is removed.
         """
-        config = self.config.reward_model
-        texts = [p.chosen for p in pairs] + [p.rejected for p in pairs]
-        batch = collate([t.prompt_ids for t in texts], [t.response_ids for t in texts]).to(self.device)
-        scores_at_cut = self.model.prefix_scores(batch)  # [2N, T], column t is cut after t + 1 tokens
+        config, batch, scores_at_cut = self.config.reward_model, scored.batch, scored.scores
         whole = scores_at_cut.gather(1, (batch.response_lengths - 1)[:, None]).squeeze(1)
         chosen, rejected = whole.chunk(2)
-        margin = torch.tensor([p.margin for p in pairs], device=self.device)
-        loss = pairwise_loss(chosen, rejected, margin)
+        loss = pairwise_loss(chosen, rejected, scored.margins)
         if config.prefix_loss > 0:
             chosen_mask, rejected_mask = batch.response_mask.chunk(2)
             lengths = torch.arange(1, scores_at_cut.shape[1] + 1, device=self.device)

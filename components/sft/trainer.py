@@ -20,7 +20,7 @@ from components.rlhf.models.layers import enable_gradient_checkpointing
 from components.rlhf.models.loading import collect_weights, load_causal_lm
 from components.rlhf.models.lora import add_adapters
 from components.rlhf.models.precision import compute_dtype, default_device
-from components.rlhf.runtime.training import Batches, TrainingContext, train_on_batches
+from components.rlhf.runtime.training import Batches, TrainingContext, token_counts, train_on_batches
 from components.rlhf.text.errors import require_finite
 
 MAX_HELDOUT = 256  # demonstrations that the held-out loss is measured on
@@ -73,10 +73,12 @@ class SftTrainer:
             # The mean over all tokens of answers in the step.
             denominator = sum(texts[i].num_learned for i in batch)
             loss = self._loss([texts[i] for i in rows], denominator)
-            if self.actor.router_loss is None:
-                return {"loss": loss}
-            share = sum(texts[i].num_tokens for i in rows) / sum(texts[i].num_tokens for i in batch)
-            return {"loss": loss + share * self.actor.router_loss, "router_loss": share * self.actor.router_loss}
+            lengths = [texts[i].num_tokens for i in rows]
+            shares = token_counts(lengths, [range(len(rows))])
+            if self.actor.router_loss is not None:
+                shares["router_loss"] = sum(lengths) / sum(texts[i].num_tokens for i in batch) * self.actor.router_loss
+                loss = loss + shares["router_loss"]
+            return {"loss": loss} | shares
 
         batches = Batches(
             records="demonstrations",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from components.rlhf.data.microbatches import plan_passes
 from components.rlhf.models.loading import load_scalar_lm, save_model
 from components.rlhf.models.scalar import ScalarModel
 from components.sft.trainer import SftTrainer
@@ -83,15 +84,18 @@ def test_router_loss_is_trained_and_logged_in_every_stage(kind: str, tmp_path: P
     sft = sft_of(folder, 0)
     sft.train(tokenizer, DATA, HELDOUT, max_tokens=64)
     texts = encoded(tokenizer)
-    width = max(text.num_tokens for text in texts)
-    ids, mask = torch.zeros(len(texts), width, dtype=torch.int64), torch.zeros(len(texts), width, dtype=torch.int64)
-    for row, text in enumerate(texts):
-        ids[row, : text.num_tokens] = torch.tensor(text.prompt_ids + text.response_ids)
-        mask[row, : text.num_tokens] = 1
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    theirs = lm(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss * lm.router_aux_loss_coef
+    lengths, theirs = [text.num_tokens for text in texts], 0.0
+    for rows in plan_passes(lengths, 9999):  # the mean over forward passes, by their tokens
+        width = max(lengths[row] for row in rows)
+        ids, mask = (torch.zeros(len(rows), width, dtype=torch.int64) for _ in range(2))
+        for place, row in enumerate(rows):
+            ids[place, : lengths[row]] = torch.tensor(texts[row].prompt_ids + texts[row].response_ids)
+            mask[place, : lengths[row]] = 1
+        loss = lm(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss.item()
+        theirs += loss * lm.router_aux_loss_coef * sum(lengths[row] for row in rows) / sum(lengths)
     first = sft.context.tracker.rows[1]
-    assert first["train/router_loss"] == pytest.approx(float(theirs), abs=1e-5)
+    assert first["train/router_loss"] == pytest.approx(theirs, abs=1e-5)
 
     reward = reward_trainer_of(folder)
     reward.train(tokenizer, PAIRS, max_tokens=64)

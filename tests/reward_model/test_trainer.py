@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,10 @@ def scaled(trainer: RewardModelTrainer) -> RewardModelTrainer:
     return trainer
 
 
+def losses_of(trainer: RewardModelTrainer, pairs: list[EncodedPair]) -> tuple[Tensor, Tensor]:
+    return trainer.losses(trainer.score_prefixes(pairs))
+
+
 def slow_loss(lm: Any, pair: EncodedPair, *, prefix_loss: float, least: int) -> float:
     """One text and one cut at a time."""
 
@@ -86,7 +91,7 @@ def slow_loss(lm: Any, pair: EncodedPair, *, prefix_loss: float, least: int) -> 
 def test_losses_equal_a_double_loop(tiny_model: Path, prefix_loss: float, least: int) -> None:
     trainer = scaled(trainer_of(tiny_model, prefix_loss=prefix_loss, min_prefix_tokens=least))
     pairs = encoded_pairs(margins=(0.0, 0.5, 0.0, 1.5))
-    losses, wins = trainer.losses(pairs)
+    losses, wins = losses_of(trainer, pairs)
     expected = [slow_loss(trainer.model.lm, p, prefix_loss=prefix_loss, least=least) for p in pairs]
     assert losses.tolist() == pytest.approx(expected, abs=1e-5)
     assert losses.std() > 0.01
@@ -97,14 +102,14 @@ def test_losses_equal_a_double_loop(tiny_model: Path, prefix_loss: float, least:
 
 def test_losses_do_not_depend_on_the_other_pairs(tiny_model: Path) -> None:
     trainer, pairs = scaled(trainer_of(tiny_model)), encoded_pairs()
-    together = trainer.losses(pairs)[0].tolist()
-    assert [trainer.losses([pair])[0].item() for pair in pairs] == pytest.approx(together, abs=1e-5)
-    assert trainer.losses(pairs[::-1])[0].tolist() == pytest.approx(together[::-1], abs=1e-5)
+    together = losses_of(trainer, pairs)[0].tolist()
+    assert [losses_of(trainer, [pair])[0].item() for pair in pairs] == pytest.approx(together, abs=1e-5)
+    assert losses_of(trainer, pairs[::-1])[0].tolist() == pytest.approx(together[::-1], abs=1e-5)
 
 
 def test_equal_texts_have_a_loss_of_log_2(tiny_model: Path) -> None:
     text = encoded_pairs()[0].chosen
-    losses, _ = trainer_of(tiny_model).losses([EncodedPair(chosen=text, rejected=text, margin=0.0)])
+    losses, _ = losses_of(trainer_of(tiny_model), [EncodedPair(chosen=text, rejected=text, margin=0.0)])
     assert losses.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -142,11 +147,38 @@ def test_microbatches_do_not_change_training(tiny_model: Path, tokenizer: PreTra
         train(trainer, tokenizer)
         runs.append(weights(trainer))
         rows.append(trainer.context.tracker.rows[1])
+        del rows[-1]["train/computed_per_real_token"]
     start = weights(trainer_of(tiny_model))
     moved = max((runs[0][name] - start[name]).abs().max() for name in start)
     for other, row in zip(runs[1:], rows[1:], strict=True):
         assert row == pytest.approx(rows[0], rel=1e-4)
         assert max((other[name] - runs[0][name]).abs().max() for name in start) < 0.02 * moved
+
+
+def test_texts_of_different_lengths_run_in_passes_of_their_own(tiny_model: Path) -> None:
+    """A long and a short text of one pair are not padded to each other, and the gradient is that of one padded pass."""
+    trainer = scaled(trainer_of(tiny_model, training={"microbatch_tokens": 4096}))
+    ids = torch.randint(1, 200, (4, 300), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = [
+        EncodedText(
+            prompt_ids=row[:3], response_ids=row[3:length], response_mask=[True] * (length - 3), truncated=False
+        )
+        for row, length in zip(ids, (300, 20, 290, 25), strict=True)
+    ]
+    pairs = [
+        EncodedPair(chosen=texts[0], rejected=texts[1], margin=0.0),
+        EncodedPair(chosen=texts[3], rejected=texts[2], margin=0.0),
+    ]
+    scored = trainer.score_prefixes(pairs)
+    assert sorted(map(sorted, scored.passes)) == [[0, 3], [1, 2]]  # chosen of 300 and 25 tokens, rejected of 20 and 290
+    gradients = []
+    for scores in (scored.scores, trainer.model.prefix_scores(scored.batch)):
+        trainer.model.zero_grad()
+        trainer.losses(replace(scored, scores=scores))[0].sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-5), name
 
 
 def test_new_head_depends_on_the_seed(tiny_model: Path) -> None:
@@ -166,7 +198,9 @@ def test_adapters_learn_the_pairs_with_the_head(tiny_model: Path, tokenizer: Pre
 
 
 def test_adapters_start_at_the_loss_of_the_plain_model(tiny_model: Path) -> None:
-    losses = [trainer_of(tiny_model, lora=lora).losses(encoded_pairs())[0].tolist() for lora in (None, LoraConfig())]
+    losses = [
+        losses_of(trainer_of(tiny_model, lora=lora), encoded_pairs())[0].tolist() for lora in (None, LoraConfig())
+    ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 

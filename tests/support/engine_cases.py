@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from components.rlhf.config.model import LoraConfig, TrainingConfig
-from components.rlhf.data.batching import collate, local_microbatches
+from components.rlhf.data.batching import collate
+from components.rlhf.data.microbatches import local_microbatches
 from components.rlhf.engine.factory import create_engine, prepare_frozen_model, shards_weights
 from components.rlhf.engine.group import SINGLE_PROCESS, join_process_group
 from components.rlhf.engine.protocol import Group, TrainEngine

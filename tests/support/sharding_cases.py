@@ -29,7 +29,8 @@ from components.ppo.models import load_models
 from components.ppo.trainer import local_rows
 from components.ppo.update import update
 from components.rlhf.config.ppo import PpoStageConfig
-from components.rlhf.data.batching import collate, local_microbatches
+from components.rlhf.data.batching import collate
+from components.rlhf.data.microbatches import local_microbatches
 from components.rlhf.engine.factory import create_engine, max_over_shards, shards_weights
 from components.rlhf.engine.group import SINGLE_PROCESS, join_process_group
 from components.rlhf.engine.protocol import Group, TrainEngine

@@ -82,6 +82,8 @@ class PpoConfig(BaseConfig):
     """Dual-clip constant, above 1, that bounds the loss of negative advantages; null disables dual clipping."""
     value_clip_range: Positive | None = 0.2
     """Clip range of the critic's values around the old values; null disables clipping."""
+    old_logprobs: Literal["trainer", "engine"] = "trainer"
+    """Log-probs of the sampling policy: of the trainer, or of the rollout engine as it sampled, which saves a forward pass."""
     importance_clip: tuple[Positive, Positive] | None = None
     """Bounds, such as [0.5, 5], of per-token importance weights for the mismatch of trainer and rollout engine; null disables them."""
     loss_aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
@@ -120,6 +122,11 @@ class PpoConfig(BaseConfig):
             raise ValueError(f"dual_clip is {self.dual_clip}, but must be above 1")
         if self.clip_range_high is not None and self.clip_range_high < self.clip_range:
             raise ValueError("clip_range_high is below clip_range; raise it, or set it to null")
+        if self.importance_clip is not None and self.old_logprobs == "engine":
+            raise ValueError(
+                "importance_clip corrects for the difference between the log-probs of trainer and engine; "
+                "with old_logprobs engine there is none, so set it to null"
+            )
         if self.importance_clip is not None and self.importance_clip[0] > self.importance_clip[1]:
             low, high = self.importance_clip
             raise ValueError(

@@ -1,7 +1,7 @@
-"""Right-padded batches of `prompt | response`, and microbatches within a token budget."""
+"""Right-padded batches of `prompt | response`, and the order in which records are trained on."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,13 +51,15 @@ class TokenBatch:
         return self.lengths - 1
 
     def select(self, rows: Tensor) -> "TokenBatch":
-        """The given rows (indices [b] int64), not trimmed: the padded widths stay the same."""
+        """The given rows (indices [b] int64), no wider than the longest of them needs."""
+        lengths, prompt_lengths = self.lengths[rows], self.prompt_lengths[rows]
+        width, num_actions = int(lengths.max()), max(int((lengths - prompt_lengths).max()), 1)
         return TokenBatch(
-            input_ids=self.input_ids[rows],
-            prompt_lengths=self.prompt_lengths[rows],
-            response_ids=self.response_ids[rows],
-            response_mask=self.response_mask[rows],
-            lengths=self.lengths[rows],
+            input_ids=self.input_ids[rows, :width],
+            prompt_lengths=prompt_lengths,
+            response_ids=self.response_ids[rows, :num_actions],
+            response_mask=self.response_mask[rows, :num_actions],
+            lengths=lengths,
         )
 
     def to(self, device: torch.device) -> "TokenBatch":
@@ -100,35 +102,6 @@ def collate(
         response_mask=response_mask,
         lengths=prompt_lengths + response_lengths,
     )
-
-
-def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group indices of similar lengths so that each group, padded to its longest row, has at most max_tokens tokens.
-
-    A row longer than max_tokens forms a group alone. Every index occurs once.
-    """
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if groups and lengths[index] * (len(groups[-1]) + 1) <= max_tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
-
-
-def local_microbatches(
-    lengths: Sequence[int], max_tokens: int, *, rank: int, world_size: int, max_over_ranks: Callable[[int], int]
-) -> list[tuple[list[int], float]]:
-    """This rank's microbatches of one step as (indices, weight); every rank gets the same number of them.
-
-    lengths are those of all rows of the step; rows are assigned to ranks round-robin. A rank with fewer microbatches than
-    another is padded with row 0 at weight 0, so that all ranks run the same number of passes. max_over_ranks(n) returns the
-    largest n of all ranks.
-    """
-    local_rows = range(rank, len(lengths), world_size)
-    groups = split_by_tokens([lengths[row] for row in local_rows], max_tokens)
-    microbatches = [([local_rows[i] for i in group], 1.0) for group in groups]
-    return microbatches + [([0], 0.0)] * (max_over_ranks(len(groups)) - len(groups))
 
 
 def epoch_order(size: int, *, seed: int, epoch: int) -> list[int]:

@@ -70,18 +70,15 @@ class ScalarModel(nn.Module):
         raw: Tensor = self.lm.score(features).squeeze(-1)
         return (raw - self.mean) / self.std
 
-    def forward(self, batch: TokenBatch, states: Tensor | None = None, features: Tensor | None = None) -> Tensor:
-        """Value of the state before each action: [B, T] fp32, 0 at padding."""
-        if features is None:
-            features = self.features(batch, states)
-        rows = torch.arange(len(batch), device=features.device)[:, None]
-        return torch.where(batch.response_mask, self.apply_head(features[rows, batch.state_positions()]), 0)
+    def forward(self, batch: TokenBatch, states: Tensor | None = None, action_features: Tensor | None = None) -> Tensor:
+        """Value of the state before each action: [B, T] fp32, 0 at padding. action_features [B, T, H] are computed if None."""
+        if action_features is None:
+            action_features = before_actions(batch, self.features(batch, states))
+        return torch.where(batch.response_mask, self.apply_head(action_features), 0)
 
     def scores(self, batch: TokenBatch, states: Tensor | None = None) -> Tensor:
         """Score of each text, computed at its last token: [B] fp32."""
-        features = self.features(batch, states)
-        rows = torch.arange(len(batch), device=features.device)
-        return self.apply_head(features[rows, batch.last_positions()])
+        return self.apply_head(at_last_token(batch, self.features(batch, states)))
 
     def prefix_scores(self, batch: TokenBatch) -> Tensor:
         """Score of the text up to and including each response token: [B, T] fp32, 0 at padding."""
@@ -89,3 +86,14 @@ class ScalarModel(nn.Module):
         rows = torch.arange(len(batch), device=features.device)[:, None]
         positions = (batch.state_positions() + 1).clamp(max=features.shape[1] - 1)
         return torch.where(batch.response_mask, self.apply_head(features[rows, positions]), 0)
+
+
+def before_actions(batch: TokenBatch, features: Tensor) -> Tensor:
+    """Of features [B, S, H] those of the state before each action: [B, T, H]."""
+    rows = torch.arange(len(batch), device=features.device)[:, None]
+    return features[rows, batch.state_positions()]
+
+
+def at_last_token(batch: TokenBatch, features: Tensor) -> Tensor:
+    """Of features [B, S, H] those of the last token of each row: [B, H]."""
+    return features[torch.arange(len(batch), device=features.device), batch.last_positions()]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from components.rlhf.data.batching import TokenBatch
+from components.rlhf.data.ragged import Ragged
 from components.rlhf.data.records import Completion
 
 
@@ -16,9 +17,9 @@ class ComputedStates:
     """What a caller has computed of completions, for a scorer that shares these layers with the caller's models."""
 
     batch: TokenBatch  # the completions, in their order
-    microbatches: Sequence[Tensor]  # row indices [b] of each forward pass
-    states: Tensor | None = None  # [B, S, H] after the frozen layers
-    features: Tensor | None = None  # [B, S, H] final hidden states
+    passes: Sequence[Tensor]  # row indices [b] of each forward pass
+    states: Ragged | None = None  # [S, H] of each row, after the frozen layers
+    last_features: Tensor | None = None  # [B, H], final hidden state of the last token of each row
 
 
 class Scorer(Protocol):

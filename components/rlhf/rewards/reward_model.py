@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from components.rlhf.data.batching import collate, split_by_tokens
+from components.rlhf.data.batching import collate
+from components.rlhf.data.microbatches import equal_passes
 from components.rlhf.data.records import Completion, PreferencePair, Prompt, is_chat
 from components.rlhf.data.tokenizer import decode_response, encode_text, load_tokenizer
 from components.rlhf.models.loading import is_scored_as_text, load_scalar_lm, reward_normalization
@@ -34,26 +35,21 @@ class RewardModelScorer:
         device = self.model.lm.device
         scores = torch.zeros(len(completions))
         lengths = [len(c.prompt_ids) + len(c.response_ids) for c in completions]
-        groups = split_by_tokens(lengths, self.microbatch_tokens)
-        groups += [[0]] * (self.max_over_ranks(len(groups)) - len(groups))
-        for group in groups:
+        for group, _ in equal_passes(lengths, self.microbatch_tokens, self.max_over_ranks):
             rows = [completions[index] for index in group]
             batch = collate([c.prompt_ids for c in rows], [c.response_ids for c in rows])
             scores[group] = self.model.scores(batch.to(device)).cpu()
         return scores
 
     def _score_computed(self, computed: ComputedStates) -> Tensor:
-        """Scores in the caller's microbatches, from its features or else from its states after the frozen layers."""
-        batch, states, features = computed.batch, computed.states, computed.features
-        if features is not None:
-            rows = torch.arange(len(batch), device=features.device)
-            return self.model.apply_head(features[rows, batch.last_positions()])
-        return torch.cat(
-            [
-                self.model.scores(batch.select(rows), None if states is None else states[rows])
-                for rows in computed.microbatches
-            ]
-        )
+        """Scores in the caller's passes, from its features or else from its states after the frozen layers."""
+        if computed.last_features is not None:
+            return self.model.apply_head(computed.last_features)
+        scores = torch.zeros(len(computed.batch), device=computed.batch.input_ids.device)
+        for rows in computed.passes:
+            states = None if computed.states is None else computed.states.select(rows)
+            scores[rows] = self.model.scores(computed.batch.select(rows), states)
+        return scores
 
 
 def load_reward_scorer(directory: Path, *, dtype: torch.dtype, device: torch.device, microbatch_tokens: int) -> Scorer:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from components.rlhf.checkpoints.manager import CheckpointManager
-from components.rlhf.data.batching import local_microbatches
+from components.rlhf.data.microbatches import Plan, local_microbatches, padded_tokens, plan_passes
 from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.text.errors import require_finite
 from components.rlhf.text.progress import Progress
 from components.rlhf.tracking.mlflow import Tracker
+
+NOT_SHOWN = ("grad_norm", "learning_rate", "computed_per_real_token")  # in the progress of a stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +26,13 @@ class TrainingContext:
     tracker: Tracker
     group: Group
 
-    def microbatches(self, lengths: Sequence[int], max_tokens: int) -> list[tuple[list[int], float]]:
+    def microbatches(
+        self, lengths: Sequence[int], max_tokens: int, plan: Plan = plan_passes
+    ) -> list[tuple[list[int], float]]:
         """This rank's microbatches (indices, weight) of records with these lengths; the same number on every rank."""
         rank, world_size = self.group.rank, self.group.world_size
         return local_microbatches(
-            lengths, max_tokens, rank=rank, world_size=world_size, max_over_ranks=self.group.max_int
+            lengths, max_tokens, rank=rank, world_size=world_size, max_over_ranks=self.group.max_int, plan=plan
         )
 
 
@@ -40,6 +44,7 @@ class Batches:
     lengths: Sequence[int]  # tokens of each record
     steps: Sequence[Sequence[int]]  # indices of the records of each step
     max_tokens: int  # of one microbatch, padded
+    plan: Plan = plan_passes  # how the records of a step are grouped into microbatches
 
 
 def train_on_batches(
@@ -53,7 +58,8 @@ def train_on_batches(
     """Take every optimizer step that the latest checkpoint of model `name` has not; return the state kept in checkpoints.
 
     shares_of(rows, batch) gives what the records `rows` add to the loss and to the metrics of their batch, as scalars;
-    "loss" carries the gradient. initial_state is called when there is no checkpoint, before the first step.
+    "loss" carries the gradient, and "computed_tokens" and "real_tokens" count tokens with and without padding. initial_state is called
+    when there is no checkpoint, before the first step.
     """
     checkpoints, progress = context.checkpoints, context.progress
     state = checkpoints.restore({name: engine})
@@ -69,12 +75,20 @@ def train_on_batches(
             for what in ("loss", "grad_norm"):
                 require_finite(values[what], what=what, step=step, batch=f"{batches.records} {list(batch)}")
         context.tracker.log({f"train/{metric}": value for metric, value in values.items()}, step)
-        shown = {metric: value for metric, value in values.items() if metric not in ("grad_norm", "learning_rate")}
+        shown = {metric: value for metric, value in values.items() if metric not in NOT_SHOWN}
         progress.step(step, len(batches.steps), shown)
         if checkpoints.should_save():
             context.tracker.flush()
             checkpoints.save(step, {name: engine}, state)
     return state
+
+
+def token_counts(lengths: Sequence[int], passes: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """What shares_of counts for forward passes over rows of these lengths."""
+    return {
+        "computed_tokens": torch.tensor(padded_tokens(lengths, passes), dtype=torch.float64),
+        "real_tokens": torch.tensor(sum(lengths), dtype=torch.float64),
+    }
 
 
 def _optimizer_step(
@@ -85,7 +99,7 @@ def _optimizer_step(
     shares_of: Callable[[Sequence[int], Sequence[int]], dict[str, Tensor]],
 ) -> dict[str, float]:
     """One step over this rank's microbatches; the loss and the metrics are summed over all ranks."""
-    microbatches = context.microbatches([batches.lengths[i] for i in batch], batches.max_tokens)
+    microbatches = context.microbatches([batches.lengths[i] for i in batch], batches.max_tokens, batches.plan)
     sums: dict[str, Tensor] = {}
     for number, (rows, weight) in enumerate(microbatches, start=1):
         shares = shares_of([batch[i] for i in rows], batch)
@@ -94,4 +108,6 @@ def _optimizer_step(
             sums[metric] = sums.get(metric, 0) + weight * share.detach()
     totals = context.group.sum(torch.stack(list(sums.values()))).tolist()
     info = engine.step()
-    return {**dict(zip(sums, totals, strict=True)), "grad_norm": info.grad_norm, "learning_rate": info.learning_rate}
+    values = dict(zip(sums, totals, strict=True))
+    values["computed_per_real_token"] = values.pop("computed_tokens") / max(values.pop("real_tokens"), 1)
+    return values | {"grad_norm": info.grad_norm, "learning_rate": info.learning_rate}

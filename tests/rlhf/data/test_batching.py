@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 from components.rlhf.data.batching import (
     collate,
     epoch_order,
-    local_microbatches,
-    split_by_tokens,
     step_batches,
 )
 
@@ -85,34 +83,14 @@ def test_all_tokens_can_be_recovered(rows: list[tuple[list[int], list[int]]]) ->
         assert states == ([prompt[-1], *response])[: len(response)]
 
 
-def test_select_and_to_keep_padded_widths() -> None:
-    batch = collate([[5, 6], [7], [8]], [[8, 2], [9, 9, 2], [1]])
+def test_select_drops_the_padding_that_the_rows_do_not_need() -> None:
+    batch = collate([[5, 6], [7], [8]], [[8, 2], [9, 9, 2, 3], [1]])
     selected = batch.select(torch.tensor([2, 0])).to(torch.device("cpu"))
     assert selected.input_ids.tolist() == [[8, 1, 0, 0], [5, 6, 8, 2]]
-    assert selected.response_ids.tolist() == [[1, 0, 0], [8, 2, 0]]
+    assert selected.response_ids.tolist() == [[1, 0], [8, 2]]
+    assert selected.response_mask.tolist() == [[True, False], [True, True]]
     assert selected.response_lengths.tolist() == [1, 2]
     assert selected.prompt_lengths.tolist() == [1, 2]
-
-
-# --- microbatches ---
-
-
-def test_split_by_tokens() -> None:
-    # By length: 1 (1), 3 (3), 0 (4), 2 (9). Padded: 1 x 1, then 2 x 3 = 6, then 3 x 4 = 12 is over 10.
-    assert split_by_tokens([4, 1, 9, 3], 10) == [[1, 3], [0], [2]]
-    assert split_by_tokens([5, 5], 10) == [[0, 1]]
-    assert split_by_tokens([11, 1], 10) == [[1], [0]]  # longer than the budget: a group alone
-    assert split_by_tokens([], 10) == []
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120))
-def test_split_by_tokens_covers_each_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
-    groups = split_by_tokens(lengths, budget)
-    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
-    for group in groups:
-        padded = max(lengths[index] for index in group) * len(group)
-        assert padded <= budget or len(group) == 1
 
 
 # --- order ---
@@ -147,23 +125,3 @@ def test_max_steps_yields_a_prefix() -> None:
     for steps in range(1, 7):
         assert list(step_batches(7, 3, seed=0, num_epochs=2, max_steps=steps)) == all_batches[:steps]
     assert list(islice(step_batches(7, 3, seed=0, num_epochs=2, max_steps=99), 99)) == all_batches
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(1, 5), st.integers(1, 60))
-def test_ranks_split_a_step_into_equally_many_microbatches(
-    lengths: list[int], world_size: int, max_tokens: int
-) -> None:
-    counts = [len(split_by_tokens(lengths[rank::world_size], max_tokens)) for rank in range(world_size)]
-    by_rank = [
-        local_microbatches(
-            lengths, max_tokens, rank=rank, world_size=world_size, max_over_ranks=lambda n: max([n, *counts])
-        )
-        for rank in range(world_size)
-    ]
-    assert {len(microbatches) for microbatches in by_rank} == {max(counts)}
-    rows_with_weights = [(row, weight) for microbatches in by_rank for rows, weight in microbatches for row in rows]
-    assert sorted(row for row, weight in rows_with_weights if weight == 1) == list(range(len(lengths)))
-    assert {row for row, weight in rows_with_weights if weight != 1} <= {0}
-    # A pass over no rows has no gradients.
-    assert all(rows for microbatches in by_rank for rows, _ in microbatches)

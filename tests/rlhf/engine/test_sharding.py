@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel
 
-from components.rlhf.data.batching import local_microbatches
+from components.rlhf.data.microbatches import local_microbatches
 from tests.support.engine_cases import FP32, Numbers
 from tests.support.sharding_cases import (
     BATCHES,

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from components.rlhf.data.batching import collate
 from components.rlhf.models.loading import load_scalar_lm
-from components.rlhf.models.scalar import ScalarModel
+from components.rlhf.models.scalar import ScalarModel, before_actions
 from tests.support.small_models import PROMPTS, RESPONSES, batch, rows_of, scalar_of, trained_names
 
 LENGTHS = [len(response) for response in RESPONSES]
@@ -116,7 +116,7 @@ def test_trains_head_trains_only_the_head(tiny_model: Path, frozen: int) -> None
     assert trained_names(model) == {"lm.score.weight"}
     features = model.features(batch())
     assert not features.requires_grad
-    values = model(batch(), features=features)
+    values = model(batch(), action_features=before_actions(batch(), features))
     assert torch.equal(values, scalar_of(tiny_model)(batch()))
     values.sum().backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {"lm.score.weight"}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from components.rlhf.engine.group import SingleProcess
 from components.rlhf.engine.protocol import StepInfo
-from components.rlhf.runtime.training import Batches, train_on_batches
+from components.rlhf.runtime.training import Batches, token_counts, train_on_batches
 from tests.support.training import Recorder, context_of
 
 LENGTHS = [7, 2, 5, 3, 8, 1, 6]
@@ -45,7 +45,9 @@ class OneOf(SingleProcess):
 
 def shares_of(rows: Sequence[int], batch: Sequence[int]) -> dict[str, Tensor]:
     """A loss that is the mean length of a batch, and the number of records as a metric."""
-    return {"loss": torch.tensor(sum(LENGTHS[i] for i in rows) / len(batch)), "records": torch.tensor(float(len(rows)))}
+    lengths = [LENGTHS[i] for i in rows]
+    shares = {"loss": torch.tensor(sum(lengths) / len(batch)), "records": torch.tensor(float(len(rows)))}
+    return shares | token_counts(lengths, [range(len(rows))])
 
 
 def train(rank: int, world_size: int) -> tuple[GradientSum, dict[int, dict[str, float]]]:
@@ -68,3 +70,13 @@ def test_ranks_together_take_every_record_once(world_size: int) -> None:
 
 def test_every_rank_runs_the_same_number_of_passes() -> None:
     assert {tuple(train(rank, 8)[0].passes) for rank in range(8)} == {(5, 5, 5, 0)}
+
+
+def test_computed_per_real_token_counts_padding() -> None:
+    context = context_of("sft")
+    train_on_batches(context, "model", GradientSum(), replace(BATCHES, max_tokens=9999), shares_of)  # type: ignore[arg-type]
+    assert isinstance(context.tracker, Recorder)
+    for step, batch in enumerate(BATCHES.steps, start=1):
+        lengths = [LENGTHS[i] for i in batch]  # all of them share a pass
+        padded = len(lengths) * max(lengths) / sum(lengths)
+        assert context.tracker.rows[step]["train/computed_per_real_token"] == pytest.approx(padded)
