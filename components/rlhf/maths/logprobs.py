@@ -1,7 +1,12 @@
 """Log-probabilities of chosen tokens under the sampling distribution."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
+
+CACHED = 2**18  # logits that a processor core keeps in its cache: 1 MiB in fp32
 
 
 def token_logprobs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
@@ -10,18 +15,64 @@ def token_logprobs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> 
     The softmax is never computed in bf16, whose rounding alone moves a tenth of all ratios out of the clip range.
     Equal to OpenRLHF 3c3be623 models/utils.py `log_probs_from_logits`.
     """
-    logits = _scale(logits, temperature)
-    chosen = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return chosen - torch.logsumexp(logits, dim=-1)
+    flat: Tensor = _TokenLogprobs.apply(logits.flatten(0, -2), labels.flatten(), temperature)  # type: ignore[no-untyped-call]
+    return flat.view(labels.shape)
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropy in nats of softmax(logits / temperature). logits [..., V] -> [...]."""
-    logprobs = torch.log_softmax(_scale(logits, temperature), dim=-1)
-    # A masked token has log-probability -inf: its term and its gradient must be 0, not nan.
-    return -(logprobs.exp() * logprobs.masked_fill(logprobs.isneginf(), 0)).sum(-1)
+    flat = logits.flatten(0, -2)
+    found = torch.empty(len(flat), dtype=_precision(flat), device=flat.device)
+    for rows in _cached_rows(flat):
+        logprobs = _log_softmax(flat[rows], temperature)
+        # A masked token has log-probability -inf: its term must be 0, not nan.
+        found[rows] = -(logprobs.exp() * logprobs.masked_fill(logprobs.isneginf(), 0)).sum(-1)
+    return found.view(logits.shape[:-1])
 
 
-def _scale(logits: Tensor, temperature: float) -> Tensor:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits if temperature == 1.0 else logits / temperature
+class _TokenLogprobs(torch.autograd.Function):
+    """The gradient is computed from the log-probs in place: (one-hot - softmax) / temperature.
+
+    On a CPU every step runs on a few rows at a time, which stay in the cache; torch's own operations would move all logits
+    through main memory a dozen times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        dtype = _precision(logits)
+        chosen = torch.empty(len(logits), dtype=dtype, device=logits.device)
+        kept = torch.empty(logits.shape, dtype=dtype, device=logits.device) if ctx.needs_input_grad[0] else None
+        for rows in _cached_rows(logits):
+            logprobs = _log_softmax(logits[rows], temperature)
+            chosen[rows] = logprobs.gather(-1, labels[rows, None]).squeeze(-1)
+            if kept is not None:
+                kept[rows] = logprobs
+        if kept is not None:
+            ctx.save_for_backward(kept, labels)
+            ctx.temperature, ctx.dtype = temperature, logits.dtype
+        return chosen
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logprobs, labels = ctx.saved_tensors
+        scale = (gradient / ctx.temperature)[:, None]
+        for rows in _cached_rows(logprobs):
+            # In place, so another backward pass through the same logits is an error, not a wrong gradient.
+            logprobs[rows].exp_().mul_(-scale[rows]).scatter_add_(-1, labels[rows, None], scale[rows])
+        return logprobs.to(ctx.dtype), None, None
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.to(_precision(logits))
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
+def _precision(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _cached_rows(logits: Tensor) -> Iterator[slice]:
+    """Slices of rows [n, V] that fit into the cache of a CPU; on other devices all rows at once."""
+    size = max(CACHED // logits.shape[-1], 1) if logits.device.type == "cpu" else max(len(logits), 1)
+    yield from (slice(start, start + size) for start in range(0, len(logits), size))

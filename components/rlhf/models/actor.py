@@ -31,10 +31,9 @@ class SamplingDistribution:
         """logits [N, V] with -inf at stop ids in rows whose step (steps [N], from 0) is below min_new_tokens."""
         if self.min_new_tokens == 0 or not self.stop_ids:
             return logits
+        stops = torch.tensor(self.stop_ids, device=logits.device)
         early = (steps < self.min_new_tokens)[:, None]
-        stops = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        stops[list(self.stop_ids)] = True
-        return logits.masked_fill(early & stops, float("-inf"))
+        return logits.index_copy(1, stops, logits[:, stops].masked_fill(early, float("-inf")))
 
 
 class Actor(nn.Module):
