@@ -83,8 +83,10 @@ def load_models(
     copies = [] if lora else [reference_lm]
     rollout_lm = None
     if config.ppo.rollout.engine == "hf":
-        rollout_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
-        copies.append(rollout_lm)
+        rollout_lm = actor_lm if samples_from_actor(config, dtype) else None
+        if rollout_lm is None:
+            rollout_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
+            copies.append(rollout_lm)
     all_lms = [*copies] + ([] if as_text else [reward_lm])
     all_lms += [] if critic_lm.base_model is reward_lm.base_model else [critic_lm]
     shared = share_trunk(actor_lm, all_lms, frozen)
@@ -127,6 +129,14 @@ def load_models(
     for model in (models.reference, models.reward_model):
         prepare_frozen_model(model, training, group=group, dtype=dtype, device=device)
     return models, _rollout_engine(config, sft_model, rollout_lm, prompts, dtype=dtype)
+
+
+def samples_from_actor(config: PpoStageConfig, dtype: torch.dtype) -> bool:
+    """Whether the engine hf samples from the actor's own weights: they are whole in this process, and in the precision to sample in."""
+    training = config.ppo.training
+    # transformers keeps no cache in layers that are checkpointed; adapters would have to be merged.
+    is_plain = training.engine == "torch" and not training.gradient_checkpointing and config.model.lora is None
+    return is_plain and dtype == torch.float32
 
 
 def _rollout_engine(

@@ -9,13 +9,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.ppo.models import copy_with_own_head, load_models
 from components.ppo.policy import save_policy
+from components.rlhf.config.model import LoraConfig
 from components.rlhf.data.batching import collate
 from components.rlhf.data.datasets import load_records
 from components.rlhf.data.records import Conversation, Message, Prompt, ValidationSample
 from components.rlhf.models.loading import load_scalar_lm, save_model
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.text.errors import InputError
-from tests.support.ppo_runs import FP32, config_of, load, make_reward_model, trainer_of
+from tests.support.ppo_runs import FP32, PROMPTS, config_of, load, make_reward_model, trainer_of
 from tests.support.tiny_model import make_tiny_model
 
 BATCH = collate([[5, 6, 7], [8]], [[3, 4, 0], [1, 2, 9, 10]])
@@ -29,7 +30,8 @@ def parameters_of(*modules: nn.Module) -> int:
 def test_all_four_models_hold_the_same_frozen_layers(tiny_model: Path, reward_model: Path, trains: str) -> None:
     models, rollout = load(config_of(frozen=2, critic={"trains": trains}), tiny_model, reward_model)
     assert models.shared_trunk
-    lms = [models.reference.lm, models.critic.lm, models.reward_model.lm, rollout.model]
+    assert rollout.model is models.actor.lm
+    lms = [models.reference.lm, models.critic.lm, models.reward_model.lm]
     for lm in lms:
         assert lm.get_input_embeddings() is models.actor.lm.get_input_embeddings()
         assert all(lm.model.layers[i] is models.actor.lm.model.layers[i] for i in range(2))
@@ -37,7 +39,7 @@ def test_all_four_models_hold_the_same_frozen_layers(tiny_model: Path, reward_mo
     assert (models.critic.lm.model is models.reward_model.lm.model) == (trains == "head")
     apart = load(config_of(frozen=0, critic={"trains": trains}), tiny_model, reward_model)
     trunk = parameters_of(*models.actor.lm.model.layers[:2], models.actor.lm.get_input_embeddings())
-    copies = 4 if trains == "layers" else 3
+    copies = 3 if trains == "layers" else 2
     assert _count(*apart) - _count(models, rollout) == copies * trunk
 
 
@@ -77,7 +79,8 @@ def test_only_actor_and_critic_are_trained(tiny_model: Path, reward_model: Path,
     models, rollout = load(config_of(frozen=frozen), tiny_model, reward_model)
     assert any(p.requires_grad for p in models.actor.parameters())
     assert any(p.requires_grad for p in models.critic.parameters())
-    for module in (models.reference, models.reward_model, rollout.model):
+    assert rollout.model is models.actor.lm
+    for module in (models.reference, models.reward_model):
         assert not any(p.requires_grad for p in module.parameters())
 
 
@@ -90,11 +93,41 @@ def test_reference_holds_its_matrices_in_bf16(tiny_model: Path, reward_model: Pa
     assert {p.dtype for p in models.actor.parameters()} == {FP32}
 
 
-def test_reference_and_rollout_start_with_the_actors_weights(tiny_model: Path, reward_model: Path) -> None:
-    models, rollout = load(config_of(), tiny_model, reward_model)
-    for lm in (models.reference.lm, rollout.model):
-        pairs = zip(lm.parameters(), models.actor.lm.parameters(), strict=True)
-        assert all(torch.equal(a, b) and a is not b for a, b in pairs)
+def test_reference_starts_with_the_actors_weights(tiny_model: Path, reward_model: Path) -> None:
+    models, _ = load(config_of(), tiny_model, reward_model)
+    pairs = zip(models.reference.lm.parameters(), models.actor.lm.parameters(), strict=True)
+    assert all(torch.equal(a, b) and a is not b for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({}, torch.bfloat16),
+        ({"training": {"engine": "deepspeed"}}, FP32),
+        ({"training": {"gradient_checkpointing": True}}, FP32),
+        ({"lora": LoraConfig()}, FP32),
+    ],
+    ids=["bf16", "deepspeed", "gradient checkpointing", "lora"],
+)
+def test_rollout_has_a_copy_where_the_actors_weights_cannot_be_sampled_from(
+    changes: dict[str, Any], dtype: torch.dtype, tiny_model: Path, reward_model: Path
+) -> None:
+    models, rollout = load_models(config_of(**changes), tiny_model, reward_model, dtype=dtype, prompts=[])
+    ours = {p.data_ptr() for p in models.actor.lm.parameters()}
+    assert not ours & {p.data_ptr() for p in rollout.model.parameters()}
+    theirs = {
+        name.replace(".base_layer", ""): p for name, p in models.actor.lm.named_parameters() if "lora_" not in name
+    }
+    assert all(torch.equal(p, theirs[name].to(dtype)) for name, p in rollout.model.named_parameters())
+
+
+def test_rollout_follows_the_actor_without_a_copy(tiny_model: Path, reward_model: Path) -> None:
+    trainer = trainer_of(config_of(), tiny_model, reward_model)
+    version = trainer.rollout.version
+    before = trainer.rollout.prompt_logprobs([5, 6, 7])
+    trainer.train(PROMPTS, [])  # every sync is checked against the actor
+    assert trainer.rollout.version == version + 2
+    assert not torch.equal(trainer.rollout.prompt_logprobs([5, 6, 7]), before)
 
 
 def test_critic_starts_as_the_reward_model(tiny_model: Path, reward_model: Path) -> None:

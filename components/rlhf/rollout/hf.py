@@ -21,10 +21,10 @@ Sample = tuple[list[int], list[float]]  # ids of a response, and the log-prob of
 
 
 class HfRolloutEngine:
-    """Samples from its own copy of the model, which may have a lower precision than the trained one."""
+    """Samples from its own copy of the model, which may have a lower precision, or from the trained model itself."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, stop_ids: tuple[int, ...]) -> None:
-        """model is a causal language model in the precision to sample in; the engine must not share it."""
+        """model is a causal language model in the precision to sample in. If it is the trained one, sync() has nothing to copy."""
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
@@ -51,7 +51,8 @@ class HfRolloutEngine:
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> int:
         with torch.no_grad():
             for name, weight in weights:
-                self._parameters[name].copy_(weight)
+                if self._parameters[name].data_ptr() != weight.data_ptr():
+                    self._parameters[name].copy_(weight)
         self.version += 1
         return self.version
 
