@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from components.ppo import trainer as trainer_module
 from components.ppo import update as update_module
 from components.ppo.experience import Experience, make_experience, plan_minibatches
 from components.ppo.trainer import PpoTrainer
@@ -60,6 +61,36 @@ def test_first_ratio_is_1_and_first_kl_is_0_in_the_training_loop(
     assert first["actor/approx_kl"] != 0.0  # mean of all four steps, of which the later ones see an updated policy
     assert second["actor/first_ratio_error"] == 0.0  # the old policy is the one of the rollout
     assert second["kl/sequence"] != 0.0
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_log_probs_of_the_engine_serve_as_old_ones_without_a_pass_of_the_actor(
+    tiny_model: Path, reward_model: Path, frozen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(config_of(frozen=frozen, old_logprobs="engine"), tiny_model, reward_model)
+    actor = trainer.learner.models.actor
+    passes = []
+    plain = actor.forward
+    monkeypatch.setattr(actor, "forward", lambda *args, **options: passes.append(1) or plain(*args, **options))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "update", lambda *_, **__: {})
+        row = trainer._iterate(1, PROMPTS)
+    assert len(passes) == 1  # of the probe after the sync
+    assert row["engine_gap/max"] == 0.0
+    assert row["entropy"] > 0
+    row = trainer._iterate(2, PROMPTS)
+    assert 0 < row["actor/first_ratio_error"] < 1e-3  # both engines are transformers, with other batches
+
+
+def test_entropy_of_engine_log_probs_is_that_of_the_policy_on_average(tiny_model: Path, reward_model: Path) -> None:
+    rows = {}
+    for source in ("trainer", "engine"):
+        stage = config_of(
+            old_logprobs=source, rollout={"num_prompts": 256}, minibatch=256, sampling={"batch_size": 256}
+        )
+        rows[source] = trainer_of(stage, tiny_model, reward_model)._iterate(1, PROMPTS)
+    assert rows["engine"]["entropy"] == pytest.approx(rows["trainer"]["entropy"], rel=0.03)
+    assert rows["engine"]["kl/sequence"] == pytest.approx(0.0, abs=1e-3)
 
 
 def test_first_ratio_is_not_1_when_the_old_policy_differs(tiny_model: Path, reward_model: Path) -> None:

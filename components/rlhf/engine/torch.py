@@ -1,7 +1,7 @@
 """The engine without sharding: plain torch on every rank."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,8 @@ from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.engine.protocol import Group, StepInfo
 from components.rlhf.engine.schedule import learning_rate_at
 from components.rlhf.text.errors import InputError
+
+BUCKET = 2**24  # gradients that are reduced at once: 64 MiB in fp32
 
 
 class TorchEngine:
@@ -61,11 +63,16 @@ class TorchEngine:
         return StepInfo(grad_norm=norm, learning_rate=rate)
 
     def _sum_gradients(self) -> None:
+        """Sum the gradients over the ranks, many at a time: each reduction waits for the slowest rank."""
         if self.group.world_size == 1:
             return
-        for parameter in self.parameters.values():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = self.group.sum(gradient)
+        for bucket in _buckets(list(self.parameters.values())):
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
+            for parameter in bucket:
+                parameter.grad = None
+            sums = torch.split(self.group.sum(flat), [parameter.numel() for parameter in bucket])
+            for parameter, total in zip(bucket, sums, strict=True):
+                parameter.grad = total.view_as(parameter)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, parameter.detach()) for name, parameter in self.module.named_parameters())
@@ -96,6 +103,19 @@ class TorchEngine:
             moment, name = key.split("/", 1)
             parameter = self.parameters[name]
             self.optimizer.state[parameter][moment] = value.to(parameter.device)
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Consecutive parameters of the same dtype, together at most BUCKET values or a single parameter."""
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        full = sum(p.numel() for p in bucket) + parameter.numel() > BUCKET
+        if bucket and (full or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
 
 
 def _copy_to_cpu(x: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from components.rlhf.models.lora import adapters_enabled, merged_weights
 from components.rlhf.models.precision import autocast_to
 from components.rlhf.models.router import RouterLoss
 
-MAX_LOGITS = 2**24  # logits in memory at once: 64 MiB in fp32, several times that with softmax and gradient
+# Logits in memory at once: 64 MiB in fp32 on a CPU, where larger pieces are no faster; 512 MiB on a GPU, which needs them.
+MAX_LOGITS = 2**24
+MAX_LOGITS_ON_GPU = 2**27
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ class Actor(nn.Module):
         with autocast_to(self.dtype, batch.input_ids.device):
             states_before, steps = self._states_before(batch, states)
             # Under ZeRO-3 every piece gathers the head, so all ranks need the same number of them; the last ones may be empty.
-            size = self._rows_of_logits()
+            size = self._rows_of_logits(batch)
             num_pieces = self.max_over_ranks(max(-(-len(steps) // size), 1))
             bounds = [min(piece * size, len(steps)) for piece in range(num_pieces + 1)]
             labels = batch.response_ids[mask]
@@ -111,7 +113,7 @@ class Actor(nn.Module):
         """
         with autocast_to(self.dtype, batch.input_ids.device):
             states_before, steps = self._states_before(batch, states)
-        size = self._rows_of_logits()
+        size = self._rows_of_logits(batch)
         for hidden, piece in zip(torch.split(states_before, size), torch.split(steps, size), strict=True):
             with autocast_to(self.dtype, batch.input_ids.device), adapters_enabled(self.lm, on=self.with_adapters):
                 logits = apply_head(self.lm, hidden)
@@ -121,9 +123,10 @@ class Actor(nn.Module):
         """Stream this module's weights under the names of its model folder, with adapters merged."""
         return merged_weights(self.lm, ((name.removeprefix("lm."), weight) for name, weight in named))
 
-    def _rows_of_logits(self) -> int:
+    def _rows_of_logits(self, batch: TokenBatch) -> int:
         """Number of tokens whose logits are in memory at once."""
-        return max(MAX_LOGITS // int(self.lm.config.get_text_config().vocab_size), 1)
+        limit = MAX_LOGITS if batch.input_ids.device.type == "cpu" else MAX_LOGITS_ON_GPU
+        return max(limit // int(self.lm.config.get_text_config().vocab_size), 1)
 
     def _states_before(self, batch: TokenBatch, states: Tensor | None) -> tuple[Tensor, Tensor]:
         """Hidden states [N, H] before each of the N response tokens of the batch, and the position of each in its response [N]."""

@@ -172,6 +172,11 @@ def test_invalid_value_is_reported(path: str, value: object, message: str) -> No
         ("ppo.dual_clip", 1.0, "ppo: dual_clip is 1.0, but must be above 1."),
         ("ppo.clip_range_high", 0.1, "ppo: clip_range_high is below clip_range"),
         ("ppo.importance_clip", [5, 0.5], "ppo: importance_clip is [5.0, 0.5], with the lower bound above the upper"),
+        (
+            "ppo",
+            {"importance_clip": [0.5, 5], "old_logprobs": "engine"},
+            "ppo: importance_clip corrects for the difference",
+        ),
         ("ppo.rollout.sampling.min_new_tokens", 65, "ppo.rollout.sampling: min_new_tokens is 65, more than"),
         (
             "ppo",

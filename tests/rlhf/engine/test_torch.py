@@ -85,6 +85,36 @@ def test_two_steps_of_adam_by_hand() -> None:
         assert weight.item() == pytest.approx(x, rel=1e-6)
 
 
+class EqualRanks(SingleProcess):
+    """A group of ranks that all have the same gradients; remembers the sizes of what it sums."""
+
+    world_size = 3
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def sum(self, x: Tensor) -> Tensor:
+        self.sizes.append(x.numel())
+        return 3 * x
+
+
+@pytest.mark.parametrize(("bucket", "sizes"), [(10_000, [19]), (12, [10, 9]), (8, [2, 8, 8, 1]), (1, [8, 4, 4, 1, 2])])
+def test_gradients_are_summed_over_ranks_in_buckets(
+    bucket: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.rlhf.engine.torch.BUCKET", bucket)
+    module = model()
+    module.register_parameter("unused", nn.Parameter(torch.ones(2)))  # without a gradient
+    group = EqualRanks()
+    engine = TorchEngine(module, TrainingConfig(max_grad_norm=0.0, learning_rate=0.1), num_steps=10, group=group)
+    engine.backward(loss_of(module, torch.arange(6)), last=True)
+    own = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+    engine._sum_gradients()
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter.grad, 3 * own[name]), name
+    assert sum(group.sizes) == 19 and sorted(group.sizes) == sorted(sizes)
+
+
 def test_gradients_are_cleared_after_the_step() -> None:
     engine = engine_of(model())
     one_step(engine, [6])
