@@ -1,5 +1,6 @@
 import itertools
 import math
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from components.ppo import trainer as trainer_module
 from components.ppo.curves import PANELS
 from components.ppo.metrics import final_metrics
-from components.ppo.trainer import PpoTrainer, local_rows
+from components.ppo.trainer import PpoTrainer, local_rows, share_rollout
 from components.rlhf.data.records import Prompt
 from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.engine.group import SingleProcess
@@ -22,6 +24,7 @@ from tests.support.ppo_runs import (
     PROMPTS,
     VALIDATION,
     Row,
+    completion,
     config_of,
     largest_gap,
     load,
@@ -482,3 +485,51 @@ def test_each_rank_has_an_equal_share_of_every_minibatch() -> None:
         group.rank, group.world_size = rank, 2
         shares.append(local_rows(12, 6, group))
     assert shares == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]
+
+
+class Collected(SingleProcess):
+    """One rank of several, which knows what the others pass to gather()."""
+
+    def __init__(self, rank: int, items: list[list[Any]]) -> None:
+        self.rank, self.world_size, self.items = rank, len(items), items
+
+    def gather(self, items: Any) -> list[Any]:
+        assert list(items) == self.items[self.rank]
+        return [item for part in self.items for item in part]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_share_every_minibatch_by_rows_and_by_tokens(world_size: int) -> None:
+    minibatch, draw = 8, random.Random(1)
+    lengths = [draw.randint(1, 300) for _ in range(16)]
+    rollout = [completion([1], [2] * length, prompt=str(row)) for row, length in enumerate(lengths)]
+    rows = [local_rows(16, minibatch, Collected(rank, [[]] * world_size)) for rank in range(world_size)]
+    sampled = [[(row, rollout[row]) for row in own] for own in rows]
+    shares = [
+        share_rollout(rows[rank], [rollout[row] for row in rows[rank]], minibatch, Collected(rank, sampled))
+        for rank in range(world_size)
+    ]
+    size = minibatch // world_size
+    for start in range(0, 16 // world_size, size):
+        parts = [share[start : start + size] for share in shares]
+        first = start // size * minibatch  # each minibatch keeps its responses
+        assert sorted(int(c.prompt.prompt) for part in parts for c in part) == list(range(first, first + minibatch))
+        tokens = [sum(len(c.response_ids) for c in part) for part in parts]
+        assert max(tokens) - min(tokens) <= max(lengths)
+        assert all([len(c.response_ids) for c in part] == sorted(len(c.response_ids) for c in part) for part in parts)
+
+
+def test_order_of_the_prompts_is_computed_once_an_epoch(
+    tiny_model: Path, reward_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    plain = trainer_module.epoch_order
+    monkeypatch.setattr(
+        trainer_module, "epoch_order", lambda *args, **at: calls.append(at["epoch"]) or plain(*args, **at)
+    )
+    trainer = trainer_of(config_of(rollout={"num_prompts": 12}), tiny_model, reward_model)
+    ids = [[p.id for p in trainer._prompts_of(iteration, PROMPTS)] for iteration in (1, 2)]
+    assert calls == [0, 1, 2, 2, 3, 4]  # 5 prompts: positions 0 to 11 and 12 to 23
+    stream = [id for iteration in ids for id in iteration]
+    for epoch in range(4):
+        assert sorted(stream[5 * epoch : 5 * epoch + 5]) == sorted(p.id for p in PROMPTS)
