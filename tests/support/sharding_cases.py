@@ -78,8 +78,8 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
     ),
 }
 
-# (prompt, response) ids; row i belongs to rank i % 2. Rank 0 has most response tokens; rank 1 has none in the second batch, and in
-# the third fewer texts than rank 0, so that it repeats one with weight 0.
+# (prompt, response) ids. Rank 0 has more response tokens in the first batch, rank 1 has none in the second, and in the third rank 0 has
+# fewer texts than rank 1, so that it repeats one with weight 0.
 BATCHES: list[list[tuple[list[int], list[int]]]] = [
     [([5, 6, 7], list(range(60, 74))), ([12], [13]), ([15, 16], list(range(80, 91))), ([18, 19, 20], [21, 22])],
     [([31, 32], list(range(90, 100))), ([36, 7, 8], [])],
