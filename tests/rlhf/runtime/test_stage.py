@@ -2,7 +2,6 @@ import contextlib
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -56,7 +55,8 @@ class Recorder:
 def tracker(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
     monkeypatch.setattr(stage_module, "start_tracking_process", recorder.start)
-    for name in ("keep_freed_memory", "collect_old_objects_rarely", "die_with_parent"):  # their effect on this process could not be undone
+    # Their effect on this process could not be undone.
+    for name in ("keep_freed_memory", "collect_old_objects_rarely", "die_with_parent"):
         monkeypatch.setattr(stage_module, name, lambda: None)
     return recorder
 
