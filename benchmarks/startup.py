@@ -4,21 +4,29 @@
     python -m benchmarks.startup --tracking URI  # with a tracking server
     python -m benchmarks.startup --no-tracking
 
-What a stage needs is timed in a process of its own that imports it and ends at once, between the runs.
+What a stage needs is timed in a process of its own that imports it and ends at once, between the runs. CPU seconds include those of
+the process that tracks the stage, which runs beside it.
 """
 
 import argparse
-import json
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from benchmarks.record import describe_machine
-from pipelines.local.run import SQLITE
+from pipelines.local import runner
+from pipelines.local.run import SQLITE, run_pipeline
+from pipelines.settings import load_params
 
 MODELS = "import torch, transformers.models.llama.modeling_llama, transformers.modeling_utils\n" + (
     "from transformers import AutoModelForCausalLM, AutoTokenizer"
@@ -42,6 +50,14 @@ NEED_OF_STAGE = {
 }
 
 
+@dataclass(frozen=True)
+class Times:
+    """Of a process and of those that it waited for."""
+
+    wall: float
+    cpu: float
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
@@ -49,7 +65,8 @@ def main() -> None:
     group.add_argument("--tracking", default="", help="URI of a tracking server; without it, a SQLite file")
     group.add_argument("--no-tracking", action="store_true")
     options = parser.parse_args()
-    seconds: dict[str, list[float]] = {}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    times: dict[str, list[Times]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tracking = {"enabled": not options.no_tracking, "uri": options.tracking or f"{SQLITE}{folder}/mlflow.db"}
@@ -58,8 +75,8 @@ def main() -> None:
             measured = {need: time_import(code) for need, (_, code) in NEEDS.items()}
             measured |= time_stages(params, folder / f"run-{repeat}")
             for what, value in measured.items():
-                seconds.setdefault(what, []).append(value)
-    print_table(seconds, options.repeats)
+                times.setdefault(what, []).append(value)
+    print_table(times, options.repeats)
 
 
 def toy_pipeline(folder: Path, tracking: dict[str, object]) -> Path:
@@ -70,30 +87,59 @@ def toy_pipeline(folder: Path, tracking: dict[str, object]) -> Path:
     return write_params(folder / "toy.yaml", toy_params(model, write_data(folder), tracking=tracking))
 
 
-def time_import(code: str) -> float:
-    """Seconds of a process that imports and ends without freeing what it has imported."""
-    started = time.monotonic()
-    subprocess.run([sys.executable, "-c", f"{code}\nimport os\nos._exit(0)"], check=True)
-    return time.monotonic() - started
+@contextlib.contextmanager
+def timed(times: dict[str, Times], name: str) -> Iterator[None]:
+    """Time the processes that are started and end within the block."""
+    wall, cpu = time.monotonic(), _cpu_of_children()
+    yield
+    times[name] = Times(time.monotonic() - wall, _cpu_of_children() - cpu)
 
 
-def time_stages(params: Path, run: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "pipelines", "run", str(params), "--out", str(run)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    stages = json.loads((run / "summary.json").read_text(encoding="utf-8"))["stages"]
-    return {stage: stages[stage]["seconds"] for stage in NEED_OF_STAGE}
+def _cpu_of_children() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
 
 
-def print_table(seconds: dict[str, list[float]], repeats: int) -> None:
-    print(f"Median (least) of {repeats} runs; {describe_machine()}.\n")
-    print("| stage | seconds | needs | seconds to import it | seconds beyond it |\n|---|---:|---|---:|---:|")
+def time_import(code: str) -> Times:
+    """A process that imports, and ends without freeing what it has imported."""
+    times: dict[str, Times] = {}
+    with timed(times, ""):
+        subprocess.run([sys.executable, "-c", f"{code}\nimport os\nos._exit(0)"], check=True)
+    return times[""]
+
+
+def time_stages(params: Path, run: Path) -> dict[str, Times]:
+    times: dict[str, Times] = {}
+    run_process = runner.run_process
+
+    def run_timed(record: runner.StageRecord, *arguments: Any) -> None:
+        with timed(times, record.name):
+            run_process(record, *arguments)
+
+    runner.run_process = run_timed
+    try:
+        with open(os.devnull, "w") as nowhere:
+            summary = run_pipeline(load_params(params, ()), run, tracking_uri="", console=Console(file=nowhere))
+    finally:
+        runner.run_process = run_process
+    if summary["status"] != "succeeded":
+        sys.exit(f"the run failed: {summary['reason']}")
+    return times
+
+
+def print_table(times: dict[str, list[Times]], repeats: int) -> None:
+    print(f"Medians of {repeats} runs; {describe_machine()}; load {os.getloadavg()[0]:.1f}.\n")
+    print("| stage | seconds | CPU seconds | needs | seconds to import it | CPU seconds | CPU seconds beyond it |")
+    print("|---|---:|---:|---|---:|---:|---:|")
     for stage, need in NEED_OF_STAGE.items():
-        beyond = statistics.median(s - n for s, n in zip(seconds[stage], seconds[need], strict=True))
-        print(f"| {stage} | {_summary(seconds[stage])} | {NEEDS[need][0]} | {_summary(seconds[need])} | {beyond:.1f} |")
+        (wall, cpu), (import_wall, import_cpu) = (_medians(times[what]) for what in (stage, need))
+        print(
+            f"| {stage} | {wall:.1f} | {cpu:.1f} | {NEEDS[need][0]} | {import_wall:.1f} | {import_cpu:.1f} | {cpu - import_cpu:.1f} |"
+        )
 
 
-def _summary(values: list[float]) -> str:
-    return f"{statistics.median(values):.1f} ({min(values):.1f})"
+def _medians(times: list[Times]) -> tuple[float, float]:
+    return statistics.median(each.wall for each in times), statistics.median(each.cpu for each in times)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def end_before_finalization() -> Callable[[], None]:
-    """Once the returned function has been called, end with code 0 after all atexit handlers.
+def end_before_finalization(module: str) -> Callable[[], None]:
+    """Once the returned function has been called, end with code 0 after all atexit handlers, if module is the program itself.
 
     The interpreter is not finalized then: freeing every object of torch and transformers takes half a second, and in a rank of a
     group it may abort the process. If a thread of gloo releases the tensors of the last collective during finalization, Python ends
@@ -46,5 +46,6 @@ def end_before_finalization() -> Callable[[], None]:
         nonlocal succeeded
         succeeded = True
 
-    atexit.register(end)
+    if module == "__main__":  # not where a program is called by another one, such as a test
+        atexit.register(end)
     return succeed

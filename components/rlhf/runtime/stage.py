@@ -180,13 +180,12 @@ def stage_program(
 
     def decorate(function: Callable[..., None]) -> click.Command:
         def command(settings: str, tracking: str, storage: str, executor_input: str, **paths: Path | None) -> None:
-            succeed = end_before_finalization() if function.__module__ == "__main__" else None
+            succeed = end_before_finalization(function.__module__)
             with stage_run(
                 name, config_class, settings, tracking, storage, executor_input, uses_mlflow=uses_mlflow
             ) as run:
                 function(run, **paths)
-            if succeed:
-                succeed()
+            succeed()
 
         options = [
             click.option(
