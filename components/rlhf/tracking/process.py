@@ -100,6 +100,8 @@ def main() -> None:
         requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
         _serve(requests, answers)
+    sys.stderr.flush()
+    os._exit(0)  # Python aborts at its end while a thread reads standard input
 
 
 def _serve(requests: "queue.SimpleQueue[dict[str, Any]]", answers: Any) -> None:
