@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import cohen_kappa_score
 
 from components.rlhf.text.words import split_words
 
@@ -130,6 +129,8 @@ def _distinct_2(texts: Sequence[Sequence[str]]) -> float:
 
 def cohen_kappa(first: Floats, second: Floats) -> float | None:
     """Cohen's kappa of the wins of two judges, in win, tie and loss, on the rows that both answered; None if it is undefined."""
+    from sklearn.metrics import cohen_kappa_score
+
     both = ~(np.isnan(first) | np.isnan(second))
     labels = [np.sign(wins[both] - 0.5).astype(int) for wins in (first, second)]
     if not both.any() or len(set(labels[0]) | set(labels[1])) < 2:

@@ -13,7 +13,6 @@ from components.rlhf.config.judge import EndpointJudge, Judge, LinearJudge, Rewa
 from components.rlhf.data.records import Completion, PreferencePair, RatedText
 from components.rlhf.rewards.agreement import measure_agreement
 from components.rlhf.rewards.judges import JudgeEntry, JudgeResources, open_judge, save_judges
-from components.rlhf.rewards.linear import fit_linear_judge
 from components.rlhf.rewards.protocol import PairwiseJudge, ScoreJudge
 from components.rlhf.text.errors import InputError
 
@@ -76,6 +75,8 @@ def build_panel(
 def build_judge(config: Judge, data: TrainingData, resources: JudgeResources, *, seed: int) -> BuiltJudge:
     """Fit a linear judge, load a reward model, or connect to an endpoint or a function."""
     if isinstance(config, LinearJudge):
+        from components.rlhf.rewards.linear import fit_linear_judge  # imports scikit-learn
+
         judge, quality = fit_linear_judge(config, data.ratings, data.pairs, seed=seed)
         numbers = {
             "num_ratings": float(len(data.ratings)),

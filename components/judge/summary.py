@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from components.rlhf.rewards.linear import LinearJudge
-
 if TYPE_CHECKING:
     from components.judge.panel import MeasuredJudge
+    from components.rlhf.rewards.linear import LinearJudge  # imports scikit-learn
 
 NUM_TERMS = 12
 
@@ -43,7 +42,7 @@ def as_markdown(judges: Sequence["MeasuredJudge"]) -> str:
     return "\n".join(lines)
 
 
-def describe_linear(judge: LinearJudge, quality: Mapping[str, float], *, of_ratings: bool) -> str:
+def describe_linear(judge: "LinearJudge", quality: Mapping[str, float], *, of_ratings: bool) -> str:
     """The features of a linear judge, and its largest coefficients."""
     terms, order = judge.terms, np.argsort(judge.coefficients)
     worst, best = (

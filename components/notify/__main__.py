@@ -7,6 +7,8 @@ import click
 
 from components.rlhf.config.notify import NotifyStageConfig
 from components.rlhf.config.storage import StorageConfig, TrackingConfig
+from components.rlhf.runtime.memory import collect_old_objects_rarely
+from components.rlhf.runtime.process import end_before_finalization
 from components.rlhf.runtime.stage import RUN_ID, STORAGE_OPTION, TRACKING_OPTION, parse_config
 from components.rlhf.runtime.termination import write_termination_message
 from components.rlhf.text.errors import InputError
@@ -24,7 +26,9 @@ def main(status: str, settings: str, tracking: str, storage: str) -> None:
     from components.rlhf.tracking.mlflow import with_environment_uri
     from components.rlhf.tracking.parent import open_parent
 
+    succeed = end_before_finalization(__name__)
     redact_output()
+    collect_old_objects_rarely()
     config = parse_config(NotifyStageConfig, settings)
     tracking_config = with_environment_uri(parse_config(TrackingConfig, tracking))
     storage_config = parse_config(StorageConfig, storage)
@@ -38,6 +42,7 @@ def main(status: str, settings: str, tracking: str, storage: str) -> None:
         print("[notify] announced by an earlier attempt", flush=True)
     else:
         post(os.environ.get("RLHF_WEBHOOK_URL", ""), message, parent)
+    succeed()
 
 
 if __name__ == "__main__":

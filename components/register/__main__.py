@@ -14,6 +14,7 @@ from components.rlhf.runtime.stage import StageRun, stage_program
         "evaluation": "Evaluation of the policy, with the decision and its reason.",
     },
     writes={"summary": "Markdown report of the decision, the version and the lineage."},
+    uses_mlflow=True,
 )
 def main(run: StageRun[RegisterStageConfig], policy: Path, evaluation: Path, summary: Path) -> None:
     from components.register.source import source_of

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import beta
 from torch import Tensor
 
 from components.rlhf.data.records import PreferencePair
@@ -79,6 +78,8 @@ def independent_pairs(pairs: Sequence[PreferencePair]) -> int:
 
 def binomial_interval(successes: float, trials: int, *, confidence: float) -> tuple[float, float]:
     """Interval of Clopper and Pearson for a probability. successes may be a fraction, because ties are halves."""
+    from scipy.stats import beta  # takes half a second to import, and the evaluation computes no interval
+
     tail = (1 - confidence) / 2
     low = 0.0 if successes <= 0 else float(beta.ppf(tail, successes, trials - successes + 1))
     high = 1.0 if successes >= trials else float(beta.ppf(1 - tail, successes + 1, trials - successes))

@@ -20,7 +20,6 @@ from components.rlhf.rewards.agreement import MIN_ANSWERED, Agreement
 from components.rlhf.rewards.answers import open_answers
 from components.rlhf.rewards.endpoint import EndpointJudge
 from components.rlhf.rewards.function import FunctionScorer
-from components.rlhf.rewards.linear import load_linear_judge
 from components.rlhf.rewards.protocol import PairwiseJudge, ScoreJudge, Scorer
 from components.rlhf.rewards.reward_model import load_reward_scorer
 from components.rlhf.text.errors import InputError
@@ -127,6 +126,8 @@ def open_judge(entry: JudgeEntry, directory: Path, resources: JudgeResources) ->
     if isinstance(config, FunctionConfig):
         scorer = FunctionScorer(config)
     elif isinstance(config, LinearConfig):
+        from components.rlhf.rewards.linear import load_linear_judge  # imports scikit-learn
+
         scorer = load_linear_judge(folder)
     else:
         scorer = resources.load_reward_scorer(folder)

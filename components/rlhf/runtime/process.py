@@ -23,12 +23,13 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def end_before_finalization() -> Callable[[], None]:
-    """In a rank of a group: once the returned function has been called, end with code 0 after all atexit handlers.
+def end_before_finalization(module: str) -> Callable[[], None]:
+    """Once the returned function has been called, end with code 0 after all atexit handlers, if module is the program itself.
 
-    The interpreter is not finalized then. If a thread of gloo releases the tensors of the last collective during finalization,
-    Python ends the thread, and C++ aborts the process ("terminate called without an active exception"). Destroying the process
-    group does not join its threads where DeepSpeed still refers to it.
+    The interpreter is not finalized then: freeing every object of torch and transformers takes half a second, and in a rank of a
+    group it may abort the process. If a thread of gloo releases the tensors of the last collective during finalization, Python ends
+    the thread, and C++ aborts ("terminate called without an active exception"). Destroying the process group does not join its
+    threads where DeepSpeed still refers to it.
 
     Call this before other modules register atexit handlers, since the first one registered is called last.
     """
@@ -45,6 +46,6 @@ def end_before_finalization() -> Callable[[], None]:
         nonlocal succeeded
         succeeded = True
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if module == "__main__":  # not where a program is called by another one, such as a test
         atexit.register(end)
     return succeed

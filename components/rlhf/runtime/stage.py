@@ -24,7 +24,7 @@ from components.rlhf.config.params import explain_validation_error
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
 from components.rlhf.runtime.accelerators import require_accelerators
 from components.rlhf.runtime.executor import MODEL_URI, PUBLISHED_URI, output_uri, write_executor_output
-from components.rlhf.runtime.memory import keep_freed_memory
+from components.rlhf.runtime.memory import collect_old_objects_rarely, keep_freed_memory
 from components.rlhf.runtime.process import die_with_parent, end_before_finalization
 from components.rlhf.runtime.termination import message_of, write_termination_message
 from components.rlhf.storage.copy import upload_folder
@@ -33,6 +33,7 @@ from components.rlhf.text.errors import InputError
 from components.rlhf.text.progress import Progress
 from components.rlhf.text.redaction import redact, redact_output
 from components.rlhf.tracking.mlflow import MANUAL_RUN_ID, Tracker, start_tracking, with_environment_uri
+from components.rlhf.tracking.process import start_tracking_process
 
 if TYPE_CHECKING:  # register and notify run where torch is not installed
     from components.rlhf.engine.protocol import Group
@@ -169,17 +170,20 @@ def stage_program(
     reads: Mapping[str, str],
     writes: Mapping[str, str],
     may_read: Mapping[str, str] = MappingProxyType({}),
+    uses_mlflow: bool = False,
 ) -> Callable[[Callable[..., None]], click.Command]:
     """Make a function the program of a stage, with one option per path that it reads or writes, each with its help text.
 
     may_read are inputs that may be missing; the function then gets None. It is called with the StageRun and the paths, by name. The
-    docstring of its module is the help of the program.
+    docstring of its module is the help of the program. A function that itself uses MLflow is tracked in the same process.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
         def command(settings: str, tracking: str, storage: str, executor_input: str, **paths: Path | None) -> None:
-            succeed = end_before_finalization()
-            with stage_run(name, config_class, settings, tracking, storage, executor_input) as run:
+            succeed = end_before_finalization(function.__module__)
+            with stage_run(
+                name, config_class, settings, tracking, storage, executor_input, uses_mlflow=uses_mlflow
+            ) as run:
                 function(run, **paths)
             succeed()
 
@@ -220,6 +224,8 @@ def stage_run(
     tracking: str = "{}",
     storage: str = "{}",
     executor_input: str = "",
+    *,
+    uses_mlflow: bool = False,
 ) -> Iterator[StageRun[Config]]:
     """Run the body of a stage. An InputError is printed as one line, with exit code 1; other errors keep their traceback."""
     redact_output()
@@ -228,6 +234,7 @@ def stage_run(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin on a busy core stall torch
     keep_freed_memory()
+    collect_old_objects_rarely()
     die_with_parent()
     stop = StopSignal()
     stop.install()
@@ -244,7 +251,8 @@ def stage_run(
         run_id = os.environ.get(RUN_ID, MANUAL_RUN_ID)
         # Two tasks of one stage in a run keep their MLflow runs, checkpoints and published models apart.
         name = getattr(config, "stage_name", name)
-        tracker = start_tracking(tracking_config, run_id=run_id, stage=name, params=config.model_dump(mode="json"))
+        start = start_tracking if uses_mlflow else start_tracking_process
+        tracker = start(tracking_config, run_id=run_id, stage=name, params=config.model_dump(mode="json"))
         progress = Progress(name, silent=rank() > 0)
         run = StageRun(
             name, config, text, progress, tracker, tracking_config, run_id, storage_config, executor_input, stop

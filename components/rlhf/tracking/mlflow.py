@@ -70,11 +70,12 @@ class MlflowTracker:
         self._unreachable_since: float | None = None
         self._send(lambda run: None)
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Mapping[str, float], step: int, milliseconds: int | None = None) -> None:
+        """milliseconds is the time of the metrics since 1970, by default the current time."""
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        self._points += [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        at = int(time.time() * 1000) if milliseconds is None else milliseconds
+        self._points += [Metric(name, float(value), at, step) for name, value in metrics.items()]
         if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
             self.flush()
 

@@ -51,6 +51,14 @@ def test_memory_functions_do_nothing_without_glibc() -> None:
     assert start(code).wait() == 0
 
 
+def test_old_objects_are_collected_rarely_and_young_ones_as_before() -> None:
+    code = "before = gc.get_threshold(); collect_old_objects_rarely(); print(*before[:2], *gc.get_threshold())"
+    process = start(f"import gc; {code}")
+    assert process.stdout is not None
+    young, middle, *after = map(int, process.stdout.read().split())
+    assert after == [young, middle, 200]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
 @pytest.mark.parametrize("before", ["", "import time; time.sleep(2); "], ids=["after the start", "during the start"])
 @pytest.mark.parametrize(("variable", "survives"), [("str(os.getpid())", False), ("''", True)])

@@ -1,0 +1,132 @@
+"""Tracking in a process of its own, so that a stage neither imports MLflow, which takes seconds, nor waits for its server.
+
+The process reads one request per line from its standard input, and answers with the request's number when it is done. It ends
+when the stage ends, however that happens, because its standard input ends too.
+"""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from components.rlhf.config.storage import TrackingConfig
+from components.rlhf.text.redaction import redact_output
+from components.rlhf.tracking.mlflow import NullTracker, Tracker, start_tracking, warn
+
+COMMAND = (sys.executable, "-m", "components.rlhf.tracking.process")
+
+
+class ProcessTracker:
+    """A tracker whose calls are made by another process, in order. Only flush and finish wait for it."""
+
+    def __init__(self, config: TrackingConfig, *, run_id: str, stage: str, params: Mapping[str, Any]) -> None:
+        """Raises OSError if the process cannot be started."""
+        self._process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._num_requests = 0
+        self._is_lost = False
+        self._request("start", config=config.canonical_json(), run_id=run_id, stage=stage, params=dict(params))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        self._request("log", metrics=values, step=step, milliseconds=int(time.time() * 1000))
+
+    def log_file(self, path: Path, name: str = "") -> None:
+        self._request("log_file", path=str(path), name=name)
+
+    def flush(self) -> None:
+        self._request("flush")
+        self._wait()
+
+    def finish(self, status: str, error: str = "") -> None:
+        self._request("finish", status=status, error=error)
+        self._wait()
+        self._process.communicate()
+
+    def _request(self, call: str, **arguments: Any) -> None:
+        if self._is_lost:
+            return
+        self._num_requests += 1
+        request = {"number": self._num_requests, "call": call, "arguments": arguments}
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _wait(self) -> None:
+        """Wait until the last request is done. Answers to earlier ones are left over if a signal has ended the wait for them."""
+        if self._is_lost:
+            return
+        assert self._process.stdout is not None
+        answer = 0
+        while answer < self._num_requests:
+            line = self._process.stdout.readline()
+            if not line:
+                self._lose(ConnectionError("the process that talks to it ended"))
+                return
+            answer = int(line)
+
+    def _lose(self, error: Exception) -> None:
+        self._is_lost = True
+        self._process.kill()
+        warn(error)
+
+
+def start_tracking_process(config: TrackingConfig, *, run_id: str, stage: str, params: Mapping[str, Any]) -> Tracker:
+    """start_tracking() in a process of its own, or in this one if none can be started."""
+    if not config.enabled or not config.uri:
+        return NullTracker()
+    try:
+        return ProcessTracker(config, run_id=run_id, stage=stage, params=params)
+    except OSError:
+        return start_tracking(config, run_id=run_id, stage=stage, params=params)
+
+
+def main() -> None:
+    """The other process: serve requests until finish, or until the stage has ended."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # sent to the stage's process group; the stage then calls finish
+        signal.signal(number, signal.SIG_IGN)
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)  # what a library prints is no answer
+        redact_output()
+        requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
+        _serve(requests, answers)
+    sys.stderr.flush()
+    os._exit(0)  # Python aborts at its end while a thread reads standard input
+
+
+def _serve(requests: "queue.SimpleQueue[dict[str, Any]]", answers: Any) -> None:
+    tracker: Any = None
+    call = ""
+    while call != "finish":
+        request = requests.get()
+        call, arguments = request["call"], request["arguments"]
+        if call == "start":
+            tracker = start_tracking(TrackingConfig.from_json(arguments.pop("config")), **arguments)
+        elif call == "log_file":
+            tracker.log_file(Path(arguments["path"]), arguments["name"])
+        else:
+            getattr(tracker, call)(**arguments)
+        if call in ("flush", "finish"):
+            answers.write(f"{request['number']}\n")
+            answers.flush()
+
+
+def _read_requests(requests: "queue.SimpleQueue[dict[str, Any]]") -> None:
+    """Read ahead, so that the stage does not wait while a request is being served; end when the stage has ended."""
+    for line in sys.stdin.buffer:
+        requests.put(json.loads(line))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
