@@ -1,7 +1,9 @@
 """Measure tokens per CPU second of rollouts with transformers, beside transformers' own generate with the same prompts.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.generation --batch 32 --new 24 256 1024
+    OMP_NUM_THREADS=1 python -m benchmarks.generation --batch 32 --new 24 256
+    OMP_NUM_THREADS=1 python -m benchmarks.generation --batch 16 --context 32 256 1024
 
+With --context it measures one step after that many tokens instead, with a cache that has room to grow and one that copies itself.
 The model has the shape of SmolLM2-135M with random weights, and no response stops early. CPU seconds are those of the process, so
 other work on the machine disturbs them less than the time on the clock; the two ways take turns.
 """
@@ -14,10 +16,12 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 from benchmarks.checkpoints import SHAPE
 from benchmarks.record import describe_machine
 from components.rlhf.config.model import SamplingConfig
+from components.rlhf.rollout.decoding import Decoding
 from components.rlhf.rollout.hf import sample
 
 
@@ -28,6 +32,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, nargs=2, default=(8, 40), help="shortest and longest prompt in tokens")
     parser.add_argument("--new", type=int, nargs="+", default=[24], help="tokens of each response")
     parser.add_argument("--chunks", type=int, default=1, help="number of batches in one call")
+    parser.add_argument("--context", type=int, nargs="+", help="measure steps after this many tokens")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options = parser.parse_args()
@@ -35,6 +40,9 @@ def main() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, max_position_embeddings=2048)).eval()
     model = model.to(getattr(torch, options.dtype))
     model.generation_config.eos_token_id = None
+    if options.context:
+        _measure_steps(model, options.batch, options.context, options.repeats)
+        return
     total = options.batch * options.chunks
     prompts = _prompts(total, options.samples, options.prompt)
     print(
@@ -53,6 +61,42 @@ def main() -> None:
             theirs.append(total * new / _cpu_seconds(_generate, model, prompts, sampling))
         ratio = statistics.median(own) / statistics.median(theirs)
         print(f"| {new} | {_median_and_range(own)} | {_median_and_range(theirs)} | {ratio:.2f} |", flush=True)
+
+
+@torch.inference_mode()
+def _measure_steps(model: Any, batch: int, contexts: list[int], repeats: int) -> None:
+    print(f"{batch} responses, {model.dtype}, {torch.get_num_threads()} threads; {describe_machine()}.\n")
+    print(
+        "| tokens before | cache with room, CPU ms per step | cache that copies itself | ratio |\n|---:|---:|---:|---:|"
+    )
+    for context in contexts:
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(repeats):
+            for has_room in times:
+                decoding = Decoding(model, [list(range(context))] * batch)
+                decoding.advance()
+                if not has_room:
+                    _copy_at_every_token(decoding)
+                steps = [_cpu_seconds(_step, decoding, batch) for _ in range(9)]
+                times[has_room] += [1000 * seconds for seconds in steps[1:]]
+        ratio = statistics.median(times[False]) / statistics.median(times[True])
+        print(
+            f"| {context} | {_median_and_range(times[True])} | {_median_and_range(times[False])} | {ratio:.2f} |",
+            flush=True,
+        )
+
+
+def _step(decoding: Decoding, batch: int) -> None:
+    decoding.append(torch.full((batch,), 5), None)
+    decoding.advance()
+
+
+def _copy_at_every_token(decoding: Decoding) -> None:
+    """Replace the layers of the cache by those of transformers."""
+    layers = decoding.cache["past_key_values"].layers
+    for index, layer in enumerate(layers):
+        layers[index] = DynamicLayer()
+        layers[index].update(layer.keys, layer.values)
 
 
 def _prompts(total: int, samples: int, lengths: tuple[int, int]) -> list[list[int]]:
