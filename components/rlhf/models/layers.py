@@ -8,7 +8,6 @@ model that both give what its plain forward gives.
 """
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,39 +93,18 @@ def run_layers(
 
 def apply_head(model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits [N, V] of hidden states [N, H] after the final norm, with every scale and soft cap of the model's own forward."""
-    return head_of(model)(hidden)
-
-
-def head_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """apply_head of this model, for several calls. The weights may change in place, but no module may be replaced."""
-    run = _forward_after_decoder(model)
-
-    def head(hidden: Tensor) -> Tensor:
-        logits: Tensor = run(Output(last_hidden_state=hidden[None])).logits[0]
-        return logits
-
-    return head
+    logits: Tensor = run_head(model, Output(last_hidden_state=hidden[None])).logits[0]
+    return logits
 
 
 def run_head(model: nn.Module, output: "Output", **options: Any) -> Any:
     """The output of the model's own forward pass, given the output of its decoder."""
-    return _forward_after_decoder(model)(output, **options)
-
-
-def _forward_after_decoder(model: nn.Module) -> Callable[..., Any]:
     decoder = decoder_of(model)
     path = next(name for name, module in model.named_modules() if module is decoder)
-    standin = _ReturnOutput(decoder)
-    twin = _with_child(model, path.split("."), standin)
-
-    def run(output: "Output", **options: Any) -> Any:
-        standin.output = output
-        hidden = output.last_hidden_state
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        # forward, not __call__: hooks on the model are those of a whole forward pass.
-        return twin.forward(input_ids=ids, **options)
-
-    return run
+    hidden = output.last_hidden_state
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    # forward, not __call__: hooks on the model are those of a whole forward pass.
+    return _with_child(model, path.split("."), _ReturnOutput(decoder, output)).forward(input_ids=ids, **options)
 
 
 def enable_gradient_checkpointing(model: Any) -> None:
@@ -323,7 +301,9 @@ class Output:
 class _ReturnOutput(_Standin):
     """A decoder that is not run: returns a known output."""
 
-    output: Output
+    def __init__(self, original: nn.Module, output: Output) -> None:
+        super().__init__(original)
+        self.output = output
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.output

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from components.rlhf.models.layers import decoder_of, head_of
+from components.rlhf.models.layers import apply_head, decoder_of
 from components.rlhf.rollout.cache import copy_rows, has_rows, keep_rows
 
 CACHES = (
@@ -44,7 +44,7 @@ class Decoding:
     """
 
     def __init__(self, model: Any, prompt_ids: Sequence[Sequence[int]]) -> None:
-        self.decoder, self.head = decoder_of(model), head_of(model)
+        self.model, self.decoder = model, decoder_of(model)
         numbers = {ids: number for number, ids in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}
         self.prompts: Tensor | None = torch.tensor(
             [numbers[tuple(ids)] for ids in prompt_ids], device=model.device
@@ -62,7 +62,7 @@ class Decoding:
         hidden = self._run()
         if self.prompts is not None:
             hidden, self.prompts = self._copy_prompts(hidden, self.prompts), None
-        return self.head(hidden[self.rows] if len(self.rows) < len(hidden) else hidden)
+        return apply_head(self.model, hidden[self.rows] if len(self.rows) < len(hidden) else hidden)
 
     def append(self, sampled: Tensor, kept: Tensor | None) -> None:
         """Append one token [B] to every row, and keep only the rows `kept` (indices [b]) if it is given."""
