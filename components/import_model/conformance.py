@@ -31,7 +31,8 @@ def check_conformance(lm: Any, *, num_frozen_layers: int, vocab_size: int | None
     """The largest gap in nats between log-probs of this library and of the model's own forward pass on single texts.
 
     lm is in fp32. Checks that the model is causal, the log-probs of padded batches, with and without frozen layers, and responses
-    sampled with a cache while other rows stop. Raises InputError with what differs, and by how much. vocab_size limits the ids.
+    sampled with a cache, two of them to one prompt, while other rows stop. Raises InputError with what differs, and by how much.
+    vocab_size limits the ids.
     """
     name = f"{type(lm).__name__} ({lm.config.model_type})"
     try:
@@ -153,7 +154,11 @@ def require_bf16(lm: Any) -> None:
 
 
 def _sampling_gap(lm: Any, prompts: list[list[int]]) -> float:
-    """Between the log-probs of sampled responses and the own forward pass, once without stops and once with rows that stop."""
+    """Between the log-probs of sampled responses and the own forward pass, once without stops and once with rows that stop.
+
+    One prompt has two responses.
+    """
+    prompts = [*prompts, prompts[1]]
     seeds = range(len(prompts))
     samples = sample(lm, prompts, SAMPLING, seeds, stop_ids=NO_STOP)
     stop = samples[0][0][1]  # ends the first row, and maybe others, after two tokens

@@ -234,11 +234,12 @@ transformers {transformers.__version__}: {len(exact)} of {len(rows)} are exact, 
 `kfp-rlhf check-model PATH` runs only that check.
 
 Exact means that these equal the model's own forward pass on single texts, in fp32, up to rounding: log-probs of padded batches longer
-than the attention windows, with and without frozen layers; responses sampled with a cache while other rows stop; the exported
-model; scores of a reward model of this architecture. *Reward model* says which class it has: of transformers, or a generic one, which
-`AutoModelForSequenceClassification` loads only after `components.rlhf.models.loading.register_scalar_class`. *bf16* says whether
-training and sampling in bf16 work; otherwise set `model.precision` to fp32. *Router loss* says that the auxiliary loss of a mixture
-of experts is added, as transformers adds it with `output_router_logits`.
+than the attention windows, with and without frozen layers; responses sampled with a cache, two of them to one prompt, while other
+rows stop; the exported model; scores of a reward model of this architecture. *Reward model* says which class it has: of
+transformers, or a generic one, which `AutoModelForSequenceClassification` loads only after
+`components.rlhf.models.loading.register_scalar_class`. *bf16* says whether training and sampling in bf16 work; otherwise set
+`model.precision` to fp32. *Router loss* says that the auxiliary loss of a mixture of experts is added, as transformers adds it with
+`output_router_logits`.
 
 | model_type | class | exact | frozen layers | bf16 | reward model | router loss |
 |---|---|---|---|---|---|---|

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from components.rlhf.models.layers import decoder_of
+from components.rlhf.models.layers import apply_head, decoder_of
+from components.rlhf.rollout.cache import copy_rows, has_rows, keep_rows
 
 CACHES = (
     "past_key_values",
@@ -38,12 +39,17 @@ class Decoding:
     """A batch that is being decoded: its tokens, attention mask and cache.
 
     Prompts are padded on the left, so that the next token of every row is in the same column. The cache is whatever the decoder
-    returns. A decoder without a cache runs over all tokens in every step.
+    returns. A decoder without a cache runs over all tokens in every step. The first step runs every distinct prompt once, and
+    the rows of the batch are copies of them.
     """
 
     def __init__(self, model: Any, prompt_ids: Sequence[Sequence[int]]) -> None:
-        self.decoder = decoder_of(model)
-        self.tokens, self.mask = left_pad(prompt_ids, model.device)
+        self.model, self.decoder = model, decoder_of(model)
+        numbers = {ids: number for number, ids in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}
+        self.prompts: Tensor | None = torch.tensor(
+            [numbers[tuple(ids)] for ids in prompt_ids], device=model.device
+        )  # distinct prompt of each row, until the first step has run
+        self.tokens, self.mask = left_pad(list(numbers), model.device)
         self.arguments = set(inspect.signature(self.decoder.forward).parameters)
         self.allows_padding = allows_padding(model)
         self.cache: dict[str, Any] = {}
@@ -52,19 +58,11 @@ class Decoding:
         )  # of the tokens, in which the cache has its states
 
     def advance(self) -> Tensor:
-        """Run the decoder on the tokens that it has not seen; the hidden states [B, H] that predict the next ones."""
-        tokens = self.tokens[:, -1:] if self.cache else self.tokens
-        positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        known: dict[str, Any] = {"position_ids": positions, "use_cache": True}
-        if self.allows_padding:
-            known["attention_mask"] = self.mask
-        inputs = {name: value for name, value in known.items() if name in self.arguments}
-        output = self.decoder(input_ids=tokens, **inputs, **self.cache)
-        found = {name: getattr(output, name, None) for name in CACHES if name in self.arguments}
-        self.cache = {name: cache for name, cache in found.items() if cache is not None}
-        # Contiguous, because on a strided slice the head would copy its weights once per row.
-        hidden: Tensor = output.last_hidden_state[:, -1].contiguous()
-        return hidden[self.rows] if len(self.rows) < len(hidden) else hidden
+        """Run the decoder on the tokens that it has not seen; the logits [B, V] of the next ones."""
+        hidden = self._run()
+        if self.prompts is not None:
+            hidden, self.prompts = self._copy_prompts(hidden, self.prompts), None
+        return apply_head(self.model, hidden[self.rows] if len(self.rows) < len(hidden) else hidden)
 
     def append(self, sampled: Tensor, kept: Tensor | None) -> None:
         """Append one token [B] to every row, and keep only the rows `kept` (indices [b]) if it is given."""
@@ -76,13 +74,44 @@ class Decoding:
         self.tokens = torch.cat([self.tokens, sampled[:, None]], dim=1)
         if kept is None:
             return
-        if all(hasattr(cache, "layers") for cache in self.cache.values()):
+        if self._has_rows:
             for cache in self.cache.values():
-                _select_rows(cache, kept)
+                keep_rows(cache, kept)
             self.tokens, self.mask = self.tokens[kept], self.mask[kept]
             self.rows = torch.arange(len(kept), device=kept.device)
         else:
             self.rows = self.rows[kept]
+
+    @property
+    def _has_rows(self) -> bool:
+        return all(has_rows(cache) for cache in self.cache.values())
+
+    def _run(self) -> Tensor:
+        """Hidden states [B, H] after the last token."""
+        tokens = self.tokens[:, -1:] if self.cache else self.tokens
+        positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        known: dict[str, Any] = {"position_ids": positions, "use_cache": True}
+        if self.allows_padding:
+            known["attention_mask"] = self.mask
+        inputs = {name: value for name, value in known.items() if name in self.arguments}
+        output = self.decoder(input_ids=tokens, **inputs, **self.cache)
+        found = {name: getattr(output, name, None) for name in CACHES if name in self.arguments}
+        self.cache = {name: cache for name, cache in found.items() if cache is not None}
+        # Contiguous, because on a strided slice the head would copy its weights once per row.
+        hidden: Tensor = output.last_hidden_state[:, -1].contiguous()
+        return hidden
+
+    def _copy_prompts(self, hidden: Tensor, prompts: Tensor) -> Tensor:
+        """Go from the distinct prompts to the rows of the batch; their hidden states [B, H]."""
+        is_repeated = len(prompts) > len(hidden)
+        self.tokens, self.mask = self.tokens[prompts], self.mask[prompts]
+        if is_repeated and not self._has_rows:
+            self.cache = {}
+            return self._run()
+        if self._has_rows:
+            for cache in self.cache.values():
+                copy_rows(cache, prompts)
+        return hidden[prompts]
 
 
 def left_pad(prompt_ids: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -94,12 +123,3 @@ def left_pad(prompt_ids: Sequence[Sequence[int]], device: torch.device) -> tuple
         tokens[row, width - len(ids) :] = torch.tensor(ids)
         mask[row, width - len(ids) :] = 1
     return tokens.to(device), mask.to(device)
-
-
-def _select_rows(cache: Any, rows: Any) -> None:
-    for layer in cache.layers:
-        # Layers with a recurrent state have no batch_select_indices of their own; reordering by fewer rows selects them.
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            layer.reorder_cache(rows)
-        else:
-            layer.batch_select_indices(rows)

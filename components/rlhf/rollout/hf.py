@@ -1,8 +1,8 @@
 """Rollouts with transformers, in the training process."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.records import Completion, Prompt, is_chat
 from components.rlhf.data.tokenizer import decode_response, encode_prompt
-from components.rlhf.models.actor import SamplingDistribution
-from components.rlhf.models.layers import apply_head
 from components.rlhf.rollout.decoding import Decoding, allows_padding
 from components.rlhf.rollout.probe import WeightSample
+
+BLOCK = 256  # tokens of the vocabulary
 
 Sample = tuple[list[int], list[float]]  # ids of a response, and the log-prob of each
 
@@ -79,21 +79,24 @@ def sample(
     stop_ids: tuple[int, ...],
 ) -> list[Sample]:
     """One response to each prompt. It depends on its prompt, its seed and the weights, not on the rest of the batch."""
-    groups = [list(range(len(prompt_ids)))]
-    if not allows_padding(model):  # then a batch takes prompts of equal length only
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for row, ids in enumerate(prompt_ids):
-            by_length[len(ids)].append(row)
-        groups = list(by_length.values())
     samples: dict[int, Sample] = {}
-    for group in groups:
-        for start in range(0, len(group), sampling.batch_size):
-            rows = group[start : start + sampling.batch_size]
-            batch = _sample_batch(
-                model, [prompt_ids[row] for row in rows], sampling, [seeds[row] for row in rows], stop_ids
-            )
-            samples |= zip(rows, batch, strict=True)
+    for rows in _batches(prompt_ids, sampling.batch_size, allows_padding=allows_padding(model)):
+        prompts = [prompt_ids[row] for row in rows]
+        batch = _sample_batch(model, prompts, sampling, [seeds[row] for row in rows], stop_ids)
+        samples |= zip(rows, batch, strict=True)
     return [samples[row] for row in range(len(prompt_ids))]
+
+
+def _batches(prompt_ids: Sequence[Sequence[int]], size: int, *, allows_padding: bool) -> Iterator[list[int]]:
+    """The rows in batches of similar length, for little padding, with equal prompts together; longest first.
+
+    Without padding the prompts of a batch have the same length.
+    """
+    rows = sorted(range(len(prompt_ids)), key=lambda row: (len(prompt_ids[row]), tuple(prompt_ids[row])), reverse=True)
+    for _, group in groupby(rows, key=lambda row: 0 if allows_padding else len(prompt_ids[row])):
+        members = list(group)
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
 
 
 def _sample_batch(
@@ -103,44 +106,60 @@ def _sample_batch(
     seeds: Sequence[int],
     stop_ids: tuple[int, ...],
 ) -> list[Sample]:
-    device = model.device
+    device, size = model.device, (len(prompt_ids), sampling.max_new_tokens)
     # One uniform number per token from a generator per row: the same seed gives the same draws in any batch.
-    uniforms = torch.stack(
-        [torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    ).to(device)
-    distribution = SamplingDistribution(
-        temperature=sampling.temperature, min_new_tokens=sampling.min_new_tokens, stop_ids=stop_ids
-    )
+    uniforms = torch.stack([torch.rand(size[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    uniforms = uniforms.to(device)
+    responses, logprobs = torch.zeros(size, dtype=torch.int64, device=device), torch.zeros(size, device=device)
+    lengths = torch.full(size[:1], sampling.max_new_tokens, device=device)
+    stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
     active = torch.arange(len(prompt_ids), device=device)  # rows of the batch that have not stopped
-    samples: list[Sample] = [([], []) for _ in prompt_ids]
-    stops = torch.tensor(stop_ids, device=device)
     decoding = Decoding(model, prompt_ids)
     for step in range(sampling.max_new_tokens):
-        logits = apply_head(model, decoding.advance())
-        steps = torch.full((len(active),), step, device=device)
-        logits = distribution.mask_early_stops(logits.float(), steps) / sampling.temperature
-        tokens, logprobs = _draw(logits, uniforms[active, step])
-        for row, token, logprob in zip(active.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
-            samples[row][0].append(token)
-            samples[row][1].append(logprob)
-        unfinished = ~torch.isin(tokens, stops)
-        kept = None if unfinished.all() else unfinished.nonzero().squeeze(1)  # finished rows leave the batch
-        if kept is not None:
+        logits = decoding.advance().float()
+        if step < sampling.min_new_tokens:
+            logits[:, stops] = float("-inf")
+        tokens, chosen = _draw(logits.div_(sampling.temperature), uniforms[active, step])
+        responses[active, step], logprobs[active, step] = tokens, chosen
+        finished, kept = torch.isin(tokens, stops), None
+        if finished.any():
+            lengths[active[finished]] = step + 1
+            kept = _unfinished(finished)
             active = active[kept]
         if len(active) == 0 or step + 1 == sampling.max_new_tokens:
             break
         decoding.append(tokens, kept)
-    return samples
+    return [
+        (ids[:length], values[:length])
+        for ids, values, length in zip(responses.tolist(), logprobs.tolist(), lengths.tolist(), strict=True)
+    ]
+
+
+def _unfinished(finished: Tensor) -> Tensor:
+    """Indices of the rows that go on, in an order that moves few of them: the last ones take the places of finished ones."""
+    count = int((~finished).sum())
+    rows = torch.arange(count, device=finished.device)
+    rows[finished[:count]] = count + (~finished[count:]).nonzero().squeeze(1)
+    return rows
 
 
 def _draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse transform sampling: one token per row, and its log-prob. logits [B, V], uniforms [B] in [0, 1) -> [B], [B].
 
-    It needs one uniform number per row instead of one exponential variate per token, which torch draws serially on CPU.
+    It needs one uniform number per row instead of one exponential variate per token, which torch draws serially on CPU. The
+    cumulative sums, which need double precision, are those of blocks of tokens, and then those of the tokens of one block.
     """
-    logprobs = torch.log_softmax(logits, dim=-1)
-    cumulative = logprobs.double().exp().cumsum(dim=-1)
-    targets = uniforms.double() * cumulative[:, -1]  # the sum is 1 only up to rounding
-    # right=True, so that a draw of exactly 0 does not select a first token of probability 0.
-    sampled = torch.searchsorted(cumulative, targets[:, None], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-    return sampled, logprobs.gather(1, sampled[:, None]).squeeze(1)
+    probabilities = torch.softmax(logits, dim=-1)
+    padding = -logits.shape[1] % BLOCK
+    blocks = torch.nn.functional.pad(probabilities, (0, padding)) if padding else probabilities
+    blocks = blocks.view(len(logits), -1, BLOCK)
+    sums = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    targets = uniforms.double() * sums[:, -1]  # the sum is 1 only up to rounding
+    # right=True, so that a draw of exactly 0 does not select a first block or token of probability 0.
+    block = torch.searchsorted(sums, targets[:, None], right=True)
+    before = torch.nn.functional.pad(sums, (1, 0)).gather(1, block)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(dim=-1)
+    # The sums of blocks and tokens round differently; at the end of a block that must not select a token of probability 0.
+    rest = torch.minimum(targets[:, None] - before, inside[:, -1:].nextafter(torch.zeros_like(before)))
+    sampled = block * BLOCK + torch.searchsorted(inside, rest, right=True)
+    return sampled.squeeze(1), probabilities.gather(1, sampled).squeeze(1).log()
