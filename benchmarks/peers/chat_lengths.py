@@ -19,9 +19,7 @@ def draw() -> list[list[int]]:
     generator = random.Random(SEED)
     rows = []
     for _ in range(ROWS):
-        prompt, response = (
-            round(median * generator.lognormvariate(0, sigma)) for median, sigma in (PROMPT, RESPONSE)
-        )
+        prompt, response = (round(median * generator.lognormvariate(0, sigma)) for median, sigma in (PROMPT, RESPONSE))
         prompt = min(max(prompt, 8), MAX_PROMPT)
         rows.append([prompt, min(max(response, 8), MAX_TOKENS - prompt)])
     return rows
@@ -38,7 +36,10 @@ def random_ids(lengths: list[list[int]]) -> list[tuple[list[int], list[int]]]:
     """A prompt and a response of each length; time does not depend on the ids, so they are random ordinary tokens."""
     generator = random.Random(SEED)
     return [
-        ([generator.randrange(1000, 40000) for _ in range(prompt)], [generator.randrange(1000, 40000) for _ in range(response)])
+        (
+            [generator.randrange(1000, 40000) for _ in range(prompt)],
+            [generator.randrange(1000, 40000) for _ in range(response)],
+        )
         for prompt, response in lengths
     ]
 

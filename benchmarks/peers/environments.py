@@ -43,7 +43,9 @@ def _install(pins: Path, folder: Path, python: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = " ".join(done.stderr.split())[:300] or "uv printed no error"
-            sys.exit(f"The environment {folder.name} could not be installed ({reason}); check the network and run again.")
+            sys.exit(
+                f"The environment {folder.name} could not be installed ({reason}); check the network and run again."
+            )
 
 
 def _wheel_folder() -> str:

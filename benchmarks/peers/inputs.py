@@ -8,7 +8,6 @@ import random
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.environments import CACHE
@@ -62,7 +61,10 @@ def make_texts(tokenizer: Any) -> dict[str, Any]:
     words = [
         (token, text)
         for token in sorted(tokenizer.get_vocab().values())
-        if (text := tokenizer.decode([token])).startswith(" ") and text[1:].isascii() and text[1:].isalpha() and text.islower()
+        if (text := tokenizer.decode([token])).startswith(" ")
+        and text[1:].isascii()
+        and text[1:].isalpha()
+        and text.islower()
     ]
     prefix = len(special_prefix(tokenizer))
 

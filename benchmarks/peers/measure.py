@@ -23,6 +23,10 @@ class Marks:
     def mark(self) -> None:
         self._marks.append((time.process_time(), time.perf_counter()))
 
+    def drop_first(self) -> None:
+        """Forget the first mark: what came before the second was a warm-up."""
+        del self._marks[0]
+
     def intervals(self) -> list[list[float]]:
         """[CPU seconds, wall seconds] between each mark and the next one."""
         pairs = zip(self._marks, self._marks[1:], strict=False)

@@ -51,7 +51,9 @@ def _run(name: str, arm: Arm, python: Path) -> dict[str, Any]:
     }
     load = round(os.getloadavg()[0], 2)
     command = [str(python), "-m", f"benchmarks.peers.{arm.module}", json.dumps(arm.job)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     lines = done.stdout.splitlines()
     found = [line.removeprefix(RESULT) for line in lines if line.startswith(RESULT)]
     if done.returncode or not found:

@@ -1,6 +1,7 @@
 """The systems and settings of each comparison. Settings with the same text are the same work."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.peers import chat_lengths
@@ -27,7 +28,7 @@ SENTENCES = "32 prompts of 4 to 24 tokens, responses to the end of a sentence, a
 TRANSFORMERS, VLLM_OURS, VLLM = "transformers generate", "ours, vLLM", "vLLM generate"
 
 
-def ppo_arms(iterations: int = 2) -> list[Arm]:
+def ppo_arms(iterations: int) -> list[Arm]:
     """One iteration of PPO: ours and TRL at equal settings, then settings that TRL does not have."""
     best = {"precision": "bf16", "frozen": 22, "critic": "head"}
     settings: list[tuple[str, dict[str, Any], bool]] = [
@@ -57,11 +58,11 @@ def ppo_arms(iterations: int = 2) -> list[Arm]:
     return arms
 
 
-def chat_arms() -> list[Arm]:
+def chat_arms(iterations: int) -> list[Arm]:
     """One batch of given responses with the lengths of chats."""
     lengths = chat_lengths.load(CHAT_ROWS)
     gflop = {"gflop": round(ppo_flops(Shape.of(MODEL), lengths, Work(generates=False)) / 1e9, 1)}
-    job = {"program": "chat", "rows": CHAT_ROWS, "iterations": 1}
+    job = {"program": "chat", "rows": CHAT_ROWS, "iterations": iterations}
     ours = job | {"microbatch_tokens": CHAT_MICROBATCH_TOKENS}
     trl = job | {"microbatch": CHAT_TRL_MICROBATCH, "forward_batch": CHAT_TRL_MICROBATCH}
     text = {"microbatch": f"{CHAT_MICROBATCH_TOKENS} tokens"}
@@ -76,7 +77,7 @@ def _trl_ppo(setting: str, job: dict[str, Any], more: dict[str, Any]) -> Arm:
     return Arm(system=TRL_NAME, setting=setting, module="trl_ppo", job=job, environment=TRL_PPO, more=more)
 
 
-def train_arms(iterations: int = 4) -> list[Arm]:
+def train_arms(iterations: int) -> list[Arm]:
     """Steps of supervised fine-tuning and of the reward model on the same batch."""
     job = {"iterations": iterations}
     arms = [
@@ -94,13 +95,15 @@ def train_arms(iterations: int = 4) -> list[Arm]:
     ]
 
 
-def rollout_arms(iterations: int = 3) -> list[Arm]:
-    """Generation alone."""
+def rollout_arms(iterations: int) -> list[Arm]:
+    """Generation alone; with vLLM where it is installed."""
     settings = {
         SAME_LENGTH: {"prompts": "fixed", "max_tokens": RESPONSE, "min_tokens": RESPONSE},
         SENTENCES: {"prompts": "ragged", "max_tokens": 64, "min_tokens": 0},
     }
-    engines = {OURS_NAME: "hf", TRANSFORMERS: "transformers", VLLM_OURS: "vllm", VLLM: "vllm_offline"}
+    engines = {OURS_NAME: "hf", TRANSFORMERS: "transformers"}
+    if find_spec("vllm"):
+        engines |= {VLLM_OURS: "vllm", VLLM: "vllm_offline"}
     return [
         Arm(
             system=system,
@@ -113,7 +116,7 @@ def rollout_arms(iterations: int = 3) -> list[Arm]:
     ]
 
 
-ARMS: dict[str, Callable[[], list[Arm]]] = {
+ARMS: dict[str, Callable[[int], list[Arm]]] = {
     "ppo": ppo_arms,
     "chat": chat_arms,
     "train": train_arms,

@@ -63,7 +63,9 @@ def config_of(job: dict[str, Any], folder: str, *, num_rows: int) -> PPOConfig:
     )
 
 
-def train(job: dict[str, Any], rows: list[list[int]], marks: Marks, collate: Callable[[Any], Any] | None = None) -> None:
+def train(
+    job: dict[str, Any], rows: list[list[int]], marks: Marks, collate: Callable[[Any], Any] | None = None
+) -> None:
     """Run one iteration more than is measured, on prompts given as ids."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL, padding_side="left")
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(PAD)

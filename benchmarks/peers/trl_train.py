@@ -72,7 +72,10 @@ def train_sft(job: dict[str, Any], folder: str, tokenizer: Any, marks: Marks) ->
 
 def train_reward_model(job: dict[str, Any], folder: str, tokenizer: Any, marks: Marks) -> int:
     texts = read_texts()["pairs"]
-    rows = {name: [t[name]["prompt_ids"] + t[name]["response_ids"] for t in texts] for name in ("chosen_ids", "rejected_ids")}
+    rows = {
+        name: [t[name]["prompt_ids"] + t[name]["response_ids"] for t in texts]
+        for name in ("chosen_ids", "rejected_ids")
+    }
     model = AutoModelForSequenceClassification.from_pretrained(REWARD_MODEL, num_labels=1, dtype=torch.float32)
     model.config.pad_token_id = PAD
     RewardTrainer(
