@@ -45,7 +45,7 @@ def ours(job: dict[str, Any], prompts: dict[str, Any], stop_ids: tuple[int, ...]
         )
     else:
         lm = load_causal_lm(MODEL, num_frozen_layers=0, dtype=FP32, trainable=False)
-        engine = HfRolloutEngine(lm, AutoTokenizer.from_pretrained(MODEL), stop_ids=stop_ids)
+        engine = HfRolloutEngine(lm, AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False), stop_ids=stop_ids)
 
     def generate(iteration: int) -> int:
         seeds = [1000 * iteration + row for row in range(len(records))]
@@ -128,7 +128,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     job, marks, texts = read_job(), Marks(), read_texts()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False)
     stop_ids = (tokenizer.eos_token_id,) if job["min_tokens"] else tuple({tokenizer.eos_token_id, *texts["stop_ids"]})
     prompts = texts["prompts"][job["prompts"]]
     generate = ENGINES[job["engine"]](job, prompts, stop_ids)

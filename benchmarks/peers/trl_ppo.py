@@ -67,11 +67,15 @@ def train(
     job: dict[str, Any], rows: list[list[int]], marks: Marks, collate: Callable[[Any], Any] | None = None
 ) -> None:
     """Run one iteration more than is measured, on prompts given as ids."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, padding_side="left", trust_remote_code=False)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(PAD)
-    policy, reference = (AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32) for _ in range(2))
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, trust_remote_code=False) for _ in range(2)
+    )
     value, reward = (
-        AutoModelForSequenceClassification.from_pretrained(REWARD_MODEL, num_labels=1, dtype=torch.float32)
+        AutoModelForSequenceClassification.from_pretrained(
+            REWARD_MODEL, num_labels=1, dtype=torch.float32, trust_remote_code=False
+        )
         for _ in range(2)
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -61,7 +61,7 @@ def train_sft(job: dict[str, Any], folder: str, tokenizer: Any, marks: Marks) ->
     }
     shared = options(folder, 1 + job["iterations"])
     SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, trust_remote_code=False),
         args=SFTConfig(**shared, completion_only_loss=True, padding_free=job["padding_free"]),
         train_dataset=Dataset.from_dict(rows),
         processing_class=tokenizer,
@@ -76,7 +76,9 @@ def train_reward_model(job: dict[str, Any], folder: str, tokenizer: Any, marks: 
         name: [t[name]["prompt_ids"] + t[name]["response_ids"] for t in texts]
         for name in ("chosen_ids", "rejected_ids")
     }
-    model = AutoModelForSequenceClassification.from_pretrained(REWARD_MODEL, num_labels=1, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        REWARD_MODEL, num_labels=1, dtype=torch.float32, trust_remote_code=False
+    )
     model.config.pad_token_id = PAD
     RewardTrainer(
         model=model,
@@ -93,7 +95,7 @@ def main() -> None:
     logging.disable_progress_bar()
     disable_progress_bars()
     job, marks = read_job(), Marks()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(PAD)
     train = train_sft if job["stage"] == "sft" else train_reward_model
     with tempfile.TemporaryDirectory() as folder:
