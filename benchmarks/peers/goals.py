@@ -8,7 +8,7 @@ from benchmarks.peers.ceiling import share_of_ceiling
 from benchmarks.peers.rows import Row, find_row
 
 AllRows = Mapping[str, Sequence[Row]]
-GIB = 2**30
+EPYC = "AMD EPYC"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Goal:
         """One line: met, missed with the reason, or not measured."""
         value = self.value(rows)
         if value is None:
-            return f"{self.text}: not measured (or not on such a machine)."
+            return f"{self.text}: not measured."
         met = value >= self.at_least if self.at_least is not None else value <= (self.at_most or 0.0)
         shown = self.show.format(value)
         if met:
@@ -63,7 +63,7 @@ def ratio(
 
 def on_epyc(value: Callable[[AllRows], float | None]) -> Callable[[AllRows], float | None]:
     """The value, if all rows of ppo were measured on an AMD EPYC; goals in seconds hold for one machine only."""
-    return lambda rows: value(rows) if all("AMD EPYC" in row["machine"] for row in rows.get("ppo", ())) else None
+    return lambda rows: value(rows) if all(EPYC in row["machine"] for row in rows.get("ppo", ())) else None
 
 
 def cpu(row: Row) -> float:
@@ -90,6 +90,7 @@ def share(setting: str, precision: str) -> Callable[[AllRows], float | None]:
     return value
 
 
+PADDED = "Rows are padded to the longest of a microbatch, as in TRL: {} of {} positions are real tokens."
 TIMES, SECONDS, PERCENT = "{:.2f} times", "{:.1f} CPU seconds", "{:.0%}"
 
 GOALS: dict[str, list[Goal]] = {
@@ -105,6 +106,7 @@ GOALS: dict[str, list[Goal]] = {
         Goal(
             text="Ragged prompts: at least twice TRL's samples per CPU second",
             value=ratio("ppo", s.RAGGED, sample_rate, peer=s.TRL_NAME), show=TIMES, at_least=2.0,
+            reason="Padding is 21% of the positions of a batch, so leaving it out alone gives 1.3 times.",
         ),
         Goal(
             text="Best settings: at least 10 times TRL's samples per CPU second at fixed lengths in fp32",
@@ -113,6 +115,8 @@ GOALS: dict[str, list[Goal]] = {
         Goal(
             text="Peak memory at equal settings: at most half of TRL's",
             value=ratio("ppo", s.FIXED, peak, peer=s.TRL_NAME), show=TIMES, at_most=0.5,
+            reason="Both hold in fp32 the weights, gradients and two moments of two trained models (4.3 GB) and the weights of two "
+            "frozen ones (1.1 GB); here the rollout engine holds one more copy (0.5 GB).",
         ),
     ],
     "chat": [
@@ -124,15 +128,15 @@ GOALS: dict[str, list[Goal]] = {
     "train": [
         Goal(
             text="SFT: at least twice TRL's real tokens per CPU second with padding",
-            value=ratio("train", s.SFT, token_rate, peer=s.TRL_PADDED), show=TIMES, at_least=2.0,
+            value=ratio("train", s.SFT, token_rate, peer=s.TRL_PADDED), show=TIMES, at_least=2.0, reason=PADDED.format(396, 736),
         ),
         Goal(
             text="SFT: no fewer real tokens per CPU second than TRL without padding",
-            value=ratio("train", s.SFT, token_rate, peer=s.TRL_PACKED), show=TIMES, at_least=1.0,
+            value=ratio("train", s.SFT, token_rate, peer=s.TRL_PACKED), show=TIMES, at_least=1.0, reason=PADDED.format(396, 736),
         ),
         Goal(
             text="Reward model: at least twice TRL's real tokens per CPU second with padding",
-            value=ratio("train", s.REWARD, token_rate, peer=s.TRL_PADDED), show=TIMES, at_least=2.0,
+            value=ratio("train", s.REWARD, token_rate, peer=s.TRL_PADDED), show=TIMES, at_least=2.0, reason=PADDED.format(879, 1888),
         ),
     ],
     "rollout": [

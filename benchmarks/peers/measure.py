@@ -46,7 +46,7 @@ def read_job() -> dict[str, Any]:
     return job
 
 
-def print_result(marks: Marks, *, version: str, samples: float, tokens: float) -> None:
+def print_result(marks: Marks, *, version: str, samples: float, tokens: float, **more: Any) -> None:
     """Print the measurements for the process that started this one; samples and tokens are means per iteration."""
     result = {
         "version": version,
@@ -54,5 +54,5 @@ def print_result(marks: Marks, *, version: str, samples: float, tokens: float) -
         "tokens": tokens,
         "intervals": marks.intervals(),
         "peak_bytes": peak_bytes(),
-    }
+    } | more
     print(f"{RESULT}{json.dumps(result)}", flush=True)

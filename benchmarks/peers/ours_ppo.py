@@ -86,13 +86,15 @@ def make_trainer(config: PpoStageConfig, model: Path, reward_model: Path, marks:
     return PpoTrainer(config, models, rollout, context_of(marks))
 
 
-def measure_iterations(job: Mapping[str, Any], marks: Marks) -> tuple[int, int]:
-    """Whole iterations; returns samples and tokens of each."""
+def measure_iterations(job: Mapping[str, Any], marks: Marks) -> tuple[int, int, dict[str, float]]:
+    """Whole iterations; returns samples and tokens of each, and the share of wall time of each phase."""
     given = read_texts()["prompts"][job["prompts"]]
     prompts = [Prompt(prompt=text, id=str(number)) for number, text in enumerate(given["texts"])]
     config = config_of(job, num_rows=len(prompts), iterations=1 + job["iterations"])
-    make_trainer(config, MODEL, REWARD_MODEL, marks).train(prompts, [])
-    return len(prompts), sum(len(ids) + job["response"] for ids in given["ids"])
+    history = make_trainer(config, MODEL, REWARD_MODEL, marks).train(prompts, [])[1:]
+    sums = {name: sum(row[name] for row in history) for name in history[0] if name.startswith("seconds/")}
+    shares = {name.removeprefix("seconds/"): seconds / sum(sums.values()) for name, seconds in sums.items()}
+    return len(prompts), sum(len(ids) + job["response"] for ids in given["ids"]), shares
 
 
 def completions_of(rows: list[tuple[list[int], list[int]]]) -> list[Completion]:
@@ -138,10 +140,11 @@ def main() -> None:
     if job["program"] == "chat":
         rows = chat_lengths.random_ids(chat_lengths.load(job["rows"]))
         samples, tokens = measure_given(job, rows, marks)
+        shares: dict[str, float] = {}
     else:
-        samples, tokens = measure_iterations(job, marks)
+        samples, tokens, shares = measure_iterations(job, marks)
     found = f"torch {version('torch')}, transformers {version('transformers')}"
-    print_result(marks, version=found, samples=samples, tokens=tokens)
+    print_result(marks, version=found, samples=samples, tokens=tokens, phases=shares)
 
 
 if __name__ == "__main__":

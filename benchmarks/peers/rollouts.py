@@ -102,16 +102,16 @@ def vllm_generate(job: dict[str, Any], prompts: dict[str, Any], stop_ids: tuple[
         kv_cache_memory_bytes=int(VllmConfig().kv_cache_gib * 2**30),
         enable_chunked_prefill=False,
         max_num_batched_tokens=max(length, 2048),
+        seed=SEED,  # of the engine; seeds of requests would be slower
     )
 
-    def generate(iteration: int) -> int:
+    def generate(_: int) -> int:
         parameters = SamplingParams(
             temperature=1.0,
             max_tokens=job["max_tokens"],
             min_tokens=job["min_tokens"],
             stop_token_ids=list(stop_ids),
             ignore_eos=True,  # EOS is among stop_ids
-            seed=SEED + iteration,
             detokenize=False,
         )
         requests: Any = [{"prompt_token_ids": ids} for ids in prompts["ids"]]

@@ -32,6 +32,9 @@ FIELDS = {
 
 def make_row(system: str, setting: str, processes: Sequence[dict[str, Any]], **more: Any) -> Row:
     """One row of all processes that measured a system; each has version, samples, tokens, intervals, peak_bytes and load."""
+    phases = processes[-1].get("phases")  # share of each phase in the wall time of the last process
+    if phases:
+        more = more | {"phases": {name: round(share, 3) for name, share in phases.items()}}
     intervals = [interval for process in processes for interval in process["intervals"]]
     cpu = [seconds for seconds, _ in intervals]
     return {

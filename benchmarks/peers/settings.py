@@ -19,6 +19,7 @@ BEST = "32 prompts of 8 tokens, responses of 24, 1 epoch, bf16, 22 layers frozen
 RESPONSE = 24
 # Tokens of a microbatch here, equal to TRL's 8 rows of 8 + 24 tokens; with ragged prompts 8 rows of up to 24 + 24.
 MICROBATCH_TOKENS, RAGGED_MICROBATCH_TOKENS, TRL_MICROBATCH = 256, 384, 8
+DEFAULT_MICROBATCH_TOKENS = 4096  # of the params file, for the best settings
 CHAT_ROWS, CHAT_MICROBATCH_TOKENS, CHAT_TRL_MICROBATCH = 8, 2048, 1
 CHAT = f"scores and updates of {CHAT_ROWS} given chats, 1 epoch, fp32"
 SFT, REWARD = "SFT, 16 texts a step, fp32", "reward model, 16 pairs a step, fp32"
@@ -30,7 +31,7 @@ TRANSFORMERS, VLLM_OURS, VLLM = "transformers generate", "ours, vLLM", "vLLM gen
 
 def ppo_arms(iterations: int) -> list[Arm]:
     """One iteration of PPO: ours and TRL at equal settings, then settings that TRL does not have."""
-    best = {"precision": "bf16", "frozen": 22, "critic": "head"}
+    best = {"precision": "bf16", "frozen": 22, "critic": "head", "microbatch_tokens": DEFAULT_MICROBATCH_TOKENS}
     settings: list[tuple[str, dict[str, Any], bool]] = [
         (FIXED, {}, True),
         (RAGGED, {"prompts": "ragged", "microbatch_tokens": RAGGED_MICROBATCH_TOKENS}, True),

@@ -16,8 +16,10 @@ def section(name: str, rows: AllRows) -> str:
         return "Not measured yet."
     table = {"ceiling": ceiling_table, "growth": growth_table}.get(name)
     lines = [*(table(rows) if table else comparison_table(measured)), "", where(measured)]
+    phases = [f"- {phase_shares(row)}" for row in measured if row.get("phases")]
+    lines += ["", "Wall time by phase:", "", *phases] if phases else []
     goals = [f"- {goal.state(rows)}" for goal in GOALS[name]]
-    return "\n".join([*lines, *(["", *goals] if goals else [])])
+    return "\n".join([*lines, *(["", "Goals:", "", *goals] if goals else [])])
 
 
 def comparison_table(rows: Sequence[Row]) -> list[str]:
@@ -56,6 +58,11 @@ def growth_table(rows: AllRows) -> list[str]:
         peak = row["peak_bytes"] / GIB
         lines.append(f"| {row['setting']} | {row['gflop']:.1f} | {spread(row)} | {rate(row):.1f} | {peak:.2f} |")
     return lines
+
+
+def phase_shares(row: Row) -> str:
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in row["phases"].items())
+    return f"{row['system']}; {row['setting']}: {shares}"
 
 
 def spread(row: Row) -> str:

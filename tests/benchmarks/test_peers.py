@@ -79,6 +79,11 @@ def test_section_has_a_row_per_system_and_says_which_goals_are_missed() -> None:
     assert "Not measured on a GPU." in text
 
 
+def test_section_shows_the_phases_of_an_iteration() -> None:
+    found = make_row("ours", s.FIXED, [process([3.0, 2.0], phases={"generate": 0.25, "update": 0.75})])
+    assert f"- ours; {s.FIXED}: generate 25%, update 75%" in section("ppo", {"ppo": [found]}).splitlines()
+
+
 def test_goal_in_seconds_holds_for_its_machine_only() -> None:
     def text(machine: str) -> str:
         return section("ppo", {"ppo": [row("ours", s.FIXED, 30.0) | {"machine": machine}]})
