@@ -12,7 +12,7 @@ from benchmarks.peers import ceiling, growth
 from benchmarks.peers.goals import AllRows
 from benchmarks.peers.inputs import make_inputs
 from benchmarks.peers.processes import Arm, measure
-from benchmarks.peers.rows import load_rows, save_rows
+from benchmarks.peers.rows import Row, load_rows, save_rows
 from benchmarks.peers.settings import ARMS
 from benchmarks.peers.tables import section
 from benchmarks.record import ROOT, replace_section
@@ -67,7 +67,10 @@ def run(name: str, options: argparse.Namespace) -> None:
     arms = [arm for arm in arms if options.only in f"{arm.system}: {arm.setting}"]
     if not arms:
         sys.exit(f"{name} has no system or setting that contains {options.only!r}.")
-    rows = save_rows(name, measure(name, arms, options.rounds or ROUNDS[name]), keep_others=bool(options.only))
+    measured: list[Row] = []
+    for measured in measure(name, arms, options.rounds or ROUNDS[name]):
+        save_rows(name, measured, keep_others=True)  # what was measured is kept if a later process fails
+    rows = save_rows(name, measured, keep_others=bool(options.only))
     if name == "growth":
         from benchmarks.peers.growth_plot import draw
 

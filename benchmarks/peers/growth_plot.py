@@ -15,9 +15,9 @@ PATH = RESULTS / "growth.svg"
 GIB = 2**30
 
 
+@matplotlib.rc_context({"svg.hashsalt": "growth", "svg.fonttype": "none"})  # reproducible and small
 def draw(rows: Sequence[Row], path: Path = PATH) -> None:
     """CPU seconds above and peak memory below, against each size; the line is the FLOPs of the work at the base point's rate."""
-    matplotlib.rcParams["svg.hashsalt"] = "growth"  # equal rows give an equal file
     figure, panels = plt.subplots(2, len(AXES), figsize=(3.2 * len(AXES), 5.6), squeeze=False)
     for column, axis in enumerate(AXES):
         points = sorted((row for row in rows if row["axis"] == axis), key=lambda row: row["value"])
@@ -36,7 +36,7 @@ def draw(rows: Sequence[Row], path: Path = PATH) -> None:
         times.errorbar(values, [row["cpu_seconds"] for row in points], yerr=[low, high], fmt="o", label="measured")
         times.set_yscale("log")
         memory.plot(values, [row["peak_bytes"] / GIB for row in points], "o-")
-        memory.set_ylim(bottom=0)
+        memory.set_ylim(0, 1.1 * max(row["peak_bytes"] for row in points) / GIB)
         memory.set_xlabel(LABELS[axis])
     panels[0][0].set_ylabel("CPU seconds")
     panels[1][0].set_ylabel("peak memory, GiB")

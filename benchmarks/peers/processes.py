@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ class Arm:
     more: dict[str, Any] = field(default_factory=dict)  # further fields of its row
 
 
-def measure(name: str, arms: Sequence[Arm], rounds: int) -> list[Row]:
-    """Start every arm once per round, one after the other, and return one row for each."""
+def measure(name: str, arms: Sequence[Arm], rounds: int) -> Iterator[list[Row]]:
+    """Start every arm once per round, one after the other; after each process, give the rows of all arms measured so far."""
     pythons = {arm.environment: python_of(arm.environment) for arm in arms}
     results: list[list[dict[str, Any]]] = [[] for _ in arms]
     for number in range(1, rounds + 1):
@@ -38,7 +38,8 @@ def measure(name: str, arms: Sequence[Arm], rounds: int) -> list[Row]:
             collected.append(result)
             seconds = ", ".join(f"{cpu:.2f}" for cpu, _ in result["intervals"])
             print(f"  CPU seconds {seconds}; peak {result['peak_bytes'] / 2**30:.2f} GiB", flush=True)
-    return [make_row(arm.system, arm.setting, found, **arm.more) for arm, found in zip(arms, results, strict=True)]
+            done = [(each, found) for each, found in zip(arms, results, strict=True) if found]
+            yield [make_row(each.system, each.setting, found, **each.more) for each, found in done]
 
 
 def _run(name: str, arm: Arm, python: Path) -> dict[str, Any]:

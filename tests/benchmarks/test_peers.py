@@ -185,7 +185,29 @@ def test_process_that_fails_is_named_with_its_last_line(monkeypatch: pytest.Monk
     monkeypatch.setattr(processes, "CACHE", tmp_path)
     monkeypatch.setattr(processes, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match="x: ours failed .*No module named .*failed.log has its output"):
-        processes.measure("x", [Arm(system="ours", setting="a", module="no_such_program", job={})], 1)
+        list(processes.measure("x", [Arm(system="ours", setting="a", module="no_such_program", job={})], 1))
+
+
+def test_every_process_gives_the_rows_measured_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = iter([1.0, 10.0, 3.0, 30.0])
+    started: list[str] = []
+
+    def stand_in(name: str, arm: Arm, python: Path) -> dict[str, Any]:
+        started.append(arm.system)
+        return process([next(cpu), 1.0])
+
+    monkeypatch.setattr(processes, "_run", stand_in)
+    arms = [Arm(system=system, setting="a", module="m", job={}) for system in ("ours", "TRL")]
+    found = [
+        [(each["system"], each["cpu_seconds"], each["n"]) for each in rows] for rows in processes.measure("x", arms, 2)
+    ]
+    assert started == ["ours", "TRL", "ours", "TRL"]
+    assert found == [
+        [("ours", 1.0, 1)],
+        [("ours", 1.0, 1), ("TRL", 10.0, 1)],
+        [("ours", 2.0, 2), ("TRL", 10.0, 1)],
+        [("ours", 2.0, 2), ("TRL", 20.0, 2)],
+    ]
 
 
 def test_missing_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
