@@ -34,7 +34,7 @@ run: .venv/ready ## Run the whole pipeline on this machine (PRESET=full, ARGS="-
 	@$(PY) -m pipelines run $(PARAMS) $(if $(PRESET),--set preset=$(PRESET)) $(ARGS)
 
 ##@ Develop
-.PHONY: test test-all lint audit compile bench study effects constraints clean
+.PHONY: test test-all lint audit compile bench bench-peers study effects constraints clean
 test: .venv/ready ## Run the fast tests (tiny models, CPU)
 	$(PYTEST) -m "not slow and not vllm and not deepspeed" $(ARGS)
 
@@ -55,6 +55,9 @@ compile: .venv/ready ## Write the component.yaml of every stage, pipelines/compi
 
 bench: .venv/ready ## Time `make run` and its peak memory, stage by stage
 	$(PY) -m pipelines run $(PARAMS) --out runs/bench-$$(date +%Y%m%d-%H%M%S) && $(PY) -m benchmarks.report
+
+bench-peers: .venv/ready ## Measure training against TRL, transformers and the machine (ARGS="ppo --rounds 1"; benchmarks/README.md)
+	$(PY) -m benchmarks.peers $(ARGS)
 
 study: .venv/ready ## Run both presets over SEEDS seeds, and one run that the gate must reject; write tables and plot
 	$(PY) -m benchmarks.study --seeds $(SEEDS)

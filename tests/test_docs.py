@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     path
     for path in ROOT.rglob("*.md")
-    if not {".venv", ".pytest_cache", "runs", "node_modules"} & set(path.relative_to(ROOT).parts)
+    if not {".venv", ".cache", ".pytest_cache", "runs", "node_modules"} & set(path.relative_to(ROOT).parts)
 )
 
 
