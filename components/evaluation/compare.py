@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.data.batching import collate
-from components.rlhf.data.microbatches import plan_passes
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.data.tokenizer import decode_response, load_tokenizer
 from components.rlhf.maths.kl import exact_kl
@@ -19,6 +18,7 @@ from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import share_trunk
 from components.rlhf.models.loading import load_causal_lm, load_stop_ids
+from components.rlhf.models.packing import plan_for
 from components.rlhf.models.precision import compute_dtype, default_device
 from components.rlhf.rewards.reward_model import load_reward_scorer
 from components.rlhf.rollout.hf import HfRolloutEngine
@@ -130,7 +130,7 @@ def sequence_kl(
     """
     sampled, exact = torch.zeros(len(completions)), torch.zeros(len(completions))
     lengths = [len(c.prompt_ids) + len(c.response_ids) for c in completions]
-    for group in plan_passes(lengths, MICROBATCH_TOKENS):
+    for group in plan_for(actor, reference)(lengths, MICROBATCH_TOKENS):
         rows = [completions[i] for i in group]
         batch = collate([c.prompt_ids for c in rows], [c.response_ids for c in rows]).to(device)
         states, mask = reference.trunk(batch), batch.response_mask

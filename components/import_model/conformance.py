@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from components.rlhf.data.batching import collate
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import layers_of
 from components.rlhf.models.loading import cast_parameters, load_causal_lm
+from components.rlhf.models.packing import WINDOWS
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rollout.hf import sample
 from components.rlhf.text.errors import InputError
@@ -21,8 +22,8 @@ from components.rlhf.text.errors import InputError
 TOLERANCE = 2e-3  # nats per token, in fp32
 ROUNDED_TOLERANCE = 0.1  # of a model that had some weights in a higher precision than it is saved in
 WINDOW = 8  # tokens; longer attention windows are cut to it, so that the texts below are longer than any window
-WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size", "local_window_size")
 LENGTHS = ((3, 9), (21, 12), (1, 30))  # tokens of (prompt, response): padded on either side, and longer than WINDOW
+SHORT_LENGTHS = ((2, 3), (1, 7), (3, 1))  # within WINDOW, so that the rows are packed if the model can pack
 NO_STOP = (-1,)
 SAMPLING = SamplingConfig(max_new_tokens=6, temperature=0.8)
 
@@ -51,13 +52,8 @@ def check_conformance(lm: Any, *, num_frozen_layers: int, vocab_size: int | None
 
 def _measure_gaps(lm: Any, name: str, num_frozen_layers: int, vocab_size: int | None) -> dict[str, float]:
     size = min(vocab_size or math.inf, lm.config.get_text_config().vocab_size)
-    prompts, responses = (
-        [
-            [int(token) for token in _ids(row * 1000 + 100 * part, lengths[part], int(size))]
-            for row, lengths in enumerate(LENGTHS)
-        ]
-        for part in (0, 1)
-    )
+    prompts, responses = _texts(LENGTHS, int(size))
+    short_prompts, short_responses = _texts(SHORT_LENGTHS, int(size))
     if num_frozen_layers:
         layers_of(lm)
     gaps: dict[str, float] = {}
@@ -73,9 +69,7 @@ def _measure_gaps(lm: Any, name: str, num_frozen_layers: int, vocab_size: int | 
         )
         for frozen in sorted({0, num_frozen_layers}):
             actor = Actor(lm, num_frozen_layers=frozen, dtype=torch.float32)
-            batch = collate(prompts, responses).to(lm.device)
-            logprobs, _ = actor(batch, SamplingDistribution(), actor.trunk(batch))
-            gap = max(_gap(logprobs[row, : len(one)], one) for row, one in enumerate(own))
+            gap = max(_batch_gap(actor, prompts, responses), _batch_gap(actor, short_prompts, short_responses))
             remedy = "set model.num_frozen_layers to 0" if frozen else "choose another architecture"
             _require(gap, f"log-probs of {name} with {frozen} frozen layers differ from its own forward pass; {remedy}")
             gaps["logprobs_frozen" if frozen else "logprobs"] = gap
@@ -85,6 +79,25 @@ def _measure_gaps(lm: Any, name: str, num_frozen_layers: int, vocab_size: int | 
             f"responses of {name} that are sampled with a cache differ from its own forward pass; choose another architecture",
         )
     return gaps
+
+
+def _texts(lengths: Sequence[tuple[int, int]], size: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids below size of prompts and responses with these lengths."""
+    prompts, responses = (
+        [_ids(row * 1000 + 100 * part, pair[part], size).tolist() for row, pair in enumerate(lengths)]
+        for part in (0, 1)
+    )
+    return prompts, responses
+
+
+def _batch_gap(actor: Actor, prompts: list[list[int]], responses: list[list[int]]) -> float:
+    """Between the log-probs of one batch and of the model's own forward pass on each text."""
+    batch = collate(prompts, responses).to(actor.lm.device)
+    logprobs, _ = actor(batch, SamplingDistribution(), actor.trunk(batch))
+    return max(
+        _gap(logprobs[row, : len(response)], _own_logprobs(actor.lm, prompt, response))
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    )
 
 
 @torch.no_grad()

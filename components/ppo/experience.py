@@ -19,6 +19,7 @@ from components.rlhf.maths.kl import estimate_kl
 from components.rlhf.maths.masked import whiten
 from components.rlhf.maths.rewards import token_rewards
 from components.rlhf.models.actor import Actor, SamplingDistribution
+from components.rlhf.models.packing import plan_for
 from components.rlhf.models.scalar import ScalarModel, at_last_token, before_actions
 from components.rlhf.rewards.protocol import ComputedStates, Scorer
 from components.rlhf.text.errors import InputError
@@ -65,6 +66,7 @@ class Experience:
     clipped: Tensor  # [B] bool, score beyond reward_clip
     states: Ragged | None  # [S, H] of each row above the frozen layers, computed once for all models and epochs
     features: Ragged | None  # [T, H] of each row before each action, of a critic of which only the head is trained
+    pack_limit: int  # tokens of the longest row that is packed, so that no padding is computed
     minibatches: list[list[Tensor]]  # of the first epoch: row indices [b] of each forward pass of each minibatch
 
     @property
@@ -86,7 +88,7 @@ def make_experience(learner: Learner, completions: Sequence[Completion], *, kl_c
     mask = batch.response_mask
     truncated = torch.tensor([c.truncated for c in completions], device=mask.device)
     engine_logprobs = _engine_logprobs(completions, mask)
-    minibatches = plan_minibatches(range(len(batch)), batch, config, group)
+    minibatches = plan_minibatches(range(len(batch)), batch, learner)
     passes = [rows for minibatch in minibatches for rows in minibatch]
 
     # 2. The frozen layers once, then log-probs of actor and reference, and values.
@@ -153,22 +155,23 @@ def make_experience(learner: Learner, completions: Sequence[Completion], *, kl_c
         clipped=clipped,
         states=states,
         features=features,
+        pack_limit=models.actor.pack_limit,
         minibatches=minibatches,
     )
 
 
-def plan_minibatches(order: Sequence[int], batch: TokenBatch, config: PpoConfig, group: Group) -> list[list[Tensor]]:
-    """Cut this rank's rows, in this order, into minibatches, and each of them into passes of rows of similar lengths.
+def plan_minibatches(order: Sequence[int], batch: TokenBatch, learner: Learner) -> list[list[Tensor]]:
+    """Cut this rank's rows, in this order, into minibatches, and each of them into forward passes.
 
     Every rank has equally many rows, and gets equally many passes of each minibatch. Returns row indices [b] of each pass.
     """
+    config, group, models = learner.config, learner.group, learner.models
+    plan = plan_for(models.actor, models.reference, models.critic, models.reward_model)
     lengths, share = batch.lengths.tolist(), config.minibatch // group.world_size
     minibatches = []
     for start in range(0, len(order), share):
         rows = order[start : start + share]
-        passes = equal_passes(
-            [lengths[row] for row in rows], config.training.microbatch_tokens, max_over_ranks=group.max_int
-        )
+        passes = equal_passes([lengths[row] for row in rows], config.training.microbatch_tokens, group.max_int, plan)
         minibatches.append(
             [torch.tensor([rows[index] for index in indices], device=batch.lengths.device) for indices, _ in passes]
         )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from components.ppo.experience import Experience
-from components.rlhf.data.microbatches import padded_tokens
+from components.rlhf.data.microbatches import computed_tokens
 from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.engine.protocol import Group
 from components.rlhf.maths.masked import masked_moments
@@ -26,7 +26,9 @@ def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, f
 
     lengths = e.batch.lengths.tolist()
     computed, real = group.sum(
-        torch.tensor([padded_tokens(lengths, [rows.tolist() for rows in e.passes]), sum(lengths)])
+        torch.tensor(
+            [computed_tokens(lengths, [rows.tolist() for rows in e.passes], pack_limit=e.pack_limit), sum(lengths)]
+        )
     ).tolist()
     score_mean, score_variance = moments(e.scores, every_row)
     returns_variance, residual_variance = moments(e.returns, mask)[1], moments(e.returns - e.old_values, mask)[1]

@@ -28,7 +28,7 @@ def update(learner: Learner, experience: Experience, *, seed: int, iteration: in
         minibatches = experience.minibatches
         if epoch > 0:
             order = _epoch_order(len(experience.batch), seed=seed, iteration=iteration, epoch=epoch)
-            minibatches = plan_minibatches(order, experience.batch, learner.config, learner.group)
+            minibatches = plan_minibatches(order, experience.batch, learner)
         for number, passes in enumerate(minibatches):
             values = _optimizer_step(learner, experience, passes, weights)
             if steps == 0:

@@ -19,6 +19,7 @@ from components.rlhf.maths.losses import pairwise_loss
 from components.rlhf.models.layers import enable_gradient_checkpointing
 from components.rlhf.models.loading import collect_weights, load_scalar_lm
 from components.rlhf.models.lora import add_adapters
+from components.rlhf.models.packing import plan_for
 from components.rlhf.models.precision import compute_dtype, default_device
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.runtime.training import Batches, TrainingContext, token_counts, train_on_batches
@@ -82,7 +83,7 @@ class RewardModelTrainer:
             if scored.router_loss is not None:
                 shares["router_loss"] = scored.router_loss * len(rows) / len(batch)
                 shares["loss"] = shares["loss"] + shares["router_loss"]
-            return shares | token_counts(scored.batch.lengths.tolist(), scored.passes)
+            return shares | token_counts(scored.batch.lengths.tolist(), scored.passes, pack_limit=self.model.pack_limit)
 
         batches = Batches(
             records="pairs",
@@ -112,7 +113,7 @@ class RewardModelTrainer:
         texts = [p.chosen for p in pairs] + [p.rejected for p in pairs]
         batch = collate([t.prompt_ids for t in texts], [t.response_ids for t in texts]).to(self.device)
         lengths, max_tokens = batch.lengths.tolist(), self.config.reward_model.training.microbatch_tokens
-        passes = equal_passes(lengths, max_tokens, self.max_over_ranks)
+        passes = equal_passes(lengths, max_tokens, self.max_over_ranks, plan_for(self.model))
         scores = torch.zeros(batch.response_mask.shape, device=self.device)
         router_loss: Tensor | None = None
         for indices, weight in passes:

@@ -19,6 +19,7 @@ from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import enable_gradient_checkpointing
 from components.rlhf.models.loading import collect_weights, load_causal_lm
 from components.rlhf.models.lora import add_adapters
+from components.rlhf.models.packing import plan_for
 from components.rlhf.models.precision import compute_dtype, default_device
 from components.rlhf.runtime.training import Batches, TrainingContext, token_counts, train_on_batches
 from components.rlhf.text.errors import require_finite
@@ -74,7 +75,7 @@ class SftTrainer:
             denominator = sum(texts[i].num_learned for i in batch)
             loss = self._loss([texts[i] for i in rows], denominator)
             lengths = [texts[i].num_tokens for i in rows]
-            shares = token_counts(lengths, [range(len(rows))])
+            shares = token_counts(lengths, [range(len(rows))], pack_limit=self.actor.pack_limit)
             if self.actor.router_loss is not None:
                 shares["router_loss"] = sum(lengths) / sum(texts[i].num_tokens for i in batch) * self.actor.router_loss
                 loss = loss + shares["router_loss"]
@@ -85,6 +86,7 @@ class SftTrainer:
             lengths=[text.num_tokens for text in texts],
             steps=steps,
             max_tokens=sft.training.microbatch_tokens,
+            plan=plan_for(self.actor),
         )
         metrics: dict[str, float] = train_on_batches(
             self.context, "actor", self.engine, batches, shares_of,
@@ -122,7 +124,7 @@ class SftTrainer:
         denominator = sum(text.num_learned for text in texts)
         local_sum = torch.zeros((), device=self.device)
         lengths, max_tokens = [text.num_tokens for text in texts], self.config.sft.training.microbatch_tokens
-        for rows, weight in self.context.microbatches(lengths, max_tokens):
+        for rows, weight in self.context.microbatches(lengths, max_tokens, plan_for(self.actor)):
             local_sum += weight * self._loss([texts[i] for i in rows], denominator)
         return self.context.group.sum(local_sum).item()
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components.rlhf.data.microbatches import plan_passes
 from components.rlhf.models.loading import load_scalar_lm, save_model
+from components.rlhf.models.packing import plan_for
 from components.rlhf.models.scalar import ScalarModel
 from components.sft.trainer import SftTrainer
 from tests.ppo.test_trainer import config_of
@@ -86,7 +86,7 @@ def test_router_loss_is_trained_and_logged_in_every_stage(kind: str, tmp_path: P
     texts = encoded(tokenizer)
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     lengths, theirs = [text.num_tokens for text in texts], 0.0
-    for rows in plan_passes(lengths, 9999):  # the mean over forward passes, by their tokens
+    for rows in plan_for(sft.actor)(lengths, 9999):  # the mean over forward passes, by their tokens
         width = max(lengths[row] for row in rows)
         ids, mask = (torch.zeros(len(rows), width, dtype=torch.int64) for _ in range(2))
         for place, row in enumerate(rows):

@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -188,19 +189,29 @@ def test_microbatches_do_not_change_experience(tiny_model: Path, reward_model: P
     assert torch.allclose(parts.states.values, whole.states.values, atol=1e-4)
 
 
-def test_minibatches_are_cut_in_order_and_split_into_passes_of_similar_lengths() -> None:
+@pytest.mark.parametrize(
+    ("limits", "minibatch", "tokens", "expected"),
+    [
+        ((999, 999), 6, 9999, [[[0, 2, 4, 5, 1, 3]]]),
+        ((999, 999), 3, 9999, [[[0, 2, 1]], [[4, 5, 3]]]),
+        ((999, 999), 6, 230, [[[0, 2, 4, 5, 1], [3]]]),
+        ((999, 0), 6, 9999, [[[0, 2, 4, 5], [1, 3]]]),  # one of the models cannot pack: rows of similar length
+        ((0, 0), 3, 9999, [[[0, 2], [1]], [[4, 5], [3]]]),
+        ((0, 0), 6, 1, [[[0], [2], [4], [5], [1], [3]]]),
+        ((999, 100), 6, 9999, [[[0, 2, 4, 5], [1, 3]]]),  # one cannot pack long rows
+    ],
+)
+def test_minibatches_are_cut_in_order_and_split_into_passes(
+    limits: tuple[int, int], minibatch: int, tokens: int, expected: list[list[list[int]]]
+) -> None:
     lengths = [5, 200, 6, 210, 7, 8]
     batch = collate([[1]] * 6, [[2] * (length - 1) for length in lengths])
-
-    def planned(order: list[int], minibatch: int, tokens: int) -> list[list[list[int]]]:
-        config = config_of(minibatch=minibatch, training={"microbatch_tokens": tokens}, rollout={"num_prompts": 6}).ppo
-        found = plan_minibatches(order, batch, config, SINGLE_PROCESS)
-        return [[rows.tolist() for rows in minibatch] for minibatch in found]
-
-    assert planned([0, 1, 2, 3, 4, 5], 6, 9999) == [[[0, 2, 4, 5], [1, 3]]]
-    assert planned([0, 1, 2, 3, 4, 5], 3, 9999) == [[[0, 2], [1]], [[4, 5], [3]]]
-    assert planned([5, 4, 3, 2, 1, 0], 2, 9999) == [[[4, 5]], [[2], [3]], [[0], [1]]]
-    assert planned([0, 1, 2, 3, 4, 5], 6, 1) == [[[0], [2], [4], [5], [1], [3]]]
+    first, second = (SimpleNamespace(pack_limit=limit) for limit in limits)
+    models = SimpleNamespace(actor=first, reference=first, critic=second, reward_model=second)
+    config = config_of(minibatch=minibatch, training={"microbatch_tokens": tokens}, rollout={"num_prompts": 6}).ppo
+    learner = SimpleNamespace(models=models, config=config, group=SINGLE_PROCESS)
+    found = plan_minibatches(range(6), batch, learner)  # type: ignore[arg-type]
+    assert [[rows.tolist() for rows in passes] for passes in found] == expected
 
 
 def test_shared_trunk_gives_the_same_experience_as_separate_models(tiny_model: Path, reward_model: Path) -> None:
@@ -246,6 +257,7 @@ def by_hand() -> Experience:
         clipped=torch.tensor([True, False]),
         states=None,
         features=None,
+        pack_limit=0,
         minibatches=[[torch.arange(2)]],
     )
 

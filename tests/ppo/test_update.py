@@ -12,7 +12,6 @@ from components.ppo.experience import Experience, make_experience, plan_minibatc
 from components.ppo.trainer import PpoTrainer
 from components.ppo.update import _epoch_order, update
 from components.rlhf.data.records import Completion
-from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.text.errors import NonFiniteError
 from tests.support.ppo_runs import PROMPTS, completion, config_of, largest_gap, trainer_of, weights
 
@@ -285,7 +284,7 @@ def test_importance_clip_weights_the_loss_and_is_logged(
     assert 0 < row["importance/clipped"] < 1
     expected = torch.where(mask, (e.old_logprobs + mask.float()).exp().clamp(0.01, 2.0), 1)
     # The same weights in both epochs, in the order of each.
-    second = plan_minibatches(_epoch_order(8, seed=3, iteration=1, epoch=1), e.batch, stage.ppo, SINGLE_PROCESS)
+    second = plan_minibatches(_epoch_order(8, seed=3, iteration=1, epoch=1), e.batch, trainer.learner)
     passes = [rows for minibatches in (e.minibatches, second) for minibatch in minibatches for rows in minibatch]
     assert len(given) == len(passes)
     for found, rows in zip(given, passes, strict=True):

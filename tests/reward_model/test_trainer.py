@@ -1,4 +1,5 @@
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,9 +156,11 @@ def test_microbatches_do_not_change_training(tiny_model: Path, tokenizer: PreTra
         assert max((other[name] - runs[0][name]).abs().max() for name in start) < 0.02 * moved
 
 
-def test_texts_of_different_lengths_run_in_passes_of_their_own(tiny_model: Path) -> None:
-    """A long and a short text of one pair are not padded to each other, and the gradient is that of one padded pass."""
+@pytest.mark.parametrize(("limit", "passes"), [(sys.maxsize, [[0, 1, 2, 3]]), (0, [[0, 3], [1, 2]])])
+def test_texts_of_a_pair_are_not_padded_to_each_other(tiny_model: Path, limit: int, passes: list[list[int]]) -> None:
+    """Packed, or in passes of texts of similar length; the gradient is that of one padded pass."""
     trainer = scaled(trainer_of(tiny_model, training={"microbatch_tokens": 4096}))
+    trainer.model.pack_limit = limit
     ids = torch.randint(1, 200, (4, 300), generator=torch.Generator().manual_seed(0)).tolist()
     texts = [
         EncodedText(
@@ -170,7 +173,8 @@ def test_texts_of_different_lengths_run_in_passes_of_their_own(tiny_model: Path)
         EncodedPair(chosen=texts[3], rejected=texts[2], margin=0.0),
     ]
     scored = trainer.score_prefixes(pairs)
-    assert sorted(map(sorted, scored.passes)) == [[0, 3], [1, 2]]  # chosen of 300 and 25 tokens, rejected of 20 and 290
+    assert sorted(map(sorted, scored.passes)) == passes  # chosen of 300 and 25 tokens, rejected of 20 and 290
+    trainer.model.pack_limit = 0
     gradients = []
     for scores in (scored.scores, trainer.model.prefix_scores(scored.batch)):
         trainer.model.zero_grad()

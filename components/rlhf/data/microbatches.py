@@ -1,7 +1,7 @@
-"""Which rows go through a model together: rows of nearly equal length, so that almost nothing is computed for padding.
+"""Which rows go through a model together.
 
-Rows are not packed into one sequence. Separate rows need no block mask, work for every architecture (recurrent layers and chunked
-attention included), and on backends without variable-length attention cost less than a mask over the whole pack.
+A model that can pack rows into one sequence (models/packing.py) takes as many as the token budget allows. Any other, such as one with
+recurrent layers, takes rows of nearly equal length, so that almost nothing is computed for padding.
 """
 
 import math
@@ -42,9 +42,9 @@ def plan_passes(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def fill_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group indices in the order of lengths into microbatches of at most max_tokens tokens, for rows that run in several passes.
+    """Group indices in the order of lengths, at most max_tokens tokens without padding in each group.
 
-    A row longer than that forms a microbatch alone.
+    A row longer than that forms a group alone.
     """
     groups: list[list[int]] = []
     tokens = 0
@@ -117,6 +117,10 @@ def local_microbatches(
     return [([rows[index] for index in indices], weight * share) for indices, share in passes]
 
 
-def padded_tokens(lengths: Sequence[int], passes: Sequence[Sequence[int]]) -> int:
-    """Tokens that the passes compute, padding included."""
-    return sum(len(rows) * max(lengths[row] for row in rows) for rows in passes)
+def computed_tokens(lengths: Sequence[int], passes: Sequence[Sequence[int]], *, pack_limit: int) -> int:
+    """Tokens that go through the layers in these passes: with padding, unless all rows of a pass are short enough to be packed."""
+    total = 0
+    for rows in passes:
+        sizes = [lengths[row] for row in rows]
+        total += sum(sizes) if max(sizes) <= pack_limit else len(sizes) * max(sizes)
+    return total

@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from components.rlhf.data.batching import TokenBatch
 from components.rlhf.maths.logprobs import entropy, token_logprobs
-from components.rlhf.models.layers import apply_head, freeze_lower_layers, run_layers
+from components.rlhf.models.layers import apply_head, freeze_lower_layers
 from components.rlhf.models.lora import adapters_enabled, merged_weights
+from components.rlhf.models.packing import pack_limit, run_rows
 from components.rlhf.models.precision import autocast_to
 from components.rlhf.models.router import RouterLoss
 
@@ -64,6 +65,7 @@ class Actor(nn.Module):
         self.max_over_ranks = max_over_ranks
         self.router_loss: Tensor | None = None
         self._router = RouterLoss.of(lm.config)
+        self.pack_limit = pack_limit(lm)
         freeze_lower_layers(lm, num_frozen_layers)
 
     @torch.no_grad()
@@ -72,7 +74,7 @@ class Actor(nn.Module):
         if self.num_frozen_layers == 0:
             return None
         with autocast_to(self.dtype, batch.input_ids.device):
-            return cast(Tensor, run_layers(self.lm, batch.input_ids, stop=self.num_frozen_layers))
+            return cast(Tensor, self._run(batch, stop=self.num_frozen_layers))
 
     def forward(
         self,
@@ -128,6 +130,9 @@ class Actor(nn.Module):
         limit = MAX_LOGITS if batch.input_ids.device.type == "cpu" else MAX_LOGITS_ON_GPU
         return max(limit // int(self.lm.config.get_text_config().vocab_size), 1)
 
+    def _run(self, batch: TokenBatch, **options: Any) -> Any:
+        return run_rows(self.lm, batch.input_ids, batch.lengths, pack_limit=self.pack_limit, **options)
+
     def _states_before(self, batch: TokenBatch, states: Tensor | None) -> tuple[Tensor, Tensor]:
         """Hidden states [N, H] before each of the N response tokens of the batch, and the position of each in its response [N]."""
         if states is None:
@@ -136,7 +141,7 @@ class Actor(nn.Module):
             start = 0 if states is None else self.num_frozen_layers
             router = self._router if torch.is_grad_enabled() else None
             options = {} if router is None else router.options
-            output = run_layers(self.lm, batch.input_ids, start=start, states=states, **options)
+            output = self._run(batch, start=start, states=states, **options)
             self.router_loss = None if router is None else router(output, batch.attention_mask())
         hidden, mask = output.last_hidden_state, batch.response_mask
         rows = torch.arange(len(batch), device=hidden.device)[:, None]

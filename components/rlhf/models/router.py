@@ -42,6 +42,8 @@ class RouterLoss:
         logits = getattr(output, "router_logits", None)
         if not logits:
             return None
+        if logits[0].shape[:-1].numel() < attention_mask.numel():  # packed: of real tokens only
+            attention_mask = attention_mask[attention_mask][None]
         hidden = torch.zeros(1, 1, output.last_hidden_state.shape[-1], device="meta")
         found = run_head(
             self.model,

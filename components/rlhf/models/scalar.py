@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from components.rlhf.data.batching import TokenBatch
-from components.rlhf.models.layers import HEAD_NAME, freeze_lower_layers, run_layers
+from components.rlhf.models.layers import HEAD_NAME, freeze_lower_layers
 from components.rlhf.models.lora import adapters_enabled
+from components.rlhf.models.packing import pack_limit, run_rows
 from components.rlhf.models.precision import autocast_to
 from components.rlhf.models.router import RouterLoss
 
@@ -42,6 +43,7 @@ class ScalarModel(nn.Module):
         self.with_adapters = with_adapters
         self.router_loss: Tensor | None = None
         self._router = RouterLoss.of(lm.config)
+        self.pack_limit = pack_limit(lm)
         freeze_lower_layers(lm, num_frozen_layers)
         if trains == "head":
             for (
@@ -55,15 +57,18 @@ class ScalarModel(nn.Module):
         with autocast_to(self.dtype, batch.input_ids.device), adapters_enabled(self.lm, on=self.with_adapters):
             if states is None and self.num_frozen_layers:
                 with torch.no_grad():
-                    states = run_layers(self.lm, batch.input_ids, stop=self.num_frozen_layers)
+                    states = self._run(batch, stop=self.num_frozen_layers)
             start = 0 if states is None else self.num_frozen_layers
             with contextlib.nullcontext() if self.trains == "layers" else torch.no_grad():
                 router = self._router if torch.is_grad_enabled() else None
                 options = {} if router is None else router.options
-                output = run_layers(self.lm, batch.input_ids, start=start, states=states, **options)
+                output = self._run(batch, start=start, states=states, **options)
             self.router_loss = None if router is None else router(output, batch.attention_mask())
             features: Tensor = output.last_hidden_state
             return features
+
+    def _run(self, batch: TokenBatch, **options: Any) -> Any:
+        return run_rows(self.lm, batch.input_ids, batch.lengths, pack_limit=self.pack_limit, **options)
 
     def apply_head(self, features: Tensor) -> Tensor:
         """Normalized scalar of features [..., H] -> [...] fp32."""

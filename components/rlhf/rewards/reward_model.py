@@ -12,6 +12,7 @@ from components.rlhf.data.microbatches import equal_passes
 from components.rlhf.data.records import Completion, PreferencePair, Prompt, is_chat
 from components.rlhf.data.tokenizer import decode_response, encode_text, load_tokenizer
 from components.rlhf.models.loading import is_scored_as_text, load_scalar_lm, reward_normalization
+from components.rlhf.models.packing import plan_for
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rewards.protocol import ComputedStates, Scorer, compare_scores
 from components.rlhf.rewards.text import TextScorer
@@ -35,7 +36,8 @@ class RewardModelScorer:
         device = self.model.lm.device
         scores = torch.zeros(len(completions))
         lengths = [len(c.prompt_ids) + len(c.response_ids) for c in completions]
-        for group, _ in equal_passes(lengths, self.microbatch_tokens, self.max_over_ranks):
+        plan = plan_for(self.model)
+        for group, _ in equal_passes(lengths, self.microbatch_tokens, self.max_over_ranks, plan):
             rows = [completions[index] for index in group]
             batch = collate([c.prompt_ids for c in rows], [c.response_ids for c in rows])
             scores[group] = self.model.scores(batch.to(device)).cpu()

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from components.rlhf.models.layers import apply_head, decoder_of
+from components.rlhf.models.packing import attends_by_position
 from components.rlhf.rollout.cache import copy_rows, has_rows, keep_rows
 
 CACHES = (
@@ -17,22 +16,6 @@ CACHES = (
     "cache_params",
     "state",
 )  # names of the argument, and of the output, in transformers' decoders
-
-
-def allows_padding(model: Any) -> bool:
-    """Whether prompts of different lengths can be decoded in one batch.
-
-    They cannot if the decoder has no position_ids, so that its positions would count the padding, or if a layer is neither full nor
-    sliding attention: recurrent states would contain the padding, and chunks or blocks of attention would begin in it.
-    """
-    decoder = decoder_of(model)
-    arguments = inspect.signature(decoder.forward).parameters
-    if not {"attention_mask", "position_ids", "past_key_values"} <= set(arguments):
-        return False
-    kinds = getattr(decoder.config.get_text_config(), "layer_types", None) or ["full_attention"]
-    layers = DynamicCache(config=decoder.config).layers
-    is_recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
-    return set(kinds) <= {"full_attention", "sliding_attention"} and not is_recurrent
 
 
 class Decoding:
@@ -51,7 +34,7 @@ class Decoding:
         )  # distinct prompt of each row, until the first step has run
         self.tokens, self.mask = left_pad(list(numbers), model.device)
         self.arguments = set(inspect.signature(self.decoder.forward).parameters)
-        self.allows_padding = allows_padding(model)
+        self.allows_padding = attends_by_position(model)
         self.cache: dict[str, Any] = {}
         self.rows = torch.arange(
             len(prompt_ids), device=model.device

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.records import Completion, Prompt, is_chat
 from components.rlhf.data.tokenizer import decode_response, encode_prompt
-from components.rlhf.rollout.decoding import Decoding, allows_padding
+from components.rlhf.models.packing import attends_by_position
+from components.rlhf.rollout.decoding import Decoding
 from components.rlhf.rollout.probe import WeightSample
 
 BLOCK = 256  # tokens of the vocabulary
@@ -80,7 +81,7 @@ def sample(
 ) -> list[Sample]:
     """One response to each prompt. It depends on its prompt, its seed and the weights, not on the rest of the batch."""
     samples: dict[int, Sample] = {}
-    for rows in _batches(prompt_ids, sampling.batch_size, allows_padding=allows_padding(model)):
+    for rows in _batches(prompt_ids, sampling.batch_size, allows_padding=attends_by_position(model)):
         prompts = [prompt_ids[row] for row in rows]
         batch = _sample_batch(model, prompts, sampling, [seeds[row] for row in rows], stop_ids)
         samples |= zip(rows, batch, strict=True)
@@ -156,10 +157,11 @@ def _draw(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     sums = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     targets = uniforms.double() * sums[:, -1]  # the sum is 1 only up to rounding
     # right=True, so that a draw of exactly 0 does not select a first block or token of probability 0.
-    block = torch.searchsorted(sums, targets[:, None], right=True)
+    # With nan nothing is found; the last token is taken, and the loss then says what is wrong.
+    block = torch.searchsorted(sums, targets[:, None], right=True).clamp(max=sums.shape[1] - 1)
     before = torch.nn.functional.pad(sums, (1, 0)).gather(1, block)
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(dim=-1)
     # The sums of blocks and tokens round differently; at the end of a block that must not select a token of probability 0.
     rest = torch.minimum(targets[:, None] - before, inside[:, -1:].nextafter(torch.zeros_like(before)))
-    sampled = block * BLOCK + torch.searchsorted(inside, rest, right=True)
+    sampled = (block * BLOCK + torch.searchsorted(inside, rest, right=True)).clamp(max=logits.shape[1] - 1)
     return sampled.squeeze(1), probabilities.gather(1, sampled).squeeze(1).log()

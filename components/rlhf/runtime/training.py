@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from components.rlhf.checkpoints.manager import CheckpointManager
-from components.rlhf.data.microbatches import Plan, local_microbatches, padded_tokens, plan_passes
+from components.rlhf.data.microbatches import Plan, computed_tokens, local_microbatches, plan_passes
 from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.text.errors import require_finite
 from components.rlhf.text.progress import Progress
@@ -83,10 +83,10 @@ def train_on_batches(
     return state
 
 
-def token_counts(lengths: Sequence[int], passes: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def token_counts(lengths: Sequence[int], passes: Sequence[Sequence[int]], *, pack_limit: int) -> dict[str, Tensor]:
     """What shares_of counts for forward passes over rows of these lengths."""
     return {
-        "computed_tokens": torch.tensor(padded_tokens(lengths, passes), dtype=torch.float64),
+        "computed_tokens": torch.tensor(computed_tokens(lengths, passes, pack_limit=pack_limit), dtype=torch.float64),
         "real_tokens": torch.tensor(sum(lengths), dtype=torch.float64),
     }
 

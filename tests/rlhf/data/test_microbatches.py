@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from components.rlhf.data.microbatches import (
     PASS_TOKENS,
+    computed_tokens,
     deal_rows,
     equal_passes,
+    fill_microbatches,
     local_microbatches,
-    padded_tokens,
     plan_passes,
     split_passes,
 )
@@ -90,7 +91,7 @@ def test_conversations_are_computed_with_at_most_5_percent_of_padding(rows: int,
             parts = local_microbatches(
                 lengths, 4096, rank=rank, world_size=world_size, max_over_ranks=lambda _, most=most: most
             )
-            computed += padded_tokens(lengths, [indices for indices, _ in parts])
+            computed += computed_tokens(lengths, [indices for indices, _ in parts], pack_limit=0)
         real += sum(lengths)
     assert computed / real <= 1.05
 
@@ -102,7 +103,7 @@ def test_splitting_keeps_all_rows_and_reaches_the_count_if_there_are_rows(length
     split = split_passes(passes, count)
     assert sorted(row for rows in split for row in rows) == list(range(len(lengths)))
     assert len(split) == max(len(passes), min(count, len(lengths)))
-    assert padded_tokens(lengths, split) <= padded_tokens(lengths, passes)
+    assert computed_tokens(lengths, split, pack_limit=0) <= computed_tokens(lengths, passes, pack_limit=0)
 
 
 def test_rank_with_fewer_rows_than_passes_repeats_its_shortest_row_without_weight() -> None:
@@ -157,3 +158,15 @@ def test_ranks_get_equally_many_microbatches_of_a_step(lengths: list[int], world
     assert sorted(row for row, weight in with_weights if weight == 1) == list(range(len(lengths)))
     # A pass over no rows has no gradients.
     assert all(rows for microbatches in by_rank for rows, _ in microbatches)
+
+
+@settings(max_examples=200)
+@given(LENGTHS, st.integers(1, 900))
+def test_packed_passes_are_filled_up_to_the_budget(lengths: list[int], budget: int) -> None:
+    passes = fill_microbatches(lengths, budget)
+    assert sorted(row for rows in passes for row in rows) == list(range(len(lengths)))
+    tokens = [sum(lengths[row] for row in rows) for rows in passes]
+    assert all(len(rows) == 1 or total <= budget for rows, total in zip(passes, tokens, strict=True))
+    # No pass could take the first row of the next one.
+    assert all(total + lengths[following[0]] > budget for total, following in zip(tokens, passes[1:], strict=False))
+    assert computed_tokens(lengths, passes, pack_limit=max(lengths, default=0)) == sum(lengths)

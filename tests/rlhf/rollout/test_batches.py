@@ -12,7 +12,8 @@ from torch import Tensor
 
 from components.rlhf.config.model import SamplingConfig
 from components.rlhf.models.layers import decoder_of
-from components.rlhf.rollout.decoding import Decoding, allows_padding
+from components.rlhf.models.packing import attends_by_position
+from components.rlhf.rollout.decoding import Decoding
 from components.rlhf.rollout.hf import _draw, _unfinished, sample
 from tests.support.tiny_models import VOCAB_SIZE, tiny_model
 
@@ -115,7 +116,7 @@ def test_batches_have_little_padding(kind: str) -> None:
     lengths = torch.randperm(32, generator=generator).add(1).tolist()
     prompts = [torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
     _, shapes = calls_of(lm, prompts, SamplingConfig(max_new_tokens=1, batch_size=8), ())
-    assert allows_padding(lm)
+    assert attends_by_position(lm)
     assert sorted(shapes) == [(8, 8), (8, 16), (8, 24), (8, 32)]
 
 

@@ -47,7 +47,7 @@ def shares_of(rows: Sequence[int], batch: Sequence[int]) -> dict[str, Tensor]:
     """A loss that is the mean length of a batch, and the number of records as a metric."""
     lengths = [LENGTHS[i] for i in rows]
     shares = {"loss": torch.tensor(sum(lengths) / len(batch)), "records": torch.tensor(float(len(rows)))}
-    return shares | token_counts(lengths, [range(len(rows))])
+    return shares | token_counts(lengths, [range(len(rows))], pack_limit=0)
 
 
 def train(rank: int, world_size: int) -> tuple[GradientSum, dict[int, dict[str, float]]]:
