@@ -13,7 +13,7 @@ History = list[dict[str, float]]
 
 
 def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, float]:
-    """Metrics of one rollout over all ranks."""
+    """Metrics of one rollout over all ranks; without engine_gap where the log-probs of the engine are the old ones."""
     mask, every_row, ended = e.batch.response_mask, torch.ones_like(e.truncated), ~e.truncated
     engine_gap = torch.where(mask, (e.old_logprobs - e.engine_logprobs).abs(), 0)
 
@@ -32,6 +32,7 @@ def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, f
     ).tolist()
     score_mean, score_variance = moments(e.scores, every_row)
     returns_variance, residual_variance = moments(e.returns, mask)[1], moments(e.returns - e.old_values, mask)[1]
+    gaps = {"engine_gap/mean": mean(engine_gap, mask), "engine_gap/max": group.max(engine_gap.max()).item()}
     return {
         "score/mean": score_mean,
         "score/std": score_variance**0.5,
@@ -45,9 +46,8 @@ def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, f
         "value/mean": mean(e.old_values, mask),
         # 1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 no better than a constant.
         "value/explained_variance": 1 - residual_variance / returns_variance if returns_variance > 1e-8 else 0.0,
-        "engine_gap/mean": mean(engine_gap, mask),
-        "engine_gap/max": group.max(engine_gap.max()).item(),
         "tokens/computed_per_real": computed / real,
+        **({} if e.old_logprobs is e.engine_logprobs else gaps),
     }
 
 

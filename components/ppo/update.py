@@ -33,8 +33,8 @@ def update(learner: Learner, experience: Experience, *, seed: int, iteration: in
             values = _optimizer_step(learner, experience, passes, weights)
             if steps == 0:
                 first_ratio_error = values["ratio_error"]
+            where = f"epoch {epoch}, minibatch {number}, responses {sorted(torch.cat(passes).tolist())}"
             for name in ("loss/policy", "loss/value", "actor/grad_norm", "critic/grad_norm"):
-                where = f"epoch {epoch}, minibatch {number}, responses {sorted(torch.cat(passes).tolist())}"
                 require_finite(values[name], what=name, step=iteration, batch=where)
             steps += 1
             for name, value in values.items():

@@ -75,7 +75,7 @@ def test_log_probs_of_the_engine_serve_as_old_ones_without_a_pass_of_the_actor(
         patch.setattr(trainer_module, "update", lambda *_, **__: {})
         row = trainer._iterate(1, PROMPTS)
     assert len(passes) == 1  # of the probe after the sync
-    assert row["engine_gap/max"] == 0.0
+    assert "engine_gap/max" not in row
     assert row["entropy"] > 0
     row = trainer._iterate(2, PROMPTS)
     assert 0 < row["actor/first_ratio_error"] < 1e-3  # both engines are transformers, with other batches

@@ -71,7 +71,7 @@ class TrainingConfig(BaseConfig):
     max_grad_norm: NonNegative = 1.0
     """Gradients are clipped to this norm; 0 disables clipping."""
     microbatch_tokens: PositiveInt = 4096
-    """Maximum number of tokens in one forward pass, including padding; lower it to save memory."""
+    """Maximum number of tokens in one forward pass, with padding where there is any; lower it to save memory."""
 
     @model_validator(mode="after")
     def _require_deepspeed_for_offload(self) -> "TrainingConfig":

@@ -39,28 +39,29 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
-        dtype = _precision(logits)
-        chosen = torch.empty(len(logits), dtype=dtype, device=logits.device)
-        kept = torch.empty(logits.shape, dtype=dtype, device=logits.device) if ctx.needs_input_grad[0] else None
+        chosen = torch.empty(len(logits), dtype=_precision(logits), device=logits.device)
+        kept = []
         for rows in _cached_rows(logits):
             logprobs = _log_softmax(logits[rows], temperature)
             chosen[rows] = logprobs.gather(-1, labels[rows, None]).squeeze(-1)
-            if kept is not None:
-                kept[rows] = logprobs
-        if kept is not None:
-            ctx.save_for_backward(kept, labels)
+            kept += [logprobs] if ctx.needs_input_grad[0] else []
+        if kept:
+            ctx.save_for_backward(labels, *kept)
             ctx.temperature, ctx.dtype = temperature, logits.dtype
         return chosen
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        logprobs, labels = ctx.saved_tensors
-        scale = (gradient / ctx.temperature)[:, None]
-        for rows in _cached_rows(logprobs):
+        labels, *kept = ctx.saved_tensors
+        scale, done = (gradient / ctx.temperature)[:, None], 0
+        result = torch.empty(len(labels), kept[0].shape[-1], dtype=ctx.dtype, device=labels.device)
+        for logprobs in kept:
+            rows = slice(done, done + len(logprobs))
             # In place, so another backward pass through the same logits is an error, not a wrong gradient.
-            logprobs[rows].exp_().mul_(-scale[rows]).scatter_add_(-1, labels[rows, None], scale[rows])
-        return logprobs.to(ctx.dtype), None, None
+            result[rows] = logprobs.exp_().mul_(-scale[rows]).scatter_add_(-1, labels[rows, None], scale[rows])
+            done += len(logprobs)
+        return result, None, None
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

@@ -17,9 +17,10 @@ from components.rlhf.models.packing import pack_limit, run_rows
 from components.rlhf.models.precision import autocast_to
 from components.rlhf.models.router import RouterLoss
 
-# Logits in memory at once: 64 MiB in fp32 on a CPU, where larger pieces are no faster; 512 MiB on a GPU, which needs them.
+# Logits that are computed at once: 64 MiB in fp32 on a CPU, where larger pieces are no faster, and 256 MiB on a GPU, which needs them.
+# Log-probs, entropy and gradient take a few times that on a GPU, and little more than that on a CPU.
 MAX_LOGITS = 2**24
-MAX_LOGITS_ON_GPU = 2**27
+MAX_LOGITS_ON_GPU = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)

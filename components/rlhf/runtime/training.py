@@ -106,7 +106,8 @@ def _optimizer_step(
         engine.backward(weight * shares["loss"], last=number == len(microbatches))
         for metric, share in shares.items():
             sums[metric] = sums.get(metric, 0) + weight * share.detach()
-    totals = context.group.sum(torch.stack(list(sums.values()))).tolist()
+    device = sums["loss"].device  # counts of tokens are on the CPU
+    totals = context.group.sum(torch.stack([value.to(device) for value in sums.values()])).tolist()
     info = engine.step()
     values = dict(zip(sums, totals, strict=True))
     values["computed_per_real_token"] = values.pop("computed_tokens") / max(values.pop("real_tokens"), 1)

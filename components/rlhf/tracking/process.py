@@ -7,7 +7,6 @@ when the stage ends, however that happens, because its standard input ends too.
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -28,7 +27,8 @@ class ProcessTracker:
 
     def __init__(self, config: TrackingConfig, *, run_id: str, stage: str, params: Mapping[str, Any]) -> None:
         """Raises OSError if the process cannot be started."""
-        self._process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # A group of its own, so that a signal to the stage's group does not end it before the stage has said how it ends.
+        self._process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0)
         self._num_requests = 0
         self._is_lost = False
         self._request("start", config=config.canonical_json(), run_id=run_id, stage=stage, params=dict(params))
@@ -58,7 +58,7 @@ class ProcessTracker:
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: finish has closed it, and a signal has ended its wait
             self._lose(error)
 
     def _wait(self) -> None:
@@ -92,8 +92,6 @@ def start_tracking_process(config: TrackingConfig, *, run_id: str, stage: str, p
 
 def main() -> None:
     """The other process: serve requests until finish, or until the stage has ended."""
-    for number in (signal.SIGTERM, signal.SIGINT):  # sent to the stage's process group; the stage then calls finish
-        signal.signal(number, signal.SIG_IGN)
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)  # what a library prints is no answer
         redact_output()
@@ -123,9 +121,11 @@ def _serve(requests: "queue.SimpleQueue[dict[str, Any]]", answers: Any) -> None:
 
 def _read_requests(requests: "queue.SimpleQueue[dict[str, Any]]") -> None:
     """Read ahead, so that the stage does not wait while a request is being served; end when the stage has ended."""
-    for line in sys.stdin.buffer:
-        requests.put(json.loads(line))
-    os._exit(0)
+    try:
+        for line in sys.stdin.buffer:
+            requests.put(json.loads(line))
+    finally:  # also after half a line, which a signal may have cut
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -294,3 +294,14 @@ def _logprobs(completion: Completion) -> Tensor:
     assert completion.logprobs.dtype == torch.float32
     assert all(math.isfinite(x) and x <= 0 for x in completion.logprobs.tolist())
     return completion.logprobs.clone()
+
+
+@pytest.mark.parametrize("size", [100, 256, 512])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_draw_from_logits_that_are_not_finite_is_no_crash(size: int, bad: float) -> None:
+    """The loss of the response then names the iteration."""
+    logits = torch.zeros(2, size)
+    logits[1, 3] = bad
+    tokens, logprobs = _draw(logits, torch.tensor([0.999, 0.5]))
+    assert ((tokens >= 0) & (tokens < size)).all()
+    assert logprobs[0] == pytest.approx(-math.log(size), abs=1e-4) and logprobs[1].isnan()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -80,3 +81,25 @@ def test_computed_per_real_token_counts_padding() -> None:
         lengths = [LENGTHS[i] for i in batch]  # all of them share a pass
         padded = len(lengths) * max(lengths) / sum(lengths)
         assert context.tracker.rows[step]["train/computed_per_real_token"] == pytest.approx(padded)
+
+
+def test_counts_of_tokens_join_losses_on_another_device() -> None:
+    """The counts are on the CPU; a model on a GPU has its losses there."""
+    context = context_of("sft")
+    context = replace(context, group=OnDevice())
+
+    def shares(rows: Sequence[int], batch: Sequence[int]) -> dict[str, Tensor]:
+        return shares_of(rows, batch) | {"loss": torch.zeros((), device="meta")}
+
+    engine = GradientSum()
+    engine.backward = lambda loss, last: None  # type: ignore[method-assign]
+    train_on_batches(context, "model", engine, BATCHES, shares)  # type: ignore[arg-type]
+    assert OnDevice.devices == {"meta"}
+
+
+class OnDevice(SingleProcess):
+    devices: ClassVar[set[str]] = set()
+
+    def sum(self, x: Tensor) -> Tensor:
+        self.devices.add(x.device.type)
+        return torch.ones(x.shape)
