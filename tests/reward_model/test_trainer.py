@@ -114,12 +114,10 @@ def test_equal_texts_have_a_loss_of_log_2(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize(("use", "expected"), [(True, [2.5, 0.0]), (False, [0.0, 0.0])])
-def test_margins_are_used_only_with_use_margin(
-    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, use: bool, expected: list[float]
-) -> None:
+def test_margins_are_used_only_with_use_margin(tiny_model: Path, use: bool, expected: list[float]) -> None:
     trainer = trainer_of(tiny_model, use_margin=use)
     pairs = [PreferencePair(prompt="a", chosen="b", rejected="c", margin=margin) for margin in (2.5, None)]
-    assert [trainer._encode(tokenizer, pair, 64).margin for pair in pairs] == expected
+    assert [trainer.margin_of(pair) for pair in pairs] == expected
 
 
 def test_training_learns_the_pairs(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:

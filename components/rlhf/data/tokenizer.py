@@ -11,8 +11,10 @@ from weakref import WeakKeyDictionary
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from components.rlhf.data.chat import turn_end_id
-from components.rlhf.data.records import Turn
+from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText, Turn, is_chat
 from components.rlhf.text.errors import InputError
+
+Record = Demonstration | PreferencePair | Prompt | RatedText
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -59,11 +61,28 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return {"vocabulary": sorted(tokenizer.get_vocab().items())}
-    rules = cast(dict[str, Any], json.loads(backend.to_str()))
-    for name in ("padding", "truncation"):
-        rules.pop(name, None)
+    rules = _backend_rules(backend)
     rules["added_tokens"] = sorted((token["id"], token["content"]) for token in rules.get("added_tokens", []))
     return rules
+
+
+def _backend_rules(backend: Any) -> dict[str, Any]:
+    rules = cast(dict[str, Any], json.loads(backend.to_str()))
+    return {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
+
+
+def encoding_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """sha256 of every rule that makes ids of a text, to the flags of each added token; None if the rules cannot be read.
+
+    tokenizer_digest leaves out those flags, which differ between copies of one tokenizer that mean the same text.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    flags = tokenizer.split_special_tokens, special_prefix(tokenizer)
+    ends = [response_end_id(tokenizer, is_chat=is_chat) for is_chat in (False, True)]
+    content = json.dumps([_backend_rules(backend), *flags, *ends], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def chat_template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -86,6 +105,14 @@ class EncodedText:
     @property
     def num_learned(self) -> int:
         return sum(self.response_mask)
+
+    def cut(self, max_tokens: int) -> "EncodedText":
+        """The text within max_tokens. A prompt is never cut."""
+        limit = max(max_tokens - len(self.prompt_ids), 0)
+        if len(self.response_ids) <= limit:
+            return self
+        ids, mask = self.response_ids[:limit], self.response_mask[:limit]
+        return EncodedText(prompt_ids=self.prompt_ids, response_ids=ids, response_mask=mask, truncated=True)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, is_chat: bool = False) -> list[int]:
@@ -130,10 +157,26 @@ def encode_turns(
         answer = [*encode_completion(tokenizer, turn.answer), end]
         ids += [*between, *answer]
         mask += [False] * len(between) + [True] * len(answer)
-    limit = max(max_tokens - len(prompt_ids), 0)
-    return EncodedText(
-        prompt_ids=prompt_ids, response_ids=ids[:limit], response_mask=mask[:limit], truncated=len(ids) > limit
-    )
+    whole = EncodedText(prompt_ids=prompt_ids, response_ids=ids, response_mask=mask, truncated=False)
+    return whole.cut(max_tokens)
+
+
+def encode_record(record: Record, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> list[EncodedText]:
+    """The texts of a record as ids, exactly as training encodes them; none for a prompt."""
+    match record:
+        case PreferencePair():
+            return [
+                encode_text(tokenizer, record.prompt, text, max_tokens=max_tokens, is_chat=is_chat(record))
+                for text in (record.chosen, record.rejected)
+            ]
+        case RatedText():
+            return [
+                encode_text(tokenizer, record.prompt, record.completion, max_tokens=max_tokens, is_chat=is_chat(record))
+            ]
+        case Demonstration():
+            return [encode_turns(tokenizer, record.turns, max_tokens=max_tokens, is_chat=is_chat(record))]
+        case _:
+            return []
 
 
 def _ids_after(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> list[int]:
