@@ -11,8 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from components.reward_model.evaluate import as_markdown
 from components.reward_model.trainer import EncodedPair, RewardModelTrainer
 from components.rlhf.config.model import LoraConfig
+from components.rlhf.data.datasets import save_records
 from components.rlhf.data.records import PreferencePair
-from components.rlhf.data.tokenizer import EncodedText
+from components.rlhf.data.token_files import pack, save_tokens
+from components.rlhf.data.tokenizer import EncodedText, encode_record
 from components.rlhf.text.errors import InputError
 from tests.support.reward_model_runs import PAIRS, trainer_of
 from tests.support.training import break_after_saving, checkpoints_every_step
@@ -200,6 +202,20 @@ def test_adapters_start_at_the_loss_of_the_plain_model(tiny_model: Path) -> None
         losses_of(trainer_of(tiny_model, lora=lora), encoded_pairs())[0].tolist() for lora in (None, LoraConfig())
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_stored_ids_give_the_same_weights(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_records(tmp_path, "train", PAIRS)
+    texts = [text for pair in PAIRS for text in encode_record(pair, tokenizer, max_tokens=12)]
+    save_tokens(tmp_path, "train", [pack(text) for text in texts], tokenizer, max_tokens=12)
+    plain, stored = trainer_of(tiny_model), trainer_of(tiny_model)
+    plain.train(tokenizer, PAIRS, max_tokens=12)
+    monkeypatch.setattr("components.rlhf.data.token_files.pack", None)  # nothing is encoded
+    stored.train(tokenizer, PAIRS, max_tokens=12, folder=tmp_path)
+    assert all(torch.equal(weight, weights(plain)[name]) for name, weight in weights(stored).items())
+    assert stored.context.tracker.rows == plain.context.tracker.rows
 
 
 @pytest.mark.parametrize("interrupt_at", [2, 5])

@@ -11,7 +11,9 @@ from components.rlhf.checkpoints.manager import CheckpointManager
 from components.rlhf.config.model import LoraConfig, ModelConfig, TrainingConfig
 from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
+from components.rlhf.data.datasets import save_records
 from components.rlhf.data.records import Demonstration, Turn
+from components.rlhf.data.token_files import pack, save_tokens
 from components.rlhf.data.tokenizer import EncodedText, encode_text, encode_turns
 from components.rlhf.text.errors import InputError
 from components.sft.trainer import SftTrainer, as_markdown
@@ -290,3 +292,20 @@ def test_summary_shows_loss_before_and_after() -> None:
     text = as_markdown({"heldout_loss_before": 2.0, "heldout_loss": 1.0, "heldout_perplexity": math.e})
     assert "| held-out loss (nats per token) | 2.000 | 1.000 |" in text
     assert "| held-out perplexity | 7.4 | 2.7 |" in text
+
+
+def test_stored_ids_give_the_same_weights(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = (Turn(context="It", answer=" is"), Turn(context=" good", answer=" so"))
+    records = [*DATA, Demonstration(turns=turns)]
+    for split, texts in (("train", records), ("heldout", HELDOUT)):
+        save_records(tmp_path, split, texts)
+        packed = [pack(encode_turns(tokenizer, text.turns, max_tokens=12)) for text in texts]
+        save_tokens(tmp_path, split, packed, tokenizer, max_tokens=12)
+    plain, stored = trainer_of(tiny_model), trainer_of(tiny_model)
+    expected = plain.train(tokenizer, records, HELDOUT, max_tokens=12)
+    monkeypatch.setattr("components.rlhf.data.token_files.pack", None)  # nothing is encoded
+    assert stored.train(tokenizer, records, HELDOUT, max_tokens=12, folder=tmp_path) == expected
+    assert all(torch.equal(weight, weights(plain)[name]) for name, weight in weights(stored).items())
+    assert stored.context.tracker.rows == plain.context.tracker.rows

@@ -92,8 +92,8 @@ class PackedTexts(Sequence[EncodedText]):
         )
 
 
-def _starts(lengths: Any) -> list[int]:
-    return [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
+def _starts(lengths: Any) -> Any:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def save_tokens(
