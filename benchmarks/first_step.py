@@ -27,7 +27,7 @@ from tests.support.training import context_of
 WORDS = (
     "the of and to in is was for that on with as by at from it an be this which are or had has were not but also they "
     "one first two new after who would been other some their time when more there people many about part work place"
-).split()
+)
 MAX_TOKENS = 2048
 
 
@@ -43,6 +43,9 @@ def main(records: int, tokens: int, model: str) -> None:
         num_tokens = write_demonstrations(data, records, tokens, tokenizer)
         size = (data / "train.tokens.safetensors").stat().st_size / num_tokens
         click.echo(f"{records:,} demonstrations of {num_tokens / records:.0f} tokens, {size:.2f} bytes per token")
+        SftTrainer(stage(), base, context_of("sft")).train(  # imports and allocates
+            tokenizer, load_records(data, "train", Demonstration)[:1], [], max_tokens=MAX_TOKENS
+        )
         for label, folder in (("tokenized", None), ("stored ids", data)):
             trainer = SftTrainer(stage(), base, context_of("sft"))
             started = time.perf_counter()
@@ -69,7 +72,7 @@ def write_demonstrations(folder: Path, records: int, tokens: int, tokenizer: Pre
     generator = random.Random(0)
 
     def text(size: int) -> str:
-        return "".join(f" {word}" for word in generator.choices(WORDS, k=size))
+        return "".join(f" {word}" for word in generator.choices(WORDS.split(), k=size))
 
     demonstrations = [
         Demonstration(turns=(Turn(context=text(tokens // 5), answer=text(tokens - tokens // 5 - 1)),))
@@ -94,7 +97,7 @@ def write_demonstrations(folder: Path, records: int, tokens: int, tokenizer: Pre
 def stage() -> SftStageConfig:
     return SftStageConfig(
         model=ModelConfig(num_frozen_layers=0, precision="fp32"),
-        sft=SftConfig(training=TrainingConfig(), batch_size=8, max_steps=1),
+        sft=SftConfig(training=TrainingConfig(), batch_size=1, max_steps=1),
         checkpoint=CheckpointConfig(),
         seed=0,
     )

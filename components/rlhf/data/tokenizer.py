@@ -61,14 +61,11 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return {"vocabulary": sorted(tokenizer.get_vocab().items())}
-    rules = _backend_rules(backend)
+    rules = cast(dict[str, Any], json.loads(backend.to_str()))
+    for name in ("padding", "truncation"):
+        rules.pop(name, None)
     rules["added_tokens"] = sorted((token["id"], token["content"]) for token in rules.get("added_tokens", []))
     return rules
-
-
-def _backend_rules(backend: Any) -> dict[str, Any]:
-    rules = cast(dict[str, Any], json.loads(backend.to_str()))
-    return {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
 
 
 def encoding_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -79,10 +76,10 @@ def encoding_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    flags = tokenizer.split_special_tokens, special_prefix(tokenizer)
+    _ids(tokenizer, "")  # without truncation and padding, which the rules contain as the last call has set them
     ends = [response_end_id(tokenizer, is_chat=is_chat) for is_chat in (False, True)]
-    content = json.dumps([_backend_rules(backend), *flags, *ends], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()
+    content = [backend.to_str(), tokenizer.split_special_tokens, special_prefix(tokenizer), ends]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def chat_template_digest(tokenizer: PreTrainedTokenizerBase) -> str:

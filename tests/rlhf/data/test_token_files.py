@@ -210,6 +210,13 @@ def test_copy_of_a_tokenizer_reads_the_ids(tmp_path: Path) -> None:
         assert read(tmp_path, DEMONSTRATIONS, load_tokenizer(tmp_path / name))[1] == []
 
 
+def test_truncation_of_an_earlier_call_does_not_matter(tmp_path: Path) -> None:
+    store(tmp_path, DEMONSTRATIONS, TOKENIZERS["tiny"])
+    other = make_tiny_tokenizer()
+    other("a long text", truncation=True, max_length=3, padding="max_length")
+    assert read(tmp_path, DEMONSTRATIONS, other)[1] == []
+
+
 # --- not used ---
 
 
