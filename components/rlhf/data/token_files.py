@@ -143,7 +143,7 @@ def _read(
         stored_key = cast(dict[str, Any], json.loads((file.metadata() or {})["key"]))
         key = _key(folder, split, tokenizer, max_tokens) or {}
         if different := sorted(name for name in key | stored_key if key.get(name) != stored_key.get(name)):
-            log(f"tokenizing {split}: the stored ids are for another {' and another '.join(different)}")
+            log(f"tokenizing {split} again: the stored ids do not match in {', '.join(different)}")
             return None
         values = {name: file.get_tensor(name) for name in (*COLUMNS, "runs")} | {"ids": file.get_slice("ids")}
         if values["ids"].get_shape() != [values["lengths"].sum()] or values["ids"].get_dtype() != "I32":
@@ -154,7 +154,7 @@ def _read(
     for number in {(len(records) - 1) * probe // (NUM_PROBES - 1) for probe in range(NUM_PROBES)} if records else ():
         texts = encode_record(records[number], tokenizer, max_tokens=max_tokens)
         if found[number * per_record : (number + 1) * per_record] != texts:
-            log(f"tokenizing {split}: the stored ids of record {number} are not those of its text")
+            log(f"tokenizing {split} again: the stored ids of record {number} are not those of its text")
             return None
     return found
 

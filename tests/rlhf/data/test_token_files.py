@@ -213,6 +213,7 @@ def test_copy_of_a_tokenizer_reads_the_ids(tmp_path: Path) -> None:
 def test_truncation_of_an_earlier_call_does_not_matter(tmp_path: Path) -> None:
     store(tmp_path, DEMONSTRATIONS, TOKENIZERS["tiny"])
     other = make_tiny_tokenizer()
+    assert read(tmp_path, DEMONSTRATIONS, other)[1] == []
     other("a long text", truncation=True, max_length=3, padding="max_length")
     assert read(tmp_path, DEMONSTRATIONS, other)[1] == []
 
@@ -254,17 +255,17 @@ def other_end() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(
     ("writer", "reader", "reason"),
     [
-        (make_tiny_tokenizer, without_merging, "another tokenizer"),
-        (stripping, not_stripping, "another tokenizer"),
-        (make_tiny_tokenizer, other_end, "another tokenizer"),
-        (make_tiny_tokenizer, other_template, "another chat_template"),
-        (lambda: make_tokenizer("qwen"), lambda: make_tokenizer("llama 3"), "another chat_template and another tokenizer"),
+        (make_tiny_tokenizer, without_merging, "tokenizer"),
+        (stripping, not_stripping, "tokenizer"),
+        (make_tiny_tokenizer, other_end, "tokenizer"),
+        (make_tiny_tokenizer, other_template, "chat_template"),
+        (lambda: make_tokenizer("qwen"), lambda: make_tokenizer("llama 3"), "chat_template, tokenizer"),
     ],
 )  # fmt: skip
 def test_ids_of_another_tokenizer_are_not_used(tmp_path: Path, writer: Any, reader: Any, reason: str) -> None:
     store(tmp_path, DEMONSTRATIONS, writer())
     texts, log = read(tmp_path, DEMONSTRATIONS, reader())
-    assert log == [f"tokenizing train: the stored ids are for {reason}"]
+    assert log == [f"tokenizing train again: the stored ids do not match in {reason}"]
     check(texts, expected(DEMONSTRATIONS, reader()))
 
 
@@ -273,7 +274,7 @@ def test_ids_for_another_max_tokens_are_not_used(tmp_path: Path, max_tokens: int
     tokenizer = TOKENIZERS["tiny"]
     store(tmp_path, PAIRS, tokenizer)
     texts, log = read(tmp_path, PAIRS, tokenizer, max_tokens)
-    assert log == ["tokenizing train: the stored ids are for another max_tokens"]
+    assert log == ["tokenizing train again: the stored ids do not match in max_tokens"]
     check(texts, expected(PAIRS, tokenizer, max_tokens))
 
 
@@ -283,7 +284,7 @@ def test_ids_of_other_records_are_not_used(tmp_path: Path) -> None:
     others = [*PAIRS[:-1], replace(PAIRS[-1], chosen="d" * 11)]
     save_records(tmp_path, "train", others)
     texts, log = read(tmp_path, others, tokenizer)
-    assert log == ["tokenizing train: the stored ids are for another records"]
+    assert log == ["tokenizing train again: the stored ids do not match in records"]
     check(texts, expected(others, tokenizer))
 
 
@@ -291,7 +292,7 @@ def test_ids_of_other_software_are_not_used(tmp_path: Path, monkeypatch: pytest.
     tokenizer = TOKENIZERS["tiny"]
     store(tmp_path, PAIRS, tokenizer)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0")
-    assert "another version of tokenizers and another version of transformers" in read(tmp_path, PAIRS, tokenizer)[1][0]
+    assert "version of tokenizers, version of transformers" in read(tmp_path, PAIRS, tokenizer)[1][0]
 
 
 def test_ids_that_are_not_those_of_a_text_are_not_used(tmp_path: Path) -> None:
@@ -299,7 +300,7 @@ def test_ids_that_are_not_those_of_a_text_are_not_used(tmp_path: Path) -> None:
     store(tmp_path, PAIRS, tokenizer)
     change(path, lambda values: values["ids"].__setitem__(0, 7))
     texts, log = read(tmp_path, PAIRS, tokenizer)
-    assert log == ["tokenizing train: the stored ids of record 0 are not those of its text"]
+    assert log == ["tokenizing train again: the stored ids of record 0 are not those of its text"]
     check(texts, expected(PAIRS, tokenizer))
 
 
