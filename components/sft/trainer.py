@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,17 +61,10 @@ class SftTrainer:
     ) -> dict[str, float]:
         """Take every step that no checkpoint has; return the final metrics. folder is that of the data set, which may have ids."""
         sft, seed = self.config.sft, self.config.seed
-        texts, heldout_texts = (
-            encode_all(
-                demonstrations,
-                tokenizer,
-                max_tokens=max_tokens,
-                folder=folder,
-                split=split,
-                log=self.context.progress.log,
-            )
-            for split, demonstrations in (("train", train), ("heldout", heldout[:MAX_HELDOUT]))
+        encode = partial(
+            encode_all, tokenizer=tokenizer, max_tokens=max_tokens, folder=folder, log=self.context.progress.log
         )
+        texts, heldout_texts = encode(train, split="train"), encode(heldout[:MAX_HELDOUT], split="heldout")
         steps = list(
             step_batches(len(texts), sft.batch_size, seed=seed, num_epochs=sft.num_epochs, max_steps=sft.max_steps)
         )
