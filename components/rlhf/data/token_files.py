@@ -141,8 +141,8 @@ def _read(
     try:
         file: Any = safe_open(path, framework="np")
         stored_key = cast(dict[str, Any], json.loads((file.metadata() or {})["key"]))
-        key = _key(folder, split, tokenizer, max_tokens) or {}
-        if different := sorted(name for name in key | stored_key if key.get(name) != stored_key.get(name)):
+        key = _key(folder, split, tokenizer, max_tokens) or {"tokenizer": None}
+        if different := sorted(name for name in key | stored_key if key.get(name) != stored_key.get(name, "")):
             log(f"tokenizing {split} again: the stored ids do not match in {', '.join(different)}")
             return None
         values = {name: file.get_tensor(name) for name in (*COLUMNS, "runs")} | {"ids": file.get_slice("ids")}

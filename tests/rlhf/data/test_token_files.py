@@ -309,6 +309,11 @@ def test_tokenizer_whose_rules_cannot_be_read_stores_nothing(tmp_path: Path, mon
     store(tmp_path, PAIRS, TOKENIZERS["tiny"])
     assert not (tmp_path / "train.tokens.safetensors").exists()
     check(read(tmp_path, PAIRS, TOKENIZERS["tiny"])[0], expected(PAIRS, TOKENIZERS["tiny"]))
+    path = tmp_path / "train.tokens.safetensors"
+    save_file({"ids": np.zeros(1, dtype=np.int32)}, path, metadata={"key": "{}"})
+    assert read(tmp_path, PAIRS, TOKENIZERS["tiny"])[1] == [
+        "tokenizing train again: the stored ids do not match in tokenizer"
+    ]
 
 
 # --- damaged ---
