@@ -27,7 +27,6 @@ def main(run: StageRun[PrepareDataStageConfig], tokenizer: Path, **writes: Path)
     from components.prepare_data.report import as_counts, as_html, as_markdown, as_metrics, log_lines, shown_examples
     from components.prepare_data.sources import download_sources
     from components.rlhf.artifacts.directory import open_artifact
-    from components.rlhf.data.datasets import save_dataset
     from components.rlhf.data.tokenizer import load_tokenizer
 
     base = open_artifact(tokenizer, "tokenizer")
@@ -48,7 +47,13 @@ def main(run: StageRun[PrepareDataStageConfig], tokenizer: Path, **writes: Path)
         run.write_artifact(
             name,
             writes[name],
-            partial(save_dataset, splits=splits, max_tokens=data.max_tokens, counts=counts.get(name, {})),
+            partial(
+                prepared.save,
+                data_set=name,
+                tokenizer=loaded,
+                max_tokens=data.max_tokens,
+                counts=counts.get(name, {}),
+            ),
             kind=kind,
             parents={"tokenizer": base},
             tokenizer_of=base,

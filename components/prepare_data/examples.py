@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from components.rlhf.data.lengths import Record, encode_record
 from components.rlhf.data.records import Demonstration, PreferencePair, is_chat
-from components.rlhf.data.tokenizer import EncodedText, encode_prompt
+from components.rlhf.data.tokenizer import EncodedText, Record, encode_prompt, encode_record
 
 CONTEXT, LEARNED, CHOSEN, REJECTED = "context", "learned", "chosen", "rejected"
 

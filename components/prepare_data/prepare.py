@@ -4,13 +4,15 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from components.prepare_data.sections import SectionReader, Sourced
+from components.prepare_data.sections import SectionReader, Sourced, texts_of
 from components.rlhf.config.prepare_data import DataConfig
+from components.rlhf.data.datasets import save_dataset
 from components.rlhf.data.examples import Unusable
-from components.rlhf.data.lengths import Lengths, Record, fit_into_limits
+from components.rlhf.data.lengths import Lengths, fit_into_limits
 from components.rlhf.data.near_duplicates import Overlap, group_near_duplicates, overlap
 from components.rlhf.data.pairs import cap_per_prompt, pairs_from_ratings, pairs_per_prompt
 from components.rlhf.data.reading import uses_chat_template
@@ -18,9 +20,12 @@ from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, 
 from components.rlhf.data.render import Renderer
 from components.rlhf.data.split import HELD_OUT, assign_role, split_key
 from components.rlhf.data.tally import Tally
+from components.rlhf.data.token_files import PackedText, save_tokens
+from components.rlhf.data.tokenizer import Record
 from components.rlhf.text.errors import InputError
 
 FROM_RATINGS = "pairs from ratings"
+TRAINED_ON = {"demonstrations": ("train", "heldout"), "preferences": ("train",)}  # splits whose ids a stage reads
 
 
 @dataclass
@@ -39,6 +44,7 @@ class PreparedData:
     heldout_prompts: list[Prompt] = field(default_factory=list)
     tallies: dict[str, Tally] = field(default_factory=dict)  # by the key of the source, such as data.prompts
     lengths: dict[str, list[Lengths]] = field(default_factory=dict)  # of the records of each section
+    encoded: dict[tuple[str, ...], tuple[PackedText, ...]] = field(default_factory=dict)  # by the texts of a record
     num_keys: int = 0  # different prompts, by which the data was split
     num_groups: int = 0  # of near-duplicates among them
     overlap: Overlap | None = None  # prompts that two roles have in common, found in the data sets after the split
@@ -58,6 +64,22 @@ class PreparedData:
             "prompts": ("prompts", {"train": self.prompts, "validation": self.validation_prompts}),
             "heldout_prompts": ("prompts", {"heldout": self.heldout_prompts}),
         }
+
+    def save(
+        self,
+        folder: Path,
+        data_set: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_tokens: int,
+        counts: dict[str, int],
+    ) -> None:
+        """Write a data set into the empty folder, with the ids of the splits that a stage trains on."""
+        _, splits = self.data_sets()[data_set]
+        save_dataset(folder, splits, max_tokens=max_tokens, counts=counts)
+        for split in TRAINED_ON.get(data_set, ()):
+            texts = [text for record in splits[split] for text in self.encoded[texts_of(record)]]
+            save_tokens(folder, split, texts, tokenizer, max_tokens=max_tokens)
 
     def texts_by_role(self, *, of_snippets: bool) -> dict[str, list[str]]:
         """The normalized prompts of all records of each role, or for movie snippets, of which prompts are the first words, the texts."""
@@ -110,6 +132,7 @@ def prepare(
     sections, tallies = reader.read()
     out = PreparedData(is_chat=is_chat, tallies=tallies)
     out.lengths = {section: [each.lengths for each in records] for section, records in sections.items()}
+    out.encoded = {texts_of(s.record): s.encoded for records in sections.values() for s in records if s.encoded}
     groups = _group_keys(sections, data)
     out.num_keys, out.num_groups = len(groups), len(set(groups.values()))
     roles = _assign_roles(sections, groups, data, seed)
@@ -122,10 +145,10 @@ def prepare(
     out.demonstrations = [d for d in _records(demonstrations["sft"]) if isinstance(d, Demonstration)]
     out.heldout_demonstrations = [d for d in _records(demonstrations[HELD_OUT]) if isinstance(d, Demonstration)]
     pairing = Tally(name=FROM_RATINGS)
-    out.pairs = _build_pairs(preferences["reward_model"], data, tokenizer, seed, pairing)
-    out.judge_pairs = _build_pairs(preferences["judge"], data, tokenizer, seed, pairing)
+    out.pairs = _build_pairs(preferences["reward_model"], data, tokenizer, seed, pairing, out.encoded)
+    out.judge_pairs = _build_pairs(preferences["judge"], data, tokenizer, seed, pairing, out.encoded)
     out.judge_ratings = [r for r in _records(preferences["judge"]) if isinstance(r, RatedText)]
-    out.heldout_pairs = _build_pairs(preferences[HELD_OUT], data, tokenizer, seed, pairing)
+    out.heldout_pairs = _build_pairs(preferences[HELD_OUT], data, tokenizer, seed, pairing, out.encoded)
     if pairing.read:
         out.tallies[FROM_RATINGS] = pairing
     _split_prompts(out, prompts, data, seed)
@@ -173,8 +196,14 @@ def _records(sourced: Sequence[Sourced]) -> list[object]:
 
 
 def _build_pairs(
-    preferences: Sequence[Sourced], data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, tally: Tally
+    preferences: Sequence[Sourced],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    tally: Tally,
+    encoded: dict[tuple[str, ...], tuple[PackedText, ...]],
 ) -> list[PreferencePair]:
+    """The pairs, given and built from ratings. The ids of built ones are added to encoded."""
     pairs = [each.record for each in preferences if isinstance(each.record, PreferencePair)]
     snippets, rated = (
         [
@@ -190,7 +219,7 @@ def _build_pairs(
         tally.read += 1
         try:
             # The common prefix of two snippets may be longer than their prompts, so the limits are checked again.
-            fit_into_limits(pair, data, tokenizer)
+            _, encoded[texts_of(pair)] = fit_into_limits(pair, data, tokenizer)
         except Unusable as error:
             tally.drop(error, "a pair")
             continue

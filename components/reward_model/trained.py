@@ -22,12 +22,13 @@ def train_and_measure(
     pairs: Sequence[PreferencePair],
     texts: dict[str, Any],
     context_of: Callable[[Group], TrainingContext],
+    folder: Path,
 ) -> RewardModelResult:
-    """Train from the model folder start. texts are the held-out pairs, prompts and max_tokens of calibrate_and_measure."""
+    """Train from the model folder start, on pairs of the data set in folder. texts are the arguments of calibrate_and_measure."""
     training, tokenizer = config.reward_model.training, load_tokenizer(sft_model)
     with join_process_group(timeout_minutes=training.timeout_minutes) as group:
         trainer = RewardModelTrainer(config, start, context_of(group))
-        numbers = trainer.train(tokenizer, pairs, max_tokens=texts["max_tokens"])
+        numbers = trainer.train(tokenizer, pairs, max_tokens=texts["max_tokens"], folder=folder)
         numbers |= calibrate_and_measure(trainer.model, config, sft_model, tokenizer, **texts)
         weights = trainer.weights()
     facts = {"scored_as": "ids", "training_engine": engine_name(training, group)}

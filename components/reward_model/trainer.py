@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from components.rlhf.config.reward_model import RewardModelStageConfig
 from components.rlhf.data.batching import TokenBatch, collate, step_batches
 from components.rlhf.data.microbatches import equal_passes, fill_microbatches
-from components.rlhf.data.records import PreferencePair, is_chat
-from components.rlhf.data.tokenizer import EncodedText, encode_text
+from components.rlhf.data.records import PreferencePair
+from components.rlhf.data.token_files import encode_all
+from components.rlhf.data.tokenizer import EncodedText
 from components.rlhf.engine.factory import create_engine, max_over_shards, shards_weights
 from components.rlhf.engine.protocol import TrainEngine
 from components.rlhf.maths.losses import pairwise_loss
@@ -62,14 +63,23 @@ class RewardModelTrainer:
         self.engine: TrainEngine | None = None
 
     def train(
-        self, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], *, max_tokens: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pairs: Sequence[PreferencePair],
+        *,
+        max_tokens: int,
+        folder: Path | None = None,
     ) -> dict[str, float]:
-        """Take every step that no checkpoint has; return the number of steps."""
+        """Take every step that no checkpoint has; return the number of steps. folder is that of the data set, which may have ids."""
         config, seed = self.config.reward_model, self.config.seed
-        encoded = [self._encode(tokenizer, pair, max_tokens) for pair in pairs]
+        texts = encode_all(
+            pairs, tokenizer, max_tokens=max_tokens, folder=folder, split="train", log=self.context.progress.log
+        )
+        lengths = [sum(texts.num_tokens[2 * i : 2 * i + 2]) for i in range(len(pairs))]
+        margins = [self.margin_of(pair) for pair in pairs]
         steps = list(
             step_batches(
-                len(encoded), config.batch_size, seed=seed, num_epochs=config.num_epochs, max_steps=config.max_steps
+                len(pairs), config.batch_size, seed=seed, num_epochs=config.num_epochs, max_steps=config.max_steps
             )
         )
         self.engine = create_engine(
@@ -77,7 +87,9 @@ class RewardModelTrainer:
         )
 
         def shares_of(rows: Sequence[int], batch: Sequence[int]) -> dict[str, Tensor]:
-            scored = self.score_prefixes([encoded[i] for i in rows])
+            scored = self.score_prefixes(
+                [EncodedPair(chosen=texts[2 * i], rejected=texts[2 * i + 1], margin=margins[i]) for i in rows]
+            )
             losses, is_correct = self.losses(scored)
             shares = {"loss": losses.sum() / len(batch), "accuracy": is_correct.sum() / len(batch)}
             if scored.router_loss is not None:
@@ -87,7 +99,7 @@ class RewardModelTrainer:
 
         batches = Batches(
             records="pairs",
-            lengths=[pair.chosen.num_tokens + pair.rejected.num_tokens for pair in encoded],
+            lengths=lengths,
             steps=steps,
             max_tokens=config.training.microbatch_tokens,
             plan=fill_microbatches,
@@ -101,12 +113,8 @@ class RewardModelTrainer:
         assert self.engine is not None, "train() comes first"
         return collect_weights(self.engine.full_weights(), keep=self.context.group.rank == 0)
 
-    def _encode(self, tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, max_tokens: int) -> EncodedPair:
-        return EncodedPair(
-            chosen=encode_text(tokenizer, pair.prompt, pair.chosen, max_tokens=max_tokens, is_chat=is_chat(pair)),
-            rejected=encode_text(tokenizer, pair.prompt, pair.rejected, max_tokens=max_tokens, is_chat=is_chat(pair)),
-            margin=pair.margin or 0.0 if self.config.reward_model.use_margin else 0.0,
-        )
+    def margin_of(self, pair: PreferencePair) -> float:
+        return pair.margin or 0.0 if self.config.reward_model.use_margin else 0.0
 
     def score_prefixes(self, pairs: Sequence[EncodedPair]) -> ScoredPairs:
         """Score both texts of N pairs at every cut. Texts of similar length share a forward pass, whichever pair they are of."""

@@ -42,6 +42,7 @@ def main(
             load_records(demonstrations, "train", Demonstration),
             load_records(demonstrations, "heldout", Demonstration),
             max_tokens=read_header(demonstrations).max_tokens,
+            folder=demonstrations,
         )
         weights = trainer.weights()
     run.write_artifact(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.sft import SftStageConfig
 from components.rlhf.data.batching import collate, step_batches
-from components.rlhf.data.records import Demonstration, is_chat
-from components.rlhf.data.tokenizer import EncodedText, encode_turns
+from components.rlhf.data.records import Demonstration
+from components.rlhf.data.token_files import encode_all
+from components.rlhf.data.tokenizer import EncodedText
 from components.rlhf.engine.factory import create_engine, max_over_shards, shards_weights
 from components.rlhf.engine.protocol import TrainEngine
 from components.rlhf.maths.losses import aggregate
@@ -56,13 +58,14 @@ class SftTrainer:
         heldout: Sequence[Demonstration],
         *,
         max_tokens: int,
+        folder: Path | None = None,
     ) -> dict[str, float]:
-        """Take every step that no checkpoint has; return the final metrics."""
+        """Take every step that no checkpoint has; return the final metrics. folder is that of the data set, which may have ids."""
         sft, seed = self.config.sft, self.config.seed
-        texts, heldout_texts = (
-            [encode_turns(tokenizer, d.turns, max_tokens=max_tokens, is_chat=is_chat(d)) for d in demonstrations]
-            for demonstrations in (train, heldout[:MAX_HELDOUT])
+        encode = partial(
+            encode_all, tokenizer=tokenizer, max_tokens=max_tokens, folder=folder, log=self.context.progress.log
         )
+        texts, heldout_texts = encode(train, split="train"), encode(heldout[:MAX_HELDOUT], split="heldout")
         steps = list(
             step_batches(len(texts), sft.batch_size, seed=seed, num_epochs=sft.num_epochs, max_steps=sft.max_steps)
         )
@@ -72,18 +75,18 @@ class SftTrainer:
 
         def shares_of(rows: Sequence[int], batch: Sequence[int]) -> dict[str, Tensor]:
             # The mean over all tokens of answers in the step.
-            denominator = sum(texts[i].num_learned for i in batch)
+            denominator = sum(texts.num_learned[i] for i in batch)
             loss = self._loss([texts[i] for i in rows], denominator)
-            lengths = [texts[i].num_tokens for i in rows]
+            lengths = [texts.num_tokens[i] for i in rows]
             shares = token_counts(lengths, [range(len(rows))], pack_limit=self.actor.pack_limit)
             if self.actor.router_loss is not None:
-                shares["router_loss"] = sum(lengths) / sum(texts[i].num_tokens for i in batch) * self.actor.router_loss
+                shares["router_loss"] = sum(lengths) / sum(texts.num_tokens[i] for i in batch) * self.actor.router_loss
                 loss = loss + shares["router_loss"]
             return {"loss": loss} | shares
 
         batches = Batches(
             records="demonstrations",
-            lengths=[text.num_tokens for text in texts],
+            lengths=texts.num_tokens,
             steps=steps,
             max_tokens=sft.training.microbatch_tokens,
             plan=plan_for(self.actor),

@@ -22,6 +22,9 @@ from components.rlhf.config.import_model import ImportModelStageConfig
 from components.rlhf.config.prepare_data import PrepareDataStageConfig
 from components.rlhf.data.datasets import load_records, read_header
 from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText, Turn
+from components.rlhf.data.token_files import encode_all
+from components.rlhf.data.tokenizer import encode_record, load_tokenizer
+from components.rlhf.text.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {
@@ -272,6 +275,47 @@ def test_output_is_reproducible_and_roles_do_not_depend_on_line_order(
     assert reversed_order == {
         role: {normalized(prompt) for prompt in prompts} for role, prompts in prompts_by_role(outputs).items()
     }
+
+
+@pytest.mark.parametrize("name", ["valid", "rated"])
+def test_ids_of_what_is_trained_on_are_written(
+    name: str, outputs: Path, base: Path, movies: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are those of the written records, also of pairs that were built from ratings and cut."""
+    out, max_tokens = outputs, 100
+    if name == "rated":
+        out, max_tokens = tmp_path / "out", 32
+        assert invoke(base, out, movies | {"max_tokens": max_tokens}, num_evaluation_prompts=4).exit_code == 0
+    assert {str(path.relative_to(out)) for path in out.glob("*/*.safetensors")} == {
+        "demonstrations/train.tokens.safetensors",
+        "demonstrations/heldout.tokens.safetensors",
+        "preferences/train.tokens.safetensors",
+    }
+    tokenizer, log = load_tokenizer(base), list[str]()
+    for output, split, record in (
+        ("demonstrations", "train", Demonstration),
+        ("demonstrations", "heldout", Demonstration),
+        ("preferences", "train", PreferencePair),
+    ):
+        records = records_of(out, output, split, record)
+        wanted = [text for record in records for text in encode_record(record, tokenizer, max_tokens=max_tokens)]
+        with monkeypatch.context() as patch:
+            patch.setattr("components.rlhf.data.token_files.pack", None)  # nothing is encoded
+            found = encode_all(
+                records, tokenizer, max_tokens=max_tokens, folder=out / output, split=split, log=log.append
+            )
+        assert list(found) == wanted and wanted
+        assert name == "valid" or split == "heldout" or any(text.truncated for text in wanted)
+    assert log == []
+
+
+def test_changed_ids_are_refused_with_the_artifact(outputs: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(outputs / "demonstrations", tmp_path / "demonstrations")
+    path = folder / "train.tokens.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"train\.tokens\.safetensors does not match its manifest"):
+        open_artifact(folder, "demonstrations")
 
 
 def test_demonstrations_are_optional(base: Path, tmp_path: Path) -> None:

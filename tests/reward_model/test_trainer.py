@@ -10,13 +10,16 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from components.reward_model.evaluate import as_markdown
+from components.reward_model.trained import train_and_measure
 from components.reward_model.trainer import EncodedPair, RewardModelTrainer
 from components.rlhf.config.model import LoraConfig
+from components.rlhf.data.datasets import save_records
 from components.rlhf.data.records import PreferencePair
-from components.rlhf.data.tokenizer import EncodedText
+from components.rlhf.data.token_files import pack, save_tokens
+from components.rlhf.data.tokenizer import EncodedText, encode_record
 from components.rlhf.text.errors import InputError
-from tests.support.reward_model_runs import PAIRS, trainer_of
-from tests.support.training import break_after_saving, checkpoints_every_step
+from tests.support.reward_model_runs import PAIRS, config_of, trainer_of
+from tests.support.training import break_after_saving, checkpoints_every_step, context_of
 
 # Tokens of a pair's two responses: unequal, equal, and one too short to share a cut of 3.
 SIZES = [(5, 3), (4, 4), (6, 2), (1, 1)]
@@ -115,12 +118,10 @@ def test_equal_texts_have_a_loss_of_log_2(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize(("use", "expected"), [(True, [2.5, 0.0]), (False, [0.0, 0.0])])
-def test_margins_are_used_only_with_use_margin(
-    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, use: bool, expected: list[float]
-) -> None:
+def test_margins_are_used_only_with_use_margin(tiny_model: Path, use: bool, expected: list[float]) -> None:
     trainer = trainer_of(tiny_model, use_margin=use)
     pairs = [PreferencePair(prompt="a", chosen="b", rejected="c", margin=margin) for margin in (2.5, None)]
-    assert [trainer._encode(tokenizer, pair, 64).margin for pair in pairs] == expected
+    assert [trainer.margin_of(pair) for pair in pairs] == expected
 
 
 def test_training_learns_the_pairs(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -206,6 +207,35 @@ def test_adapters_start_at_the_loss_of_the_plain_model(tiny_model: Path) -> None
         losses_of(trainer_of(tiny_model, lora=lora), encoded_pairs())[0].tolist() for lora in (None, LoraConfig())
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_stored_ids_give_the_same_weights(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_records(tmp_path, "train", PAIRS)
+    texts = [text for pair in PAIRS for text in encode_record(pair, tokenizer, max_tokens=12)]
+    save_tokens(tmp_path, "train", [pack(text) for text in texts], tokenizer, max_tokens=12)
+    plain, stored = trainer_of(tiny_model), trainer_of(tiny_model)
+    plain.train(tokenizer, PAIRS, max_tokens=12)
+    monkeypatch.setattr("components.rlhf.data.token_files.pack", None)  # nothing is encoded
+    stored.train(tokenizer, PAIRS, max_tokens=12, folder=tmp_path)
+    assert all(torch.equal(weight, weights(plain)[name]) for name, weight in weights(stored).items())
+    assert stored.context.tracker.rows == plain.context.tracker.rows
+
+
+def test_stage_reads_the_stored_ids(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_records(tmp_path, "train", PAIRS)
+    texts = [text for pair in PAIRS for text in encode_record(pair, tokenizer, max_tokens=64)]
+    save_tokens(tmp_path, "train", [pack(text) for text in texts], tokenizer, max_tokens=64)
+    monkeypatch.setattr("components.rlhf.data.token_files.pack", None)  # nothing is encoded
+    monkeypatch.setattr("components.reward_model.trained.calibrate_and_measure", lambda *_, **__: {})
+    context, config = context_of("reward_model"), config_of()
+    result = train_and_measure(
+        tiny_model, config, tiny_model, PAIRS, {"max_tokens": 64}, lambda group: context, tmp_path
+    )
+    assert result.numbers == {"num_steps": 6.0}
 
 
 @pytest.mark.parametrize("interrupt_at", [2, 5])

@@ -1,19 +1,25 @@
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from components.rlhf.artifacts.manifest import write_manifest
 from components.rlhf.checkpoints.manager import CheckpointManager
 from components.rlhf.config.model import LoraConfig, ModelConfig, TrainingConfig
 from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
+from components.rlhf.data.datasets import save_dataset, save_records
 from components.rlhf.data.records import Demonstration, Turn
+from components.rlhf.data.token_files import pack, save_tokens
 from components.rlhf.data.tokenizer import EncodedText, encode_text, encode_turns
 from components.rlhf.text.errors import InputError
+from components.sft.__main__ import main
 from components.sft.trainer import SftTrainer, as_markdown
 from tests.support.training import NEVER, break_after_saving, checkpoints_every_step, context_of
 
@@ -290,3 +296,41 @@ def test_summary_shows_loss_before_and_after() -> None:
     text = as_markdown({"heldout_loss_before": 2.0, "heldout_loss": 1.0, "heldout_perplexity": math.e})
     assert "| held-out loss (nats per token) | 2.000 | 1.000 |" in text
     assert "| held-out perplexity | 7.4 | 2.7 |" in text
+
+
+def test_stored_ids_give_the_same_weights(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = (Turn(context="It", answer=" is"), Turn(context=" good", answer=" so"))
+    records = [*DATA, Demonstration(turns=turns)]
+    for split, texts in (("train", records), ("heldout", HELDOUT)):
+        save_records(tmp_path, split, texts)
+        packed = [pack(encode_turns(tokenizer, text.turns, max_tokens=12)) for text in texts]
+        save_tokens(tmp_path, split, packed, tokenizer, max_tokens=12)
+    plain, stored = trainer_of(tiny_model), trainer_of(tiny_model)
+    expected = plain.train(tokenizer, records, HELDOUT, max_tokens=12)
+    monkeypatch.setattr("components.rlhf.data.token_files.pack", None)  # nothing is encoded
+    assert stored.train(tokenizer, records, HELDOUT, max_tokens=12, folder=tmp_path) == expected
+    assert all(torch.equal(weight, weights(plain)[name]) for name, weight in weights(stored).items())
+    assert stored.context.tracker.rows == plain.context.tracker.rows
+
+
+def test_stage_reads_the_stored_ids(
+    tiny_model: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, data = shutil.copytree(tiny_model, tmp_path / "base"), tmp_path / "data"
+    write_manifest(base, kind="base_model")
+    data.mkdir()
+    save_dataset(data, {"train": DATA, "heldout": HELDOUT}, max_tokens=64, counts={})
+    for split, texts in (("train", DATA), ("heldout", HELDOUT)):
+        packed = [pack(encode_turns(tokenizer, text.turns, max_tokens=64)) for text in texts]
+        save_tokens(data, split, packed, tokenizer, max_tokens=64)
+    write_manifest(data, kind="demonstrations")
+    monkeypatch.setattr("components.rlhf.data.token_files.pack", None)  # nothing is encoded
+    paths = {"base-model": base, "demonstrations": data} | {
+        name: tmp_path / name for name in ("model", "metrics", "summary")
+    }
+    options = [item for name, path in paths.items() for item in (f"--{name}", str(path))]
+    settings = trainer_of(tiny_model, num_epochs=1).config.canonical_json()
+    done = CliRunner().invoke(main, [*options, "--settings", settings])
+    assert done.exit_code == 0, (done.stderr, done.exception)

@@ -7,10 +7,10 @@ from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.prepare_data import DataConfig
 from components.rlhf.data.examples import Unusable
-from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText, is_chat
-from components.rlhf.data.tokenizer import EncodedText, encode_completion, encode_prompt, encode_text, encode_turns
+from components.rlhf.data.records import Prompt, is_chat
+from components.rlhf.data.token_files import PackedText, pack
+from components.rlhf.data.tokenizer import Record, encode_completion, encode_prompt, encode_record
 
-Record = Demonstration | PreferencePair | Prompt | RatedText
 UNLIMITED = 2**62
 
 
@@ -23,8 +23,10 @@ class Lengths:
     is_cut: bool = False
 
 
-def fit_into_limits(record: Record, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Lengths:
-    """The lengths of a record that fits into max_prompt_tokens and max_tokens. Raises Unusable for one that does not.
+def fit_into_limits(
+    record: Record, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Lengths, tuple[PackedText, ...]]:
+    """The lengths and the texts, after cutting, of a record that fits into max_prompt_tokens and max_tokens. Raises Unusable.
 
     One of the max_tokens is for the token that ends an answer. With over_length 'cut' a long text is no reason, unless nothing
     that tells a pair apart is left.
@@ -51,25 +53,8 @@ def fit_into_limits(record: Record, data: DataConfig, tokenizer: PreTrainedToken
             "equal answers after cutting",
             f"its answers do not differ within data.max_tokens ({data.max_tokens}).",
         )
-    return Lengths(prompt=prompt, text=min(longest, data.max_tokens), is_cut=is_cut)
-
-
-def encode_record(record: Record, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> list[EncodedText]:
-    """The texts of a record as ids, exactly as training encodes them; none for a prompt."""
-    match record:
-        case PreferencePair():
-            return [
-                encode_text(tokenizer, record.prompt, text, max_tokens=max_tokens, is_chat=is_chat(record))
-                for text in (record.chosen, record.rejected)
-            ]
-        case RatedText():
-            return [
-                encode_text(tokenizer, record.prompt, record.completion, max_tokens=max_tokens, is_chat=is_chat(record))
-            ]
-        case Demonstration():
-            return [encode_turns(tokenizer, record.turns, max_tokens=max_tokens, is_chat=is_chat(record))]
-        case _:
-            return []
+    lengths = Lengths(prompt=prompt, text=min(longest, data.max_tokens), is_cut=is_cut)
+    return lengths, tuple(pack(text.cut(data.max_tokens)) for text in texts)
 
 
 def longest_prompt(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> int:

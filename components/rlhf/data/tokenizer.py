@@ -11,8 +11,10 @@ from weakref import WeakKeyDictionary
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from components.rlhf.data.chat import turn_end_id
-from components.rlhf.data.records import Turn
+from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText, Turn, is_chat
 from components.rlhf.text.errors import InputError
+
+Record = Demonstration | PreferencePair | Prompt | RatedText
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -66,6 +68,20 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return rules
 
 
+def encoding_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """sha256 of every rule that makes ids of a text, to the flags of each added token; None if the rules cannot be read.
+
+    tokenizer_digest leaves out those flags, which differ between copies of one tokenizer that mean the same text.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    _ids(tokenizer, "")  # without truncation and padding, which the rules contain as the last call has set them
+    ends = [response_end_id(tokenizer, is_chat=is_chat) for is_chat in (False, True)]
+    content = [backend.to_str(), tokenizer.split_special_tokens, special_prefix(tokenizer), ends]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
 def chat_template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()
 
@@ -86,6 +102,14 @@ class EncodedText:
     @property
     def num_learned(self) -> int:
         return sum(self.response_mask)
+
+    def cut(self, max_tokens: int) -> "EncodedText":
+        """The text within max_tokens. A prompt is never cut."""
+        limit = max(max_tokens - len(self.prompt_ids), 0)
+        if len(self.response_ids) <= limit:
+            return self
+        ids, mask = self.response_ids[:limit], self.response_mask[:limit]
+        return EncodedText(prompt_ids=self.prompt_ids, response_ids=ids, response_mask=mask, truncated=True)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, is_chat: bool = False) -> list[int]:
@@ -130,10 +154,26 @@ def encode_turns(
         answer = [*encode_completion(tokenizer, turn.answer), end]
         ids += [*between, *answer]
         mask += [False] * len(between) + [True] * len(answer)
-    limit = max(max_tokens - len(prompt_ids), 0)
-    return EncodedText(
-        prompt_ids=prompt_ids, response_ids=ids[:limit], response_mask=mask[:limit], truncated=len(ids) > limit
-    )
+    whole = EncodedText(prompt_ids=prompt_ids, response_ids=ids, response_mask=mask, truncated=False)
+    return whole.cut(max_tokens)
+
+
+def encode_record(record: Record, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> list[EncodedText]:
+    """The texts of a record as ids, exactly as training encodes them; none for a prompt."""
+    match record:
+        case PreferencePair():
+            return [
+                encode_text(tokenizer, record.prompt, text, max_tokens=max_tokens, is_chat=is_chat(record))
+                for text in (record.chosen, record.rejected)
+            ]
+        case RatedText():
+            return [
+                encode_text(tokenizer, record.prompt, record.completion, max_tokens=max_tokens, is_chat=is_chat(record))
+            ]
+        case Demonstration():
+            return [encode_turns(tokenizer, record.turns, max_tokens=max_tokens, is_chat=is_chat(record))]
+        case _:
+            return []
 
 
 def _ids_after(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> list[int]:

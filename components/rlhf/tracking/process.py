@@ -4,6 +4,7 @@ The process reads one request per line from its standard input, and answers with
 when the stage ends, however that happens, because its standard input ends too.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -47,7 +48,10 @@ class ProcessTracker:
     def finish(self, status: str, error: str = "") -> None:
         self._request("finish", status=status, error=error)
         self._wait()
-        self._process.communicate()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # what a lost process has not read
+            self._process.stdin.close()
+        self._process.wait()
 
     def _request(self, call: str, **arguments: Any) -> None:
         if self._is_lost:

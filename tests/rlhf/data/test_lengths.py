@@ -15,7 +15,7 @@ LONG_TEXT, LONG_PROMPT = "text longer than max_tokens", "prompt longer than max_
 
 def fit(record: Any, **changes: Any) -> Lengths:
     data = DataConfig(preferences=SOURCE, prompts=SOURCE, max_prompt_tokens=4, max_tokens=10, **changes)
-    return fit_into_limits(record, data, TOKENIZER)
+    return fit_into_limits(record, data, TOKENIZER)[0]
 
 
 def reason(record: Any, **changes: Any) -> str:
