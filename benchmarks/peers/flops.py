@@ -60,9 +60,10 @@ def ppo_flops(shape: Shape, lengths: Lengths, work: Work) -> float:
     trained = shape.layers - work.frozen
     generation = shape.layers * layer + head if work.generates else 0.0
     trunk = work.frozen * layer
-    # Actor and reference with their heads, and the reward model; a critic without layers of its own reads the reward model's.
-    models = 4 if work.trains_critic_layers else 3
-    score = trunk + models * trained * layer + 2 * head
+    # The reference with its head, and the reward model; a critic without layers of its own reads the reward model's. The log-probs of
+    # the actor are those of generation.
+    models = 3 if work.trains_critic_layers else 2
+    score = trunk + models * trained * layer + head
     # The embeddings, which are the head too, are frozen together with layers: no gradient of the head's weights then.
     update = 3 * trained * layer + (2 if work.frozen else 3) * head
     if work.trains_critic_layers:

@@ -73,6 +73,7 @@ def config_of(job: Mapping[str, Any], *, num_rows: int, iterations: int) -> PpoS
         training=training,
         critic=CriticConfig(trains=job.get("critic", "layers"), learning_rate=LEARNING_RATE),
         kl_coef=KL_COEF,
+        old_logprobs="engine",  # as in TRL
         normalize_reward=False,
         reward_clip=None,
     )

@@ -7,7 +7,7 @@ different texts need different numbers of pieces.
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ from components.ppo.experience import Learner, make_experience
 from components.ppo.models import load_models
 from components.ppo.trainer import local_rows
 from components.ppo.update import update
+from components.reward_model.trainer import RewardModelTrainer
 from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.data.batching import collate
 from components.rlhf.data.microbatches import local_microbatches
+from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.engine.factory import create_engine, max_over_shards, shards_weights
 from components.rlhf.engine.group import SINGLE_PROCESS, join_process_group
 from components.rlhf.engine.protocol import Group, TrainEngine
@@ -41,7 +43,10 @@ from components.rlhf.models.layers import enable_gradient_checkpointing
 from components.rlhf.models.loading import load_causal_lm
 from tests.support.engine_cases import BF16, FP32, Numbers, training_of, whole_weights
 from tests.support.ppo_runs import completion, config_of, make_reward_model
+from tests.support.reward_model_runs import PAIRS
+from tests.support.reward_model_runs import config_of as reward_config_of
 from tests.support.tiny_model import make_tiny_tokenizer
+from tests.support.training import Recorder, context_of
 
 NUM_RANKS = 2
 PIECE = 3  # tokens that the head is applied to at once
@@ -96,7 +101,7 @@ MINIBATCH = 4
 @dataclass(frozen=True, kw_only=True)
 class Case:
     model: str
-    kind: str  # "language": steps of fine-tuning; "ppo": scoring and updates of a rollout
+    kind: str  # "language": steps of fine-tuning; "reward": of a reward model; "ppo": scoring and updates of a rollout
     zero_stage: int
     dtype: torch.dtype
     gradient_checkpointing: bool = False
@@ -131,6 +136,8 @@ CASES = [
         for kind in ("language", "ppo")
     ),
     *(Case(model=model, kind="language", zero_stage=2, dtype=FP32) for model in ("mixtral", "qwen3_moe")),
+    *(Case(model="untied", kind="reward", zero_stage=stage, dtype=FP32) for stage in (1, 2, 3)),
+    Case(model="untied", kind="reward", zero_stage=3, dtype=FP32, gradient_checkpointing=True),
 ]
 
 
@@ -151,7 +158,7 @@ def run(case: Case, models: Path, group: Group = SINGLE_PROCESS) -> tuple[Number
     engine = "torch" if group.world_size == 1 else "deepspeed"
     changes = {"zero_stage": case.zero_stage, "gradient_checkpointing": case.gradient_checkpointing}
     changes |= {"engine": engine, "num_processes": group.world_size}
-    steps = language_steps if case.kind == "language" else ppo_steps
+    steps = {"language": language_steps, "reward": reward_steps, "ppo": ppo_steps}[case.kind]
     numbers, modules = steps(models / case.model, changes, case.dtype, group)
     weights = {}
     for name, trained in modules.items():
@@ -171,6 +178,28 @@ def language_steps(
     actor = Actor(lm, num_frozen_layers=0, dtype=dtype, max_over_ranks=max_over_shards(training, group))
     engine = create_engine(actor, training, num_steps=4, group=group, dtype=dtype)
     return [language_step(actor, engine, batch, group) for batch in BATCHES], {"actor": engine}
+
+
+def reward_steps(
+    folder: Path, changes: dict[str, Any], dtype: torch.dtype, group: Group
+) -> tuple[Numbers, dict[str, TrainEngine]]:
+    """The stage's own training, with several forward passes to a backward pass, and a last step with less pairs than ranks."""
+    training = {
+        "learning_rate": 1e-3,
+        "schedule": "constant",
+        "warmup_fraction": 0.0,
+        "microbatch_tokens": 40,
+        **changes,
+    }
+    context = replace(context_of("reward_model"), group=group)
+    trainer = RewardModelTrainer(reward_config_of(training=training, num_epochs=1), folder / "sft", context)
+    if group.world_size > 1:
+        trainer.model.pack_limit = 8  # some texts are packed, and others padded
+    trainer.train(load_tokenizer(folder / "sft"), PAIRS, max_tokens=64)
+    assert trainer.engine is not None and isinstance(context.tracker, Recorder)
+    names = ("loss", "accuracy", "grad_norm")
+    numbers = [{name: row[f"train/{name}"] for name in names} for row in context.tracker.rows.values()]
+    return numbers, {"actor": trainer.engine}
 
 
 def language_step(
