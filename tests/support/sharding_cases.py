@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -30,7 +31,7 @@ from components.ppo.trainer import local_rows
 from components.ppo.update import update
 from components.reward_model.trainer import RewardModelTrainer
 from components.rlhf.config.ppo import PpoStageConfig
-from components.rlhf.data.batching import collate
+from components.rlhf.data.batching import TokenBatch, collate
 from components.rlhf.data.microbatches import local_microbatches
 from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.engine.factory import create_engine, max_over_shards, shards_weights
@@ -247,7 +248,10 @@ def ppo_config(changes: dict[str, Any]) -> PpoStageConfig:
 def ppo_steps(
     folder: Path, changes: dict[str, Any], dtype: torch.dtype, group: Group
 ) -> tuple[Numbers, dict[str, TrainEngine]]:
-    """As PPO: two iterations on the same rollout, each with two optimizer steps."""
+    """As PPO: two iterations on the same rollout, each with two optimizer steps.
+
+    One process takes the rows of each rank in a pass of their own, so that the router's loss is of the same tokens.
+    """
     config = ppo_config(changes)
     models, _ = load_models(config, folder / "sft", folder / "reward", dtype=dtype, prompts=[], group=group)
     engines = {
@@ -266,7 +270,8 @@ def ppo_steps(
     rows = local_rows(len(ROLLOUT), MINIBATCH, group)
     numbers = []
     for iteration in (1, 2):
-        experience = make_experience(learner, [completion(*ROLLOUT[row]) for row in rows], kl_coef=0.1)
+        with mock.patch("components.ppo.experience.plan_minibatches", passes_of_ranks):
+            experience = make_experience(learner, [completion(*ROLLOUT[row]) for row in rows], kl_coef=0.1)
         scored = {
             "largest_kl": group.max(experience.kl.abs().max()).item(),
             "logprobs": group.sum(experience.old_logprobs.sum()).item(),
@@ -276,6 +281,14 @@ def ppo_steps(
         }
         numbers.append(scored | update(learner, experience, seed=0, iteration=iteration))
     return numbers, engines
+
+
+def passes_of_ranks(order: Sequence[int], batch: TokenBatch, learner: Learner) -> list[list[Tensor]]:
+    """One pass for the rows of each rank in a minibatch, in whichever process they are."""
+    size = MINIBATCH // NUM_RANKS
+    passes = [torch.tensor(order[start : start + size]) for start in range(0, len(order), size)]
+    each = NUM_RANKS // learner.group.world_size
+    return [passes[start : start + each] for start in range(0, len(passes), each)]
 
 
 class Experts(nn.Module):

@@ -45,9 +45,8 @@ class _TokenLogprobs(torch.autograd.Function):
             logprobs = _log_softmax(logits[rows], temperature)
             chosen[rows] = logprobs.gather(-1, labels[rows, None]).squeeze(-1)
             kept += [logprobs] if ctx.needs_input_grad[0] else []
-        if kept:
-            ctx.save_for_backward(labels, *kept)
-            ctx.temperature, ctx.dtype = temperature, logits.dtype
+        ctx.save_for_backward(labels, *kept)
+        ctx.temperature, ctx.shape, ctx.dtype = temperature, logits.shape, logits.dtype
         return chosen
 
     @staticmethod
@@ -55,7 +54,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         labels, *kept = ctx.saved_tensors
         scale, done = (gradient / ctx.temperature)[:, None], 0
-        result = torch.empty(len(labels), kept[0].shape[-1], dtype=ctx.dtype, device=labels.device)
+        result = torch.empty(ctx.shape, dtype=ctx.dtype, device=labels.device)
         for logprobs in kept:
             rows = slice(done, done + len(logprobs))
             # In place, so another backward pass through the same logits is an error, not a wrong gradient.

@@ -90,3 +90,41 @@ def test_masked_token_has_no_gradient() -> None:
     logits = torch.cat([allowed.detach(), forbidden], dim=1).requires_grad_()
     (entropy(logits).sum() + token_logprobs(logits, torch.tensor([0, 1, 3])).sum()).backward()
     assert equal(logits.grad, torch.cat([allowed.grad, torch.zeros(3, 2)], dim=1))
+
+
+def test_no_tokens_have_an_empty_gradient() -> None:
+    """A rank may have fewer tokens than others, which all apply the head equally often."""
+    logits = torch.zeros(0, 7, requires_grad=True)
+    token_logprobs(logits, torch.zeros(0, dtype=torch.int64)).sum().backward()
+    assert logits.grad is not None and logits.grad.shape == (0, 7)
+    assert entropy(logits.detach()).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rows", [1, 5, 6, 11])
+def test_rows_beyond_the_cache_have_the_gradient_of_torchs_own_operations(
+    dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.rlhf.maths.logprobs.CACHED", 5 * 40)
+    generator = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, 40, generator=generator).to(dtype)
+    labels, scale = torch.randint(40, (rows,), generator=generator), torch.randn(rows, generator=generator)
+    gradients = []
+    for ours in (True, False):
+        leaf = logits.clone().requires_grad_()
+        if ours:
+            logprobs = token_logprobs(leaf, labels, 0.7)
+        else:
+            exact = leaf if dtype == torch.float64 else leaf.float()
+            logprobs = torch.log_softmax(exact / 0.7, dim=-1).gather(1, labels[:, None])[:, 0]
+        (logprobs * scale).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_second_backward_pass_is_an_error_and_not_a_wrong_gradient() -> None:
+    logits = torch.randn(3, 7, requires_grad=True)
+    logprobs = token_logprobs(logits, torch.tensor([0, 1, 2])).sum()
+    logprobs.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logprobs.backward()
