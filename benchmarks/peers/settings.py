@@ -17,8 +17,8 @@ EPOCHS = "32 prompts of 8 tokens, responses of 24, 4 epochs, fp32"
 BF16 = "32 prompts of 8 tokens, responses of 24, 1 epoch, bf16"
 BEST = "32 prompts of 8 tokens, responses of 24, 1 epoch, bf16, 22 layers frozen, only the critic's head trained"
 RESPONSE = 24
-# Tokens of a microbatch here, equal to TRL's 8 rows of 8 + 24 tokens; with ragged prompts 8 rows of up to 24 + 24.
-MICROBATCH_TOKENS, RAGGED_MICROBATCH_TOKENS, TRL_MICROBATCH = 256, 384, 8
+# Tokens of a microbatch here, and rows of one in TRL.
+MICROBATCH_TOKENS, TRL_MICROBATCH = 512, 8
 DEFAULT_MICROBATCH_TOKENS = 4096  # of the params file, for the best settings
 CHAT_ROWS, CHAT_MICROBATCH_TOKENS, CHAT_TRL_MICROBATCH = 8, 2048, 1
 CHAT = f"scores and updates of {CHAT_ROWS} given chats, 1 epoch, fp32"
@@ -34,7 +34,7 @@ def ppo_arms(iterations: int) -> list[Arm]:
     best = {"precision": "bf16", "frozen": 22, "critic": "head", "microbatch_tokens": DEFAULT_MICROBATCH_TOKENS}
     settings: list[tuple[str, dict[str, Any], bool]] = [
         (FIXED, {}, True),
-        (RAGGED, {"prompts": "ragged", "microbatch_tokens": RAGGED_MICROBATCH_TOKENS}, True),
+        (RAGGED, {"prompts": "ragged"}, True),
         (EPOCHS, {"epochs": 4}, True),
         (BF16, {"precision": "bf16"}, False),
         (BEST, best, False),
