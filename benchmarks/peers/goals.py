@@ -90,6 +90,10 @@ def share(setting: str, precision: str) -> Callable[[AllRows], float | None]:
     return value
 
 
+SMALL_STEP = (
+    "In steps of so few tokens much of the time goes to reading weights and to the optimizer, which do not depend on padding; the logits "
+    "are computed twice here, to save memory."
+)
 TIMES, SECONDS, PERCENT = "{:.2f} times", "{:.1f} CPU seconds", "{:.0%}"
 
 GOALS: dict[str, list[Goal]] = {
@@ -110,6 +114,7 @@ GOALS: dict[str, list[Goal]] = {
         Goal(
             text="Best settings: at least 10 times TRL's samples per CPU second at fixed lengths in fp32",
             value=ratio("ppo", s.BEST, sample_rate, peer=s.TRL_NAME, peer_setting=s.FIXED), show=TIMES, at_least=10.0,
+            reason="Half of the time is generation, one token at a time through all layers.",
         ),
         Goal(
             text="Peak memory at equal settings: at most half of TRL's",
@@ -128,15 +133,15 @@ GOALS: dict[str, list[Goal]] = {
     "train": [
         Goal(
             text="SFT: at least twice TRL's real tokens per CPU second with padding",
-            value=ratio("train", s.SFT, token_rate, peer=s.TRL_PADDED), show=TIMES, at_least=2.0,
+            value=ratio("train", s.SFT, token_rate, peer=s.TRL_PADDED), show=TIMES, at_least=2.0, reason=SMALL_STEP,
         ),
         Goal(
             text="SFT: no fewer real tokens per CPU second than TRL without padding",
-            value=ratio("train", s.SFT, token_rate, peer=s.TRL_PACKED), show=TIMES, at_least=1.0,
+            value=ratio("train", s.SFT, token_rate, peer=s.TRL_PACKED), show=TIMES, at_least=1.0, reason=SMALL_STEP,
         ),
         Goal(
             text="Reward model: at least twice TRL's real tokens per CPU second with padding",
-            value=ratio("train", s.REWARD, token_rate, peer=s.TRL_PADDED), show=TIMES, at_least=2.0,
+            value=ratio("train", s.REWARD, token_rate, peer=s.TRL_PADDED), show=TIMES, at_least=2.0, reason=SMALL_STEP,
         ),
     ],
     "rollout": [
@@ -151,6 +156,7 @@ GOALS: dict[str, list[Goal]] = {
         Goal(
             text="Fixed lengths in fp32: at least 90% of the machine's rate of matrix products",
             value=share(s.FIXED, "fp32"), show=PERCENT, at_least=0.9,
+            reason="Generation and the elementwise operations of the layers run at the rate of main memory, and no compiler fuses them.",
         ),
     ],
     "growth": [],

@@ -1,7 +1,7 @@
 """Rows of different lengths as one sequence: the layers compute no padding, and attention runs on rows of similar length.
 
-Packed rows are told apart by their position ids, from which transformers makes a block mask. Where attention is torch's (`sdpa`), no
-mask over the whole pack is needed: packed_attention() takes the rows apart, as variable-length kernels do, on any device.
+Where attention is torch's (`sdpa`), no mask over the whole pack is needed: packed_attention() takes the rows apart, as variable-length
+kernels do, on any device.
 """
 
 import inspect
@@ -24,7 +24,8 @@ from components.rlhf.models.layers import Output, decoder_of, run_layers
 WINDOWS = (
     "sliding_window", "attention_chunk_size", "attention_window_size", "window_size", "local_window_size", "local_attention",
 )  # fmt: skip
-HAS_BIAS = ("doge",)  # model types whose attention adds a learned mask to the causal one
+# Model types whose attention adds a learned mask to the causal one, or does not pass options on to torch's.
+NOT_PACKED = ("doge", "nemotron")
 
 
 def attends_by_position(model: Any) -> bool:
@@ -54,7 +55,7 @@ def pack_limit(model: Any) -> int:
     takes_options = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(decoder.forward).parameters.values())
     uses_torch = decoder._supports_attention_backend and decoder.config._attn_implementation == "sdpa"
     config = decoder.config.get_text_config()
-    if not (takes_options and uses_torch and attends_by_position(model)) or config.model_type in HAS_BIAS:
+    if not (takes_options and uses_torch and attends_by_position(model)) or config.model_type in NOT_PACKED:
         return 0
     windows = [value for name in WINDOWS if type(value := getattr(config, name, None)) is int and value > 0]
     return min(windows, default=sys.maxsize)
@@ -101,6 +102,9 @@ def run_rows(
         stop=stop,
         states=None if states is None else rows.pack(states),
         position_ids=rows.position_ids,
+        # transformers takes a mask with four dimensions as it is; it would make one over the whole pack. Ordinary attention cannot use
+        # a mask over 0 tokens, so that a layer that does not hand packed_rows on ends with an error.
+        attention_mask=torch.ones(1, 1, 1, 0, dtype=torch.bool, device=input_ids.device),
         packed_rows=rows,
         **options,
     )
