@@ -170,7 +170,20 @@ def test_rows_beyond_a_window_are_not_packed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    "kind", ["mamba", "rwkv", "bloom", "falcon", "falcon_h1", "lfm2_moe", "qwen3_next", "llama4_text", "doge", "gemma2", "nemotron"]
+    "kind",
+    [
+        "mamba",
+        "rwkv",
+        "bloom",
+        "falcon",
+        "falcon_h1",
+        "lfm2_moe",
+        "qwen3_next",
+        "llama4_text",
+        "doge",
+        "gemma2",
+        "nemotron",
+    ],
 )
 def test_models_with_other_states_or_attention_do_not_pack(kind: str) -> None:
     assert pack_limit(tiny_model(kind)) == 0
