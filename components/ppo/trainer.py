@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -242,7 +243,8 @@ def share_rollout(
     and in each of them in the order of lengths.
     """
     rollout = [
-        completion for _, completion in sorted(group.gather(list(zip(rows, completions, strict=True))), key=_row)
+        completion
+        for _, completion in sorted(group.gather(list(zip(rows, completions, strict=True))), key=itemgetter(0))
     ]
     own = []
     for start in range(0, len(rollout), minibatch):
@@ -250,7 +252,3 @@ def share_rollout(
         lengths = [len(completion.prompt_ids) + len(completion.response_ids) for completion in part]
         own += [part[index] for index in deal_rows(lengths, group.world_size)[group.rank]]
     return own
-
-
-def _row(item: tuple[int, Completion]) -> int:
-    return item[0]

@@ -186,14 +186,14 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention `sdpa`, which with packed_rows runs on each group of rows without a mask.
 
-    query, key and value are [1, heads, N, D]; returns [1, N, heads, D]. Raises NotImplementedError for a layer with a bias of its own.
+    query, key and value are [1, heads, N, D]; returns [1, N, heads, D]. Raises ValueError for a layer with a bias of its own.
     """
     if packed_rows is None:
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, *args, **options)
         return found
     has_bias = attention_mask is not None and attention_mask.dtype != torch.bool
     if has_bias or options.get("position_bias") is not None:
-        raise NotImplementedError(f"{type(module).__name__} has a bias, which packed rows do not support")
+        raise ValueError(f"{type(module).__name__} adds a bias, so its rows cannot be packed")
     return packed_rows.attend(module, (query, key, value), *args, **options), None
 
 

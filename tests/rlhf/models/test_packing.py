@@ -189,6 +189,13 @@ def test_models_with_other_states_or_attention_do_not_pack(kind: str) -> None:
     assert pack_limit(tiny_model(kind)) == 0
 
 
+def test_layer_with_a_bias_is_refused() -> None:
+    rows, x = PackedRows([2, 1], 2, torch.device("cpu")), torch.zeros(1, 1, 3, 4)
+    for mask, bias in ((torch.zeros(1, 1, 3, 3), None), (None, torch.zeros(1, 1, 3, 3))):
+        with pytest.raises(ValueError, match="Linear adds a bias, so its rows cannot be packed"):
+            packing.packed_attention(torch.nn.Linear(1, 1), x, x, x, mask, packed_rows=rows, position_bias=bias)
+
+
 def test_rows_of_one_length_run_as_they_are(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     actor, made = actor_of(tiny_model), is_packed(monkeypatch)
     actor(collate([[5, 6], [7]], [[8], [9, 10]]), SamplingDistribution())

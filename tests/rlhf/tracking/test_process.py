@@ -153,6 +153,7 @@ def test_second_finish_is_no_error(monkeypatch: pytest.MonkeyPatch, trackers: li
     tracker = record(monkeypatch, trackers)
     tracker.finish("FINISHED")
     tracker.finish("FAILED", "stopped by a signal")
+    assert tracker._process.poll() is not None
 
 
 def test_stage_goes_on_without_a_lost_process(
