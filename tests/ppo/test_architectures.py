@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from components.reward_model.trainer import EncodedPair
+from components.rlhf.data.tokenizer import EncodedText
 from components.rlhf.models.loading import load_scalar_lm, save_model
 from components.rlhf.models.packing import plan_for
 from components.rlhf.models.scalar import ScalarModel
@@ -105,6 +107,24 @@ def test_router_loss_is_trained_and_logged_in_every_stage(kind: str, tmp_path: P
     row = ppo.train(PROMPTS, [])[0]
     assert row["actor/router_loss"] > 0
     assert row["critic/router_loss"] > 0
+
+
+@pytest.mark.parametrize("limit", [999, 0])
+def test_router_loss_of_the_reward_model_is_the_mean_over_passes_by_tokens(limit: int, tmp_path: Path) -> None:
+    trainer = reward_trainer_of(make_folder("mixtral", tmp_path / "model"))
+    trainer.model.pack_limit = limit
+    texts = [
+        EncodedText(prompt_ids=[5], response_ids=list(range(1, n)), response_mask=[True] * (n - 1), truncated=False)
+        for n in (110, 4)
+    ]
+    scored = trainer.score_prefixes([EncodedPair(chosen=texts[0], rejected=texts[1], margin=0.0)])
+    assert len(scored.passes) == (1 if limit else 2)
+    expected = 0.0
+    for rows in scored.passes:
+        part = scored.batch.select(torch.tensor(rows))
+        trainer.model.prefix_scores(part)
+        expected += float(trainer.model.router_loss) * int(part.lengths.sum()) / 114
+    assert float(scored.router_loss) == pytest.approx(expected, rel=1e-5)
 
 
 def test_router_loss_changes_the_gradient_of_the_router(tmp_path: Path) -> None:
