@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,15 +13,15 @@ from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.data.lengths import longest_prompt
 from components.rlhf.data.records import Prompt
 from components.rlhf.data.tokenizer import load_tokenizer
-from components.rlhf.engine.factory import max_over_shards, prepare_frozen_model, shards_weights
+from components.rlhf.engine.factory import max_over_shards, prepare_frozen_model, trained_dtype, weight_shards
 from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.engine.protocol import Group
 from components.rlhf.models.actor import Actor
 from components.rlhf.models.layers import enable_gradient_checkpointing, share_trunk
 from components.rlhf.models.loading import (
-    halve_frozen_copy,
     is_scored_as_text,
     load_causal_lm,
+    load_reference_lm,
     load_scalar_lm,
     load_stop_ids,
     reward_normalization,
@@ -51,31 +52,34 @@ def load_models(
 
     All models share the frozen layers if these are equal in both artifacts. With adapters the reference is the actor with its
     adapters disabled, and the reward model is the critic with its adapters disabled and its own head, without copies of the
-    weights. Under ZeRO-3 reference and reward model are sharded here, and actor and critic by their engines.
+    weights. Under ZeRO-3 each weight of every model is sharded as soon as it is read.
     """
-    device = default_device()
+    device, training = default_device(), config.ppo.training
     frozen, lora = config.model.num_frozen_layers, config.model.lora
     critic_trains = config.ppo.critic.trains
-    actor_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=lora is None)
-    # Rounded exactly as the actor in each pass, so that their log-probs are bitwise equal before the first update.
-    reference_lm = (
-        actor_lm if lora else load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype).requires_grad_(False)
-    )
-    if not lora and dtype == torch.bfloat16 and config.ppo.training.engine == "torch":
-        halve_frozen_copy(reference_lm)
+    # Each model goes to its device, precision and shards before the next one is read.
+    place: dict[str, Any] = dict(dtype=dtype, device=device, shard=weight_shards(training, group=group, dtype=dtype))
+    trained = place | {"trained_dtype": trained_dtype(training, dtype)}
+    actor_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, trainable=lora is None, **trained)
+    if lora:
+        reference_lm = actor_lm
+    elif training.engine == "torch":
+        reference_lm = load_reference_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, device=device)
+    else:
+        reference_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, trainable=False, **place)
     as_text = is_scored_as_text(reward_model)
     reward_frozen = 0 if as_text else frozen
-    reward_lm = load_scalar_lm(reward_model, num_frozen_layers=reward_frozen, dtype=dtype, trainable=False)
+    reward_lm = load_scalar_lm(reward_model, num_frozen_layers=reward_frozen, trainable=False, **place)
     # A critic reads the actor's ids: it cannot start from a reward model with other ids, so it gets the SFT model and a new head.
     critic_source, seed = (sft_model, config.seed) if as_text else (reward_model, None)
     if lora or critic_trains == "head":
         critic_lm = copy_with_own_head(
-            load_scalar_lm(critic_source, num_frozen_layers=frozen, dtype=dtype, trainable=False, seed=seed)
+            load_scalar_lm(critic_source, num_frozen_layers=frozen, trainable=False, seed=seed, **place)
             if as_text
             else reward_lm
         )
     else:
-        critic_lm = load_scalar_lm(critic_source, num_frozen_layers=frozen, dtype=dtype, seed=seed)
+        critic_lm = load_scalar_lm(critic_source, num_frozen_layers=frozen, seed=seed, **trained)
     if lora:
         add_adapters(actor_lm, lora, num_frozen_layers=frozen, seed=config.seed)
         if critic_trains == "layers":
@@ -85,20 +89,16 @@ def load_models(
     if config.ppo.rollout.engine == "hf":
         rollout_lm = actor_lm if samples_from_actor(config, dtype) else None
         if rollout_lm is None:
-            rollout_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, trainable=False)
+            rollout_lm = load_causal_lm(sft_model, num_frozen_layers=0, dtype=dtype, trainable=False, device=device)
             copies.append(rollout_lm)
     all_lms = [*copies] + ([] if as_text else [reward_lm])
     all_lms += [] if critic_lm.base_model is reward_lm.base_model else [critic_lm]
     shared = share_trunk(actor_lm, all_lms, frozen)
     if not shared and frozen:
         share_trunk(actor_lm, copies, frozen)
-    training = config.ppo.training
     if training.gradient_checkpointing:
         for lm in [actor_lm] + ([critic_lm] if critic_trains == "layers" else []):
             enable_gradient_checkpointing(lm)
-    if not shards_weights(training):
-        for lm in (actor_lm, critic_lm):
-            lm.to(device)
     mean, std = reward_normalization(reward_model) if config.ppo.normalize_reward else (0.0, 1.0)
     normalization = {"mean": mean, "std": std}
     max_over_ranks = max_over_shards(training, group)
@@ -127,7 +127,7 @@ def load_models(
         shared_trunk=shared,
     )
     for model in (models.reference, models.reward_model):
-        prepare_frozen_model(model, training, group=group, dtype=dtype, device=device)
+        prepare_frozen_model(model, training, group=group, dtype=dtype)
     return models, _rollout_engine(config, sft_model, rollout_lm, prompts, dtype=dtype)
 
 
@@ -145,7 +145,7 @@ def _rollout_engine(
     """transformers on lm if it is given, otherwise vLLM, which loads the model itself, sized for the longest prompt."""
     tokenizer, stop_ids = load_tokenizer(sft_model), load_stop_ids(sft_model)
     if lm is not None:
-        return HfRolloutEngine(lm.to(default_device()), tokenizer, stop_ids=stop_ids)
+        return HfRolloutEngine(lm, tokenizer, stop_ids=stop_ids)
     from components.rlhf.rollout.vllm import VllmRolloutEngine
 
     sampling = config.ppo.rollout.sampling

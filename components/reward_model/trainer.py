@@ -14,7 +14,7 @@ from components.rlhf.data.microbatches import equal_passes, fill_microbatches
 from components.rlhf.data.records import PreferencePair
 from components.rlhf.data.token_files import encode_all
 from components.rlhf.data.tokenizer import EncodedText
-from components.rlhf.engine.factory import create_engine, max_over_shards, shards_weights
+from components.rlhf.engine.factory import create_engine, max_over_shards, trained_dtype, weight_shards
 from components.rlhf.engine.protocol import TrainEngine
 from components.rlhf.maths.losses import pairwise_loss
 from components.rlhf.models.layers import enable_gradient_checkpointing
@@ -51,11 +51,18 @@ class RewardModelTrainer:
         self.config, self.context = config, context
         self.dtype, self.device = compute_dtype(config.model.precision), default_device()
         frozen, lora, training = config.model.num_frozen_layers, config.model.lora, config.reward_model.training
-        lm = load_scalar_lm(start, num_frozen_layers=frozen, dtype=self.dtype, trainable=lora is None, seed=config.seed)
+        lm = load_scalar_lm(
+            start,
+            num_frozen_layers=frozen,
+            dtype=self.dtype,
+            trainable=lora is None,
+            seed=config.seed,
+            trained_dtype=trained_dtype(training, self.dtype),
+            device=self.device,
+            shard=weight_shards(training, group=context.group, dtype=self.dtype),
+        )
         if lora:
             add_adapters(lm, lora, num_frozen_layers=frozen, seed=config.seed)
-        if not shards_weights(training):
-            lm.to(self.device)
         if training.gradient_checkpointing:
             enable_gradient_checkpointing(lm)
         self.model = ScalarModel(lm, num_frozen_layers=frozen, dtype=self.dtype)

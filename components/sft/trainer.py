@@ -14,7 +14,7 @@ from components.rlhf.data.batching import collate, step_batches
 from components.rlhf.data.records import Demonstration
 from components.rlhf.data.token_files import encode_all
 from components.rlhf.data.tokenizer import EncodedText
-from components.rlhf.engine.factory import create_engine, max_over_shards, shards_weights
+from components.rlhf.engine.factory import create_engine, max_over_shards, trained_dtype, weight_shards
 from components.rlhf.engine.protocol import TrainEngine
 from components.rlhf.maths.losses import aggregate
 from components.rlhf.models.actor import Actor, SamplingDistribution
@@ -36,18 +36,25 @@ class SftTrainer:
         self.config, self.context = config, context
         self.dtype, self.device = compute_dtype(config.model.precision), default_device()
         frozen, lora = config.model.num_frozen_layers, config.model.lora
-        lm = load_causal_lm(base_model, num_frozen_layers=frozen, dtype=self.dtype, trainable=lora is None)
+        training = config.sft.training
+        lm = load_causal_lm(
+            base_model,
+            num_frozen_layers=frozen,
+            dtype=self.dtype,
+            trainable=lora is None,
+            trained_dtype=trained_dtype(training, self.dtype),
+            device=self.device,
+            shard=weight_shards(training, group=context.group, dtype=self.dtype),
+        )
         if lora:
             add_adapters(lm, lora, num_frozen_layers=frozen, seed=config.seed)
-        if not shards_weights(config.sft.training):
-            lm.to(self.device)
-        if config.sft.training.gradient_checkpointing:
+        if training.gradient_checkpointing:
             enable_gradient_checkpointing(lm)
         self.actor = Actor(
             lm,
             num_frozen_layers=frozen,
             dtype=self.dtype,
-            max_over_ranks=max_over_shards(config.sft.training, context.group),
+            max_over_ranks=max_over_shards(training, context.group),
         )
         self.engine: TrainEngine | None = None
 

@@ -153,7 +153,7 @@ def frozen_logprobs(model: Path, training: TrainingConfig, group: Group) -> Tens
     """Outputs of an untrained model on the first batch, the same on every rank."""
     lm = load_causal_lm(model, num_frozen_layers=0, dtype=FP32, trainable=False)
     actor = Actor(lm, num_frozen_layers=0, dtype=FP32)
-    prepare_frozen_model(actor, training, group=group, dtype=FP32, device=torch.device("cpu"))
+    prepare_frozen_model(actor, training, group=group, dtype=FP32)
     assert not shards_weights(training) or all(hasattr(p, "ds_tensor") for p in actor.parameters())
     with torch.no_grad():
         logprobs, _ = actor(collate([p for p, _ in BATCHES[0]], [r for _, r in BATCHES[0]]), SamplingDistribution())

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -157,6 +157,41 @@ class DeepSpeedEngine:
     def _set_adam_step(self, number: int) -> None:
         for state in self.optimizer.optimizer.state.values():
             state["step"] = torch.tensor(float(number))
+
+
+class WeightShards:
+    """Shards the weights of a model over the ranks (ZeRO-3) one after another, while they are loaded.
+
+    A parameter given to it must be whole and equal on every rank; no rank talks to another, except to compare.
+    """
+
+    def __init__(self, training: TrainingConfig, *, group: Group, dtype: torch.dtype) -> None:
+        init_deepspeed()
+        config = deepspeed_config(training, dtype=dtype, world_size=group.world_size)
+        self.group = group
+        # Around an empty module, because its own conversion would send every whole weight from rank 0 to the others.
+        self.context = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config)
+
+    def __call__(self, parameter: nn.Parameter) -> None:
+        """Keep only this rank's share of a parameter; nothing if it is already sharded."""
+        if hasattr(parameter, "ds_id"):
+            return
+        parameter.data = parameter.data.to(self.context.local_device)
+        self.context._convert_to_deepspeed_param(parameter)
+        cast(Any, parameter).partition()
+
+    def equal(self, first: nn.Parameter, second: nn.Parameter) -> bool:
+        """Whether two sharded parameters have the same values. Collective."""
+        own, other = (_share(parameter) for parameter in (first, second))
+        differ = own.shape != other.shape or not torch.equal(own, other)
+        return self.group.max_int(int(differ)) == 0
+
+
+def _share(parameter: Any) -> Tensor:
+    """This rank's share of a sharded parameter, without the padding of the last rank."""
+    shard: Tensor = parameter.ds_tensor
+    start = parameter.ds_zero_partition_rank * shard.numel()
+    return shard[: max(parameter.ds_numel - start, 0)]
 
 
 def shard_frozen_model(module: nn.Module, training: TrainingConfig, *, group: Group, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -9,6 +10,9 @@ from torch import nn
 from components.rlhf.config.model import TrainingConfig
 from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.engine.torch import TorchEngine
+
+if TYPE_CHECKING:
+    from components.rlhf.engine.deepspeed import WeightShards
 
 
 def create_engine(
@@ -31,22 +35,30 @@ def create_engine(
     return DeepSpeedEngine(module, training, num_steps=num_steps, group=group, dtype=dtype, learning_rate=learning_rate)
 
 
-def prepare_frozen_model(
-    module: nn.Module, training: TrainingConfig, *, group: Group, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Move a module that is not trained to the device, or under ZeRO-3 shard it over all ranks.
+def prepare_frozen_model(module: nn.Module, training: TrainingConfig, *, group: Group, dtype: torch.dtype) -> None:
+    """Under ZeRO-3 make each layer of a module that is not trained gather its weights while it computes; else nothing to do.
 
-    With DeepSpeed it gets the precision of a trained one, whose weights are in dtype.
+    Its weights are sharded if they were not loaded so.
     """
-    if training.engine == "deepspeed":
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(dtype)
     if not shards_weights(training):
-        module.to(device)
         return
     from components.rlhf.engine.deepspeed import shard_frozen_model
 
     shard_frozen_model(module, training, group=group, dtype=dtype)
+
+
+def trained_dtype(training: TrainingConfig, dtype: torch.dtype) -> torch.dtype:
+    """The precision of trained weights that compute in dtype: fp32 with torch; DeepSpeed keeps fp32 copies of its own shards."""
+    return torch.float32 if training.engine == "torch" else dtype
+
+
+def weight_shards(training: TrainingConfig, *, group: Group, dtype: torch.dtype) -> "WeightShards | None":
+    """What shards the weights of a model while it is loaded, or None unless they are sharded (ZeRO-3). dtype is their precision."""
+    if not shards_weights(training):
+        return None
+    from components.rlhf.engine.deepspeed import WeightShards
+
+    return WeightShards(training, group=group, dtype=dtype)
 
 
 def shards_weights(training: TrainingConfig) -> bool:

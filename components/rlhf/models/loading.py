@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,9 +25,19 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
-from components.rlhf.models.layers import HEAD_NAME, decoder_of, frozen_modules, require_layers_to_train
+from components.rlhf.models.layers import HEAD_NAME, decoder_of
 from components.rlhf.models.lora import lora_scale, merged_weights, save_adapter
+from components.rlhf.models.placing import (
+    Dtypes,
+    Placement,
+    Shard,
+    frozen_dtypes,
+    reference_dtypes,
+    trained_dtypes,
+)
 from components.rlhf.text.errors import InputError
+
+CPU = torch.device("cpu")
 
 
 class Fp32Head(nn.Linear):
@@ -39,35 +49,76 @@ class Fp32Head(nn.Linear):
             return nn.functional.linear(features.float(), self.weight.float(), bias)
 
 
-def load_causal_lm(directory: Path, *, num_frozen_layers: int, dtype: torch.dtype, trainable: bool = True) -> Any:
-    """Load a causal language model without dropout: trainable parts in fp32, frozen parts (all if not trainable) in dtype."""
-    model = _load(AutoModelForCausalLM, directory)
-    return _set_precision(model, num_frozen_layers=num_frozen_layers, dtype=dtype, trainable=trainable)
+def load_causal_lm(
+    directory: Path,
+    *,
+    num_frozen_layers: int,
+    dtype: torch.dtype,
+    trainable: bool = True,
+    trained_dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    shard: Shard | None = None,
+) -> Any:
+    """Load a causal language model without dropout: trainable parts in trained_dtype, frozen ones (all if not trainable) in dtype.
+
+    Each tensor is cast, moved to the device and sharded (see Shard) as soon as it is read; with a shard no process holds the whole model.
+    """
+    dtypes = _dtypes(num_frozen_layers, dtype, trainable, trained_dtype)
+    return _load(AutoModelForCausalLM, directory, Placement(dtypes=dtypes, device=device, shard=shard), trainable)
+
+
+def load_reference_lm(
+    directory: Path, *, num_frozen_layers: int, dtype: torch.dtype, device: torch.device = CPU
+) -> Any:
+    """Load a frozen copy of a model that the engine torch trains, in the least precision that gives bitwise the same log-probs."""
+    if dtype == torch.float32:
+        return load_causal_lm(directory, num_frozen_layers=0, dtype=dtype, trainable=False, device=device)
+    dtypes = reference_dtypes(num_frozen_layers=num_frozen_layers, dtype=dtype)
+    return _load(AutoModelForCausalLM, directory, Placement(dtypes=dtypes, device=device), trainable=False)
 
 
 def load_scalar_lm(
-    directory: Path, *, num_frozen_layers: int, dtype: torch.dtype, trainable: bool = True, seed: int | None = None
+    directory: Path,
+    *,
+    num_frozen_layers: int,
+    dtype: torch.dtype,
+    trainable: bool = True,
+    seed: int | None = None,
+    trained_dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    shard: Shard | None = None,
 ) -> Any:
-    """Load a model with a scalar head. With a seed the head is initialized from a normal with std 1 / (hidden_size + 1).
+    """Load a model with a scalar head, as load_causal_lm. With a seed the head is drawn from a normal with std 1 / (hidden_size + 1).
 
     Without a seed the folder must contain a trained head. The scale of the initialization is that of OpenRLHF v0.5.5
     models/model.py `_get_reward_model`.
     """
     register_scalar_class(_config(directory))
-    model = _load(AutoModelForSequenceClassification, directory, needs_head=seed is None, num_labels=1)
-    old = getattr(model, HEAD_NAME)
-    # Some public reward models have a bias, for which transformers' own classes have no place.
-    bias = None if seed is not None else _stored_tensor(directory, f"{HEAD_NAME}.bias")
-    head = Fp32Head(old.in_features, 1, bias=bias is not None)
-    head.weight = old.weight
-    if bias is not None:
-        head.bias = nn.Parameter(bias)
-    setattr(model, HEAD_NAME, head)
-    if seed is not None:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1))
-    return _set_precision(model, num_frozen_layers=num_frozen_layers, dtype=dtype, trainable=trainable)
+    dtypes = _dtypes(num_frozen_layers, dtype, trainable, trained_dtype)
+    placement = Placement(dtypes=dtypes, device=device, shard=shard)
+
+    def give_head(model: Any) -> None:
+        old = getattr(model, HEAD_NAME)
+        # Some public reward models have a bias, for which transformers' own classes have no place.
+        bias = None if seed is not None else _stored_tensor(directory, f"{HEAD_NAME}.bias")
+        head = Fp32Head(old.in_features, 1, bias=bias is not None)
+        head.weight = old.weight
+        if bias is not None:
+            head.bias = nn.Parameter(bias)
+        if seed is not None:
+            weight = torch.randn((1, old.in_features), generator=torch.Generator().manual_seed(seed))
+            head.weight = nn.Parameter((weight / (old.in_features + 1)).to(model.config.dtype))
+        setattr(model, HEAD_NAME, head)
+
+    return _load(
+        AutoModelForSequenceClassification,
+        directory,
+        placement,
+        trainable,
+        complete=give_head,
+        needs_head=seed is None,
+        num_labels=1,
+    )
 
 
 def register_scalar_class(config: Any) -> None:
@@ -251,20 +302,31 @@ def _without_deepspeed_import() -> Iterator[None]:
         modeling_utils.unwrap_model = original
 
 
-def load_with_info(kind: Any, directory: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Load a model by an Auto class (kind) in its stored dtype, with transformers' loading info. Raises InputError."""
-    try:
-        model, info = kind.from_pretrained(
-            directory,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype="auto",
-            output_loading_info=True,
-            **options,
-        )
-    except Exception as error:  # broken or missing files raise any type
-        raise _not_a_model(directory, error) from error
+def load_with_info(
+    kind: Any, directory: Path, placement: Placement | None = None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Load a model by an Auto class (kind), with transformers' loading info; in its stored dtype without a placement.
+
+    Raises InputError, and errors of the placement as they are.
+    """
+    placing: contextlib.AbstractContextManager[list[Exception]] = contextlib.nullcontext([])
+    if placement is not None:
+        placing = placement.while_loading()
+    with placing as failed:
+        try:
+            model, info = kind.from_pretrained(
+                directory,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype="auto",
+                output_loading_info=True,
+                **options,
+            )
+        except Exception as error:  # broken or missing files raise any type
+            if error in failed:
+                raise
+            raise _not_a_model(directory, error) from error
     return model, info
 
 
@@ -280,8 +342,18 @@ def _not_a_model(directory: Path, error: Exception) -> InputError:
     return InputError(f"{directory} is not a model folder that transformers can load ({reason}).")
 
 
-def _load(kind: Any, directory: Path, *, needs_head: bool = True, **options: Any) -> Any:
-    model, info = load_with_info(kind, directory, **options)
+def _load(
+    kind: Any,
+    directory: Path,
+    placement: Placement,
+    trainable: bool,
+    *,
+    complete: Callable[[Any], None] = lambda model: None,
+    needs_head: bool = True,
+    **options: Any,
+) -> Any:
+    """Load a model into its final place; complete(model) may add weights that its class has no place for."""
+    model, info = load_with_info(kind, directory, placement, **options)
     missing = {name for name in info["missing_keys"] if needs_head or not name.startswith(f"{HEAD_NAME}.")}
     if missing:
         raise InputError(
@@ -292,7 +364,12 @@ def _load(kind: Any, directory: Path, *, needs_head: bool = True, **options: Any
             f"{directory} has the weights {', '.join(ignored[:3])}, which {type(model).__name__} does not use with this "
             "config.json, so it would not be the model that was trained; correct config.json."
         )
-    return model
+    complete(model)
+    if not trainable:
+        model.requires_grad_(False)
+    placement.settle(model)
+    # Always in eval mode: with dropout, log-probs of the same tokens would differ between rollout and update.
+    return model.eval()
 
 
 def _ignored_weights(model: nn.Module, unexpected: Iterable[str]) -> list[str]:
@@ -316,17 +393,10 @@ def _stored_tensor(directory: Path, name: str) -> Tensor | None:
     return None
 
 
-def _set_precision(model: Any, *, num_frozen_layers: int, dtype: torch.dtype, trainable: bool) -> Any:
-    # Always in eval mode: with dropout, log-probs of the same tokens would differ between rollout and update.
-    model.eval()
+def _dtypes(num_frozen_layers: int, dtype: torch.dtype, trainable: bool, trained_dtype: torch.dtype) -> Dtypes:
     if not trainable:
-        model.requires_grad_(False)
-        return cast_parameters(model, dtype)
-    require_layers_to_train(model, num_frozen_layers)
-    cast_parameters(model, torch.float32)
-    for module in frozen_modules(model, num_frozen_layers) if num_frozen_layers else []:
-        cast_parameters(module, dtype)
-    return model
+        return frozen_dtypes(dtype)
+    return trained_dtypes(num_frozen_layers=num_frozen_layers, frozen=dtype, trained=trained_dtype)
 
 
 def cast_parameters(module: Any, dtype: torch.dtype) -> Any:
@@ -335,18 +405,6 @@ def cast_parameters(module: Any, dtype: torch.dtype) -> Any:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     return module
-
-
-def halve_frozen_copy(model: Any) -> Any:
-    """Round the matrices of a frozen fp32 copy of a trained model to bf16, without any change of its output under autocast.
-
-    Autocast rounds the weights of linear layers to bf16 in every pass; all other weights stay in fp32, as in the trained model.
-    """
-    tied = {id(model.get_input_embeddings().weight)}
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and id(module.weight) not in tied:
-            cast_parameters(module, torch.bfloat16)
-    return model
 
 
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -19,8 +19,8 @@ from transformers import (
 from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.loading import (
-    halve_frozen_copy,
     load_causal_lm,
+    load_reference_lm,
     load_scalar_lm,
     load_stop_ids,
     reward_normalization,
@@ -257,10 +257,10 @@ def test_non_finite_weights_are_not_saved(tiny_model: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_halved_frozen_copy_has_the_same_output_under_autocast(tmp_path: Path, tied: bool) -> None:
+def test_reference_has_the_same_output_under_autocast(tmp_path: Path, tied: bool) -> None:
     folder = make_tiny_model(tmp_path, seed=4, tied=tied)
     whole = actor_of(folder, dtype=BF16)
-    halved = Actor(halve_frozen_copy(actor_of(folder).lm), num_frozen_layers=0, dtype=BF16)
+    halved = Actor(load_reference_lm(folder, num_frozen_layers=0, dtype=BF16), num_frozen_layers=0, dtype=BF16)
     for distribution in (SamplingDistribution(), SamplingDistribution(temperature=0.7)):
         for ours, theirs in zip(
             *(actor(batch(), distribution, with_entropy=True) for actor in (halved, whole)), strict=True
