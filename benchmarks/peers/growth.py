@@ -53,7 +53,8 @@ def make_model(folder: Path, vocabulary: int) -> tuple[Path, Path]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from components.rlhf.models.loading import load_scalar_lm, save_model
+    from components.rlhf.models.loading import load_scalar_lm
+    from components.rlhf.models.saving import save_model
     from tests.support.tiny_model import make_tiny_tokenizer
 
     shape, tokenizer = shape_of(vocabulary), make_tiny_tokenizer()

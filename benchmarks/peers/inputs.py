@@ -39,7 +39,8 @@ def main() -> None:
 
     from components.import_model.importer import import_model
     from components.rlhf.config.import_model import ImportModelStageConfig
-    from components.rlhf.models.loading import load_scalar_lm, save_model
+    from components.rlhf.models.loading import load_scalar_lm
+    from components.rlhf.models.saving import save_model
 
     shutil.rmtree(FOLDER, ignore_errors=True)
     MODEL.mkdir(parents=True)

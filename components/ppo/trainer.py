@@ -1,7 +1,7 @@
 """The PPO loop: sample, score and update, until the iterations are over or the validation objective has converged."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from operator import itemgetter
 from typing import Any
@@ -22,7 +22,6 @@ from components.rlhf.engine.protocol import Group
 from components.rlhf.maths.kl import adapt_kl_coef
 from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.models.actor import SamplingDistribution
-from components.rlhf.models.loading import collect_weights
 from components.rlhf.rollout.probe import SyncCheck, probe_ids
 from components.rlhf.rollout.protocol import RolloutEngine
 from components.rlhf.runtime.memory import release_freed_memory
@@ -104,9 +103,9 @@ class PpoTrainer:
                 self._save(iteration)
         return self.history
 
-    def weights(self) -> dict[str, Tensor]:
-        """The actor's weights in main memory of rank 0. Every rank calls it."""
-        return collect_weights(self.learner.engines["actor"].full_weights(), keep=self.group.rank == 0)
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The actor's weights, one at a time. Every rank iterates over all of them."""
+        return self.context.export(self.learner.engines["actor"])
 
     def _iterate(self, iteration: int, prompts: Sequence[Prompt]) -> dict[str, float]:
         started = time.monotonic()

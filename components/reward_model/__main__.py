@@ -35,8 +35,9 @@ def main(
     from components.rlhf.artifacts.directory import open_artifact, open_inputs
     from components.rlhf.data.datasets import load_records, read_header
     from components.rlhf.data.records import PreferencePair, Prompt
+    from components.rlhf.engine.group import join_process_group
     from components.rlhf.models.layers import HEAD_NAME
-    from components.rlhf.models.loading import save_model
+    from components.rlhf.models.saving import save_model
 
     config, max_tokens = run.config.reward_model, read_header(preferences).max_tokens
     train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
@@ -44,28 +45,29 @@ def main(
     inputs = open_inputs(sft_model=sft_model, preferences=preferences, prompts=prompts)
     if config.use:
         inputs["imported"] = open_artifact(base_model, "reward_model")
-        result = measure_imported(base_model, run.config, sft_model, texts, run.progress.log)
     else:
         inputs |= open_inputs(base_model=base_model, sft_model=sft_model)
-        # Checkpoints do not depend on the prompts, which only calibrate the trained model.
-        parents = [inputs[kind] for kind in ("base_model", "sft_model", "preferences")]
-        start = sft_model if config.init == "sft" else base_model
-        result = train_and_measure(
-            start, run.config, sft_model, train, texts,
-            lambda group: run.training_context(run.config.checkpoint, group, *parents),
-            preferences,
-        )  # fmt: skip
-    run.write_artifact(
-        "model",
-        writes["model"],
-        lambda draft: save_model(
-            result.model.lm, result.tokenizer, draft, dtype=result.model.dtype, weights=result.weights
-        ),
-        kind="reward_model",
-        parents=inputs,
-        tokenizer_of=None if result.facts["scored_as"] == "text" else inputs["sft_model"],
-        facts={**result.numbers, **result.facts, "head_name": HEAD_NAME, "padding_side": "right"},
-    )
+    with join_process_group(timeout_minutes=config.training.timeout_minutes) as group:
+        if config.use:
+            result = measure_imported(base_model, run.config, sft_model, texts, run.progress.log)
+        else:
+            # Checkpoints do not depend on the prompts, which only calibrate the trained model.
+            parents = [inputs[kind] for kind in ("base_model", "sft_model", "preferences")]
+            context = run.training_context(run.config.checkpoint, group, *parents)
+            start = sft_model if config.init == "sft" else base_model
+            result = train_and_measure(start, run.config, sft_model, train, texts, context, preferences)
+        run.write_artifact(
+            "model",
+            writes["model"],
+            lambda draft: save_model(
+                result.model.lm, result.tokenizer, draft, dtype=result.model.dtype, weights=result.weights
+            ),
+            kind="reward_model",
+            parents=inputs,
+            tokenizer_of=None if result.facts["scored_as"] == "text" else inputs["sft_model"],
+            facts={**result.numbers, **result.facts, "head_name": HEAD_NAME, "padding_side": "right"},
+            streamed=result.weights or (),
+        )
     run.progress.log(f"accuracy on held-out human pairs: {result.numbers['heldout_accuracy']:.1%}")
     run.write_report("summary", writes["summary"], as_markdown(result.numbers))
     run.write_metrics(writes["metrics"], result.numbers)

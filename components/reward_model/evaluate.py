@@ -1,6 +1,6 @@
 """Calibration and held-out accuracy of a trained reward model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class RewardModelResult:
 
     model: ScalarModel
     tokenizer: PreTrainedTokenizerBase  # to save with it: the SFT model's, or its own if it reads text
-    weights: dict[str, Tensor] | None  # that an engine gathered; None for those of the model
+    weights: Iterator[tuple[str, Tensor]] | None  # that an engine gathers, on every rank; None for those of the model
     numbers: dict[str, float]
     facts: dict[str, str]  # scored_as, and the training engine
 

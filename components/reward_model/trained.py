@@ -1,6 +1,6 @@
 """Trains a reward model, then calibrates and measures it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,6 @@ from components.rlhf.config.reward_model import RewardModelStageConfig
 from components.rlhf.data.records import PreferencePair
 from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.engine.factory import engine_name
-from components.rlhf.engine.group import join_process_group
-from components.rlhf.engine.protocol import Group
 from components.rlhf.runtime.training import TrainingContext
 
 
@@ -21,15 +19,17 @@ def train_and_measure(
     sft_model: Path,
     pairs: Sequence[PreferencePair],
     texts: dict[str, Any],
-    context_of: Callable[[Group], TrainingContext],
+    context: TrainingContext,
     folder: Path,
 ) -> RewardModelResult:
     """Train from the model folder start, on pairs of the data set in folder. texts are the arguments of calibrate_and_measure."""
-    training, tokenizer = config.reward_model.training, load_tokenizer(sft_model)
-    with join_process_group(timeout_minutes=training.timeout_minutes) as group:
-        trainer = RewardModelTrainer(config, start, context_of(group))
-        numbers = trainer.train(tokenizer, pairs, max_tokens=texts["max_tokens"], folder=folder)
-        numbers |= calibrate_and_measure(trainer.model, config, sft_model, tokenizer, **texts)
-        weights = trainer.weights()
-    facts = {"scored_as": "ids", "training_engine": engine_name(training, group)}
-    return RewardModelResult(model=trainer.model, tokenizer=tokenizer, weights=weights, numbers=numbers, facts=facts)
+    tokenizer, trainer = load_tokenizer(sft_model), RewardModelTrainer(config, start, context)
+    numbers = trainer.train(tokenizer, pairs, max_tokens=texts["max_tokens"], folder=folder)
+    numbers |= calibrate_and_measure(trainer.model, config, sft_model, tokenizer, **texts)
+    return RewardModelResult(
+        model=trainer.model,
+        tokenizer=tokenizer,
+        weights=trainer.weights(),
+        numbers=numbers,
+        facts={"scored_as": "ids", "training_engine": engine_name(config.reward_model.training, context.group)},
+    )

@@ -1,6 +1,6 @@
 """Reward-model training: the chosen text scores above the rejected one, whole and cut short."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from components.rlhf.engine.factory import create_engine, max_over_shards, train
 from components.rlhf.engine.protocol import TrainEngine
 from components.rlhf.maths.losses import pairwise_loss
 from components.rlhf.models.layers import enable_gradient_checkpointing
-from components.rlhf.models.loading import collect_weights, load_scalar_lm
+from components.rlhf.models.loading import load_scalar_lm
 from components.rlhf.models.lora import add_adapters
 from components.rlhf.models.packing import plan_for
 from components.rlhf.models.precision import compute_dtype, default_device
@@ -115,10 +115,10 @@ class RewardModelTrainer:
         self.context.group.watchdog("reward model, final measurements")
         return {"num_steps": float(len(steps))}
 
-    def weights(self) -> dict[str, Tensor]:
-        """The trained weights in main memory of rank 0. Every rank calls it."""
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The trained weights, one at a time. Every rank iterates over all of them."""
         assert self.engine is not None, "train() comes first"
-        return collect_weights(self.engine.full_weights(), keep=self.context.group.rank == 0)
+        return self.context.export(self.engine)
 
     def margin_of(self, pair: PreferencePair) -> float:
         return pair.margin or 0.0 if self.config.reward_model.use_margin else 0.0

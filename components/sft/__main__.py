@@ -28,7 +28,7 @@ def main(
     from components.rlhf.data.tokenizer import load_tokenizer
     from components.rlhf.engine.factory import engine_name
     from components.rlhf.engine.group import join_process_group
-    from components.rlhf.models.loading import save_model
+    from components.rlhf.models.saving import save_model
     from components.sft.trainer import SftTrainer, as_markdown
 
     inputs = open_inputs(base_model=base_model, demonstrations=demonstrations)
@@ -45,15 +45,16 @@ def main(
             folder=demonstrations,
         )
         weights = trainer.weights()
-    run.write_artifact(
-        "model",
-        model,
-        lambda draft: save_model(trainer.actor.lm, tokenizer, draft, dtype=trainer.dtype, weights=weights),
-        kind="sft_model",
-        parents=inputs,
-        tokenizer_of=inputs["base_model"],
-        facts={**numbers, "training_engine": engine_name(training, group)},
-    )
+        run.write_artifact(
+            "model",
+            model,
+            lambda draft: save_model(trainer.actor.lm, tokenizer, draft, dtype=trainer.dtype, weights=weights),
+            kind="sft_model",
+            parents=inputs,
+            tokenizer_of=inputs["base_model"],
+            facts={**numbers, "training_engine": engine_name(training, group)},
+            streamed=weights,
+        )
     run.progress.log(
         f"held-out loss {numbers['heldout_loss_before']:.3f} -> {numbers['heldout_loss']:.3f} nats per token"
     )

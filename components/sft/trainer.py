@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the next-token loss on completions; prompts carry no loss."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from components.rlhf.engine.protocol import TrainEngine
 from components.rlhf.maths.losses import aggregate
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import enable_gradient_checkpointing
-from components.rlhf.models.loading import collect_weights, load_causal_lm
+from components.rlhf.models.loading import load_causal_lm
 from components.rlhf.models.lora import add_adapters
 from components.rlhf.models.packing import plan_for
 from components.rlhf.models.precision import compute_dtype, default_device
@@ -114,10 +114,10 @@ class SftTrainer:
             "num_steps": float(len(steps)),
         }
 
-    def weights(self) -> dict[str, Tensor]:
-        """The trained weights in main memory of rank 0. Every rank calls it."""
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The trained weights, one at a time. Every rank iterates over all of them."""
         assert self.engine is not None, "train() comes first"
-        return collect_weights(self.engine.full_weights(), keep=self.context.group.rank == 0)
+        return self.context.export(self.engine)
 
     def _loss(self, texts: Sequence[EncodedText], denominator: int) -> Tensor:
         batch = collate(

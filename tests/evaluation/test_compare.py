@@ -14,7 +14,8 @@ from components.rlhf.config.evaluation import EvaluationConfig, EvaluationStageC
 from components.rlhf.config.model import ModelConfig, SamplingConfig
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.models.actor import Actor, SamplingDistribution
-from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, save_model
+from components.rlhf.models.loading import load_causal_lm, load_scalar_lm
+from components.rlhf.models.saving import save_model
 from components.rlhf.rollout.hf import HfRolloutEngine
 from components.rlhf.text.progress import Progress
 from tests.support.tiny_model import make_tiny_model

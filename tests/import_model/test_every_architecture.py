@@ -26,7 +26,8 @@ from components.import_model.conformance import (
 from components.rlhf.data.batching import TokenBatch, collate
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import HEAD_NAME, decoder_of
-from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, require_scalar_class, save_model
+from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, require_scalar_class
+from components.rlhf.models.saving import save_model
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.text.errors import InputError
 from tests.support.tiny_model import make_tiny_tokenizer

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.reward_model.trainer import EncodedPair
 from components.rlhf.data.tokenizer import EncodedText
-from components.rlhf.models.loading import load_scalar_lm, save_model
+from components.rlhf.models.loading import load_scalar_lm
 from components.rlhf.models.packing import plan_for
+from components.rlhf.models.saving import save_model
 from components.rlhf.models.scalar import ScalarModel
 from components.sft.trainer import SftTrainer
 from tests.ppo.test_trainer import config_of

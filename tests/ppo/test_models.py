@@ -13,7 +13,8 @@ from components.rlhf.config.model import LoraConfig
 from components.rlhf.data.batching import collate
 from components.rlhf.data.datasets import load_records
 from components.rlhf.data.records import Conversation, Message, Prompt, ValidationSample
-from components.rlhf.models.loading import load_scalar_lm, save_model
+from components.rlhf.models.loading import load_scalar_lm
+from components.rlhf.models.saving import save_model
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.text.errors import InputError
 from tests.support.ppo_runs import FP32, PROMPTS, config_of, load, make_reward_model, trainer_of

@@ -10,7 +10,7 @@ from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.data.records import Demonstration, Prompt, Turn
 from components.rlhf.data.tokenizer import load_tokenizer
-from components.rlhf.models.loading import save_model
+from components.rlhf.models.saving import save_model
 from components.rlhf.rollout.protocol import RolloutEngine
 from components.sft.trainer import SftTrainer
 from tests.support.ppo_runs import FP32, config_of, load, make_reward_model, trainer_of

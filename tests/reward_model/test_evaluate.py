@@ -10,7 +10,8 @@ from components.reward_model.calibration import calibrate, cut_to_half, sample_r
 from components.reward_model.evaluate import calibrate_and_measure
 from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.records import Completion, PreferencePair, Prompt
-from components.rlhf.models.loading import load_scalar_lm, reward_normalization, save_model
+from components.rlhf.models.loading import load_scalar_lm, reward_normalization
+from components.rlhf.models.saving import save_model
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rewards.reward_model import RewardModelScorer
 from components.rlhf.text.errors import InputError

@@ -13,7 +13,8 @@ from components.rlhf.artifacts.manifest import write_manifest
 from components.rlhf.config.import_model import ImportModelStageConfig
 from components.rlhf.config.model import LoraConfig
 from components.rlhf.data.records import Completion, Conversation, Message, PreferencePair, Prompt
-from components.rlhf.models.loading import is_scored_as_text, reward_normalization, save_model
+from components.rlhf.models.loading import is_scored_as_text, reward_normalization
+from components.rlhf.models.saving import save_model
 from components.rlhf.rewards.reward_model import load_reward_scorer
 from components.rlhf.text.errors import InputError
 from tests.support.chat_tokenizers import make_tokenizer

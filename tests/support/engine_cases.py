@@ -22,7 +22,7 @@ from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.maths.losses import aggregate, pairwise_loss
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import enable_gradient_checkpointing
-from components.rlhf.models.loading import collect_weights, load_causal_lm, load_scalar_lm
+from components.rlhf.models.loading import load_causal_lm, load_scalar_lm
 from components.rlhf.models.lora import add_adapters
 from components.rlhf.models.scalar import ScalarModel
 
@@ -98,7 +98,9 @@ def pair_steps(model: ScalarModel, engine: TrainEngine, group: Group) -> Iterato
 
 
 def whole_weights(engine: TrainEngine) -> dict[str, Tensor]:
-    return {name: weight.float() for name, weight in collect_weights(engine.full_weights(), keep=True).items()}
+    return {
+        name.removeprefix("lm."): weight.to("cpu", torch.float32, copy=True) for name, weight in engine.full_weights()
+    }
 
 
 def train(

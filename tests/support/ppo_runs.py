@@ -17,7 +17,8 @@ from components.rlhf.config.model import LoraConfig, ModelConfig
 from components.rlhf.config.ppo import PpoConfig, PpoStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.data.records import Completion, Prompt
-from components.rlhf.models.loading import load_scalar_lm, save_model
+from components.rlhf.models.loading import load_scalar_lm
+from components.rlhf.models.saving import save_model
 from components.rlhf.rewards.protocol import ComputedStates
 from components.rlhf.rollout.hf import HfRolloutEngine
 from tests.support.training import NEVER, context_of

@@ -39,7 +39,7 @@ class SingleProcess:
     def barrier(self) -> None:
         return
 
-    def watchdog(self, step: str) -> None:
+    def watchdog(self, step: str | None) -> None:
         return
 
 
@@ -77,9 +77,11 @@ class ProcessGroup:
     def barrier(self) -> None:
         dist.barrier()
 
-    def watchdog(self, step: str) -> None:
+    def watchdog(self, step: str | None) -> None:
         if self._watch:
             self._watch.cancel()
+        if step is None:
+            return
         self._watch = threading.Timer(60 * self.timeout_minutes, self._give_up, [step])
         self._watch.daemon = True
         self._watch.start()

@@ -67,6 +67,6 @@ class Group(Protocol):
 
     def barrier(self) -> None: ...
 
-    def watchdog(self, step: str) -> None:
-        """Start the time limit of a step, whose name is shown if it expires; then the process is ended."""
+    def watchdog(self, step: str | None) -> None:
+        """Start the time limit of a step, whose name is shown if it expires; then the process is ended. None: no limit."""
         ...

@@ -1,9 +1,9 @@
-"""Loading and saving of Hugging Face model folders (safetensors, offline)."""
+"""Loading of Hugging Face model folders (safetensors, offline)."""
 
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,10 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
-    PreTrainedTokenizerBase,
-    modeling_utils,
 )
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,7 +23,6 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from components.rlhf.models.layers import HEAD_NAME, decoder_of
-from components.rlhf.models.lora import lora_scale, merged_weights, save_adapter
 from components.rlhf.models.placing import (
     Dtypes,
     Placement,
@@ -240,66 +236,6 @@ def empty_causal_lm(directory: Path) -> Any:
     from_config: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
         return from_config(_config(directory), trust_remote_code=False)
-
-
-def stored_form(lm: Any, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """One weight of a loaded model in the form of its folder: other names, and experts of their own instead of one fused tensor."""
-    yield from revert_weight_conversion(lm, {name: weight}).items()
-
-
-def collect_weights(named: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
-    """Copy the weights that an engine streams to main memory, under the language model's own names.
-
-    Every rank must iterate over all of them, because gathering is collective; ranks with keep False return {}.
-    """
-    collected: dict[str, Tensor] = {}
-    for name, weight in named:
-        if keep:
-            collected[name.removeprefix("lm.")] = weight.to("cpu", copy=True)
-    return collected
-
-
-def save_model(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    directory: Path,
-    *,
-    dtype: torch.dtype,
-    weights: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write weights (safetensors, in dtype), config, generation config and tokenizer for from_pretrained.
-
-    weights replace the model's own, which may be sharded. Adapters are merged into the weights, and also written to
-    adapter/ for peft to load onto the base model.
-    Raises InputError when a weight is nan or infinite, which the loss cannot show after the last step.
-    """
-    if weights is None:
-        weights = model.state_dict()
-    nonfinite = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-    if nonfinite:
-        raise InputError(
-            f"The weights {', '.join(nonfinite[:3])} are not finite after the last step; lower the learning rate."
-        )
-    state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in merged_weights(model, weights.items())}
-    model.config.dtype = dtype
-    with _without_deepspeed_import():
-        model.save_pretrained(directory, state_dict=state, safe_serialization=True)
-    tokenizer.save_pretrained(directory)
-    if lora_scale(model):
-        save_adapter(model, weights, directory / "adapter")
-    for file in directory.rglob("*.safetensors"):  # written with mode 0600, but other pods may run as another user
-        file.chmod(0o644)
-
-
-@contextlib.contextmanager
-def _without_deepspeed_import() -> Iterator[None]:
-    """Skip save_pretrained's unwrapping of the model, which imports DeepSpeed for seconds; models here are never wrapped."""
-    original = modeling_utils.unwrap_model
-    modeling_utils.unwrap_model = lambda model: model  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        modeling_utils.unwrap_model = original
 
 
 def load_with_info(

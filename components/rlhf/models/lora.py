@@ -105,17 +105,21 @@ def lora_scale(lm: Any) -> float:
     return 0.0 if config is None else float(config.lora_alpha / config.r)
 
 
+def belongs_to_adapter(name: str) -> bool:
+    """Whether a weight is of an adapter or a scalar head, which is trained with it."""
+    return ".lora_A." in name or ".lora_B." in name or name == f"{HEAD_NAME}.weight"
+
+
 def save_adapter(lm: Any, weights: Mapping[str, Tensor], directory: Path) -> None:
     """Write the adapter weights, and a scalar head if lm has one, in fp32.
 
     peft's PeftModel.from_pretrained loads them onto the base model.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    head = f"{HEAD_NAME}.weight"
     tensors = {
         f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": weight.float().contiguous()
         for name, weight in weights.items()
-        if ".lora_A." in name or ".lora_B." in name or name == head
+        if belongs_to_adapter(name)
     }
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     lm.peft_config[ADAPTER].save_pretrained(str(directory))

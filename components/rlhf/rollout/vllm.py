@@ -21,7 +21,8 @@ from components.rlhf.config.model import SamplingConfig
 from components.rlhf.config.ppo import VllmConfig
 from components.rlhf.data.records import Completion, Prompt, is_chat
 from components.rlhf.data.tokenizer import decode_response, encode_prompt, load_tokenizer
-from components.rlhf.models.loading import empty_causal_lm, stored_form
+from components.rlhf.models.loading import empty_causal_lm
+from components.rlhf.models.stored import StoredForm
 from components.rlhf.rollout.probe import WeightSample
 from components.rlhf.rollout.vllm_errors import start_error
 from components.rlhf.text.errors import InputError
@@ -51,7 +52,8 @@ class VllmRolloutEngine:
         self.max_model_len = max_model_len
         self.dtype = dtype
         self.tensor_parallel_size = config.tensor_parallel_size
-        self._shell = empty_causal_lm(model_folder)  # knows the names that the weights have in the folder
+        shell = empty_causal_lm(model_folder)
+        self._stored_form = StoredForm(shell, [name for name, _ in shell.named_parameters(remove_duplicate=False)])
         self._sleeping: set[str] = set()  # vLLM's wake-up tags: "weights", "kv_cache"
         self._owns_process_group = not torch.distributed.is_initialized()
         _check_processes(config.tensor_parallel_size)
@@ -240,9 +242,8 @@ class VllmRolloutEngine:
     def _copies(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         # vLLM holds the parts of a fused matrix (q, k and v) until it has all of them, but a trainer with sharded weights
         # has freed the first by then. So copy each, in the engine's dtype; at most one layer's copies exist at a time.
-        for name, weight in weights:
-            for stored_name, stored in stored_form(self._shell, name, weight.detach()):
-                yield stored_name, stored.to(self.dtype, copy=True)
+        for name, weight in self._stored_form.convert((name, weight.detach()) for name, weight in weights):
+            yield name, weight.to(self.dtype, copy=True)
 
     def _sleep(self) -> None:
         """Free GPU memory for the updates: drop the cache and offload the weights to main memory."""

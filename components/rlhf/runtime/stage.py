@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -102,12 +102,16 @@ class StageRun(Generic[Config]):
         parents: Mapping[str, Manifest],
         facts: Mapping[str, str | int | float],
         tokenizer_of: Manifest | None = None,
+        streamed: Iterable[object] = (),
     ) -> None:
         """Write an artifact atomically: fill(folder) writes its files, then the manifest is added. Only rank 0 writes.
 
-        parents are the input artifacts by role; tokenizer_of is the input whose tokenizer the artifact uses.
+        parents are the input artifacts by role; tokenizer_of is the input whose tokenizer the artifact uses. streamed is what fill
+        reads that takes every rank (an engine's weights, gathered one by one): the other ranks read it too.
         """
         if rank() > 0:
+            for _ in streamed:
+                pass
             return
         with atomic_directory(path) as folder:
             fill(folder)

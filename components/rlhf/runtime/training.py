@@ -1,6 +1,6 @@
 """What supervised fine-tuning and reward-model training share: optimizer steps over batches, resumed from checkpoints."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,12 @@ class TrainingContext:
         return local_microbatches(
             lengths, max_tokens, rank=rank, world_size=world_size, max_over_ranks=self.group.max_int, plan=plan
         )
+
+    def export(self, engine: TrainEngine) -> Iterator[tuple[str, Tensor]]:
+        """The weights of an engine, whole and one at a time, within the time limit of a step. Every rank iterates over all of them."""
+        self.group.watchdog("export of the weights")
+        yield from engine.full_weights()
+        self.group.watchdog(None)  # rank 0 alone goes on: it computes digests, and may publish the model
 
 
 @dataclass(frozen=True, kw_only=True)

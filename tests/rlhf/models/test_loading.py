@@ -24,9 +24,9 @@ from components.rlhf.models.loading import (
     load_scalar_lm,
     load_stop_ids,
     reward_normalization,
-    save_model,
     trainable_parameters,
 )
+from components.rlhf.models.saving import save_model
 from components.rlhf.text.errors import InputError
 from tests.support.small_models import actor_of, batch, scalar_of, trained_names
 from tests.support.tiny_model import make_tiny_model
@@ -236,7 +236,8 @@ def test_save_model_does_not_import_deepspeed(tiny_model: Path, tmp_path: Path) 
 import sys, torch
 from pathlib import Path
 from components.rlhf.data.tokenizer import load_tokenizer
-from components.rlhf.models.loading import load_causal_lm, save_model
+from components.rlhf.models.loading import load_causal_lm
+from components.rlhf.models.saving import save_model
 folder = Path(sys.argv[1])
 model = load_causal_lm(folder, num_frozen_layers=0, dtype=torch.float32)
 save_model(model, load_tokenizer(folder), Path(sys.argv[2]), dtype=torch.float32)

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from components.rlhf.config.model import LoraConfig
 from components.rlhf.models.actor import Actor, SamplingDistribution
-from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, save_model, trainable_parameters
+from components.rlhf.models.loading import load_causal_lm, load_scalar_lm, trainable_parameters
 from components.rlhf.models.lora import adapters_enabled, add_adapters, merged_weights
+from components.rlhf.models.saving import save_model
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.text.errors import InputError
 from tests.support.small_models import batch, trained_names
