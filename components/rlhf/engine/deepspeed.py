@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,10 +21,10 @@ import deepspeed
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
     set_z3_leaf_module,
 )
 
@@ -92,12 +92,14 @@ class DeepSpeedEngine:
                 yield name, parameter.detach()
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Trained weights in fp32 and the optimizer's moments; parameters are assigned to ranks round-robin."""
+        """Trained weights in fp32 and the optimizer's moments, of whole parameters: of each rank at most its share and one parameter."""
         tensors = {"steps_done": torch.tensor(self.steps_done)}
-        for number, (name, parameter) in enumerate(self.parameters.items()):
+        sizes = {name: _whole_size(parameter) for name, parameter in self.parameters.items()}
+        owners = split_evenly(sizes, self.group.world_size)
+        for name, parameter in self.parameters.items():
             for key in ("weight", *MOMENTS):
                 value = self._read(parameter, key)
-                if number % self.group.world_size == self.group.rank:
+                if owners[name] == self.group.rank:
                     tensors[f"{key}/{name}"] = value.to("cpu", copy=True, memory_format=torch.contiguous_format)
         return tensors
 
@@ -124,16 +126,15 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _write(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        value = value.to(self.engine.device)
         if self.training.zero_stage == 3:
-            # DeepSpeed's own setter fails when the number of elements is not divisible: the last rank's share is padded.
-            local = (
-                safe_get_local_fp32_param(parameter)
-                if key == "weight"
-                else safe_get_local_optimizer_state(parameter, key)
-            )
-            padded = nn.functional.pad(value.flatten(), (0, local.numel() * self.group.world_size - value.numel()))
-            local.copy_(padded[local.numel() * self.group.rank :][: local.numel()].view_as(local))
+            # DeepSpeed's setter for whole values fails when their number is not divisible: the last rank's share is padded.
+            size = cast(Any, parameter).ds_tensor.numel()
+            share = value.flatten()[size * self.group.rank :][:size]
+            share = nn.functional.pad(share, (0, size - share.numel()))
+            if key == "weight":
+                safe_set_local_fp32_param(parameter, share)
+            else:
+                safe_set_local_optimizer_state(parameter, share, key)
         elif key == "weight":
             safe_set_full_fp32_param(parameter, value)
         else:
@@ -171,20 +172,44 @@ class WeightShards:
         self.group = group
         # Around an empty module, because its own conversion would send every whole weight from rank 0 to the others.
         self.context = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config)
+        self.scratch = torch.empty(0, dtype=torch.uint8, device=self.context.local_device)
 
-    def __call__(self, parameter: nn.Parameter) -> None:
-        """Keep only this rank's share of a parameter; nothing if it is already sharded."""
+    def __call__(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+        """Cast a parameter, and keep only this rank's share; nothing if it is already sharded."""
         if hasattr(parameter, "ds_id"):
             return
-        parameter.data = parameter.data.to(self.context.local_device)
+        whole, device = parameter.data, self.context.local_device
+        if (whole.device, whole.dtype) != (device, dtype):
+            parameter.data = self._scratch_for(whole, dtype).copy_(whole)
         self.context._convert_to_deepspeed_param(parameter)
         cast(Any, parameter).partition()
+
+    def _scratch_for(self, whole: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory for one whole weight, the same for all of them: between the shards, freed pieces would add up."""
+        size = whole.numel() * dtype.itemsize
+        if self.scratch.nbytes < size:
+            del self.scratch
+            self.scratch = torch.empty(size, dtype=torch.uint8, device=self.context.local_device)
+        return self.scratch[:size].view(dtype).view(whole.shape)
 
     def equal(self, first: nn.Parameter, second: nn.Parameter) -> bool:
         """Whether two sharded parameters have the same values. Collective."""
         own, other = (_share(parameter) for parameter in (first, second))
         differ = own.shape != other.shape or not torch.equal(own, other)
         return self.group.max_int(int(differ)) == 0
+
+
+def split_evenly(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
+    """The rank of each item, so that no rank has more than an equal share and one item: the largest first, to whom has the least."""
+    totals, owners = [0] * num_ranks, {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owners[name] = totals.index(min(totals))
+        totals[owners[name]] += sizes[name]
+    return owners
+
+
+def _whole_size(parameter: Any) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _share(parameter: Any) -> Tensor:

@@ -95,8 +95,10 @@ def merged_weights(lm: Any, named: Iterable[tuple[str, Tensor]]) -> Iterator[tup
         elif ".lora_B." in name:
             merged += scale * (weight.float() @ a)
             yield name.partition(".lora_B.")[0] + ".weight", merged.to(dtype)
+            del merged, a
         else:
             yield name, weight
+        del weight  # an engine gathers the next weight before the loop assigns it
 
 
 def lora_scale(lm: Any) -> float:

@@ -9,16 +9,15 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
-from transformers import core_model_loading, modeling_utils
+from transformers import PreTrainedModel, core_model_loading, modeling_utils
 
 from components.rlhf.models.layers import frozen_modules, require_layers_to_train
 
 Dtypes = Callable[[Any], Mapping[str, torch.dtype]]  # the precision of each parameter of a model, by name
-TRANSFORMERS: Any = modeling_utils
 NO_THREADS = (
     "HF_DEACTIVATE_ASYNC_LOAD"  # environment variable of transformers, whose threads would read the whole model ahead
 )
@@ -27,8 +26,8 @@ NO_THREADS = (
 class Shard(Protocol):
     """How the weights of a model are sharded over ranks. Every rank calls it for the same parameters, in the same order."""
 
-    def __call__(self, parameter: nn.Parameter) -> None:
-        """Keep only this rank's share of a parameter that is whole on every rank; nothing if it is already sharded."""
+    def __call__(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+        """Cast a parameter that is whole on every rank, and keep only this rank's share; nothing if it is already sharded."""
         ...
 
     def equal(self, first: nn.Parameter, second: nn.Parameter) -> bool:
@@ -47,39 +46,43 @@ class Placement:
     @contextlib.contextmanager
     def while_loading(self) -> Iterator[list[Exception]]:
         """Within the block from_pretrained reads one tensor at a time and places it. Yields the error of placing, if there was one."""
-        set_parameter, tied_equal = core_model_loading.set_param_for_module, TRANSFORMERS._tied_params_are_equal
+        set_parameter, initialize = core_model_loading.set_param_for_module, PreTrainedModel._initialize_missing_keys
         dtypes: dict[str, torch.dtype] = {}
+        sharded: dict[str, nn.Parameter] = {}
         errors: list[Exception] = []
 
         def set_and_place(model: Any, name: str, *args: Any) -> None:
             set_parameter(model, name, *args)
-            module, _, leaf = name.rpartition(".")
-            parameter = model.get_submodule(module)._parameters.get(leaf)
+            parameters, leaf = _owner(model, name)
+            parameter = parameters.get(leaf)
             if parameter is None or parameter.is_meta:  # a buffer, or of another shape than the model's
                 return
             try:
                 if not dtypes:
                     dtypes.update(_comparable(model, self.dtypes(model)))
+                shape = parameter.shape
                 self._place(parameter, dtypes[name])
+                if self.shard is not None:
+                    sharded[name] = parameter
+                    parameters[leaf] = _without_data(shape, parameter)
             except Exception as error:
                 errors.append(error)
                 raise
 
-        def equal(first: nn.Parameter, second: nn.Parameter) -> bool:
-            return bool(tied_equal(first, second)) if self.shard is None else self.shard.equal(first, second)
+        def initialize_missing(model: Any, *args: Any) -> None:
+            initialize(model, *args)  # the code of some architectures needs the shapes of weights that are loaded
+            for name, parameter in sharded.items():
+                parameters, leaf = _owner(model, name)
+                parameters[leaf] = parameter
 
-        before = os.environ.get(NO_THREADS)
-        os.environ[NO_THREADS] = "1"
-        core_model_loading.set_param_for_module = set_and_place  # type: ignore[assignment]
-        TRANSFORMERS._tied_params_are_equal = equal
-        try:
+        replaced: list[tuple[Any, str, Any]] = [
+            (core_model_loading, "set_param_for_module", set_and_place),
+            (PreTrainedModel, "_initialize_missing_keys", initialize_missing),
+        ]
+        if self.shard is not None:
+            replaced.append((modeling_utils, "_tied_params_are_equal", self.shard.equal))
+        with _replaced(replaced):
             yield errors
-        finally:
-            core_model_loading.set_param_for_module = set_parameter
-            TRANSFORMERS._tied_params_are_equal = tied_equal
-            del os.environ[NO_THREADS]
-            if before is not None:
-                os.environ[NO_THREADS] = before
 
     def settle(self, model: nn.Module) -> None:
         """Place what was not read from the folder or not finally: new heads, tied weights and buffers."""
@@ -91,9 +94,11 @@ class Placement:
                 module._buffers[name] = buffer.to(self.device)
 
     def _place(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
-        parameter.data = parameter.data.to(self.device, dtype if parameter.is_floating_point() else None)
-        if self.shard is not None:
-            self.shard(parameter)
+        final = dtype if parameter.is_floating_point() else parameter.dtype
+        if self.shard is None:
+            parameter.data = parameter.data.to(self.device, final)
+        else:
+            self.shard(parameter, final)
 
 
 def trained_dtypes(*, num_frozen_layers: int, frozen: torch.dtype, trained: torch.dtype) -> Dtypes:
@@ -137,6 +142,39 @@ def _comparable(model: Any, dtypes: Mapping[str, torch.dtype]) -> dict[str, torc
         widest = max((dtypes[name] for name in pair), key=lambda dtype: dtype.itemsize)
         found |= dict.fromkeys(pair, widest)
     return found
+
+
+def _owner(model: nn.Module, name: str) -> tuple[dict[str, nn.Parameter | None], str]:
+    """The parameters of the module that a weight belongs to, and the weight's name among them."""
+    module, _, leaf = name.rpartition(".")
+    return model.get_submodule(module)._parameters, leaf
+
+
+def _without_data(shape: torch.Size, parameter: nn.Parameter) -> nn.Parameter:
+    """Stands for a weight that is loaded, with its whole shape."""
+    empty = torch.empty(shape, dtype=parameter.dtype, device="meta")
+    placeholder: Any = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    placeholder._is_hf_initialized = True  # transformers' flag
+    return cast(nn.Parameter, placeholder)
+
+
+@contextlib.contextmanager
+def _replaced(functions: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Within the block, functions (owner, name, function) of transformers are replaced, and it loads without threads."""
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in functions]
+    environment = os.environ.get(NO_THREADS)
+    try:
+        os.environ[NO_THREADS] = "1"
+        for owner, name, function in functions:
+            setattr(owner, name, function)
+        yield
+    finally:
+        for owner, name, function in originals:
+            setattr(owner, name, function)
+        if environment is None:
+            del os.environ[NO_THREADS]
+        else:
+            os.environ[NO_THREADS] = environment
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -61,6 +61,7 @@ def _exported(model: Any, named: Iterable[tuple[str, Tensor]], dtype: torch.dtyp
             name = tied[own_name]
         if name not in ignored:
             yield name, weight.detach().to(dtype) if weight.is_floating_point() else weight.detach()
+        del weight  # here and below: an engine gathers the next weight before the loop assigns it
     stored = model.state_dict().keys() - ignored
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
 
@@ -79,6 +80,7 @@ def _finite(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
         if weight.is_floating_point() and weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
             nonfinite.append(name)
         yield name, weight
+        del weight
     if nonfinite:
         raise InputError(
             f"The weights {', '.join(nonfinite[:3])} are not finite after the last step; lower the learning rate."
@@ -94,3 +96,4 @@ def _noting_adapter(
         if has_adapter and belongs_to_adapter(name):
             adapter[name] = weight.detach().to("cpu", torch.float32, copy=True)
         yield name, weight
+        del weight

@@ -49,6 +49,7 @@ class StoredForm:
             key = self._key[name]
             if key not in self._converters:
                 yield key, weight
+                del weight  # an engine gathers the next weight before the loop assigns it
                 continue
             found, group = waiting[key], self._groups[key]
             # An engine that gathers one weight at a time frees it afterwards.

@@ -57,6 +57,7 @@ class WeightFiles:
             for name, tensor in named:
                 self._write(files, name, tensor)
                 missing.remove(name)
+                del tensor  # before the next one is made
             if missing:
                 raise ValueError(f"no value for {', '.join(sorted(missing)[:3])}")
         except BaseException:

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,8 +111,7 @@ class StageRun(Generic[Config]):
         reads that takes every rank (an engine's weights, gathered one by one): the other ranks read it too.
         """
         if rank() > 0:
-            for _ in streamed:
-                pass
+            deque(streamed, maxlen=0)  # keeps none of it
             return
         with atomic_directory(path) as folder:
             fill(folder)
