@@ -16,7 +16,13 @@ from torch import Tensor
 from components.rlhf.config.model import LoraConfig, TrainingConfig
 from components.rlhf.data.batching import collate
 from components.rlhf.data.microbatches import local_microbatches
-from components.rlhf.engine.factory import create_engine, prepare_frozen_model, shards_weights
+from components.rlhf.engine.factory import (
+    create_engine,
+    prepare_frozen_model,
+    shards_weights,
+    trained_dtype,
+    weight_shards,
+)
 from components.rlhf.engine.group import SINGLE_PROCESS, join_process_group
 from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.maths.losses import aggregate, pairwise_loss
@@ -41,8 +47,24 @@ def training_of(engine: str, **changes: Any) -> TrainingConfig:
     return TrainingConfig(engine=engine, **(defaults | changes))
 
 
-def actor_of(model: Path, training: TrainingConfig, dtype: torch.dtype, *, with_adapters: bool = False) -> Actor:
-    lm = load_causal_lm(model, num_frozen_layers=0, dtype=dtype, trainable=not with_adapters)
+def placed(training: TrainingConfig, dtype: torch.dtype, group: Group) -> dict[str, Any]:
+    """How a stage loads a model that this engine trains."""
+    return {
+        "dtype": dtype,
+        "trained_dtype": trained_dtype(training, dtype),
+        "shard": weight_shards(training, group=group, dtype=dtype),
+    }
+
+
+def actor_of(
+    model: Path,
+    training: TrainingConfig,
+    dtype: torch.dtype,
+    group: Group = SINGLE_PROCESS,
+    *,
+    with_adapters: bool = False,
+) -> Actor:
+    lm = load_causal_lm(model, num_frozen_layers=0, trainable=not with_adapters, **placed(training, dtype, group))
     if with_adapters:
         add_adapters(lm, LoraConfig(rank=4), num_frozen_layers=0, seed=5)
     if training.gradient_checkpointing:
@@ -50,10 +72,9 @@ def actor_of(model: Path, training: TrainingConfig, dtype: torch.dtype, *, with_
     return Actor(lm, num_frozen_layers=0, dtype=dtype)
 
 
-def scalar_of(model: Path, dtype: torch.dtype) -> ScalarModel:
-    return ScalarModel(
-        load_scalar_lm(model, num_frozen_layers=0, dtype=dtype, seed=3), num_frozen_layers=0, dtype=dtype
-    )
+def scalar_of(model: Path, training: TrainingConfig, dtype: torch.dtype, group: Group) -> ScalarModel:
+    lm = load_scalar_lm(model, num_frozen_layers=0, seed=3, **placed(training, dtype, group))
+    return ScalarModel(lm, num_frozen_layers=0, dtype=dtype)
 
 
 def step(
@@ -122,11 +143,11 @@ def train(
         rest, weights = resume(model, training, dtype, group, folder)
         return numbers + rest, weights
     if kind == "scalar":
-        scalar = scalar_of(model, dtype)
+        scalar = scalar_of(model, training, dtype, group)
         engine = create_engine(scalar, training, num_steps=4, group=group, dtype=dtype)
         numbers = list(pair_steps(scalar, engine, group))
     else:
-        actor = actor_of(model, training, dtype, with_adapters=kind == "adapters")
+        actor = actor_of(model, training, dtype, group, with_adapters=kind == "adapters")
         engine = create_engine(actor, training, num_steps=4, group=group, dtype=dtype)
         numbers = list(language_steps(actor, engine, BATCHES, group))
         if kind == "adapters":
@@ -137,7 +158,7 @@ def train(
 def actor_and_engine(
     model: Path, training: TrainingConfig, dtype: torch.dtype, group: Group
 ) -> tuple[Actor, TrainEngine]:
-    actor = actor_of(model, training, dtype)
+    actor = actor_of(model, training, dtype, group)
     return actor, create_engine(actor, training, num_steps=4, group=group, dtype=dtype)
 
 
@@ -153,7 +174,8 @@ def resume(
 
 def frozen_logprobs(model: Path, training: TrainingConfig, group: Group) -> Tensor:
     """Outputs of an untrained model on the first batch, the same on every rank."""
-    lm = load_causal_lm(model, num_frozen_layers=0, dtype=FP32, trainable=False)
+    shard = weight_shards(training, group=group, dtype=FP32)
+    lm = load_causal_lm(model, num_frozen_layers=0, dtype=FP32, trainable=False, shard=shard)
     actor = Actor(lm, num_frozen_layers=0, dtype=FP32)
     prepare_frozen_model(actor, training, group=group, dtype=FP32)
     assert not shards_weights(training) or all(hasattr(p, "ds_tensor") for p in actor.parameters())

@@ -1,7 +1,8 @@
 """Memory of one rank while models are loaded and exported under ZeRO-3: `torchrun -m tests.support.loading_ranks KIND DTYPE MODELS OUT`.
 
 KIND is "model" (a causal language model, its engine, and its export) or "ppo" (the four models of PPO). Each rank writes OUT/RANK.json:
-bytes above what the process held before, with the sizes that bound them.
+bytes above what the process held before, with the sizes that bound them. KIND "steps" compares training with models that are loaded
+whole; then MODELS is one model.
 """
 
 import json
@@ -21,10 +22,11 @@ from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.engine.factory import create_engine, trained_dtype, weight_shards
 from components.rlhf.engine.group import join_process_group
 from components.rlhf.engine.protocol import Group
+from components.rlhf.models.actor import Actor
 from components.rlhf.models.loading import load_causal_lm, load_scalar_lm
 from components.rlhf.models.saving import save_model
 from tests.support.anonymous_memory import Peak
-from tests.support.engine_cases import training_of
+from tests.support.engine_cases import BATCHES, actor_of, language_steps, training_of, whole_weights
 from tests.support.ppo_runs import config_of
 from tests.support.tiny_model import make_tiny_tokenizer
 
@@ -106,9 +108,29 @@ def measure_ppo(sft: Path, reward: Path, dtype: torch.dtype, group: Group) -> di
     return sizes(modules) | {"loading": loading.above}
 
 
+def compare_steps(model: Path, group: Group) -> dict[str, bool]:
+    """Whether training is bitwise the same if models are first loaded whole in fp32, and cast and sharded by DeepSpeed."""
+    same = {}
+    for stage in (1, 2, 3):
+        for dtype in DTYPES.values():
+            training = training_of("deepspeed", zero_stage=stage, num_processes=group.world_size)
+            whole = Actor(load_causal_lm(model, num_frozen_layers=0, dtype=dtype), num_frozen_layers=0, dtype=dtype)
+            found = []
+            for actor in (whole, actor_of(model, training, dtype, group)):
+                engine = create_engine(actor, training, num_steps=4, group=group, dtype=dtype)
+                found.append((list(language_steps(actor, engine, BATCHES, group)), whole_weights(engine)))
+            (numbers, weights), (others, theirs) = found
+            equal = numbers == others and all(torch.equal(weights[name], theirs[name]) for name in weights)
+            same[f"zero{stage} {dtype}"] = equal and weights.keys() == theirs.keys()
+    return same
+
+
 def main(kind: str, dtype: torch.dtype, models: Path, out: Path) -> None:
     with join_process_group(timeout_minutes=10) as group:
         out.mkdir(parents=True, exist_ok=True)
+        if kind == "steps":
+            (out / f"{group.rank}.json").write_text(json.dumps(compare_steps(models, group)))
+            return
         for size in ("small", "large"):  # the first imports and allocates what does not depend on the model
             sft, reward = models / size / "sft", models / size / "reward"
             if kind == "ppo":

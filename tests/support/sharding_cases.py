@@ -42,7 +42,7 @@ from components.rlhf.models import actor as actor_module
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import enable_gradient_checkpointing
 from components.rlhf.models.loading import load_causal_lm
-from tests.support.engine_cases import BF16, FP32, Numbers, training_of, whole_weights
+from tests.support.engine_cases import BF16, FP32, Numbers, placed, training_of, whole_weights
 from tests.support.ppo_runs import completion, config_of, make_reward_model
 from tests.support.reward_model_runs import PAIRS
 from tests.support.reward_model_runs import config_of as reward_config_of
@@ -173,7 +173,7 @@ def language_steps(
 ) -> tuple[Numbers, dict[str, TrainEngine]]:
     """As SFT: one process takes the microbatches of both ranks in turn, so that the router's loss is of the same tokens."""
     training = training_of(**changes)
-    lm = load_causal_lm(folder / "sft", num_frozen_layers=0, dtype=dtype)
+    lm = load_causal_lm(folder / "sft", num_frozen_layers=0, **placed(training, dtype, group))
     if training.gradient_checkpointing:
         enable_gradient_checkpointing(lm)
     actor = Actor(lm, num_frozen_layers=0, dtype=dtype, max_over_ranks=max_over_shards(training, group))

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from components.rlhf.config.model import TrainingConfig
 from components.rlhf.engine.protocol import Group, StepInfo
 from components.rlhf.engine.schedule import learning_rate_at
+from components.rlhf.engine.split import split_evenly
 from components.rlhf.text.errors import InputError
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -197,15 +198,6 @@ class WeightShards:
         own, other = (_share(parameter) for parameter in (first, second))
         differ = own.shape != other.shape or not torch.equal(own, other)
         return self.group.max_int(int(differ)) == 0
-
-
-def split_evenly(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
-    """The rank of each item, so that no rank has more than an equal share and one item: the largest first, to whom has the least."""
-    totals, owners = [0] * num_ranks, {}
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        owners[name] = totals.index(min(totals))
-        totals[owners[name]] += sizes[name]
-    return owners
 
 
 def _whole_size(parameter: Any) -> int:
