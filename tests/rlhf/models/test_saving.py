@@ -144,8 +144,9 @@ def test_fused_weights_wait_for_all_of_their_parts(folders: Path) -> None:
     named = list(lm.named_parameters())
     form = StoredForm(lm, [name for name, _ in named])
     stored = dict(form.convert(named))
-    fused = [name for name in stored if name.endswith("gqkv_proj.weight")]
-    assert len(fused) > 1 and len(stored) == len(named) - 3 * len(fused)
+    attention = [name for name in stored if name.endswith("gqkv_proj.weight")]
+    mlp = [name for name in stored if name.endswith("mlp.gate_up_proj.weight")]
+    assert len(attention) > 1 and len(stored) == len(named) - 3 * len(attention) - len(mlp)
     without = [pair for pair in named if "layers.1" not in pair[0] or "k_proj" not in pair[0]]
     assert len(without) < len(named)
     with pytest.raises(ValueError, match="weights are missing"):

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,26 @@ def test_artifact_is_written_with_lineage(tracker: Recorder, tmp_path: Path) -> 
     assert manifest.config_digest == hashlib.sha256(SETTINGS.encode()).hexdigest()
     reported = json.loads((tmp_path / "executor_output.json").read_text(encoding="utf-8"))["artifacts"]
     assert reported["model"]["artifacts"][0]["metadata"] == manifest.metadata()
+
+
+def test_other_ranks_read_what_is_streamed_and_write_nothing(
+    tracker: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in ("0", "1"):
+        read: list[int] = []
+        weights = (read.append(number) or number for number in range(3))  # type: ignore[func-returns-value]
+
+        def write(folder: Path, weights: Iterator[int] = weights) -> None:
+            (folder / "x").write_text(str(list(weights)))
+
+        monkeypatch.setenv("RANK", rank)
+        with run() as stage:
+            stage.write_artifact(
+                "model", tmp_path / rank, write, kind="sft_model", parents={}, facts={}, streamed=weights
+            )
+        assert read == [0, 1, 2]
+    assert (tmp_path / "0" / "x").read_text() == "[0, 1, 2]"
+    assert not (tmp_path / "1").exists()
 
 
 def test_failed_artifact_leaves_nothing(tracker: Recorder, tmp_path: Path) -> None:
