@@ -10,9 +10,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def over_ranks(
-    group: Group, items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]]
-) -> list[Result]:
+def over_ranks(group: Group, items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]]) -> list[Result]:
     """The results of work(items), one per item and in their order, of which each rank computes a share. Every rank gets all of them.
 
     A result must depend on its item alone. Every rank calls this with the same items, and work once if there are any: a rank that
