@@ -129,8 +129,12 @@ class Params(BaseConfig):
         """The settings of one stage: only the sections that are fields of its config class."""
         sections: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
         sections["num_evaluation_prompts"] = self.evaluation.num_prompts
-        # The reward model is calibrated on PPO's distribution.
-        sections |= {"sampling": self.ppo.rollout.sampling, "rollout": self._ppo_engine}
+        # The reward model is calibrated on PPO's distribution, with its engine if there is something to sample.
+        calibrates = self.reward_model.num_calibration_samples > 0
+        sections |= {
+            "sampling": self.ppo.rollout.sampling,
+            "rollout": self._ppo_engine if calibrates else EngineConfig(),
+        }
         if "evaluation" in config_class.model_fields:
             sections |= {"sampling": self.evaluation_sampling, "rollout": self.evaluation_rollout}
         return config_class(**{name: sections[name] for name in config_class.model_fields if name in sections})
