@@ -90,3 +90,10 @@ def test_a_process_without_a_row_changes_nothing(two: Path, models: Path) -> Non
     assert found["ppo_ids"] == expected["ppo_ids"] and len(found["kl"]) == 1
     assert found["kl"] == pytest.approx(expected["kl"], abs=1e-5)
     assert found["ppo_rewards"] == pytest.approx(expected["ppo_rewards"], rel=1e-5)
+
+
+def test_sharded_weights_are_a_share_and_free_after_the_release(two: Path) -> None:
+    """DeepSpeed keeps references to every module, so that only its weights can be freed; others are free with their last reference."""
+    (whole, _), (sharded, left) = (results_of(two)[f"{name} bytes"] for name in ("whole", "sharded"))
+    assert left == 0
+    assert 0.5 * whole <= sharded < 0.75 * whole  # small weights are whole on every rank

@@ -117,6 +117,19 @@ def measure_reward_model(
     return result.numbers
 
 
+def bytes_before_and_after_release(models: Path, ranks: Ranks) -> tuple[int, int]:
+    """Bytes of this rank's weights of a model that computes, and those that are left after its release."""
+    actor = ranks.actor(ranks.load_lm(make_models(models)["policy"]), num_frozen_layers=0)
+
+    def held() -> int:
+        tensors = [t for p in actor.parameters() for t in (p, getattr(p, "ds_tensor", None)) if t is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    before = held()
+    ranks.release()
+    return before, held()
+
+
 def main(folder: Path, models: Path) -> None:
     with join_process_group(timeout_minutes=5) as group:
         results: dict[str, Any] = {}
@@ -124,6 +137,7 @@ def main(folder: Path, models: Path) -> None:
             ranks = Ranks(group=group, dtype=FP32, device=CPU, training=training)
             results[name] = compare_in_passes(models, ranks)
             results[f"{name} reward model"] = measure_reward_model(models, folder / name, training, group)
+            results[f"{name} bytes"] = bytes_before_and_after_release(models, ranks)
         few = Ranks.of(config_of(), group)
         folders = make_models(models)
         config = config_of()
