@@ -50,7 +50,7 @@ def create_checkpoint_claim(params: Params, inputs: Mapping[str, Any]) -> Checkp
         pvc_name_suffix=CLAIM_SUFFIX,
     )
     created.set_caching_options(False).set_display_name("create checkpoint volume")
-    opened = open_volume().set_container_image(image(params.cluster, "notify"))
+    opened = open_volume().set_container_image(image(params.cluster, "tools"))
     opened.set_caching_options(False).set_display_name("open checkpoint volume")
     opened.set_cpu_request("50m").set_cpu_limit("500m").set_memory_request("128Mi").set_memory_limit("128Mi")
     kubernetes.mount_pvc(opened, created.outputs["name"], CHECKPOINT_PATH)

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from kfp import kubernetes
 
-from components.rlhf.config.cluster import STAGES, TRAINING_STAGES, ClusterConfig, Profile, Scratch, has_digest
+from components.rlhf.config.cluster import (
+    PROCESS_STAGES,
+    STAGES,
+    TRAINING_STAGES,
+    ClusterConfig,
+    Profile,
+    Scratch,
+    has_digest,
+)
 from components.rlhf.config.params import Params
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.storage.pypi import PREFIX
@@ -64,7 +72,7 @@ def configure_task(
     """
     cluster, profile = params.cluster, params.cluster.profile(stage)
     sources = [source] if stage == "import_model" else data_sources(params) if stage == "prepare_data" else []
-    task.set_container_image(image(cluster, stage))
+    task.set_container_image(image(cluster, role_of_image(params, stage)))
     kubernetes.use_field_path_as_env(task, env_name="RLHF_RUN_ID", field_path="metadata.labels['pipeline/runid']")
     for name, value in _environment(cluster, stage).items():
         task.set_env_variable(name, value)
@@ -81,9 +89,14 @@ def configure_task(
     return task.set_caching_options(not asks_endpoint and _may_cache(stage, cluster, profile, sources))
 
 
-def image(cluster: ClusterConfig, stage: str) -> str:
-    """The image of a stage, with the registry mirror in front if one is set and the name has no registry."""
-    name: str = getattr(cluster.images, IMAGE_OF[stage])
+def role_of_image(params: Params, stage: str) -> str:
+    """The role of the image of a stage: that of IMAGE_OF, or the one with vLLM where the settings need it."""
+    return "rollout" if stage == "reward_model" and params.calibrates_with_vllm else IMAGE_OF[stage]
+
+
+def image(cluster: ClusterConfig, role: str) -> str:
+    """The image of a role, with the registry mirror in front if one is set and the name has no registry."""
+    name: str = getattr(cluster.images, role)
     host = name.split("/")[0]
     has_registry = "/" in name and ("." in host or ":" in host or host == "localhost")
     return name if has_registry or not cluster.mirrors.registry else f"{cluster.mirrors.registry.rstrip('/')}/{name}"
@@ -156,7 +169,7 @@ def _environment(cluster: ClusterConfig, stage: str) -> dict[str, str]:
 
 def _set_pod(task: Any, stage: str, cluster: ClusterConfig, profile: Profile, egress: Mapping[str, str]) -> None:
     labels = {**TASK_LABELS, "kfp-rlhf/stage": stage.replace("_", "-"), **egress}
-    if stage in TRAINING_STAGES:
+    if stage in PROCESS_STAGES:
         labels |= PROCESS_GROUP_LABELS
     if profile.queue:
         labels["kueue.x-k8s.io/queue-name"] = profile.queue
@@ -279,7 +292,7 @@ def _mount_scratch(task: Any, scratch: Scratch) -> None:
 
 def _may_cache(stage: str, cluster: ClusterConfig, profile: Profile, sources: list[str]) -> bool:
     """Whether the same inputs give the same outputs. KFP's cache key has the image's name, not its content, and URIs, not data."""
-    if stage not in DETERMINISTIC_STAGES or profile.num_accelerators or not has_digest(image(cluster, stage)):
+    if stage not in DETERMINISTIC_STAGES or profile.num_accelerators or not has_digest(image(cluster, IMAGE_OF[stage])):
         return False
     return all(_is_immutable(source) for source in sources)
 

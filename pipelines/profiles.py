@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from components.rlhf.config.cluster import TRAINING_STAGES
+from components.rlhf.config.cluster import PROCESS_STAGES
 from components.rlhf.text.errors import InputError
 
 BUILTIN_PATH = Path(__file__).parent / "profiles.yaml"
@@ -43,7 +43,7 @@ def resolve_profiles(content: YamlDict) -> YamlDict:
     for key, name in used.items():
         profiles.setdefault(name, _resolve_profile(str(name), custom, (), key))
     content = content | {"cluster": cluster | {"profiles": profiles}}
-    for stage in TRAINING_STAGES:
+    for stage in PROCESS_STAGES:
         profile = profiles[stages.get(stage, used["cluster.default_profile"])]
         _set_processes(content, stage, profile.get("num_accelerators", 0) if isinstance(profile, dict) else 0)
     return content
@@ -76,8 +76,13 @@ def _hint(name: str, names: list[str]) -> str:
 
 def _set_processes(content: YamlDict, stage: str, num_accelerators: Any) -> None:
     """Set num_processes to the number of accelerators, unless the file sets it; validation then requires them to be equal."""
-    section = content.get(stage) or {}
-    training = section.get("training") if isinstance(section, dict) else None
+    section, processes = content.get(stage) or {}, {"num_processes": num_accelerators}
+    if not num_accelerators or not isinstance(section, dict):
+        return
+    if stage == "evaluation":
+        content[stage] = processes | section
+        return
+    training = section.get("training")
     training = {} if training is None else training
-    if num_accelerators and isinstance(section, dict) and isinstance(training, dict):
-        content[stage] = section | {"training": {"num_processes": num_accelerators} | training}
+    if isinstance(training, dict):
+        content[stage] = section | {"training": processes | training}

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from components.rlhf.config.evaluation import EvaluationStageConfig
-from components.rlhf.config.judge import as_list
 from components.rlhf.runtime.stage import StageRun, stage_program
 
 
@@ -35,26 +34,26 @@ def main(
     prompts: Path,
     **writes: Path,
 ) -> None:
-    from components.evaluation.compare import compare
     from components.evaluation.judge_curve import judge_curve
-    from components.evaluation.judging import judge_all
+    from components.evaluation.measure import measure
     from components.evaluation.report import as_html, as_markdown
     from components.evaluation.samples import save_comparison
     from components.evaluation.verdict import decide, summarize
     from components.rlhf.artifacts.directory import open_inputs
     from components.rlhf.data.datasets import load_records
     from components.rlhf.data.records import Prompt, ValidationSample
-    from components.rlhf.rewards.judges import JudgeResources, read_judges_of
+    from components.rlhf.rewards.judges import JudgeResources
     from components.rlhf.runtime.executor import write_parameter
 
-    config, compared = run.config, dict(sft_model=sft_model, reward_model=reward_model)
-    inputs = open_inputs(**compared, judge=judge, policy_model=policy, prompts=prompts)
-    entries = read_judges_of(as_list(config.judge), judge)
-    heldout_prompts = load_records(prompts, "heldout", Prompt)[: config.evaluation.num_prompts]
-    comparison = compare(config, heldout_prompts, **compared, policy=policy, progress=run.progress)
-    resources = JudgeResources(precision=run.config.model.precision, storage=run.storage, log=run.progress.log)
+    config, folders = run.config, dict(sft_model=sft_model, reward_model=reward_model, judge=judge)
+    inputs = open_inputs(**folders, policy_model=policy, prompts=prompts)
+    heldout = load_records(prompts, "heldout", Prompt)[: config.evaluation.num_prompts]
     validation = load_records(policy, "validation", ValidationSample)
-    judges = judge_all(entries, judge, comparison, validation, resources)
+    resources = JudgeResources(precision=config.model.precision, storage=run.storage, log=run.progress.log)
+    measured = measure(config, heldout, validation, resources, run.progress, **folders, policy=policy)
+    if measured is None:  # rank 0 alone decides and writes
+        return
+    comparison, judges = measured
     accuracy = inputs["reward_model"].facts.get("heldout_accuracy")
     numbers = summarize(comparison, judges, config.evaluation, reward_accuracy=accuracy, seed=config.seed)
     training, verdict = judge_curve(validation, judges), decide(numbers, judges[0], config.gate)

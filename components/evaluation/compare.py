@@ -1,6 +1,6 @@
 """Samples both models on the held-out prompts with the same seeds, scores the responses with the reward model, and measures the KL."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,20 +8,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from components.evaluation.ranks import Ranks
+from components.evaluation.sampling import Sampled, sample_models
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.data.batching import collate
+from components.rlhf.data.microbatches import equal_passes
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.data.tokenizer import decode_response, load_tokenizer
+from components.rlhf.engine.factory import max_over_shards
+from components.rlhf.engine.shares import over_ranks
 from components.rlhf.maths.kl import exact_kl
 from components.rlhf.maths.logprobs import token_logprobs
-from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import share_trunk
-from components.rlhf.models.loading import load_causal_lm, load_stop_ids
+from components.rlhf.models.loading import load_stop_ids
 from components.rlhf.models.packing import plan_for
-from components.rlhf.models.precision import compute_dtype, default_device
-from components.rlhf.rewards.reward_model import load_reward_scorer
-from components.rlhf.rollout.hf import HfRolloutEngine
+from components.rlhf.rollout.probe import probe_ids, require_equal_logprobs
 from components.rlhf.text.progress import Progress
 
 MICROBATCH_TOKENS = 4096
@@ -59,42 +61,43 @@ def compare(
     policy: Path,
     reward_model: Path,
     progress: Progress,
+    ranks: Ranks | None = None,
 ) -> Comparison:
-    dtype, device = compute_dtype(config.model.precision), default_device()
+    """Sample both models, measure the KL, and score the responses. Every rank gets the whole comparison.
+
+    The sampled model, the two models of the KL, and the reward model are in memory one after the other.
+    """
+    ranks = ranks or Ranks.of(config)
     tokenizer, stop_ids = load_tokenizer(sft_model), load_stop_ids(sft_model)
     groups = [number for number in range(len(prompts)) for _ in range(config.evaluation.num_samples)]
-    # Both models get the same seed for a row, so that they differ only in their weights.
-    seeds = [derive_seed("evaluation", config.seed, row) for row in range(len(groups))]
-    responses: dict[str, list[Completion]] = {}
-    lms = {}
-    for name, folder in (("fine-tuned", sft_model), ("PPO", policy)):
-        lms[name] = load_causal_lm(folder, num_frozen_layers=0, dtype=dtype, trainable=False).to(device)
-        engine = HfRolloutEngine(lms[name], tokenizer, stop_ids=stop_ids)
-        size = config.sampling.batch_size
-        responses[name] = []
-        for start in range(0, len(groups), size):
-            batch = [prompts[number] for number in groups[start : start + size]]
-            responses[name] += engine.generate(batch, config.sampling, seeds[start : start + size])
-            progress.step(len(responses[name]), len(groups), {}, unit=f"{name} model responses")
+    folders = {"fine-tuned": sft_model, "PPO": policy}
+    sampled = sample_models(config, [prompts[number] for number in groups], list(folders.items()), ranks, progress)
+    sft, ppo = sampled["fine-tuned"].completions, sampled["PPO"].completions
     distribution = SamplingDistribution(
         temperature=config.sampling.temperature, min_new_tokens=config.sampling.min_new_tokens, stop_ids=stop_ids
     )
-    frozen = config.model.num_frozen_layers
-    if not share_trunk(lms["fine-tuned"], [lms["PPO"]], frozen):
-        frozen = 0
-    actors = {name: Actor(lm, num_frozen_layers=frozen, dtype=dtype) for name, lm in lms.items()}
-    kl, exact = sequence_kl(actors["PPO"], actors["fine-tuned"], responses["PPO"], distribution, device)
-    scorer = load_reward_scorer(reward_model, dtype=dtype, device=device, microbatch_tokens=MICROBATCH_TOKENS)
-    cut_sft, cut_ppo = cut_to_equal_length(responses["fine-tuned"], responses["PPO"], tokenizer)
+    ranks.group.watchdog("evaluation, KL")
+    kl, exact = measure_kl(folders, sampled, distribution, ranks, num_frozen_layers=config.model.num_frozen_layers)
+    ranks.release()
+    ranks.group.watchdog("evaluation, scores of the reward model")
+    rewards = score(reward_model, [*sft, *ppo], ranks)
+    ranks.release()
+    cut_sft, cut_ppo = cut_to_equal_length(sft, ppo, tokenizer)
     return Comparison(
         groups=groups,
-        sft=Responses(
-            completions=responses["fine-tuned"], cut=cut_sft, rewards=scorer.score(responses["fine-tuned"]).tolist()
-        ),
-        ppo=Responses(completions=responses["PPO"], cut=cut_ppo, rewards=scorer.score(responses["PPO"]).tolist()),
+        sft=Responses(completions=sft, cut=cut_sft, rewards=rewards[: len(sft)]),
+        ppo=Responses(completions=ppo, cut=cut_ppo, rewards=rewards[len(sft) :]),
         kl=kl,
         exact_kl=exact,
     )
+
+
+def score(reward_model: Path, completions: Sequence[Completion], ranks: Ranks) -> list[float]:
+    """Normalized scores of a reward model."""
+    scores: list[float] = (
+        ranks.load_scorer(reward_model, microbatch_tokens=MICROBATCH_TOKENS).score(completions).tolist()
+    )
+    return scores
 
 
 def cut_to_equal_length(
@@ -116,21 +119,60 @@ def cut_to_equal_length(
 
 
 @torch.no_grad()
+def measure_kl(
+    folders: Mapping[str, Path],
+    sampled: Mapping[str, Sampled],
+    distribution: SamplingDistribution,
+    ranks: Ranks,
+    *,
+    num_frozen_layers: int,
+) -> tuple[list[float], list[float]]:
+    """Both estimates of sequence_kl() for PPO's responses.
+
+    Raises InputError if the engine that sampled computes other log-probs than these models.
+    """
+    lms = {name: ranks.load_lm(folder) for name, folder in folders.items()}
+    frozen = 0 if ranks.shards_weights else num_frozen_layers
+    if not share_trunk(lms["fine-tuned"], [lms["PPO"]], frozen):
+        frozen = 0
+    actors = {name: ranks.actor(lm, num_frozen_layers=frozen) for name, lm in lms.items()}
+    ids = probe_ids(load_tokenizer(folders["fine-tuned"]))
+    probe = collate([ids[:1]], [ids[1:]]).to(ranks.device)
+    states = actors["fine-tuned"].trunk(probe)
+    for name, actor in actors.items():
+        logprobs, _ = actor(probe, SamplingDistribution(), states)
+        require_equal_logprobs(sampled[name].probe, logprobs[0], ranks.dtype, model=f"{name} model")
+    most = max_over_shards(ranks.training, ranks.group)
+
+    def measure(own: list[Completion]) -> list[tuple[float, float]]:
+        estimates = sequence_kl(
+            actors["PPO"], actors["fine-tuned"], own, distribution, ranks.device, max_over_ranks=most
+        )
+        return list(zip(*estimates, strict=True))
+
+    kl = over_ranks(ranks.group, sampled["PPO"].completions, measure)
+    return [sampled for sampled, _ in kl], [exact for _, exact in kl]
+
+
+@torch.no_grad()
 def sequence_kl(
     actor: Actor,
     reference: Actor,
     completions: Sequence[Completion],
     distribution: SamplingDistribution,
     device: torch.device,
+    *,
+    max_over_ranks: Callable[[int], int] = int,
 ) -> tuple[list[float], list[float]]:
     """Two unbiased estimates of the KL per response, from responses sampled from pi, each summed over their tokens.
 
     The first is log pi(token) - log ref(token), the second the exact KL of the next-token distributions, which has less variance and
-    is never negative. Frozen layers must be the same in both models, and are computed once.
+    is never negative. Frozen layers must be the same in both models, and are computed once. max_over_ranks(n) is the largest n of the
+    ranks that shard the models, which run equally many passes.
     """
     sampled, exact = torch.zeros(len(completions)), torch.zeros(len(completions))
     lengths = [len(c.prompt_ids) + len(c.response_ids) for c in completions]
-    for group in plan_for(actor, reference)(lengths, MICROBATCH_TOKENS):
+    for group, _ in equal_passes(lengths, MICROBATCH_TOKENS, max_over_ranks, plan_for(actor, reference)):
         rows = [completions[i] for i in group]
         batch = collate([c.prompt_ids for c in rows], [c.response_ids for c in rows]).to(device)
         states, mask = reference.trunk(batch), batch.response_mask

@@ -1,16 +1,19 @@
 """Asks every judge which of two responses is better, and whether its answers can be relied on."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from components.evaluation.compare import Comparison
+from components.evaluation.ranks import Ranks
 from components.evaluation.statistics import Floats, pairwise_wins
+from components.rlhf.config.judge import RewardModelJudge
 from components.rlhf.data.records import Completion, ValidationSample
 from components.rlhf.rewards.agreement import MIN_ANSWERED
-from components.rlhf.rewards.judges import JudgeEntry, JudgeResources, OpenJudge, open_judge
+from components.rlhf.rewards.judges import MICROBATCH_TOKENS, JudgeEntry, JudgeResources, OpenJudge, open_judge
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.redaction import redact
 
@@ -63,9 +66,36 @@ def judge_all(
     comparison: Comparison,
     validation: Sequence[ValidationSample],
     resources: JudgeResources,
+    asked: Sequence[Judged] = (),
 ) -> list[Judged]:
-    """The answers of all judges of the artifact in folder, the deciding one first. A judge that fails is no error."""
-    return [judge_one(entry, folder, comparison, validation, resources) for entry in entries]
+    """The answers of all judges of the artifact in folder, the deciding one first. A judge that fails is no error.
+
+    asked are answers of some of them.
+    """
+    known = {judged.name: judged for judged in asked}
+    return [
+        known.get(entry.settings.title) or judge_one(entry, folder, comparison, validation, resources)
+        for entry in entries
+    ]
+
+
+def judge_by_reward_models(
+    entries: Sequence[JudgeEntry],
+    folder: Path,
+    comparison: Comparison,
+    validation: Sequence[ValidationSample],
+    resources: JudgeResources,
+    ranks: Ranks,
+) -> list[Judged]:
+    """The answers of the judges that are reward models, which all ranks compute together; every rank gets them."""
+    load = partial(ranks.load_scorer, microbatch_tokens=MICROBATCH_TOKENS)
+    judged = []
+    for entry in entries:
+        if isinstance(entry.settings, RewardModelJudge):
+            ranks.group.watchdog(f"evaluation, judge {entry.settings.title}")
+            judged.append(judge_one(entry, folder, comparison, validation, replace(resources, load_scorer=load)))
+            ranks.release()
+    return judged
 
 
 def judge_one(

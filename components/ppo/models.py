@@ -10,7 +10,6 @@ from torch import nn
 
 from components.ppo.experience import Models
 from components.rlhf.config.ppo import PpoStageConfig
-from components.rlhf.data.lengths import longest_prompt
 from components.rlhf.data.records import Prompt
 from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.engine.factory import max_over_shards, prepare_frozen_model, trained_dtype, weight_shards
@@ -23,7 +22,6 @@ from components.rlhf.models.loading import (
     load_causal_lm,
     load_reference_lm,
     load_scalar_lm,
-    load_stop_ids,
     reward_normalization,
 )
 from components.rlhf.models.lora import add_adapters
@@ -32,8 +30,7 @@ from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rewards.protocol import Scorer
 from components.rlhf.rewards.reward_model import RewardModelScorer
 from components.rlhf.rewards.text import TextScorer
-from components.rlhf.rollout.hf import HfRolloutEngine
-from components.rlhf.rollout.probe import PROBE_TOKENS
+from components.rlhf.rollout.factory import create_rollout_engine
 from components.rlhf.rollout.protocol import RolloutEngine
 
 
@@ -128,7 +125,8 @@ def load_models(
     )
     for model in (models.reference, models.reward_model):
         prepare_frozen_model(model, training, group=group, dtype=dtype)
-    return models, _rollout_engine(config, sft_model, rollout_lm, prompts, dtype=dtype)
+    rollout = config.ppo.rollout
+    return models, create_rollout_engine(sft_model, rollout, rollout.sampling, prompts, dtype=dtype, lm=rollout_lm)
 
 
 def samples_from_actor(config: PpoStageConfig, dtype: torch.dtype) -> bool:
@@ -137,26 +135,6 @@ def samples_from_actor(config: PpoStageConfig, dtype: torch.dtype) -> bool:
     # transformers keeps no cache in layers that are checkpointed; adapters would have to be merged.
     is_plain = training.engine == "torch" and not training.gradient_checkpointing and config.model.lora is None
     return is_plain and dtype == torch.float32
-
-
-def _rollout_engine(
-    config: PpoStageConfig, sft_model: Path, lm: nn.Module | None, prompts: Sequence[Prompt], *, dtype: torch.dtype
-) -> RolloutEngine:
-    """transformers on lm if it is given, otherwise vLLM, which loads the model itself, sized for the longest prompt."""
-    tokenizer, stop_ids = load_tokenizer(sft_model), load_stop_ids(sft_model)
-    if lm is not None:
-        return HfRolloutEngine(lm, tokenizer, stop_ids=stop_ids)
-    from components.rlhf.rollout.vllm import VllmRolloutEngine
-
-    sampling = config.ppo.rollout.sampling
-    return VllmRolloutEngine(
-        sft_model,
-        config.ppo.rollout.vllm,
-        stop_ids=stop_ids,
-        dtype=dtype,
-        max_model_len=max(longest_prompt(prompts, tokenizer), PROBE_TOKENS) + sampling.max_new_tokens,
-        num_sequences=sampling.batch_size,
-    )
 
 
 def copy_with_own_head(lm: nn.Module) -> nn.Module:

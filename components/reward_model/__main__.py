@@ -29,6 +29,7 @@ def main(
     prompts: Path,
     **writes: Path,
 ) -> None:
+    from components.reward_model.calibration import sample_responses
     from components.reward_model.evaluate import as_markdown
     from components.reward_model.imported import measure_imported
     from components.reward_model.trained import train_and_measure
@@ -41,15 +42,16 @@ def main(
 
     config, max_tokens = run.config.reward_model, read_header(preferences).max_tokens
     train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
-    texts = dict(pairs=heldout, prompts=load_records(prompts, "train", Prompt), max_tokens=max_tokens)
     inputs = open_inputs(sft_model=sft_model, preferences=preferences, prompts=prompts)
     if config.use:
         inputs["imported"] = open_artifact(base_model, "reward_model")
     else:
         inputs |= open_inputs(base_model=base_model, sft_model=sft_model)
     with join_process_group(timeout_minutes=config.training.timeout_minutes) as group:
+        responses = sample_responses(run.config, sft_model, load_records(prompts, "train", Prompt), group)
+        texts = dict(pairs=heldout, responses=responses, max_tokens=max_tokens)
         if config.use:
-            result = measure_imported(base_model, run.config, sft_model, texts, run.progress.log)
+            result = measure_imported(base_model, run.config, sft_model, texts, run.progress.log, group)
         else:
             # Checkpoints do not depend on the prompts, which only calibrate the trained model.
             parents = [inputs[kind] for kind in ("base_model", "sft_model", "preferences")]

@@ -6,31 +6,43 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from components.rlhf.config.model import SamplingConfig
+from components.rlhf.config.reward_model import RewardModelStageConfig
 from components.rlhf.data.records import Completion, PreferencePair, Prompt, is_chat
 from components.rlhf.data.tokenizer import decode_response, encode_text
+from components.rlhf.engine.group import SINGLE_PROCESS
+from components.rlhf.engine.protocol import Group
+from components.rlhf.engine.shares import over_ranks
 from components.rlhf.maths.seeds import derive_seed
-from components.rlhf.models.loading import load_causal_lm, load_stop_ids
-from components.rlhf.models.precision import default_device
-from components.rlhf.models.scalar import ScalarModel
+from components.rlhf.models.precision import compute_dtype
 from components.rlhf.rewards.protocol import Scorer
-from components.rlhf.rollout.hf import HfRolloutEngine
+from components.rlhf.rollout.factory import create_rollout_engine
+from components.rlhf.runtime.memory import release_models
 from components.rlhf.text.errors import InputError
 
 
 def sample_responses(
-    sft_model: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    sampling: SamplingConfig,
-    *,
-    model: ScalarModel,
-    seed: int,
+    config: RewardModelStageConfig, sft_model: Path, prompts: Sequence[Prompt], group: Group = SINGLE_PROCESS
 ) -> list[Completion]:
-    """One response of the SFT model to each prompt, sampled as PPO will sample."""
-    lm = load_causal_lm(sft_model, num_frozen_layers=0, dtype=model.dtype, trainable=False).to(default_device())
-    engine = HfRolloutEngine(lm, tokenizer, stop_ids=load_stop_ids(sft_model))
-    return engine.generate(prompts, sampling, [derive_seed("calibration", seed, row) for row in range(len(prompts))])
+    """One response of the SFT model to each of the first prompts, sampled as PPO will sample: all of them, on every rank.
+
+    Each rank samples a share. The engine is freed afterwards. A stage that resumes samples the same responses again.
+    """
+    prompts = prompts[: config.reward_model.num_calibration_samples]
+    if not prompts:
+        return []
+    rows = [(prompt, derive_seed("calibration", config.seed, row)) for row, prompt in enumerate(prompts)]
+    dtype = compute_dtype(config.model.precision)
+    group.watchdog("reward model, responses of the SFT model")
+    engine = create_rollout_engine(sft_model, config.rollout, config.sampling, prompts, dtype=dtype)
+
+    def generate(own: list[tuple[Prompt, int]]) -> list[Completion]:
+        return engine.generate([prompt for prompt, _ in own], config.sampling, [seed for _, seed in own])
+
+    try:
+        return over_ranks(group, rows, generate)
+    finally:
+        engine.close()
+        release_models()
 
 
 def calibrate(scorer: Scorer, responses: Sequence[Completion]) -> tuple[float, float]:

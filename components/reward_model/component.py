@@ -22,6 +22,8 @@ def reward_model(
 ) -> dsl.ContainerSpec:
     """Train the reward model on preference pairs, measure its held-out accuracy, and calibrate its scores.
 
+    Settings whose calibration samples with vLLM need the image rollout (set_container_image).
+
     Args:
         base_model: Base model, where training starts with init: base, or an imported reward model.
         sft_model: SFT model, where training starts with init: sft; its samples calibrate the scores.

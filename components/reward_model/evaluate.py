@@ -2,18 +2,22 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from components.reward_model.calibration import calibrate, cut_to_half, sample_responses
-from components.rlhf.config.reward_model import RewardModelStageConfig
-from components.rlhf.data.records import PreferencePair, Prompt
+from components.reward_model.calibration import calibrate, cut_to_half
+from components.rlhf.config.model import TrainingConfig
+from components.rlhf.data.records import Completion, PreferencePair
+from components.rlhf.engine.factory import max_over_shards
+from components.rlhf.engine.protocol import Group
+from components.rlhf.engine.shares import over_ranks
 from components.rlhf.models.layers import HEAD_NAME
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rewards.protocol import Scorer
 from components.rlhf.rewards.reward_model import RewardModelScorer, pair_accuracy
+from components.rlhf.rewards.shared import SharedScorer
 from components.rlhf.rewards.text import TextScorer
 
 MAX_HELDOUT_PAIRS = 384  # for the held-out accuracies, whose standard error is then at most 2.6%
@@ -32,29 +36,27 @@ class RewardModelResult:
 
 def calibrate_and_measure(
     model: ScalarModel,
-    config: RewardModelStageConfig,
-    sft_model: Path,
+    training: TrainingConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
     pairs: Sequence[PreferencePair],
-    prompts: Sequence[Prompt],
+    responses: Sequence[Completion],
     max_tokens: int,
+    group: Group,
     text_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, float]:
-    """Store the normalization in the model's config, then measure accuracy with the scorer that PPO uses.
+    """Store the normalization in the model's config, then measure accuracy with the scorer that PPO uses; each rank scores a share.
 
-    tokenizer is that of the SFT model; text_tokenizer that of a reward model that reads text, with a tokenizer of its own.
+    responses are those of the SFT model, of which tokenizer is; text_tokenizer is that of a reward model that reads text, with a
+    tokenizer of its own.
     """
     pairs = pairs[:MAX_HELDOUT_PAIRS]
-    scorer: Scorer = RewardModelScorer(model, microbatch_tokens=config.reward_model.training.microbatch_tokens)
+    scorer: Scorer = RewardModelScorer(
+        model, microbatch_tokens=training.microbatch_tokens, max_over_ranks=max_over_shards(training, group)
+    )
     if text_tokenizer is not None:
         scorer = TextScorer(scorer, text_tokenizer)
-    calibration_prompts = prompts[: config.reward_model.num_calibration_samples]
-    responses = (
-        sample_responses(sft_model, tokenizer, calibration_prompts, config.sampling, model=model, seed=config.seed)
-        if calibration_prompts
-        else []
-    )
+    scorer = SharedScorer(scorer, partial(over_ranks, group))
     model.mean, model.std = calibrate(scorer, responses)
     lm_config = model.lm.config
     lm_config.reward_mean, lm_config.reward_std = model.mean, model.std

@@ -25,11 +25,12 @@ def train_and_measure(
     """Train from the model folder start, on pairs of the data set in folder. texts are the arguments of calibrate_and_measure."""
     tokenizer, trainer = load_tokenizer(sft_model), RewardModelTrainer(config, start, context)
     numbers = trainer.train(tokenizer, pairs, max_tokens=texts["max_tokens"], folder=folder)
-    numbers |= calibrate_and_measure(trainer.model, config, sft_model, tokenizer, **texts)
+    training = config.reward_model.training
+    numbers |= calibrate_and_measure(trainer.model, training, tokenizer, **texts, group=context.group)
     return RewardModelResult(
         model=trainer.model,
         tokenizer=tokenizer,
         weights=trainer.weights(),
         numbers=numbers,
-        facts={"scored_as": "ids", "training_engine": engine_name(config.reward_model.training, context.group)},
+        facts={"scored_as": "ids", "training_engine": engine_name(training, context.group)},
     )

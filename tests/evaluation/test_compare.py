@@ -242,7 +242,7 @@ def test_frozen_layers_are_computed_once_with_same_kl(
     assert not_shared.kl == pytest.approx(separate.kl, abs=1e-4)  # different layers are not shared
     assert not_shared.exact_kl == pytest.approx(separate.exact_kl, abs=1e-4)
     with_frozen = [actor for actor in trunks if actor.num_frozen_layers]
-    assert len(with_frozen) == 1  # one batch, one pass through the frozen layers
+    assert len(with_frozen) == 2  # one batch and the probe of the engine: one pass each through the frozen layers
 
 
 def test_kl_excludes_masked_stop_tokens(folders: dict[str, Path]) -> None:

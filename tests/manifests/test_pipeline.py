@@ -86,7 +86,7 @@ def test_network_policies_select_the_right_tasks(
         for policy in policies:
             policy_name = policy["metadata"]["name"]
             selected = {s for s, tags in labels(compiled).items() if selects(policy["spec"]["podSelector"], tags)}
-            groups = {"sft", "reward-model", "ppo"}
+            groups = {"sft", "reward-model", "ppo", "evaluation"}
             expected = {"rlhf-hub": downloading, "rlhf-endpoints": asking, "rlhf-process-groups": groups}
             assert selected == expected.get(policy_name, set(compiled.pods)), policy_name
 
@@ -115,7 +115,7 @@ def test_processes_of_a_stage_on_several_nodes_reach_one_another(name: str, gpu_
         assert set(rule) == {peers}  # no ports
         for stage, tags in labels(gpu_node).items():
             reached = any(selects(peer["podSelector"], tags) for peer in rule[peers])
-            assert reached == (stage in ("sft", "reward-model", "ppo")), stage
+            assert reached == (stage in ("sft", "reward-model", "ppo", "evaluation")), stage
 
 
 def test_only_downloading_tasks_have_the_hub_label(tmp_path: Path) -> None:

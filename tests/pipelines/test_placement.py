@@ -10,6 +10,7 @@ from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from components.rlhf.config.cluster import STAGES
+from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.text.errors import InputError
 from pipelines.compile import ROOT
 from pipelines.placement import IMAGE_OF, require_digests
@@ -19,7 +20,8 @@ from tests.support.compiled_pipelines import CompiledPipeline
 
 MOVIES, TINY = (ROOT / "pipelines" / "params" / f"{name}.yaml" for name in ("movie_reviews", "tiny"))
 DIGEST = "sha256:" + "ab" * 32
-GPU_STAGES = {"sft", "reward-model", "ppo"}
+TRAINING = {"sft", "reward-model", "ppo"}
+GPU_STAGES = TRAINING | {"evaluation"}
 MLFLOW = ["MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"]
 
 
@@ -48,7 +50,7 @@ def test_images_and_commands(eight: CompiledPipeline) -> None:
         "import-model": "kfp-rlhf/trainer",
         "prepare-data": "kfp-rlhf/trainer",
         "sft": "kfp-rlhf/trainer",
-        "reward-model": "kfp-rlhf/trainer",
+        "reward-model": "kfp-rlhf/rollout",  # it samples with vLLM
         "judge": "kfp-rlhf/trainer",
         "ppo": "kfp-rlhf/rollout",
         "evaluation": "kfp-rlhf/rollout",
@@ -82,7 +84,7 @@ def test_gpus_cpus_and_memory(eight: CompiledPipeline) -> None:
         "reward-model": node,
         "judge": small,
         "ppo": node,
-        "evaluation": ("nvidia.com/gpu", 1, "10", "136Gi"),  # 120Gi and 16Gi
+        "evaluation": node,
         "register": small,
         "register-2": small,
         "notify": small,
@@ -95,10 +97,7 @@ def test_shared_memory_size(eight: CompiledPipeline) -> None:
     def shm(size: str) -> list[dict[str, str]]:
         return [{"volumeName": "shm", "mountPath": "/dev/shm", "medium": "Memory", "sizeLimit": size}]
 
-    assert {stage: mount for stage, mount in mounts.items() if mount} == {
-        **dict.fromkeys(GPU_STAGES, shm("64Gi")),
-        "evaluation": shm("16Gi"),
-    }
+    assert {stage: mount for stage, mount in mounts.items() if mount} == dict.fromkeys(GPU_STAGES, shm("64Gi"))
 
 
 def test_node_selectors_tolerations_and_affinity(eight: CompiledPipeline) -> None:
@@ -107,19 +106,17 @@ def test_node_selectors_tolerations_and_affinity(eight: CompiledPipeline) -> Non
     taint = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
     for stage, pod in eight.pods.items():
         placement = pod.get("nodeSelector"), pod.get("tolerations"), pod.get("nodeAffinity")
-        if stage in GPU_STAGES | {"evaluation"}:
-            profile = "gpu_80gb" if stage == "evaluation" else "gpu_8x80gb"
-            selector = {"nodeSelectorJson": {"componentInputParameter": f"pipelinechannel--node_selector_{profile}"}}
-            tolerations = [{"tolerationJson": {"componentInputParameter": f"pipelinechannel--tolerations_{profile}"}}]
+        if stage in GPU_STAGES:
+            selector = {"nodeSelectorJson": {"componentInputParameter": "pipelinechannel--node_selector_gpu_8x80gb"}}
+            tolerations = [{"tolerationJson": {"componentInputParameter": "pipelinechannel--tolerations_gpu_8x80gb"}}]
             assert placement == (selector, tolerations, affinity)
         else:
             assert placement == (None, None, None), stage
     inputs = eight.spec["root"]["inputDefinitions"]["parameters"]
-    for profile in ("gpu_80gb", "gpu_8x80gb"):
-        selector = inputs[f"node_selector_{profile}"]
-        assert selector == {"defaultValue": {}, "isOptional": True, "parameterType": "STRUCT"}
-        assert inputs[f"tolerations_{profile}"]["defaultValue"] == [taint]
-        assert inputs[f"tolerations_{profile}"]["parameterType"] == "LIST"
+    selector = inputs["node_selector_gpu_8x80gb"]
+    assert selector == {"defaultValue": {}, "isOptional": True, "parameterType": "STRUCT"}
+    assert inputs["tolerations_gpu_8x80gb"]["defaultValue"] == [taint]
+    assert inputs["tolerations_gpu_8x80gb"]["parameterType"] == "LIST"
 
 
 def test_node_selector_of_the_profile_is_the_default_of_the_input(tmp_path: Path) -> None:
@@ -224,8 +221,8 @@ def test_claim_per_run_is_created_opened_and_deleted(tmp_path: Path) -> None:
     mounting = {
         stage for stage, pod in compiled.pods.items() if pod.get("pvcMount", [{}])[0].get("pvcNameParameter") == name
     }
-    assert mounting == GPU_STAGES | {"open-volume"}
-    for stage in GPU_STAGES:
+    assert mounting == TRAINING | {"open-volume"}
+    for stage in TRAINING:
         assert {"createpvc", "open-volume"} <= set(dag["tasks"][stage]["dependentTasks"])
     assert set(dag["tasks"]["deletepvc"]["dependentTasks"]) == {"createpvc", "ppo"}
     opened = compiled.pods["open-volume"]
@@ -270,8 +267,8 @@ def test_only_stages_that_use_s3_get_s3_credentials(tmp_path: Path) -> None:
         return {stage for stage in compiled.pods if "rlhf-s3" in compiled.secrets(stage)}
 
     assert users("none") == set()
-    assert users("checkpoints", "storage.checkpoint_uri=s3://b/c") == GPU_STAGES | {"notify"}
-    assert users("publish", "storage.publish_uri=s3://b/m") == GPU_STAGES
+    assert users("checkpoints", "storage.checkpoint_uri=s3://b/c") == TRAINING | {"notify"}
+    assert users("publish", "storage.publish_uri=s3://b/m") == TRAINING
     assert users("model", "model.source=s3://b/model") == {"import-model"}
     assert users("data", "data.prompts.path=s3://b/prompts.jsonl", "data.prompts.format=jsonl") == {"prepare-data"}
     assert users("public", "model.source=s3://b/model", "storage.anonymous=true") == set()
@@ -292,7 +289,7 @@ def test_checkpoints_are_on_the_claim_or_in_s3(tmp_path: Path) -> None:
     nowhere = tiny(tmp_path / "nowhere")
     assert mounts(nowhere) == {} and '"checkpoint_uri":null' in default_storage(nowhere)
     on_claim = tiny(tmp_path / "a", "cluster.checkpoint_claim=shared")
-    assert mounts(on_claim) == {stage: [("shared", "/checkpoints")] for stage in GPU_STAGES}
+    assert mounts(on_claim) == {stage: [("shared", "/checkpoints")] for stage in TRAINING}
     assert '"checkpoint_uri":"/checkpoints"' in default_storage(on_claim)
     in_s3 = tiny(tmp_path / "b", "storage.checkpoint_uri=s3://bucket/c")
     assert mounts(in_s3) == {}
@@ -340,7 +337,7 @@ def test_labels_user_and_run_id_of_pods(eight: CompiledPipeline) -> None:
     for stage, pod in eight.pods.items():
         variables = {e["name"]: e["fieldPath"] for e in pod["fieldPathAsEnv"]}
         assert variables.pop("RLHF_RUN_ID") == "metadata.labels['pipeline/runid']"
-        gpus = {"evaluation": "1"}.get(stage, "8" if stage in GPU_STAGES else "")
+        gpus = "8" if stage in GPU_STAGES else ""
         expected = {"RLHF_NUM_ACCELERATORS": "metadata.annotations['kfp-rlhf/num-accelerators']"} if gpus else {}
         assert variables == expected
         assert pod["securityContext"] == {"runAsUser": "1000", "runAsGroup": "1000", "runAsNonRoot": True}
@@ -417,6 +414,7 @@ def test_builtin_profiles_are_valid_and_set_num_processes(profile: str) -> None:
     num = params.cluster.num_accelerators("ppo")
     assert num == (8 if "8x" in profile else 1 if "gpu" in profile else 0)
     assert [getattr(params, stage).training.num_processes for stage in ("sft", "reward_model", "ppo")] == [num or 1] * 3
+    assert params.evaluation.num_processes == (num or 1)
     assert params.cluster.profile("ppo").tolerations if num else True
 
 
@@ -538,6 +536,32 @@ def test_num_processes_must_equal_the_accelerators_of_the_profile() -> None:
 def test_minibatch_must_fit_the_processes_of_the_profile() -> None:
     with pytest.raises(InputError, match="minibatch is 4, which 8 processes"):
         load_params(TINY, ["cluster.stages={ppo: gpu-8x80gb}", "ppo.minibatch=4"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "role"),
+    [
+        ((), "trainer"),
+        (("ppo.rollout.engine=vllm",), "rollout"),
+        (("ppo.rollout.engine=vllm", "reward_model.use=org/rm"), "rollout"),
+        (("ppo.rollout.engine=vllm", "reward_model.num_calibration_samples=0"), "trainer"),
+        (("evaluation.rollout={engine: vllm}",), "trainer"),
+    ],
+)
+def test_reward_model_has_the_image_with_vllm_if_it_samples_with_it(
+    overrides: tuple[str, ...], role: str, tmp_path: Path
+) -> None:
+    assert tiny(tmp_path, *overrides).containers["reward-model"]["image"] == f"kfp-rlhf/{role}:0.1.0"
+
+
+def test_evaluation_has_as_many_processes_as_accelerators() -> None:
+    params = load_params(TINY, ["cluster.stages={evaluation: gpu-8x80gb}"])
+    assert params.stage(EvaluationStageConfig).num_processes == 8
+    assert load_params(TINY, ["evaluation.num_processes=2"]).stage(EvaluationStageConfig).num_processes == 2
+    with pytest.raises(
+        InputError, match=r"evaluation.num_processes is 4, and the profile gpu-8x80gb has 8 accelerators; remove num_pr"
+    ):
+        load_params(TINY, ["cluster.stages={evaluation: gpu-8x80gb}", "evaluation.num_processes=4"])
 
 
 def test_require_digests_rejects_an_image_without_a_digest() -> None:

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from components.reward_model.calibration import calibrate, cut_to_half, sample_responses
 from components.reward_model.evaluate import calibrate_and_measure
-from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.records import Completion, PreferencePair, Prompt
+from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.models.loading import load_scalar_lm, reward_normalization
 from components.rlhf.models.saving import save_model
 from components.rlhf.models.scalar import ScalarModel
@@ -68,19 +68,26 @@ def test_cut_to_half_keeps_at_least_one_token(tokenizer: PreTrainedTokenizerBase
     assert (cut.chosen, cut.rejected) == ("x", "z")
 
 
-def test_samples_are_one_per_prompt_and_reproducible(tiny_model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    model = trainer_of(tiny_model).model
-    sampling = SamplingConfig(max_new_tokens=5, batch_size=4)
-    found = [sample_responses(tiny_model, tokenizer, PROMPTS, sampling, model=model, seed=s) for s in (1, 1, 2)]
+def test_samples_are_one_per_prompt_and_reproducible(tiny_model: Path) -> None:
+    config = config_of(num_calibration_samples=5)
+    found = [sample_responses(config.model_copy(update={"seed": s}), tiny_model, PROMPTS) for s in (1, 1, 2)]
     ids = [[c.response_ids for c in responses] for responses in found]
     assert ids[0] == ids[1] != ids[2]
-    assert [c.prompt for c in found[0]] == PROMPTS
-    assert all(1 <= len(row) <= 5 for row in ids[0])
+    assert [c.prompt for c in found[0]] == PROMPTS[:5]
+    assert all(1 <= len(row) <= 6 for row in ids[0])
 
 
 def measured(folder: Path, model: ScalarModel, tokenizer: PreTrainedTokenizerBase, **settings: int) -> dict[str, float]:
+    config = config_of(**settings)
+    responses = sample_responses(config, folder, PROMPTS * 3)
     return calibrate_and_measure(
-        model, config_of(**settings), folder, tokenizer, pairs=HELDOUT, prompts=PROMPTS * 3, max_tokens=64
+        model,
+        config.reward_model.training,
+        tokenizer,
+        pairs=HELDOUT,
+        responses=responses,
+        max_tokens=64,
+        group=SINGLE_PROCESS,
     )
 
 
@@ -101,8 +108,7 @@ def test_scores_of_the_sft_model_have_mean_0_and_std_1(
     assert (mean, std) == (numbers["reward_mean"], numbers["reward_std"])
     lm = load_scalar_lm(tmp_path, num_frozen_layers=0, dtype=torch.float32)
     loaded = ScalarModel(lm, num_frozen_layers=0, dtype=torch.float32, mean=mean, std=std)
-    prompts = (PROMPTS * 3)[:16]
-    responses = sample_responses(tiny_model, tokenizer, prompts, stage.sampling, model=loaded, seed=stage.seed)
+    responses = sample_responses(stage, tiny_model, PROMPTS * 3)
     scores = RewardModelScorer(loaded, microbatch_tokens=64).score(responses)
     assert scores.mean().item() == pytest.approx(0, abs=1e-4)
     assert scores.std().item() == pytest.approx(1, abs=1e-4)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from components.import_model.importer import import_model
+from components.reward_model.calibration import sample_responses
 from components.reward_model.imported import measure_imported, scored_as
 from components.rlhf.artifacts.manifest import write_manifest
 from components.rlhf.config.import_model import ImportModelStageConfig
@@ -46,8 +47,9 @@ def imported(source: Path, target: Path) -> Path:
 def measure(folder: Path, sft: Path, target: Path, pairs: Any = HELDOUT) -> tuple[Path, dict[str, float], list[str]]:
     """The stage's result for an imported reward model, its numbers and its log."""
     log: list[str] = []
-    texts = {"pairs": pairs, "prompts": PROMPTS * 4, "max_tokens": 64}
-    result = measure_imported(folder, config_of(), sft, texts, log.append)
+    config = config_of()
+    texts = {"pairs": pairs, "responses": sample_responses(config, sft, PROMPTS * 4), "max_tokens": 64}
+    result = measure_imported(folder, config, sft, texts, log.append)
     target.mkdir()
     save_model(result.model.lm, result.tokenizer, target, dtype=FP32)
     return target, result.numbers, log

@@ -11,6 +11,7 @@ from components.rlhf.text.credentials import is_secret_name
 
 STAGES = ("import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation", "register", "notify")
 TRAINING_STAGES = ("sft", "reward_model", "ppo")
+PROCESS_STAGES = (*TRAINING_STAGES, "evaluation")  # the stages that can run in several processes
 
 
 def _quantity(pattern: str, example: str) -> Callable[[object], str]:
@@ -128,9 +129,9 @@ class Images(BaseConfig):
     """Container images by role, each NAME:TAG or NAME@sha256:DIGEST."""
 
     trainer: str = "kfp-rlhf/trainer:0.1.0"
-    """Image of import_model, prepare_data, sft, reward_model and judge: torch, transformers and DeepSpeed."""
+    """Image of import_model, prepare_data, sft, reward_model and judge: torch, transformers and DeepSpeed, without vLLM."""
     rollout: str = "kfp-rlhf/rollout:0.1.0"
-    """Image of ppo and evaluation: the trainer's packages and vLLM."""
+    """Image of ppo and evaluation, and of reward_model if it calibrates with vLLM: the trainer's packages and vLLM."""
     tools: str = "kfp-rlhf/tools:0.1.0"
     """Image of register and notify, without torch."""
 

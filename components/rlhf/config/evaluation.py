@@ -1,8 +1,11 @@
 """Settings of the evaluation on held-out prompts and of the promotion gate."""
 
-from components.rlhf.config.base import BaseConfig, Fraction, NonNegative, PositiveInt
+from pydantic import model_validator
+
+from components.rlhf.config.base import BaseConfig, Fraction, NonNegative, Positive, PositiveInt
 from components.rlhf.config.judge import Judges, LinearJudge
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed
+from components.rlhf.config.ppo import EngineConfig, check_engine
 
 
 class EvaluationConfig(BaseConfig):
@@ -14,10 +17,28 @@ class EvaluationConfig(BaseConfig):
     """Number of responses of each model to every prompt."""
     sampling: SamplingConfig | None = None
     """How both models sample; null uses ppo.rollout.sampling."""
+    rollout: EngineConfig | None = None
+    """What both models sample with; null uses the engine of ppo.rollout and its settings."""
+    num_processes: PositiveInt = 1
+    """Number of processes, one per GPU, that share the prompts; the stage starts them itself."""
+    shard_weights: bool = False
+    """Shard the models that compute log-probs and scores over the processes (DeepSpeed ZeRO-3); needs the engine vllm."""
+    timeout_minutes: Positive = 30.0
+    """Timeout of each step of several processes, in minutes: the responses of one model (hf: a batch), the KL, the scores."""
     num_bootstrap: PositiveInt = 2000
     """Number of bootstrap resamples of the prompts for the confidence intervals."""
     confidence: Fraction = 0.95
     """Confidence level of the intervals, between 0 and 1."""
+
+    @model_validator(mode="after")
+    def _require_a_row_per_process(self) -> "EvaluationConfig":
+        rows = self.num_prompts * self.num_samples
+        if rows < self.num_processes:
+            raise ValueError(
+                f"num_prompts x num_samples is {rows}, fewer responses than processes (num_processes, {self.num_processes}); "
+                "raise num_prompts"
+            )
+        return self
 
 
 class GateConfig(BaseConfig):
@@ -35,6 +56,29 @@ class EvaluationStageConfig(BaseConfig):
     model: ModelConfig
     evaluation: EvaluationConfig
     sampling: SamplingConfig
+    rollout: EngineConfig = EngineConfig()
     gate: GateConfig
     judge: Judges = LinearJudge()
     seed: Seed
+
+    @property
+    def num_processes(self) -> int:
+        return self.evaluation.num_processes
+
+    @model_validator(mode="after")
+    def _require_able_engine(self) -> "EvaluationStageConfig":
+        keys = ("rollout", "sampling", "evaluation.num_processes")
+        check_evaluation(self.evaluation, self.rollout, self.sampling, keys=keys)
+        return self
+
+
+def check_evaluation(
+    config: EvaluationConfig, rollout: EngineConfig, sampling: SamplingConfig, *, keys: tuple[str, str, str]
+) -> None:
+    """Raise ValueError if the engine cannot sample as the settings say, or in the processes of this stage."""
+    check_engine(rollout, sampling, config.num_processes, keys=keys)
+    if config.shard_weights and rollout.engine == "hf":
+        raise ValueError(
+            f"evaluation.shard_weights is true, but {keys[0]}.engine is hf, which samples from a whole model in each process; "
+            "set evaluation.rollout to {engine: vllm}, or shard_weights to false"
+        )

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError, model_validator
 
 from components.rlhf.config.base import BaseConfig
-from components.rlhf.config.cluster import TRAINING_STAGES, ClusterConfig
-from components.rlhf.config.evaluation import EvaluationConfig, GateConfig
+from components.rlhf.config.cluster import PROCESS_STAGES, ClusterConfig
+from components.rlhf.config.evaluation import EvaluationConfig, GateConfig, check_evaluation
 from components.rlhf.config.judge import (
     KIND_TAG,
     KINDS,
@@ -19,10 +19,10 @@ from components.rlhf.config.judge import (
     as_list,
     check_judges,
 )
-from components.rlhf.config.model import ModelConfig, Seed, TrainingConfig, check_zero3_compatibility
-from components.rlhf.config.ppo import PpoConfig
+from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, check_zero3_compatibility
+from components.rlhf.config.ppo import EngineConfig, PpoConfig
 from components.rlhf.config.prepare_data import DataConfig
-from components.rlhf.config.reward_model import RewardModelConfig
+from components.rlhf.config.reward_model import RewardModelConfig, check_calibration
 from components.rlhf.config.sft import SftConfig
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
 
@@ -64,6 +64,17 @@ class Params(BaseConfig):
         return self
 
     @model_validator(mode="after")
+    def _require_able_engines(self) -> "Params":
+        rollout, sampling = self.ppo.rollout, self.ppo.rollout.sampling
+        keys = ("ppo.rollout", "ppo.rollout.sampling", "reward_model.training.num_processes")
+        check_calibration(self.reward_model, rollout, sampling, keys=keys)
+        rollout_key = "evaluation.rollout" if self.evaluation.rollout else "ppo.rollout"
+        sampling_key = "evaluation.sampling" if self.evaluation.sampling else "ppo.rollout.sampling"
+        keys = (rollout_key, sampling_key, "evaluation.num_processes")
+        check_evaluation(self.evaluation, self.evaluation_rollout, self.evaluation_sampling, keys=keys)
+        return self
+
+    @model_validator(mode="after")
     def _check_judges(self) -> "Params":
         check_judges(self.judge)
         second = self.reward_model_judge
@@ -73,15 +84,36 @@ class Params(BaseConfig):
 
     @model_validator(mode="after")
     def _require_one_process_per_accelerator(self) -> "Params":
-        for stage in TRAINING_STAGES:
+        for stage in PROCESS_STAGES:
             section, num = getattr(self, stage), self.cluster.num_accelerators(stage)
-            if num and section.training.num_processes != num and getattr(section, "use", None) is None:
+            key, section = (f"{stage}.training", section.training) if stage != "evaluation" else (stage, section)
+            is_imported = stage == "sft" and self.sft.use is not None
+            if num and section.num_processes != num and not is_imported:
                 profile = self.cluster.stages.get(stage, self.cluster.default_profile)
                 raise ValueError(
-                    f"{stage}.training.num_processes is {section.training.num_processes}, and the profile {profile} has {num} "
-                    "accelerators; remove num_processes"
+                    f"{key}.num_processes is {section.num_processes}, and the profile {profile} has {num} accelerators; "
+                    "remove num_processes"
                 )
         return self
+
+    @property
+    def evaluation_rollout(self) -> EngineConfig:
+        """The engine that the evaluation samples with."""
+        return self.evaluation.rollout or self._ppo_engine
+
+    @property
+    def evaluation_sampling(self) -> SamplingConfig:
+        """How the evaluation samples."""
+        return self.evaluation.sampling or self.ppo.rollout.sampling
+
+    @property
+    def calibrates_with_vllm(self) -> bool:
+        """Whether the reward model stage samples with vLLM."""
+        return self.ppo.rollout.engine == "vllm" and self.reward_model.num_calibration_samples > 0
+
+    @property
+    def _ppo_engine(self) -> EngineConfig:
+        return EngineConfig(engine=self.ppo.rollout.engine, vllm=self.ppo.rollout.vllm)
 
     @property
     def reward_model_judge(self) -> RewardModelJudge | None:
@@ -96,12 +128,15 @@ class Params(BaseConfig):
     def stage(self, config_class: type[StageConfig]) -> StageConfig:
         """The settings of one stage: only the sections that are fields of its config class."""
         sections: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
-        if self.reward_model.use:  # nothing is trained, so one process is enough
-            sections["reward_model"] = self.reward_model.model_copy(update={"training": TrainingConfig()})
         sections["num_evaluation_prompts"] = self.evaluation.num_prompts
-        sections["sampling"] = self.ppo.rollout.sampling  # the reward model is calibrated on PPO's distribution
+        # The reward model is calibrated on PPO's distribution, with its engine if there is something to sample.
+        calibrates = self.reward_model.num_calibration_samples > 0
+        sections |= {
+            "sampling": self.ppo.rollout.sampling,
+            "rollout": self._ppo_engine if calibrates else EngineConfig(),
+        }
         if "evaluation" in config_class.model_fields:
-            sections["sampling"] = self.evaluation.sampling or self.ppo.rollout.sampling
+            sections |= {"sampling": self.evaluation_sampling, "rollout": self.evaluation_rollout}
         return config_class(**{name: sections[name] for name in config_class.model_fields if name in sections})
 
 

@@ -17,20 +17,43 @@ class VllmConfig(BaseConfig):
     kv_cache_gib: Positive = 1.0
     """Size of the KV cache on CPU, in GiB."""
     tensor_parallel_size: PositiveInt = 1
-    """Number of consecutive ranks that share one vLLM engine by tensor parallelism; divides training.num_processes."""
+    """Number of consecutive ranks that share one vLLM engine by tensor parallelism; divides the number of processes."""
 
 
-class RolloutConfig(BaseConfig):
-    """Generation of the responses of one iteration."""
+class EngineConfig(BaseConfig):
+    """What samples responses."""
 
     engine: Literal["hf", "vllm"] = "hf"
-    """Rollout engine, in each training process: hf (transformers) or vllm."""
+    """Rollout engine, in each process: hf (transformers) or vllm."""
     vllm: VllmConfig = VllmConfig()
+
+
+class RolloutConfig(EngineConfig):
+    """Generation of the responses of one iteration."""
+
     num_prompts: PositiveInt = 64
     """Number of prompts per iteration, over all processes."""
     samples_per_prompt: PositiveInt = 1
     """Number of responses per prompt; the rollout batch is num_prompts x samples_per_prompt."""
     sampling: SamplingConfig = SamplingConfig()
+
+
+def check_engine(
+    rollout: EngineConfig, sampling: SamplingConfig, num_processes: int, *, keys: tuple[str, str, str]
+) -> None:
+    """Raise ValueError for what vLLM cannot do. keys are those of the three settings, for the message."""
+    if rollout.engine != "vllm":
+        return
+    size, (rollout_key, sampling_key, processes_key) = rollout.vllm.tensor_parallel_size, keys
+    if num_processes % size:
+        raise ValueError(
+            f"{rollout_key}.vllm.tensor_parallel_size is {size}, which does not divide {processes_key}, {num_processes}; "
+            "choose a divisor"
+        )
+    if not 0.01 <= sampling.temperature <= 2:
+        raise ValueError(
+            f"{sampling_key}.temperature is {sampling.temperature}, but vLLM supports 0.01 to 2; choose a value in this range"
+        )
 
 
 class CriticConfig(BaseConfig):
@@ -106,16 +129,12 @@ class PpoConfig(BaseConfig):
                 f"minibatch is {self.minibatch}, which {self.training.num_processes} processes (training.num_processes) cannot "
                 "share equally; choose a multiple of num_processes"
             )
-        vllm, temperature = self.rollout.vllm, self.rollout.sampling.temperature
-        if self.rollout.engine == "vllm" and self.training.num_processes % vllm.tensor_parallel_size:
-            raise ValueError(
-                f"rollout.vllm.tensor_parallel_size is {vllm.tensor_parallel_size}, which does not divide "
-                f"training.num_processes, {self.training.num_processes}; choose a divisor"
-            )
-        if self.rollout.engine == "vllm" and not 0.01 <= temperature <= 2:
-            raise ValueError(
-                f"rollout.sampling.temperature is {temperature}, but vLLM supports 0.01 to 2; choose a value in this range"
-            )
+        check_engine(
+            self.rollout,
+            self.rollout.sampling,
+            self.training.num_processes,
+            keys=("rollout", "rollout.sampling", "training.num_processes"),
+        )
         if self.patience and not self.eval_every:
             raise ValueError("patience counts evaluations on the validation prompts; set eval_every above 0")
         if self.dual_clip is not None and self.dual_clip <= 1:
@@ -140,6 +159,10 @@ class PpoStageConfig(BaseConfig):
     ppo: PpoConfig
     checkpoint: CheckpointConfig
     seed: Seed
+
+    @property
+    def num_processes(self) -> int:
+        return self.ppo.training.num_processes
 
     @model_validator(mode="after")
     def _require_unshared_weights(self) -> "PpoStageConfig":

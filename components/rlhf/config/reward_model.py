@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from components.rlhf.config.base import BaseConfig, Count, Fraction, PositiveInt
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, TrainingConfig, check_zero3_compatibility
+from components.rlhf.config.ppo import EngineConfig, check_engine
 from components.rlhf.config.storage import CheckpointConfig
 
 
@@ -38,10 +39,29 @@ class RewardModelStageConfig(BaseConfig):
     model: ModelConfig
     reward_model: RewardModelConfig
     sampling: SamplingConfig
+    rollout: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig
     seed: Seed
 
+    @property
+    def num_processes(self) -> int:
+        return self.reward_model.training.num_processes
+
     @model_validator(mode="after")
-    def _require_unshared_weights(self) -> "RewardModelStageConfig":
+    def _require_consistent_values(self) -> "RewardModelStageConfig":
         check_zero3_compatibility(self.model, self.reward_model.training)
+        check_calibration(
+            self.reward_model,
+            self.rollout,
+            self.sampling,
+            keys=("rollout", "sampling", "reward_model.training.num_processes"),
+        )
         return self
+
+
+def check_calibration(
+    config: RewardModelConfig, rollout: EngineConfig, sampling: SamplingConfig, *, keys: tuple[str, str, str]
+) -> None:
+    """Raise ValueError if the engine of PPO cannot sample the calibration responses in the processes of this stage."""
+    if config.num_calibration_samples:
+        check_engine(rollout, sampling, config.training.num_processes, keys=keys)

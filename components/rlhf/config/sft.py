@@ -27,6 +27,10 @@ class SftStageConfig(BaseConfig):
     checkpoint: CheckpointConfig
     seed: Seed
 
+    @property
+    def num_processes(self) -> int:
+        return self.sft.training.num_processes
+
     @model_validator(mode="after")
     def _require_unshared_weights(self) -> "SftStageConfig":
         check_zero3_compatibility(self.model, self.sft.training)

@@ -87,10 +87,7 @@ class DeepSpeedEngine:
         return StepInfo(grad_norm=float(self.engine.get_global_grad_norm() or 0.0), learning_rate=rate)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """One weight at a time: under stage 3 a rank holds its shards and the one gathered weight."""
-        for name, parameter in self.module.named_parameters():
-            with gathered(parameter):
-                yield name, parameter.detach()
+        yield from whole_weights(self.module)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Trained weights in fp32 and the optimizer's moments, of whole parameters: of each rank at most its share and one parameter."""
@@ -222,6 +219,21 @@ def shard_frozen_model(module: nn.Module, training: TrainingConfig, *, group: Gr
     small = [parameter for parameter in parameters if parameter.ds_persist]
     if small:
         small[0].all_gather(small)
+
+
+def whole_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """One weight at a time: under stage 3 a rank holds its shards and the one gathered weight. Every rank calls it."""
+    for name, parameter in module.named_parameters():
+        with gathered(parameter):
+            yield name, parameter.detach()
+
+
+@torch.no_grad()
+def free_shards(module: nn.Module) -> None:
+    """Free the weights of a sharded module that is not needed any more: DeepSpeed keeps references to every module it has seen."""
+    for parameter in module.parameters():
+        for held in (parameter, cast(Any, parameter).ds_tensor):
+            held.data = held.data.new_empty(0)
 
 
 def _gather_experts_together(module: nn.Module) -> None:

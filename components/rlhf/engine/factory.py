@@ -1,11 +1,11 @@
 """Creating the engine that a config names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from components.rlhf.config.model import TrainingConfig
 from components.rlhf.engine.protocol import Group, TrainEngine
@@ -45,6 +45,24 @@ def prepare_frozen_model(module: nn.Module, training: TrainingConfig, *, group: 
     from components.rlhf.engine.deepspeed import shard_frozen_model
 
     shard_frozen_model(module, training, group=group, dtype=dtype)
+
+
+def free_frozen_model(module: nn.Module, training: TrainingConfig) -> None:
+    """Free the weights of a prepared module that DeepSpeed has; others are free as soon as nothing refers to the module."""
+    if not shards_weights(training):
+        return
+    from components.rlhf.engine.deepspeed import free_shards
+
+    free_shards(module)
+
+
+def frozen_weights(module: nn.Module, training: TrainingConfig) -> Iterator[tuple[str, Tensor]] | None:
+    """The weights of a module that is sharded and not trained, whole and one at a time, on every rank; None unless it is sharded."""
+    if not shards_weights(training):
+        return None
+    from components.rlhf.engine.deepspeed import whole_weights
+
+    return whole_weights(module)
 
 
 def trained_dtype(training: TrainingConfig, dtype: torch.dtype) -> torch.dtype:

@@ -92,10 +92,7 @@ class Actor(nn.Module):
         mask = batch.response_mask
         with autocast_to(self.dtype, batch.input_ids.device):
             states_before, steps = self._states_before(batch, states)
-            # Under ZeRO-3 every piece gathers the head, so all ranks need the same number of them; the last ones may be empty.
-            size = self._rows_of_logits(batch)
-            num_pieces = self.max_over_ranks(max(-(-len(steps) // size), 1))
-            bounds = [min(piece * size, len(steps)) for piece in range(num_pieces + 1)]
+            bounds = self._pieces(len(steps), batch)
             labels = batch.response_ids[mask]
             with adapters_enabled(self.lm, on=self.with_adapters):
                 pieces = [
@@ -116,20 +113,24 @@ class Actor(nn.Module):
         """
         with autocast_to(self.dtype, batch.input_ids.device):
             states_before, steps = self._states_before(batch, states)
-        size = self._rows_of_logits(batch)
-        for hidden, piece in zip(torch.split(states_before, size), torch.split(steps, size), strict=True):
+        for a, b in pairwise(self._pieces(len(steps), batch)):
             with autocast_to(self.dtype, batch.input_ids.device), adapters_enabled(self.lm, on=self.with_adapters):
-                logits = apply_head(self.lm, hidden)
-            yield distribution.mask_early_stops(logits, piece)
+                logits = apply_head(self.lm, states_before[a:b])
+            yield distribution.mask_early_stops(logits, steps[a:b])
 
     def export_weights(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Stream this module's weights under the names of its model folder, with adapters merged."""
         return merged_weights(self.lm, ((name.removeprefix("lm."), weight) for name, weight in named))
 
-    def _rows_of_logits(self, batch: TokenBatch) -> int:
-        """Number of tokens whose logits are in memory at once."""
+    def _pieces(self, num_tokens: int, batch: TokenBatch) -> list[int]:
+        """Bounds of the pieces of the batch's response tokens of which logits are in memory at once.
+
+        Under ZeRO-3 every piece gathers the head, so all ranks need the same number of them; the last ones may be empty.
+        """
         limit = MAX_LOGITS if batch.input_ids.device.type == "cpu" else MAX_LOGITS_ON_GPU
-        return max(limit // int(self.lm.config.get_text_config().vocab_size), 1)
+        size = max(limit // int(self.lm.config.get_text_config().vocab_size), 1)
+        num_pieces = self.max_over_ranks(max(-(-num_tokens // size), 1))
+        return [min(piece * size, num_tokens) for piece in range(num_pieces + 1)]
 
     def _run(self, batch: TokenBatch, **options: Any) -> Any:
         return run_rows(self.lm, batch.input_ids, batch.lengths, pack_limit=self.pack_limit, **options)

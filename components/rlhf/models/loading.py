@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
-from components.rlhf.models.layers import HEAD_NAME, decoder_of
+from components.rlhf.models.layers import HEAD_NAME, NOT_COMPUTED, decoder_of
 from components.rlhf.models.placing import (
     Dtypes,
     Placement,
@@ -236,6 +236,21 @@ def empty_causal_lm(directory: Path) -> Any:
     from_config: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
         return from_config(_config(directory), trust_remote_code=False)
+
+
+def require_same_architecture(lm: Any, directory: Path) -> None:
+    """Raise InputError unless a model of the folder computes with its weights what lm would."""
+    kinds = type(lm.config), type(config := _config(directory))
+    own, other = (
+        {key: value for key, value in c.get_text_config().to_dict().items() if key not in NOT_COMPUTED}
+        for c in (lm.config, config)
+    )
+    differing = sorted(key for key in own.keys() | other.keys() if own.get(key) != other.get(key))
+    if kinds[0] is not kinds[1] or differing:
+        raise InputError(
+            f"{directory}/config.json is of another architecture than the model that was loaded first "
+            f"({', '.join(differing) or 'another class'} differs); pass a model that was trained from it."
+        )
 
 
 def load_with_info(

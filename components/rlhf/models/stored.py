@@ -2,9 +2,11 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -15,6 +17,15 @@ from transformers.core_model_loading import (
     apply_renamings,
     dot_natural_key,
 )
+
+
+def stored_weights(directory: Path, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a folder with these names, one at a time, as they are stored."""
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name in names:
+                    yield name, file.get_tensor(name)
 
 
 class StoredForm:

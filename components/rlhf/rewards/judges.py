@@ -67,9 +67,12 @@ class JudgeResources:
     precision: Precision
     storage: StorageConfig
     log: Callable[[str], None]
+    load_scorer: Callable[[Path], Scorer] | None = None  # of a reward model folder; None loads it whole in this process
 
     def load_reward_scorer(self, folder: Path) -> Scorer:
-        """The scorer of a reward model folder on this machine's device."""
+        """The scorer of a reward model folder."""
+        if self.load_scorer is not None:
+            return self.load_scorer(folder)
         dtype = compute_dtype(self.precision)
         return load_reward_scorer(folder, dtype=dtype, device=default_device(), microbatch_tokens=MICROBATCH_TOKENS)
 

@@ -13,6 +13,7 @@ from components.rlhf.data.records import Completion, PreferencePair, Prompt, is_
 from components.rlhf.data.tokenizer import decode_response, encode_text, load_tokenizer
 from components.rlhf.models.loading import is_scored_as_text, load_scalar_lm, reward_normalization
 from components.rlhf.models.packing import plan_for
+from components.rlhf.models.placing import Shard
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rewards.protocol import ComputedStates, Scorer, compare_scores
 from components.rlhf.rewards.text import TextScorer
@@ -54,12 +55,25 @@ class RewardModelScorer:
         return scores
 
 
-def load_reward_scorer(directory: Path, *, dtype: torch.dtype, device: torch.device, microbatch_tokens: int) -> Scorer:
-    """The scorer of a reward model folder, which computes with the ids of a response or with its text, as the folder says."""
+def load_reward_scorer(
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    microbatch_tokens: int,
+    shard: Shard | None = None,
+    prepare: Callable[[ScalarModel], None] = lambda model: None,
+    max_over_ranks: Callable[[int], int] = int,
+) -> Scorer:
+    """The scorer of a reward model folder, which computes with the ids of a response or with its text, as the folder says.
+
+    With a shard the weights are sharded over ranks while they are read, and prepare(model) makes it compute with them.
+    """
     mean, std = reward_normalization(directory)
-    lm = load_scalar_lm(directory, num_frozen_layers=0, dtype=dtype, trainable=False).to(device)
+    lm = load_scalar_lm(directory, num_frozen_layers=0, dtype=dtype, trainable=False, device=device, shard=shard)
     model = ScalarModel(lm, num_frozen_layers=0, dtype=dtype, mean=mean, std=std)
-    scorer = RewardModelScorer(model, microbatch_tokens=microbatch_tokens)
+    prepare(model)
+    scorer = RewardModelScorer(model, microbatch_tokens=microbatch_tokens, max_over_ranks=max_over_ranks)
     return TextScorer(scorer, load_tokenizer(directory)) if is_scored_as_text(directory) else scorer
 
 

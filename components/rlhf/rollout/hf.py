@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.records import Completion, Prompt, is_chat
 from components.rlhf.data.tokenizer import decode_response, encode_prompt
+from components.rlhf.models.loading import load_causal_lm
 from components.rlhf.models.packing import attends_by_position
 from components.rlhf.rollout.decoding import Decoding
 from components.rlhf.rollout.probe import WeightSample
@@ -26,7 +28,7 @@ class HfRolloutEngine:
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, stop_ids: tuple[int, ...]) -> None:
         """model is a causal language model in the precision to sample in. If it is the trained one, sync() has nothing to copy."""
-        self.model = model.eval()
+        self.model: Any = model.eval()
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
         self.name = f"transformers {version('transformers')}"
@@ -49,6 +51,14 @@ class HfRolloutEngine:
             for prompt, ids, (response, logprobs) in zip(prompts, prompt_ids, samples, strict=True)
         ]
 
+    def load(self, folder: Path) -> int:
+        dtype, device = self.model.dtype, self.model.device
+        self.model, self._parameters = None, {}  # before the other model is loaded
+        self.model = load_causal_lm(folder, num_frozen_layers=0, dtype=dtype, trainable=False, device=device)
+        self._parameters = dict(self.model.named_parameters())
+        self.version += 1
+        return self.version
+
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> int:
         with torch.no_grad():
             for name, weight in weights:
@@ -67,7 +77,7 @@ class HfRolloutEngine:
         return torch.log_softmax(logits.float(), dim=-1).gather(1, tokens[0, 1:, None]).squeeze(1).cpu()
 
     def close(self) -> None:
-        del self.model
+        self.model, self._parameters = None, {}
 
 
 @torch.inference_mode()

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.data.tokenizer import encode_prompt
+from components.rlhf.models.stored import stored_weights
 from components.rlhf.text.errors import InputError
 
 # The log-probs of this text depend on every weight except the embeddings of other tokens.
@@ -38,6 +40,26 @@ class WeightSample:
 def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of the fixed text, at most PROBE_TOKENS of them."""
     return encode_prompt(tokenizer, PROBE_TEXT)[:PROBE_TOKENS]
+
+
+def require_weights_of(folder: Path, received: Mapping[str, WeightSample], dtype: torch.dtype) -> None:
+    """Raise InputError if an engine in this precision holds other values than a model folder, of the weights that it can show."""
+    for name, weight in stored_weights(folder, received):
+        held, stored = received[name], WeightSample.of(weight)
+        if held.shape == stored.shape and not torch.equal(held.values.to(dtype), stored.values.to(dtype)):
+            raise InputError(
+                f"The rollout engine has other values of {name} than {folder}, from which it was loaded; set the rollout engine to hf."
+            )
+
+
+def require_equal_logprobs(engine: Tensor, trainer: Tensor, dtype: torch.dtype, *, model: str) -> None:
+    """Raise InputError if an engine in this precision and transformers compute other log-probs [T] of the probe."""
+    gap = (engine.double().cpu() - trainer.double().cpu()).abs().max().item()
+    if not gap <= TOLERANCE[dtype]:  # also fails for nan
+        raise InputError(
+            f"The rollout engine did not sample from the {model}: log-probs of the probe differ by {gap:.3g} nats from those of "
+            f"transformers, more than {TOLERANCE[dtype]:.3g}; set the rollout engine to hf."
+        )
 
 
 class SyncCheck:

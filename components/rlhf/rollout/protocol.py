@@ -1,6 +1,7 @@
 """The interface of rollout engines."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -19,6 +20,10 @@ class RolloutEngine(Protocol):
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int]) -> list[Completion]:
         """Sample one completion per prompt. It depends on its prompt, its seed and the weights, not on the rest of the batch."""
+        ...
+
+    def load(self, folder: Path) -> int:
+        """Load the weights of another model folder of the same architecture; return the new version."""
         ...
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> int:

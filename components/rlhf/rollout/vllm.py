@@ -21,9 +21,9 @@ from components.rlhf.config.model import SamplingConfig
 from components.rlhf.config.ppo import VllmConfig
 from components.rlhf.data.records import Completion, Prompt, is_chat
 from components.rlhf.data.tokenizer import decode_response, encode_prompt, load_tokenizer
-from components.rlhf.models.loading import empty_causal_lm
+from components.rlhf.models.loading import empty_causal_lm, require_same_architecture
 from components.rlhf.models.stored import StoredForm
-from components.rlhf.rollout.probe import WeightSample
+from components.rlhf.rollout.probe import WeightSample, require_weights_of
 from components.rlhf.rollout.vllm_errors import start_error
 from components.rlhf.text.errors import InputError
 
@@ -46,6 +46,7 @@ class VllmRolloutEngine:
     ) -> None:
         """dtype is the precision to sample in, max_model_len the maximum length of prompt and response in tokens, and
         num_sequences the maximum number of concurrent responses. Raises InputError if vLLM is missing or cannot start."""
+        self.folder = model_folder
         self.tokenizer = load_tokenizer(model_folder)
         self.stop_ids = stop_ids
         self.version = 0
@@ -151,11 +152,24 @@ class VllmRolloutEngine:
             )
         return completions
 
+    def load(self, folder: Path) -> int:
+        """Load another folder in place, which needs neither the memory nor the time of a second engine.
+
+        Raises InputError if its config is of another architecture, or if weights have other values afterwards.
+        """
+        require_same_architecture(empty_causal_lm(self.folder), folder)
+        version = self._reload(weights_path=str(folder))
+        require_weights_of(folder, self.weight_samples(), self.dtype)
+        return version
+
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> int:
+        return self._reload(weights_iterator=self._copies(weights))
+
+    def _reload(self, **source: Any) -> int:
         self._wake("weights")
         # reload_weights restores each layer's shape, loads it and processes it for its kernel again, in place: on a CPU
         # the matrices were packed at the start, and on a GPU captured graphs hold their addresses.
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._copies(weights)})
+        self._llm.collective_rpc("reload_weights", kwargs=source)
         if self.on_cpu:
             self._llm.apply_model(_pack_heads)
         # Otherwise prompts with a common prefix would reuse keys and values of the old weights.

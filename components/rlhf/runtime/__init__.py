@@ -4,6 +4,7 @@ Imports: artifacts, checkpoints, config, data, engine, storage, text, tracking.
 Packages: click, pydantic.
 Packages of accelerators.py: torch.
 Packages of launcher.py: torch.
+Packages of memory.py: torch.
 Packages of training.py: torch.
 
 It is independent of models and losses.

@@ -25,6 +25,16 @@ def release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def release_models() -> None:
+    """Return the memory of models to which nothing refers any more, also in cycles: to the GPU and to the system."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    release_freed_memory()
+
+
 def collect_old_objects_rarely() -> None:
     """Visit objects that have survived two collections 20 times less often than by default.
 

@@ -20,7 +20,6 @@ from components.rlhf.artifacts.directory import atomic_directory
 from components.rlhf.artifacts.manifest import MANIFEST, Manifest, write_manifest
 from components.rlhf.checkpoints.stop_signal import StopSignal
 from components.rlhf.config.base import BaseConfig
-from components.rlhf.config.model import TrainingConfig
 from components.rlhf.config.params import explain_validation_error
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
 from components.rlhf.runtime.accelerators import require_accelerators
@@ -247,7 +246,7 @@ def stage_run(
         config = parse_config(config_class, text)
         require_accelerators()
         require_writable_tmpdir()
-        launch_processes(getattr(getattr(config, name, None), "training", None))
+        launch_processes(getattr(config, "num_processes", 1))
         tracking_config = with_environment_uri(parse_config(TrackingConfig, tracking))
         storage_config = parse_config(StorageConfig, storage)
         if rank() > 0:
@@ -301,12 +300,15 @@ def require_writable_tmpdir() -> None:
         )
 
 
-def launch_processes(training: TrainingConfig | None) -> None:
-    """Unless this is one of them, launch the processes of a multi-process stage, and exit with their exit code."""
-    if training and training.num_processes > 1 and "WORLD_SIZE" not in os.environ:
+def launch_processes(num_processes: int) -> None:
+    """Launch the processes of a stage, unless it has one or this is one of them, and exit with their exit code.
+
+    num_processes is that of the settings of the stage, which have this property if the stage can run in several processes.
+    """
+    if num_processes > 1 and "WORLD_SIZE" not in os.environ:
         from components.rlhf.runtime.launcher import launch  # imports torch
 
-        sys.exit(launch(training.num_processes))
+        sys.exit(launch(num_processes))
 
 
 def parse_config(config_class: type[Config], text: str) -> Config:

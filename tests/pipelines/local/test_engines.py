@@ -18,6 +18,7 @@ UNSHARED = ["model.num_frozen_layers=0"]
 SHARDED = [
     *UNSHARED,
     *(f"{stage}.training.{key}" for stage in STAGES for key in ("engine=deepspeed", "zero_stage=3", "num_processes=2")),
+    "evaluation.num_processes=2",
 ]
 
 
@@ -76,6 +77,17 @@ def test_history_and_validation_cover_the_rows_of_both_processes(one: Path, two:
             same = {key: value for key, value in a.items() if isinstance(value, float) and "seconds" not in key}
             assert {key: b[key] for key in same} == pytest.approx(same, rel=1e-3, abs=2e-4)
     assert json.loads((two / "summary.json").read_text())["stages"]["ppo"]["status"] == "succeeded"
+
+
+def test_calibration_and_evaluation_in_two_processes_yield_the_same_numbers(one: Path, two: Path) -> None:
+    expected, found = (json.loads((output(run, "reward-model") / "config.json").read_text()) for run in (one, two))
+    for name in ("reward_mean", "reward_std"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-3)
+    expected, found = (
+        json.loads(next((run / "artifacts").glob("*/evaluation/evaluation/evaluation.json")).read_text())
+        for run in (one, two)
+    )
+    assert found == pytest.approx(expected, rel=1e-2, abs=1e-2)
 
 
 def test_summary_names_the_engine_of_each_stage(one: Path, two: Path) -> None:

@@ -6,7 +6,9 @@ import pytest
 from components.rlhf.artifacts.manifest import FileEntry, Manifest
 from components.rlhf.checkpoints import key as key_module
 from components.rlhf.checkpoints.key import checkpoint_key
-from components.rlhf.config.model import ModelConfig, TrainingConfig
+from components.rlhf.config.model import ModelConfig, SamplingConfig, TrainingConfig
+from components.rlhf.config.ppo import EngineConfig
+from components.rlhf.config.reward_model import RewardModelConfig, RewardModelStageConfig
 from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 
@@ -47,6 +49,18 @@ def test_key_ignores_save_interval_and_creation_times() -> None:
 def test_key_ignores_process_count_and_timeout(training: dict[str, Any]) -> None:
     other = changed(sft=SftConfig(training=TrainingConfig(**training)))
     assert checkpoint_key("sft", other, BASE, DATA) == checkpoint_key("sft", STAGE, BASE, DATA)
+
+
+def test_key_of_a_reward_model_ignores_the_engine_of_its_calibration() -> None:
+    hf = RewardModelStageConfig(
+        model=ModelConfig(),
+        reward_model=RewardModelConfig(),
+        sampling=SamplingConfig(),
+        checkpoint=CheckpointConfig(),
+        seed=0,
+    )
+    vllm = hf.model_copy(update={"rollout": EngineConfig(engine="vllm")})
+    assert checkpoint_key("reward_model", hf, BASE) == checkpoint_key("reward_model", vllm, BASE)
 
 
 @pytest.mark.parametrize(

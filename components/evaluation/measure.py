@@ -1,0 +1,44 @@
+"""The comparison and the answers of all judges, computed by all processes of the stage."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from components.evaluation.compare import Comparison, compare
+from components.evaluation.judging import Judged, judge_all, judge_by_reward_models
+from components.evaluation.ranks import Ranks
+from components.rlhf.config.evaluation import EvaluationStageConfig
+from components.rlhf.config.judge import as_list
+from components.rlhf.data.records import Prompt, ValidationSample
+from components.rlhf.engine.group import join_process_group
+from components.rlhf.rewards.judges import JudgeResources, read_judges_of
+from components.rlhf.text.progress import Progress
+
+
+def measure(
+    config: EvaluationStageConfig,
+    prompts: Sequence[Prompt],
+    validation: Sequence[ValidationSample],
+    resources: JudgeResources,
+    progress: Progress,
+    *,
+    sft_model: Path,
+    policy: Path,
+    reward_model: Path,
+    judge: Path,
+) -> tuple[Comparison, list[Judged]] | None:
+    """The comparison on held-out prompts, and what the judges say about it and about PPO's validation samples; None after rank 0."""
+    entries = read_judges_of(as_list(config.judge), judge)
+    with join_process_group(timeout_minutes=config.evaluation.timeout_minutes) as group:
+        ranks = Ranks.of(config, group)
+        comparison = compare(
+            config,
+            prompts,
+            sft_model=sft_model,
+            policy=policy,
+            reward_model=reward_model,
+            progress=progress,
+            ranks=ranks,
+        )
+        asked = judge_by_reward_models(entries, judge, comparison, validation, resources, ranks)
+    # The others, such as endpoints, are asked once, after all that ranks wait for each other in.
+    return None if group.rank > 0 else (comparison, judge_all(entries, judge, comparison, validation, resources, asked))
