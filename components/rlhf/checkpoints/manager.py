@@ -17,7 +17,7 @@ from components.rlhf.checkpoints import files
 from components.rlhf.checkpoints.lease import Lease
 from components.rlhf.checkpoints.stop_signal import StopSignal
 from components.rlhf.config.storage import CheckpointConfig
-from components.rlhf.engine.group import SINGLE_PROCESS, local_rank
+from components.rlhf.engine.group import SINGLE_PROCESS, local_rank, node_rank
 from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.storage.store import Store
 from components.rlhf.text.errors import InputError, NonFiniteError
@@ -106,7 +106,8 @@ class CheckpointManager:
             self._lease.acquire()
         self.stop.defer()
         with tempfile.TemporaryDirectory(prefix="rlhf-checkpoint-") as own:
-            into = Path(self.group.gather([own])[0])
+            # All ranks of a machine use the folder of its first one, which downloads; another machine does not have that folder.
+            into = Path(next(path for node, path in self.group.gather([(node_rank(), own)]) if node == node_rank()))
             found: str | None = None
             for folder in self.group.gather(
                 files.list_checkpoints(self.store, self.key) if self.group.rank == 0 else []

@@ -54,7 +54,7 @@ class VllmRolloutEngine:
         self._shell = empty_causal_lm(model_folder)  # knows the names that the weights have in the folder
         self._sleeping: set[str] = set()  # vLLM's wake-up tags: "weights", "kv_cache"
         self._owns_process_group = not torch.distributed.is_initialized()
-        _check_processes(config.tensor_parallel_size)
+        check_processes(config.tensor_parallel_size)
         _configure_environment()
         try:
             import vllm
@@ -305,7 +305,8 @@ def _configure_environment() -> None:
         torch.cpu._init_amx()
 
 
-def _check_processes(tensor_parallel_size: int) -> None:
+def check_processes(tensor_parallel_size: int) -> None:
+    """Raise InputError unless the ranks of the process group can share engines of this size."""
     is_initialized = torch.distributed.is_initialized()
     world_size = torch.distributed.get_world_size() if is_initialized else 1
     if not is_initialized and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -316,6 +317,12 @@ def _check_processes(tensor_parallel_size: int) -> None:
         raise InputError(
             f"ppo.rollout.vllm.tensor_parallel_size is {tensor_parallel_size}, but must divide the {world_size} training "
             "processes (ppo.training.num_processes); change one of them."
+        )
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if on_node < world_size and on_node % tensor_parallel_size:
+        raise InputError(
+            f"ppo.rollout.vllm.tensor_parallel_size is {tensor_parallel_size}, but must divide the {on_node} processes of each node: the "
+            "ranks that share an engine are on one node; lower it."
         )
 
 

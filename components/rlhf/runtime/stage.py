@@ -25,8 +25,9 @@ from components.rlhf.config.storage import CheckpointConfig, StorageConfig, Trac
 from components.rlhf.runtime.accelerators import require_accelerators
 from components.rlhf.runtime.executor import MODEL_URI, PUBLISHED_URI, output_uri, write_executor_output
 from components.rlhf.runtime.memory import collect_old_objects_rarely, keep_freed_memory
+from components.rlhf.runtime.nodes import nodes_of_job, processes_per_node
 from components.rlhf.runtime.process import die_with_parent, end_before_finalization
-from components.rlhf.runtime.termination import message_of, write_termination_message
+from components.rlhf.runtime.termination import message_of, tell_launcher, write_termination_message
 from components.rlhf.storage.copy import upload_folder
 from components.rlhf.storage.store import open_store
 from components.rlhf.text.errors import InputError
@@ -63,22 +64,32 @@ class StageRun(Generic[Config]):
     storage: StorageConfig = field(default_factory=StorageConfig)
     executor_input: str = ""
     stop: StopSignal = field(default_factory=StopSignal)
+    num_processes: int = 1  # on all nodes
     outputs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)  # output -> metadata
     on_success: list[Callable[[], None]] = field(default_factory=list)  # called after the outputs have been reported
 
     def training_context(self, config: CheckpointConfig, group: "Group", *inputs: Manifest) -> "TrainingContext":
-        """What a trainer works with. Its checkpoints are those of this stage for these inputs.
+        """What a trainer works with, once all ranks agree on settings, code and inputs. Every rank calls it, before it loads models.
 
-        They are those of this run under storage.checkpoint_uri (without one nothing is saved), and are deleted when the stage
-        succeeds.
+        The checkpoints are those of this stage for these inputs in this run, under storage.checkpoint_uri (without one nothing is
+        saved), and are deleted when the stage succeeds.
         """
         from components.rlhf.checkpoints.key import checkpoint_key
         from components.rlhf.checkpoints.manager import CheckpointManager  # imports torch
         from components.rlhf.checkpoints.run import delete_run_if_empty, mark_run, run_prefix
+        from components.rlhf.runtime.agreement import require_agreement, require_shared_store
         from components.rlhf.runtime.training import TrainingContext
 
+        settings = {
+            "settings": self.settings_text,
+            "storage": self.storage.canonical_json(),
+            RUN_ID: json.dumps(self.run_id),
+        }
+        require_agreement(group, settings, inputs, num_processes=self.num_processes)
         uri = self.storage.checkpoint_uri
         store = open_store(uri, self.storage, self.progress.log) if uri else None
+        if store:
+            require_shared_store(group, store)
         key = f"{run_prefix(self.run_id)}/{checkpoint_key(self.name, self.config, *inputs)}"
         if store and group.rank == 0:
             mark_run(store, self.run_id)
@@ -243,7 +254,8 @@ def stage_run(
         config = parse_config(config_class, text)
         require_accelerators()
         require_writable_tmpdir()
-        launch_processes(getattr(getattr(config, name, None), "training", None))
+        training: TrainingConfig | None = getattr(getattr(config, name, None), "training", None)
+        launch_processes(name, training)
         tracking_config = with_environment_uri(parse_config(TrackingConfig, tracking))
         storage_config = parse_config(StorageConfig, storage)
         if rank() > 0:
@@ -255,8 +267,9 @@ def stage_run(
         tracker = start(tracking_config, run_id=run_id, stage=name, params=config.model_dump(mode="json"))
         progress = Progress(name, silent=rank() > 0)
         run = StageRun(
-            name, config, text, progress, tracker, tracking_config, run_id, storage_config, executor_input, stop
-        )
+            name, config, text, progress, tracker, tracking_config, run_id, storage_config, executor_input, stop,
+            training.num_processes if training else 1,
+        )  # fmt: skip
         yield run
         if executor_input and rank() == 0:
             write_executor_output(executor_input, run.outputs)
@@ -269,10 +282,10 @@ def stage_run(
     except InputError as error:
         if tracker:
             tracker.finish("FAILED", str(error))
-        if rank() > 0:
-            time.sleep(
-                PEER_ERROR_GRACE_SECONDS
-            )  # if all ranks fail, rank 0 prints the error, and the launcher ends the rest
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # If all ranks fail, the first one of each node prints the error, and the launcher ends the rest.
+            time.sleep(PEER_ERROR_GRACE_SECONDS)
+        tell_launcher(error)
         write_termination_message(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
@@ -283,6 +296,7 @@ def stage_run(
         if "WORLD_SIZE" in os.environ and isinstance(error, RuntimeError):
             time.sleep(PEER_ERROR_GRACE_SECONDS)  # may be caused by a lost peer, whose own error is to be printed first
         if is_failure:
+            tell_launcher(error)
             write_termination_message(error)
         raise
 
@@ -297,10 +311,18 @@ def require_writable_tmpdir() -> None:
         )
 
 
-def launch_processes(training: TrainingConfig | None) -> None:
-    """Unless this is one of them, launch the processes of a multi-process stage, and exit with their exit code."""
-    if training and training.num_processes > 1 and "WORLD_SIZE" not in os.environ:
-        from components.rlhf.runtime.launcher import launch  # imports torch
+def launch_processes(stage: str, training: TrainingConfig | None) -> None:
+    """Unless this is one of them, launch the processes of a stage on this node, and exit with their exit code."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    if nodes := nodes_of_job():
+        num_local = processes_per_node(stage, training, nodes)
+        assert training is not None, "processes_per_node() requires it"
+        from components.rlhf.runtime.launcher import launch_on_node  # imports torch
+
+        sys.exit(launch_on_node(nodes, num_local, timeout_minutes=training.timeout_minutes))
+    if training and training.num_processes > 1:
+        from components.rlhf.runtime.launcher import launch
 
         sys.exit(launch(training.num_processes))
 
