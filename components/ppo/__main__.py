@@ -47,9 +47,9 @@ def main(
     inputs = open_inputs(sft_model=sft_model, reward_model=reward_model, prompts=prompts)
     dtype, training = compute_dtype(run.config.model.precision), run.config.ppo.training
     with join_process_group(timeout_minutes=training.timeout_minutes) as group:
-        context = run.training_context(run.config.checkpoint, group, *inputs.values())
         if run.config.ppo.rollout.engine == "vllm":
             check_processes(run.config.ppo.rollout.vllm.tensor_parallel_size)
+        context = run.training_context(run.config.checkpoint, group, *inputs.values())
         train, validation = (load_records(prompts, split, Prompt) for split in ("train", "validation"))
         models, rollout = load_models(
             run.config, sft_model, reward_model, prompts=[*train, *validation], dtype=dtype, group=group
