@@ -13,9 +13,13 @@ STATE_FORMAT = 2  # raised when the state in a checkpoint gets other keys, which
 def checkpoint_key(stage: str, config: BaseConfig, *inputs: Manifest) -> str:
     """STAGE/DIGEST of the config, the inputs' digests, the code revision and the format of the state.
 
-    Excluded is what may change between attempts: the checkpoint section, and the number of processes and their timeout.
+    Excluded is what may change between attempts: the sections checkpoint and budget, and the number of processes and their timeout.
     """
-    unrelated: dict[str, Any] = {"checkpoint": True, stage: {"training": {"num_processes", "timeout_minutes"}}}
+    unrelated: dict[str, Any] = {
+        "checkpoint": True,
+        "budget": True,
+        stage: {"training": {"num_processes", "timeout_minutes"}},
+    }
     content = config.model_dump_json(exclude=unrelated)
     parts = [content, code_revision(), str(STATE_FORMAT), *(manifest.digest for manifest in inputs)]
     return f"{stage}/{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}"

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError, model_validator
 
 from components.rlhf.config.base import BaseConfig
+from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.cluster import TRAINING_STAGES, ClusterConfig
 from components.rlhf.config.evaluation import EvaluationConfig, GateConfig
 from components.rlhf.config.judge import (
@@ -83,6 +84,22 @@ class Params(BaseConfig):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _require_prices_for_budget(self) -> "Params":
+        for stage in TRAINING_STAGES:
+            is_imported = stage == "sft" and self.sft.use is not None
+            if (
+                self.cluster.budget is not None
+                and self.cluster.profile(stage).price_per_hour is None
+                and not is_imported
+            ):
+                profile = self.cluster.stages.get(stage, self.cluster.default_profile)
+                raise ValueError(
+                    f"cluster.budget is {self.cluster.budget:g}, but the price of {stage} is unknown; set "
+                    f"cluster.profiles.{profile}.price_per_hour"
+                )
+        return self
+
     @property
     def reward_model_judge(self) -> RewardModelJudge | None:
         """The judge that is a second reward model."""
@@ -100,6 +117,9 @@ class Params(BaseConfig):
             sections["reward_model"] = self.reward_model.model_copy(update={"training": TrainingConfig()})
         sections["num_evaluation_prompts"] = self.evaluation.num_prompts
         sections["sampling"] = self.ppo.rollout.sampling  # the reward model is calibrated on PPO's distribution
+        if "budget" in config_class.model_fields:
+            profile = self.cluster.profile(next(name for name in TRAINING_STAGES if name in config_class.model_fields))
+            sections["budget"] = BudgetConfig(limit=self.cluster.budget, price_per_hour=profile.price_per_hour or 0.0)
         if "evaluation" in config_class.model_fields:
             sections["sampling"] = self.evaluation.sampling or self.ppo.rollout.sampling
         return config_class(**{name: sections[name] for name in config_class.model_fields if name in sections})

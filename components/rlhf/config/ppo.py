@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from components.rlhf.config.base import BaseConfig, Count, Fraction, NonNegative, Positive, PositiveInt
+from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, TrainingConfig, check_zero3_compatibility
 from components.rlhf.config.storage import CheckpointConfig
 
@@ -139,6 +140,7 @@ class PpoStageConfig(BaseConfig):
     model: ModelConfig
     ppo: PpoConfig
     checkpoint: CheckpointConfig
+    budget: BudgetConfig = BudgetConfig()
     seed: Seed
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from components.rlhf.config.base import BaseConfig, Count, Fraction, PositiveInt
+from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, TrainingConfig, check_zero3_compatibility
 from components.rlhf.config.storage import CheckpointConfig
 
@@ -39,6 +40,7 @@ class RewardModelStageConfig(BaseConfig):
     reward_model: RewardModelConfig
     sampling: SamplingConfig
     checkpoint: CheckpointConfig
+    budget: BudgetConfig = BudgetConfig()
     seed: Seed
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from pydantic import model_validator
 
 from components.rlhf.config.base import BaseConfig, Count, PositiveInt
+from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.model import ModelConfig, Seed, TrainingConfig, check_zero3_compatibility
 from components.rlhf.config.storage import CheckpointConfig
 
@@ -25,6 +26,7 @@ class SftStageConfig(BaseConfig):
     model: ModelConfig
     sft: SftConfig
     checkpoint: CheckpointConfig
+    budget: BudgetConfig = BudgetConfig()
     seed: Seed
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from components.rlhf.artifacts.directory import atomic_directory
 from components.rlhf.artifacts.manifest import MANIFEST, Manifest, write_manifest
 from components.rlhf.checkpoints.stop_signal import StopSignal
 from components.rlhf.config.base import BaseConfig
+from components.rlhf.config.budget import BudgetConfig, without_budget
 from components.rlhf.config.model import TrainingConfig
 from components.rlhf.config.params import explain_validation_error
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
@@ -29,7 +30,7 @@ from components.rlhf.runtime.nodes import nodes_of_job, processes_per_node
 from components.rlhf.runtime.process import die_with_parent, end_before_finalization
 from components.rlhf.runtime.termination import message_of, tell_launcher, write_termination_message
 from components.rlhf.storage.copy import upload_folder
-from components.rlhf.storage.store import open_store
+from components.rlhf.storage.store import Store, open_store
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.progress import Progress
 from components.rlhf.text.redaction import redact, redact_output
@@ -37,11 +38,15 @@ from components.rlhf.tracking.mlflow import MANUAL_RUN_ID, Tracker, start_tracki
 from components.rlhf.tracking.process import start_tracking_process
 
 if TYPE_CHECKING:  # register and notify run where torch is not installed
+    from components.rlhf.checkpoints.spend import Ledger
     from components.rlhf.engine.protocol import Group
     from components.rlhf.runtime.training import TrainingContext
 
 Config = TypeVar("Config", bound=BaseConfig)
 RUN_ID = "RLHF_RUN_ID"
+STARTED = (
+    "RLHF_STARTED"  # when the launcher of several processes started, by the monotonic clock that all processes share
+)
 PEER_ERROR_GRACE_SECONDS = 5.0
 
 
@@ -56,7 +61,7 @@ class StageRun(Generic[Config]):
 
     name: str
     config: Config
-    settings_text: str  # the JSON text of config, whose digest is in manifests
+    settings_text: str  # the JSON text of config without the budget; its digest is in manifests
     progress: Progress
     tracker: Tracker
     tracking: TrackingConfig
@@ -65,6 +70,8 @@ class StageRun(Generic[Config]):
     executor_input: str = ""
     stop: StopSignal = field(default_factory=StopSignal)
     num_processes: int = 1  # on all nodes
+    started: float = field(default_factory=time.monotonic)
+    ledger: "Ledger | None" = None
     outputs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)  # output -> metadata
     on_success: list[Callable[[], None]] = field(default_factory=list)  # called after the outputs have been reported
 
@@ -81,7 +88,7 @@ class StageRun(Generic[Config]):
         from components.rlhf.runtime.training import TrainingContext
 
         settings = {
-            "settings": self.settings_text,
+            "settings": self.config.canonical_json(),
             "storage": self.storage.canonical_json(),
             RUN_ID: json.dumps(self.run_id),
         }
@@ -93,11 +100,33 @@ class StageRun(Generic[Config]):
         key = f"{run_prefix(self.run_id)}/{checkpoint_key(self.name, self.config, *inputs)}"
         if store and group.rank == 0:
             mark_run(store, self.run_id)
-        checkpoints = CheckpointManager(store, key, config, group, self.progress.log, self.stop)
+        self.ledger = self._open_ledger(store, group)
+        checkpoints = CheckpointManager(store, key, config, group, self.progress.log, self.stop, self.ledger)
+        checkpoints.require_budget()
         self.on_success.append(checkpoints.delete_all)
         if store and group.rank == 0:
             self.on_success.append(lambda: delete_run_if_empty(store, self.run_id))
         return TrainingContext(checkpoints=checkpoints, progress=self.progress, tracker=self.tracker, group=group)
+
+    def _open_ledger(self, store: Store | None, group: "Group") -> "Ledger | None":
+        """On rank 0, the ledger of a run with a budget."""
+        budget: BudgetConfig = getattr(self.config, "budget", BudgetConfig())
+        if budget.limit is None:
+            return None
+        from components.rlhf.checkpoints.spend import Ledger
+        from components.rlhf.engine.group import node_rank
+
+        if store is None:
+            raise InputError(
+                "budget.limit is set, but storage.checkpoint_uri is not, where the run keeps what it has spent; set it."
+            )
+        num_nodes = len(set(group.gather([node_rank()])))
+        if group.rank > 0:
+            return None
+        price = num_nodes * budget.price_per_hour
+        ledger = Ledger(store, self.run_id, self.name, budget=budget.limit, price_per_hour=price, started=self.started)
+        ledger.open()
+        return ledger
 
     def report_output(self, output: str, manifest: Manifest) -> None:
         """Report an artifact to KFP, with its manifest as metadata."""
@@ -239,6 +268,8 @@ def stage_run(
     uses_mlflow: bool = False,
 ) -> Iterator[StageRun[Config]]:
     """Run the body of a stage. An InputError is printed as one line, with exit code 1; other errors keep their traceback."""
+    started = time.monotonic()
+    run: StageRun[Config] | None = None
     redact_output()
     tracker: Tracker | None = None
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of libraries make logs unreadable
@@ -267,8 +298,8 @@ def stage_run(
         tracker = start(tracking_config, run_id=run_id, stage=name, params=config.model_dump(mode="json"))
         progress = Progress(name, silent=rank() > 0)
         run = StageRun(
-            name, config, text, progress, tracker, tracking_config, run_id, storage_config, executor_input, stop,
-            training.num_processes if training else 1,
+            name, config, without_budget(text), progress, tracker, tracking_config, run_id, storage_config, executor_input, stop,
+            training.num_processes if training else 1, float(os.environ.get(STARTED, started)),
         )  # fmt: skip
         yield run
         if executor_input and rank() == 0:
@@ -299,6 +330,9 @@ def stage_run(
             tell_launcher(error)
             write_termination_message(error)
         raise
+    finally:
+        if run and run.ledger:
+            run.ledger.close()
 
 
 def require_writable_tmpdir() -> None:
@@ -315,6 +349,7 @@ def launch_processes(stage: str, training: TrainingConfig | None) -> None:
     """Unless this is one of them, launch the processes of a stage on this node, and exit with their exit code."""
     if "WORLD_SIZE" in os.environ:
         return
+    os.environ[STARTED] = str(time.monotonic())
     if nodes := nodes_of_job():
         num_local = processes_per_node(stage, training, nodes)
         assert training is not None, "processes_per_node() requires it"
