@@ -182,6 +182,11 @@ class CheckpointManager:
             self._lease.release()
         self.store.delete(self.key)
 
+    def release(self) -> None:
+        """Release the lease, so that another attempt need not wait until this process is known to be dead. Idempotent."""
+        if self._lease:
+            self._lease.release()
+
     def _fetch(self, folder: str, into: Path) -> tuple[str, Path, dict[str, Any]]:
         """The problem ("" if none), the local folder, and the state (on the rank that downloads)."""
         assert self.store is not None

@@ -71,7 +71,7 @@ class StageRun(Generic[Config]):
     stop: StopSignal = field(default_factory=StopSignal)
     num_processes: int = 1  # on all nodes
     started: float = field(default_factory=time.monotonic)
-    ledger: "Ledger | None" = None
+    on_end: list[Callable[[], None]] = field(default_factory=list)  # called at the end, also after a failure
     outputs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)  # output -> metadata
     on_success: list[Callable[[], None]] = field(default_factory=list)  # called after the outputs have been reported
 
@@ -100,8 +100,9 @@ class StageRun(Generic[Config]):
         key = f"{run_prefix(self.run_id)}/{checkpoint_key(self.name, self.config, *inputs)}"
         if store and group.rank == 0:
             mark_run(store, self.run_id)
-        self.ledger = self._open_ledger(store, group)
-        checkpoints = CheckpointManager(store, key, config, group, self.progress.log, self.stop, self.ledger)
+        ledger = self._open_ledger(store, group)
+        checkpoints = CheckpointManager(store, key, config, group, self.progress.log, self.stop, ledger)
+        self.on_end.append(checkpoints.release)
         checkpoints.require_budget()
         self.on_success.append(checkpoints.delete_all)
         if store and group.rank == 0:
@@ -126,6 +127,7 @@ class StageRun(Generic[Config]):
         price = num_nodes * budget.price_per_hour
         ledger = Ledger(store, self.run_id, self.name, budget=budget.limit, price_per_hour=price, started=self.started)
         ledger.open()
+        self.on_end.append(ledger.close)
         return ledger
 
     def report_output(self, output: str, manifest: Manifest) -> None:
@@ -331,8 +333,9 @@ def stage_run(
             write_termination_message(error)
         raise
     finally:
-        if run and run.ledger:
-            run.ledger.close()
+        for call in run.on_end if run else ():
+            with contextlib.suppress(Exception):  # what it would have released expires
+                call()
 
 
 def require_writable_tmpdir() -> None:
