@@ -42,13 +42,10 @@ def main(
     from components.rlhf.engine.factory import engine_name
     from components.rlhf.engine.group import join_process_group
     from components.rlhf.models.precision import compute_dtype
-    from components.rlhf.rollout.vllm import check_processes
 
     inputs = open_inputs(sft_model=sft_model, reward_model=reward_model, prompts=prompts)
     dtype, training = compute_dtype(run.config.model.precision), run.config.ppo.training
     with join_process_group(timeout_minutes=training.timeout_minutes) as group:
-        if run.config.ppo.rollout.engine == "vllm":
-            check_processes(run.config.ppo.rollout.vllm.tensor_parallel_size)
         context = run.training_context(run.config.checkpoint, group, *inputs.values())
         train, validation = (load_records(prompts, split, Prompt) for split in ("train", "validation"))
         models, rollout = load_models(

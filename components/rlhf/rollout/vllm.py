@@ -54,7 +54,7 @@ class VllmRolloutEngine:
         self._shell = empty_causal_lm(model_folder)  # knows the names that the weights have in the folder
         self._sleeping: set[str] = set()  # vLLM's wake-up tags: "weights", "kv_cache"
         self._owns_process_group = not torch.distributed.is_initialized()
-        check_processes(config.tensor_parallel_size)
+        _check_processes(config.tensor_parallel_size)
         _configure_environment()
         try:
             import vllm
@@ -305,8 +305,7 @@ def _configure_environment() -> None:
         torch.cpu._init_amx()
 
 
-def check_processes(tensor_parallel_size: int) -> None:
-    """Raise InputError unless the ranks of the process group can share engines of this size."""
+def _check_processes(tensor_parallel_size: int) -> None:
     is_initialized = torch.distributed.is_initialized()
     world_size = torch.distributed.get_world_size() if is_initialized else 1
     if not is_initialized and int(os.environ.get("WORLD_SIZE", "1")) > 1:

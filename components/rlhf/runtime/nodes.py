@@ -6,8 +6,10 @@ import socket
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from components.rlhf.config.model import TrainingConfig
+from components.rlhf.config.ppo import RolloutConfig
 from components.rlhf.text.errors import InputError
 
 DEFAULT_PORT = 29500
@@ -44,8 +46,12 @@ def nodes_of_job() -> Nodes | None:
     return Nodes(number=number, rank=rank, address=address, port=_integer("PET_MASTER_PORT", str(DEFAULT_PORT)))
 
 
-def processes_per_node(stage: str, training: TrainingConfig | None, nodes: Nodes) -> int:
-    """The equal share of num_processes. Raises InputError if the nodes cannot share them, or the stage runs in one process."""
+def processes_per_node(stage: str, section: Any, nodes: Nodes) -> int:
+    """The equal share of num_processes. section is that of the stage in its settings.
+
+    Raises InputError if the nodes cannot share the processes, the stage runs in one process, or a vLLM engine would span nodes.
+    """
+    training: TrainingConfig | None = getattr(section, "training", None)
     if training is None:
         raise InputError(f"{stage} runs in one process, and PET_NNODES is {nodes.number}; start it on one node.")
     if training.num_processes % nodes.number:
@@ -53,7 +59,14 @@ def processes_per_node(stage: str, training: TrainingConfig | None, nodes: Nodes
             f"{stage}.training.num_processes is {training.num_processes}, which {nodes.number} nodes (PET_NNODES) cannot share equally; "
             "it counts the processes of all nodes: choose a multiple of their number."
         )
-    return training.num_processes // nodes.number
+    num_local = training.num_processes // nodes.number
+    rollout: RolloutConfig | None = getattr(section, "rollout", None)
+    if rollout and rollout.engine == "vllm" and num_local % rollout.vllm.tensor_parallel_size:
+        raise InputError(
+            f"{stage}.rollout.vllm.tensor_parallel_size is {rollout.vllm.tensor_parallel_size}, but must divide the {num_local} "
+            "processes of each node: the ranks that share an engine are on one node; lower it."
+        )
+    return num_local
 
 
 def choose_interface(nodes: Nodes) -> None:

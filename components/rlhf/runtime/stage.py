@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import click
 from pydantic import ValidationError
@@ -84,15 +84,10 @@ class StageRun(Generic[Config]):
         from components.rlhf.checkpoints.key import checkpoint_key
         from components.rlhf.checkpoints.manager import CheckpointManager  # imports torch
         from components.rlhf.checkpoints.run import delete_run_if_empty, mark_run, run_prefix
-        from components.rlhf.runtime.agreement import require_agreement, require_shared_store
+        from components.rlhf.runtime.agreement import require_shared_store
         from components.rlhf.runtime.training import TrainingContext
 
-        settings = {
-            "settings": self.config.canonical_json(),
-            "storage": self.storage.canonical_json(),
-            RUN_ID: json.dumps(self.run_id),
-        }
-        require_agreement(group, settings, inputs, num_processes=self.num_processes)
+        self.require_agreement(group, *inputs)
         uri = self.storage.checkpoint_uri
         store = open_store(uri, self.storage, self.progress.log) if uri else None
         if store:
@@ -108,6 +103,17 @@ class StageRun(Generic[Config]):
         if store and group.rank == 0:
             self.on_success.append(lambda: delete_run_if_empty(store, self.run_id))
         return TrainingContext(checkpoints=checkpoints, progress=self.progress, tracker=self.tracker, group=group)
+
+    def require_agreement(self, group: "Group", *inputs: Manifest) -> None:
+        """Raise InputError on every rank unless all ranks have the same settings, code, inputs and versions. Every rank calls it."""
+        from components.rlhf.runtime.agreement import require_agreement
+
+        settings = {
+            "settings": self.config.canonical_json(),
+            "storage": self.storage.canonical_json(),
+            RUN_ID: json.dumps(self.run_id),
+        }
+        require_agreement(group, settings, inputs, num_processes=self.num_processes)
 
     def _open_ledger(self, store: Store | None, group: "Group") -> "Ledger | None":
         """On rank 0, the ledger of a run with a budget."""
@@ -288,7 +294,7 @@ def stage_run(
         require_accelerators()
         require_writable_tmpdir()
         training: TrainingConfig | None = getattr(getattr(config, name, None), "training", None)
-        launch_processes(name, training)
+        launch_processes(name, getattr(config, name, None))
         tracking_config = with_environment_uri(parse_config(TrackingConfig, tracking))
         storage_config = parse_config(StorageConfig, storage)
         if rank() > 0:
@@ -348,13 +354,17 @@ def require_writable_tmpdir() -> None:
         )
 
 
-def launch_processes(stage: str, training: TrainingConfig | None) -> None:
-    """Unless this is one of them, launch the processes of a stage on this node, and exit with their exit code."""
+def launch_processes(stage: str, section: Any) -> None:
+    """Unless this is one of them, launch the processes of a stage on this node, and exit with their exit code.
+
+    section is that of the stage in its settings.
+    """
+    training: TrainingConfig | None = getattr(section, "training", None)
     if "WORLD_SIZE" in os.environ:
         return
     os.environ[STARTED] = str(time.monotonic())
     if nodes := nodes_of_job():
-        num_local = processes_per_node(stage, training, nodes)
+        num_local = processes_per_node(stage, section, nodes)
         assert training is not None, "processes_per_node() requires it"
         from components.rlhf.runtime.launcher import launch_on_node  # imports torch
 

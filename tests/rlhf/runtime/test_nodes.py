@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from components.rlhf.config.model import TrainingConfig
+from components.rlhf.config.ppo import PpoConfig
 from components.rlhf.runtime import job, nodes
 from components.rlhf.runtime.job import join
 from components.rlhf.runtime.nodes import Nodes, choose_interface, nodes_of_job, processes_per_node
@@ -108,12 +108,24 @@ def test_invalid_variables_are_refused(monkeypatch: pytest.MonkeyPatch, changes:
         nodes_of_job()
 
 
+def section(num_processes: int, *, engine: str = "hf", tensor_parallel_size: int = 1) -> PpoConfig:
+    rollout = {"engine": engine, "num_prompts": 48, "vllm": {"tensor_parallel_size": tensor_parallel_size}}
+    return PpoConfig.model_validate({"minibatch": 24, "rollout": rollout, "training": {"num_processes": num_processes}})
+
+
 def test_processes_are_shared_equally_by_the_nodes() -> None:
-    assert processes_per_node("ppo", TrainingConfig(num_processes=8), node(0, 1)) == 4
+    assert processes_per_node("ppo", section(8), node(0, 1)) == 4
     with pytest.raises(InputError, match="ppo.training.num_processes is 3, which 2 nodes"):
-        processes_per_node("ppo", TrainingConfig(num_processes=3), node(0, 1))
+        processes_per_node("ppo", section(3), node(0, 1))
     with pytest.raises(InputError, match="judge runs in one process, and PET_NNODES is 2"):
         processes_per_node("judge", None, node(0, 1))
+
+
+def test_vllm_engine_lies_within_a_node() -> None:
+    assert processes_per_node("ppo", section(8, engine="vllm", tensor_parallel_size=4), node(0, 1)) == 4
+    assert processes_per_node("ppo", section(8, tensor_parallel_size=8), node(0, 1)) == 4  # not used by hf
+    with pytest.raises(InputError, match="ppo.rollout.vllm.tensor_parallel_size is 8, but must divide the 4 processes"):
+        processes_per_node("ppo", section(8, engine="vllm", tensor_parallel_size=8), node(0, 1))
 
 
 def test_gloo_gets_the_interface_that_leads_to_node_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
