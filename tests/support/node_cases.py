@@ -17,6 +17,7 @@ from typing import Any
 from components.rlhf.config.model import TrainingConfig
 from components.rlhf.config.sft import SftConfig
 from components.rlhf.runtime import stage as frame
+from components.rlhf.runtime.nodes import launch_processes
 from components.rlhf.runtime.process import die_with_parent
 from tests.support.node_inputs import options, ppo_settings, sft_settings
 
@@ -47,7 +48,7 @@ def on_first_node() -> bool:
 
 def main(num_processes: int, inputs: Path, out: Path, checkpoints: Path, names: list[str]) -> None:
     die_with_parent()
-    frame.launch_processes("sft", SftConfig(training=TrainingConfig(num_processes=num_processes, timeout_minutes=3)))
+    launch_processes("sft", SftConfig(training=TrainingConfig(num_processes=num_processes, timeout_minutes=3)))
     from components.rlhf.engine import group as engine_group
     from components.rlhf.runtime import agreement
 

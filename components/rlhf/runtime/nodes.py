@@ -1,9 +1,11 @@
-"""The nodes of a job in which this container is one of several, and the network interface that leads to the others."""
+"""The processes of a stage on this node, and the nodes of a job in which this container is one of several."""
 
 import fcntl
 import os
 import socket
 import struct
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from components.rlhf.text.errors import InputError
 DEFAULT_PORT = 29500
 SIOCGIFADDR = 0x8915  # sys/ioctl.h of Linux: the IPv4 address of an interface
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+# When the launcher of several processes started, by the monotonic clock, which all processes of a machine share.
+STARTED = "RLHF_STARTED"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +27,27 @@ class Nodes:
     rank: int  # of this node
     address: str  # host name or address of node rank 0, which may resolve some time later
     port: int
+
+
+def launch_processes(stage: str, section: Any) -> None:
+    """Unless this is one of them, launch the processes of a stage on this node, and exit with their exit code.
+
+    section is that of the stage in its settings.
+    """
+    training: TrainingConfig | None = getattr(section, "training", None)
+    if "WORLD_SIZE" in os.environ:
+        return
+    os.environ[STARTED] = str(time.monotonic())
+    if nodes := nodes_of_job():
+        num_local = processes_per_node(stage, section, nodes)
+        assert training is not None, "processes_per_node() requires it"
+        from components.rlhf.runtime.launcher import launch_on_node  # imports torch
+
+        sys.exit(launch_on_node(nodes, num_local, timeout_minutes=training.timeout_minutes))
+    if training and training.num_processes > 1:
+        from components.rlhf.runtime.launcher import launch
+
+        sys.exit(launch(training.num_processes))
 
 
 def nodes_of_job() -> Nodes | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import click
 from pydantic import ValidationError
@@ -26,7 +26,7 @@ from components.rlhf.config.storage import CheckpointConfig, StorageConfig, Trac
 from components.rlhf.runtime.accelerators import require_accelerators
 from components.rlhf.runtime.executor import MODEL_URI, PUBLISHED_URI, output_uri, write_executor_output
 from components.rlhf.runtime.memory import collect_old_objects_rarely, keep_freed_memory
-from components.rlhf.runtime.nodes import nodes_of_job, processes_per_node
+from components.rlhf.runtime.nodes import STARTED, launch_processes
 from components.rlhf.runtime.process import die_with_parent, end_before_finalization
 from components.rlhf.runtime.termination import message_of, tell_launcher, write_termination_message
 from components.rlhf.storage.copy import upload_folder
@@ -44,9 +44,6 @@ if TYPE_CHECKING:  # register and notify run where torch is not installed
 
 Config = TypeVar("Config", bound=BaseConfig)
 RUN_ID = "RLHF_RUN_ID"
-STARTED = (
-    "RLHF_STARTED"  # when the launcher of several processes started, by the monotonic clock that all processes share
-)
 PEER_ERROR_GRACE_SECONDS = 5.0
 
 
@@ -352,27 +349,6 @@ def require_writable_tmpdir() -> None:
             f"TMPDIR is {folder}, which user {os.getuid()} cannot write; correct it, or, for the scratch of a profile, use a storage class "
             "to whose volumes all users can write."
         )
-
-
-def launch_processes(stage: str, section: Any) -> None:
-    """Unless this is one of them, launch the processes of a stage on this node, and exit with their exit code.
-
-    section is that of the stage in its settings.
-    """
-    training: TrainingConfig | None = getattr(section, "training", None)
-    if "WORLD_SIZE" in os.environ:
-        return
-    os.environ[STARTED] = str(time.monotonic())
-    if nodes := nodes_of_job():
-        num_local = processes_per_node(stage, section, nodes)
-        assert training is not None, "processes_per_node() requires it"
-        from components.rlhf.runtime.launcher import launch_on_node  # imports torch
-
-        sys.exit(launch_on_node(nodes, num_local, timeout_minutes=training.timeout_minutes))
-    if training and training.num_processes > 1:
-        from components.rlhf.runtime.launcher import launch
-
-        sys.exit(launch(training.num_processes))
 
 
 def parse_config(config_class: type[Config], text: str) -> Config:
