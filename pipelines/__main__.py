@@ -38,7 +38,7 @@ def cli() -> None:
     "--resume",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Resume the run in this directory; finished stages are verified and reused.",
+    help="Resume the run in this directory; finished stages are verified and reused. Only --set cluster.budget=... may be given with it.",
 )
 def run(params_file: Path | None, overrides: tuple[str, ...], out: Path | None, resume: Path | None) -> None:
     """Run the whole pipeline on this machine.
@@ -53,11 +53,11 @@ def run(params_file: Path | None, overrides: tuple[str, ...], out: Path | None, 
 
     console = Console(file=sys.stdout)  # opened first, because stdout is redirected during the run
     if resume:
-        if params_file or overrides or out:
+        if params_file or out:
             raise InputError(
-                "--resume uses the parameters in the run directory; remove PARAMS, --set and --out from the command."
+                "--resume uses the parameters in the run directory; remove PARAMS and --out from the command."
             )
-        summary = resume_pipeline(resume, console=console)
+        summary = resume_pipeline(resume, console=console, overrides=overrides)
     else:
         params = load_params(params_file or DEFAULT_PARAMS, overrides)
         run_dir = out or default_run_dir(params)
@@ -90,9 +90,11 @@ def compile_command(
 ) -> None:
     """Compile the pipeline of a params file to YAML."""
     from pipelines.compile import compile_manifests, compile_pipeline
+    from pipelines.placement import require_checkpoints_for_budget
     from pipelines.settings import load_params
 
     params = load_params(params_file, overrides)
+    require_checkpoints_for_budget(params)
     if output_format == "ir":
         compile_pipeline(params, out)
     else:
@@ -184,6 +186,23 @@ def submit_command(
     server, run_id = submit.submit(params, access, options, click.echo)
     if wait:
         sys.exit(submit.wait(server, access, run_id, options, click.echo))
+
+
+@cli.command("budget")
+@click.argument("folder", metavar="STORE/run-ID")
+@click.argument("amount", type=click.FloatRange(min=0, min_open=True))
+def budget_command(folder: str, amount: float) -> None:
+    """Replace cluster.budget of one run, whose checkpoints are in this folder or s3://BUCKET/PREFIX/run-ID.
+
+    It applies within a minute to stages that run, and to those that start: retry a run that has stopped at its budget in the UI of
+    Kubeflow Pipelines. Its other parameters cannot change.
+    """
+    from components.rlhf.checkpoints.spend import set_budget
+    from components.rlhf.storage.store import open_store
+
+    store, _, run_folder = folder.rstrip("/").rpartition("/")
+    spent = set_budget(open_store(store or "."), run_folder, amount)
+    click.echo(f"the budget of {run_folder} is {amount:g}; {spent:.2f} has been spent")
 
 
 @cli.command("check-model")

@@ -154,6 +154,15 @@ def cluster_storage(params: Params) -> StorageConfig:
     )
 
 
+def require_checkpoints_for_budget(params: Params) -> None:
+    """Raise InputError for a run with a budget that would save no checkpoints, where it also keeps what it has spent."""
+    if params.cluster.budget is not None and not cluster_storage(params).checkpoint_uri:
+        raise InputError(
+            f"cluster.budget is {params.cluster.budget:g}, but no checkpoints are saved, and a run that stops at its budget would lose "
+            "everything; set storage.uri to s3://BUCKET/PREFIX, cluster.checkpoint_claim or cluster.checkpoint_volume."
+        )
+
+
 def uses_checkpoint_volume(params: Params) -> bool:
     """Whether each run creates a claim for its checkpoints."""
     return bool(params.cluster.checkpoint_volume) and is_within(

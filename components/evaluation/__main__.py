@@ -42,15 +42,13 @@ def main(
     from components.rlhf.artifacts.directory import open_inputs
     from components.rlhf.data.datasets import load_records
     from components.rlhf.data.records import Prompt, ValidationSample
-    from components.rlhf.rewards.judges import JudgeResources
     from components.rlhf.runtime.executor import write_parameter
 
     config, folders = run.config, dict(sft_model=sft_model, reward_model=reward_model, judge=judge)
     inputs = open_inputs(**folders, policy_model=policy, prompts=prompts)
     heldout = load_records(prompts, "heldout", Prompt)[: config.evaluation.num_prompts]
     validation = load_records(policy, "validation", ValidationSample)
-    resources = JudgeResources(precision=config.model.precision, storage=run.storage, log=run.progress.log)
-    measured = measure(config, heldout, validation, resources, run.progress, **folders, policy=policy)
+    measured = measure(run, inputs, heldout, validation, **folders, policy=policy)
     if measured is None:  # rank 0 alone decides and writes
         return
     comparison, judges = measured

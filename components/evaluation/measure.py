@@ -1,25 +1,25 @@
 """The comparison and the answers of all judges, computed by all processes of the stage."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from components.evaluation.compare import Comparison, compare
 from components.evaluation.judging import Judged, judge_all, judge_by_reward_models
 from components.evaluation.ranks import Ranks
+from components.rlhf.artifacts.manifest import Manifest
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.judge import as_list
 from components.rlhf.data.records import Prompt, ValidationSample
 from components.rlhf.engine.group import join_process_group
 from components.rlhf.rewards.judges import JudgeResources, read_judges_of
-from components.rlhf.text.progress import Progress
+from components.rlhf.runtime.stage import StageRun
 
 
 def measure(
-    config: EvaluationStageConfig,
+    run: StageRun[EvaluationStageConfig],
+    inputs: Mapping[str, Manifest],
     prompts: Sequence[Prompt],
     validation: Sequence[ValidationSample],
-    resources: JudgeResources,
-    progress: Progress,
     *,
     sft_model: Path,
     policy: Path,
@@ -27,8 +27,10 @@ def measure(
     judge: Path,
 ) -> tuple[Comparison, list[Judged]] | None:
     """The comparison on held-out prompts, and what the judges say about it and about PPO's validation samples; None after rank 0."""
-    entries = read_judges_of(as_list(config.judge), judge)
+    config, entries = run.config, read_judges_of(as_list(run.config.judge), judge)
+    resources = JudgeResources(precision=config.model.precision, storage=run.storage, log=run.progress.log)
     with join_process_group(timeout_minutes=config.evaluation.timeout_minutes) as group:
+        run.require_agreement(group, *inputs.values())
         ranks = Ranks.of(config, group)
         comparison = compare(
             config,
@@ -36,7 +38,7 @@ def measure(
             sft_model=sft_model,
             policy=policy,
             reward_model=reward_model,
-            progress=progress,
+            progress=run.progress,
             ranks=ranks,
         )
         asked = judge_by_reward_models(entries, judge, comparison, validation, resources, ranks)

@@ -46,6 +46,7 @@ def main(
     inputs = open_inputs(sft_model=sft_model, reward_model=reward_model, prompts=prompts)
     dtype, training = compute_dtype(run.config.model.precision), run.config.ppo.training
     with join_process_group(timeout_minutes=training.timeout_minutes) as group:
+        context = run.training_context(run.config.checkpoint, group, *inputs.values())
         train, validation = (load_records(prompts, split, Prompt) for split in ("train", "validation"))
         models, rollout = load_models(
             run.config, sft_model, reward_model, prompts=[*train, *validation], dtype=dtype, group=group
@@ -53,7 +54,6 @@ def main(
         run.progress.log(
             "all models share the frozen layers" if models.shared_trunk else "each model has its own layers"
         )
-        context = run.training_context(run.config.checkpoint, group, *inputs.values())
         trainer = PpoTrainer(run.config, models, rollout, context)
         history = trainer.train(train, validation)
         rollout.close()

@@ -19,7 +19,7 @@ from pipelines.cluster.pods import PendingPods
 from pipelines.cluster.server import Server, ServerAccess, connect, translate_api_errors
 from pipelines.cluster.upload import is_on_mounted_volume, plan_upload, upload
 from pipelines.compile import compile_pipeline
-from pipelines.placement import CHECKPOINT_PATH, cluster_storage, require_digests
+from pipelines.placement import CHECKPOINT_PATH, cluster_storage, require_checkpoints_for_budget, require_digests
 from pipelines.preflight import check_inputs
 from pipelines.sources import is_within
 
@@ -43,6 +43,7 @@ class SubmitOptions:
 def check_params(params: Params) -> None:
     """Raise InputError for parameters that cannot work on a cluster, and for invalid local models and data."""
     require_digests(params.cluster)
+    require_checkpoints_for_budget(params)
     checkpoints = params.storage.checkpoint_uri
     if checkpoints and not checkpoints.startswith("s3://"):
         if not is_within(checkpoints.removeprefix("file://"), CHECKPOINT_PATH):

@@ -18,6 +18,7 @@ from typing import Any
 from components.rlhf.artifacts.directory import open_artifact
 from components.rlhf.artifacts.manifest import KINDS, sha256_of
 from components.rlhf.artifacts.revision import code_revision
+from components.rlhf.config.budget import without_budget
 from components.rlhf.text.errors import InputError
 from pipelines.local.runner import StageRecord, output_folder
 
@@ -94,11 +95,16 @@ def command_digest(command: list[str]) -> str:
 
 
 def _canonical(argument: str) -> str:
-    """The argument, with sorted keys if it is JSON: the order in kfp's executor input differs between processes."""
+    """The argument without what changes no result: the budget, and the order of keys, which in kfp's executor input varies."""
     try:
-        return json.dumps(json.loads(argument), sort_keys=True)
+        content = json.loads(without_budget(argument))
     except ValueError:
         return argument
+    inputs = content.get("inputs") if isinstance(content, dict) else None
+    values = inputs.get("parameterValues") if isinstance(inputs, dict) else None
+    if isinstance(values, dict) and isinstance(values.get("settings"), str):
+        values["settings"] = without_budget(values["settings"])
+    return json.dumps(content, sort_keys=True)
 
 
 def write_json_atomic(path: Path, content: Any) -> None:

@@ -11,7 +11,7 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from pipelines.preflight import check_inputs, check_stores
 from pipelines.settings import dump_yaml, load_params
 
 PARAMS_FILE, IDENTITY_FILE, LOCK_FILE = "params.yaml", "run.json", ".lock"
+RESUME_KEYS = {"cluster.budget"}  # parameters that change no result
 STARTUP_FILES = {PARAMS_FILE, LOCK_FILE, f".{IDENTITY_FILE}.writing"}  # left by a run that was killed while starting
 MIN_FREE_BYTES = 3 * 2**30  # five models of the default size, and working space
 
@@ -57,20 +58,31 @@ def run_pipeline(params: Params, run: Path, *, tracking_uri: str, console: Conso
         return _execute(params, run.resolve(), tracking, identity["run_id"] or "", console)
 
 
-def resume_pipeline(run: Path, *, console: Console) -> dict[str, Any]:
+def resume_pipeline(run: Path, *, console: Console, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Resume the run of a directory: verify and reuse finished stages, and run the others; return its summary.
 
-    Raises InputError if the directory contains no run, or another process uses it.
+    overrides change parameters that change no result; they are written into the directory. Raises InputError for others, if the
+    directory contains no run, or another process uses it.
     """
+    keys = {override.partition("=")[0].strip() for override in overrides}
+    if keys - RESUME_KEYS:
+        raise InputError(
+            f"--resume uses the parameters in the run directory; of these, only {', '.join(RESUME_KEYS)} may change: remove --set "
+            f"{min(keys - RESUME_KEYS)} from the command."
+        )
     if not (run / IDENTITY_FILE).is_file():
         raise InputError(f"{run} contains no run (no {IDENTITY_FILE}); start one with --out, or correct the path.")
     with run_lock(run), disk_space_errors(run):
-        params = load_params(run / PARAMS_FILE, ())
+        params = load_params(run / PARAMS_FILE, overrides)
         try:
             identity = json.loads((run / IDENTITY_FILE).read_text(encoding="utf-8"))
             run_id, uri = str(identity["run_id"]), identity["tracking_uri"]
         except (ValueError, TypeError, KeyError):
             raise InputError(f"{run / IDENTITY_FILE} cannot be read; start a new run.") from None
+        if overrides:
+            temporary = run / f".{PARAMS_FILE}.writing"
+            temporary.write_text(dump_yaml(params), encoding="utf-8")
+            temporary.replace(run / PARAMS_FILE)
         tracking = params.tracking.model_copy(update={"uri": uri})
         return _execute(params, run.resolve(), tracking, run_id, console)
 

@@ -81,6 +81,16 @@ def is_complete(store: Store, folder: str) -> bool:
     return store.read(f"{folder}/{COMPLETE}", limit=LIMIT) is not None
 
 
+def find_latest(store: Store, key: str) -> str | None:
+    """The folder of the latest complete checkpoint under a key, which is not verified here."""
+    return next((folder for folder in list_checkpoints(store, key) if is_complete(store, folder)), None)
+
+
+def step_of(folder: str) -> int:
+    """The step of a checkpoint, from the name of its folder."""
+    return int(folder.rpartition("/step-")[2].partition("-")[0])
+
+
 def fetch_checkpoint(store: Store, folder: str, into: Path) -> tuple[Path, dict[str, Any]]:
     """A local folder with the verified files of a checkpoint, and its state. Files of a remote store are downloaded to `into`.
 

@@ -13,11 +13,11 @@ STATE_FORMAT = 2  # raised when the state in a checkpoint gets other keys, which
 def checkpoint_key(stage: str, config: BaseConfig, *inputs: Manifest) -> str:
     """STAGE/DIGEST of the config, the inputs' digests, the code revision and the format of the state.
 
-    Excluded is what may change between attempts: the checkpoint section, the number of processes and their timeout, and the engine
-    that samples for the calibration of a reward model.
+    Excluded is what may change between attempts: the sections checkpoint and budget, the number of processes and their timeout, and the
+    engine that samples for the calibration of a reward model.
     """
     training = {"training": {"num_processes", "timeout_minutes"}}
-    unrelated: dict[str, Any] = {"checkpoint": True, "rollout": True, stage: training}
+    unrelated: dict[str, Any] = {"checkpoint": True, "budget": True, "rollout": True, stage: training}
     content = config.model_dump_json(exclude=unrelated)
     parts = [content, code_revision(), str(STATE_FORMAT), *(manifest.digest for manifest in inputs)]
     return f"{stage}/{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}"

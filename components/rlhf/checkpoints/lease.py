@@ -29,6 +29,7 @@ class Lease:
         self.identity = {
             "owner": uuid.uuid4().hex,
             "host": socket.gethostname(),
+            "processes": _process_namespace(),
             "pid": pid,
             "started": _start_time(pid),
         }
@@ -98,9 +99,13 @@ class Lease:
         self.log(f"{_name(other)} sent no heartbeat; taking over its checkpoints")
 
     def _owner_is_dead(self, other: dict[str, Any]) -> bool:
-        """Whether the holder ran on this machine and has died. A reused pid is told apart by its start time."""
+        """Whether the holder ran on this machine and has died. A reused pid is told apart by its start time.
+
+        A host name is not enough: a pod of a job that starts again has the name of the one before it, which may still run elsewhere.
+        """
         pid = other.get("pid")
-        if other.get("host") != self.identity["host"] or not isinstance(pid, int) or not 0 < pid < 2**31:
+        here = all(other.get(key) == self.identity[key] for key in ("host", "processes"))
+        if not here or not isinstance(pid, int) or not 0 < pid < 2**31:
             return False
         return _start_time(pid) != other.get("started")
 
@@ -114,6 +119,15 @@ class Lease:
 
     def _text(self) -> bytes:
         return json.dumps({**self.identity, "beat": self.beat}).encode()
+
+
+def _process_namespace() -> str:
+    """The boot of this machine and the namespace of process ids in which pids here have a meaning; "" without /proc."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def _start_time(pid: int) -> str:

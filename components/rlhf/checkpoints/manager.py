@@ -9,15 +9,16 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
 from components.rlhf.checkpoints import files
 from components.rlhf.checkpoints.lease import Lease
+from components.rlhf.checkpoints.spend import Ledger
 from components.rlhf.checkpoints.stop_signal import StopSignal
 from components.rlhf.config.storage import CheckpointConfig
-from components.rlhf.engine.group import SINGLE_PROCESS, local_rank
+from components.rlhf.engine.group import SINGLE_PROCESS, local_rank, node_rank
 from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.storage.store import Store
 from components.rlhf.text.errors import InputError, NonFiniteError
@@ -41,13 +42,16 @@ class CheckpointManager:
         group: Group = SINGLE_PROCESS,
         log: Callable[[str], None] = lambda _: None,
         stop: StopSignal | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
+        """ledger is that of rank 0, if the run has a budget."""
+        self.ledger = ledger
         self.store, self.key, self.config, self.group, self.log = store, key, config, group, log
         self.stop = stop or StopSignal()
         self._latest: str | None = None
         self._lease = Lease(store, f"{key}/lease.json", log) if store and group.rank == 0 else None
         self._last = time.monotonic()
-        self._stopping = False
+        self._stopping = self._over_budget = False
         self._failures = 0
         self._writer: threading.Thread | None = None
         self._outcome: str | Exception = ""
@@ -59,7 +63,7 @@ class CheckpointManager:
         return self._latest
 
     def should_save(self) -> bool:
-        """Whether every_minutes have passed since the last save (or the start), or a signal asks for a checkpoint."""
+        """Whether every_minutes have passed since the last save (or the start), or the stage must end: by a signal, or its budget."""
         if self.store is None:
             return False
         self._collect_finished_save()
@@ -67,14 +71,15 @@ class CheckpointManager:
             self._lease.check()
         # All ranks must decide alike, but their clocks differ and signals reach them at different moments.
         is_due = time.monotonic() - self._last >= 60 * self.config.every_minutes
-        decision = self.group.max_int(2 if self.stop.signal else int(is_due))
-        self._stopping = decision == 2
+        is_exhausted = self.ledger is not None and self.ledger.is_exhausted()
+        decision = self.group.max_int(3 if is_exhausted else 2 if self.stop.signal else int(is_due))
+        self._stopping, self._over_budget = decision >= 2, decision == 3
         return decision > 0
 
     def save(self, step: int, engines: Mapping[str, TrainEngine], state: Mapping[str, Any]) -> None:
-        """Save every engine and a JSON state under this step. After a signal, wait until it is written and exit.
+        """Save every engine and a JSON state under this step. If the stage must end, wait until it is written and exit.
 
-        A failed save is logged; raises InputError after MAX_FAILURES in a row.
+        A failed save is logged; raises InputError after MAX_FAILURES in a row, and when the budget is spent.
         """
         if self.store is None:
             return
@@ -91,8 +96,27 @@ class CheckpointManager:
             self.group.barrier()
             if self._lease:
                 self._lease.release()
+            if self._over_budget:
+                self._end_over_budget()
             self.log(f"saved step {step} and exiting on {self.stop.name}; the stage resumes from it when started again")
             sys.exit(self.stop.exit_code)
+
+    def require_budget(self) -> None:
+        """Raise InputError on every rank if earlier attempts and stages have spent the budget. Every rank calls it."""
+        if self.group.max_int(int(self.ledger is not None and self.ledger.is_exhausted())):
+            self._end_over_budget()
+
+    def _end_over_budget(self) -> NoReturn:
+        message = ""
+        if self.ledger:
+            assert self.store is not None
+            self.ledger.close()
+            latest = files.find_latest(self.store, self.key)
+            kept = "no checkpoint of this stage has been saved"
+            if latest:
+                kept = f"the checkpoint after step {files.step_of(latest)} is kept in {self.store.uri}/{latest}"
+            message = self.ledger.message(kept)
+        raise InputError(self.group.gather([message])[0])
 
     def restore(self, engines: Mapping[str, TrainEngine]) -> dict[str, Any] | None:
         """Load the latest checkpoint that verifies into the engines; return its state with its step, or None if there is none.
@@ -106,7 +130,8 @@ class CheckpointManager:
             self._lease.acquire()
         self.stop.defer()
         with tempfile.TemporaryDirectory(prefix="rlhf-checkpoint-") as own:
-            into = Path(self.group.gather([own])[0])
+            # All ranks of a machine use the folder of its first one, which downloads; another machine does not have that folder.
+            into = Path(next(path for node, path in self.group.gather([(node_rank(), own)]) if node == node_rank()))
             found: str | None = None
             for folder in self.group.gather(
                 files.list_checkpoints(self.store, self.key) if self.group.rank == 0 else []
@@ -156,6 +181,11 @@ class CheckpointManager:
         if self._lease:
             self._lease.release()
         self.store.delete(self.key)
+
+    def release(self) -> None:
+        """Release the lease, so that another attempt need not wait until this process is known to be dead. Idempotent."""
+        if self._lease:
+            self._lease.release()
 
     def _fetch(self, folder: str, into: Path) -> tuple[str, Path, dict[str, Any]]:
         """The problem ("" if none), the local folder, and the state (on the rank that downloads)."""

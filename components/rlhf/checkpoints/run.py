@@ -42,11 +42,16 @@ def delete_run_if_empty(store: Store, run_id: str) -> None:
 def delete_run(store: Store, run_id: str) -> bool:
     """Delete the folder of a run's checkpoints, if it has the marker of this run; return whether it had."""
     prefix = run_prefix(run_id)
-    try:
-        content = parse_json(store.read(f"{prefix}/{MARKER}", limit=LIMIT) or b"null")
-    except NotJsonError:
-        content = None
-    if not isinstance(content, dict) or content.get("run_id") != run_id:
+    if not has_marker(store, prefix):
         return False
     store.delete(prefix)
     return True
+
+
+def has_marker(store: Store, folder: str) -> bool:
+    """Whether a folder of the store is that of the checkpoints of a run, and has its marker."""
+    try:
+        content = parse_json(store.read(f"{folder}/{MARKER}", limit=LIMIT) or b"null")
+    except NotJsonError:
+        content = None
+    return isinstance(content, dict) and f"run-{content.get('run_id')}" == folder

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from components.rlhf.config.base import BaseConfig, Count, Positive
+from components.rlhf.config.base import BaseConfig, Count, NonNegative, Positive
 from components.rlhf.text.credentials import is_secret_name
 
 STAGES = ("import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation", "register", "notify")
@@ -100,6 +100,8 @@ class Profile(BaseConfig):
 
     accelerator: str = "nvidia.com/gpu"
     """Resource name of the accelerators."""
+    price_per_hour: NonNegative | None = None
+    """Price of one pod of this profile per hour, in any currency; null is unknown."""
     num_accelerators: Count = 0
     """Number of accelerators, all on one node."""
     cpu: Cpu = "2"
@@ -163,7 +165,7 @@ class Secrets(BaseConfig):
 
 
 class ClusterConfig(BaseConfig):
-    """Settings of runs on a cluster; of these, local runs use only environment."""
+    """Settings of runs on a cluster; of these, local runs use only environment, budget and prices."""
 
     launcher: Literal["local"] = "local"
     """local: a stage starts its processes itself, on one node."""
@@ -197,6 +199,8 @@ class ClusterConfig(BaseConfig):
     """Number of retries of a stage, with waits of 1, 2, 4... minutes; what is retried is a setting of Argo (manifests/README.md)."""
     timeout_hours: Annotated[Positive, Field(le=24 * 365)] = 24.0
     """Time limit of one attempt of a stage, in hours."""
+    budget: Positive | None = None
+    """Most that sft, reward_model and ppo may cost together, in the currency of price_per_hour; at the limit a stage saves and ends."""
     pipeline: str = "rlhf"
     """Name of the pipeline in Kubeflow Pipelines; each submission uploads a version."""
     ui_url: str | None = None

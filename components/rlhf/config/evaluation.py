@@ -5,7 +5,8 @@ from pydantic import model_validator
 from components.rlhf.config.base import BaseConfig, Fraction, NonNegative, Positive, PositiveInt
 from components.rlhf.config.judge import Judges, LinearJudge
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed
-from components.rlhf.config.ppo import EngineConfig, check_engine
+from components.rlhf.config.ppo import EngineConfig, check_engine, ranks_per_engine
+from components.rlhf.config.processes import Processes
 
 
 class EvaluationConfig(BaseConfig):
@@ -62,8 +63,13 @@ class EvaluationStageConfig(BaseConfig):
     seed: Seed
 
     @property
-    def num_processes(self) -> int:
-        return self.evaluation.num_processes
+    def processes(self) -> Processes:
+        return Processes(
+            number=self.evaluation.num_processes,
+            key="evaluation.num_processes",
+            timeout_minutes=self.evaluation.timeout_minutes,
+            ranks_per_engine=ranks_per_engine(self.rollout),
+        )
 
     @model_validator(mode="after")
     def _require_able_engine(self) -> "EvaluationStageConfig":

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError, model_validator
 
 from components.rlhf.config.base import BaseConfig
-from components.rlhf.config.cluster import PROCESS_STAGES, ClusterConfig
+from components.rlhf.config.budget import BudgetConfig
+from components.rlhf.config.cluster import PROCESS_STAGES, TRAINING_STAGES, ClusterConfig
 from components.rlhf.config.evaluation import EvaluationConfig, GateConfig, check_evaluation
 from components.rlhf.config.judge import (
     KIND_TAG,
@@ -96,6 +97,22 @@ class Params(BaseConfig):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _require_prices_for_budget(self) -> "Params":
+        for stage in TRAINING_STAGES:
+            is_imported = stage == "sft" and self.sft.use is not None
+            if (
+                self.cluster.budget is not None
+                and self.cluster.profile(stage).price_per_hour is None
+                and not is_imported
+            ):
+                profile = self.cluster.stages.get(stage, self.cluster.default_profile)
+                raise ValueError(
+                    f"cluster.budget is {self.cluster.budget:g}, but the price of {stage} is unknown; set "
+                    f"cluster.profiles.{profile}.price_per_hour"
+                )
+        return self
+
     @property
     def evaluation_rollout(self) -> EngineConfig:
         """The engine that the evaluation samples with."""
@@ -135,6 +152,9 @@ class Params(BaseConfig):
             "sampling": self.ppo.rollout.sampling,
             "rollout": self._ppo_engine if calibrates else EngineConfig(),
         }
+        if "budget" in config_class.model_fields:
+            profile = self.cluster.profile(next(name for name in TRAINING_STAGES if name in config_class.model_fields))
+            sections["budget"] = BudgetConfig(limit=self.cluster.budget, price_per_hour=profile.price_per_hour or 0.0)
         if "evaluation" in config_class.model_fields:
             sections |= {"sampling": self.evaluation_sampling, "rollout": self.evaluation_rollout}
         return config_class(**{name: sections[name] for name in config_class.model_fields if name in sections})

@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from components.rlhf.config.base import BaseConfig, Count, Fraction, NonNegative, Positive, PositiveInt
+from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, TrainingConfig, check_zero3_compatibility
+from components.rlhf.config.processes import Processes
 from components.rlhf.config.storage import CheckpointConfig
 
 
@@ -54,6 +56,11 @@ def check_engine(
         raise ValueError(
             f"{sampling_key}.temperature is {sampling.temperature}, but vLLM supports 0.01 to 2; choose a value in this range"
         )
+
+
+def ranks_per_engine(rollout: EngineConfig) -> int:
+    """Number of consecutive ranks that share an engine."""
+    return rollout.vllm.tensor_parallel_size if rollout.engine == "vllm" else 1
 
 
 class CriticConfig(BaseConfig):
@@ -158,11 +165,18 @@ class PpoStageConfig(BaseConfig):
     model: ModelConfig
     ppo: PpoConfig
     checkpoint: CheckpointConfig
+    budget: BudgetConfig = BudgetConfig()
     seed: Seed
 
     @property
-    def num_processes(self) -> int:
-        return self.ppo.training.num_processes
+    def processes(self) -> Processes:
+        training = self.ppo.training
+        return Processes(
+            number=training.num_processes,
+            key="ppo.training.num_processes",
+            timeout_minutes=training.timeout_minutes,
+            ranks_per_engine=ranks_per_engine(self.ppo.rollout),
+        )
 
     @model_validator(mode="after")
     def _require_unshared_weights(self) -> "PpoStageConfig":

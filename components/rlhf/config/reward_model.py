@@ -5,8 +5,10 @@ from typing import Literal
 from pydantic import model_validator
 
 from components.rlhf.config.base import BaseConfig, Count, Fraction, PositiveInt
+from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, TrainingConfig, check_zero3_compatibility
-from components.rlhf.config.ppo import EngineConfig, check_engine
+from components.rlhf.config.ppo import EngineConfig, check_engine, ranks_per_engine
+from components.rlhf.config.processes import Processes
 from components.rlhf.config.storage import CheckpointConfig
 
 
@@ -41,11 +43,18 @@ class RewardModelStageConfig(BaseConfig):
     sampling: SamplingConfig
     rollout: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig
+    budget: BudgetConfig = BudgetConfig()
     seed: Seed
 
     @property
-    def num_processes(self) -> int:
-        return self.reward_model.training.num_processes
+    def processes(self) -> Processes:
+        training = self.reward_model.training
+        return Processes(
+            number=training.num_processes,
+            key="reward_model.training.num_processes",
+            timeout_minutes=training.timeout_minutes,
+            ranks_per_engine=ranks_per_engine(self.rollout),
+        )
 
     @model_validator(mode="after")
     def _require_consistent_values(self) -> "RewardModelStageConfig":

@@ -3,7 +3,9 @@
 from pydantic import model_validator
 
 from components.rlhf.config.base import BaseConfig, Count, PositiveInt
+from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.model import ModelConfig, Seed, TrainingConfig, check_zero3_compatibility
+from components.rlhf.config.processes import Processes
 from components.rlhf.config.storage import CheckpointConfig
 
 
@@ -25,11 +27,17 @@ class SftStageConfig(BaseConfig):
     model: ModelConfig
     sft: SftConfig
     checkpoint: CheckpointConfig
+    budget: BudgetConfig = BudgetConfig()
     seed: Seed
 
     @property
-    def num_processes(self) -> int:
-        return self.sft.training.num_processes
+    def processes(self) -> Processes:
+        training = self.sft.training
+        return Processes(
+            number=training.num_processes,
+            key="sft.training.num_processes",
+            timeout_minutes=training.timeout_minutes,
+        )
 
     @model_validator(mode="after")
     def _require_unshared_weights(self) -> "SftStageConfig":

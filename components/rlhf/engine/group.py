@@ -113,6 +113,16 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_world_size() -> int:
+    """Number of processes on this machine (torchrun's LOCAL_WORLD_SIZE); without torchrun's agent, each is taken to be alone."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def node_rank() -> int:
+    """Rank of this machine among those of the group (torchrun's GROUP_RANK)."""
+    return int(os.environ.get("GROUP_RANK") or int(os.environ.get("RANK", "0")) // local_world_size())
+
+
 SINGLE_PROCESS = SingleProcess()
 
 

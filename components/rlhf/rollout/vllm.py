@@ -332,6 +332,12 @@ def _check_processes(tensor_parallel_size: int) -> None:
             f"ppo.rollout.vllm.tensor_parallel_size is {tensor_parallel_size}, but must divide the {world_size} training "
             "processes (ppo.training.num_processes); change one of them."
         )
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if on_node < world_size and on_node % tensor_parallel_size:
+        raise InputError(
+            f"ppo.rollout.vllm.tensor_parallel_size is {tensor_parallel_size}, but must divide the {on_node} processes of each node: the "
+            "ranks that share an engine are on one node; lower it."
+        )
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 Imports: artifacts, checkpoints, config, data, engine, storage, text, tracking.
 Packages: click, pydantic.
 Packages of accelerators.py: torch.
+Packages of job.py: torch.
 Packages of launcher.py: torch.
 Packages of memory.py: torch.
 Packages of training.py: torch.

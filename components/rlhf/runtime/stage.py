@@ -20,15 +20,18 @@ from components.rlhf.artifacts.directory import atomic_directory
 from components.rlhf.artifacts.manifest import MANIFEST, Manifest, write_manifest
 from components.rlhf.checkpoints.stop_signal import StopSignal
 from components.rlhf.config.base import BaseConfig
+from components.rlhf.config.budget import BudgetConfig, without_budget
 from components.rlhf.config.params import explain_validation_error
+from components.rlhf.config.processes import Processes
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
 from components.rlhf.runtime.accelerators import require_accelerators
 from components.rlhf.runtime.executor import MODEL_URI, PUBLISHED_URI, output_uri, write_executor_output
 from components.rlhf.runtime.memory import collect_old_objects_rarely, keep_freed_memory
+from components.rlhf.runtime.nodes import STARTED, launch_processes
 from components.rlhf.runtime.process import die_with_parent, end_before_finalization
-from components.rlhf.runtime.termination import message_of, write_termination_message
+from components.rlhf.runtime.termination import message_of, tell_launcher, write_termination_message
 from components.rlhf.storage.copy import upload_folder
-from components.rlhf.storage.store import open_store
+from components.rlhf.storage.store import Store, open_store
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.progress import Progress
 from components.rlhf.text.redaction import redact, redact_output
@@ -36,6 +39,7 @@ from components.rlhf.tracking.mlflow import MANUAL_RUN_ID, Tracker, start_tracki
 from components.rlhf.tracking.process import start_tracking_process
 
 if TYPE_CHECKING:  # register and notify run where torch is not installed
+    from components.rlhf.checkpoints.spend import Ledger
     from components.rlhf.engine.protocol import Group
     from components.rlhf.runtime.training import TrainingContext
 
@@ -55,7 +59,7 @@ class StageRun(Generic[Config]):
 
     name: str
     config: Config
-    settings_text: str  # the JSON text of config, whose digest is in manifests
+    settings_text: str  # the JSON text of config without the budget; its digest is in manifests
     progress: Progress
     tracker: Tracker
     tracking: TrackingConfig
@@ -63,30 +67,72 @@ class StageRun(Generic[Config]):
     storage: StorageConfig = field(default_factory=StorageConfig)
     executor_input: str = ""
     stop: StopSignal = field(default_factory=StopSignal)
+    processes: Processes = field(default_factory=Processes)
+    started: float = field(default_factory=time.monotonic)
+    on_end: list[Callable[[], None]] = field(default_factory=list)  # called at the end, also after a failure
     outputs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)  # output -> metadata
     on_success: list[Callable[[], None]] = field(default_factory=list)  # called after the outputs have been reported
 
     def training_context(self, config: CheckpointConfig, group: "Group", *inputs: Manifest) -> "TrainingContext":
-        """What a trainer works with. Its checkpoints are those of this stage for these inputs.
+        """What a trainer works with, once all ranks agree on settings, code and inputs. Every rank calls it, before it loads models.
 
-        They are those of this run under storage.checkpoint_uri (without one nothing is saved), and are deleted when the stage
-        succeeds.
+        The checkpoints are those of this stage for these inputs in this run, under storage.checkpoint_uri (without one nothing is
+        saved), and are deleted when the stage succeeds.
         """
         from components.rlhf.checkpoints.key import checkpoint_key
         from components.rlhf.checkpoints.manager import CheckpointManager  # imports torch
         from components.rlhf.checkpoints.run import delete_run_if_empty, mark_run, run_prefix
+        from components.rlhf.runtime.agreement import require_shared_store
         from components.rlhf.runtime.training import TrainingContext
 
+        self.require_agreement(group, *inputs)
         uri = self.storage.checkpoint_uri
         store = open_store(uri, self.storage, self.progress.log) if uri else None
+        if store:
+            require_shared_store(group, store)
         key = f"{run_prefix(self.run_id)}/{checkpoint_key(self.name, self.config, *inputs)}"
         if store and group.rank == 0:
             mark_run(store, self.run_id)
-        checkpoints = CheckpointManager(store, key, config, group, self.progress.log, self.stop)
+        ledger = self._open_ledger(store, group)
+        checkpoints = CheckpointManager(store, key, config, group, self.progress.log, self.stop, ledger)
+        self.on_end.append(checkpoints.release)
+        checkpoints.require_budget()
         self.on_success.append(checkpoints.delete_all)
         if store and group.rank == 0:
             self.on_success.append(lambda: delete_run_if_empty(store, self.run_id))
         return TrainingContext(checkpoints=checkpoints, progress=self.progress, tracker=self.tracker, group=group)
+
+    def require_agreement(self, group: "Group", *inputs: Manifest) -> None:
+        """Raise InputError on every rank unless all ranks have the same settings, code, inputs and versions. Every rank calls it."""
+        from components.rlhf.runtime.agreement import require_agreement
+
+        settings = {
+            "settings": self.config.canonical_json(),
+            "storage": self.storage.canonical_json(),
+            RUN_ID: json.dumps(self.run_id),
+        }
+        require_agreement(group, settings, inputs, self.processes)
+
+    def _open_ledger(self, store: Store | None, group: "Group") -> "Ledger | None":
+        """On rank 0, the ledger of a run with a budget."""
+        budget: BudgetConfig = getattr(self.config, "budget", BudgetConfig())
+        if budget.limit is None:
+            return None
+        from components.rlhf.checkpoints.spend import Ledger
+        from components.rlhf.engine.group import node_rank
+
+        if store is None:
+            raise InputError(
+                "budget.limit is set, but storage.checkpoint_uri is not, where the run keeps what it has spent; set it."
+            )
+        num_nodes = len(set(group.gather([node_rank()])))
+        if group.rank > 0:
+            return None
+        price = num_nodes * budget.price_per_hour
+        ledger = Ledger(store, self.run_id, self.name, budget=budget.limit, price_per_hour=price, started=self.started)
+        ledger.open()
+        self.on_end.append(ledger.close)
+        return ledger
 
     def report_output(self, output: str, manifest: Manifest) -> None:
         """Report an artifact to KFP, with its manifest as metadata."""
@@ -231,6 +277,8 @@ def stage_run(
     uses_mlflow: bool = False,
 ) -> Iterator[StageRun[Config]]:
     """Run the body of a stage. An InputError is printed as one line, with exit code 1; other errors keep their traceback."""
+    started = time.monotonic()
+    run: StageRun[Config] | None = None
     redact_output()
     tracker: Tracker | None = None
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of libraries make logs unreadable
@@ -246,7 +294,8 @@ def stage_run(
         config = parse_config(config_class, text)
         require_accelerators()
         require_writable_tmpdir()
-        launch_processes(getattr(config, "num_processes", 1))
+        processes: Processes = getattr(config, "processes", Processes())
+        launch_processes(name, processes)
         tracking_config = with_environment_uri(parse_config(TrackingConfig, tracking))
         storage_config = parse_config(StorageConfig, storage)
         if rank() > 0:
@@ -258,8 +307,9 @@ def stage_run(
         tracker = start(tracking_config, run_id=run_id, stage=name, params=config.model_dump(mode="json"))
         progress = Progress(name, silent=rank() > 0)
         run = StageRun(
-            name, config, text, progress, tracker, tracking_config, run_id, storage_config, executor_input, stop
-        )
+            name, config, without_budget(text), progress, tracker, tracking_config, run_id, storage_config, executor_input, stop,
+            processes, float(os.environ.get(STARTED, started)),
+        )  # fmt: skip
         yield run
         if executor_input and rank() == 0:
             write_executor_output(executor_input, run.outputs)
@@ -272,10 +322,10 @@ def stage_run(
     except InputError as error:
         if tracker:
             tracker.finish("FAILED", str(error))
-        if rank() > 0:
-            time.sleep(
-                PEER_ERROR_GRACE_SECONDS
-            )  # if all ranks fail, rank 0 prints the error, and the launcher ends the rest
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # If all ranks fail, the first one of each node prints the error, and the launcher ends the rest.
+            time.sleep(PEER_ERROR_GRACE_SECONDS)
+        tell_launcher(error)
         write_termination_message(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
@@ -286,8 +336,13 @@ def stage_run(
         if "WORLD_SIZE" in os.environ and isinstance(error, RuntimeError):
             time.sleep(PEER_ERROR_GRACE_SECONDS)  # may be caused by a lost peer, whose own error is to be printed first
         if is_failure:
+            tell_launcher(error)
             write_termination_message(error)
         raise
+    finally:
+        for call in run.on_end if run else ():
+            with contextlib.suppress(Exception):  # what it would have released expires
+                call()
 
 
 def require_writable_tmpdir() -> None:
@@ -298,17 +353,6 @@ def require_writable_tmpdir() -> None:
             f"TMPDIR is {folder}, which user {os.getuid()} cannot write; correct it, or, for the scratch of a profile, use a storage class "
             "to whose volumes all users can write."
         )
-
-
-def launch_processes(num_processes: int) -> None:
-    """Launch the processes of a stage, unless it has one or this is one of them, and exit with their exit code.
-
-    num_processes is that of the settings of the stage, which have this property if the stage can run in several processes.
-    """
-    if num_processes > 1 and "WORLD_SIZE" not in os.environ:
-        from components.rlhf.runtime.launcher import launch  # imports torch
-
-        sys.exit(launch(num_processes))
 
 
 def parse_config(config_class: type[Config], text: str) -> Config:

@@ -4,6 +4,10 @@ Argo puts it behind "main: Error (exit code 1): " (workflow/controller/operator.
 of the Kubeflow Pipelines UI sees only the exit code, because KFP's launcher exits with 1 whatever the stage's own code was.
 """
 
+import contextlib
+import json
+import os
+import time
 from pathlib import Path
 
 from components.rlhf.text.errors import InputError, RetryableError
@@ -12,15 +16,25 @@ from components.rlhf.text.redaction import redact
 TERMINATION_LOG = Path("/dev/termination-log")  # Kubernetes mounts this file, writable by all users
 MAX_BYTES = 4096  # the kubelet ignores the rest
 FINAL_PREFIX = "error: "  # of an error that will occur again; manifests/argo-retries.yaml does not retry it
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where a process says why it fails, for the launcher that has started it
 
 
-def write_termination_message(error: BaseException | str) -> None:
-    """Write why this container fails, unless a process of it has already said so. Does nothing outside of Kubernetes."""
-    try:
-        if TERMINATION_LOG.is_file() and TERMINATION_LOG.stat().st_size == 0:
+def write_termination_message(error: BaseException | str, *, replace: bool = False) -> None:
+    """Write why this container fails, unless a process of it has already said so. Does nothing outside of Kubernetes.
+
+    With replace, this is the reason for what such a process has said.
+    """
+    with contextlib.suppress(OSError):  # the log of the container has the error as well
+        if TERMINATION_LOG.is_file() and (replace or TERMINATION_LOG.stat().st_size == 0):
             TERMINATION_LOG.write_bytes(message_of(error).encode()[:MAX_BYTES])
-    except OSError:
-        pass  # the log of the container has the error as well
+
+
+def tell_launcher(error: BaseException) -> None:
+    """Tell the launcher of several processes, if there is one, why this process fails; it tells the other nodes."""
+    if path := os.environ.get(ERROR_FILE):
+        content = {"message": message_of(error)[:MAX_BYTES], "timestamp": int(time.time())}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
 def message_of(error: BaseException | str) -> str:

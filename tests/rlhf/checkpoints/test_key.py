@@ -6,6 +6,7 @@ import pytest
 from components.rlhf.artifacts.manifest import FileEntry, Manifest
 from components.rlhf.checkpoints import key as key_module
 from components.rlhf.checkpoints.key import checkpoint_key
+from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.model import ModelConfig, SamplingConfig, TrainingConfig
 from components.rlhf.config.ppo import EngineConfig
 from components.rlhf.config.reward_model import RewardModelConfig, RewardModelStageConfig
@@ -43,6 +44,11 @@ def test_key_ignores_save_interval_and_creation_times() -> None:
     often = changed(checkpoint=CheckpointConfig(every_minutes=0.5, keep=9))
     assert checkpoint_key("sft", often, BASE, DATA) == expected
     assert checkpoint_key("sft", STAGE, replace(BASE, created_at="today"), DATA) == expected
+
+
+def test_key_ignores_the_budget() -> None:
+    other = changed(budget=BudgetConfig(limit=5, price_per_hour=1))
+    assert checkpoint_key("sft", other, BASE, DATA) == checkpoint_key("sft", STAGE, BASE, DATA)
 
 
 @pytest.mark.parametrize("training", [{"num_processes": 2}, {"timeout_minutes": 1}])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -70,10 +71,20 @@ def test_dead_holder_on_this_machine_is_replaced_at_once(tmp_path: Path) -> None
     lease.release()
 
 
-def test_reused_pid_is_not_mistaken_for_the_holder(tmp_path: Path) -> None:
-    import socket
+def test_holder_of_the_same_name_on_another_machine_is_waited_for(tmp_path: Path) -> None:
+    """Pods of a job that starts again have the names, and often the process ids, of those before."""
+    write_other(tmp_path, host=socket.gethostname(), processes="another boot pid:[1]", pid=os.getpid())
+    said: list[str] = []
+    lease = lease_in(tmp_path, said)
+    lease.acquire()
+    assert len(said) == 2
+    lease.release()
 
-    write_other(tmp_path, host=socket.gethostname(), pid=os.getpid(), started="1")
+
+def test_reused_pid_is_not_mistaken_for_the_holder(tmp_path: Path) -> None:
+    write_other(
+        tmp_path, host=socket.gethostname(), processes=module._process_namespace(), pid=os.getpid(), started="1"
+    )
     said: list[str] = []
     lease = lease_in(tmp_path, said)
     lease.acquire()

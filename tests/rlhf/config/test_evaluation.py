@@ -54,14 +54,14 @@ def test_every_stage_that_trains_or_evaluates_says_how_many_processes_it_has() -
         | {"evaluation": TWO}
         | {"ppo": {"training": {"num_processes": 4}}}
     )
-    assert [params.stage(stage).num_processes for stage in stages.values()] == [2, 3, 4]
-    assert params.stage(EvaluationStageConfig).num_processes == 2
+    assert [params.stage(stage).processes.number for stage in stages.values()] == [2, 3, 4]
+    assert params.stage(EvaluationStageConfig).processes.number == 2
 
 
 def test_an_imported_reward_model_is_measured_in_the_processes_of_training() -> None:
     params = params_of(reward_model={"use": "org/rm", "training": TWO | {"engine": "deepspeed", "zero_stage": 3}})
     config = params.stage(RewardModelStageConfig)
-    assert (config.num_processes, config.reward_model.training.zero_stage) == (2, 3)
+    assert (config.processes.number, config.reward_model.training.zero_stage) == (2, 3)
 
 
 @pytest.mark.parametrize(

@@ -254,10 +254,19 @@ def test_errors_in_settings_of_a_stage_are_explained() -> None:
 
 SECTIONS = {
     PrepareDataStageConfig: {"data", "num_evaluation_prompts", "seed"},
-    SftStageConfig: {"model", "sft", "checkpoint", "seed"},
-    RewardModelStageConfig: {"stage_name", "model", "reward_model", "sampling", "rollout", "checkpoint", "seed"},
+    SftStageConfig: {"model", "sft", "checkpoint", "budget", "seed"},
+    RewardModelStageConfig: {
+        "stage_name",
+        "model",
+        "reward_model",
+        "sampling",
+        "rollout",
+        "checkpoint",
+        "budget",
+        "seed",
+    },
     JudgeStageConfig: {"model", "judge", "seed"},
-    PpoStageConfig: {"model", "ppo", "checkpoint", "seed"},
+    PpoStageConfig: {"model", "ppo", "checkpoint", "budget", "seed"},
     EvaluationStageConfig: {"model", "evaluation", "sampling", "rollout", "gate", "judge", "seed"},
 }
 
