@@ -6,7 +6,7 @@ from typing import Any
 
 from components.rlhf.config.params import Params
 from components.rlhf.text.errors import InputError
-from pipelines.placement import cluster_storage
+from pipelines.access import cluster_storage
 from pipelines.sources import is_on_hub, sources_of
 
 TIMEOUT_SECONDS = 5.0

@@ -75,11 +75,22 @@ class Params(BaseConfig):
     def _require_one_process_per_accelerator(self) -> "Params":
         for stage in TRAINING_STAGES:
             section, num = getattr(self, stage), self.cluster.num_accelerators(stage)
-            if num and section.training.num_processes != num and getattr(section, "use", None) is None:
-                profile = self.cluster.stages.get(stage, self.cluster.default_profile)
+            if getattr(section, "use", None) is not None:
+                continue
+            profile, processes = (
+                self.cluster.stages.get(stage, self.cluster.default_profile),
+                section.training.num_processes,
+            )
+            if num and processes != num:
                 raise ValueError(
-                    f"{stage}.training.num_processes is {section.training.num_processes}, and the profile {profile} has {num} "
-                    "accelerators; remove num_processes"
+                    f"{stage}.training.num_processes is {processes}, and the profile {profile} has {num} accelerators; "
+                    "remove num_processes"
+                )
+            nodes = self.cluster.profile(stage).num_nodes
+            if processes % nodes:
+                raise ValueError(
+                    f"{stage}.training.num_processes is {processes}, which is no multiple of the {nodes} nodes of the profile "
+                    f"{profile}; remove num_processes"
                 )
         return self
 
