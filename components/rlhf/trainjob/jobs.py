@@ -87,7 +87,7 @@ def delete_job(api: Api, job: Object) -> None:
             raise explain(error, "delete", RESOURCE, api.namespace) from None
 
 
-def wait_until_gone(api: Api, name: str, seconds: float, *, every: float = 1.0) -> None:
+def wait_until_gone(api: Api, name: str, seconds: float) -> None:
     """Wait for a deleted job and its pods. Raises RetryableError if they are still there after so many seconds."""
     deadline, pause = time.monotonic() + seconds, threading.Event()
     while True:
@@ -99,7 +99,7 @@ def wait_until_gone(api: Api, name: str, seconds: float, *, every: float = 1.0) 
             raise RetryableError(
                 f"TrainJob {name} is still being deleted after {seconds:.0f} seconds; trying again later."
             )
-        pause.wait(every)
+        pause.wait(api.pause(0))
 
 
 def pods_of(api: Api, name: str) -> list[Object]:

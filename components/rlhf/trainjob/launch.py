@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,6 +150,9 @@ def owner_of(api: Api, pod: str) -> Object | None:
 @contextmanager
 def cancellation() -> Iterator[None]:
     """Raise Cancelled in the block at SIGTERM and Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def cancel(number: int, _frame: object) -> None:
         for later in (signal.SIGTERM, signal.SIGINT):
@@ -178,7 +182,7 @@ def deleted_if_cancelled(api: Api, manifest: Object) -> Iterator[None]:
             if job and run_and_stage_of(job) == run_and_stage_of(manifest):
                 api.say(f"deleting TrainJob {name}")
                 delete_job(api, job)
-                wait_until_gone(api, name, GRACE_SECONDS, every=0.25)
+                wait_until_gone(api, name, GRACE_SECONDS)
                 api.say(f"TrainJob {name} is deleted")
         except InputError as error:
             api.say(f"TrainJob {name} may still run ({error})")
