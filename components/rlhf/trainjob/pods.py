@@ -11,6 +11,7 @@ from components.rlhf.trainjob.api import Object
 JOB_LABEL = "jobset.sigs.k8s.io/jobset-name"  # a TrainJob's JobSet has its name
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 STARTING = {"ContainerCreating", "PodInitializing"}
+MAX_MESSAGE_CHARS = 1000
 KILLED = {130, 137, 143}  # by a signal: often because another node has failed
 FINAL_PREFIX = "error: "  # of a termination message: another attempt would fail as well
 
@@ -34,6 +35,7 @@ class Failure:
         code = "" if self.exit_code is None else f" with exit code {self.exit_code}"
         reason = f" ({self.reason})" if self.reason not in ("", "Error") else ""
         text = " ".join(self.message.removeprefix(FINAL_PREFIX).split())
+        text = text if len(text) <= MAX_MESSAGE_CHARS else f"...{text[-MAX_MESSAGE_CHARS:]}"  # the end of the log
         hint = "; the node's memory limit is too small for the stage" if self.reason == "OOMKilled" and not text else ""
         return f"node {self.node} (pod {self.pod}) ended{code}{reason}{hint}" + (f": {text}" if text else "")
 

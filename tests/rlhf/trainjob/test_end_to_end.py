@@ -43,7 +43,9 @@ class Cluster:
         """The program of a stage as KFP runs it in the pod of a task."""
         from tests.support.node_inputs import INPUTS, OUTPUTS
 
-        params = load_params(ROOT / "pipelines/params/tiny.yaml", [*OVERRIDES, f"storage.checkpoint_uri={self.checkpoints}"])
+        params = load_params(
+            ROOT / "pipelines/params/tiny.yaml", [*OVERRIDES, f"storage.checkpoint_uri={self.checkpoints}"]
+        )
         outputs = self.folder / attempt
         artifacts = {
             name: {"artifacts": [{"name": name, "uri": f"s3://kfp/{attempt}/{name}"}]} for name in OUTPUTS[stage]
@@ -52,7 +54,15 @@ class Cluster:
         paths = {name: self.folder / "inputs" / name for name in INPUTS[stage]}
         paths |= {name: outputs / name for name in OUTPUTS[stage]}
         storage = params.storage.model_copy(update={"endpoint_url": self.kubelet.secrets.get("url", {}).get("url")})
-        command = [sys.executable, "-m", f"components.{stage}", "--settings", settings, "--tracking", '{"enabled": false}']
+        command = [
+            sys.executable,
+            "-m",
+            f"components.{stage}",
+            "--settings",
+            settings,
+            "--tracking",
+            '{"enabled": false}',
+        ]
         command += ["--storage", storage.canonical_json(), "--executor-input", json.dumps(executor_input)]
         command += [part for name, path in paths.items() for part in (f"--{name.replace('_', '-')}", str(path))]
         environment = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ} | credentials()
@@ -120,5 +130,7 @@ def test_sft_on_two_nodes_survives_a_lost_node_and_a_lost_task(cluster: Cluster)
     artifacts = json.loads((cluster.folder / "third" / "output.json").read_text())["artifacts"]
     assert artifacts["model"]["artifacts"][0]["uri"] == "s3://kfp/third/model"
     assert artifacts["model"]["artifacts"][0]["metadata"]["digest"] == model.digest
-    assert artifacts["metrics"]["artifacts"][0]["metadata"] == json.loads((cluster.folder / "third" / "metrics").read_text())
+    assert artifacts["metrics"]["artifacts"][0]["metadata"] == json.loads(
+        (cluster.folder / "third" / "metrics").read_text()
+    )
     assert (cluster.folder / "third" / "summary").read_text().startswith("#")
