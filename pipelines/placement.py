@@ -8,6 +8,7 @@ from kfp import kubernetes
 
 from components.rlhf.config.cluster import STAGES, TRAINING_STAGES, ClusterConfig, Profile, Scratch, has_digest
 from components.rlhf.config.params import Params
+from components.rlhf.config.trainjob import NAMESPACE_VARIABLE
 from components.rlhf.storage.pypi import PREFIX
 from components.rlhf.text.errors import InputError
 from pipelines.access import CHECKPOINT_PATH, JUDGING_STAGES, cluster_storage, secrets_of
@@ -65,6 +66,8 @@ def configure_task(
     kubernetes.use_field_path_as_env(task, env_name="RLHF_RUN_ID", field_path="metadata.labels['pipeline/runid']")
     for name, value in _environment(cluster, stage).items():
         task.set_env_variable(name, value)
+    if stage == "notify" and cluster.launcher == "trainjob":  # which deletes jobs that the run has left
+        kubernetes.use_field_path_as_env(task, env_name=NAMESPACE_VARIABLE, field_path="metadata.namespace")
     asks_endpoint = stage in JUDGING_STAGES and bool(params.endpoint_judges)
     egress = HUB_LABELS if any(is_remote(s) for s in sources) else ENDPOINT_LABELS if asks_endpoint else {}
     set_pod(task, cluster, labels_of(stage, egress) | queue_label(profile) | profile.labels)

@@ -1,6 +1,7 @@
 """The Kubernetes API as JSON: requests that outlast outages, streams, and errors as sentences."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -144,7 +145,10 @@ def connect(namespace: str, log: Callable[[str], None]) -> Api:
     """The API server of this pod, or that of KUBECONFIG. Raises InputError if there is none."""
     configuration = client.Configuration()
     try:
-        config.load_config(client_configuration=configuration)
+        if os.environ.get("KUBERNETES_SERVICE_HOST"):
+            config.load_incluster_config(client_configuration=configuration)
+        else:
+            config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=configuration)
     except config.ConfigException as error:
         raise InputError(
             f"The Kubernetes API cannot be used ({error}); the service account of the run must mount its token "

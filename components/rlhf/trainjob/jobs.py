@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from components.rlhf.text.errors import InputError, RetryableError
 from components.rlhf.trainjob.api import GROUP, Api, ApiError, Object, explain
-from components.rlhf.trainjob.manifest import digest_of, run_and_stage_of
+from components.rlhf.trainjob.manifest import RUN_LABEL, digest_of, is_label, run_and_stage_of
 from components.rlhf.trainjob.pods import JOB_LABEL
 
 RESOURCE = f"trainjobs.{GROUP}"
@@ -85,6 +85,24 @@ def delete_job(api: Api, job: Object) -> None:
     except ApiError as error:
         if error.status not in (404, 409):  # gone, or replaced
             raise explain(error, "delete", RESOURCE, api.namespace) from None
+
+
+def delete_jobs_of_run(api: Api, run_id: str, *, with_finished: bool) -> list[str]:
+    """Delete the jobs that a run has left running, and with_finished those that have ended too; return their names."""
+    if not is_label(run_id):
+        return []
+    try:
+        answer = api.request("GET", api.jobs, query={"labelSelector": f"{RUN_LABEL}={run_id}"})
+    except ApiError as error:
+        raise explain(error, "list", RESOURCE, api.namespace) from None
+    jobs = [
+        job
+        for job in answer.get("items") or []
+        if with_finished or not (condition(job, "Complete") or condition(job, "Failed"))
+    ]
+    for job in jobs:
+        delete_job(api, job)
+    return [str(job["metadata"]["name"]) for job in jobs]
 
 
 def wait_until_gone(api: Api, name: str, seconds: float) -> None:

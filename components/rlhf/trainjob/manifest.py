@@ -85,8 +85,12 @@ def run_and_stage_of(job: Object) -> str:
 
 
 def _labels(plan: TrainJobPlan, call: StageCall) -> dict[str, str]:
-    is_label = re.fullmatch("[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?", call.run_id)
-    return dict(plan.labels) | ({RUN_LABEL: call.run_id} if is_label else {})
+    return dict(plan.labels) | ({RUN_LABEL: call.run_id} if is_label(call.run_id) else {})
+
+
+def is_label(text: str) -> bool:
+    """Whether a text can be the value of a label."""
+    return re.fullmatch("[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?", text) is not None
 
 
 def _pod_patch(plan: TrainJobPlan, call: StageCall) -> Object:

@@ -1,5 +1,6 @@
 """Outages of the API server, refusals, lost connections and cancellation."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from components.notify.result import RunResult, delete_trainjobs
 from components.rlhf.text.errors import RetryableError
 from components.rlhf.trainjob.logs import split_line
+from components.rlhf.trainjob.manifest import job_name
 from tests.rlhf.trainjob.conftest import PLAN, RUN_ID, World, finish
 from tests.support.trainjob_api import LAUNCHER_POD, NAMESPACE
 
@@ -168,8 +171,6 @@ except Cancelled as cancelled:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_cancelled_task_deletes_its_job_and_waits_for_the_pods(world: World, number: int) -> None:
-    import json
-
     attempt = world.launch(stage="template")  # for its arguments
     attempt.until_said("created")
     task = attempt.task
@@ -202,3 +203,31 @@ def test_cancelled_task_deletes_its_job_and_waits_for_the_pods(world: World, num
     assert f"deleting TrainJob {name}" in output and f"TrainJob {name} is deleted" in output
     assert name not in world.api.objects["trainjobs"]
     assert not [pod for pod in world.api.objects["pods"] if pod.startswith(f"{name}-node")]
+
+
+@pytest.mark.parametrize(("status", "left"), [("succeeded", 0), ("canceled", 1)])
+def test_notify_deletes_what_a_run_has_left(
+    world: World, monkeypatch: pytest.MonkeyPatch, status: str, left: int, tmp_path: Path
+) -> None:
+    """Jobs that still run, as after a run was terminated; those that have ended only if the run has succeeded. No job of another run."""
+    world.launch(stage="sft"), world.launch(stage="ppo"), world.launch(stage="ppo", run_id="another")
+    world.api.until(lambda: len(world.api.objects["trainjobs"]) == 3)
+    ended, others = job_name(RUN_ID, "sft"), job_name("another", "ppo")
+    world.api.fail(ended)
+    kubeconfig = tmp_path / "kubeconfig"
+    context = {"name": "x", "context": {"cluster": "x", "user": "x"}}
+    content = {"clusters": [{"name": "x", "cluster": {"server": world.url}}], "users": [{"name": "x", "user": {}}],
+               "contexts": [context], "current-context": "x"}  # fmt: skip
+    kubeconfig.write_text(json.dumps({"apiVersion": "v1", "kind": "Config", **content}))
+    monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+    delete_trainjobs(RunResult(status, RUN_ID))
+    world.api.until(lambda: len(world.api.objects["trainjobs"]) == 1 + left)
+    assert set(world.api.objects["trainjobs"]) == {others} | ({ended} if left else set())
+
+
+def test_notify_without_permission_warns(
+    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", "/nowhere")
+    delete_trainjobs(RunResult("failed", RUN_ID))
+    assert "TrainJobs of this run could not be deleted (The Kubernetes API cannot be used" in capfd.readouterr().err
