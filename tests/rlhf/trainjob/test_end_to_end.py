@@ -104,11 +104,13 @@ def test_sft_on_two_nodes_survives_a_lost_node_and_a_lost_task(cluster: Cluster)
     """
     from tests.support.node_inputs import sft_settings
 
-    settings = sft_settings(2, max_steps=60) if False else sft_settings(2)
+    content = json.loads(sft_settings(2))
+    content["sft"]["max_steps"] = 12  # enough for a checkpoint before the node is lost
+    settings = json.dumps(content)
     first = cluster.start_task("sft", settings, "first")
     assert first.stdout
     for line in first.stdout:
-        if line.startswith("node 0: [sft] step 1/"):
+        if line.startswith("node 0: [sft] step 4/"):
             break
     os.killpg(cluster.kubelet.processes[1].pid, signal.SIGKILL)
     output = first.communicate(timeout=120)[0]

@@ -15,6 +15,7 @@ from components.notify.result import RunResult, delete_trainjobs
 from components.rlhf.text.errors import RetryableError
 from components.rlhf.trainjob.logs import split_line
 from components.rlhf.trainjob.manifest import job_name
+from pipelines.settings import load_params, settings_of_stage
 from tests.rlhf.trainjob.conftest import PLAN, RUN_ID, World, finish
 from tests.support.trainjob_api import LAUNCHER_POD, NAMESPACE
 
@@ -150,45 +151,62 @@ def test_quota_of_the_namespace(world: World) -> None:
     )
 
 
+# Runs a stage with only the packages of the tools image, in which the task runs.
 PROGRAM = """
-import json, sys
-from pathlib import Path
-from kubernetes import client
-from components.rlhf.trainjob.api import Api
-from components.rlhf.trainjob.launch import Cancelled, Task, launch
-arguments = json.loads(sys.argv[1])
-configuration = client.Configuration()
-configuration.host, configuration.retries = arguments.pop("url"), False
-for key in ("reads", "writes"):
-    arguments[key] = {name: Path(path) for name, path in arguments[key].items()}
-log = lambda text: print(text, flush=True)
-try:
-    launch(Task(**arguments), log, api=Api(client.ApiClient(configuration), "team", log, pause_seconds=0.1))
-except Cancelled as cancelled:
-    sys.exit(cancelled.exit_code)
+import importlib.abc, importlib.metadata, runpy, sys
+from images.lock import ROOT, pins
+pinned = pins(ROOT / "images/tools/constraints.txt")
+absent = {
+    module
+    for module, names in importlib.metadata.packages_distributions().items()
+    if not {name.lower().replace("_", "-").replace(".", "-") for name in names} & {*pinned, "mlflow", "kfp-rlhf"}
+}
+class OnlyTools(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, OnlyTools())
+assert {"torch", "kfp", "numpy"} <= absent
+runpy.run_module("components.sft", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_cancelled_task_deletes_its_job_and_waits_for_the_pods(world: World, number: int) -> None:
+def start_program(world: World, tmp_path: Path) -> "subprocess.Popen[str]":
+    """The task of sft as a process, as in its pod."""
     attempt = world.launch(stage="template")  # for its arguments
     attempt.until_said("created")
     task = attempt.task
-    arguments = {
-        key: getattr(task, key)
-        for key in ("module", "num_processes", "settings", "tracking", "storage", "executor_input")
+    values = {
+        "settings": settings_of_stage(load_params(ROOT / "pipelines/params/tiny.yaml"), "sft"),
+        "executor-input": task.executor_input,
+        "storage": task.storage,
     }
-    arguments |= {"stage": "sft", "run_id": RUN_ID, "url": world.url}
-    for key in ("reads", "writes"):
-        arguments[key] = {name: str(path) for name, path in getattr(task, key).items()}
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "RLHF_TRAINJOB": PLAN.canonical_json(),
-                                "RLHF_POD_NAME": LAUNCHER_POD, "RLHF_POD_NAMESPACE": NAMESPACE}  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, json.dumps(arguments)], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    values |= {"base-model": task.reads["base_model"], "demonstrations": task.reads["base_model"]}
+    values |= {name: task.writes["model"].with_name(name) for name in ("model", "metrics", "summary")}
+    options = [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RLHF_TRAINJOB": PLAN.canonical_json(), "RLHF_RUN_ID": RUN_ID,
+                                "RLHF_POD_NAME": LAUNCHER_POD, "RLHF_POD_NAMESPACE": NAMESPACE,
+                                "KUBECONFIG": write_kubeconfig(world, tmp_path)}  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *options],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def write_kubeconfig(world: World, folder: Path) -> str:
+    context = {"name": "x", "context": {"cluster": "x", "user": "x"}}
+    content = {"clusters": [{"name": "x", "cluster": {"server": world.url}}], "users": [{"name": "x", "user": {}}],
+               "contexts": [context], "current-context": "x"}  # fmt: skip
+    (folder / "kubeconfig").write_text(json.dumps({"apiVersion": "v1", "kind": "Config", **content}))
+    return str(folder / "kubeconfig")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_cancelled_task_deletes_its_job_and_waits_for_the_pods(world: World, number: int, tmp_path: Path) -> None:
+    process = start_program(world, tmp_path)
     try:
         world.api.until(lambda: len(world.api.objects["trainjobs"]) == 2, 60)
-        name = next(name for name in world.api.objects["trainjobs"] if name.startswith("rlhf-sft"))
+        name = job_name(RUN_ID, "sft")
         world.api.run_pods(name, 2)
         assert process.stdout
         for line in process.stdout:
@@ -199,10 +217,22 @@ def test_cancelled_task_deletes_its_job_and_waits_for_the_pods(world: World, num
         output, _ = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + number, output
     assert f"deleting TrainJob {name}" in output and f"TrainJob {name} is deleted" in output
     assert name not in world.api.objects["trainjobs"]
     assert not [pod for pod in world.api.objects["pods"] if pod.startswith(f"{name}-node")]
+
+
+def test_failed_task_ends_with_one_line(world: World, tmp_path: Path) -> None:
+    process = start_program(world, tmp_path)
+    try:
+        world.api.until(lambda: len(world.api.objects["trainjobs"]) == 2, 60)
+        world.api.fail(job_name(RUN_ID, "sft"))
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "Traceback" not in output
+    assert output.splitlines()[-1].startswith(f"error: TrainJob {job_name(RUN_ID, 'sft')} failed (FailedJobs:")
 
 
 @pytest.mark.parametrize(("status", "left"), [("succeeded", 0), ("canceled", 1)])
@@ -214,12 +244,7 @@ def test_notify_deletes_what_a_run_has_left(
     world.api.until(lambda: len(world.api.objects["trainjobs"]) == 3)
     ended, others = job_name(RUN_ID, "sft"), job_name("another", "ppo")
     world.api.fail(ended)
-    kubeconfig = tmp_path / "kubeconfig"
-    context = {"name": "x", "context": {"cluster": "x", "user": "x"}}
-    content = {"clusters": [{"name": "x", "cluster": {"server": world.url}}], "users": [{"name": "x", "user": {}}],
-               "contexts": [context], "current-context": "x"}  # fmt: skip
-    kubeconfig.write_text(json.dumps({"apiVersion": "v1", "kind": "Config", **content}))
-    monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+    monkeypatch.setenv("KUBECONFIG", write_kubeconfig(world, tmp_path))
     delete_trainjobs(RunResult(status, RUN_ID))
     world.api.until(lambda: len(world.api.objects["trainjobs"]) == 1 + left)
     assert set(world.api.objects["trainjobs"]) == {others} | ({ended} if left else set())
