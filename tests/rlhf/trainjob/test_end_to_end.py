@@ -72,7 +72,7 @@ class Cluster:
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.fixture(params=["s3", "volume"])
+@pytest.fixture
 def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]:
     from tests.support.node_inputs import write_inputs
 
@@ -98,6 +98,26 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]
                 server.kill()
 
 
+@pytest.mark.parametrize("cluster", ["s3"], indirect=True)
+def test_ppo_on_two_nodes_with_inputs_and_outputs_in_s3(cluster: Cluster) -> None:
+    """The nodes share nothing but the bucket."""
+    from tests.support.node_inputs import OUTPUTS, ppo_settings
+
+    task = cluster.start_task("ppo", ppo_settings(2), "first")
+    output = task.communicate(timeout=240)[0]
+    assert task.returncode == 0, output
+    assert "node 0: [ppo] " in output and "node 1: " not in output
+    outputs = cluster.folder / "first"
+    model = open_artifact(outputs / "model", "policy_model")
+    artifacts = json.loads((outputs / "output.json").read_text())["artifacts"]
+    assert set(artifacts) == set(OUTPUTS["ppo"])
+    assert artifacts["manifest"]["artifacts"][0]["metadata"]["model_uri"] == "s3://kfp/first/model"
+    assert artifacts["manifest"]["artifacts"][0]["metadata"]["digest"] == model.digest
+    assert json.loads((outputs / "metrics").read_text()) == artifacts["metrics"]["artifacts"][0]["metadata"]
+    assert (outputs / "curves").read_text().lstrip().startswith("<!")
+
+
+@pytest.mark.parametrize("cluster", ["volume"], indirect=True)
 def test_sft_on_two_nodes_survives_a_lost_node_and_a_lost_task(cluster: Cluster) -> None:
     """A node is killed after a checkpoint, so that the task fails. Its second attempt is killed too; the third takes over the job, which
     has resumed from the checkpoint, and delivers what KFP expects of a task.
@@ -128,7 +148,7 @@ def test_sft_on_two_nodes_survives_a_lost_node_and_a_lost_task(cluster: Cluster)
     assert "found TrainJob" in output and "resum" in output, output
     assert cluster.kubelet.num_runs == 2
     model = open_artifact(cluster.folder / "third" / "model", "sft_model")
-    assert model.facts["training_engine"] == "torch, 2 processes"
+    assert str(model.facts["training_engine"]).endswith(", 2 processes")
     artifacts = json.loads((cluster.folder / "third" / "output.json").read_text())["artifacts"]
     assert artifacts["model"]["artifacts"][0]["uri"] == "s3://kfp/third/model"
     assert artifacts["model"]["artifacts"][0]["metadata"]["digest"] == model.digest
