@@ -40,7 +40,7 @@ from pipelines.placement import (
 from pipelines.sources import is_within
 
 INSTALLED_RUNTIME = "rlhf"  # of manifests/components/trainjob
-MAX_PLAN_CHARS = 200_000  # Kubernetes limits all annotations of an object to 256 KiB
+MAX_PLAN_CHARS = 100_000  # Linux limits a variable to 128 KiB, and Kubernetes all annotations of an object to 256 KiB
 NO_SIDECAR = {"sidecar.istio.io/inject": "false"}  # a sidecar would keep the pods from completing
 Object = dict[str, Any]
 
@@ -137,14 +137,15 @@ def _resources(profile: Profile) -> dict[str, str]:
 def _environment(params: Params, stage: str, profile: Profile) -> list[Object]:
     scratch = {name: f"{SCRATCH_PATH}{folder}" for name, folder in SCRATCH_VARIABLES.items()} if profile.scratch else {}
     number = {"RLHF_NUM_ACCELERATORS": str(profile.num_accelerators)} if profile.num_accelerators else {}
-    variables: list[Object] = [
-        {"name": name, "value": value} for name, value in (scratch | number | dict(params.cluster.environment)).items()
-    ]
+    plain = scratch | number | dict(params.cluster.environment)
+    variables: dict[str, Object] = {name: {"name": name, "value": value} for name, value in plain.items()}
     for secret in secrets_of(stage, params, []):
         for key, name in secret.variables.items():
+            if secret.optional and name in plain:  # a TrainJob cannot have both, one in place of a missing key
+                continue
             reference = {"name": secret.name, "key": key, "optional": secret.optional}
-            variables.append({"name": name, "valueFrom": {"secretKeyRef": reference}})
-    return variables
+            variables[name] = {"name": name, "valueFrom": {"secretKeyRef": reference}}
+    return list(variables.values())
 
 
 def _pod(cluster: ClusterConfig, profile: Profile) -> Object:

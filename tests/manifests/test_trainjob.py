@@ -197,6 +197,20 @@ def test_plan_has_everything_that_the_profile_gives_to_a_pod() -> None:
     assert {v["name"] for v in plan.pod["volumes"]} == {m["name"] for m in plan.volume_mounts}
 
 
+def test_variable_of_the_run_and_key_of_a_secret_are_one_variable() -> None:
+    """A TrainJob refuses a name that occurs twice. A required key wins, and an optional one gives way."""
+    environment = (
+        "cluster.environment={AWS_REGION: eu, AWS_ACCESS_KEY_ID: mine, RLHF_RUN_ID: x, RLHF_TRAINJOB_DIGEST: y}"
+    )
+    plan = plan_of(load(environment), "sft")
+    values = {entry["name"]: entry.get("value") for entry in plan.environment}
+    assert (values["AWS_REGION"], values["AWS_ACCESS_KEY_ID"]) == ("eu", None)
+    env = trainjob(plan, CALL)["spec"]["trainer"]["env"]
+    names = [entry["name"] for entry in env]
+    assert len(names) == len(set(names))
+    assert {entry["name"]: entry.get("value") for entry in env}["RLHF_TRAINJOB_DIGEST"] != "y"
+
+
 VARIANTS = {
     "plain": (),
     "claim": ("storage.uri=null", "cluster.checkpoint_claim=rlhf-checkpoints"),
@@ -237,7 +251,7 @@ def test_jobs_of_plans_match_the_published_schema(variant: str, stage: str) -> N
         (["storage.uri=null", "storage.checkpoint_uri=/data/x"], "storage that all nodes share"),
         (["cluster.default_profile=gpu-80gb"], "the tasks that wait for TrainJobs use it"),
         (["cluster.image_pull_policy=Always"], "a TrainJob has the one of its runtime"),
-        (["cluster.environment={BIG: '" + "x" * 200_001 + "'}"], "too many for an annotation"),
+        (["cluster.environment={BIG: '" + "x" * 100_001 + "'}"], "too many for an annotation"),
     ],
 )  # fmt: skip
 def test_refused_when_compiled(overrides: list[str], message: str, tmp_path: Path) -> None:

@@ -196,6 +196,9 @@ class TrainJobApi:
             jsonschema.validate(body, SCHEMA["TrainJob"])
         except jsonschema.ValidationError as error:
             raise HttpError(400, f"strict decoding error: unknown field or value: {error.message[:300]}") from None
+        names = [entry["name"] for entry in body["spec"]["trainer"]["env"]]
+        if len(set(names)) < len(names):  # x-kubernetes-list-map-keys
+            raise HttpError(422, "spec.trainer.env: Duplicate value")
         self._webhook(body)
         with self.changed:
             name = body["metadata"]["name"]

@@ -10,6 +10,7 @@ from components.rlhf.config.base import BaseConfig, PositiveInt
 # of the stage, so that digests and caches do not depend on it.
 PLAN_VARIABLE, PLAN_ANNOTATION = "RLHF_TRAINJOB", "kfp-rlhf/trainjob"
 POD_VARIABLE, NAMESPACE_VARIABLE = "RLHF_POD_NAME", "RLHF_POD_NAMESPACE"  # of the task
+DIGEST_VARIABLE = "RLHF_TRAINJOB_DIGEST"  # of the pods of a job: the digest of its specification
 CONTAINER = "node"  # name of the replicated job and of the container, fixed by Kubeflow Trainer
 
 

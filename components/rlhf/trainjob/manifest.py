@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from components.rlhf.config.trainjob import CONTAINER, TrainJobPlan
+from components.rlhf.config.trainjob import CONTAINER, DIGEST_VARIABLE, TrainJobPlan
 from components.rlhf.trainjob.api import GROUP, Object
 
 DIGEST_ANNOTATION, RUN_ANNOTATION = "kfp-rlhf/trainjob-digest", "kfp-rlhf/run-id"
 RUN_LABEL = "pipeline/runid"  # as on the pods of Kubeflow Pipelines
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+
 MANAGER = "kfp-rlhf/launcher"
 # Kubernetes requires at most 63 characters of the names of pods, NAME-node-0-INDEX-xxxxx.
 MAX_STAGE_CHARS, HASH_CHARS = 24, 10
@@ -55,7 +56,10 @@ def trainjob(plan: TrainJobPlan, call: StageCall) -> Object:
             "image": plan.image,
             "command": ["python", "-m", call.module],
             "args": [*map(_literal, call.options)],
-            "env": [*plan.environment, *({"name": k, "value": v} for k, v in call.environment.items())],
+            "env": [
+                *(entry for entry in plan.environment if entry["name"] not in (*call.environment, DIGEST_VARIABLE)),
+                *({"name": k, "value": v} for k, v in call.environment.items()),
+            ],
             "numNodes": nodes,
             "numProcPerNode": per_node,
             "resourcesPerNode": {"requests": dict(plan.resources), "limits": dict(plan.resources)},
@@ -63,7 +67,7 @@ def trainjob(plan: TrainJobPlan, call: StageCall) -> Object:
         "runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": {"template": {"spec": _pod_patch(plan, call)}}}],
     }
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
-    spec["trainer"]["env"].append({"name": "RLHF_TRAINJOB_DIGEST", "value": digest})
+    spec["trainer"]["env"].append({"name": DIGEST_VARIABLE, "value": digest})
     spec["trainer"]["args"] += ["--executor-input", _literal(call.executor_input)]
     name = job_name(call.run_id, call.stage)
     metadata: Object = {

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from components.rlhf.config.trainjob import CONTAINER
@@ -44,8 +44,9 @@ def wait_for(api: Api, job: Object, write: Callable[[str], None]) -> InputError 
         "job": (api.jobs, RESOURCE, {"fieldSelector": f"metadata.name={name}"}),
         "pod": (api.pods, "pods", {"labelSelector": f"{JOB_LABEL}={name}"}),
     }
-    for kind, arguments in watches.items():
-        threading.Thread(target=_watch_into, args=(events, kind, api, *arguments, stop), daemon=True).start()
+    for kind, (path, resource, selector) in watches.items():
+        changes = watch(api, path, resource, selector, stop, [job] if kind == "job" else [])
+        threading.Thread(target=_put, args=(changes, kind, events), daemon=True).start()
     try:
         _see_job(api, view)
         while not _is_over(view):
@@ -68,17 +69,9 @@ def wait_for(api: Api, job: Object, write: Callable[[str], None]) -> InputError 
     return None if condition(view.job, "Complete") else failure_of(api, view.job, pods, write)
 
 
-def _watch_into(
-    events: "queue.SimpleQueue[tuple[str, Event]]",
-    kind: str,
-    api: Api,
-    path: str,
-    resource: str,
-    selector: Mapping[str, str],
-    stop: threading.Event,
-) -> None:
+def _put(changes: Iterator[Change], kind: str, events: "queue.SimpleQueue[tuple[str, Event]]") -> None:
     try:
-        for change in watch(api, path, resource, selector, stop):
+        for change in changes:
             events.put((kind, change))
     except Exception as error:  # raised again by the thread that waits
         events.put((kind, error))

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from components.rlhf.trainjob.api import Api, ApiError, Object, Outage, explain
@@ -20,12 +20,20 @@ class Change:
     deleted: bool = False
 
 
-def watch(api: Api, path: str, resource: str, selector: Mapping[str, str], stop: threading.Event) -> Iterator[Change]:
+def watch(
+    api: Api,
+    path: str,
+    resource: str,
+    selector: Mapping[str, str],
+    stop: threading.Event,
+    initial: Iterable[Object] = (),
+) -> Iterator[Change]:
     """Every object that the selector (fieldSelector or labelSelector) matches, then its changes, until stop is set.
 
-    Raises InputError if the server refuses, and RetryableError after a long outage.
+    initial are objects that the caller knows: their deletion before the first list is a change too. Raises InputError if the server
+    refuses, and RetryableError after a long outage.
     """
-    known: dict[str, Object] = {}
+    known = {item["metadata"]["uid"]: item for item in initial}
     version, outage = "", Outage(api)
     while not stop.is_set():
         try:

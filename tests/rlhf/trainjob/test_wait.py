@@ -8,6 +8,7 @@ import pytest
 from components.rlhf.config.trainjob import PLAN_VARIABLE
 from components.rlhf.text.errors import RetryableError
 from components.rlhf.trainjob.pods import failures, node_of, pending_reason
+from components.rlhf.trainjob.wait import wait_for
 from tests.rlhf.trainjob.conftest import PLAN, World, finish
 from tests.support.trainjob_api import NAMESPACE
 
@@ -126,6 +127,17 @@ def test_job_deleted_by_someone(world: World) -> None:
     threading.Event().wait(0.3)
     world.api.remove("trainjobs", name)
     assert "was deleted while it ran" in attempt.failed() and isinstance(attempt.error, RetryableError)
+
+
+def test_job_deleted_before_it_is_watched(world: World) -> None:
+    attempt = world.launch()
+    name = world.api.wait_for_job()
+    job = world.api.job
+    attempt.until_said("starts")
+    world.api.remove("trainjobs", name)
+    attempt.failed()
+    with pytest.raises(RetryableError, match="was deleted while it ran"):
+        wait_for(attempt.api, job, print)
 
 
 @pytest.mark.parametrize(
