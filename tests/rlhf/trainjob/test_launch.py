@@ -9,6 +9,7 @@ import pytest
 from components.rlhf.artifacts.directory import open_artifact
 from components.rlhf.config.trainjob import PLAN_VARIABLE
 from components.rlhf.text.errors import RetryableError
+from components.rlhf.trainjob.jobs import delete_job
 from tests.rlhf.trainjob.conftest import PLAN, RUN_ID, World, finish
 from tests.support.trainjob_api import SCHEMA, WORKFLOW_UID
 
@@ -216,3 +217,15 @@ def test_exchange_on_a_volume_is_deleted_after_the_last_stage(world: World) -> N
     finish(world, world.api.wait_for_job())
     attempt.succeeded()
     assert attempt.task.writes["model"].is_dir() and not run.exists()
+
+
+def test_deletion_spares_a_job_that_has_taken_the_name_since(world: World) -> None:
+    attempt = world.launch()
+    name = world.api.wait_for_job()
+    attempt.until_said("starts")
+    before = world.api.job
+    world.api.remove("trainjobs", name)
+    attempt.failed()
+    world.api.put("trainjobs", {**before, "metadata": {**before["metadata"], "uid": "another"}})
+    delete_job(attempt.api, before)
+    assert not world.api.job["metadata"].get("deletionTimestamp")
