@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ALL_STAGES = ("import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation", "register", "notify")
-STAGES = {"tools": ("register", "notify"), "trainer": ALL_STAGES, "rollout": ALL_STAGES}
+# The tasks of sft, reward_model and ppo may run in the tools image, to launch these stages as TrainJobs.
+STAGES = {"tools": ("register", "notify", "sft", "reward_model", "ppo"), "trainer": ALL_STAGES, "rollout": ALL_STAGES}
 # What only training stages use, and what they import with it; the stages of the tools image have no torch.
 TRAINING = (
     "components.rlhf.checkpoints.manager",
@@ -22,6 +23,9 @@ TRAINING = (
     "components.rlhf.runtime.launcher",
     "components.rlhf.runtime.training",
 )
+# What only such tasks use; the images of the stages have no kubernetes.
+LAUNCHING = ("components.rlhf.trainjob.api", "components.rlhf.trainjob.jobs", "components.rlhf.trainjob.launch")
+LAUNCHED = ("sft", "reward_model", "ppo")
 FORBIDDEN = {"tools": ("kfp", "torch", "transformers"), "trainer": ("kfp", "vllm"), "rollout": ("kfp",)}
 REQUIRED = {"rollout": ("vllm",)}
 LOAD = "import ctypes, sys, torch; ctypes.CDLL(sys.argv[1])"
@@ -97,8 +101,9 @@ def main(image: str) -> None:
             sys.exit(
                 f"{image}: python -m components.{stage} --help failed with {result.returncode}: {result.stderr[-2000:]}"
             )
-    excluded = TRAINING if image == "tools" else ()
-    modules = sorted({module for stage in stages(image) for module in reachable_modules(stage, excluded)})
+    excluded = TRAINING if image == "tools" else LAUNCHING
+    whole = [stage for stage in stages(image) if image != "tools" or stage not in LAUNCHED]
+    modules = sorted({module for stage in whole for module in reachable_modules(stage, excluded)})
     for module in modules:
         try:
             importlib.import_module(module)

@@ -11,7 +11,8 @@ from kfp import dsl, kubernetes
 
 from components.rlhf.config.cluster import Images
 from components.rlhf.config.params import Params
-from pipelines.placement import CHECKPOINT_PATH, TASK_LABELS, image, set_node
+from pipelines.access import CHECKPOINT_PATH
+from pipelines.placement import TASK_LABELS, image, set_node
 
 CLAIM_SUFFIX = "-rlhf-checkpoints"
 

@@ -12,6 +12,7 @@ from components.rlhf.config.params import Params
 from components.rlhf.text.errors import InputError
 from pipelines.dag import build_pipeline
 from pipelines.settings import load_params
+from pipelines.trainjob import require_launchable
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = ROOT / "pipelines" / "compiled"
@@ -22,6 +23,7 @@ EXAMPLES = ("movie_reviews", "llama3_8b_8gpu")  # for a CPU, and for a node with
 def compile_pipeline(params: Params, target: Path) -> Path:
     """Write the IR YAML that a cluster and the local runner execute. Raises InputError for an unusable target."""
     require_literal_values(params)
+    require_launchable(params)
     if target.suffix not in (".yaml", ".yml"):
         raise InputError(f"{target} must end in .yaml or .yml, as KFP requires.")
     try:

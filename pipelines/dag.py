@@ -26,8 +26,10 @@ from components.rlhf.config.params import Params
 from components.rlhf.config.register import RegisterStageConfig
 from components.sft.component import sft
 from pipelines import placement
+from pipelines.access import cluster_storage
 from pipelines.claim import create_checkpoint_claim
 from pipelines.settings import dump_yaml, import_settings, judge_reward_model_settings, settings_of_stage
+from pipelines.trainjob import configure_launcher
 
 NAME = "rlhf"
 
@@ -49,7 +51,7 @@ def build_pipeline(params: Params) -> Any:
 
     defaults = {
         "tracking": params.tracking.canonical_json(),
-        "storage": placement.cluster_storage(params).canonical_json(),
+        "storage": cluster_storage(params).canonical_json(),
         **placement.node_inputs(params),
     }
 
@@ -60,7 +62,10 @@ def build_pipeline(params: Params) -> Any:
         claim = None
 
         def configure(task: Any, stage: str, name: str = "", source: str = "") -> Any:
-            placement.configure_task(task, stage, params, source=source, inputs=inputs, claim=claim)
+            if params.cluster.launches(stage):
+                configure_launcher(task, stage, params)
+            else:
+                placement.configure_task(task, stage, params, source=source, inputs=inputs, claim=claim)
             return task.set_display_name(name or stage.replace("_", " "))
 
         def import_task(kind: Any, source: str, name: str, revision: str | None = None) -> Any:

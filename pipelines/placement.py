@@ -16,10 +16,11 @@ from components.rlhf.config.cluster import (
     has_digest,
 )
 from components.rlhf.config.params import Params
-from components.rlhf.config.storage import StorageConfig
+from components.rlhf.config.trainjob import NAMESPACE_VARIABLE
 from components.rlhf.storage.pypi import PREFIX
 from components.rlhf.text.errors import InputError
-from pipelines.sources import data_sources, is_on_hub, is_remote, is_within
+from pipelines.access import CHECKPOINT_PATH, JUDGING_STAGES, cluster_storage, secrets_of
+from pipelines.sources import data_sources, is_remote, is_within
 
 if TYPE_CHECKING:
     from pipelines.claim import CheckpointClaim
@@ -37,8 +38,7 @@ IMAGE_OF = {
 }
 DOWNLOADING_STAGES = ("import_model", "prepare_data")  # the only stages that download models and data
 DETERMINISTIC_STAGES = (*DOWNLOADING_STAGES, "judge")
-JUDGING_STAGES = ("judge", "evaluation")  # the stages that ask judges
-CHECKPOINT_PATH, SCRATCH_PATH = "/checkpoints", "/scratch"
+SCRATCH_PATH = "/scratch"
 # The images keep these in /tmp, where KFP's launcher writes too, which a volume that belongs to root would prevent.
 SCRATCH_VARIABLES = {"TMPDIR": "", "XDG_CACHE_HOME": "/.cache", "HF_HOME": "/.cache/huggingface", "TRITON_CACHE_DIR": "/.cache/triton",
                      "TORCHINDUCTOR_CACHE_DIR": "/.cache/inductor", "TORCH_EXTENSIONS_DIR": "/.cache/torch_extensions"}  # fmt: skip
@@ -51,9 +51,6 @@ TASK_LABELS = {"app.kubernetes.io/part-of": "kfp-rlhf"}
 HUB_LABELS, ENDPOINT_LABELS = {"kfp-rlhf/egress": "hub"}, {"kfp-rlhf/egress": "endpoint"}
 NUM_ACCELERATORS_ANNOTATION = "kfp-rlhf/num-accelerators"
 PROCESS_GROUP_LABELS = {"kfp-rlhf/process-group": "true"}
-S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-S3_OPTIONAL_KEYS = ("AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION")
-MLFLOW_KEYS = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 def configure_task(
@@ -76,16 +73,18 @@ def configure_task(
     kubernetes.use_field_path_as_env(task, env_name="RLHF_RUN_ID", field_path="metadata.labels['pipeline/runid']")
     for name, value in _environment(cluster, stage).items():
         task.set_env_variable(name, value)
+    if stage == "notify" and cluster.launcher == "trainjob":  # which deletes jobs that the run has left
+        kubernetes.use_field_path_as_env(task, env_name=NAMESPACE_VARIABLE, field_path="metadata.namespace")
     asks_endpoint = stage in JUDGING_STAGES and bool(params.endpoint_judges)
     egress = HUB_LABELS if any(is_remote(s) for s in sources) else ENDPOINT_LABELS if asks_endpoint else {}
-    _set_pod(task, stage, cluster, profile, egress)
-    _set_resources(task, profile)
+    set_pod(task, cluster, labels_of(stage, egress) | queue_label(profile) | profile.labels)
+    set_resources(task, profile)
     if profile.num_accelerators and IMAGE_OF[stage] != "tools":  # which has no torch to look for them
         _tell_num_accelerators(task, profile)
     set_node(task, stage, params, inputs or {})
-    _set_secrets(task, stage, params, sources)
-    _set_volumes(task, stage, params, profile, claim)
-    _set_retries(task, cluster)
+    set_secrets(task, stage, params, sources)
+    set_volumes(task, stage, params, profile, claim)
+    set_retries(task, cluster, int(3600 * cluster.timeout_hours))
     return task.set_caching_options(not asks_endpoint and _may_cache(stage, cluster, profile, sources))
 
 
@@ -127,7 +126,7 @@ def node_inputs(params: Params) -> dict[str, Any]:
     cluster, inputs, profiles = params.cluster, {}, {}
     for stage in STAGES:
         name, profile = cluster.stages.get(stage, cluster.default_profile), cluster.profile(stage)
-        if not profile.num_accelerators:
+        if not profile.num_accelerators or cluster.launches(stage):  # whose plan has the node
             continue
         selector, tolerations = input_names(name)
         if profiles.setdefault(selector, name) != name:
@@ -137,21 +136,6 @@ def node_inputs(params: Params) -> dict[str, Any]:
         inputs[selector] = dict(profile.node_selector)
         inputs[tolerations] = [t.model_dump(exclude_none=True) for t in profile.tolerations]
     return inputs
-
-
-def cluster_storage(params: Params) -> StorageConfig:
-    """The storage settings of a run on a cluster.
-
-    Without a URI of their own, checkpoints are on a volume if there is one, else in storage.uri, and so are published models.
-    """
-    storage, volume = params.storage, params.cluster.checkpoint_claim or params.cluster.checkpoint_volume
-    root = storage.uri.rstrip("/") if storage.uri and storage.uri.startswith("s3://") else None
-    checkpoint_uri = storage.checkpoint_uri or (CHECKPOINT_PATH if volume else root and f"{root}/checkpoints")
-    publish_uri = storage.publish_uri or (root and f"{root}/models")
-    answers_uri = storage.answers_uri or (root and f"{root}/answers")
-    return storage.model_copy(
-        update={"uri": None, "checkpoint_uri": checkpoint_uri, "publish_uri": publish_uri, "answers_uri": answers_uri}
-    )
 
 
 def require_checkpoints_for_budget(params: Params) -> None:
@@ -176,13 +160,9 @@ def _environment(cluster: ClusterConfig, stage: str) -> dict[str, str]:
     return variables | dict(cluster.environment)
 
 
-def _set_pod(task: Any, stage: str, cluster: ClusterConfig, profile: Profile, egress: Mapping[str, str]) -> None:
-    labels = {**TASK_LABELS, "kfp-rlhf/stage": stage.replace("_", "-"), **egress}
-    if stage in PROCESS_STAGES:
-        labels |= PROCESS_GROUP_LABELS
-    if profile.queue:
-        labels["kueue.x-k8s.io/queue-name"] = profile.queue
-    for key, value in (labels | profile.labels).items():
+def set_pod(task: Any, cluster: ClusterConfig, labels: Mapping[str, str]) -> None:
+    """Labels, pull policy and user of the pod of a task."""
+    for key, value in labels.items():
         kubernetes.add_pod_label(task, key, value)
     kubernetes.set_image_pull_policy(task, cluster.image_pull_policy)
     if cluster.image_pull_secrets:
@@ -192,6 +172,20 @@ def _set_pod(task: Any, stage: str, cluster: ClusterConfig, profile: Profile, eg
         kubernetes.set_security_context(task, run_as_user=user, run_as_group=user, run_as_non_root=user != 0)
 
 
+def labels_of(stage: str, egress: Mapping[str, str]) -> dict[str, str]:
+    """Labels of the pods of a stage, by which network policies select them."""
+    group = PROCESS_GROUP_LABELS if stage in PROCESS_STAGES else {}
+    return {**TASK_LABELS, **stage_label(stage), **egress, **group}
+
+
+def stage_label(stage: str) -> dict[str, str]:
+    return {"kfp-rlhf/stage": stage.replace("_", "-")}
+
+
+def queue_label(profile: Profile) -> dict[str, str]:
+    return {"kueue.x-k8s.io/queue-name": profile.queue} if profile.queue else {}
+
+
 def _tell_num_accelerators(task: Any, profile: Profile) -> None:
     """Through an annotation, because a local run sets the variables of a task too, and has other accelerators."""
     kubernetes.add_pod_annotation(task, NUM_ACCELERATORS_ANNOTATION, str(profile.num_accelerators))
@@ -199,7 +193,8 @@ def _tell_num_accelerators(task: Any, profile: Profile) -> None:
     kubernetes.use_field_path_as_env(task, env_name="RLHF_NUM_ACCELERATORS", field_path=path)
 
 
-def _set_resources(task: Any, profile: Profile) -> None:
+def set_resources(task: Any, profile: Profile) -> None:
+    """CPUs, memory, accelerators and /dev/shm of a task."""
     task.set_cpu_request(profile.cpu).set_cpu_limit(profile.cpu)
     task.set_memory_request(profile.pod_memory).set_memory_limit(profile.pod_memory)
     if profile.num_accelerators:
@@ -208,8 +203,8 @@ def _set_resources(task: Any, profile: Profile) -> None:
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=profile.shared_memory)
 
 
-def _set_retries(task: Any, cluster: ClusterConfig) -> None:
-    timeout = int(3600 * cluster.timeout_hours)
+def set_retries(task: Any, cluster: ClusterConfig, timeout: int) -> None:
+    """Time limit of one attempt in seconds, and retries."""
     kubernetes.set_timeout(task, timeout)
     retries = cluster.num_retries
     if retries:
@@ -227,50 +222,31 @@ def set_node(task: Any, stage: str, params: Params, inputs: Mapping[str, Any]) -
     if selector in inputs:
         kubernetes.add_node_selector_json(task, inputs[selector])
         kubernetes.add_toleration_json(task, inputs[tolerations])
-    else:
-        for key, value in profile.node_selector.items():
-            kubernetes.add_node_selector(task, key, value)
-        for toleration in profile.tolerations:
-            kubernetes.add_toleration(task, **toleration.model_dump())
+        profile = profile.model_copy(update={"node_selector": {}, "tolerations": ()})
+    place(task, profile)
+
+
+def place(task: Any, profile: Profile) -> None:
+    """Place a task on the nodes of a profile."""
+    for key, value in profile.node_selector.items():
+        kubernetes.add_node_selector(task, key, value)
+    for toleration in profile.tolerations:
+        kubernetes.add_toleration(task, **toleration.model_dump())
     for affinity in profile.node_affinity:
         expressions = [e.model_dump(mode="json") for e in affinity.match_expressions]
         kubernetes.add_node_affinity(task, match_expressions=expressions, weight=affinity.weight)
 
 
-def _set_secrets(task: Any, stage: str, params: Params, sources: list[str]) -> None:
-    secrets, storage = params.cluster.secrets, cluster_storage(params)
-    uris = [*sources]
-    if stage in (*TRAINING_STAGES, "notify"):  # notify deletes what is left of the checkpoints
-        uris += [storage.checkpoint_uri or ""]
-    if stage in TRAINING_STAGES:
-        uris += [storage.publish_uri or ""]
-    if stage in JUDGING_STAGES and params.endpoint_judges:
-        uris += [storage.answers_uri or ""]
-    if secrets.s3 and not storage.anonymous and any(uri.startswith("s3://") for uri in uris):
-        # Not optional: Kubernetes reports a pod whose Secret is missing, while the stage would only fail later.
-        _use_secret(task, secrets.s3, S3_KEYS, optional=False)
-        _use_secret(task, secrets.s3, S3_OPTIONAL_KEYS, optional=True)
-    if secrets.mlflow and params.tracking.enabled:
-        _use_secret(task, secrets.mlflow, MLFLOW_KEYS, optional=True)
-    if secrets.hf_token and any(is_on_hub(source) for source in sources):
-        _use_secret(task, secrets.hf_token, ("HF_TOKEN",), optional=True)
-    if secrets.judge and stage in JUDGING_STAGES:
-        variables = sorted({judge.api_key_variable for judge in params.endpoint_judges if judge.api_key_variable})
-        _use_secret(task, secrets.judge, tuple(variables), optional=True)
-    if secrets.webhook and stage == "notify":
-        keys = {"WEBHOOK_URL": "RLHF_WEBHOOK_URL"}  # WEBHOOK_URL may have another meaning on a laptop
-        kubernetes.use_secret_as_env(task, secret_name=secrets.webhook, secret_key_to_env=keys, optional=True)
+def set_secrets(task: Any, stage: str, params: Params, sources: list[str]) -> None:
+    """Give a task the Secrets of its stage as environment variables."""
+    for secret in secrets_of(stage, params, sources):
+        kubernetes.use_secret_as_env(
+            task, secret_name=secret.name, secret_key_to_env=dict(secret.variables), optional=secret.optional
+        )
 
 
-def _use_secret(task: Any, name: str, keys: tuple[str, ...], *, optional: bool) -> None:
-    if not keys:
-        return
-    kubernetes.use_secret_as_env(
-        task, secret_name=name, secret_key_to_env={key: key for key in keys}, optional=optional
-    )
-
-
-def _set_volumes(task: Any, stage: str, params: Params, profile: Profile, claim: "CheckpointClaim | None") -> None:
+def set_volumes(task: Any, stage: str, params: Params, profile: Profile, claim: "CheckpointClaim | None") -> None:
+    """Mount checkpoints, data and scratch."""
     cluster, checkpoints = params.cluster, cluster_storage(params).checkpoint_uri or ""
     if stage in TRAINING_STAGES and is_within(checkpoints, CHECKPOINT_PATH):
         kubernetes.mount_pvc(task, claim.name if claim else cluster.checkpoint_claim, CHECKPOINT_PATH)

@@ -45,7 +45,7 @@ def resolve_profiles(content: YamlDict) -> YamlDict:
     content = content | {"cluster": cluster | {"profiles": profiles}}
     for stage in PROCESS_STAGES:
         profile = profiles[stages.get(stage, used["cluster.default_profile"])]
-        _set_processes(content, stage, profile.get("num_accelerators", 0) if isinstance(profile, dict) else 0)
+        _set_processes(content, stage, _num_processes(profile) if isinstance(profile, dict) else 0)
     return content
 
 
@@ -74,10 +74,19 @@ def _hint(name: str, names: list[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else f"; profiles: {', '.join(sorted(set(names)))}."
 
 
-def _set_processes(content: YamlDict, stage: str, num_accelerators: Any) -> None:
-    """Set num_processes to the number of accelerators, unless the file sets it; validation then requires them to be equal."""
-    section, processes = content.get(stage) or {}, {"num_processes": num_accelerators}
-    if not num_accelerators or not isinstance(section, dict):
+def _num_processes(profile: YamlDict) -> int:
+    """One process per accelerator, and without accelerators one per node; 0 if that is the default, or left to validation."""
+    numbers = profile.get("num_nodes", 1), profile.get("num_accelerators", 0)
+    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
+        return 0
+    nodes, accelerators = numbers
+    return nodes * accelerators if accelerators else nodes if nodes > 1 else 0
+
+
+def _set_processes(content: YamlDict, stage: str, num_processes: int) -> None:
+    """Set num_processes to what follows from the profile, unless the file sets it; validation then requires them to be equal."""
+    section, processes = content.get(stage) or {}, {"num_processes": num_processes}
+    if not num_processes or not isinstance(section, dict):
         return
     if stage == "evaluation":
         content[stage] = processes | section

@@ -21,7 +21,7 @@ from components.rlhf.text.redaction import redact_output
 @TRACKING_OPTION
 @STORAGE_OPTION
 def main(status: str, settings: str, tracking: str, storage: str) -> None:
-    from components.notify.result import delete_checkpoints, finish_tracking, get_result
+    from components.notify.result import delete_checkpoints, delete_trainjobs, finish_tracking, get_result
     from components.notify.webhook import as_message, post
     from components.rlhf.tracking.mlflow import with_environment_uri
     from components.rlhf.tracking.parent import open_parent
@@ -37,6 +37,7 @@ def main(status: str, settings: str, tracking: str, storage: str) -> None:
     result = get_result(status, tracking_config, run_id, parent)
     message = as_message(config, result, mlflow_link=parent.link if parent else "")
     print(f"[notify] {message['text']}", flush=True)
+    delete_trainjobs(result)
     delete_checkpoints(storage_config, result)
     if finish_tracking(parent, result, params=config.params):
         print("[notify] announced by an earlier attempt", flush=True)

@@ -1,18 +1,21 @@
 """The result of a run, and what is done with it. Errors here are warnings and never fail a run."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from components.rlhf.checkpoints.run import delete_run
 from components.rlhf.config.storage import StorageConfig, TrackingConfig
+from components.rlhf.config.trainjob import NAMESPACE_VARIABLE
 from components.rlhf.storage.store import open_store
 from components.rlhf.text.errors import InputError
 from components.rlhf.tracking.mlflow import RUN_ID_TAG, connect
 from components.rlhf.tracking.mlflow import warn as warn_of_mlflow
 from components.rlhf.tracking.parent import Parent, StageResult
 
+OUTAGE_SECONDS = 60.0
 # The states of a run in kfp.local and in the cluster's metadata store.
 STATUS_OF_STATE = {
     "SUCCEEDED": "succeeded",
@@ -105,6 +108,23 @@ def delete_checkpoints(storage: StorageConfig, result: RunResult) -> None:
         delete_run(open_store(uri, storage), result.run_id)
     except (InputError, OSError) as error:
         warn(f"the checkpoints of this run could not be deleted ({error})")
+
+
+def delete_trainjobs(result: RunResult) -> None:
+    """On a cluster whose stages are TrainJobs, delete those that still run, as after a cancelled run, and all of a successful run."""
+    namespace = os.environ.get(NAMESPACE_VARIABLE)
+    if not namespace or not result.run_id:
+        return
+    from components.rlhf.trainjob.api import connect  # imports kubernetes
+    from components.rlhf.trainjob.jobs import delete_jobs_of_run
+
+    try:
+        api = connect(namespace, warn)
+        api.outage_seconds = OUTAGE_SECONDS
+        for name in delete_jobs_of_run(api, result.run_id, with_finished=result.status == "succeeded"):
+            print(f"[notify] deleted TrainJob {name}", flush=True)
+    except InputError as error:
+        warn(f"TrainJobs of this run could not be deleted ({error})")
 
 
 def warn(problem: str) -> None:

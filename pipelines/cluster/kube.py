@@ -6,7 +6,7 @@ from typing import Any
 
 from components.rlhf.config.params import Params
 from components.rlhf.text.errors import InputError
-from pipelines.placement import cluster_storage
+from pipelines.access import cluster_storage
 from pipelines.sources import is_on_hub, sources_of
 
 TIMEOUT_SECONDS = 5.0
@@ -76,6 +76,13 @@ def _required_objects(params: Params, core: Any) -> Iterator[tuple[str, str, Cal
             core.read_namespaced_service_account,
             "apply an overlay of manifests/, or correct cluster.service_account",
         )
+    if cluster.launcher == "trainjob":
+        yield (
+            "TrainingRuntime",
+            cluster.runtime,
+            _read_runtime(core),
+            "install Kubeflow Trainer 2.2 or newer and add manifests/components/trainjob to your overlay, or correct cluster.runtime",
+        )
     uris: list[str | None] = [*sources_of(params)]
     uris += [storage.checkpoint_uri, storage.publish_uri]
     uris += [storage.answers_uri] if params.endpoint_judges else []
@@ -93,6 +100,19 @@ def _required_objects(params: Params, core: Any) -> Iterator[tuple[str, str, Cal
     if cluster.checkpoint_claim and not (params.storage.checkpoint_uri or "").startswith("s3://"):
         advice = "create it, correct cluster.checkpoint_claim, or set storage.checkpoint_uri to s3://..."
         yield "PersistentVolumeClaim", cluster.checkpoint_claim, _read_shared_claim(core), advice
+
+
+def _read_runtime(core: Any) -> Callable[..., Any]:
+    from kubernetes import client
+
+    custom = client.CustomObjectsApi(core.api_client)
+
+    def read(name: str, namespace: str, **options: Any) -> Any:
+        return custom.get_namespaced_custom_object(
+            "trainer.kubeflow.org", "v1alpha1", namespace, "trainingruntimes", name, **options
+        )
+
+    return read
 
 
 def _read_shared_claim(core: Any) -> Callable[..., Any]:

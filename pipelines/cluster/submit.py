@@ -13,13 +13,14 @@ from urllib3.exceptions import HTTPError
 
 from components.rlhf.config.params import Params
 from components.rlhf.text.errors import InputError
+from pipelines.access import CHECKPOINT_PATH, cluster_storage
 from pipelines.cluster import versions
 from pipelines.cluster.kube import check_cluster
 from pipelines.cluster.pods import PendingPods
 from pipelines.cluster.server import Server, ServerAccess, connect, translate_api_errors
 from pipelines.cluster.upload import is_on_mounted_volume, plan_upload, upload
 from pipelines.compile import compile_pipeline
-from pipelines.placement import CHECKPOINT_PATH, cluster_storage, require_checkpoints_for_budget, require_digests
+from pipelines.placement import require_checkpoints_for_budget, require_digests
 from pipelines.preflight import check_inputs
 from pipelines.sources import is_within
 

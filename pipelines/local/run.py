@@ -90,8 +90,8 @@ def resume_pipeline(run: Path, *, console: Console, overrides: Sequence[str] = (
 def _execute(params: Params, run: Path, tracking: TrackingConfig, run_id: str, console: Console) -> dict[str, Any]:
     """Compile the pipeline into the run directory, run the stages that have not finished, and write the summary."""
     console.print(f"Run directory: {run}", soft_wrap=True)
-    # A local run reports a failure immediately, without retries, and keeps its checkpoints in a folder.
-    cluster = params.cluster.model_copy(update={"num_retries": 0, "checkpoint_volume": None})
+    # A local run reports a failure immediately, without retries, keeps its checkpoints in a folder, and starts all processes itself.
+    cluster = params.cluster.model_copy(update={"num_retries": 0, "checkpoint_volume": None, "launcher": "local"})
     package = compile_pipeline(params.model_copy(update={"cluster": cluster}), run / "pipeline.yaml")
     display = Display(console)
     local_run = LocalRun(

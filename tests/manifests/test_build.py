@@ -11,7 +11,9 @@ import yaml
 
 from tests.support.overlays import BUILDS, KUBECTL, ROOT, Object, build, containers, objects, of_kind, pods
 
-KUEUE = yaml.safe_load((ROOT / "tests" / "manifests" / "kueue_schema.yaml").read_text())
+KUEUE, TRAINER = (
+    yaml.safe_load((ROOT / "tests" / "manifests" / f"{name}_schema.yaml").read_text()) for name in ("kueue", "trainer")
+)
 # Created by Kubeflow Pipelines, Kubernetes (DNS) and the profile controller.
 EXTERNAL_NAMESPACES = {"kubeflow", "kube-system", "rlhf-team"}
 EXTERNAL_OBJECTS = {("ConfigMap", "kfp-launcher"), ("Secret", "mlpipeline-minio-artifact")}
@@ -26,6 +28,17 @@ def assert_valid(item: Object) -> None:
     """Validate strictly against the newest installed schema; a kind without a schema is an error."""
     if item["apiVersion"].startswith("kueue.x-k8s.io/"):
         jsonschema.validate(item, KUEUE[item["kind"]])
+    elif item["apiVersion"].startswith("trainer.kubeflow.org/"):
+        jsonschema.validate(item, TRAINER[item["kind"]])
+        for job in item["spec"]["template"]["spec"]["replicatedJobs"]:
+            assert_valid(
+                {
+                    "apiVersion": "batch/v1",
+                    "kind": "Job",
+                    "metadata": {"name": job["name"]},
+                    "spec": job["template"]["spec"],
+                }
+            )
     else:
         kubernetes_validate.validate(item, kubernetes_validate.latest_version(), strict=True)
 

@@ -278,4 +278,5 @@ def test_namespace_of_runs_gets_only_allowed_kinds(name: str) -> None:
     extra = (
         {"ResourceQuota", "LimitRange"} if name == "multi-user" else set()
     )  # a profile namespace has no other tenants
-    assert kinds <= allowed | extra | ({"LocalQueue"} if "kueue" in name else set())
+    components = {"kueue": {"LocalQueue"}, "trainjob": {"TrainingRuntime"}}
+    assert kinds <= allowed | extra | components.get(name.partition("+")[2], set())

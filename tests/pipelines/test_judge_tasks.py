@@ -10,10 +10,10 @@ import pytest
 
 from components.rlhf.config.judge import JudgeStageConfig, as_list
 from components.rlhf.config.reward_model import RewardModelStageConfig
+from pipelines.access import cluster_storage
 from pipelines.cluster.submit import notes_on
 from pipelines.cluster.upload import local_sources, plan_upload
 from pipelines.compile import ROOT
-from pipelines.placement import cluster_storage
 from pipelines.settings import judge_reward_model_settings, load_params
 from pipelines.sources import model_sources, sources_of
 from tests.support.compiled_pipelines import CompiledPipeline

@@ -512,7 +512,7 @@ def check_task(
             "cluster.profiles={a: {tolerations: [{key: x, value: y}]}}",
             "a toleration with a value needs the operator Equal",
         ),
-        ("cluster.launcher=trainjob", "cluster.launcher is 'trainjob': input should be 'local'."),
+        ("cluster.launcher=torchrun", "cluster.launcher is 'torchrun': input should be 'local' or 'trainjob'."),
         ("cluster.claims={data: x}", "cluster.claims: data is not a path that a volume can be mounted at"),
         ("cluster.image=x", "cluster.image is not a parameter; did you mean cluster.images?"),
     ],

@@ -14,7 +14,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 KUBECTL = Path(sys.executable).with_name("kubectl")
 OVERLAYS = sorted(path.name for path in (ROOT / "manifests" / "overlays").iterdir() if path.is_dir())
-BUILDS = [*OVERLAYS, *(f"standalone+{name}" for name in ("kueue", "checkpoint-claim", "run-claims"))]
+BUILDS = [*OVERLAYS, *(f"standalone+{name}" for name in ("kueue", "checkpoint-claim", "run-claims", "trainjob"))]
 Object = dict[str, Any]
 
 

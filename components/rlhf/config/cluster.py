@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from components.rlhf.config.base import BaseConfig, Count, NonNegative, Positive
+from components.rlhf.config.base import BaseConfig, Count, NonNegative, Positive, PositiveInt
 from components.rlhf.text.credentials import is_secret_name
 
 STAGES = ("import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation", "register", "notify")
@@ -103,7 +103,9 @@ class Profile(BaseConfig):
     price_per_hour: NonNegative | None = None
     """Price of one pod of this profile per hour, in any currency; null is unknown."""
     num_accelerators: Count = 0
-    """Number of accelerators, all on one node."""
+    """Number of accelerators of each node."""
+    num_nodes: PositiveInt = 1
+    """Number of nodes of sft, reward_model and ppo, each with these resources; more than one needs cluster.launcher trainjob."""
     cpu: Cpu = "2"
     """CPU request and limit."""
     memory: Memory = "8Gi"
@@ -167,8 +169,10 @@ class Secrets(BaseConfig):
 class ClusterConfig(BaseConfig):
     """Settings of runs on a cluster; of these, local runs use only environment, budget and prices."""
 
-    launcher: Literal["local"] = "local"
-    """local: a stage starts its processes itself, on one node."""
+    launcher: Literal["local", "trainjob"] = "local"
+    """local: a stage starts its processes itself, on one node; trainjob: sft, reward_model and ppo are TrainJobs of Kubeflow Trainer."""
+    runtime: str = "rlhf"
+    """TrainingRuntime of the TrainJobs, in the namespace of the runs (manifests/components/trainjob)."""
     stages: dict[str, str] = Field(default_factory=dict)
     """Profile of each stage that does not use default_profile: {ppo: gpu-80gb}."""
     default_profile: str = "cpu"
@@ -246,12 +250,34 @@ class ClusterConfig(BaseConfig):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _require_launcher_for_nodes(self) -> "ClusterConfig":
+        for stage in STAGES:
+            name, num = self.stages.get(stage, self.default_profile), self.profile(stage).num_nodes
+            if num > 1 and stage not in TRAINING_STAGES:
+                raise ValueError(
+                    f"the stage {stage} has the profile {name} with num_nodes {num}, but only {', '.join(TRAINING_STAGES)} run on "
+                    f"several nodes; set stages.{stage} to a profile with one node"
+                )
+            if num > 1 and self.launcher == "local":
+                raise ValueError(
+                    f"the profile {name} of {stage} has num_nodes {num}, but launcher is local, which starts processes on one node; "
+                    "set launcher to trainjob"
+                )
+        return self
+
     def profile(self, stage: str) -> Profile:
         """The profile of a stage."""
         return self.profiles[self.stages.get(stage, self.default_profile)]
 
+    def launches(self, stage: str) -> bool:
+        """Whether the task of a stage starts its pods as a TrainJob, and only waits for it."""
+        return self.launcher == "trainjob" and stage in TRAINING_STAGES
+
     def num_accelerators(self, stage: str) -> int:
-        return self.profile(stage).num_accelerators
+        """The number of accelerators of a stage, on all its nodes."""
+        profile = self.profile(stage)
+        return profile.num_nodes * profile.num_accelerators
 
 
 def bytes_of(quantity: str) -> int:

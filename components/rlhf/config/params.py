@@ -87,12 +87,19 @@ class Params(BaseConfig):
     def _require_one_process_per_accelerator(self) -> "Params":
         for stage in PROCESS_STAGES:
             section, num = getattr(self, stage), self.cluster.num_accelerators(stage)
-            key, section = (f"{stage}.training", section.training) if stage != "evaluation" else (stage, section)
             is_imported = stage == "sft" and self.sft.use is not None
-            if num and section.num_processes != num and not is_imported:
-                profile = self.cluster.stages.get(stage, self.cluster.default_profile)
+            if is_imported:
+                continue
+            key, section = (f"{stage}.training", section.training) if stage != "evaluation" else (stage, section)
+            profile, number = self.cluster.stages.get(stage, self.cluster.default_profile), section.num_processes
+            if num and number != num:
                 raise ValueError(
-                    f"{key}.num_processes is {section.num_processes}, and the profile {profile} has {num} accelerators; "
+                    f"{key}.num_processes is {number}, and the profile {profile} has {num} accelerators; remove num_processes"
+                )
+            nodes = self.cluster.profile(stage).num_nodes
+            if number % nodes:
+                raise ValueError(
+                    f"{key}.num_processes is {number}, which is no multiple of the {nodes} nodes of the profile {profile}; "
                     "remove num_processes"
                 )
         return self

@@ -1,6 +1,6 @@
 """The frame of every stage program: options, tracking, errors, KFP's executor protocol, processes and memory.
 
-Imports: artifacts, checkpoints, config, data, engine, storage, text, tracking.
+Imports: artifacts, checkpoints, config, data, engine, storage, text, tracking, trainjob.
 Packages: click, pydantic.
 Packages of accelerators.py: torch.
 Packages of job.py: torch.

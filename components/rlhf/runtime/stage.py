@@ -25,6 +25,7 @@ from components.rlhf.config.params import explain_validation_error
 from components.rlhf.config.processes import Processes
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
 from components.rlhf.runtime.accelerators import require_accelerators
+from components.rlhf.runtime.elsewhere import errors_as_lines, launch_stage, start_stage_worker
 from components.rlhf.runtime.executor import MODEL_URI, PUBLISHED_URI, output_uri, write_executor_output
 from components.rlhf.runtime.memory import collect_old_objects_rarely, keep_freed_memory
 from components.rlhf.runtime.nodes import STARTED, launch_processes
@@ -37,6 +38,7 @@ from components.rlhf.text.progress import Progress
 from components.rlhf.text.redaction import redact, redact_output
 from components.rlhf.tracking.mlflow import MANUAL_RUN_ID, Tracker, start_tracking, with_environment_uri
 from components.rlhf.tracking.process import start_tracking_process
+from components.rlhf.trainjob.worker import is_launcher, is_worker
 
 if TYPE_CHECKING:  # register and notify run where torch is not installed
     from components.rlhf.checkpoints.spend import Ledger
@@ -228,18 +230,41 @@ def stage_program(
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
-        def command(settings: str, tracking: str, storage: str, executor_input: str, **paths: Path | None) -> None:
+        def command(settings: str, tracking: str, storage: str, executor_input: str, **paths: str | None) -> None:
             succeed = end_before_finalization(function.__module__)
+            if is_launcher():
+                with errors_as_lines():
+                    text = settings_text(settings)
+                    launch_stage(
+                        name,
+                        parse_config(config_class, text),
+                        os.environ.get(RUN_ID, MANUAL_RUN_ID),
+                        settings=text,
+                        tracking=tracking,
+                        storage=storage,
+                        executor_input=executor_input,
+                        paths=paths,
+                        writes=writes,
+                    )
+                succeed()
+                return
+            worker = start_stage_worker(paths, writes, storage, executor_input) if is_worker() else None
             with stage_run(
-                name, config_class, settings, tracking, storage, executor_input, uses_mlflow=uses_mlflow
+                name,
+                config_class,
+                settings,
+                tracking,
+                storage,
+                worker.executor_input if worker else executor_input,
+                uses_mlflow=uses_mlflow,
+                deliver=worker.deliver if worker else None,
             ) as run:
-                function(run, **paths)
+                local = {key: Path(value) if value is not None else None for key, value in paths.items()}
+                function(run, **(worker.paths if worker else local))
             succeed()
 
         options = [
-            click.option(
-                f"--{path.replace('_', '-')}", type=click.Path(path_type=Path), required=path not in may_read, help=text
-            )
+            click.option(f"--{path.replace('_', '-')}", type=click.Path(), required=path not in may_read, help=text)
             for path, text in {**reads, **may_read, **writes}.items()
         ]
         for option in reversed([*options, *STAGE_OPTIONS]):
@@ -275,8 +300,12 @@ def stage_run(
     executor_input: str = "",
     *,
     uses_mlflow: bool = False,
+    deliver: Callable[[], None] | None = None,
 ) -> Iterator[StageRun[Config]]:
-    """Run the body of a stage. An InputError is printed as one line, with exit code 1; other errors keep their traceback."""
+    """Run the body of a stage. An InputError is printed as one line, with exit code 1; other errors keep their traceback.
+
+    deliver copies the complete outputs elsewhere, before checkpoints are deleted; rank 0 calls it.
+    """
     started = time.monotonic()
     run: StageRun[Config] | None = None
     redact_output()
@@ -290,7 +319,7 @@ def stage_run(
     stop = StopSignal()
     stop.install()
     try:
-        text = settings if settings.lstrip().startswith("{") else _read(settings)
+        text = settings_text(settings)
         config = parse_config(config_class, text)
         require_accelerators()
         require_writable_tmpdir()
@@ -313,6 +342,8 @@ def stage_run(
         yield run
         if executor_input and rank() == 0:
             write_executor_output(executor_input, run.outputs)
+        if deliver and rank() == 0:
+            deliver()
         for call in run.on_success:
             try:
                 call()
@@ -361,6 +392,11 @@ def parse_config(config_class: type[Config], text: str) -> Config:
         return config_class.from_json(text)
     except ValidationError as error:
         raise InputError(f"Settings: {explain_validation_error(error, config_class)}") from None
+
+
+def settings_text(settings: str) -> str:
+    """The JSON text of --settings, which is the text or the path of a file. Raises InputError."""
+    return settings if settings.lstrip().startswith("{") else _read(settings)
 
 
 def _read(path: str) -> str:

@@ -434,7 +434,7 @@ class KubernetesApi:
             if path.rpartition("/")[2] in self.forbidden:
                 raise HttpError(403, "forbidden")
             return self.answer(path, unquote(query))
-        name = url.removeprefix("/api/v1/namespaces/kubeflow").strip("/")
+        name = re.sub("^/(api/v1|apis/[^/]+/v1alpha1)/namespaces/kubeflow", "", url).strip("/")
         self.requested.append(name)
         if name in self.forbidden:
             raise HttpError(403, "forbidden")
@@ -485,6 +485,16 @@ def test_missing_objects_are_reported_before_anything_is_created(
     assert "PersistentVolumeClaim shared does not exist" in error_of(submit(*SHARED_CLAIM))
     assert "Secret rlhf-s3 does not exist" in error_of(submit(*S3))
     assert "Secret registry does not exist" in error_of(submit("--set", "cluster.image_pull_secrets=[registry]"))
+    assert api.num_created == 0
+
+
+def test_runtime_of_trainjobs_must_exist(api: KfpApi, submit: Submit, cluster: KubernetesApi) -> None:
+    launcher = ("--set", "cluster.launcher=trainjob", *SHARED_CLAIM)
+    message = error_of(submit(*launcher))
+    assert "TrainingRuntime rlhf does not exist in namespace kubeflow" in message
+    assert "install Kubeflow Trainer 2.2 or newer and add manifests/components/trainjob" in message
+    cluster.existing.add("trainingruntimes/rlhf")
+    assert submit("--dry-run", *launcher).returncode == 0
     assert api.num_created == 0
 
 

@@ -54,7 +54,7 @@ def test_first_steps_are_bitwise_those_of_models_that_are_loaded_whole(tiny_mode
     run(*TWO, "-m", "tests.support.loading_ranks", "steps", "fp32", tiny_model, tmp_path)
     for rank in range(2):
         same = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert len(same) == 6
+        assert len(same) == 4
         assert all(same.values()), same
 
 
@@ -78,7 +78,7 @@ def test_loading_takes_at_most_the_shards_and_one_tensor(models: Path, tmp_path:
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         bound = found["shard"] + found["largest"] + CONSTANT
-        assert bound < 0.8 * found["model"]
+        assert bound < 0.9 * found["model"]
         assert found["loading"] <= bound, found
         if kind == "model":
             # Gloo, which replaces NCCL on CPUs, copies a tensor that it gathers up to twice and a half.
