@@ -7,6 +7,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import components.evaluation.compare as compare_module
@@ -54,10 +55,18 @@ def make_models(folder: Path, *, tied: bool = True) -> dict[str, Path]:
     if not folder.exists():
         for seed, name in enumerate(("sft_model", "policy")):
             make_tiny_model(paths[name], seed=seed, hidden_size=128, tied=tied)
+        scale_norm(paths["policy"] / "model.safetensors")
         reward = load_scalar_lm(paths["policy"], num_frozen_layers=0, dtype=FP32, seed=1)
         reward.config.reward_mean, reward.config.reward_std = 0.5, 0.01
         save_model(reward, AutoTokenizer.from_pretrained(paths["policy"]), paths["reward_model"], dtype=FP32)
     return paths
+
+
+def scale_norm(file: Path) -> None:
+    """Norms of random models are all 1; that of a trained policy differs from the SFT model's."""
+    weights = load_file(file)
+    weights["model.norm.weight"] *= 1.25
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def config_of(*, rollout: EngineConfig | None = None, frozen: int = 0, **changes: Any) -> EvaluationStageConfig:

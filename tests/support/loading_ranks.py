@@ -101,7 +101,7 @@ def measure_ppo(sft: Path, reward: Path, dtype: torch.dtype, group: Group) -> di
         rollout={"engine": "vllm"},
         training={"engine": "deepspeed", "zero_stage": 3, "num_processes": group.world_size},
     )
-    without_rollouts = mock.patch("components.ppo.models._rollout_engine")  # an engine has a copy of its own
+    without_rollouts = mock.patch("components.ppo.models.create_rollout_engine")  # an engine has a copy of its own
     with without_rollouts, Peak.watched() as loading:
         models, _ = load_models(config, sft, reward, dtype=dtype, prompts=[], group=group)
     modules = [models.actor, models.reference, models.critic, models.reward_model]

@@ -196,6 +196,7 @@ class VllmRolloutEngine:
             # vLLM's own shutdown, which would also run on garbage collection, destroys the process group even if the
             # trainer created it; so shut down the parts instead.
             if self._llm is not None:
+                self._llm.apply_model(_free_weights)
                 client = self._llm.llm_engine.engine_core
                 client._finalizer.detach()
                 client.engine_core.structured_output_manager.clear_backend()
@@ -289,6 +290,12 @@ def _sample_weights(model: torch.nn.Module) -> dict[str, WeightSample]:
         for name, weight in model.named_parameters()
         if weight.dim() == 1 or name in embeddings
     }
+
+
+def _free_weights(model: torch.nn.Module) -> None:
+    """Free all weights: after a reload, vLLM keeps references to them for the next one, also when the engine is gone."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.new_empty(0)
 
 
 def _pack_heads(model: torch.nn.Module) -> None:
