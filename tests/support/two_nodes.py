@@ -51,9 +51,16 @@ class Node:
 
     def popen(self, command: Sequence[str], *, log: IO[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
         start = [*NAMESPACES, "sh", "-c", START, "sh", self.name, str(self.folder), *command]
-        process = subprocess.Popen(
-            ["ip", "netns", "exec", self.network, *start], env=dict(env), stdout=log, stderr=log, text=True, cwd=ROOT
-        )
+        enter = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "ip",
+            "netns",
+            "exec",
+            self.network,
+        ]  # killed with this process, however it ends
+        process = subprocess.Popen([*enter, *start], env=dict(env), stdout=log, stderr=log, text=True, cwd=ROOT)
         self.processes.append(process)
         return process
 
