@@ -339,3 +339,39 @@ def test_failed_shard_fails_the_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="another rank could not write its shards: disk full"):
         files.write_checkpoint(store, "k/step-00000001-00000000", files.Shards(0, 2, {}), "{}")
     assert not files.is_complete(store, "k/step-00000001-00000000")
+
+
+class Remote:
+    """A store whose files must be downloaded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store, self.uri = FolderStore(folder), "s3://bucket"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+
+class SecondNode(SingleProcess):
+    """Rank 1, alone on another node than rank 0, whose temporary folder does not exist here."""
+
+    rank, world_size = 1, 2
+
+    def __init__(self, store: Remote) -> None:
+        self.store = store
+
+    def gather(self, items: Any) -> list[Any]:
+        if not items:  # rank 0 lists the checkpoints
+            return files.list_checkpoints(self.store, "ppo/x")  # type: ignore[arg-type]
+        return [(0, "/folder/of/rank/0") if isinstance(items[0], tuple) else items[0], *items]
+
+
+def test_each_node_downloads_to_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store: Any = Remote(tmp_path)
+    first = CheckpointManager(store, "ppo/x", CheckpointConfig(every_minutes=0))
+    first.save(7, {"actor": Counter(42)}, {"kl_coef": 0.5})
+    first.wait()
+    monkeypatch.setenv("GROUP_RANK", "1")
+    engine, group = Counter(), SecondNode(store)
+    state = CheckpointManager(store, "ppo/x", CheckpointConfig(), group).restore({"actor": engine})
+    assert state == {"step": 7, "kl_coef": 0.5} and engine.number.item() == 42
+    assert not Path("/folder").exists()
