@@ -48,6 +48,7 @@ def main(
     else:
         inputs |= open_inputs(base_model=base_model, sft_model=sft_model)
     with join_process_group(timeout_minutes=config.training.timeout_minutes) as group:
+        run.require_agreement(group, *inputs.values())
         responses = sample_responses(run.config, sft_model, load_records(prompts, "train", Prompt), group)
         texts = dict(pairs=heldout, responses=responses, max_tokens=max_tokens)
         if config.use:
