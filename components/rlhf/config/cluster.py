@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from components.rlhf.config.base import BaseConfig, Count, Positive
+from components.rlhf.config.base import BaseConfig, Count, NonNegative, Positive
 from components.rlhf.text.credentials import is_secret_name
 
 STAGES = ("import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation", "register", "notify")
@@ -101,6 +101,10 @@ class Profile(BaseConfig):
     """Resource name of the accelerators."""
     num_accelerators: Count = 0
     """Number of accelerators, all on one node."""
+    gpu_memory: Memory | None = None
+    """Memory of one accelerator, which plans are compared with; null is unknown."""
+    price_per_hour: NonNegative | None = None
+    """Price of one pod of this profile for an hour, in any currency, for plans; null is unknown."""
     cpu: Cpu = "2"
     """CPU request and limit."""
     memory: Memory = "8Gi"
@@ -171,6 +175,8 @@ class ClusterConfig(BaseConfig):
     default_profile: str = "cpu"
     """Profile of all other stages."""
     profiles: dict[str, Profile] = Field(default_factory=lambda: {"cpu": Profile()}, validate_default=True)
+    check_memory: bool = True
+    """Refuse a run of which a stage cannot fit into its profile, or into this machine, by the arithmetic of kfp-rlhf plan."""
     images: Images = Images()
     require_digests: bool = False
     """Reject images without @sha256 digest."""

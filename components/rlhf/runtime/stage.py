@@ -25,6 +25,7 @@ from components.rlhf.config.params import explain_validation_error
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
 from components.rlhf.runtime.accelerators import require_accelerators
 from components.rlhf.runtime.executor import MODEL_URI, PUBLISHED_URI, output_uri, write_executor_output
+from components.rlhf.runtime.measured import StageMemory, plan_here, sentence
 from components.rlhf.runtime.memory import collect_old_objects_rarely, keep_freed_memory
 from components.rlhf.runtime.process import die_with_parent, end_before_finalization
 from components.rlhf.runtime.termination import message_of, write_termination_message
@@ -37,6 +38,7 @@ from components.rlhf.tracking.mlflow import MANUAL_RUN_ID, Tracker, start_tracki
 from components.rlhf.tracking.process import start_tracking_process
 
 if TYPE_CHECKING:  # register and notify run where torch is not installed
+    from components.rlhf.checkpoints.manager import CheckpointManager
     from components.rlhf.engine.protocol import Group
     from components.rlhf.runtime.training import TrainingContext
 
@@ -66,6 +68,25 @@ class StageRun(Generic[Config]):
     stop: StopSignal = field(default_factory=StopSignal)
     outputs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)  # output -> metadata
     on_success: list[Callable[[], None]] = field(default_factory=list)  # called after the outputs have been reported
+    memory: StageMemory = field(default_factory=StageMemory)
+    checkpoints: "CheckpointManager | None" = None
+    group: "Group | None" = None  # of a training stage
+    program: str = ""  # the stage whose program this is; another name may be that of a second task of it
+    paths: Mapping[str, Path] = field(default_factory=dict)  # of inputs and outputs
+    measurements: Mapping[str, float] = field(default_factory=dict)  # of the last artifact that was written
+
+    def plan_memory(self) -> None:
+        """Plan what each process holds, for a comparison. A stage does not fail if its plan cannot be made."""
+        if self.memory.plan is None:
+            saves = self.storage.checkpoint_uri is not None
+            try:
+                self.memory.plan = plan_here(self.program, self.config, self.paths, checkpoints=saves)
+            except Exception as error:  # whatever the planner cannot read
+                self.progress.log(f"memory is not planned ({error})")
+
+    def memory_of(self, inputs: Mapping[str, Manifest]) -> dict[str, Mapping[str, float]]:
+        """Memory of the stages that wrote the inputs, by role, and of this one."""
+        return {role: manifest.measurements for role, manifest in inputs.items()} | {self.name: self.measurements}
 
     def training_context(self, config: CheckpointConfig, group: "Group", *inputs: Manifest) -> "TrainingContext":
         """What a trainer works with. Its checkpoints are those of this stage for these inputs.
@@ -84,6 +105,8 @@ class StageRun(Generic[Config]):
         if store and group.rank == 0:
             mark_run(store, self.run_id)
         checkpoints = CheckpointManager(store, key, config, group, self.progress.log, self.stop)
+        self.checkpoints, self.group = checkpoints, group
+        self.plan_memory()
         self.on_success.append(checkpoints.delete_all)
         if store and group.rank == 0:
             self.on_success.append(lambda: delete_run_if_empty(store, self.run_id))
@@ -112,9 +135,14 @@ class StageRun(Generic[Config]):
         """
         if rank() > 0:
             deque(streamed, maxlen=0)  # keeps none of it
+            self.memory.observe(self.group)
             return
+        self.plan_memory()
         with atomic_directory(path) as folder:
             fill(folder)
+            self.memory.observe(self.group)
+            saved = self.checkpoints is not None and self.checkpoints.num_saves > 0
+            self.measurements = self.memory.numbers(saved=saved)
             manifest = write_manifest(
                 folder,
                 kind=kind,
@@ -123,7 +151,11 @@ class StageRun(Generic[Config]):
                 tokenizer_digest=tokenizer_of.tokenizer_digest if tokenizer_of else "",
                 chat_template_digest=tokenizer_of.chat_template_digest if tokenizer_of else "",
                 facts=facts,
+                measurements=self.measurements,
             )
+        if self.memory.plan is not None:
+            self.progress.log(sentence(self.measurements))
+            self.tracker.log(self.measurements, step=0)
         self.report_output(output, manifest)
         if kind.endswith("_model"):
             self._publish(output, path)
@@ -188,6 +220,7 @@ def stage_program(
             with stage_run(
                 name, config_class, settings, tracking, storage, executor_input, uses_mlflow=uses_mlflow
             ) as run:
+                run.program, run.paths = name, {key: path for key, path in paths.items() if path is not None}
                 function(run, **paths)
             succeed()
 
