@@ -65,14 +65,14 @@ SETUPS = (
     Setup(
         name="70B", params=LLAMA, shape="llama-3.1-70b", nodes=(2, 4, 8, 32, 128),
         overrides=(
-            *LARGE, "cluster.profiles.huge={memory: 544Gi}", "ppo.rollout.vllm.tensor_parallel_size=8",
+            *LARGE, "cluster.profiles.huge={memory: 448Gi}", "ppo.rollout.vllm.tensor_parallel_size=8",
             "ppo.rollout.vllm.gpu_memory_utilization=0.4",
         ),
     ),
     Setup(
         name="405B", params=LLAMA, shape="llama-3.1-405b", nodes=(16, 32, 64, 128),
         overrides=(
-            *LARGE, *H200, "cluster.profiles.huge={memory: 3100Gi}", "ppo.rollout.vllm.tensor_parallel_size=8",
+            *LARGE, *H200, "cluster.profiles.huge={memory: 2400Gi}", "ppo.rollout.vllm.tensor_parallel_size=8",
             "ppo.rollout.vllm.gpu_memory_utilization=0.8", "cluster.profiles.gke-gpu-8x141gb={memory: 1800Gi}",
         ),
     ),

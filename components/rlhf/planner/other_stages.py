@@ -18,12 +18,15 @@ MICROBATCH_TOKENS = 4096  # evaluation/compare.py and rewards/judges.py
 
 
 def plan_import(source: str, shape: ModelShape, job: Job) -> StagePlan:
-    """The model in fp32, and while it is saved its weights in their stored precision, twice; from a GGUF file another fp32 copy."""
+    """The model in fp32 beside the pages of the files that it is read from; of a GGUF file another fp32 copy."""
     main = {"libraries": libraries(_on_cpu(job), None).main["libraries"], "weights": 4 * shape.total}
-    copies = {"weights to save": 4 * shape.total}
-    phases = [Phase(name="export", device={}, main=main | copies)]
+    read = {"files": shape.stored_bytes or 2 * shape.total}
     if source.startswith(PREFIX):
-        phases.append(Phase(name="load", device={}, main=main | {"dequantized weights": 4 * shape.total}))
+        read = {"dequantized weights": 4 * shape.total}
+    phases = [
+        Phase(name="load", device={}, main=main | read),
+        Phase(name="export", device={}, main=main | {"a tensor": 6 * shape.largest}),
+    ]
     return StagePlan(stage="import_model", num_processes=1, on_gpu=False, phases=tuple(phases), beside=beside(1))
 
 
