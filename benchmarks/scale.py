@@ -7,6 +7,7 @@ Nothing runs and no model is needed: shapes are in docs/shapes.
 """
 
 import argparse
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ class Setup:
             f"--nodes {nodes}",
             "--records 100000,100000",
         ]
-        return " ".join([*parts, *(f"--set {override}" for override in self.overrides)])
+        return " ".join([*parts, *(f"--set {shlex.quote(override)}" for override in self.overrides)])
 
     def plan(self, nodes: int) -> RunPlan:
         params = on_nodes(load_params(ROOT / self.params, self.overrides), nodes)

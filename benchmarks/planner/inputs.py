@@ -9,7 +9,8 @@ from benchmarks.planner.cases import MAX_TOKENS, PROMPT_TOKENS, config_of
 from components.rlhf.artifacts.manifest import write_manifest
 from components.rlhf.data.datasets import save_dataset
 from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, Turn
-from components.rlhf.models.loading import load_scalar_lm, save_model
+from components.rlhf.models.loading import load_scalar_lm
+from components.rlhf.models.saving import save_model
 from tests.support.tiny_model import make_tiny_tokenizer
 
 
