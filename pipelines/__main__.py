@@ -205,6 +205,93 @@ def budget_command(folder: str, amount: float) -> None:
     click.echo(f"the budget of {run_folder} is {amount:g}; {spent:.2f} has been spent")
 
 
+@cli.command("plan")
+@PARAMS_ARGUMENT
+@SET_OPTION
+@click.option(
+    "--shape",
+    metavar="PATH",
+    help="Model folder, or a config.json alone, in place of model.source, such as for a model that cannot be reached.",
+)
+@click.option(
+    "--nodes",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Plan sft, reward_model and ppo on this many nodes of their profile.",
+)
+@click.option(
+    "--measured",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="RUN",
+    help="Run directory whose measured times replace the estimates.",
+)
+@click.option(
+    "--records",
+    metavar="N,M",
+    default="0,0",
+    help="Number of demonstrations and of preference pairs, for times where max_steps is 0.",
+)
+@click.option(
+    "--mtbf-hours",
+    type=click.FloatRange(min=0.1),
+    default=3000.0,
+    show_default=True,
+    help="Hours until a node is lost.",
+)
+@click.option(
+    "--store-mb",
+    type=click.FloatRange(min=0.1),
+    default=300.0,
+    show_default=True,
+    help="MB/s that a node writes to the checkpoint store.",
+)
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Also write the plan as JSON."
+)
+@click.option("--markdown", is_flag=True, help="Print Markdown.")
+def plan_command(
+    params_file: Path,
+    overrides: tuple[str, ...],
+    shape: str | None,
+    nodes: int,
+    measured: Path | None,
+    records: str,
+    mtbf_hours: float,
+    store_mb: float,
+    json_file: Path | None,
+    *,
+    markdown: bool,
+) -> None:
+    """Show the memory, time and price of a run before it starts, and what to turn where a stage does not fit.
+
+    Of the model only its config and the headers of its files are read. docs/scale.md explains the arithmetic.
+    """
+    from rich.console import Console
+
+    from pipelines.plan import Options, make_plan, on_nodes, parse_records
+    from pipelines.plan_tables import as_json, as_markdown, print_plan
+    from pipelines.settings import load_params
+
+    params = on_nodes(load_params(params_file, overrides), nodes)
+    plan = make_plan(
+        params,
+        Options(
+            shape=shape,
+            measured=measured,
+            records=parse_records(records),
+            mtbf_hours=mtbf_hours,
+            megabytes_per_second=store_mb,
+        ),
+    )
+    if json_file:
+        json_file.write_text(as_json(plan), encoding="utf-8")
+    if markdown:
+        click.echo(as_markdown(plan), nl=False)
+    else:
+        print_plan(plan, Console(file=sys.stdout))
+    sys.exit(1 if any(verdict.text == "does not fit" for verdict in plan.verdicts.values()) else 0)
+
+
 @cli.command("check-model")
 @click.argument("path", metavar="PATH", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option(

@@ -63,7 +63,7 @@ def main(
         parents=inputs,
         facts={**numbers, "decision": verdict.decision, "reason": verdict.reason},
     )
-    page = as_html(comparison, judges, numbers, verdict, training, seed=config.seed)
+    page = as_html(comparison, judges, numbers, verdict, training, seed=config.seed, memory=run.memory_of(inputs))
     run.write_report("report", writes["report"], page)
     run.write_report("summary", writes["summary"], as_markdown(numbers, judges, verdict))
     run.write_metrics(writes["metrics"], numbers)

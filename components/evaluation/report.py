@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -45,8 +46,9 @@ def as_html(
     training: Sequence[Mapping[str, float]],
     *,
     seed: int,
+    memory: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
 ) -> str:
-    """A self-contained HTML page. training has one row per validation pass, and may be empty."""
+    """A self-contained HTML page. training has one row per validation pass, and may be empty; memory has measurements by stage."""
     template = jinja2.Environment(autoescape=True).from_string(
         (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     )
@@ -65,7 +67,19 @@ def as_html(
         names=[judge.name for judge in judges],
         samples_each=NUM_EXTREMES,
         num_random=NUM_RANDOM,
+        memory=memory_rows(memory),
     )
+
+
+def memory_rows(measurements: Mapping[str, Mapping[str, float]]) -> list[dict[str, str]]:
+    """A row for each artifact whose stage compared its memory with its plan: what was planned and measured, in GiB."""
+    rows = []
+    for name, numbers in measurements.items():
+        planned, peak = numbers.get("memory/planned_gib"), numbers.get("memory/peak_gib")
+        if planned and peak:
+            ratio = f"{planned / peak:.2f}"
+            rows.append({"name": name, "planned": f"{planned:.2f}", "peak": f"{peak:.2f}", "ratio": ratio})
+    return rows
 
 
 def judge_rows(numbers: Mapping[str, float], judges: Sequence[Judged]) -> list[dict[str, str]]:

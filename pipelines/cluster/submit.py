@@ -21,6 +21,7 @@ from pipelines.cluster.server import Server, ServerAccess, connect, translate_ap
 from pipelines.cluster.upload import is_on_mounted_volume, plan_upload, upload
 from pipelines.compile import compile_pipeline
 from pipelines.placement import require_checkpoints_for_budget, require_digests
+from pipelines.plan import refuse_what_cannot_fit
 from pipelines.preflight import check_inputs
 from pipelines.sources import is_within
 
@@ -216,9 +217,10 @@ def _check(
     if options.cron:
         check_cron(options.cron)
     check_params(params)
+    unplanned = refuse_what_cannot_fit(params)
     cluster_params, uploads = plan_upload(params)
     server = connect(access)
     note = check_cluster(cluster_params, access.namespace or DEFAULT_NAMESPACE, options.kube_context)
-    for text in filter(None, [note, *notes_on(cluster_params)]):
+    for text in filter(None, [note, unplanned, *notes_on(cluster_params)]):
         log(f"note     {text}")
     return cluster_params, uploads, server

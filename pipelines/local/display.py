@@ -66,12 +66,14 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     stages.add_column("status")
     stages.add_column("time", justify="right")
     stages.add_column("peak memory", justify="right")
+    stages.add_column("of a process, planned", justify="right")
     for name, stage in summary["stages"].items():
         stages.add_row(
             name,
             "reused" if stage["reused"] else stage["status"],
             format_duration(stage["seconds"]),
             f"{stage['peak_memory_bytes'] / 2**30:.2f} GiB",
+            f"{stage['memory']['planned_gib']:.2f} GiB" if stage.get("memory") else "",
         )
     console.print(stages)
     if summary["status"] == "failed":

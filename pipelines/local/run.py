@@ -30,6 +30,7 @@ from pipelines.local.display import Display
 from pipelines.local.journal import Journal, write_json_atomic
 from pipelines.local.runner import LocalRun, container_processes
 from pipelines.local.summary import build_summary
+from pipelines.plan import refuse_what_cannot_fit, this_machine
 from pipelines.preflight import check_inputs, check_stores
 from pipelines.settings import dump_yaml, load_params
 
@@ -48,6 +49,9 @@ def run_pipeline(params: Params, run: Path, *, tracking_uri: str, console: Conso
     local_storage(params, run)
     check_inputs(params)
     check_stores(params)
+    note = refuse_what_cannot_fit(params, this_machine(params.model.precision))
+    if note:
+        console.print(note, soft_wrap=True, markup=False)
     create_run_dir(run)
     with run_lock(run), disk_space_errors(run):
         tracking = params.tracking.model_copy(update={"uri": params.tracking.uri or tracking_uri})

@@ -45,6 +45,7 @@ def build_summary(
                 "peak_memory_bytes": stage.peak_memory_bytes,
                 "reused": stage.reused,
                 "engines": _engines(artifacts, stage.name),
+                "memory": _memory(artifacts, stage.name),
             }
             for stage in stages
         },
@@ -60,6 +61,15 @@ def _engines(artifacts: Path, stage: str) -> dict[str, str]:
     manifest = find_output(artifacts, stage.replace("_", "-"), "model/manifest.json")
     facts = json.loads(manifest.read_text()).get("facts", {}) if manifest else {}
     return {kind: facts[f"{kind}_engine"] for kind in ("training", "rollout") if f"{kind}_engine" in facts}
+
+
+def _memory(artifacts: Path, stage: str) -> dict[str, float]:
+    """Planned and measured memory of a process of a stage in GiB, from the manifest of what it wrote; {} if nothing was planned."""
+    folder, output = stage.replace("_", "-"), "evaluation" if stage == "evaluation" else "model"
+    manifest = find_output(artifacts, folder, f"{output}/manifest.json")
+    found = json.loads(manifest.read_text()).get("measurements", {}) if manifest else {}
+    names = {"planned_gib": "memory/planned_gib", "peak_gib": "memory/peak_gib"}
+    return {key: found[name] for key, name in names.items() if "memory/planned_gib" in found}
 
 
 def _link_outputs(run: Path, artifacts: Path) -> dict[str, str]:

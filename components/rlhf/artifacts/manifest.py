@@ -65,12 +65,13 @@ class Manifest:
     created_at: str = ""  # ISO 8601, UTC
     facts: Mapping[str, Fact] = field(default_factory=dict)  # metrics and properties, also shown as KFP metadata
     schema_version: int = SCHEMA_VERSION
+    measurements: Mapping[str, float] = field(default_factory=dict)  # of the process that wrote it, such as its memory
 
     @property
     def digest(self) -> str:
-        """sha256 of everything except created_at, so that the same content has the same digest."""
+        """sha256 of everything except created_at and measurements, so that the same content has the same digest."""
         content = asdict(self)
-        del content["created_at"]
+        del content["created_at"], content["measurements"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def metadata(self) -> dict[str, str | int | float]:
@@ -85,7 +86,7 @@ class Manifest:
             "num_bytes": sum(entry.size for entry in self.files.values()),
         }
         metadata |= {f"parent_{role}": digest for role, digest in self.parents.items()}
-        return metadata | dict(self.facts)
+        return metadata | dict(self.facts) | dict(self.measurements)
 
 
 MANIFEST_TYPE = TypeAdapter(Manifest)
@@ -141,7 +142,7 @@ def _parse(path: Path, text: bytes) -> Manifest:
             f"{path} has schema version {repr(content.get('schema_version'))[:40]}, expected {SCHEMA_VERSION}; "
             "create the artifact again."
         )
-    missing = {field.name for field in fields(Manifest)} - set(content)
+    missing = {field.name for field in fields(Manifest)} - {"measurements"} - set(content)
     if missing:
         raise NotJsonError(f"{min(missing)} is missing")
     manifest = parse_json_as(MANIFEST_TYPE, text)

@@ -48,6 +48,7 @@ class CheckpointManager:
         self.ledger = ledger
         self.store, self.key, self.config, self.group, self.log = store, key, config, group, log
         self.stop = stop or StopSignal()
+        self.num_saves = 0
         self._latest: str | None = None
         self._lease = Lease(store, f"{key}/lease.json", log) if store and group.rank == 0 else None
         self._last = time.monotonic()
@@ -91,6 +92,7 @@ class CheckpointManager:
         self._writer = threading.Thread(target=self._write, args=(name, shards, text), name="checkpoint", daemon=True)
         self._writer.start()
         self._last = time.monotonic()
+        self.num_saves += 1
         if self._stopping:
             self.wait()
             self.group.barrier()

@@ -104,6 +104,8 @@ class Profile(BaseConfig):
     """Price of one pod of this profile per hour, in any currency; null is unknown."""
     num_accelerators: Count = 0
     """Number of accelerators of each node."""
+    gpu_memory: Memory | None = None
+    """Memory of one accelerator, which plans are compared with; null is unknown."""
     num_nodes: PositiveInt = 1
     """Number of nodes of sft, reward_model and ppo, each with these resources; more than one needs cluster.launcher trainjob."""
     cpu: Cpu = "2"
@@ -178,6 +180,8 @@ class ClusterConfig(BaseConfig):
     default_profile: str = "cpu"
     """Profile of all other stages."""
     profiles: dict[str, Profile] = Field(default_factory=lambda: {"cpu": Profile()}, validate_default=True)
+    check_memory: bool = True
+    """Refuse a run of which a stage cannot fit into its profile, or into this machine, by the arithmetic of kfp-rlhf plan."""
     images: Images = Images()
     require_digests: bool = False
     """Reject images without @sha256 digest."""

@@ -27,6 +27,7 @@ from components.rlhf.config.storage import CheckpointConfig, StorageConfig, Trac
 from components.rlhf.runtime.accelerators import require_accelerators
 from components.rlhf.runtime.elsewhere import errors_as_lines, launch_stage, start_stage_worker
 from components.rlhf.runtime.executor import MODEL_URI, PUBLISHED_URI, output_uri, write_executor_output
+from components.rlhf.runtime.measured import StageMemory, plan_here, sentence
 from components.rlhf.runtime.memory import collect_old_objects_rarely, keep_freed_memory
 from components.rlhf.runtime.nodes import STARTED, launch_processes
 from components.rlhf.runtime.process import die_with_parent, end_before_finalization
@@ -41,6 +42,7 @@ from components.rlhf.tracking.process import start_tracking_process
 from components.rlhf.trainjob.worker import is_launcher, is_worker
 
 if TYPE_CHECKING:  # register and notify run where torch is not installed
+    from components.rlhf.checkpoints.manager import CheckpointManager
     from components.rlhf.checkpoints.spend import Ledger
     from components.rlhf.engine.protocol import Group
     from components.rlhf.runtime.training import TrainingContext
@@ -74,6 +76,25 @@ class StageRun(Generic[Config]):
     on_end: list[Callable[[], None]] = field(default_factory=list)  # called at the end, also after a failure
     outputs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)  # output -> metadata
     on_success: list[Callable[[], None]] = field(default_factory=list)  # called after the outputs have been reported
+    memory: StageMemory = field(default_factory=StageMemory)
+    checkpoints: "CheckpointManager | None" = None
+    group: "Group | None" = None  # of a training stage
+    program: str = ""  # the stage whose program this is; another name may be that of a second task of it
+    paths: Mapping[str, Path] = field(default_factory=dict)  # of inputs and outputs
+    measurements: Mapping[str, float] = field(default_factory=dict)  # of the last artifact that was written
+
+    def plan_memory(self) -> None:
+        """Plan what each process holds, for a comparison. A stage does not fail if its plan cannot be made."""
+        if self.memory.plan is None:
+            saves = self.storage.checkpoint_uri is not None
+            try:
+                self.memory.plan = plan_here(self.program, self.config, self.paths, checkpoints=saves)
+            except Exception as error:  # whatever the planner cannot read
+                self.progress.log(f"memory is not planned ({error})")
+
+    def memory_of(self, inputs: Mapping[str, Manifest]) -> dict[str, Mapping[str, float]]:
+        """Memory of the stages that wrote the inputs, by role, and of this one."""
+        return {role: manifest.measurements for role, manifest in inputs.items()} | {self.name: self.measurements}
 
     def training_context(self, config: CheckpointConfig, group: "Group", *inputs: Manifest) -> "TrainingContext":
         """What a trainer works with, once all ranks agree on settings, code and inputs. Every rank calls it, before it loads models.
@@ -99,6 +120,8 @@ class StageRun(Generic[Config]):
         checkpoints = CheckpointManager(store, key, config, group, self.progress.log, self.stop, ledger)
         self.on_end.append(checkpoints.release)
         checkpoints.require_budget()
+        self.checkpoints, self.group = checkpoints, group
+        self.plan_memory()
         self.on_success.append(checkpoints.delete_all)
         if store and group.rank == 0:
             self.on_success.append(lambda: delete_run_if_empty(store, self.run_id))
@@ -159,9 +182,14 @@ class StageRun(Generic[Config]):
         """
         if rank() > 0:
             deque(streamed, maxlen=0)  # keeps none of it
+            self.memory.observe(self.group)
             return
+        self.plan_memory()
         with atomic_directory(path) as folder:
             fill(folder)
+            self.memory.observe(self.group)
+            saved = self.checkpoints is not None and self.checkpoints.num_saves > 0
+            self.measurements = self.memory.numbers(saved=saved)
             manifest = write_manifest(
                 folder,
                 kind=kind,
@@ -170,7 +198,11 @@ class StageRun(Generic[Config]):
                 tokenizer_digest=tokenizer_of.tokenizer_digest if tokenizer_of else "",
                 chat_template_digest=tokenizer_of.chat_template_digest if tokenizer_of else "",
                 facts=facts,
+                measurements=self.measurements,
             )
+        if self.memory.plan is not None:
+            self.progress.log(sentence(self.measurements))
+            self.tracker.log(self.measurements, step=0)
         self.report_output(output, manifest)
         if kind.endswith("_model"):
             self._publish(output, path)
@@ -259,8 +291,9 @@ def stage_program(
                 uses_mlflow=uses_mlflow,
                 deliver=worker.deliver if worker else None,
             ) as run:
-                local = {key: Path(value) if value is not None else None for key, value in paths.items()}
-                function(run, **(worker.paths if worker else local))
+                given = worker.paths if worker else {key: Path(path) if path else None for key, path in paths.items()}
+                run.program, run.paths = name, {key: path for key, path in given.items() if path is not None}
+                function(run, **given)
             succeed()
 
         options = [

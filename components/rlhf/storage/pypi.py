@@ -30,6 +30,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("RLHF_CACHE_DIR") or default)
 
 
+def cached_package(uri: str) -> Path | None:
+    """The file of pypi:NAME==VERSION if it has been downloaded."""
+    requirement = uri.removeprefix(PREFIX)
+    if not REQUIREMENT.fullmatch(requirement):
+        raise InputError(f"{uri} is not of the form {PREFIX}NAME==VERSION.")
+    folder = cache_folder() / "packages" / requirement.replace("==", "-")
+    return next(iter(sorted(folder.glob("*"))), None) if folder.is_dir() else None
+
+
 def fetch_package(uri: str, *, source: bool = False) -> Path:
     """Return the file of pypi:NAME==VERSION (a wheel, or an sdist with source=True), from the cache or downloaded.
 

@@ -90,6 +90,18 @@ class S3Store:
 
         return self._retries.run(f"read {key}", attempt)
 
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """Bytes start to start + length - 1 of an object, or as many of them as it has."""
+
+        def attempt() -> bytes:
+            location = {"Bucket": self.bucket, "Key": self._full_key(key)}
+            response = self.client.get_object(**location, Range=f"bytes={start}-{start + length - 1}")
+            with contextlib.closing(response["Body"]) as body:
+                data: bytes = body.read()
+            return data
+
+        return self._retries.run(f"read {key}", attempt)
+
     def write(self, key: str, data: bytes, *, only_if_absent: bool = False) -> bool:
         write_id = uuid.uuid4().hex  # identifies this write if the response to an earlier attempt was lost
         location = {"Bucket": self.bucket, "Key": self._full_key(key)}

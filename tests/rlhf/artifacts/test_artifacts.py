@@ -157,7 +157,7 @@ def test_unknown_kind_is_refused(tmp_path: Path) -> None:
     assert len(KINDS) == 11
 
 
-def test_digest_covers_everything_but_created_at(tmp_path: Path) -> None:
+def test_digest_covers_everything_but_created_at_and_measurements(tmp_path: Path) -> None:
     manifest = make_artifact(tmp_path / "a")
     assert dataclasses.replace(manifest, created_at="1970-01-01T00:00:00+00:00").digest == manifest.digest
     changes: dict[str, Any] = {
@@ -171,7 +171,7 @@ def test_digest_covers_everything_but_created_at(tmp_path: Path) -> None:
         "facts": {"n": 1},
         "schema_version": 2,
     }
-    assert {"created_at", *changes} == {field.name for field in dataclasses.fields(Manifest)}
+    assert {"created_at", "measurements", *changes} == {field.name for field in dataclasses.fields(Manifest)}
     digests = {dataclasses.replace(manifest, **{name: value}).digest for name, value in changes.items()}
     assert len(digests | {manifest.digest}) == len(changes) + 1
 

@@ -1,0 +1,136 @@
+"""What is measured: stages, sizes, and settings that change what a process holds."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from components.rlhf.config.base import BaseConfig
+from components.rlhf.config.model import ModelConfig, SamplingConfig
+from components.rlhf.config.ppo import CriticConfig, PpoConfig, PpoStageConfig, RolloutConfig
+from components.rlhf.config.reward_model import RewardModelConfig, RewardModelStageConfig
+from components.rlhf.config.sft import SftConfig, SftStageConfig
+from components.rlhf.config.storage import CheckpointConfig
+from components.rlhf.planner.copies import Numeric
+from components.rlhf.planner.jobs import Job
+from components.rlhf.planner.phases import StagePlan
+from components.rlhf.planner.ppo_stage import plan_ppo
+from components.rlhf.planner.sources import shape_from
+from components.rlhf.planner.training_stages import plan_reward_model, plan_sft
+
+PROMPT_TOKENS, MAX_TOKENS, NEW_TOKENS = 32, 256, 96  # one token per character
+SHAPES = {  # hidden size, layers, heads, vocabulary
+    "60M": (512, 16, 8, 16_384),
+    "150M": (768, 18, 12, 32_768),
+    "300M": (1024, 22, 16, 32_768),
+}
+
+
+def config_of(size: str) -> dict[str, Any]:
+    """The entries of config.json of a model of this size."""
+    hidden, layers, heads, vocabulary = SHAPES[size]
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run of a stage. Its label says what differs from plain torch in fp32 with all layers trained."""
+
+    stage: str
+    size: str
+    label: str = "plain"
+    model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    critic: dict[str, Any] = field(default_factory=dict)
+    checkpoints: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage} {self.size} {self.label}"
+
+    def config(self) -> BaseConfig:
+        """The settings of the stage: two steps, in passes of 512 tokens."""
+        training = {"microbatch_tokens": 512, "learning_rate": 1e-5} | self.training
+        shared: dict[str, Any] = {
+            "model": ModelConfig(**({"precision": "fp32"} | self.model)),
+            "checkpoint": CheckpointConfig(every_minutes=0.0 if self.checkpoints else 60.0),
+            "seed": 0,
+        }
+        if self.stage == "sft":
+            return SftStageConfig(sft=SftConfig(max_steps=2, batch_size=4, training=training), **shared)
+        if self.stage == "reward_model":
+            section = RewardModelConfig(max_steps=2, batch_size=2, num_calibration_samples=4, training=training)
+            return RewardModelStageConfig(reward_model=section, sampling=_sampling(16, 4), **shared)
+        rollout = RolloutConfig(num_prompts=8, sampling=_sampling(NEW_TOKENS, 8))
+        ppo = PpoConfig(
+            num_iterations=2, minibatch=8, rollout=rollout, training=training, critic=CriticConfig(**self.critic)
+        )
+        return PpoStageConfig(ppo=ppo, **shared)
+
+    def plan(self) -> StagePlan:
+        shape = shape_from({"model_type": "llama", **config_of(self.size)}, {}, self.size)
+        job = Job(
+            shape=shape,
+            reward_shape=shape,
+            numeric=Numeric(bf16=self.model.get("precision") == "bf16", on_gpu=False),
+            prompt_tokens=PROMPT_TOKENS,
+            text_tokens=MAX_TOKENS,
+            checkpoints=self.checkpoints,
+        )
+        plans: dict[str, Any] = {"sft": plan_sft, "reward_model": plan_reward_model, "ppo": plan_ppo}
+        found: StagePlan = plans[self.stage](self.config(), job)
+        return found
+
+
+def _sampling(new_tokens: int, batch_size: int) -> SamplingConfig:
+    return SamplingConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, batch_size=batch_size)
+
+
+def _zero(stage: int, **more: Any) -> dict[str, Any]:
+    return {"engine": "deepspeed", "zero_stage": stage, "num_processes": 2, **more}
+
+
+BF16: dict[str, Any] = {"precision": "bf16"}
+LORA: dict[str, Any] = {"lora": {}}
+CASES = (
+    *(Case(stage="sft", size=size) for size in ("60M", "150M", "300M")),
+    Case(stage="sft", size="60M", label="bf16", model=BF16),
+    Case(stage="sft", size="150M", label="bf16", model=BF16),
+    Case(stage="sft", size="60M", label="checkpointed activations", training={"gradient_checkpointing": True}),
+    Case(stage="sft", size="60M", label="passes of 256 tokens", training={"microbatch_tokens": 256}),
+    Case(stage="sft", size="60M", label="frozen", model={"num_frozen_layers": 12}),
+    Case(stage="sft", size="60M", label="LoRA", model=LORA),
+    Case(stage="sft", size="60M", label="LoRA, bf16", model=LORA | BF16),
+    Case(stage="sft", size="150M", label="LoRA", model=LORA),
+    Case(stage="sft", size="150M", label="2 processes", training={"num_processes": 2}),
+    Case(stage="sft", size="60M", label="ZeRO-1 x 2", training=_zero(1)),
+    Case(stage="sft", size="60M", label="ZeRO-1 x 2, bf16", model=BF16, training=_zero(1)),
+    Case(stage="sft", size="60M", label="ZeRO-2 x 2", training=_zero(2)),
+    Case(stage="sft", size="60M", label="ZeRO-2 x 2, bf16", model=BF16, training=_zero(2)),
+    Case(stage="sft", size="150M", label="ZeRO-2 x 2", training=_zero(2)),
+    Case(stage="sft", size="60M", label="ZeRO-3 x 2", training=_zero(3)),
+    Case(stage="sft", size="60M", label="ZeRO-3 x 2, bf16", model=BF16, training=_zero(3)),
+    Case(stage="sft", size="150M", label="ZeRO-3 x 2", training=_zero(3)),
+    Case(stage="sft", size="150M", label="ZeRO-3 x 2, bf16", model=BF16, training=_zero(3)),
+    Case(stage="reward_model", size="60M"),
+    Case(stage="reward_model", size="150M"),
+    Case(stage="reward_model", size="150M", label="LoRA", model=LORA),
+    Case(stage="ppo", size="60M"),
+    Case(stage="ppo", size="60M", label="bf16", model=BF16),
+    Case(stage="ppo", size="60M", label="LoRA", model=LORA),
+    Case(
+        stage="ppo",
+        size="60M",
+        label="frozen, critic's head",
+        model={"num_frozen_layers": 12},
+        critic={"trains": "head"},
+    ),
+    Case(stage="ppo", size="60M", label="ZeRO-2 x 2, bf16", model=BF16, training=_zero(2)),
+    Case(stage="ppo", size="150M"),
+)

@@ -1,0 +1,94 @@
+"""What the plans of all stages are computed from, and the parts that every process has."""
+
+from dataclasses import dataclass
+
+from components.rlhf.config.model import TrainingConfig
+from components.rlhf.config.ppo import VllmConfig
+from components.rlhf.planner.constants import (
+    CUDA_CONTEXT,
+    CUDA_LIBRARIES,
+    DEEPSPEED,
+    GPU_FRAGMENTATION,
+    HEAP_LOSS,
+    LAUNCHER,
+    LIBRARIES,
+    NCCL,
+    PEFT,
+    TRACKING,
+    VLLM,
+    VLLM_ASLEEP,
+)
+from components.rlhf.planner.copies import Numeric, TrainedCopy
+from components.rlhf.planner.phases import Phase, add
+from components.rlhf.planner.shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The models of a run, and the lengths of its texts. Lengths are in tokens."""
+
+    shape: ModelShape  # of the base model, the fine-tuned model and the policy
+    reward_shape: ModelShape  # of the reward model
+    numeric: Numeric
+    prompt_tokens: int  # the longest prompt
+    text_tokens: int  # the longest prompt and answer of the data together
+    gpu_memory: int | None = None  # bytes of one device
+    checkpoints: bool = True  # whether checkpoints are saved
+
+
+def libraries(job: Job, training: TrainingConfig | None, *, vllm: bool = False, lora: bool = False) -> Phase:
+    """What a process holds before it loads anything."""
+    several = training is not None and training.num_processes > 1
+    extra = (VLLM if vllm else 0) + (PEFT if lora else 0)
+    extra += DEEPSPEED if training is not None and training.engine == "deepspeed" else 0
+    if not job.numeric.on_gpu:
+        return Phase(name="", device={}, main={"libraries": LIBRARIES + extra})
+    context = {"CUDA context": CUDA_CONTEXT, "NCCL": NCCL if several else 0}
+    return Phase(name="", device=context, main={"libraries": CUDA_LIBRARIES + extra})
+
+
+def beside(num_processes: int) -> int:
+    """Main memory of the other programs of a pod."""
+    return TRACKING + (LAUNCHER if num_processes > 1 else 0)
+
+
+def phase(name: str, *parts: Phase, device: dict[str, int] | None = None, main: dict[str, int] | None = None) -> Phase:
+    """A phase with everything in parts, and more."""
+    return Phase(
+        name=name,
+        device=add(*(part.device for part in parts), device or {}),
+        main=add(*(part.main for part in parts), main or {}),
+    )
+
+
+def temporary(job: Job, parts: dict[str, int], *, churn: int = 0) -> dict[str, int]:
+    """Temporary tensors, with what the allocator loses between them. churn is what is also allocated and freed meanwhile."""
+    total = sum(parts.values())
+    if job.numeric.on_gpu:
+        return parts | {"fragmentation": round(GPU_FRAGMENTATION * total)}
+    return parts | {"heap": round(HEAP_LOSS * (total + churn))}
+
+
+def optimizer_of(copy: TrainedCopy, training: TrainingConfig) -> Phase:
+    """Masters and moments, which may be in main memory."""
+    parts = {"optimizer": copy.optimizer}
+    if training.offload_optimizer:
+        return Phase(name="", device={}, main=parts)
+    return Phase(name="", device=parts, main={})
+
+
+def vllm_share(job: Job, config: VllmConfig) -> tuple[int, int]:
+    """Bytes of a vLLM engine in one process: all of it while it samples, and its weights alone."""
+    weights = job.shape.total * job.numeric.width // config.tensor_parallel_size
+    if not job.numeric.on_gpu:
+        return weights + int(config.kv_cache_gib * 2**30), weights
+    share = int((job.gpu_memory or 0) * config.gpu_memory_utilization)
+    return max(share, weights), weights
+
+
+def vllm_asleep(job: Job, config: VllmConfig) -> Phase:
+    """What an engine holds while the trainer works: on a GPU its weights are in main memory, on a CPU nothing sleeps."""
+    share, weights = vllm_share(job, config)
+    if job.numeric.on_gpu:
+        return Phase(name="", device={"vLLM, asleep": VLLM_ASLEEP}, main={"vLLM, asleep": weights})
+    return Phase(name="", device={"vLLM": share}, main={})

@@ -1,0 +1,222 @@
+"""The plan of the stage ppo: four models, a rollout engine, and the experience of a rollout."""
+
+from dataclasses import dataclass, replace
+
+from components.rlhf.config.ppo import PpoStageConfig
+from components.rlhf.planner.activations import Pass, forward_workspace, logits, sampling_workspace
+from components.rlhf.planner.copies import TrainedCopy, frozen_copy, shards_weights, trained_copy
+from components.rlhf.planner.jobs import Job, beside, libraries, optimizer_of, phase, temporary, vllm_asleep, vllm_share
+from components.rlhf.planner.phases import Phase, StagePlan
+from components.rlhf.planner.training_stages import (
+    base_bytes,
+    export_phase,
+    load_peak,
+    model_copy,
+    quantizes,
+    tokens_of_pass,
+    training_phases,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies:
+    """The models of PPO in one process. Frozen layers are counted once, in the actor, if all models share them."""
+
+    actor: TrainedCopy
+    critic: TrainedCopy
+    reference: int
+    reward_model: int
+    rollout: int  # the copy that transformers samples from; 0 if it is the actor
+
+
+def plan_ppo(config: PpoStageConfig, job: Job) -> StagePlan:
+    ppo, training = config.ppo, config.ppo.training
+    vllm = ppo.rollout.engine == "vllm"
+    base = libraries(job, training, vllm=vllm, lora=config.model.lora is not None)
+    copies = ppo_copies(config, job)
+    engine = vllm_asleep(job, ppo.rollout.vllm) if vllm else Phase(name="", device={}, main={})
+    resident = phase(
+        "",
+        optimizer_of(copies.actor, training),
+        optimizer_of(copies.critic, training),
+        device={
+            "weights": copies.actor.weights + copies.critic.weights,
+            "reference": copies.reference,
+            "reward model": copies.reward_model,
+            "rollout copy": copies.rollout,
+            "engine": copies.actor.buffers + copies.critic.buffers,
+        },
+    )
+    held = phase("", resident, engine, device={"experience": _experience(config, job)})
+    phases = [
+        phase("load", base, engine, device=_loading(config, copies, job)),
+        _generate(config, base, resident, job),
+        _score(config, base, held, copies, job),
+        *_updates(config, base, held, copies, job),
+        _sync(config, base, resident, job),
+        export_phase(base, resident, job.shape, job),
+    ]
+    return StagePlan(
+        stage="ppo",
+        num_processes=training.num_processes,
+        on_gpu=job.numeric.on_gpu,
+        phases=tuple(phases),
+        beside=beside(training.num_processes),
+    )
+
+
+def ppo_copies(config: PpoStageConfig, job: Job) -> Copies:
+    """ppo/models.py: which models have weights of their own, and which share those of another."""
+    training, model, numeric = config.ppo.training, config.model, job.numeric
+    shape, reward = job.shape, job.reward_shape
+    shared = shape.frozen(model.num_frozen_layers)
+    reward_shared = reward.frozen(model.num_frozen_layers) if reward is shape else 0
+    actor = model_copy(shape, model, training, job, scalar=False)
+    reward_own = reward.parameters(scalar=True) - reward_shared
+    head_only = config.ppo.critic.trains == "head"
+    if head_only:
+        critic = trained_copy(reward.hidden, 0, reward.hidden, training, numeric)
+    else:
+        critic = model_copy(reward, model, training, job, scalar=True)
+        # Its frozen weights are those of the reward model (with adapters) or of the actor (frozen layers).
+        frozen = base_bytes(reward, model, job, scalar=True) if model.lora else numeric.width * reward_shared
+        critic = critic if shards_weights(training) else replace(critic, weights=critic.weights - frozen)
+    if model.lora:
+        reference, reward_held = 0, base_bytes(reward, model, job, scalar=True)
+    else:
+        reference = _reference(shape.total - shared, shape.embeddings + shape.rest - shape.frozen(0), config, job)
+        reward_held = frozen_copy(reward_own, training, numeric)
+    samples_from_actor = (
+        training.engine == "torch" and not training.gradient_checkpointing and model.lora is None and not numeric.bf16
+    )
+    needs_copy = config.ppo.rollout.engine == "hf" and not samples_from_actor
+    own_rollout = shape.total - (0 if shards_weights(training) or quantizes(model.lora) else shared)
+    rollout = frozen_copy(own_rollout, None, numeric) if needs_copy else 0
+    return Copies(actor=actor, critic=critic, reference=reference, reward_model=reward_held, rollout=rollout)
+
+
+def _reference(own: int, in_fp32: int, config: PpoStageConfig, job: Job) -> int:
+    """The frozen copy of the actor; with torch and bf16 its embeddings stay in fp32, as the actor's are, unless they are frozen."""
+    training = config.ppo.training
+    if training.engine == "torch" and job.numeric.bf16 and not config.model.num_frozen_layers:
+        return 2 * own + 2 * in_fp32
+    return frozen_copy(own, training, job.numeric)
+
+
+def _rows(config: PpoStageConfig) -> int:
+    rollout = config.ppo.rollout
+    return -(-rollout.num_prompts * rollout.samples_per_prompt // config.ppo.training.num_processes)
+
+
+def _length(config: PpoStageConfig, job: Job) -> int:
+    return job.prompt_tokens + config.ppo.rollout.sampling.max_new_tokens
+
+
+def _experience(config: PpoStageConfig, job: Job) -> int:
+    """ppo/experience.py: a dozen numbers for each response token, ids, and states that are kept for all models and epochs."""
+    rows, length, new = _rows(config), _length(config, job), config.ppo.rollout.sampling.max_new_tokens
+    size = rows * (new * 13 * 4 + length * 16)
+    if config.model.num_frozen_layers:
+        size += rows * length * job.shape.hidden * job.numeric.width
+    if config.ppo.critic.trains == "head":
+        size += rows * new * job.shape.hidden * 4
+    return size
+
+
+def _loading(config: PpoStageConfig, copies: Copies, job: Job) -> dict[str, int]:
+    """All models, each of them whole until the frozen layers are shared, and the engines while they take the weights over."""
+    training, shape = config.ppo.training, job.shape
+    parts = load_peak(copies.actor, shape, training, job)
+    parts["weights"] += copies.critic.weights
+    parts |= {"reference": copies.reference, "reward model": copies.reward_model, "rollout copy": copies.rollout}
+    if config.model.num_frozen_layers:
+        shared = shape.frozen(config.model.num_frozen_layers) * job.numeric.width
+        own = [
+            copies.reference,
+            copies.reward_model,
+            copies.rollout,
+            0 if config.ppo.critic.trains == "head" else copies.critic.weights,
+        ]
+        parts["layers before they are shared"] = shared * sum(1 for size in own if size)
+    if training.engine == "deepspeed" and training.zero_stage < 3:
+        parts["flat copy"] = max(copies.actor.weights, copies.critic.weights)
+    return parts
+
+
+def _generate(config: PpoStageConfig, base: Phase, resident: Phase, job: Job) -> Phase:
+    rollout, prompt = config.ppo.rollout, job.prompt_tokens
+    if rollout.engine == "vllm":
+        share, weights = vllm_share(job, rollout.vllm)
+        return phase(
+            "generate",
+            base,
+            resident,
+            device={"vLLM": share},
+            main={"vLLM, asleep": weights if job.numeric.on_gpu else 0},
+        )
+    work = sampling_workspace(job.shape, _rows(config), prompt, rollout.sampling, job.numeric)
+    return phase("generate", base, resident, device=temporary(job, work))
+
+
+def _score(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, job: Job) -> Phase:
+    tokens, answers = _tokens(config, job)
+    work = {
+        "activations": forward_workspace(job.shape, tokens, job.numeric),
+        "logits": logits(job.shape, answers, job.numeric),
+        "cast weights": copies.actor.cast,
+        "working weights": copies.actor.working,
+    }
+    return phase("score", base, held, device=temporary(job, work))
+
+
+def _tokens(config: PpoStageConfig, job: Job) -> tuple[int, int]:
+    """Tokens of the largest pass of a minibatch, and how many of them are responses."""
+    length, new = _length(config, job), config.ppo.rollout.sampling.max_new_tokens
+    tokens = tokens_of_pass(config.ppo.training, config.ppo.minibatch, length)
+    return tokens, tokens * new // length
+
+
+def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, job: Job) -> list[Phase]:
+    """The actor takes its step before the critic begins; a checkpoint of both may be on its way to the store meanwhile."""
+    training, model = config.ppo.training, config.model
+    tokens, answers = _tokens(config, job)
+
+    def run(shape: object, answer_tokens: int) -> Pass:
+        return Pass(
+            shape=shape,  # type: ignore[arg-type]
+            tokens=tokens,
+            answer_tokens=answer_tokens,
+            frozen_layers=model.num_frozen_layers,
+            lora=model.lora,
+            training=training,
+            numeric=job.numeric,
+        )
+
+    snapshot = {"checkpoint": copies.actor.snapshot + copies.critic.snapshot}
+    if training.engine == "deepspeed" and not job.numeric.on_gpu:
+        # In a heap the flat tensors of one engine do not take the place of those of the other.
+        other = min((copies.actor, copies.critic), key=lambda copy: copy.weights)
+        held = phase("", held, device={"the other engine": other.gradients + other.working + other.step})
+    actor = training_phases(base, held, _unbuffered(copies.actor), run(job.shape, answers), job, with_logits=True)
+    update = actor[0]
+    if config.ppo.critic.trains == "layers":
+        critic = training_phases(
+            base, held, _unbuffered(copies.critic), run(job.reward_shape, 0), job, with_logits=False
+        )
+        update = max(update, critic[0], key=lambda found: sum(found.device.values()))
+    phases = [update, actor[1]]
+    return [*phases, phase("checkpoint", update, main=snapshot)] if job.checkpoints else phases
+
+
+def _unbuffered(copy: TrainedCopy) -> TrainedCopy:
+    """A copy whose permanent buffers are counted elsewhere."""
+    return replace(copy, buffers=0)
+
+
+def _sync(config: PpoStageConfig, base: Phase, resident: Phase, job: Job) -> Phase:
+    """Weights go to the rollout engine one after another; vLLM's own weights are back on the GPU."""
+    parts = {"a tensor": 2 * job.numeric.width * job.shape.largest}
+    if config.ppo.rollout.engine == "vllm":
+        share, weights = vllm_share(job, config.ppo.rollout.vllm)
+        parts["vLLM"] = weights if job.numeric.on_gpu else share
+    return phase("sync", base, resident, device=parts)

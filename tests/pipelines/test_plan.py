@@ -1,0 +1,190 @@
+"""kfp-rlhf plan, and the refusal of runs that cannot fit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from components.rlhf.config.params import Params
+from components.rlhf.planner.phases import GIB
+from components.rlhf.planner.plan import judge_plan, machine_of, plan_stage
+from components.rlhf.planner.suggest import changed, suggest
+from components.rlhf.text.errors import InputError
+from pipelines import plan as planning
+from pipelines.local.run import run_pipeline
+from pipelines.plan import Options, make_plan, measured_seconds, on_nodes, parse_records, refuse_what_cannot_fit
+from pipelines.plan_tables import as_json, as_markdown, grids, print_plan
+from pipelines.settings import load_params
+
+ROOT = Path(__file__).resolve().parents[2]
+PARAMS = ROOT / "pipelines" / "params"
+SHAPES = ROOT / "docs" / "shapes"
+SHAPE_OF = {  # of the models that are not on this machine
+    "llama3_8b_8gpu": SHAPES / "llama-3.1-8b.json",
+    "qwen2.5_0.5b_1gpu": SHAPES / "qwen2.5-0.5b.json",
+}
+GIBS = {"sft": 11, "reward_model": 11, "ppo": 18, "evaluation": 10}
+TOO_LARGE = ("ppo.training.gradient_checkpointing=false", "ppo.training.microbatch_tokens=32768")
+
+
+def load(name: str, *overrides: str) -> Params:
+    """The params file with a model that is known here."""
+    shape = SHAPE_OF.get(name)
+    return load_params(PARAMS / f"{name}.yaml", [*overrides, *([f"model.source={shape}"] if shape else [])])
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PARAMS.glob("*.yaml")))
+def test_every_params_file_fits_its_profiles(name: str) -> None:
+    plan = make_plan(load(name), Options(records={"demonstrations": 1000, "preferences": 1000}))
+    assert {stage: verdict.text for stage, verdict in plan.verdicts.items()} == {
+        stage: verdict.text for stage, verdict in plan.verdicts.items() if verdict.text in ("fits", "tight")
+    }
+    assert refuse_what_cannot_fit(load(name)) is None
+    assert all(plan.seconds[stage].total > 0 for stage in plan.stages)
+
+
+def test_what_does_not_fit_is_refused_with_the_number_and_a_setting_that_helps() -> None:
+    params = load("llama3_8b_8gpu", *TOO_LARGE)
+    with pytest.raises(InputError) as error:
+        refuse_what_cannot_fit(params)
+    text = str(error.value)
+    assert text.startswith("ppo needs ")
+    assert "GiB on each GPU (update: activations " in text
+    assert "the profile gpu-8x80gb has 79 GiB; set ppo.training.gradient_checkpointing=true, or" in text
+    setting = text.partition("; set ")[2].partition(", or set")[0]
+    assert refuse_what_cannot_fit(load("llama3_8b_8gpu", *TOO_LARGE, *setting.split(" and "))) is None
+
+
+def test_memory_check_can_be_switched_off() -> None:
+    params = load("llama3_8b_8gpu", *TOO_LARGE, "cluster.check_memory=false")
+    assert refuse_what_cannot_fit(params) is None
+
+
+def test_too_little_main_memory_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "available_memory", lambda: GIB)
+    with pytest.raises(InputError, match=r"import_model needs 1\.\d GiB of main memory .* this machine has 1\.0 GiB"):
+        run_pipeline(load("tiny"), tmp_path / "run", tracking_uri="", console=Console())
+    assert not (tmp_path / "run").exists()
+
+
+def test_model_whose_size_is_unknown_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", fail)
+    note = refuse_what_cannot_fit(load_params(PARAMS / "llama3_8b_8gpu.yaml"))
+    assert note is not None
+    assert note.startswith("memory is not checked: meta-llama/Llama-3.1-8B-Instruct is neither a local folder")
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo", "evaluation"])
+def test_suggestions_fit_by_the_planner_itself(stage: str) -> None:
+    params = load(
+        "qwen2.5_0.5b_1gpu",
+        f"cluster.profiles.small={{like: gpu-24gb, gpu_memory: {GIBS[stage]}Gi}}",
+        f"cluster.stages.{stage}=small",
+    )
+    shapes = planning.read_shapes(params)
+    machine = machine_of(params.cluster.profile(stage), params.model.precision)
+    assert judge_plan(plan_stage(params, shapes, stage, machine), machine).text == "does not fit"
+    settings = suggest(params, shapes, stage)
+    assert settings
+    values = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in settings)}
+    other = changed(params, values)
+    assert other is not None
+    assert judge_plan(plan_stage(other, shapes, stage, machine), machine).text in ("fits", "tight")
+
+
+def test_gpus_of_unknown_memory_are_not_judged() -> None:
+    params = load("qwen2.5_0.5b_1gpu", "cluster.profiles.gpu-24gb={gpu_memory: null}")
+    plan = make_plan(params, Options())
+    assert plan.verdicts["sft"].text == "unknown"
+    assert refuse_what_cannot_fit(params) is None
+
+
+def test_prices_are_those_of_the_profiles() -> None:
+    params = load("llama3_8b_8gpu", "cluster.profiles.gpu-8x80gb={price_per_hour: 20}")
+    plan = make_plan(on_nodes(params, 2), Options(records={"demonstrations": 1000, "preferences": 1000}))
+    assert plan.price("ppo") == pytest.approx(2 * 20 * plan.seconds["ppo"].total / 3600)
+    assert plan.price("judge") is None
+    (table,) = [grid for grid in grids(plan) if grid.title == "Time and price"]
+    assert table.rows[-1][3].endswith(" and unknown")
+
+
+def test_more_nodes_are_more_pods_of_the_profile() -> None:
+    plan = make_plan(on_nodes(load("llama3_8b_8gpu"), 4), Options())
+    assert (plan.stages["ppo"].num_processes, plan.stages["ppo"].pods) == (32, 4)
+    assert plan.stages["evaluation"].pods == 1
+    one = make_plan(load("llama3_8b_8gpu"), Options())
+    assert plan.stages["ppo"].device_peak()[1] < one.stages["ppo"].device_peak()[1]
+
+
+def test_measured_times_replace_estimates(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    rows = [{"seconds/generate": 2.0, "seconds/score": 1.0, "seconds/update": 3.0, "seconds/sync": 0.5}] * 4
+    (tmp_path / "model" / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stages = {"ppo": {"seconds": 40.0, "reused": False}, "sft": {"seconds": 9.0, "reused": False}}
+    (tmp_path / "summary.json").write_text(json.dumps({"stages": stages}))
+    params = load("tiny", "ppo.num_iterations=100")
+    found = measured_seconds(tmp_path, params)
+    assert found["sft"].total == 9.0
+    # 40 s - 4 x 6.5 s to start, and 100 iterations of 6.5 s.
+    assert found["ppo"].total == pytest.approx(14 + 650)
+    with pytest.raises(InputError, match=r"has no summary\.json and model/history\.jsonl of a finished run"):
+        measured_seconds(tmp_path / "model", params)
+
+
+def test_records_are_two_numbers() -> None:
+    assert parse_records("5, 7") == {"demonstrations": 5, "preferences": 7}
+    for text in ("5", "a,b", "-1,2", ""):
+        with pytest.raises(InputError, match="write the numbers of demonstrations and of preference pairs as N,M"):
+            parse_records(text)
+
+
+def test_outputs_say_the_same(tmp_path: Path) -> None:
+    plan = make_plan(load("tiny"), Options())
+    with (tmp_path / "out").open("w") as file:
+        print_plan(plan, Console(file=file, width=220))
+    printed, markdown = (tmp_path / "out").read_text(), as_markdown(plan)
+    content: dict[str, Any] = json.loads(as_json(plan))
+    for stage, found in content["stages"].items():
+        size = f"{found['pod_bytes'] / GIB:.1f} of 4"
+        assert size in printed
+        assert f"| {stage} | cpu | 1 |" in markdown
+        assert size in markdown
+    assert "134,515,008 parameters, counted in the headers of its files" in printed
+
+
+def test_command_needs_no_torch_and_fails_for_what_does_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is not installed')")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines",
+        "plan",
+        str(PARAMS / "tiny.yaml"),
+        "--json",
+        str(tmp_path / "plan.json"),
+    ]
+    fits = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert fits.returncode == 0, fits.stderr
+    assert set(json.loads((tmp_path / "plan.json").read_text())["stages"]) >= {"sft", "ppo", "evaluation"}
+    too_small = subprocess.run(
+        [*command, "--markdown", "--set", "cluster.profiles.cpu={memory: 1Gi}"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert too_small.returncode == 1
+    assert "does not fit" in too_small.stdout

@@ -1,0 +1,231 @@
+"""The arithmetic, against numbers that are written out here, and against what must hold for any settings."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.rlhf.config.model import LoraConfig, ModelConfig, TrainingConfig
+from components.rlhf.config.ppo import CriticConfig, PpoConfig, PpoStageConfig, RolloutConfig
+from components.rlhf.config.sft import SftConfig, SftStageConfig
+from components.rlhf.config.storage import CheckpointConfig
+from components.rlhf.planner.copies import Numeric, trained_copy
+from components.rlhf.planner.jobs import Job
+from components.rlhf.planner.phases import GIB, StagePlan
+from components.rlhf.planner.ppo_stage import plan_ppo, ppo_copies
+from components.rlhf.planner.sources import shape_of_folder
+from components.rlhf.planner.training_stages import base_bytes, plan_sft
+
+SHAPES = Path(__file__).resolve().parents[3] / "docs" / "shapes"
+LLAMA = shape_of_folder(SHAPES / "llama-3.1-8b.json")
+P = 8_030_261_248
+GPU, CPU = Numeric(bf16=True, on_gpu=True), Numeric(bf16=False, on_gpu=False)
+
+
+def job(numeric: Numeric = GPU, **more: Any) -> Job:
+    known = {"prompt_tokens": 1024, "text_tokens": 2048, "gpu_memory": 79 * GIB}
+    return Job(shape=LLAMA, reward_shape=LLAMA, numeric=numeric, **(known | more))
+
+
+def sft(model: ModelConfig | None = None, **training: Any) -> SftStageConfig:
+    return SftStageConfig(
+        model=model or ModelConfig(),
+        sft=SftConfig(batch_size=128, training=TrainingConfig(**training)),
+        checkpoint=CheckpointConfig(),
+        seed=0,
+    )
+
+
+def ppo(
+    model: ModelConfig | None = None, critic: str = "layers", rollout: str = "vllm", **training: Any
+) -> PpoStageConfig:
+    return PpoStageConfig(
+        model=model or ModelConfig(),
+        ppo=PpoConfig(
+            minibatch=128,
+            rollout=RolloutConfig(engine=rollout, num_prompts=1024),  # type: ignore[arg-type]
+            critic=CriticConfig(trains=critic),  # type: ignore[arg-type]
+            training=TrainingConfig(**training),
+        ),
+        checkpoint=CheckpointConfig(),
+        seed=0,
+    )
+
+
+def parts(plan: StagePlan, name: str) -> dict[str, int]:
+    return plan.parts(name)
+
+
+def test_llama_8b_under_zero_3_on_8_gpus() -> None:
+    """2 bytes a weight, 12 of fp32 masters and moments and 4 of fp32 gradients, over 8 processes."""
+    copy = trained_copy(P, 0, LLAMA.largest, TrainingConfig(engine="deepspeed", zero_stage=3, num_processes=8), GPU)
+    share = P / 8
+    assert copy.weights == pytest.approx(2 * share, abs=8)
+    assert copy.optimizer == pytest.approx(12 * share, abs=8)
+    assert copy.gradients == pytest.approx(4 * share, abs=8)
+    assert copy.snapshot == pytest.approx(12 * share, abs=8)
+    # Two buckets of 500 million bf16 gradients, and a billion gathered weights with the largest (128,256 x 4,096) once more.
+    assert copy.buffers == 1_000_000_000
+    assert copy.working == 2 * 1_000_000_000 + 1_000_000_000 + 2 * 128_256 * 4096
+
+
+def test_torch_in_fp32_and_bf16() -> None:
+    """4 bytes of weights, 8 of moments and 4 of gradients in every process; bf16 adds the copies that autocast keeps."""
+    for numeric, cast in ((Numeric(bf16=False, on_gpu=True), 0), (GPU, 2)):
+        copy = trained_copy(1000, 200, 100, TrainingConfig(num_processes=1), numeric)
+        assert (copy.weights, copy.optimizer, copy.gradients) == (4000 + 200 * numeric.width, 8000, 4000)
+        assert (copy.cast, copy.step, copy.working) == (cast * 1000, 0, 0)
+
+
+def test_frozen_layers_have_no_gradients_and_no_moments() -> None:
+    # Of 32 layers 24 are frozen, with the embeddings: 8 layers, the final norm and the head are trained.
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
+    trained = 8 * layer + 4096 + 128_256 * 4096
+    assert LLAMA.trained(24) == trained
+    assert LLAMA.frozen(24) == P - trained
+    found = parts(plan_sft(sft(ModelConfig(num_frozen_layers=24)), job()), "update")
+    assert found["gradients"] == 4 * trained
+    assert found["optimizer"] == 8 * trained
+    assert found["weights"] == 4 * trained + 2 * (P - trained)
+
+
+def test_adapters_are_all_that_lora_trains() -> None:
+    # Rank 16 on the 7 matrices of a layer: q, k, v, o, gate, up and down.
+    sums = (4096 + 4096) * 2 + (4096 + 1024) * 2 + (4096 + 14336) * 3
+    adapters = 32 * 16 * sums
+    found = parts(plan_sft(sft(ModelConfig(lora=LoraConfig(rank=16))), job()), "update")
+    assert found["gradients"] == 4 * adapters
+    assert found["weights"] == 4 * adapters + 2 * P
+
+
+def test_models_of_ppo_share_what_the_stage_shares() -> None:
+    training = {"engine": "deepspeed", "zero_stage": 2, "num_processes": 8}
+    whole = ppo_copies(ppo(**training), job())
+    assert (whole.reference, whole.reward_model, whole.rollout) == (2 * P, 2 * (P - LLAMA.head + 4096), 0)
+    lora = ppo_copies(ppo(ModelConfig(lora=LoraConfig()), **training), job())
+    assert (lora.reference, lora.critic.weights < 2**30) == (
+        0,
+        True,
+    )  # the critic's layers are those of the reward model
+    head = ppo_copies(ppo(critic="head", **training), job())
+    assert head.critic.optimizer == 12 * 4096 / 8
+    frozen = ppo_copies(ppo(ModelConfig(num_frozen_layers=24), **training), job())
+    assert frozen.reference == 2 * LLAMA.trained(24)
+
+
+def test_vllm_takes_its_share_of_the_gpu_while_it_samples_and_sleeps_in_main_memory() -> None:
+    plan = plan_ppo(ppo(engine="deepspeed", zero_stage=3, num_processes=8), job())
+    assert parts(plan, "generate")["vLLM"] == int(0.4 * 79 * GIB)
+    (update,) = [phase for phase in plan.phases if phase.name == "update"]
+    assert update.main["vLLM, asleep"] == 2 * P
+
+
+def test_offloaded_optimizer_is_in_main_memory() -> None:
+    training = {"engine": "deepspeed", "zero_stage": 2, "num_processes": 8}
+    gpu, main = (plan_sft(sft(**training, offload_optimizer=off), job()) for off in (False, True))
+    assert parts(gpu, "update")["optimizer"] == pytest.approx(12 * P / 8, abs=8)
+    assert "optimizer" not in parts(main, "update")
+    (update,) = [phase for phase in main.phases if phase.name == "update"]
+    assert update.main["optimizer"] == pytest.approx(12 * P / 8, abs=8)
+
+
+def test_without_a_gpu_everything_is_in_main_memory() -> None:
+    plan = plan_sft(sft(), job(CPU))
+    assert plan.device_peak() == ("", 0)
+    assert plan.main_peak()[1] > 16 * P
+    assert plan.pod_memory() > plan.main_peak()[1]
+
+
+TRAININGS = st.fixed_dictionaries(
+    {
+        "engine": st.sampled_from(["torch", "deepspeed"]),
+        "zero_stage": st.sampled_from([1, 2, 3]),
+        "num_processes": st.sampled_from([1, 2, 4, 8, 16]),
+        "gradient_checkpointing": st.booleans(),
+        "microbatch_tokens": st.integers(1, 100_000),
+    }
+)
+ANY = settings(max_examples=60, deadline=None)
+
+
+def update_bytes(plan: StagePlan) -> int:
+    return sum(plan.parts("update").values())
+
+
+@ANY
+@given(TRAININGS, st.sampled_from([GPU, CPU, Numeric(bf16=True, on_gpu=False)]))
+def test_more_processes_never_need_more_each(training: dict[str, Any], numeric: Numeric) -> None:
+    sizes = []
+    for processes in (2, 4, 8, 64):
+        plan = plan_sft(sft(**(training | {"num_processes": processes})), job(numeric))
+        sizes.append(update_bytes(plan))
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@ANY
+@given(TRAININGS, st.integers(1, 50_000))
+def test_longer_passes_never_need_less(training: dict[str, Any], more: int) -> None:
+    longer = training | {"microbatch_tokens": training["microbatch_tokens"] + more}
+    assert update_bytes(plan_sft(sft(**longer), job())) >= update_bytes(plan_sft(sft(**training), job()))
+
+
+@ANY
+@given(TRAININGS)
+def test_checkpointed_activations_never_need_more(training: dict[str, Any]) -> None:
+    off, on = (training | {"gradient_checkpointing": value} for value in (False, True))
+    assert update_bytes(plan_sft(sft(**on), job())) <= update_bytes(plan_sft(sft(**off), job()))
+
+
+@ANY
+@given(TRAININGS, st.integers(0, 31))
+def test_more_frozen_layers_never_need_more(training: dict[str, Any], frozen: int) -> None:
+    training = training | {"zero_stage": min(training["zero_stage"], 2)}
+    fewer, more = (plan_sft(sft(ModelConfig(num_frozen_layers=n), **training), job()) for n in (frozen, frozen + 1))
+    assert update_bytes(more) <= update_bytes(fewer)
+
+
+@ANY
+@given(TRAININGS, st.sampled_from(["hf", "vllm"]), st.sampled_from(["layers", "head"]), st.booleans())
+def test_every_part_of_every_phase_is_a_size(
+    training: dict[str, Any], rollout: str, critic: str, has_lora: bool
+) -> None:
+    training = training | {"zero_stage": min(training["zero_stage"], 2)}
+    model = ModelConfig(lora=LoraConfig() if has_lora else None)
+    for numeric in (GPU, CPU):
+        plan = plan_ppo(ppo(model, critic, rollout, **training), job(numeric))
+        for phase in plan.phases:
+            assert all(type(size) is int and size >= 0 for size in [*phase.device.values(), *phase.main.values()])
+        assert plan.main_peak()[1] > 0
+
+
+def test_more_zero_needs_less_for_each_of_8_processes() -> None:
+    sizes = []
+    for zero in (1, 2, 3):
+        training = TrainingConfig(engine="deepspeed", zero_stage=zero, num_processes=8)  # type: ignore[arg-type]
+        copy = trained_copy(P, 0, LLAMA.largest, training, GPU)
+        sizes.append(copy.weights + copy.optimizer + copy.gradients + copy.buffers)
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_phases_that_did_not_happen_can_be_left_out() -> None:
+    plan = plan_sft(sft(), job(CPU))
+    assert plan.main_peak()[0] == "checkpoint"
+    assert plan.main_peak(without=("checkpoint",))[1] == plan.main_peak()[1] - 12 * P
+    assert plan_sft(sft(), replace(job(CPU), checkpoints=False)).main_peak()[1] == plan.main_peak()[1] - 12 * P
+
+
+def test_quantized_base_is_4_bits_and_its_scales() -> None:
+    """Half a byte a value, a byte for 64 of them, 4 bytes for 256 of these; the embeddings, the head and the norms stay in bf16."""
+    model = ModelConfig(lora=LoraConfig(rank=16))
+    if "quantization" not in LoraConfig.model_fields:
+        pytest.skip("model.lora has no quantization")
+    assert model.lora is not None
+    quantized = ModelConfig.model_validate({"lora": {"rank": 16, "quantization": "nf4"}})
+    linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    adapters = LLAMA.adapters(16, model.lora.target_modules, 0)
+    found = base_bytes(LLAMA, quantized, job(), scalar=False)
+    assert found == pytest.approx(2 * (P - linear) + linear * (0.5 + 1 / 64 + 1 / 4096) + 4 * adapters, abs=2)
+    assert base_bytes(LLAMA, model, job(), scalar=False) == 2 * P
