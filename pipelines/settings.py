@@ -200,6 +200,7 @@ def import_settings(
         revision=revision,
         num_frozen_layers=params.model.num_frozen_layers if is_language_model else 0,
         lora_modules=params.model.lora.target_modules if params.model.lora and is_language_model else (),
+        quantization=params.model.lora.quantization if params.model.lora and is_language_model else None,
         max_sequence_tokens=max(params.data.max_tokens, params.data.max_prompt_tokens + longest_response),
         precision=params.model.precision,
         is_chat=params.data.template == "chat" and is_language_model,

@@ -19,12 +19,12 @@ from tests.support.toy_pipeline import toy_params
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = sorted(path.parent.name for path in ROOT.glob("components/*/__main__.py"))
 HEAVY = (
-    "accelerate", "alembic", "boto3", "botocore", "datasets", "datasketch", "deepspeed", "fastapi", "huggingface_hub", "jinja2", "kfp",
-    "kubernetes", "matplotlib", "mlflow", "numpy", "pandas", "peft", "pyarrow", "requests", "rich", "safetensors", "scipy", "sklearn",
-    "sqlalchemy", "sympy", "tokenizers", "torch", "transformers", "vllm",
+    "accelerate", "alembic", "bitsandbytes", "boto3", "botocore", "datasets", "datasketch", "deepspeed", "fastapi",
+    "huggingface_hub", "jinja2", "kfp", "kubernetes", "matplotlib", "mlflow", "numpy", "pandas", "peft", "pyarrow", "requests",
+    "rich", "safetensors", "scipy", "sklearn", "sqlalchemy", "sympy", "tokenizers", "torch", "transformers", "vllm",
 )  # fmt: skip
 # Of a stage that runs with its default settings, without S3; transformers itself loads boto3 where accelerate is installed.
-NEVER_BY_STAGES = {"datasets", "deepspeed", "kfp", "mlflow", "pandas", "peft", "sklearn", "vllm"}
+NEVER_BY_STAGES = {"bitsandbytes", "datasets", "deepspeed", "kfp", "mlflow", "pandas", "peft", "sklearn", "vllm"}
 USE_MLFLOW = {"register", "notify"}
 DATA = ("demonstrations", "preferences", "prompts")
 # In place of the process that talks to MLflow: answers every request.

@@ -84,9 +84,9 @@ def transformers_generate(job: dict[str, Any], prompts: dict[str, Any], stop_ids
 
 def vllm_generate(job: dict[str, Any], prompts: dict[str, Any], stop_ids: tuple[int, ...]) -> Generate:
     """LLM.generate of vLLM, started with the options of our engine that affect its speed."""
-    from components.rlhf.rollout.vllm import _configure_environment
+    from components.rlhf.rollout.vllm_process import configure_environment
 
-    _configure_environment()
+    configure_environment()
     from vllm import LLM, SamplingParams
 
     length = LONGEST_PROMPT + job["max_tokens"]

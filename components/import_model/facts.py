@@ -13,6 +13,7 @@ from components.rlhf.config.model import LoraConfig
 from components.rlhf.data.tokenizer import response_end_id, special_prefix, stop_ids_of
 from components.rlhf.models.layers import layers_of
 from components.rlhf.models.lora import add_adapters, merged_weights
+from components.rlhf.models.nf4 import pack, share_in_4_bits
 from components.rlhf.text.errors import InputError
 
 POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # names in the configs of transformers
@@ -156,6 +157,49 @@ def require_lora_modules(model: Any, names: tuple[str, ...], *, num_frozen_layer
             f"{type(model).__name__} cannot have LoRA adapters on {', '.join(names)} ({reason}); name other modules in "
             "model.lora.target_modules."
         ) from error
+
+
+@torch.no_grad()
+def require_adapters_that_count(model: Any, names: tuple[str, ...]) -> None:
+    """Raise InputError if the model uses the weight of one of these modules without calling the module.
+
+    An adapter would change nothing there while it is trained, but the merged weight would.
+    """
+    layers = layers_of(model)
+    modules = [
+        (name, module)
+        for name, module in layers.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in names
+    ]
+    called: set[nn.Module] = set()
+    hooks = [module.register_forward_hook(lambda module, *_: called.add(module)) for _, module in modules]
+    ids = torch.arange(10, 30)[None] % model.config.get_text_config().vocab_size
+    before = model(input_ids=ids, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    for name, module in modules:
+        if module in called:
+            continue
+        module.weight.mul_(2.0)  # exact, and undone exactly
+        changed = not torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+        module.weight.mul_(0.5)
+        if changed:
+            raise InputError(
+                f"{type(model).__name__} uses the weight of {name} without calling the layer, so that an adapter would have no effect; "
+                f"remove {name.rpartition('.')[2]} from model.lora.target_modules."
+            )
+
+
+def require_quantizable(model: Any) -> str:
+    """A sentence that says how much of the model is kept in 4 bits. Raises InputError if nothing can be, or bitsandbytes is missing."""
+    share = share_in_4_bits(model)
+    if share == 0:
+        raise InputError(
+            f"{type(model).__name__} has no linear layers that could be kept in 4 bits; set model.lora.quantization to null."
+        )
+    pack(torch.zeros(1, 64))
+    rest = ", the rest, such as experts in one tensor, in the precision of the model" if share < 0.9 else ""
+    return f"model.lora.quantization keeps {share:.0%} of the parameters of the layers in 4 bits{rest}"
 
 
 def _without_weights(model: Any) -> Any:

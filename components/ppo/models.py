@@ -24,7 +24,7 @@ from components.rlhf.models.loading import (
     load_scalar_lm,
     reward_normalization,
 )
-from components.rlhf.models.lora import add_adapters
+from components.rlhf.models.lora import adapted_modules, add_adapters
 from components.rlhf.models.precision import default_device
 from components.rlhf.models.scalar import ScalarModel
 from components.rlhf.rewards.protocol import Scorer
@@ -49,15 +49,17 @@ def load_models(
 
     All models share the frozen layers if these are equal in both artifacts. With adapters the reference is the actor with its
     adapters disabled, and the reward model is the critic with its adapters disabled and its own head, without copies of the
-    weights. Under ZeRO-3 each weight of every model is sharded as soon as it is read.
+    weights, in 4 bits with model.lora.quantization. Under ZeRO-3 each weight of every model is sharded as soon as it is read.
     """
     device, training = default_device(), config.ppo.training
-    frozen, lora = config.model.num_frozen_layers, config.model.lora
+    frozen, lora, quantization = config.model.num_frozen_layers, config.model.lora, config.model.quantization
     critic_trains = config.ppo.critic.trains
     # Each model goes to its device, precision and shards before the next one is read.
     place: dict[str, Any] = dict(dtype=dtype, device=device, shard=weight_shards(training, group=group, dtype=dtype))
     trained = place | {"trained_dtype": trained_dtype(training, dtype)}
-    actor_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, trainable=lora is None, **trained)
+    actor_lm = load_causal_lm(
+        sft_model, num_frozen_layers=frozen, trainable=lora is None, quantization=quantization, **trained
+    )
     if lora:
         reference_lm = actor_lm
     elif training.engine == "torch":
@@ -66,12 +68,21 @@ def load_models(
         reference_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, trainable=False, **place)
     as_text = is_scored_as_text(reward_model)
     reward_frozen = 0 if as_text else frozen
-    reward_lm = load_scalar_lm(reward_model, num_frozen_layers=reward_frozen, trainable=False, **place)
+    reward_lm = load_scalar_lm(
+        reward_model, num_frozen_layers=reward_frozen, trainable=False, quantization=quantization, **place
+    )
     # A critic reads the actor's ids: it cannot start from a reward model with other ids, so it gets the SFT model and a new head.
     critic_source, seed = (sft_model, config.seed) if as_text else (reward_model, None)
     if lora or critic_trains == "head":
         critic_lm = copy_with_own_head(
-            load_scalar_lm(critic_source, num_frozen_layers=frozen, trainable=False, seed=seed, **place)
+            load_scalar_lm(
+                critic_source,
+                num_frozen_layers=frozen,
+                trainable=False,
+                seed=seed,
+                quantization=quantization,
+                **place,
+            )
             if as_text
             else reward_lm
         )
@@ -87,7 +98,7 @@ def load_models(
         rollout_lm = actor_lm if samples_from_actor(config, dtype) else None
         if rollout_lm is None:
             rollout_lm = load_causal_lm(sft_model, num_frozen_layers=0, dtype=dtype, trainable=False, device=device)
-            copies.append(rollout_lm)
+            copies += [] if quantization else [rollout_lm]  # it samples from whole weights, which sync() copies
     all_lms = [*copies] + ([] if as_text else [reward_lm])
     all_lms += [] if critic_lm.base_model is reward_lm.base_model else [critic_lm]
     shared = share_trunk(actor_lm, all_lms, frozen)
@@ -126,7 +137,17 @@ def load_models(
     for model in (models.reference, models.reward_model):
         prepare_frozen_model(model, training, group=group, dtype=dtype)
     rollout = config.ppo.rollout
-    return models, create_rollout_engine(sft_model, rollout, rollout.sampling, prompts, dtype=dtype, lm=rollout_lm)
+    engine = create_rollout_engine(
+        sft_model,
+        rollout,
+        rollout.sampling,
+        prompts,
+        dtype=dtype,
+        lm=rollout_lm,
+        lora_rank=config.model.lora.rank if config.model.lora else 0,
+        adapted_modules=adapted_modules(actor_lm),
+    )
+    return models, engine
 
 
 def samples_from_actor(config: PpoStageConfig, dtype: torch.dtype) -> bool:

@@ -81,6 +81,11 @@ class PpoTrainer:
                 f"no validation: there are fewer validation prompts than processes ({self.group.world_size})"
             )
         first = self._restore() + 1
+        if self.config.model.lora:
+            reason = self.rollout.merges_because
+            self.progress.log(f"weight sync: {f'all weights, because {reason}' if reason else 'adapters only'}")
+        if first == 1 and self.config.model.quantization:
+            self._sync()  # the rollout engine has loaded the artifact
         self._check_sync()
         if first == 1 and self.ppo.eval_every and validation:
             self.tracker.log(self._validate(validation, 0), 0)  # the SFT model, before the first update
@@ -186,7 +191,14 @@ class PpoTrainer:
 
     def _sync(self) -> None:
         weights = self.learner.engines["actor"].full_weights()
-        self.rollout.sync(self.sync_check.observe(self.learner.models.actor.export_weights(weights)))
+        actor = self.learner.models.actor
+        if self.rollout.merges_because or not self.config.model.lora:
+            stream = actor.export_weights(weights)
+        else:
+            # The engine has loaded the artifact, whose weights are those below the adapters unless they were quantized only now.
+            is_first = self.rollout.version == 0
+            stream = actor.export_adapters(weights, with_base=is_first and self.config.model.quantization is not None)
+        self.rollout.sync(self.sync_check.observe(stream))
         self._check_sync()
 
     @torch.no_grad()

@@ -43,10 +43,9 @@ def main(
     config, max_tokens = run.config.reward_model, read_header(preferences).max_tokens
     train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
     inputs = open_inputs(sft_model=sft_model, preferences=preferences, prompts=prompts)
-    if config.use:
-        inputs["imported"] = open_artifact(base_model, "reward_model")
-    else:
-        inputs |= open_inputs(base_model=base_model, sft_model=sft_model)
+    inputs |= (
+        {"imported": open_artifact(base_model, "reward_model")} if config.use else open_inputs(base_model=base_model)
+    )
     with join_process_group(timeout_minutes=config.training.timeout_minutes) as group:
         run.require_agreement(group, *inputs.values())
         responses = sample_responses(run.config, sft_model, load_records(prompts, "train", Prompt), group)

@@ -60,6 +60,7 @@ class RewardModelTrainer:
             trained_dtype=trained_dtype(training, self.dtype),
             device=self.device,
             shard=weight_shards(training, group=context.group, dtype=self.dtype),
+            quantization=config.model.quantization,
         )
         if lora:
             add_adapters(lm, lora, num_frozen_layers=frozen, seed=config.seed)

@@ -20,6 +20,7 @@ from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.records import Prompt
 from components.rlhf.data.tokenizer import encode_text, load_tokenizer
 from components.rlhf.models.loading import load_causal_lm, load_stop_ids
+from components.rlhf.models.saving import save_model
 from components.rlhf.rollout.hf import HfRolloutEngine
 from tests.import_model.test_import_model import import_artifact, refusal, run
 from tests.support.architectures import make_folder as make_architecture
@@ -221,6 +222,11 @@ def test_special_token_that_no_text_uses_needs_no_embedding(tmp_path: Path) -> N
         ("deepseek_v3", ["down_proj"], "cannot have LoRA adapters on down_proj"),
         ("glm4_moe", ["o_proj", "down_proj"], "cannot have LoRA adapters on o_proj, down_proj"),
         ("gpt2", ["c_attn"], "it has no linear modules; set model.lora to null"),
+        (
+            "jamba",
+            ["q_proj", "dt_proj"],
+            "without calling the layer, so that an adapter would have no effect; remove dt_proj",
+        ),
         ("falcon", ["query_key_value"], ""),
         ("mixtral", ["q_proj", "o_proj"], ""),
         ("opt", ["q_proj", "fc1"], ""),
@@ -235,6 +241,29 @@ def test_adapters_that_cannot_be_trained_or_merged_are_refused(
     else:
         done = run(source, tmp_path / "out", lora_modules=modules)
         assert done.exit_code == 0, done.stderr
+
+
+def test_import_keeps_the_4_bits_of_an_artifact(tmp_path: Path) -> None:
+    start = make_folder(tmp_path / "start", make_tiny_tokenizer())
+    lm = load_causal_lm(start, num_frozen_layers=0, dtype=torch.float32, trainable=False, quantization="nf4")
+    save_model(lm, load_tokenizer(start), tmp_path / "source", dtype=torch.float32)
+    assert run(tmp_path / "source", tmp_path / "out").exit_code == 0
+    files = [folder / "nf4" / "weights.safetensors" for folder in (tmp_path / "source", tmp_path / "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_model_is_checked_for_4_bits(tmp_path: Path) -> None:
+    source = make_architecture("falcon", tmp_path / "falcon")
+    message = refusal(source, tmp_path / "out", lora_modules=["query_key_value"], quantization="nf4")
+    assert "no linear layers that could be kept in 4 bits; set model.lora.quantization to null" in message
+    done = run(
+        make_architecture("mixtral", tmp_path / "mixtral"),
+        tmp_path / "other",
+        lora_modules=["q_proj", "o_proj"],
+        quantization="nf4",
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "model.lora.quantization keeps" in done.stderr and "the rest, such as experts in one tensor" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma4", "got_ocr2", "fuyu", "llama4_text"])

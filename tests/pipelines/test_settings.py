@@ -236,6 +236,7 @@ def test_settings_of_a_stage_are_canonical_json(file: Path) -> None:
         "revision": "abc",
         "num_frozen_layers": 0,
         "lora_modules": [],
+        "quantization": None,
         "max_sequence_tokens": 1024,
         "precision": "auto",
         "is_chat": False,

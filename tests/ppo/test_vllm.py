@@ -1,13 +1,15 @@
 """PPO with rollouts from the real vLLM, on a CPU."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
+from components.rlhf.config.model import LoraConfig
 from components.rlhf.text.errors import InputError
 from tests.support.ppo_runs import PROMPTS, VALIDATION, config_of, make_reward_model, share_of_low_ids, trainer_of
 from tests.support.tiny_model import make_tiny_model
+from tests.support.training import NEVER, checkpoints_every_step
 
 pytestmark = pytest.mark.vllm
 RUN = {
@@ -72,3 +74,42 @@ def test_failed_weight_sync_stops_the_run(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "_pack_heads", lambda model: None)  # the effect of a plain reload of a tied head
     with pytest.raises(InputError, match=r"weights \(version 1\) do not match the trainer's"):
         scores_of(folder, "vllm")
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_ppo_with_adapters_sends_only_them(
+    folder: Path, tmp_path: Path, quantization: Literal["nf4"] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = LoraConfig(rank=8, alpha=16.0, quantization=quantization)
+    stage = config_of(lora=lora, frozen=1, num_iterations=3, rollout={"engine": "vllm"})
+    history: list[dict[str, float]] = []
+    for interrupt_at in (2, NEVER):  # the second resumes from the checkpoint of the first
+        trainer = trainer_of(
+            stage,
+            folder / "sft",
+            folder / "reward",
+            checkpoints=checkpoints_every_step(tmp_path, "ppo"),
+            interrupt_at=interrupt_at,
+        )
+        sent: list[set[str]] = []
+        real = trainer.rollout.sync
+
+        def sync(weights: Any, real: Any = real, sent: Any = sent) -> int:
+            pairs = list(weights)
+            sent.append({name for name, _ in pairs})
+            return int(real(pairs))
+
+        trainer.rollout.sync = sync  # type: ignore[method-assign]
+        try:
+            history = trainer.train(PROMPTS, [])
+        except KeyboardInterrupt:
+            assert interrupt_at == 2
+        finally:
+            trainer.rollout.close()
+        kinds = [{".lora_" in name for name in names} for names in sent]
+        assert kinds[0] == ({True} if quantization is None else {True, False})  # a base in 4 bits is sent once
+        assert all(kind == {True} for kind in kinds[1:])
+    assert len(history) == 3
+    assert max(row["engine_gap/max"] for row in history) < 1e-4
+    assert history[-1]["kl/sequence"] != 0.0
+    assert "weight sync: adapters only" in capsys.readouterr().err

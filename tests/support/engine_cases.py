@@ -63,8 +63,15 @@ def actor_of(
     group: Group = SINGLE_PROCESS,
     *,
     with_adapters: bool = False,
+    in_4_bits: bool = False,
 ) -> Actor:
-    lm = load_causal_lm(model, num_frozen_layers=0, trainable=not with_adapters, **placed(training, dtype, group))
+    lm = load_causal_lm(
+        model,
+        num_frozen_layers=0,
+        trainable=not with_adapters,
+        quantization="nf4" if in_4_bits else None,
+        **placed(training, dtype, group),
+    )
     if with_adapters:
         add_adapters(lm, LoraConfig(rank=4), num_frozen_layers=0, seed=5)
     if training.gradient_checkpointing:
@@ -147,10 +154,11 @@ def train(
         engine = create_engine(scalar, training, num_steps=4, group=group, dtype=dtype)
         numbers = list(pair_steps(scalar, engine, group))
     else:
-        actor = actor_of(model, training, dtype, group, with_adapters=kind == "adapters")
+        with_adapters = kind in ("adapters", "qlora")
+        actor = actor_of(model, training, dtype, group, with_adapters=with_adapters, in_4_bits=kind == "qlora")
         engine = create_engine(actor, training, num_steps=4, group=group, dtype=dtype)
         numbers = list(language_steps(actor, engine, BATCHES, group))
-        if kind == "adapters":
+        if with_adapters:
             return numbers, {name: weight.float() for name, weight in actor.export_weights(engine.full_weights())}
     return numbers, whole_weights(engine)
 
@@ -219,6 +227,9 @@ CASES: list[tuple[str, str, dict[str, Any], torch.dtype]] = [
     ("actor", "deepspeed", {"zero_stage": 3, "gradient_checkpointing": True}, FP32),
     ("adapters", "torch", {}, FP32),
     ("adapters", "deepspeed", {"zero_stage": 2}, FP32),
+    ("qlora", "torch", {}, FP32),
+    *(("qlora", "deepspeed", {"zero_stage": stage}, FP32) for stage in (1, 2)),
+    ("qlora", "deepspeed", {"zero_stage": 2, "gradient_checkpointing": True}, BF16),
     ("scalar", "torch", {}, FP32),
     ("scalar", "deepspeed", {"zero_stage": 2}, FP32),
     ("scalar", "deepspeed", {"zero_stage": 3}, FP32),

@@ -15,6 +15,8 @@ class ImportModelStageConfig(BaseConfig):
     """model.num_frozen_layers, with which the model must give the same log-probs as without."""
     lora_modules: tuple[str, ...] = ()
     """model.lora.target_modules, which the layers must have; empty without LoRA."""
+    quantization: Literal["nf4"] | None = None
+    """model.lora.quantization, for which the layers must have linear layers."""
     max_sequence_tokens: PositiveInt | None = None
     """The longest prompt and response of the run together, which must fit into the context of the model."""
     precision: Precision = "auto"

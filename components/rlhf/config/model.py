@@ -26,6 +26,8 @@ class LoraConfig(BaseConfig):
         "down_proj",
     )
     """Names of the linear layers that receive an adapter."""
+    quantization: Literal["nf4"] | None = None
+    """nf4 keeps the linear layers of the frozen weights in 4 bits (QLoRA); null in the precision of the model."""
 
 
 class ModelConfig(BaseConfig):
@@ -41,6 +43,11 @@ class ModelConfig(BaseConfig):
     """bf16 computes in bfloat16 with fp32 master weights; auto is bf16 if the device supports it, else fp32."""
     lora: LoraConfig | None = None
     """LoRA adapters of every trained model; null trains all weights that are not frozen. Artifacts contain merged weights."""
+
+    @property
+    def quantization(self) -> Literal["nf4"] | None:
+        """How the weights below the adapters are kept."""
+        return None if self.lora is None else self.lora.quantization
 
 
 class TrainingConfig(BaseConfig):

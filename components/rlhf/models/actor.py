@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from components.rlhf.data.batching import TokenBatch
 from components.rlhf.maths.logprobs import entropy, token_logprobs
 from components.rlhf.models.layers import apply_head, freeze_lower_layers
-from components.rlhf.models.lora import adapters_enabled, merged_weights
+from components.rlhf.models.lora import adapters_enabled, merged_weights, separate_weights
 from components.rlhf.models.packing import pack_limit, run_rows
 from components.rlhf.models.precision import autocast_to
 from components.rlhf.models.router import RouterLoss
@@ -121,6 +121,12 @@ class Actor(nn.Module):
     def export_weights(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Stream this module's weights under the names of its model folder, with adapters merged."""
         return merged_weights(self.lm, ((name.removeprefix("lm."), weight) for name, weight in named))
+
+    def export_adapters(self, named: Iterable[tuple[str, Tensor]], *, with_base: bool) -> Iterator[tuple[str, Tensor]]:
+        """Stream this module's adapters for an engine that holds the weights below them, or with_base those too."""
+        return separate_weights(
+            self.lm, ((name.removeprefix("lm."), weight) for name, weight in named), with_base=with_base
+        )
 
     def _pieces(self, num_tokens: int, batch: TokenBatch) -> list[int]:
         """Bounds of the pieces of the batch's response tokens of which logits are in memory at once.

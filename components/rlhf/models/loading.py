@@ -4,8 +4,9 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import safe_open
@@ -23,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from components.rlhf.models.layers import HEAD_NAME, NOT_COMPUTED, decoder_of
+from components.rlhf.models.nf4 import quantize_layers
 from components.rlhf.models.placing import (
     Dtypes,
     Placement,
@@ -34,6 +36,7 @@ from components.rlhf.models.placing import (
 from components.rlhf.text.errors import InputError
 
 CPU = torch.device("cpu")
+Quantization = Literal["nf4"] | None
 
 
 class Fp32Head(nn.Linear):
@@ -54,13 +57,16 @@ def load_causal_lm(
     trained_dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
     shard: Shard | None = None,
+    quantization: Quantization = None,
 ) -> Any:
     """Load a causal language model without dropout: trainable parts in trained_dtype, frozen ones (all if not trainable) in dtype.
 
     Each tensor is cast, moved to the device and sharded (see Shard) as soon as it is read; with a shard no process holds the whole model.
+    quantization keeps the linear layers of a model that is not trainable in 4 bits, which it gets one by one in main memory.
     """
     dtypes = _dtypes(num_frozen_layers, dtype, trainable, trained_dtype)
-    return _load(AutoModelForCausalLM, directory, Placement(dtypes=dtypes, device=device, shard=shard), trainable)
+    placement = Placement(dtypes=dtypes, device=device, shard=shard)
+    return _load(AutoModelForCausalLM, directory, placement, trainable, quantize_to=dtype if quantization else None)
 
 
 def load_reference_lm(
@@ -83,6 +89,7 @@ def load_scalar_lm(
     trained_dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
     shard: Shard | None = None,
+    quantization: Quantization = None,
 ) -> Any:
     """Load a model with a scalar head, as load_causal_lm. With a seed the head is drawn from a normal with std 1 / (hidden_size + 1).
 
@@ -112,6 +119,7 @@ def load_scalar_lm(
         placement,
         trainable,
         complete=give_head,
+        quantize_to=dtype if quantization else None,
         needs_head=seed is None,
         num_labels=1,
     )
@@ -301,10 +309,16 @@ def _load(
     *,
     complete: Callable[[Any], None] = lambda model: None,
     needs_head: bool = True,
+    quantize_to: torch.dtype | None = None,
     **options: Any,
 ) -> Any:
-    """Load a model into its final place; complete(model) may add weights that its class has no place for."""
-    model, info = load_with_info(kind, directory, placement, **options)
+    """Load a model into its final place; complete(model) may add weights that its class has no place for.
+
+    quantize_to is the precision that a model computes in whose linear layers are kept in 4 bits.
+    """
+    # Whole weights stay in main memory: a GPU may have room only for their 4 bits.
+    loading = placement if quantize_to is None else replace(placement, device=CPU)
+    model, info = load_with_info(kind, directory, loading, **options)
     missing = {name for name in info["missing_keys"] if needs_head or not name.startswith(f"{HEAD_NAME}.")}
     if missing:
         raise InputError(
@@ -316,6 +330,8 @@ def _load(
             "config.json, so it would not be the model that was trained; correct config.json."
         )
     complete(model)
+    if quantize_to is not None:
+        quantize_layers(model, directory, dtype=quantize_to)
     if not trainable:
         model.requires_grad_(False)
     placement.settle(model)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from components.rlhf.models.lora import belongs_to_adapter, lora_scale, merged_weights, save_adapter
+from components.rlhf.models.lora import ADAPTER, belongs_to_adapter, lora_scale, merged_weights, save_adapter
+from components.rlhf.models.nf4 import FOLDER as NF4_FOLDER
+from components.rlhf.models.nf4 import Nf4Linear, save_nf4
 from components.rlhf.models.stored import StoredForm
 from components.rlhf.models.weight_files import WeightFiles
 from components.rlhf.text.errors import InputError
@@ -26,7 +28,8 @@ def save_model(
 
     weights are those of the model as an engine streams them (of a module that has the model as `lm`), whole and one at a time; without
     them the model's own are written. Buffers keep their precision, in which transformers wants them. Adapters are merged into the
-    weights, and also written to adapter/ for peft to load onto the base model.
+    weights, and also written to adapter/ for peft to load onto the base model. Of a model in 4 bits the merged weights are those that it
+    computes with, and nf4/ has the 4 bits and the updates by themselves, from which the next stage starts.
     Raises InputError when a weight is nan or infinite, which the loss cannot show after the last step; then nothing is written.
     """
     if weights is None:
@@ -46,6 +49,8 @@ def save_model(
     tokenizer.save_pretrained(directory)
     if adapter:
         save_adapter(model, adapter, directory / "adapter")
+    if any(isinstance(module, Nf4Linear) for module in model.modules()):
+        save_nf4(model, adapter, directory / NF4_FOLDER, adapter=ADAPTER, scale=lora_scale(model))
     for file in directory.rglob("*.safetensors"):  # other pods may run as another user
         file.chmod(0o644)
 

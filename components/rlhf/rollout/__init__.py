@@ -3,6 +3,7 @@
 Imports: config, data, models, text.
 Packages: torch, transformers.
 Packages of vllm.py: vllm.
+Packages of vllm_lora.py: safetensors, vllm.
 
 It does not depend on rewards or advantages.
 """

@@ -26,10 +26,13 @@ def create_rollout_engine(
     *,
     dtype: torch.dtype,
     lm: Any = None,
+    lora_rank: int = 0,
+    adapted_modules: Sequence[str] = (),
 ) -> RolloutEngine:
     """The engine for these prompts with the model of a folder, or, for transformers, with lm if it is given.
 
-    vLLM is sized for the longest prompt and its response. With several processes every rank calls this with the same arguments.
+    vLLM is sized for the longest prompt and its response, and for adapters of rank lora_rank on adapted_modules, which the trainer has.
+    With several processes every rank calls this with the same arguments.
     """
     tokenizer, stop_ids = load_tokenizer(folder), load_stop_ids(folder)
     if rollout.engine == "hf":
@@ -45,4 +48,6 @@ def create_rollout_engine(
         dtype=dtype,
         max_model_len=max(longest_prompt(prompts, tokenizer), PROBE_TOKENS) + sampling.max_new_tokens,
         num_sequences=sampling.batch_size,
+        lora_rank=lora_rank,
+        adapted_modules=adapted_modules,
     )

@@ -33,6 +33,7 @@ class HfRolloutEngine:
         self.stop_ids = stop_ids
         self.name = f"transformers {version('transformers')}"
         self.version = 0
+        self.merges_because = "transformers samples from merged weights"
         self._parameters = dict(model.named_parameters())
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int]) -> list[Completion]:

@@ -17,6 +17,7 @@ class RolloutEngine(Protocol):
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     version: int  # version of the weights: the number of syncs so far
+    merges_because: str  # why sync() needs adapters merged into the weights; empty if it takes adapters by themselves
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int]) -> list[Completion]:
         """Sample one completion per prompt. It depends on its prompt, its seed and the weights, not on the rest of the batch."""
@@ -29,7 +30,8 @@ class RolloutEngine(Protocol):
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> int:
         """Load the trainer's weights, streamed under their Hugging Face names; return the new version.
 
-        Weights that are not in the stream keep their values. A tied head follows the embeddings.
+        Weights that are not in the stream keep their values. A tied head follows the embeddings. Adapters are NAME.lora_A.weight
+        [r, in] and NAME.lora_B.weight [out, r] of a module NAME, whose update is B A.
         """
         ...
 

@@ -8,9 +8,9 @@ graphs, NCCL, and sharing a GPU's memory with the trainer.
 
 import contextlib
 import gc
-import os
-import random
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ from components.rlhf.models.loading import empty_causal_lm, require_same_archite
 from components.rlhf.models.stored import StoredForm
 from components.rlhf.rollout.probe import WeightSample, require_weights_of
 from components.rlhf.rollout.vllm_errors import start_error
+from components.rlhf.rollout.vllm_lora import (
+    lora_options,
+    modules_without_adapter,
+    reason_to_merge,
+    sample_adapter,
+    split_adapters,
+    write_adapter,
+)
+from components.rlhf.rollout.vllm_process import check_processes, configure_environment, preserve_process_state
 from components.rlhf.text.errors import InputError
 
 # The range that vLLM supports; outside it, vLLM fails or silently samples at another temperature.
@@ -43,9 +52,12 @@ class VllmRolloutEngine:
         dtype: torch.dtype,
         max_model_len: int,
         num_sequences: int,
+        lora_rank: int = 0,
+        adapted_modules: Sequence[str] = (),
     ) -> None:
         """dtype is the precision to sample in, max_model_len the maximum length of prompt and response in tokens, and
-        num_sequences the maximum number of concurrent responses. Raises InputError if vLLM is missing or cannot start."""
+        num_sequences the maximum number of concurrent responses. The trainer has adapters of rank lora_rank on adapted_modules.
+        Raises InputError if vLLM is missing or cannot start."""
         self.folder = model_folder
         self.tokenizer = load_tokenizer(model_folder)
         self.stop_ids = stop_ids
@@ -55,10 +67,13 @@ class VllmRolloutEngine:
         self.tensor_parallel_size = config.tensor_parallel_size
         shell = empty_causal_lm(model_folder)
         self._stored_form = StoredForm(shell, [name for name, _ in shell.named_parameters(remove_duplicate=False)])
+        self._architectures = getattr(shell.config, "architectures", None) or []
         self._sleeping: set[str] = set()  # vLLM's wake-up tags: "weights", "kv_cache"
+        self._adapted_modules = adapted_modules
+        self._adapter: Any = None  # vLLM's request for the adapter of this version
         self._owns_process_group = not torch.distributed.is_initialized()
-        _check_processes(config.tensor_parallel_size)
-        _configure_environment()
+        check_processes(config.tensor_parallel_size)
+        configure_environment()
         try:
             import vllm
             from vllm.platforms import current_platform
@@ -78,38 +93,63 @@ class VllmRolloutEngine:
             if self.on_cpu
             else {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": True}
         )
-        is_distributed = not self._owns_process_group and torch.distributed.get_world_size() > 1
+        self._options = dict(
+            model=str(model_folder),
+            skip_tokenizer_init=True,  # input and output are ids
+            generation_config="vllm",  # ignore top-k, top-p and penalties of generation_config.json
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=max_model_len,
+            max_num_seqs=num_sequences,
+            logprobs_mode="processed_logprobs",  # of logits / temperature, with early stop ids masked
+            tensor_parallel_size=config.tensor_parallel_size,
+            distributed_executor_backend="external_launcher" if self._is_distributed() else "uni",
+            enforce_eager=self.on_cpu,
+            use_tqdm_on_load=False,
+            **device_options,
+        )
         self._llm: Any = None
         try:
-            with _preserve_process_state():
-                self._llm = vllm.LLM(
-                    str(model_folder),
-                    skip_tokenizer_init=True,  # input and output are ids
-                    generation_config="vllm",  # ignore top-k, top-p and penalties of generation_config.json
-                    dtype=str(dtype).removeprefix("torch."),
-                    max_model_len=max_model_len,
-                    max_num_seqs=num_sequences,
-                    logprobs_mode="processed_logprobs",  # of logits / temperature, with early stop ids masked
-                    tensor_parallel_size=config.tensor_parallel_size,
-                    distributed_executor_backend="external_launcher" if is_distributed else "uni",
-                    enforce_eager=self.on_cpu,
-                    use_tqdm_on_load=False,
-                    **device_options,
-                )
-            # Even with generation_config="vllm", vLLM masks the EOS of generation_config.json before min_tokens; only
-            # stop_ids must be masked, as in the trainer's log-probs.
-            self._llm.llm_engine.input_processor.generation_config_fields = {}
-            # Unsupported kernels (e.g. of a head size) fail only at the first step, so run one.
-            self.prompt_logprobs([0, 0])
+            self.merges_because = self._start_with_adapters(lora_rank)
+            if self.merges_because:
+                self._start({})
         except Exception as error:  # vLLM and its kernels raise any type
             self.close()
             raise start_error(error, model_folder=model_folder, config=config, max_model_len=max_model_len) from error
         self.name = f"vllm {vllm.__version__}"
-        if self.on_cpu and any(self._llm.apply_model(_has_experts)):
+        if self.on_cpu and any(self._on_model(_has_experts)):
             self.close()
             raise InputError(
                 f"vLLM 0.32 on a CPU loses the packed experts of {model_folder} when weights are updated; set ppo.rollout.engine to hf."
             )
+
+    def _is_distributed(self) -> bool:
+        return not self._owns_process_group and torch.distributed.get_world_size() > 1
+
+    def _start_with_adapters(self, rank: int) -> str:
+        """Start the engine for the trainer's adapters, or return why it cannot have all of them."""
+        names = self._adapted_modules
+        if not names:
+            return "there are none"
+        reason = reason_to_merge(self._architectures, rank)
+        if reason:
+            return reason
+        self._start(lora_options(rank, {name.rpartition(".")[2] for name in names}))
+        (ignored,) = self._on_model(lambda model: modules_without_adapter(model, names))
+        if not ignored:
+            return ""
+        self._stop()
+        return f"vLLM has no adapters for {ignored[0]}"
+
+    def _start(self, options: dict[str, Any]) -> None:
+        import vllm
+
+        with preserve_process_state():
+            self._llm = vllm.LLM(**self._options, **options)
+        # Even with generation_config="vllm", vLLM masks the EOS of generation_config.json before min_tokens; only
+        # stop_ids must be masked, as in the trainer's log-probs.
+        self._llm.llm_engine.input_processor.generation_config_fields = {}
+        # Unsupported kernels (e.g. of a head size) fail only at the first step, so run one.
+        self.prompt_logprobs([0, 0])
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int]) -> list[Completion]:
         """sampling.batch_size is ignored in favor of num_sequences. On a GPU the engine sleeps afterwards.
@@ -158,28 +198,56 @@ class VllmRolloutEngine:
         Raises InputError if its config is of another architecture, or if weights have other values afterwards.
         """
         require_same_architecture(empty_causal_lm(self.folder), folder)
-        version = self._reload(weights_path=str(folder))
+        self._wake("weights")
+        self._reload(weights_path=str(folder))
+        version = self._next_version()
         require_weights_of(folder, self.weight_samples(), self.dtype)
         return version
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> int:
-        return self._reload(weights_iterator=self._copies(weights))
-
-    def _reload(self, **source: Any) -> int:
         self._wake("weights")
+        adapters: dict[str, Tensor] = {}
+        base = split_adapters(weights, adapters)
+        if self.merges_because:
+            self._reload(weights_iterator=self._copies(base))
+        elif (first := next(base, None)) is not None:
+            self._reload(weights_iterator=self._copies(chain([first], base)))
+        if adapters:
+            self._load_adapter(adapters)
+        return self._next_version()
+
+    def _reload(self, **source: Any) -> None:
         # reload_weights restores each layer's shape, loads it and processes it for its kernel again, in place: on a CPU
         # the matrices were packed at the start, and on a GPU captured graphs hold their addresses.
         self._llm.collective_rpc("reload_weights", kwargs=source)
         if self.on_cpu:
             self._llm.apply_model(_pack_heads)
+
+    def _next_version(self) -> int:
         # Otherwise prompts with a common prefix would reuse keys and values of the old weights.
         self._llm.reset_prefix_cache()
         self.version += 1
         return self.version
 
+    def _load_adapter(self, adapters: dict[str, Tensor]) -> None:
+        """Replace the adapter by that of the next version. vLLM loads adapters from folders."""
+        from vllm.lora.request import LoRARequest
+
+        number = self.version + 1
+        with tempfile.TemporaryDirectory(prefix="adapter-") as parent:
+            folder = Path(parent) / "adapter"
+            write_adapter(folder, adapters)
+            request = LoRARequest(f"version-{number}", number, str(folder))
+            self._llm.llm_engine.add_lora(request)
+        self._adapter = request
+
     def weight_samples(self) -> dict[str, WeightSample]:
         self._wake("weights")
-        (samples,) = self._llm.apply_model(_sample_weights)
+        (samples,) = self._on_model(_sample_weights)
+        if self._adapter is not None:
+            number, names = self._adapter.lora_int_id, self._adapted_modules
+            (of_adapter,) = self._on_model(lambda model: sample_adapter(model, number, names))
+            samples |= of_adapter
         return dict(samples)
 
     def prompt_logprobs(self, ids: Sequence[int]) -> Tensor:
@@ -188,8 +256,19 @@ class VllmRolloutEngine:
         scored = zip(output.prompt_logprobs[1:], ids[1:], strict=True)
         return torch.tensor([by_id[token].logprob for by_id, token in scored])
 
+    def _on_model(self, function: Callable[[Any], Any]) -> list[Any]:
+        """The results of a function of vLLM's model, in this process."""
+        return list(self._llm.apply_model(function))
+
     def close(self) -> None:
         """Free the engine's memory, without touching the trainer's process group. Idempotent."""
+        self._stop()
+        gc.unfreeze()  # vLLM freezes its objects, which hides them from the garbage collector
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _stop(self) -> None:
         with contextlib.suppress(ModuleNotFoundError):
             from vllm.distributed import parallel_state
 
@@ -209,10 +288,6 @@ class VllmRolloutEngine:
                 parallel_state._WORLD = None
             if self._owns_process_group and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
-        gc.unfreeze()  # vLLM freezes its objects, which hides them from the garbage collector
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def _run(self, prompt_ids: Sequence[list[int]], parameters: Sequence[dict[str, Any]]) -> list[Any]:
         from vllm import SamplingParams
@@ -221,12 +296,13 @@ class VllmRolloutEngine:
             return []
         self._wake("weights")
         self._wake("kv_cache")
-        with _preserve_process_state():
+        with preserve_process_state():
             return list(
                 self._llm.generate(
                     [{"prompt_token_ids": ids} for ids in prompt_ids],
                     [SamplingParams(detokenize=False, ignore_eos=True, **request) for request in parameters],
                     use_tqdm=False,
+                    lora_request=self._adapter,
                 )
             )
 
@@ -309,53 +385,3 @@ def _pack_heads(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
-
-
-def _configure_environment() -> None:
-    """Set vLLM's environment variables. A value set by the user takes precedence where setdefault is used."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-        "0"  # run the engine in this process, so that weights need no transfer
-    )
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_gib
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's threads use the same cores
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are local folders
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # 18 s of compilation before the first token
-        # vLLM uses AMX in bf16 where the processor has it, but does not ask Linux for it, which then ends the process (SIGILL).
-        torch.cpu._init_amx()
-
-
-def _check_processes(tensor_parallel_size: int) -> None:
-    is_initialized = torch.distributed.is_initialized()
-    world_size = torch.distributed.get_world_size() if is_initialized else 1
-    if not is_initialized and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RuntimeError(
-            "torch.distributed must be initialized before the vLLM engine is created, because it uses the process group"
-        )
-    if world_size % tensor_parallel_size:
-        raise InputError(
-            f"ppo.rollout.vllm.tensor_parallel_size is {tensor_parallel_size}, but must divide the {world_size} training "
-            "processes (ppo.training.num_processes); change one of them."
-        )
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if on_node < world_size and on_node % tensor_parallel_size:
-        raise InputError(
-            f"ppo.rollout.vllm.tensor_parallel_size is {tensor_parallel_size}, but must divide the {on_node} processes of each node: the "
-            "ranks that share an engine are on one node; lower it."
-        )
-
-
-@contextlib.contextmanager
-def _preserve_process_state() -> Iterator[None]:
-    """Undo what vLLM changes: it seeds and uses the global generators, and on a CPU disables torch.set_num_threads."""
-    set_num_threads, num_threads, state = torch.set_num_threads, torch.get_num_threads(), random.getstate()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(state)
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(num_threads)

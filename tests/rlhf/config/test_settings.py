@@ -155,6 +155,7 @@ def test_unknown_key_gets_all_valid_keys() -> None:
         ("data.prompts", None, "data.prompts is None: "),
         ("data.prompts.columns", {"prompt": 3}, "data.prompts.columns.prompt is 3: "),
         ("model.lora", {"rank": 0}, "model.lora.rank is 0: "),
+        ("model.lora", {"quantization": "nf5"}, "model.lora.quantization is 'nf5': "),
         ("model.lora", {"target_modules": []}, "model.lora.target_modules is []: "),
         ("sft", None, "sft is None: "),
         ("preset", 3, "preset is 3: "),

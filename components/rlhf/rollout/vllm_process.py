@@ -1,0 +1,54 @@
+"""What vLLM needs of the process that it runs in, and what it changes there."""
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+
+import torch
+
+from components.rlhf.text.errors import InputError
+
+
+def configure_environment() -> None:
+    """Set vLLM's environment variables. A value set by the user takes precedence where setdefault is used."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+        "0"  # run the engine in this process, so that weights need no transfer
+    )
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_gib
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's threads use the same cores
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are local folders
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # 18 s of compilation before the first token
+        # vLLM uses AMX in bf16 where the processor has it, but does not ask Linux for it, which then ends the process (SIGILL).
+        torch.cpu._init_amx()
+
+
+def check_processes(tensor_parallel_size: int) -> None:
+    is_initialized = torch.distributed.is_initialized()
+    world_size = torch.distributed.get_world_size() if is_initialized else 1
+    if not is_initialized and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RuntimeError(
+            "torch.distributed must be initialized before the vLLM engine is created, because it uses the process group"
+        )
+    if world_size % tensor_parallel_size:
+        raise InputError(
+            f"ppo.rollout.vllm.tensor_parallel_size is {tensor_parallel_size}, but must divide the {world_size} training "
+            "processes (ppo.training.num_processes); change one of them."
+        )
+
+
+@contextlib.contextmanager
+def preserve_process_state() -> Iterator[None]:
+    """Undo what vLLM changes: it seeds and uses the global generators, and on a CPU disables torch.set_num_threads."""
+    set_num_threads, num_threads, state = torch.set_num_threads, torch.get_num_threads(), random.getstate()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(state)
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(num_threads)
