@@ -40,23 +40,25 @@ def main(
     from components.rlhf.models.layers import HEAD_NAME
     from components.rlhf.models.saving import save_model
 
-    config, max_tokens = run.config.reward_model, read_header(preferences).max_tokens
+    config = run.config.reward_model
     train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
+    start = sft_model if config.init == "sft" else base_model
     inputs = open_inputs(sft_model=sft_model, preferences=preferences, prompts=prompts)
-    inputs |= (
-        {"imported": open_artifact(base_model, "reward_model")} if config.use else open_inputs(base_model=base_model)
-    )
+    if config.use:
+        inputs["imported"] = open_artifact(base_model, "reward_model")
+    else:
+        inputs |= open_inputs(base_model=base_model, sft_model=sft_model)
     with join_process_group(timeout_minutes=config.training.timeout_minutes) as group:
         run.require_agreement(group, *inputs.values())
         responses = sample_responses(run.config, sft_model, load_records(prompts, "train", Prompt), group)
-        texts = dict(pairs=heldout, responses=responses, max_tokens=max_tokens)
+        texts = dict(pairs=heldout, responses=responses, max_tokens=read_header(preferences).max_tokens)
         if config.use:
             result = measure_imported(base_model, run.config, sft_model, texts, run.progress.log, group)
         else:
-            # Checkpoints do not depend on the prompts, which only calibrate the trained model.
-            parents = [inputs[kind] for kind in ("base_model", "sft_model", "preferences")]
+            parents = [
+                inputs[kind] for kind in ("base_model", "sft_model", "preferences")
+            ]  # the prompts only calibrate
             context = run.training_context(run.config.checkpoint, group, *parents)
-            start = sft_model if config.init == "sft" else base_model
             result = train_and_measure(start, run.config, sft_model, train, texts, context, preferences)
         run.write_artifact(
             "model",
