@@ -43,11 +43,10 @@ def main(
     config = run.config.reward_model
     train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
     start = sft_model if config.init == "sft" else base_model
-    inputs = open_inputs(sft_model=sft_model, preferences=preferences, prompts=prompts)
+    given = dict(sft_model=sft_model, preferences=preferences, prompts=prompts)
+    inputs = open_inputs(**given) if config.use else open_inputs(**given, base_model=base_model)
     if config.use:
         inputs["imported"] = open_artifact(base_model, "reward_model")
-    else:
-        inputs |= open_inputs(base_model=base_model, sft_model=sft_model)
     with join_process_group(timeout_minutes=config.training.timeout_minutes) as group:
         run.require_agreement(group, *inputs.values())
         responses = sample_responses(run.config, sft_model, load_records(prompts, "train", Prompt), group)
@@ -55,9 +54,8 @@ def main(
         if config.use:
             result = measure_imported(base_model, run.config, sft_model, texts, run.progress.log, group)
         else:
-            parents = [
-                inputs[kind] for kind in ("base_model", "sft_model", "preferences")
-            ]  # the prompts only calibrate
+            # Checkpoints do not depend on the prompts, which only calibrate the trained model.
+            parents = [inputs[kind] for kind in ("base_model", "sft_model", "preferences")]
             context = run.training_context(run.config.checkpoint, group, *parents)
             result = train_and_measure(start, run.config, sft_model, train, texts, context, preferences)
         run.write_artifact(
