@@ -40,5 +40,4 @@ def test_run_stops_at_its_budget_and_resumes_with_a_higher_one(
         assert f"[{stage}] finished earlier, verified" in second.stdout
     assert "[ppo] resuming after iteration" in (run / "logs" / "ppo.log").read_text()
     assert f"cluster.budget is {spent + 1000:.0f}, and this run has spent " in second.stdout
-    (later,) = run.glob("checkpoints/run-*/ppo/*/step-*-*")
-    assert later != kept
+    assert kept < max(run.glob("checkpoints/run-*/ppo/*/step-*"))
