@@ -23,7 +23,7 @@ from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import share_trunk
 from components.rlhf.models.loading import load_stop_ids
 from components.rlhf.models.packing import plan_for
-from components.rlhf.rollout.probe import probe_ids, require_equal_logprobs
+from components.rlhf.rollout.probe import probe_ids, require_equal_logprobs, require_other_logprobs
 from components.rlhf.text.progress import Progress
 
 MICROBATCH_TOKENS = 4096
@@ -139,9 +139,11 @@ def measure_kl(
     ids = probe_ids(load_tokenizer(folders["fine-tuned"]))
     probe = collate([ids[:1]], [ids[1:]]).to(ranks.device)
     states = actors["fine-tuned"].trunk(probe)
-    for name, actor in actors.items():
-        logprobs, _ = actor(probe, SamplingDistribution(), states)
-        require_equal_logprobs(sampled[name].probe, logprobs[0], ranks.dtype, model=f"{name} model")
+    own = {name: actor(probe, SamplingDistribution(), states)[0][0] for name, actor in actors.items()}
+    for name, logprobs in own.items():
+        require_equal_logprobs(sampled[name].probe, logprobs, ranks.dtype, model=f"{name} model")
+    engine = sampled["fine-tuned"].probe, sampled["PPO"].probe
+    require_other_logprobs(engine, (own["fine-tuned"], own["PPO"]), model="PPO model")
     most = max_over_shards(ranks.training, ranks.group)
 
     def measure(own: list[Completion]) -> list[tuple[float, float]]:

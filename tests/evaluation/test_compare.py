@@ -1,7 +1,7 @@
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,7 +17,9 @@ from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.loading import load_causal_lm, load_scalar_lm
 from components.rlhf.models.saving import save_model
 from components.rlhf.rollout.hf import HfRolloutEngine
+from components.rlhf.text.errors import InputError
 from components.rlhf.text.progress import Progress
+from tests.support.evaluation_cases import make_trained
 from tests.support.tiny_model import make_tiny_model
 
 PROMPTS = [Prompt(prompt=text, id=str(i)) for i, text in enumerate(["It is", "We", "A film that", "So", "It", "One"])]
@@ -39,10 +41,16 @@ def folders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def run(
-    folders: dict[str, Path], *, seed: int = 0, frozen: int = 0, num_samples: int = 1, **sampling: Any
+    folders: dict[str, Path],
+    *,
+    seed: int = 0,
+    frozen: int = 0,
+    num_samples: int = 1,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    **sampling: Any,
 ) -> Comparison:
     stage = EvaluationStageConfig(
-        model=ModelConfig(precision="fp32", num_frozen_layers=frozen),
+        model=ModelConfig(precision=precision, num_frozen_layers=frozen),
         evaluation=EvaluationConfig(num_samples=num_samples),
         sampling=SamplingConfig(**({"max_new_tokens": 5, "batch_size": 4} | sampling)),
         gate=GateConfig(),
@@ -266,3 +274,20 @@ def test_reward_model_without_normalization_is_rejected(folders: dict[str, Path]
     config.write_text(config.read_text().replace("reward_mean", "mean_of_rewards"))
     with pytest.raises(Exception, match="lacks reward_mean and reward_std"):
         run(folders | {"reward_model": tmp_path / "raw"})
+
+
+@pytest.mark.parametrize("step", [1e-3, 1e-1])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_policy_that_the_engine_did_not_load_is_detected(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Literal["fp32", "bf16"],
+    step: float,
+) -> None:
+    dtype = FP32 if precision == "fp32" else torch.bfloat16
+    policy = make_trained(folders["sft_model"], tmp_path / "policy", step=step, dtype=dtype)
+    run(folders | {"policy": policy}, precision=precision)
+    monkeypatch.setattr(HfRolloutEngine, "load", lambda self, folder: 1)
+    with pytest.raises(InputError, match="did not (load|sample from) the PPO model"):
+        run(folders | {"policy": policy}, precision=precision)

@@ -1,6 +1,7 @@
 """The cases of test_processes.py: `torchrun -m tests.support.evaluation_cases FOLDER MODELS`; the results of rank 0 go to FOLDER."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,19 @@ def scale_norm(file: Path) -> None:
     weights = load_file(file)
     weights["model.norm.weight"] *= 1.25
     save_file(weights, file, metadata={"format": "pt"})
+
+
+def make_trained(source: Path, target: Path, *, step: float, dtype: torch.dtype) -> Path:
+    """A copy of a model with other layers, by about step in each value of their matrices, and the same norms and embeddings."""
+    shutil.copytree(source, target)
+    weights, generator = load_file(source / "model.safetensors"), torch.Generator().manual_seed(1)
+    for name, weight in weights.items():
+        moved = (
+            weight + step * torch.randn(weight.shape, generator=generator) if name.endswith("proj.weight") else weight
+        )
+        weights[name] = moved.to(dtype)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
 
 
 def config_of(*, rollout: EngineConfig | None = None, frozen: int = 0, **changes: Any) -> EvaluationStageConfig:

@@ -18,6 +18,9 @@ PROBE_TOKENS = 64
 SAMPLE_SIZE = 256  # values of each weight
 # A sync that changed at least this share of the values must change the log-probs of the probe.
 MIN_CHANGED = 1e-3
+MIN_TOKENS = (
+    0.5  # the share of the tokens whose log-probs two models must change to be told apart by whether they change at all
+)
 # Nats at any token of the probe. In bf16 each engine rounds a logit of 20 to about the nearest 0.1 in its own way, so there the
 # log-probs show only gross errors, and the values of the weights have to show the rest.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.75}
@@ -59,6 +62,26 @@ def require_equal_logprobs(engine: Tensor, trainer: Tensor, dtype: torch.dtype, 
         raise InputError(
             f"The rollout engine did not sample from the {model}: log-probs of the probe differ by {gap:.3g} nats from those of "
             f"transformers, more than {TOLERANCE[dtype]:.3g}; set the rollout engine to hf."
+        )
+
+
+def require_other_logprobs(engine: tuple[Tensor, Tensor], trainer: tuple[Tensor, Tensor], *, model: str) -> None:
+    """Raise InputError if an engine that loaded a second model still computes the log-probs [T] of the first one.
+
+    Both pairs are of the probe, by the first and the second model, in the engine and in transformers. Two models can differ by less than
+    TOLERANCE in bf16, so this compares distances. If the models are further apart than twice the distance d between the engine and
+    transformers for the first model, an engine that kept the first model is nearer to it: by d, against more than 2 d - d.
+    """
+    first, second = (logprobs.double().cpu() for logprobs in trainer)
+    before, after = (logprobs.double().cpu() for logprobs in engine)
+    # An engine computes equal log-probs again from equal weights, and others at almost every token from any others.
+    kept = torch.equal(before, after) and (first != second).double().mean().item() >= MIN_TOKENS
+    rounding, apart = (before - first).norm().item(), (second - first).norm().item()
+    nearer_to_first = (after - first).norm().item() <= (after - second).norm().item()
+    if kept or (apart > 2 * rounding and nearer_to_first):
+        raise InputError(
+            f"The rollout engine did not load the {model}: on the probe it computes the log-probs of the model before; "
+            "set the rollout engine to hf."
         )
 
 

@@ -24,7 +24,7 @@ from components.rlhf.data.tokenizer import decode_response, encode_prompt, load_
 from components.rlhf.models.loading import empty_causal_lm, require_same_architecture
 from components.rlhf.models.stored import StoredForm
 from components.rlhf.rollout.probe import WeightSample, require_weights_of
-from components.rlhf.rollout.vllm_errors import start_error
+from components.rlhf.rollout.vllm_errors import load_error, start_error
 from components.rlhf.rollout.vllm_lora import (
     lora_options,
     modules_without_adapter,
@@ -108,6 +108,7 @@ class VllmRolloutEngine:
             **device_options,
         )
         self._llm: Any = None
+        self._closed = False
         try:
             self.merges_because = self._start_with_adapters(lora_rank)
             if self.merges_because:
@@ -195,11 +196,14 @@ class VllmRolloutEngine:
     def load(self, folder: Path) -> int:
         """Load another folder in place, which needs neither the memory nor the time of a second engine.
 
-        Raises InputError if its config is of another architecture, or if weights have other values afterwards.
+        Raises InputError if its config is of another architecture, if vLLM cannot load it, or if weights have other values afterwards.
         """
         require_same_architecture(empty_causal_lm(self.folder), folder)
         self._wake("weights")
-        self._reload(weights_path=str(folder))
+        try:
+            self._reload(weights_path=str(folder))
+        except Exception as error:  # vLLM and its loaders raise any type
+            raise load_error(error, folder) from error
         version = self._next_version()
         require_weights_of(folder, self.weight_samples(), self.dtype)
         return version
@@ -261,12 +265,13 @@ class VllmRolloutEngine:
         return list(self._llm.apply_model(function))
 
     def close(self) -> None:
-        """Free the engine's memory, without touching the trainer's process group. Idempotent."""
-        self._stop()
-        gc.unfreeze()  # vLLM freezes its objects, which hides them from the garbage collector
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        """Free the engine's memory, without touching the trainer's process group.
+
+        Idempotent: vLLM's groups and a process group may belong to a later engine when this is called again.
+        """
+        if not self._closed:
+            self._closed = True
+            self._stop()
 
     def _stop(self) -> None:
         with contextlib.suppress(ModuleNotFoundError):
@@ -288,6 +293,10 @@ class VllmRolloutEngine:
                 parallel_state._WORLD = None
             if self._owns_process_group and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
+        gc.unfreeze()  # vLLM freezes its objects, which hides them from the garbage collector
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _run(self, prompt_ids: Sequence[list[int]], parameters: Sequence[dict[str, Any]]) -> list[Any]:
         from vllm import SamplingParams

@@ -43,6 +43,12 @@ def start_error(error: Exception, *, model_folder: Path, config: VllmConfig, max
     )
 
 
+def load_error(error: Exception, folder: Path) -> InputError:
+    """The InputError for an error while vLLM loads another folder in place."""
+    reason = _first_informative_line(str(error)) or type(error).__name__
+    return InputError(f"vLLM cannot load {folder}: {reason}; correct it, or set the rollout engine to hf.")
+
+
 def _first_informative_line(text: str) -> str:
     """The first line of the actual problem: pydantic's errors begin with 'N validation errors for X'."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]

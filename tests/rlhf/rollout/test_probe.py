@@ -10,7 +10,7 @@ from components.rlhf.data.batching import collate
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.loading import load_causal_lm
 from components.rlhf.rollout.hf import HfRolloutEngine
-from components.rlhf.rollout.probe import SyncCheck, WeightSample, probe_ids
+from components.rlhf.rollout.probe import SyncCheck, WeightSample, probe_ids, require_other_logprobs
 from components.rlhf.text.errors import InputError
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -124,3 +124,43 @@ def test_one_lost_weight_is_detected_and_named(tiny_model: Path, lost: str) -> N
 
 def test_probe_has_64_tokens(tiny_model: Path) -> None:
     assert len(probe_ids(AutoTokenizer.from_pretrained(tiny_model))) == 64
+
+
+KEPT = "did not load the PPO model: .* log-probs of the model before"
+
+
+def noisy(logprobs: torch.Tensor, size: float, generator: torch.Generator) -> torch.Tensor:
+    return logprobs + size * torch.randn(logprobs.shape, generator=generator)
+
+
+@pytest.mark.parametrize("rounding", [0.0, 1e-5, 0.02, 0.3])
+@pytest.mark.parametrize("apart", [1e-6, 1e-3, 0.1, 5.0])
+def test_second_model_is_told_from_the_first_at_any_distance_and_rounding(rounding: float, apart: float) -> None:
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        first = -5 * torch.rand(63, generator=generator)
+        second = noisy(first, apart, generator)
+        before, after, again = (noisy(model, rounding, generator) for model in (first, second, first))
+        require_other_logprobs((before, after), (first, second), model="PPO model")
+        with pytest.raises(InputError, match=KEPT):
+            require_other_logprobs((before, before), (first, second), model="PPO model")
+        if apart > 4 * rounding:  # an engine that rounds differently each time
+            with pytest.raises(InputError, match=KEPT):
+                require_other_logprobs((before, again), (first, second), model="PPO model")
+
+
+def test_equal_models_need_no_other_logprobs() -> None:
+    first, engine = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.1, -2.0, -3.1])
+    require_other_logprobs((engine, engine), (first, first), model="PPO model")
+    # One token of three differs by the rounding of transformers alone.
+    require_other_logprobs((engine, engine), (first, torch.tensor([-1.0, -2.0, -3.001])), model="PPO model")
+
+
+def test_reload_that_lost_most_of_a_change_is_detected() -> None:
+    """An engine that took a tenth of the weights is still nearer to the first model, although all log-probs have changed."""
+    generator = torch.Generator().manual_seed(0)
+    first = -5 * torch.rand(63, generator=generator)
+    second = noisy(first, 0.1, generator)
+    before, partly = noisy(first, 0.02, generator), noisy(first + 0.1 * (second - first), 0.02, generator)
+    with pytest.raises(InputError, match=KEPT):
+        require_other_logprobs((before, partly), (first, second), model="PPO model")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,6 +28,7 @@ from components.rlhf.rollout.probe import SyncCheck, WeightSample, probe_ids
 from components.rlhf.rollout.vllm import VllmRolloutEngine
 from components.rlhf.text.errors import InputError
 from tests.support.tiny_model import make_tiny_model
+from tests.support.vllm_memory import references_to, require_freed, require_no_model
 
 ROOT = Path(__file__).resolve().parents[3]
 # The last is longer than a block of vLLM's cache (128 tokens on a CPU), so that there is a prefix to reuse.
@@ -377,12 +379,13 @@ def edited(folder: Path, **config: Any) -> Path:
 
 
 @pytest.mark.vllm
-def test_too_small_kv_cache_is_refused(tmp_path: Path) -> None:
+def test_too_small_kv_cache_is_refused_and_the_model_is_freed(tmp_path: Path) -> None:
     folder = edited(model(tmp_path, 0), max_position_embeddings=65536)
     with pytest.raises(
         InputError, match=r"65536 tokens need 0.09 GiB of KV cache, but it has 0.01; raise .*kv_cache_gib"
     ):
         start(folder, max_model_len=65536, kv_cache_gib=0.01)
+    require_no_model()
 
 
 @pytest.mark.vllm
@@ -412,14 +415,28 @@ def test_unsupported_head_size_is_refused(tiny_model: Path) -> None:
 
 
 @pytest.mark.vllm
-def test_engine_starts_after_failed_starts_and_may_be_closed_twice(tmp_path: Path) -> None:
+def test_engine_whose_load_failed_is_closed_and_leaves_a_later_one_alone(tmp_path: Path) -> None:
+    """After the failed starts above. Closed again, an engine must not destroy the groups of the one that runs now."""
+    broken = model(tmp_path, 1)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] = torch.zeros(3, 3)
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     engine = start(model(tmp_path, 0))
-    assert len(engine.generate(PROMPTS, sampling(), [0] * 6)) == 6
+    held = references_to(engine._llm)
+    with pytest.raises(InputError, match="vLLM cannot load .*model-1: "):
+        engine.load(broken)
     engine.close()
+    assert not torch.distributed.is_initialized()
+    require_freed(held)
+    later = start(model(tmp_path, 0))
     engine.close()
+    assert torch.distributed.is_initialized()
+    assert len(later.generate(PROMPTS, sampling(), [0] * 6)) == 6
+    later.close()
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.vllm
 def test_prompts_may_exceed_the_tokens_of_one_pass(tmp_path: Path) -> None:
     """32 prompts of 190 tokens: cut in pieces, a row with a seed of its own would fail on a CPU."""
     folder = model(tmp_path, 0)
