@@ -214,12 +214,6 @@ def budget_command(folder: str, amount: float) -> None:
     help="Model folder, or a config.json alone, in place of model.source, such as for a model that cannot be reached.",
 )
 @click.option(
-    "--nodes",
-    type=click.IntRange(min=1),
-    default=1,
-    help="Plan sft, reward_model and ppo on this many nodes of their profile.",
-)
-@click.option(
     "--measured",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     metavar="RUN",
@@ -253,7 +247,6 @@ def plan_command(
     params_file: Path,
     overrides: tuple[str, ...],
     shape: str | None,
-    nodes: int,
     measured: Path | None,
     records: str,
     mtbf_hours: float,
@@ -268,13 +261,12 @@ def plan_command(
     """
     from rich.console import Console
 
-    from pipelines.plan import Options, make_plan, on_nodes, parse_records
+    from pipelines.plan import Options, make_plan, parse_records
     from pipelines.plan_tables import as_json, as_markdown, print_plan
     from pipelines.settings import load_params
 
-    params = on_nodes(load_params(params_file, overrides), nodes)
     plan = make_plan(
-        params,
+        load_params(params_file, overrides),
         Options(
             shape=shape,
             measured=measured,

@@ -22,7 +22,7 @@ from components.rlhf.planner.plan import (
     shortfall,
 )
 from components.rlhf.planner.processor import available_memory, has_bf16
-from components.rlhf.planner.saving import Saves, saves_of
+from components.rlhf.planner.saving import Saves, proposed_minutes, saves_of
 from components.rlhf.planner.sources import shape_of
 from components.rlhf.planner.suggest import suggest
 from components.rlhf.runtime.accelerators import driver_version
@@ -59,6 +59,17 @@ class RunPlan:
     def profile_name(self, stage: str) -> str:
         return self.params.cluster.stages.get(stage, self.params.cluster.default_profile)
 
+    def hours_between_losses(self, stage: str) -> float:
+        """Hours until one of the nodes of a stage is lost."""
+        return self.options.mtbf_hours / self.stages[stage].pods
+
+    def every_minutes(self) -> int | None:
+        """The checkpoint.every_minutes that is proposed: that of the stage that takes longest, in which all saves can be written."""
+        if not self.saves:
+            return None
+        longest = max(self.saves, key=lambda saves: self.seconds[saves.stage].total)
+        return proposed_minutes(longest, self.saves, self.hours_between_losses(longest.stage))
+
     def price(self, stage: str) -> float | None:
         price = self.params.cluster.profile(stage).price_per_hour
         return None if price is None else price * self.stages[stage].pods * self.seconds[stage].total / 3600
@@ -77,7 +88,7 @@ def make_plan(params: Params, options: Options) -> RunPlan:
             params, shapes, stage, bytes_per_second=options.megabytes_per_second * 1e6, num_nodes=stages[stage].pods
         )
         for stage in TRAINING_STAGES
-        if stage in stages and getattr(getattr(params, stage), "use", None) is None
+        if stage in stages and not (stage == "reward_model" and params.reward_model.use)
     ]
     return RunPlan(
         params=params,
@@ -99,18 +110,6 @@ def parse_records(text: str) -> dict[str, int]:
             f"--records is {text[:40]}; write the numbers of demonstrations and of preference pairs as N,M."
         )
     return {"demonstrations": int(numbers[0]), "preferences": int(numbers[1])}
-
-
-def on_nodes(params: Params, num_nodes: int) -> Params:
-    """The parameters as if sft, reward_model and ppo ran on this many nodes of their profile; not checked any further."""
-    sections = {}
-    for stage in TRAINING_STAGES:
-        section = getattr(params, stage)
-        processes = num_nodes * section.training.num_processes
-        sections[stage] = section.model_copy(
-            update={"training": section.training.model_copy(update={"num_processes": processes})}
-        )
-    return params.model_copy(update=sections)
 
 
 def read_shapes(params: Params, shape: str | None = None) -> Shapes:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,15 +19,17 @@ from components.rlhf.text.progress import format_duration
 from pipelines.plan import RunPlan
 
 STYLES = {"fits": "green", "tight": "yellow", "does not fit": "red", "unknown": "dim"}
+LEFT = ("stage", "in", "peak", "verdict")  # other columns that do not hold numbers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A table as text; the first column is on the left."""
+    """A table as text."""
 
     title: str
     head: tuple[str, ...]
     rows: list[list[str]]
+    wrapped: tuple[str, ...] = ()  # columns that a narrow screen breaks into lines
 
 
 def grids(plan: RunPlan) -> Iterator[Grid]:
@@ -40,34 +43,32 @@ def grids(plan: RunPlan) -> Iterator[Grid]:
 def _memory(plan: RunPlan) -> Grid:
     rows = []
     for stage, found in plan.stages.items():
-        machine = plan.machines[stage]
-        phase, device = found.device_peak()
-        main_phase, _ = found.main_peak()
+        machine, (_, device) = plan.machines[stage], found.device_peak()
         rows.append(
             [
                 stage,
                 plan.profile_name(stage),
-                f"{found.num_processes}" + (f" in {found.pods} pods" if found.pods > 1 else ""),
+                f"{found.pods} x {found.processes_per_pod}",
                 f"{device / GIB:.1f} of {_gib(machine.gpu_memory)}" if found.on_gpu else "",
-                phase,
                 f"{found.pod_memory() / GIB:.1f} of {_gib(machine.memory)}",
-                main_phase,
                 plan.verdicts[stage].text,
             ]
         )
-    head = ("stage", "profile", "processes", "GiB on each GPU", "peak in", "GiB of main memory", "peak in", "")
-    return Grid(title="Memory", head=head, rows=rows)
+    head = ("stage", "profile", "pods x ranks", "GPU GiB", "main GiB", "verdict")
+    return Grid(title="Memory of a GPU, and main memory of a pod", head=head, rows=rows, wrapped=("profile",))
 
 
 def _parts(plan: RunPlan) -> Grid:
-    """What the peak of each stage consists of: on a GPU, or in main memory without one."""
+    """What the peaks of each stage consist of: on a GPU, and in main memory."""
     rows = []
     for stage, found in plan.stages.items():
-        phase = found.device_peak()[0] if found.on_gpu else found.main_peak()[0]
-        parts = found.parts(phase)
-        large = [f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= sum(parts.values()) / 50]
-        rows.append([stage, phase, ", ".join(large)])
-    return Grid(title="What the peaks consist of (GiB of a process)", head=("stage", "peak in", "parts"), rows=rows)
+        places = [("GPU", found.device_peak()[0])] if found.on_gpu else []
+        for place, phase in [*places, ("main", found.main_peak()[0])]:
+            parts = found.parts(phase, main=place == "main")
+            large = [f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= sum(parts.values()) / 50]
+            rows.append([stage, place, phase, ", ".join(large)])
+    head = ("stage", "in", "peak", "parts")
+    return Grid(title="What the peaks consist of (GiB of a process)", head=head, rows=rows, wrapped=("parts",))
 
 
 def _time(plan: RunPlan) -> Grid:
@@ -78,19 +79,20 @@ def _time(plan: RunPlan) -> Grid:
         total = max(found.total, 1e-9)
         shares = [f"{name} {seconds / total:.0%}" for name, seconds in found.parts.items() if seconds / total >= 0.01]
         text = "unknown" if price is None else f"{price:,.2f}"
-        rows.append([stage, format_duration(found.total), ", ".join(shares), text, found.note])
+        rows.append([stage, format_duration(found.total), text, ", ".join(shares)])
     known = [price for price in prices if price is not None]
     total_price = f"{sum(known):,.2f}" if len(known) == len(prices) else f"{sum(known):,.2f} and unknown"
     total_time = format_duration(sum(plan.seconds[stage].total for stage in plan.stages))
-    rows.append(["all", total_time, "", total_price if known else "unknown", ""])
-    return Grid(title="Time and price", head=("stage", "time", "of it", "price", ""), rows=rows)
+    rows.append(["all", total_time, total_price if known else "unknown", ""])
+    return Grid(
+        title="Time and price", head=("stage", "time", "price", "of the time"), rows=rows, wrapped=("of the time",)
+    )
 
 
 def _checkpoints(plan: RunPlan) -> Grid:
     rows = []
     for saves in plan.saves:
-        nodes = plan.stages[saves.stage].pods
-        hours = plan.options.mtbf_hours / nodes
+        hours = plan.hours_between_losses(saves.stage)
         minutes = saves.minutes(hours)
         lost = lost_share(60 * minutes, saves.stall_seconds, 3600 * hours)
         rows.append(
@@ -104,15 +106,7 @@ def _checkpoints(plan: RunPlan) -> Grid:
                 f"{lost:.2%}",
             ]
         )
-    head = (
-        "stage",
-        "GB of a save",
-        "seconds training waits",
-        "seconds to write",
-        "hours between lost nodes",
-        "every_minutes",
-        "lost time",
-    )
+    head = ("stage", "GB", "wait, s", "write, s", "loss, h", "every, min", "lost")
     return Grid(title="Checkpoints", head=head, rows=rows)
 
 
@@ -131,24 +125,32 @@ def notes(plan: RunPlan) -> Iterator[str]:
         speed_of(plan.machines[stage].gpu_memory, on_gpu=plan.stages[stage].on_gpu).sentence() for stage in plan.stages
     }
     yield f"Times are estimates for texts of the greatest length, not measured: {'; '.join(sorted(speeds))}."
-    for stage in plan.stages.values():
-        yield from (f"{stage.stage}: {note}." for note in stage.notes)
-    yield (
-        f"Checkpoints: a node writes {plan.options.megabytes_per_second:.0f} MB/s and is lost every {plan.options.mtbf_hours:,.0f} hours; "
-        "every_minutes is sqrt(2 x wait x time between losses), but no more often than a save takes to write (Young, Daly)."
-    )
+    for stage, found in plan.stages.items():
+        yield from (f"{stage}: {note}." for note in (*found.notes, plan.seconds[stage].note) if note)
+    minutes = plan.every_minutes()
+    if minutes is not None:
+        yield (
+            f"Checkpoints: training waits while a save is copied, and a node writes {plan.options.megabytes_per_second:.0f} MB/s beside it "
+            f"and is lost every {plan.options.mtbf_hours:,.0f} hours; the interval is sqrt(2 x wait x time between losses), but no shorter "
+            "than a save takes to write (Young, Daly). For the stage that takes longest:"
+        )
+        yield f"--set checkpoint.every_minutes={minutes}"
 
 
 def print_plan(plan: RunPlan, console: Console) -> None:
     for grid in grids(plan):
-        table = Table(title=grid.title, title_justify="left")
-        for number, name in enumerate(grid.head):
-            table.add_column(
-                name, justify="left" if number == 0 or name in ("parts", "of it", "peak in", "profile", "") else "right"
-            )
+        # Without lines between columns, so that no name and no number is cut at 80 characters.
+        table = Table(
+            title=grid.title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+        )
+        for name in grid.head:
+            wrapped = name in grid.wrapped
+            is_text = wrapped or name in LEFT
+            table.add_column(name, justify="left" if is_text else "right", no_wrap=not wrapped, overflow="fold")
         for row in grid.rows:
             table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
         console.print(table)
+        console.print()
     for note in notes(plan):
         console.print(Text(note), soft_wrap=True)
 

@@ -10,6 +10,7 @@ Measured is VmHWM of the process, the largest over ranks. The peaks are kept in 
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -55,7 +56,7 @@ def measure(case: Case, inputs: Path, folder: Path) -> list[int]:
 
 
 def read_results() -> dict[str, Any]:
-    """Recorded peaks: name of the case -> mib of each rank, machine and date."""
+    """Recorded peaks: name of the case -> mib of each rank, machine, date, and commit of the code that was measured."""
     results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
     return results
 
@@ -63,9 +64,18 @@ def read_results() -> dict[str, Any]:
 def record(case: Case, peaks: list[int]) -> None:
     results = read_results() if RESULTS.is_file() else {}
     results[case.name] = {
-        "mib": [round(peak / 2**20) for peak in peaks], "machine": describe_machine(), "date": time.strftime("%Y-%m-%d")
+        "mib": [round(peak / 2**20) for peak in peaks], "machine": describe_machine(), "date": time.strftime("%Y-%m-%d"),
+        "commit": _commit(),
     }  # fmt: skip
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _commit() -> str:
+    """The commit of the code in this folder, with + for changes to it."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    changes = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "components"], check=False).returncode
+    return commit.strip() + ("+" if changes else "")
 
 
 def rows() -> list[list[str]]:

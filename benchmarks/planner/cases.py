@@ -4,19 +4,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from components.rlhf.config.base import BaseConfig
+from components.rlhf.config.evaluation import EvaluationConfig, EvaluationStageConfig, GateConfig
+from components.rlhf.config.judge import RewardModelJudge
 from components.rlhf.config.model import ModelConfig, SamplingConfig
-from components.rlhf.config.ppo import CriticConfig, PpoConfig, PpoStageConfig, RolloutConfig
+from components.rlhf.config.ppo import CriticConfig, EngineConfig, PpoConfig, PpoStageConfig, RolloutConfig
 from components.rlhf.config.reward_model import RewardModelConfig, RewardModelStageConfig
 from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.planner.copies import Numeric
 from components.rlhf.planner.jobs import Job
+from components.rlhf.planner.other_stages import plan_evaluation
 from components.rlhf.planner.phases import StagePlan
 from components.rlhf.planner.ppo_stage import plan_ppo
 from components.rlhf.planner.sources import shape_from
 from components.rlhf.planner.training_stages import plan_reward_model, plan_sft
 
 PROMPT_TOKENS, MAX_TOKENS, NEW_TOKENS = 32, 256, 96  # one token per character
+JUDGE = RewardModelJudge(kind="reward_model")
 SHAPES = {  # hidden size, layers, heads, vocabulary
     "60M": (512, 16, 8, 16_384),
     "150M": (768, 18, 12, 32_768),
@@ -48,6 +52,8 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     critic: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    rollout: dict[str, Any] = field(default_factory=dict)  # engine of the evaluation
     checkpoints: bool = False
 
     @property
@@ -67,6 +73,16 @@ class Case:
         if self.stage == "reward_model":
             section = RewardModelConfig(max_steps=2, batch_size=2, num_calibration_samples=4, training=training)
             return RewardModelStageConfig(reward_model=section, sampling=_sampling(16, 4), **shared)
+        if self.stage == "evaluation":
+            return EvaluationStageConfig(
+                model=shared["model"],
+                evaluation=EvaluationConfig(num_prompts=8, **self.evaluation),
+                rollout=EngineConfig(**self.rollout),
+                sampling=_sampling(NEW_TOKENS, 8),
+                gate=GateConfig(),
+                judge=JUDGE,
+                seed=0,
+            )
         rollout = RolloutConfig(num_prompts=8, sampling=_sampling(NEW_TOKENS, 8))
         ppo = PpoConfig(
             num_iterations=2, minibatch=8, rollout=rollout, training=training, critic=CriticConfig(**self.critic)
@@ -78,12 +94,18 @@ class Case:
         job = Job(
             shape=shape,
             reward_shape=shape,
+            judge_shape=shape if self.stage == "evaluation" else None,
             numeric=Numeric(bf16=self.model.get("precision") == "bf16", on_gpu=False),
             prompt_tokens=PROMPT_TOKENS,
             text_tokens=MAX_TOKENS,
             checkpoints=self.checkpoints,
         )
-        plans: dict[str, Any] = {"sft": plan_sft, "reward_model": plan_reward_model, "ppo": plan_ppo}
+        plans: dict[str, Any] = {
+            "sft": plan_sft,
+            "reward_model": plan_reward_model,
+            "ppo": plan_ppo,
+            "evaluation": plan_evaluation,
+        }
         found: StagePlan = plans[self.stage](self.config(), job)
         return found
 
@@ -98,6 +120,8 @@ def _zero(stage: int, **more: Any) -> dict[str, Any]:
 
 BF16: dict[str, Any] = {"precision": "bf16"}
 LORA: dict[str, Any] = {"lora": {}}
+QLORA: dict[str, Any] = {"lora": {"quantization": "nf4"}}
+VLLM: dict[str, Any] = {"engine": "vllm", "vllm": {"kv_cache_gib": 0.5}}
 CASES = (
     *(Case(stage="sft", size=size) for size in ("60M", "150M", "300M")),
     Case(stage="sft", size="60M", label="bf16", model=BF16),
@@ -108,6 +132,7 @@ CASES = (
     Case(stage="sft", size="60M", label="LoRA", model=LORA),
     Case(stage="sft", size="60M", label="LoRA, bf16", model=LORA | BF16),
     Case(stage="sft", size="150M", label="LoRA", model=LORA),
+    Case(stage="sft", size="60M", label="QLoRA", model=QLORA),
     Case(stage="sft", size="150M", label="2 processes", training={"num_processes": 2}),
     Case(stage="sft", size="60M", label="ZeRO-1 x 2", training=_zero(1)),
     Case(stage="sft", size="60M", label="ZeRO-1 x 2, bf16", model=BF16, training=_zero(1)),
@@ -132,5 +157,15 @@ CASES = (
         critic={"trains": "head"},
     ),
     Case(stage="ppo", size="60M", label="ZeRO-2 x 2, bf16", model=BF16, training=_zero(2)),
+    Case(stage="ppo", size="60M", label="ZeRO-3 x 2, bf16", model=BF16, training=_zero(3)),
+    Case(stage="ppo", size="60M", label="QLoRA", model=QLORA),
     Case(stage="ppo", size="150M"),
+    Case(stage="evaluation", size="60M"),
+    Case(
+        stage="evaluation",
+        size="60M",
+        label="ZeRO-3 x 2, vLLM",
+        evaluation={"num_processes": 2, "shard_weights": True},
+        rollout=VLLM,
+    ),
 )

@@ -14,11 +14,13 @@ READS = {
     "sft": ("base_model", "demonstrations"),
     "reward_model": ("base_model", "sft_model", "preferences", "prompts"),
     "ppo": ("sft_model", "reward_model", "prompts"),
+    "evaluation": ("sft_model", "policy", "reward_model", "judge", "prompts"),
 }
 WRITES = {
     "sft": ("model", "metrics", "summary"),
     "reward_model": ("model", "metrics", "summary"),
     "ppo": ("model", "manifest", "metrics", "curves"),
+    "evaluation": ("evaluation", "metrics", "report", "summary", "decision", "reason"),
 }
 
 

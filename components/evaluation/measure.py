@@ -42,5 +42,6 @@ def measure(
             ranks=ranks,
         )
         asked = judge_by_reward_models(entries, judge, comparison, validation, resources, ranks)
+        run.memory.observe(group)
     # The others, such as endpoints, are asked once, after all that ranks wait for each other in.
     return None if group.rank > 0 else (comparison, judge_all(entries, judge, comparison, validation, resources, asked))

@@ -1,5 +1,6 @@
 """kfp-rlhf plan, and the refusal of runs that cannot fit."""
 
+import io
 import json
 import os
 import subprocess
@@ -18,18 +19,31 @@ from components.rlhf.planner.suggest import changed, suggest
 from components.rlhf.text.errors import InputError
 from pipelines import plan as planning
 from pipelines.local.run import run_pipeline
-from pipelines.plan import Options, make_plan, measured_seconds, on_nodes, parse_records, refuse_what_cannot_fit
-from pipelines.plan_tables import as_json, as_markdown, grids, print_plan
+from pipelines.plan import Options, make_plan, measured_seconds, parse_records, refuse_what_cannot_fit
+from pipelines.plan_tables import as_json, as_markdown, grids, notes, print_plan
 from pipelines.settings import load_params
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMS = ROOT / "pipelines" / "params"
 SHAPES = ROOT / "docs" / "shapes"
 SHAPE_OF = {  # of the models that are not on this machine
+    "llama3_70b_4node": SHAPES / "llama-3.1-70b.json",
     "llama3_8b_8gpu": SHAPES / "llama-3.1-8b.json",
     "qwen2.5_0.5b_1gpu": SHAPES / "qwen2.5-0.5b.json",
 }
-GIBS = {"sft": 11, "reward_model": 11, "ppo": 18, "evaluation": 10}
+TOO_SMALL = {  # a params file, and overrides with which a stage does not fit
+    stage: (
+        "qwen2.5_0.5b_1gpu",
+        f"cluster.profiles.small={{like: gpu-24gb, gpu_memory: {gib}Gi}}",
+        f"cluster.stages.{stage}=small",
+    )
+    for stage, gib in {"sft": 11, "reward_model": 11, "ppo": 18}.items()
+} | {"evaluation": ("llama3_70b_4node", "evaluation.shard_weights=false")}
+TWO_NODES = (
+    "cluster.launcher=trainjob",
+    "cluster.profiles.nodes={like: gpu-8x80gb, num_nodes: 2}",
+    *(f"cluster.stages.{stage}=nodes" for stage in ("sft", "reward_model", "ppo")),
+)
 TOO_LARGE = ("ppo.training.gradient_checkpointing=false", "ppo.training.microbatch_tokens=32768")
 
 
@@ -87,13 +101,9 @@ def test_model_whose_size_is_unknown_is_not_checked(monkeypatch: pytest.MonkeyPa
     assert note.startswith("memory is not checked: meta-llama/Llama-3.1-8B-Instruct is neither a local folder")
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo", "evaluation"])
+@pytest.mark.parametrize("stage", TOO_SMALL)
 def test_suggestions_fit_by_the_planner_itself(stage: str) -> None:
-    params = load(
-        "qwen2.5_0.5b_1gpu",
-        f"cluster.profiles.small={{like: gpu-24gb, gpu_memory: {GIBS[stage]}Gi}}",
-        f"cluster.stages.{stage}=small",
-    )
+    params = load(*TOO_SMALL[stage])
     shapes = planning.read_shapes(params)
     machine = machine_of(params.cluster.profile(stage), params.model.precision)
     assert judge_plan(plan_stage(params, shapes, stage, machine), machine).text == "does not fit"
@@ -113,17 +123,18 @@ def test_gpus_of_unknown_memory_are_not_judged() -> None:
 
 
 def test_prices_are_those_of_the_profiles() -> None:
-    params = load("llama3_8b_8gpu", "cluster.profiles.gpu-8x80gb={price_per_hour: 20}")
-    plan = make_plan(on_nodes(params, 2), Options(records={"demonstrations": 1000, "preferences": 1000}))
+    params = load("llama3_8b_8gpu", *TWO_NODES, "cluster.profiles.gpu-8x80gb={price_per_hour: 20}")
+    plan = make_plan(params, Options(records={"demonstrations": 1000, "preferences": 1000}))
     assert plan.price("ppo") == pytest.approx(2 * 20 * plan.seconds["ppo"].total / 3600)
+    assert plan.price("evaluation") == pytest.approx(20 * plan.seconds["evaluation"].total / 3600)
     assert plan.price("judge") is None
     (table,) = [grid for grid in grids(plan) if grid.title == "Time and price"]
-    assert table.rows[-1][3].endswith(" and unknown")
+    assert table.rows[-1][2].endswith(" and unknown")
 
 
 def test_more_nodes_are_more_pods_of_the_profile() -> None:
-    plan = make_plan(on_nodes(load("llama3_8b_8gpu"), 4), Options())
-    assert (plan.stages["ppo"].num_processes, plan.stages["ppo"].pods) == (32, 4)
+    plan = make_plan(load("llama3_8b_8gpu", *TWO_NODES), Options())
+    assert (plan.stages["ppo"].num_processes, plan.stages["ppo"].pods) == (16, 2)
     assert plan.stages["evaluation"].pods == 1
     one = make_plan(load("llama3_8b_8gpu"), Options())
     assert plan.stages["ppo"].device_peak()[1] < one.stages["ppo"].device_peak()[1]
@@ -160,9 +171,38 @@ def test_outputs_say_the_same(tmp_path: Path) -> None:
     for stage, found in content["stages"].items():
         size = f"{found['pod_bytes'] / GIB:.1f} of 4"
         assert size in printed
-        assert f"| {stage} | cpu | 1 |" in markdown
+        assert f"| {stage} | cpu | 1 x 1 |" in markdown
         assert size in markdown
     assert "134,515,008 parameters, counted in the headers of its files" in printed
+
+
+@pytest.mark.parametrize("name", ["llama3_70b_4node", "llama3_8b_8gpu", "tiny"])
+def test_no_stage_and_no_number_is_cut_at_80_columns(name: str) -> None:
+    plan = make_plan(load(name), Options(records={"demonstrations": 100_000, "preferences": 100_000}))
+    file = io.StringIO()
+    print_plan(plan, Console(file=file, width=80))
+    lines = file.getvalue().splitlines()
+    tables = lines[: next(number for number, line in enumerate(lines) if "parameters," in line)]
+    assert all(len(line) <= 80 for line in tables)
+    assert "…" not in file.getvalue()
+    for grid in grids(plan):
+        start = next(number for number, line in enumerate(tables) if line.strip() == grid.title)
+        for row in grid.rows:
+            cells = [cell for name, cell in zip(grid.head, row, strict=True) if cell and name not in grid.wrapped]
+            assert any(all(f" {cell} " in f" {line} " for cell in cells) for line in tables[start:]), (grid.title, row)
+
+
+def test_interval_of_checkpoints_can_be_pasted() -> None:
+    plan = make_plan(load("llama3_8b_8gpu"), Options(mtbf_hours=100.0))
+    last = list(notes(plan))[-1]
+    assert last.startswith("--set checkpoint.every_minutes=")
+    minutes = load("llama3_8b_8gpu", last.removeprefix("--set ")).checkpoint.every_minutes
+    (ppo,) = [saves for saves in plan.saves if saves.stage == "ppo"]
+    # sqrt(2 x wait x time between losses), of one node.
+    assert minutes == pytest.approx((2 * ppo.stall_seconds * 3600 * 100.0) ** 0.5 / 60, abs=0.5)
+    # A store so slow that a save takes longer to write than that: 186 GB at 10 MB/s.
+    slow = make_plan(load("llama3_8b_8gpu"), Options(mtbf_hours=100.0, megabytes_per_second=10.0))
+    assert slow.every_minutes() == pytest.approx(ppo.total_bytes / 10e6 / 60, abs=1)
 
 
 def test_command_needs_no_torch_and_fails_for_what_does_not_fit(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ CACHE_ROOM = 64  # tokens by which transformers' cache grows (rollout/cache.py)
 # DeepSpeed's defaults, in values (zero/config.py); on a CPU only the part that is used takes memory.
 DEEPSPEED_BUCKET = 500_000_000
 DEEPSPEED_LIVE = 1_000_000_000
+DEEPSPEED_PREFETCH = 50_000_000
 
 # Assumed for a GPU; not measured here.
 CUDA_CONTEXT = 1024 * MIB  # driver, kernels and workspaces of a process

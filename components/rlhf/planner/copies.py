@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from components.rlhf.config.model import TrainingConfig
-from components.rlhf.planner.constants import DEEPSPEED_BUCKET, DEEPSPEED_LIVE, REDUCE_BUCKET
+from components.rlhf.planner.constants import DEEPSPEED_BUCKET, DEEPSPEED_LIVE, DEEPSPEED_PREFETCH, REDUCE_BUCKET
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,13 @@ def frozen_copy(parameters: int, training: TrainingConfig | None, numeric: Numer
     """Bytes of a model that is not trained; sharded over the processes under ZeRO-3."""
     share = training.num_processes if training and shards_weights(training) else 1
     return -(-parameters * numeric.width // share)
+
+
+def gathered(parameters: int, largest: int, training: TrainingConfig | None, numeric: Numeric) -> int:
+    """Bytes of a frozen model that are whole in a process while it computes: under ZeRO-3 a layer, and what is fetched ahead of it."""
+    if training is None or not shards_weights(training):
+        return 0
+    return numeric.width * (min(parameters, DEEPSPEED_PREFETCH) + largest)
 
 
 def trained_copy(trained: int, frozen: int, largest: int, training: TrainingConfig, numeric: Numeric) -> TrainedCopy:

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from components.rlhf.config.cluster import TRAINING_STAGES, Profile, bytes_of
+from components.rlhf.config.cluster import bytes_of
 from components.rlhf.config.evaluation import EvaluationStageConfig
-from components.rlhf.config.model import TrainingConfig
+from components.rlhf.config.model import SamplingConfig, TrainingConfig
 from components.rlhf.config.params import Params
+from components.rlhf.config.ppo import EngineConfig
 from components.rlhf.planner.activations import cache
 from components.rlhf.planner.copies import Numeric, shards_weights
 from components.rlhf.planner.plan import Shapes, stages_of
@@ -90,12 +91,7 @@ def seconds_of_run(params: Params, shapes: Shapes, sizes: Mapping[str, int]) -> 
 def _stage(params: Params, shapes: Shapes, stage: str, speed: Speed, sizes: Mapping[str, int]) -> Seconds:
     start = {"start": speed.overhead_seconds}
     length = params.data.max_tokens
-    profile = params.cluster.profile(stage)
-    pods = (
-        -(-getattr(params, stage).training.num_processes // profile.num_accelerators)
-        if _is_spread(stage, profile)
-        else 1
-    )
+    pods = params.cluster.profile(stage).num_nodes
     if stage == "sft":
         steps = _steps(
             params.sft.max_steps, params.sft.num_epochs, params.sft.batch_size, sizes.get("demonstrations", 0)
@@ -104,6 +100,7 @@ def _stage(params: Params, shapes: Shapes, stage: str, speed: Speed, sizes: Mapp
         return _trained(start, tokens, shapes.base, params, params.sft.training, speed, steps, pods)
     if stage == "reward_model":
         section = params.reward_model
+        start["calibration"] = _calibration(params, shapes.base, speed)
         if section.use:
             return Seconds(parts=start)
         steps = _steps(section.max_steps, section.num_epochs, section.batch_size, sizes.get("preferences", 0))
@@ -116,10 +113,6 @@ def _stage(params: Params, shapes: Shapes, stage: str, speed: Speed, sizes: Mapp
     if stage == "import_model":
         return Seconds(parts=start | {"copy": 4 * shapes.base.total / 1e9})
     return Seconds(parts=start)
-
-
-def _is_spread(stage: str, profile: Profile) -> bool:
-    return stage in TRAINING_STAGES and profile.num_accelerators > 0
 
 
 def _steps(max_steps: int, num_epochs: int, batch: int, records: int) -> int:
@@ -222,6 +215,42 @@ def generation_seconds(
     return prefill + rounds * new * max(read / (speed.bandwidth * speed.bandwidth_share), compute)
 
 
+def _calibration(params: Params, shape: ModelShape, speed: Speed) -> float:
+    """Seconds in which the processes of the reward model stage sample the responses of its calibration."""
+    return _sampled(
+        shape,
+        params.reward_model.num_calibration_samples,
+        params,
+        params.ppo.rollout,
+        params.ppo.rollout.sampling,
+        params.reward_model.training.num_processes,
+        speed,
+    )
+
+
+def _sampled(
+    shape: ModelShape,
+    sequences: int,
+    params: Params,
+    rollout: EngineConfig,
+    sampling: SamplingConfig,
+    processes: int,
+    speed: Speed,
+) -> float:
+    """Seconds in which all processes sample so many responses; those that share an engine sample theirs together."""
+    shares = rollout.vllm.tensor_parallel_size if rollout.engine == "vllm" else 1
+    return generation_seconds(
+        shape,
+        -(-sequences * shares // processes),
+        params.data.max_prompt_tokens,
+        sampling.max_new_tokens,
+        batch=sampling.batch_size,
+        speed=speed,
+        shares=shares,
+        numeric=Numeric(bf16=params.model.precision != "fp32", on_gpu=False),
+    )
+
+
 def _ppo(start: dict[str, float], params: Params, shapes: Shapes, speed: Speed, pods: int) -> Seconds:
     ppo, training, shape = params.ppo, params.ppo.training, shapes.base
     rollout, sampling = ppo.rollout, ppo.rollout.sampling
@@ -229,17 +258,7 @@ def _ppo(start: dict[str, float], params: Params, shapes: Shapes, speed: Speed, 
     sequences = rollout.num_prompts * rollout.samples_per_prompt
     prompt, new = params.data.max_prompt_tokens, sampling.max_new_tokens
     tokens = sequences * (prompt + new)
-    shares = rollout.vllm.tensor_parallel_size if rollout.engine == "vllm" else 1
-    generate = generation_seconds(
-        shape,
-        -(-sequences * shares // processes),
-        prompt,
-        new,
-        batch=sampling.batch_size,
-        speed=speed,
-        shares=shares,
-        numeric=numeric,
-    )
+    generate = _sampled(shape, sequences, params, rollout, sampling, processes, speed)
     passes = (1 if ppo.old_logprobs == "engine" else 2) * shape.active + shapes.reward_model.active * 2
     frozen = params.model.num_frozen_layers
     passes -= 3 * sum(shape.layers[:frozen])  # once for all models
@@ -264,21 +283,11 @@ def _ppo(start: dict[str, float], params: Params, shapes: Shapes, speed: Speed, 
 
 def _evaluation(start: dict[str, float], params: Params, shapes: Shapes, speed: Speed) -> Seconds:
     config = params.stage(EvaluationStageConfig)
-    processes = getattr(config.evaluation, "num_processes", 1)
-    sequences = config.evaluation.num_prompts * config.evaluation.num_samples
-    numeric = Numeric(bf16=params.model.precision != "fp32", on_gpu=False)
-    prompt, new = params.data.max_prompt_tokens, config.sampling.max_new_tokens
-    generate = generation_seconds(
-        shapes.base,
-        -(-sequences // processes),
-        prompt,
-        new,
-        batch=config.sampling.batch_size,
-        speed=speed,
-        shares=1,
-        numeric=numeric,
-    )
-    passes = 2 * (2 * shapes.base.active + 2 * shapes.reward_model.active) * sequences * (prompt + new)
+    evaluation, processes = config.evaluation, config.evaluation.num_processes
+    sequences = evaluation.num_prompts * evaluation.num_samples
+    tokens = sequences * (params.data.max_prompt_tokens + config.sampling.max_new_tokens)
+    generate = _sampled(shapes.base, sequences, params, config.rollout, config.sampling, processes, speed)
+    passes = 2 * (2 * shapes.base.active + 2 * shapes.reward_model.active) * tokens
     return Seconds(
         parts=start | {"generate": 2 * generate, "score": passes / (speed.flops * speed.forward_share) / processes}
     )

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from components.rlhf.config.model import TrainingConfig
-from components.rlhf.config.ppo import VllmConfig
+from components.rlhf.config.model import SamplingConfig, TrainingConfig
+from components.rlhf.config.ppo import EngineConfig, VllmConfig
+from components.rlhf.planner.activations import sampling_workspace
 from components.rlhf.planner.constants import (
     CUDA_CONTEXT,
     CUDA_LIBRARIES,
@@ -18,7 +19,7 @@ from components.rlhf.planner.constants import (
     VLLM,
     VLLM_ASLEEP,
 )
-from components.rlhf.planner.copies import Numeric, TrainedCopy
+from components.rlhf.planner.copies import Numeric, TrainedCopy, frozen_copy
 from components.rlhf.planner.phases import Phase, add
 from components.rlhf.planner.shape import ModelShape
 
@@ -32,6 +33,7 @@ class Job:
     numeric: Numeric
     prompt_tokens: int  # the longest prompt
     text_tokens: int  # the longest prompt and answer of the data together
+    judge_shape: ModelShape | None = None  # of a judge that is a reward model
     gpu_memory: int | None = None  # bytes of one device
     checkpoints: bool = True  # whether checkpoints are saved
 
@@ -92,3 +94,18 @@ def vllm_asleep(job: Job, config: VllmConfig) -> Phase:
     if job.numeric.on_gpu:
         return Phase(name="", device={"vLLM, asleep": VLLM_ASLEEP}, main={"vLLM, asleep": weights})
     return Phase(name="", device={"vLLM": share}, main={})
+
+
+def sampling_alone(job: Job, base: Phase, rollout: EngineConfig, sampling: SamplingConfig, rows: int) -> Phase:
+    """A rollout engine that samples before any other model is loaded, responses to `rows` prompts in this process."""
+    if rollout.engine == "vllm":
+        share, _ = vllm_share(job, rollout.vllm)
+        return phase("generate", base, device={"vLLM": share})
+    weights = {"sampled model": frozen_copy(job.shape.total, None, job.numeric)}
+    work = sampling_workspace(job.shape, rows, job.prompt_tokens, sampling, job.numeric)
+    return phase("generate", base, device=weights | temporary(job, work))
+
+
+def files(job: Job, shape: ModelShape) -> dict[str, int]:
+    """Without a GPU, pages of the files that are read, which the kernel could drop, in bytes."""
+    return {} if job.numeric.on_gpu else {"files": shape.stored_bytes or 2 * shape.total}

@@ -6,10 +6,10 @@ from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.judge import RewardModelJudge, as_list
 from components.rlhf.config.model import TrainingConfig
 from components.rlhf.config.params import Params
-from components.rlhf.planner.activations import forward_workspace, logits, sampling_workspace
+from components.rlhf.planner.activations import forward_workspace, logits
 from components.rlhf.planner.constants import EVALUATION, SMALL_STAGE
-from components.rlhf.planner.copies import frozen_copy
-from components.rlhf.planner.jobs import Job, beside, libraries, phase, temporary, vllm_share
+from components.rlhf.planner.copies import frozen_copy, gathered, shards_weights
+from components.rlhf.planner.jobs import Job, beside, files, libraries, phase, sampling_alone, temporary
 from components.rlhf.planner.phases import Phase, StagePlan
 from components.rlhf.planner.shape import ModelShape
 from components.rlhf.storage.pypi import PREFIX
@@ -43,15 +43,13 @@ def plan_prepare_data() -> StagePlan:
     )
 
 
-def plan_judge(params: Params, job: Job, judge_shape: ModelShape | None) -> StagePlan:
+def plan_judge(params: Params, job: Job) -> StagePlan:
     """A reward model as a judge scores held-out pairs; the other kinds hold no model."""
     judges = as_list(params.judge)
-    if judge_shape is None or not any(isinstance(judge, RewardModelJudge) for judge in judges):
+    if job.judge_shape is None or not any(isinstance(judge, RewardModelJudge) for judge in judges):
         phases: tuple[Phase, ...] = (Phase(name="fit", device={}, main={"libraries and records": SMALL_STAGE}),)
         return StagePlan(stage="judge", num_processes=1, on_gpu=False, phases=phases, beside=beside(1))
-    weights = frozen_copy(judge_shape.parameters(scalar=True), None, job.numeric)
-    work = {"activations": forward_workspace(judge_shape, max(MICROBATCH_TOKENS, job.text_tokens), job.numeric)}
-    phases = (phase("score", libraries(job, None), device={"reward model": weights} | temporary(job, work)),)
+    phases = (_scorer("score", job.judge_shape, libraries(job, None), None, job.text_tokens, job),)
     return StagePlan(
         stage="judge",
         num_processes=1,
@@ -61,39 +59,61 @@ def plan_judge(params: Params, job: Job, judge_shape: ModelShape | None) -> Stag
     )
 
 
-def plan_evaluation(config: EvaluationStageConfig, job: Job, judge_shape: ModelShape | None = None) -> StagePlan:
-    """Both models sample; then both compute log-probs, the reward model scores, and the judges compare."""
-    evaluation, rollout = config.evaluation, getattr(config, "rollout", None)
-    processes = getattr(evaluation, "num_processes", 1)
-    shards = bool(getattr(evaluation, "shard_weights", False))
-    training = TrainingConfig(engine="deepspeed", zero_stage=3, num_processes=processes) if shards else None
-    vllm = rollout is not None and rollout.engine == "vllm"
-    several = training or TrainingConfig(num_processes=processes)
-    base = phase("", libraries(job, several, vllm=vllm), main={"libraries": EVALUATION})
-    weights = frozen_copy(job.shape.total, training, job.numeric)
-    rows, new = -(-evaluation.num_prompts * evaluation.num_samples // processes), config.sampling.max_new_tokens
-    tokens = max(min(MICROBATCH_TOKENS, rows * (job.prompt_tokens + new)), job.prompt_tokens + new)
-    if vllm:
-        share, _ = vllm_share(job, rollout.vllm)  # type: ignore[union-attr]
-        generate = phase("generate", base, device={"vLLM": share})
-    else:
-        work = sampling_workspace(job.shape, rows, job.prompt_tokens, config.sampling, job.numeric)
-        generate = phase("generate", base, device={"both models": 2 * weights} | temporary(job, work))
-    answers = tokens * new // (job.prompt_tokens + new)
-    work = {
-        "activations": forward_workspace(job.shape, tokens, job.numeric),
-        "logits": logits(job.shape, answers, job.numeric, copies=2),
-    }
-    scorers = frozen_copy(job.reward_shape.parameters(scalar=True), training, job.numeric)
-    score = phase("score", base, device={"both models": 2 * weights, "reward model": scorers} | temporary(job, work))
-    phases = [generate, score]
-    if judge_shape is not None:
-        judge = frozen_copy(judge_shape.parameters(scalar=True), None, job.numeric)
-        phases.append(phase("judge", score, device={"judge": judge}))
+def plan_evaluation(config: EvaluationStageConfig, job: Job) -> StagePlan:
+    """One after the other: an engine samples from both models, both compute the KL, the reward model scores, and each judge compares."""
+    evaluation, rollout = config.evaluation, config.rollout
+    training = _frozen_training(config)
+    vllm = rollout.engine == "vllm"
+    base = phase("", libraries(job, training, vllm=vllm), main={"libraries": EVALUATION})
+    rows = -(-evaluation.num_prompts * evaluation.num_samples // evaluation.num_processes)
+    length = job.prompt_tokens + config.sampling.max_new_tokens
+    phases = [
+        sampling_alone(job, base, rollout, config.sampling, rows),
+        *_kl(config, job, base, training, tokens=max(min(MICROBATCH_TOKENS, rows * length), length)),
+        _scorer("score", job.reward_shape, base, training, length, job),
+    ]
+    if job.judge_shape is not None:
+        phases.append(_scorer("judge", job.judge_shape, base, training, length, job))
     return StagePlan(
         stage="evaluation",
-        num_processes=processes,
+        num_processes=evaluation.num_processes,
         on_gpu=job.numeric.on_gpu,
         phases=tuple(phases),
-        beside=beside(processes),
+        beside=beside(evaluation.num_processes),
     )
+
+
+def _frozen_training(config: EvaluationStageConfig) -> TrainingConfig:
+    """How models are loaded that compute and are not trained (evaluation/ranks.py)."""
+    processes = config.evaluation.num_processes
+    if config.evaluation.shard_weights and processes > 1:
+        return TrainingConfig(engine="deepspeed", zero_stage=3, num_processes=processes)
+    return TrainingConfig(num_processes=processes)
+
+
+def _kl(config: EvaluationStageConfig, job: Job, base: Phase, training: TrainingConfig, *, tokens: int) -> list[Phase]:
+    """Both models are loaded, share their frozen layers unless they are sharded, and compute logits of the same tokens."""
+    shape, new = job.shape, config.sampling.max_new_tokens
+    both = 2 * frozen_copy(shape.total, training, job.numeric)
+    shared = 0 if shards_weights(training) else job.numeric.width * shape.frozen(config.model.num_frozen_layers)
+    work = {
+        "activations": forward_workspace(shape, tokens, job.numeric),
+        "logits": logits(shape, tokens * new // (job.prompt_tokens + new), job.numeric, copies=2),
+        "working weights": 2 * gathered(shape.total, shape.largest, training, job.numeric),
+    }
+    reading = {"a tensor": (2 + job.numeric.width) * shape.largest} | files(job, shape)
+    return [
+        phase("load", base, device={"both models": both} | reading),
+        phase("KL", base, device={"both models": both - shared} | temporary(job, work)),
+    ]
+
+
+def _scorer(name: str, shape: ModelShape, base: Phase, training: TrainingConfig | None, length: int, job: Job) -> Phase:
+    """A reward model, or its shard, that scores texts of at most this many tokens."""
+    parameters = shape.parameters(scalar=True)
+    work = {
+        "activations": forward_workspace(shape, max(MICROBATCH_TOKENS, length), job.numeric),
+        "working weights": gathered(parameters, shape.largest, training, job.numeric),
+    }
+    weights = {"reward model": frozen_copy(parameters, training, job.numeric)}
+    return phase(name, base, device=weights | temporary(job, work))

@@ -10,7 +10,7 @@ GIB = 2**30
 class Phase:
     """What one process holds at the peak of a phase, in bytes: on its GPU, and in main memory. Without a GPU all is in main memory."""
 
-    name: str  # load, generate, score, update, checkpoint or export
+    name: str  # load, generate, score, KL, judge, update, step, sync, checkpoint or export
     device: Mapping[str, int]
     main: Mapping[str, int]
 
@@ -46,10 +46,10 @@ class StagePlan:
     def processes_per_pod(self) -> int:
         return -(-self.num_processes // self.pods)
 
-    def parts(self, phase_name: str) -> dict[str, int]:
-        """The parts of a phase, largest first."""
+    def parts(self, phase_name: str, *, main: bool = False) -> dict[str, int]:
+        """The parts of a phase, largest first: on a GPU, or in main memory with `main` or without a GPU."""
         phase = next(phase for phase in self.phases if phase.name == phase_name)
-        parts = dict(phase.device) if self.on_gpu else {**phase.main}
+        parts = dict(phase.device) if self.on_gpu and not main else {**phase.main}
         if not self.on_gpu:
             for name, size in phase.device.items():
                 parts[name] = parts.get(name, 0) + size

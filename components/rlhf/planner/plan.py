@@ -32,12 +32,13 @@ class Shapes:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a stage runs on: the profile of its pod, or this machine."""
+    """What a stage runs on: the profile of its pods, one on each node, or this machine."""
 
     gpu: bool
     gpu_memory: int | None  # of one device; None is unknown
     memory: int | None  # of the pod
     bf16: bool
+    num_nodes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ def machine_of(profile: Profile, precision: str) -> Machine:
         gpu_memory=bytes_of(profile.gpu_memory) if profile.gpu_memory else None,
         memory=bytes_of(profile.memory),
         bf16=precision == "bf16" or (precision == "auto" and gpu),
+        num_nodes=profile.num_nodes,
     )
 
 
@@ -63,6 +65,7 @@ def job_of(params: Params, shapes: Shapes, machine: Machine, *, checkpoints: boo
     return Job(
         shape=shapes.base,
         reward_shape=shapes.reward_model,
+        judge_shape=shapes.judge,
         numeric=Numeric(bf16=machine.bf16, on_gpu=machine.gpu),
         prompt_tokens=params.data.max_prompt_tokens,
         text_tokens=params.data.max_tokens,
@@ -73,9 +76,8 @@ def job_of(params: Params, shapes: Shapes, machine: Machine, *, checkpoints: boo
 
 def plan_stage(params: Params, shapes: Shapes, stage: str, machine: Machine, *, checkpoints: bool = True) -> StagePlan:
     """The plan of one stage on a machine."""
-    return _in_pods(
-        _plan(params, shapes, stage, job_of(params, shapes, machine, checkpoints=checkpoints)), params, machine
-    )
+    plan = _plan(params, shapes, stage, job_of(params, shapes, machine, checkpoints=checkpoints))
+    return replace(plan, pods=machine.num_nodes)
 
 
 def _plan(params: Params, shapes: Shapes, stage: str, job: Job) -> StagePlan:
@@ -88,10 +90,10 @@ def _plan(params: Params, shapes: Shapes, stage: str, job: Job) -> StagePlan:
     if stage == "reward_model":
         return plan_reward_model(params.stage(RewardModelStageConfig), job)
     if stage == "judge":
-        return plan_judge(params, job, shapes.judge)
+        return plan_judge(params, job)
     if stage == "ppo":
         return plan_ppo(params.stage(PpoStageConfig), job)
-    return plan_evaluation(params.stage(EvaluationStageConfig), job, shapes.judge)
+    return plan_evaluation(params.stage(EvaluationStageConfig), job)
 
 
 def stages_of(params: Params) -> tuple[str, ...]:
@@ -111,12 +113,6 @@ def plan_run(params: Params, shapes: Shapes, machine: Machine | None = None) -> 
 def saves_checkpoints(params: Params) -> bool:
     storage, cluster = params.storage, params.cluster
     return bool(storage.checkpoint_uri or storage.uri or cluster.checkpoint_claim or cluster.checkpoint_volume)
-
-
-def _in_pods(plan: StagePlan, params: Params, machine: Machine) -> StagePlan:
-    """A plan whose processes are in as many pods of the profile as they need accelerators."""
-    each = params.cluster.profile(plan.stage).num_accelerators if machine.gpu else 0
-    return replace(plan, pods=-(-plan.num_processes // each)) if each else plan
 
 
 def judge_plan(plan: StagePlan, machine: Machine) -> Verdict:

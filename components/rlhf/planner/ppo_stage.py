@@ -12,9 +12,9 @@ from components.rlhf.planner.training_stages import (
     export_phase,
     load_peak,
     model_copy,
-    quantizes,
     tokens_of_pass,
     training_phases,
+    whole_weights,
 )
 
 
@@ -49,12 +49,14 @@ def plan_ppo(config: PpoStageConfig, job: Job) -> StagePlan:
     )
     held = phase("", resident, engine, device={"experience": _experience(config, job)})
     phases = [
-        phase("load", base, engine, device=_loading(config, copies, job)),
+        phase(
+            "load", base, engine, device=_loading(config, copies, job), main=whole_weights(job.shape, config.model, job)
+        ),
         _generate(config, base, resident, job),
         _score(config, base, held, copies, job),
         *_updates(config, base, held, copies, job),
         _sync(config, base, resident, job),
-        export_phase(base, resident, job.shape, job),
+        export_phase(base, resident, job.shape, config.model, job),
     ]
     return StagePlan(
         stage="ppo",
@@ -71,18 +73,20 @@ def ppo_copies(config: PpoStageConfig, job: Job) -> Copies:
     shape, reward = job.shape, job.reward_shape
     shared = shape.frozen(model.num_frozen_layers)
     reward_shared = reward.frozen(model.num_frozen_layers) if reward is shape else 0
-    actor = model_copy(shape, model, training, job, scalar=False)
+    # Adapters of the SFT model are below those of the actor, and those of the reward model above them, below the critic's.
+    actor = model_copy(shape, model, training, job, scalar=False, earlier=1)
+    reward_base = base_bytes(reward, model, job, scalar=True, earlier=2)
     reward_own = reward.parameters(scalar=True) - reward_shared
     head_only = config.ppo.critic.trains == "head"
     if head_only:
         critic = trained_copy(reward.hidden, 0, reward.hidden, training, numeric)
     else:
-        critic = model_copy(reward, model, training, job, scalar=True)
+        critic = model_copy(reward, model, training, job, scalar=True, earlier=2)
         # Its frozen weights are those of the reward model (with adapters) or of the actor (frozen layers).
-        frozen = base_bytes(reward, model, job, scalar=True) if model.lora else numeric.width * reward_shared
+        frozen = reward_base if model.lora else numeric.width * reward_shared
         critic = critic if shards_weights(training) else replace(critic, weights=critic.weights - frozen)
     if model.lora:
-        reference, reward_held = 0, base_bytes(reward, model, job, scalar=True)
+        reference, reward_held = 0, reward_base
     else:
         reference = _reference(shape.total - shared, shape.embeddings + shape.rest - shape.frozen(0), config, job)
         reward_held = frozen_copy(reward_own, training, numeric)
@@ -90,7 +94,7 @@ def ppo_copies(config: PpoStageConfig, job: Job) -> Copies:
         training.engine == "torch" and not training.gradient_checkpointing and model.lora is None and not numeric.bf16
     )
     needs_copy = config.ppo.rollout.engine == "hf" and not samples_from_actor
-    own_rollout = shape.total - (0 if shards_weights(training) or quantizes(model.lora) else shared)
+    own_rollout = shape.total - (0 if shards_weights(training) or model.quantization else shared)
     rollout = frozen_copy(own_rollout, None, numeric) if needs_copy else 0
     return Copies(actor=actor, critic=critic, reference=reference, reward_model=reward_held, rollout=rollout)
 
@@ -126,7 +130,10 @@ def _experience(config: PpoStageConfig, job: Job) -> int:
 def _loading(config: PpoStageConfig, copies: Copies, job: Job) -> dict[str, int]:
     """All models, each of them whole until the frozen layers are shared, and the engines while they take the weights over."""
     training, shape = config.ppo.training, job.shape
-    parts = load_peak(copies.actor, shape, training, job)
+    parts = load_peak(copies.actor, shape, config.model, training, job)
+    if config.model.quantization and not job.numeric.on_gpu:  # the reward model comes second
+        parts["weights"] = copies.actor.weights
+        parts["weights before they are quantized"] = job.numeric.width * shape.total - copies.reward_model
     parts["weights"] += copies.critic.weights
     parts |= {"reference": copies.reference, "reward model": copies.reward_model, "rollout copy": copies.rollout}
     if config.model.num_frozen_layers:

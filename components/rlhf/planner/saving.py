@@ -1,6 +1,7 @@
 """Checkpoints: bytes and seconds of a save, and how often to save for a given rate of lost nodes."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from components.rlhf.config.params import Params
@@ -24,6 +25,12 @@ class Saves:
     def minutes(self, mtbf_hours: float) -> float:
         """The proposed checkpoint.every_minutes: never more often than a save takes to be written."""
         return max(best_interval(max(self.stall_seconds, 1.0), 3600 * mtbf_hours), self.write_seconds) / 60
+
+
+def proposed_minutes(longest: Saves, all_saves: Sequence[Saves], mtbf_hours: float) -> int:
+    """One interval for a run: that of its longest stage, but no stage may save more often than its saves can be written."""
+    slowest = max(saves.write_seconds for saves in all_saves) / 60
+    return max(round(longest.minutes(mtbf_hours)), math.ceil(slowest), 1)
 
 
 def best_interval(save_seconds: float, mtbf_seconds: float) -> float:

@@ -63,7 +63,9 @@ def _candidates(params: Params, shapes: Shapes, stage: str) -> Iterator[Changes]
     if stage in ("ppo", "evaluation", "reward_model"):
         sizes = [sampling.batch_size // 2**power for power in (1, 2, 3) if sampling.batch_size // 2**power]
         yield from ({"ppo.rollout.sampling.batch_size": size} for size in sizes)
-    if stage == "ppo" and params.ppo.rollout.engine == "vllm":
+    if stage == "evaluation" and params.evaluation.num_processes > 1 and params.evaluation_rollout.engine == "vllm":
+        yield {"evaluation.shard_weights": True}
+    if stage in ("ppo", "reward_model") and params.ppo.rollout.engine == "vllm":
         share = params.ppo.rollout.vllm.gpu_memory_utilization
         yield from (
             {"ppo.rollout.vllm.gpu_memory_utilization": round(share * part, 2)}

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from components.rlhf.config.model import LoraConfig, ModelConfig, TrainingConfig
+from components.rlhf.config.model import ModelConfig, TrainingConfig
 from components.rlhf.config.reward_model import RewardModelStageConfig
 from components.rlhf.config.sft import SftStageConfig
 from components.rlhf.planner.activations import (
@@ -11,20 +11,22 @@ from components.rlhf.planner.activations import (
     forward_workspace,
     logits,
     lost_to_adapters,
-    sampling_workspace,
     saved_activations,
 )
 from components.rlhf.planner.constants import NF4_BYTES
-from components.rlhf.planner.copies import TrainedCopy, frozen_copy, trained_copy
-from components.rlhf.planner.jobs import Job, beside, libraries, optimizer_of, phase, temporary, vllm_share
+from components.rlhf.planner.copies import TrainedCopy, frozen_copy, gathered, trained_copy
+from components.rlhf.planner.jobs import Job, beside, files, libraries, optimizer_of, phase, sampling_alone, temporary
 from components.rlhf.planner.phases import Phase, StagePlan
 from components.rlhf.planner.shape import ModelShape
 
 
 def model_copy(
-    shape: ModelShape, model: ModelConfig, training: TrainingConfig, job: Job, *, scalar: bool
+    shape: ModelShape, model: ModelConfig, training: TrainingConfig, job: Job, *, scalar: bool, earlier: int = 0
 ) -> TrainedCopy:
-    """A trained model of this shape: all weights that are not frozen, or adapters and a scalar head."""
+    """A trained model of this shape: all weights that are not frozen, or adapters and a scalar head.
+
+    earlier is the number of stages that have trained adapters of it before.
+    """
     if model.lora is None:
         trained, frozen = shape.trained(model.num_frozen_layers, scalar=scalar), shape.frozen(model.num_frozen_layers)
         # The largest tensor is that of the embeddings, or of the head, which is trained with the layers.
@@ -32,22 +34,24 @@ def model_copy(
     trained = shape.adapters(model.lora.rank, model.lora.target_modules, model.num_frozen_layers)
     trained += shape.hidden if scalar else 0
     copy = trained_copy(trained, 0, min(shape.largest, trained), training, job.numeric)
-    return replace(copy, weights=copy.weights + base_bytes(shape, model, job, scalar=scalar))
+    return replace(copy, weights=copy.weights + base_bytes(shape, model, job, scalar=scalar, earlier=earlier))
 
 
-def quantizes(lora: LoraConfig | None) -> bool:
-    """Whether the weights below the adapters are in 4 bits (QLoRA)."""
-    return getattr(lora, "quantization", None) is not None
+def base_bytes(shape: ModelShape, model: ModelConfig, job: Job, *, scalar: bool, earlier: int = 0) -> int:
+    """The frozen weights below adapters: in the computing precision, or the linear ones of the layers in 4 bits (models/nf4.py).
 
-
-def base_bytes(shape: ModelShape, model: ModelConfig, job: Job, *, scalar: bool) -> int:
-    """The frozen weights below adapters: in the computing precision, or the linear ones in 4 bits and the adapters of an earlier stage."""
+    Of a model in 4 bits the adapters of the earlier stages, in fp32, are not merged into its weights.
+    """
     total = shape.parameters(scalar=scalar)
-    if model.lora is None or not quantizes(model.lora):
+    if model.lora is None or model.quantization is None:
         return job.numeric.width * total
-    earlier = shape.adapters(model.lora.rank, model.lora.target_modules, model.num_frozen_layers)
-    packed = shape.linear_parameters
-    return job.numeric.width * (total - packed) + round(packed * NF4_BYTES) + 4 * earlier
+    adapters = shape.adapters(model.lora.rank, model.lora.target_modules, model.num_frozen_layers)
+    return job.numeric.width * (total - shape.linear_parameters) + packed_bytes(shape) + 4 * earlier * adapters
+
+
+def packed_bytes(shape: ModelShape) -> int:
+    """The linear weights of all layers in 4 bits, with the scales of their blocks."""
+    return round(shape.linear_parameters * NF4_BYTES)
 
 
 def tokens_of_pass(training: TrainingConfig, rows: int, length: int, *, unit: int = 1) -> int:
@@ -59,22 +63,31 @@ def tokens_of_pass(training: TrainingConfig, rows: int, length: int, *, unit: in
 def update_parts(run: Pass, *, with_logits: bool) -> dict[str, int]:
     """Temporary tensors of a forward and backward pass."""
     parts = {"activations": saved_activations(run) + backward_workspace(run)}
-    if quantizes(run.lora):  # one matrix is whole at a time
+    if run.lora and run.lora.quantization:  # one matrix is whole at a time
         parts["dequantized weight"] = (4 + run.numeric.width) * max(
             (m.inputs * m.outputs for m in run.shape.linears), default=0
         )
     return parts | ({"logits": logits(run.shape, run.answer_tokens, run.numeric)} if with_logits else {})
 
 
-def load_peak(copy: TrainedCopy, shape: ModelShape, training: TrainingConfig, job: Job) -> dict[str, int]:
+def load_peak(
+    copy: TrainedCopy, shape: ModelShape, model: ModelConfig, training: TrainingConfig, job: Job
+) -> dict[str, int]:
     """Weights of a loaded model, one tensor in its stored and its own precision, and the engine while it takes the weights over."""
     width = 4 if training.engine == "torch" else job.numeric.width
     parts = {"weights": copy.weights, "a tensor": (2 + width) * shape.largest}
-    if not job.numeric.on_gpu:  # pages of the files that are read, which the kernel could drop
-        parts["files"] = shape.stored_bytes or 2 * shape.total
+    if model.quantization and not job.numeric.on_gpu:  # whole, until its layers are quantized one by one
+        parts["weights"] = job.numeric.width * shape.total
+    parts |= files(job, shape)
     if training.engine == "deepspeed" and training.zero_stage < 3:
         parts["flat copy"] = copy.weights
     return parts
+
+
+def whole_weights(shape: ModelShape, model: ModelConfig, job: Job) -> dict[str, int]:
+    """Weights in main memory beside a GPU, before they are quantized and moved to it."""
+    waits = model.quantization is not None and job.numeric.on_gpu
+    return {"weights before they are quantized": job.numeric.width * shape.total} if waits else {}
 
 
 def training_phases(
@@ -116,31 +129,38 @@ def plan_sft(config: SftStageConfig, job: Job) -> StagePlan:
     )
     resident = phase("", optimizer_of(copy, training), device={"weights": copy.weights})
     phases = [
-        phase("load", base, device=load_peak(copy, shape, training, job)),
+        phase("load", base, device=load_peak(copy, shape, model, training, job), main=whole_weights(shape, model, job)),
         *training_phases(base, resident, copy, run, job, with_logits=True),
-        export_phase(base, resident, shape, job),
+        export_phase(base, resident, shape, model, job),
     ]
     return _plan("sft", training, phases, job)
 
 
-def export_phase(base: Phase, resident: Phase, shape: ModelShape, job: Job) -> Phase:
-    """The weights go to disk one after another."""
-    width = 4 + job.numeric.width
-    return phase(
-        "export", base, resident, device={"a tensor": 4 * shape.largest}, main={"a tensor": width * shape.largest}
-    )
+def export_phase(base: Phase, resident: Phase, shape: ModelShape, model: ModelConfig, job: Job) -> Phase:
+    """The weights go to disk one after another, and the 4-bit form of a model at once."""
+    main = {"a tensor": (4 + job.numeric.width) * shape.largest}
+    if model.quantization:
+        main["4-bit form"] = (2 if job.numeric.on_gpu else 1) * packed_bytes(shape)
+    return phase("export", base, resident, device={"a tensor": 4 * shape.largest}, main=main)
 
 
 def plan_reward_model(config: RewardModelStageConfig, job: Job) -> StagePlan:
-    training, model = config.reward_model.training, config.model
-    shape = job.reward_shape if config.reward_model.use else job.shape
-    base = libraries(job, training, lora=model.lora is not None)
-    if config.reward_model.use:
-        resident = phase("", device={"weights": frozen_copy(shape.parameters(scalar=True), None, job.numeric)})
-        phases = [phase("load", base, resident, device={"a tensor": 6 * shape.largest})]
+    """The fine-tuned model samples for the calibration before anything else is loaded; then the reward model is trained and scores."""
+    section, model, training = config.reward_model, config.model, config.reward_model.training
+    shape = job.reward_shape if section.use else job.shape
+    samples = section.num_calibration_samples
+    vllm = samples > 0 and config.rollout.engine == "vllm"
+    base = libraries(job, training, vllm=vllm, lora=model.lora is not None and not section.use)
+    rows = -(-samples // training.num_processes)
+    phases = [sampling_alone(job, base, config.rollout, config.sampling, rows)] if samples else []
+    parameters = shape.parameters(scalar=True)
+    if section.use:
+        weights = {"weights": frozen_copy(parameters, training, job.numeric)}
+        resident, working = phase("", device=weights), gathered(parameters, shape.largest, training, job.numeric)
+        phases.append(phase("load", base, resident, device={"a tensor": 6 * shape.largest} | files(job, shape)))
     else:
-        copy = model_copy(shape, model, training, job, scalar=True)
-        tokens = tokens_of_pass(training, config.reward_model.batch_size, job.text_tokens, unit=2)
+        copy = model_copy(shape, model, training, job, scalar=True, earlier=int(section.init == "sft"))
+        tokens = tokens_of_pass(training, section.batch_size, job.text_tokens, unit=2)
         run = Pass(
             shape=shape,
             tokens=tokens,
@@ -150,34 +170,24 @@ def plan_reward_model(config: RewardModelStageConfig, job: Job) -> StagePlan:
             training=training,
             numeric=job.numeric,
         )
-        resident = phase("", optimizer_of(copy, training), device={"weights": copy.weights})
-        phases = [
-            phase("load", base, device=load_peak(copy, shape, training, job)),
-            *training_phases(base, resident, copy, run, job, with_logits=False),
+        weights = {"weights": copy.weights, "engine": copy.buffers}
+        resident, working = phase("", optimizer_of(copy, training), device=weights), copy.working
+        load = load_peak(copy, shape, model, training, job)
+        phases += [
+            phase("load", base, device=load, main=whole_weights(shape, model, job)),
+            *training_phases(base, resident, replace(copy, buffers=0), run, job, with_logits=False),
         ]
-    phases.append(_calibration(config, base, resident, job))
-    phases.append(_scoring(shape, training, base, resident, job))
-    phases.append(export_phase(base, resident, shape, job))
+    phases.append(_scoring(shape, training, base, resident, working, job))
+    phases.append(export_phase(base, resident, shape, model, job))
     return _plan("reward_model", training, phases, job)
 
 
-def _calibration(config: RewardModelStageConfig, base: Phase, resident: Phase, job: Job) -> Phase:
-    """The fine-tuned model samples responses beside the trained reward model."""
-    rollout = getattr(config, "rollout", None)
-    samples = -(-config.reward_model.num_calibration_samples // config.reward_model.training.num_processes)
-    if not samples:
-        return phase("generate", base, resident)
-    if rollout is not None and rollout.engine == "vllm":
-        share, _ = vllm_share(job, rollout.vllm)
-        return phase("generate", base, resident, device={"vLLM": share})
-    work = sampling_workspace(job.shape, samples, job.prompt_tokens, config.sampling, job.numeric)
-    weights = frozen_copy(job.shape.total, None, job.numeric)
-    return phase("generate", base, resident, device={"weights of the sampled model": weights} | temporary(job, work))
-
-
-def _scoring(shape: ModelShape, training: TrainingConfig, base: Phase, resident: Phase, job: Job) -> Phase:
+def _scoring(
+    shape: ModelShape, training: TrainingConfig, base: Phase, resident: Phase, working: int, job: Job
+) -> Phase:
+    """The calibration responses and held-out pairs; working is what the engine holds in a pass."""
     work = {"activations": forward_workspace(shape, max(training.microbatch_tokens, job.text_tokens), job.numeric)}
-    return phase("score", base, resident, device=temporary(job, work))
+    return phase("score", base, resident, device=temporary(job, work | {"working weights": working}))
 
 
 def _plan(stage: str, training: TrainingConfig, phases: list[Phase], job: Job) -> StagePlan:

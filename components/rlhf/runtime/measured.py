@@ -16,6 +16,7 @@ from components.rlhf.planner.other_stages import plan_evaluation
 from components.rlhf.planner.phases import GIB, StagePlan
 from components.rlhf.planner.ppo_stage import plan_ppo
 from components.rlhf.planner.processor import has_bf16
+from components.rlhf.planner.shape import ModelShape
 from components.rlhf.planner.sources import shape_of_folder
 from components.rlhf.planner.training_stages import plan_reward_model, plan_sft
 
@@ -104,6 +105,7 @@ def plan_here(stage: str, config: Any, paths: Mapping[str, Path], *, checkpoints
         Job(
             shape=shape,
             reward_shape=shape_of_folder(reward_model) if reward_model else shape,
+            judge_shape=_largest_judge(paths["judge"]) if "judge" in paths else None,
             numeric=Numeric(bf16=has_bf16(config.model.precision, on_gpu=on_gpu), on_gpu=on_gpu),
             prompt_tokens=_longest_prompt(paths["prompts"], paths[model]) if "prompts" in paths else text_tokens,
             text_tokens=text_tokens,
@@ -112,6 +114,12 @@ def plan_here(stage: str, config: Any, paths: Mapping[str, Path], *, checkpoints
         ),
     )
     return found
+
+
+def _largest_judge(folder: Path) -> ModelShape | None:
+    """The largest reward model in a judge artifact, if there is one."""
+    shapes = [shape_of_folder(file.parent) for file in folder.glob("*/config.json")]
+    return max(shapes, key=lambda shape: shape.total, default=None)
 
 
 def _longest_prompt(data: Path, model: Path) -> int:

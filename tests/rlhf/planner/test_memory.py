@@ -8,16 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.rlhf.config.model import LoraConfig, ModelConfig, TrainingConfig
-from components.rlhf.config.ppo import CriticConfig, PpoConfig, PpoStageConfig, RolloutConfig
+from components.rlhf.config.evaluation import EvaluationConfig, EvaluationStageConfig, GateConfig
+from components.rlhf.config.model import LoraConfig, ModelConfig, SamplingConfig, TrainingConfig
+from components.rlhf.config.ppo import CriticConfig, EngineConfig, PpoConfig, PpoStageConfig, RolloutConfig
+from components.rlhf.config.reward_model import RewardModelConfig, RewardModelStageConfig
 from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.planner.copies import Numeric, trained_copy
 from components.rlhf.planner.jobs import Job
+from components.rlhf.planner.other_stages import plan_evaluation
 from components.rlhf.planner.phases import GIB, StagePlan
 from components.rlhf.planner.ppo_stage import plan_ppo, ppo_copies
 from components.rlhf.planner.sources import shape_of_folder
-from components.rlhf.planner.training_stages import base_bytes, plan_sft
+from components.rlhf.planner.training_stages import base_bytes, plan_reward_model, plan_sft
 
 SHAPES = Path(__file__).resolve().parents[3] / "docs" / "shapes"
 LLAMA = shape_of_folder(SHAPES / "llama-3.1-8b.json")
@@ -219,13 +222,89 @@ def test_phases_that_did_not_happen_can_be_left_out() -> None:
 
 def test_quantized_base_is_4_bits_and_its_scales() -> None:
     """Half a byte a value, a byte for 64 of them, 4 bytes for 256 of these; the embeddings, the head and the norms stay in bf16."""
-    model = ModelConfig(lora=LoraConfig(rank=16))
-    if "quantization" not in LoraConfig.model_fields:
-        pytest.skip("model.lora has no quantization")
-    assert model.lora is not None
-    quantized = ModelConfig.model_validate({"lora": {"rank": 16, "quantization": "nf4"}})
+    plain, quantized = (ModelConfig(lora=LoraConfig(rank=16, quantization=kind)) for kind in (None, "nf4"))
     linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
-    adapters = LLAMA.adapters(16, model.lora.target_modules, 0)
-    found = base_bytes(LLAMA, quantized, job(), scalar=False)
-    assert found == pytest.approx(2 * (P - linear) + linear * (0.5 + 1 / 64 + 1 / 4096) + 4 * adapters, abs=2)
-    assert base_bytes(LLAMA, model, job(), scalar=False) == 2 * P
+    adapters = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    size = 2 * (P - linear) + linear * (0.5 + 1 / 64 + 1 / 4096)
+    assert base_bytes(LLAMA, quantized, job(), scalar=False) == pytest.approx(size, abs=2)
+    # The updates of two earlier stages stay beside the 4 bits, in fp32.
+    assert base_bytes(LLAMA, quantized, job(), scalar=False, earlier=2) == pytest.approx(size + 8 * adapters, abs=2)
+    assert base_bytes(LLAMA, plain, job(), scalar=False, earlier=2) == 2 * P
+
+
+def reward_model(rollout: str = "hf", **section: Any) -> RewardModelStageConfig:
+    return RewardModelStageConfig(
+        model=ModelConfig(),
+        reward_model=RewardModelConfig(batch_size=128, **section),
+        sampling=SamplingConfig(),
+        rollout=EngineConfig(engine=rollout),  # type: ignore[arg-type]
+        checkpoint=CheckpointConfig(),
+        seed=0,
+    )
+
+
+def phase_of(plan: StagePlan, name: str) -> dict[str, int]:
+    (found,) = [phase for phase in plan.phases if phase.name == name]
+    return dict(found.device)
+
+
+def test_calibration_samples_before_the_reward_model_is_loaded() -> None:
+    training = TrainingConfig(engine="deepspeed", zero_stage=3, num_processes=8)
+    hf, vllm = (plan_reward_model(reward_model(engine, training=training), job()) for engine in ("hf", "vllm"))
+    assert [plan.phases[0].name for plan in (hf, vllm)] == ["generate", "generate"]
+    assert "optimizer" not in phase_of(hf, "generate")
+    assert "weights" not in phase_of(hf, "generate")
+    assert phase_of(hf, "generate")["sampled model"] == 2 * P
+    assert phase_of(vllm, "generate")["vLLM"] == int(0.4 * 79 * GIB)
+    without = plan_reward_model(reward_model("vllm", training=training, num_calibration_samples=0), job())
+    assert "generate" not in [phase.name for phase in without.phases]
+
+
+def test_imported_reward_model_is_sharded_as_a_trained_one() -> None:
+    training = TrainingConfig(engine="deepspeed", zero_stage=3, num_processes=8)
+    scored = phase_of(plan_reward_model(reward_model(use="somewhere", training=training), job()), "score")
+    assert scored["weights"] == pytest.approx(2 * (P - LLAMA.head + 4096) / 8, abs=8)
+    assert "optimizer" not in scored
+
+
+def evaluation(rollout: str = "hf", **section: Any) -> EvaluationStageConfig:
+    return EvaluationStageConfig(
+        model=ModelConfig(),
+        evaluation=EvaluationConfig(**section),
+        sampling=SamplingConfig(),
+        rollout=EngineConfig(engine=rollout),  # type: ignore[arg-type]
+        gate=GateConfig(),
+        seed=0,
+    )
+
+
+def test_evaluation_has_one_thing_in_memory_after_the_other() -> None:
+    scalar = P - LLAMA.head + 4096
+    plan = plan_evaluation(evaluation(), job(judge_shape=LLAMA))
+    assert [phase.name for phase in plan.phases] == ["generate", "load", "KL", "score", "judge"]
+    assert phase_of(plan, "generate")["sampled model"] == 2 * P
+    assert (phase_of(plan, "KL")["both models"], "reward model" in phase_of(plan, "KL")) == (4 * P, False)
+    for name in ("score", "judge"):
+        assert phase_of(plan, name)["reward model"] == 2 * scalar
+        assert "both models" not in phase_of(plan, name)
+    assert "judge" not in [phase.name for phase in plan_evaluation(evaluation(), job()).phases]
+
+
+def test_sharded_models_of_the_evaluation_are_whole_layer_by_layer() -> None:
+    whole, sharded = (
+        plan_evaluation(evaluation("vllm", num_processes=8, shard_weights=shard), job()) for shard in (False, True)
+    )
+    assert phase_of(whole, "KL")["both models"] == 4 * P
+    found = phase_of(sharded, "KL")
+    assert found["both models"] == pytest.approx(4 * P / 8, abs=8)
+    # Of each model 50 million weights are fetched ahead, beside the largest of 128,256 x 4,096.
+    assert found["working weights"] == 2 * 2 * (50_000_000 + 128_256 * 4096)
+    assert phase_of(sharded, "generate")["vLLM"] == int(0.4 * 79 * GIB)
+    assert sharded.num_processes == 8
+
+
+def test_frozen_layers_are_in_memory_once_for_the_kl() -> None:
+    config = evaluation().model_copy(update={"model": ModelConfig(num_frozen_layers=24)})
+    plan = plan_evaluation(config, job())
+    assert phase_of(plan, "load")["both models"] == 4 * P
+    assert phase_of(plan, "KL")["both models"] == 4 * P - 2 * LLAMA.frozen(24)
