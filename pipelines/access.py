@@ -39,20 +39,15 @@ def cluster_storage(params: Params) -> StorageConfig:
     )
 
 
+def keeps_files(stage: str, params: Params) -> bool:
+    """Whether a stage uses storage.checkpoint_uri: for checkpoints, or to exchange files with the pods of a TrainJob."""
+    return stage in TRAINING_STAGES or params.cluster.launches(stage)
+
+
 def secrets_of(stage: str, params: Params, sources: list[str]) -> Iterator[SecretVariables]:
     """The Secrets that the pods of a stage read as environment variables."""
-    secrets, storage = params.cluster.secrets, cluster_storage(params)
-    uris = [*sources]
-    if stage in (*TRAINING_STAGES, "notify"):  # notify deletes what is left of the checkpoints
-        uris += [storage.checkpoint_uri or ""]
-    if stage in TRAINING_STAGES:
-        uris += [storage.publish_uri or ""]
-    if stage in JUDGING_STAGES and params.endpoint_judges:
-        uris += [storage.answers_uri or ""]
-    if secrets.s3 and not storage.anonymous and any(uri.startswith("s3://") for uri in uris):
-        # Not optional: Kubernetes reports a pod whose Secret is missing, while the stage would only fail later.
-        yield _same_names(secrets.s3, S3_KEYS, optional=False)
-        yield _same_names(secrets.s3, S3_OPTIONAL_KEYS, optional=True)
+    secrets = params.cluster.secrets
+    yield from s3_secrets_of(stage, params, sources)
     if secrets.mlflow and params.tracking.enabled:
         yield _same_names(secrets.mlflow, MLFLOW_KEYS, optional=True)
     if secrets.hf_token and any(is_on_hub(source) for source in sources):
@@ -64,6 +59,22 @@ def secrets_of(stage: str, params: Params, sources: list[str]) -> Iterator[Secre
     if secrets.webhook and stage == "notify":
         keys = {"WEBHOOK_URL": "RLHF_WEBHOOK_URL"}  # WEBHOOK_URL may have another meaning on a laptop
         yield SecretVariables(secrets.webhook, keys, optional=True)
+
+
+def s3_secrets_of(stage: str, params: Params, sources: list[str]) -> Iterator[SecretVariables]:
+    """The Secrets with which the pods of a stage, and a task that launches it, reach S3."""
+    name, storage = params.cluster.secrets.s3, cluster_storage(params)
+    uris = [*sources]
+    if keeps_files(stage, params) or stage == "notify":  # which deletes what is left of the checkpoints
+        uris += [storage.checkpoint_uri or ""]
+    if stage in TRAINING_STAGES:
+        uris += [storage.publish_uri or ""]
+    if stage in JUDGING_STAGES and params.endpoint_judges:
+        uris += [storage.answers_uri or ""]
+    if name and not storage.anonymous and any(uri.startswith("s3://") for uri in uris):
+        # Not optional: Kubernetes reports a pod whose Secret is missing, while the stage would only fail later.
+        yield _same_names(name, S3_KEYS, optional=False)
+        yield _same_names(name, S3_OPTIONAL_KEYS, optional=True)
 
 
 def _same_names(name: str, keys: tuple[str, ...], *, optional: bool) -> SecretVariables:

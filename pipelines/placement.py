@@ -1,7 +1,7 @@
 """What the platform gives to each task of the DAG (dag.py): image, node, memory, secrets, volumes, retries."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kfp import kubernetes
@@ -9,7 +9,6 @@ from kfp import kubernetes
 from components.rlhf.config.cluster import (
     PROCESS_STAGES,
     STAGES,
-    TRAINING_STAGES,
     ClusterConfig,
     Profile,
     Scratch,
@@ -19,7 +18,7 @@ from components.rlhf.config.params import Params
 from components.rlhf.config.trainjob import NAMESPACE_VARIABLE
 from components.rlhf.storage.pypi import PREFIX
 from components.rlhf.text.errors import InputError
-from pipelines.access import CHECKPOINT_PATH, JUDGING_STAGES, cluster_storage, secrets_of
+from pipelines.access import CHECKPOINT_PATH, JUDGING_STAGES, SecretVariables, cluster_storage, keeps_files, secrets_of
 from pipelines.sources import data_sources, is_remote, is_within
 
 if TYPE_CHECKING:
@@ -75,17 +74,16 @@ def configure_task(
         task.set_env_variable(name, value)
     if stage == "notify" and cluster.launcher == "trainjob":  # which deletes jobs that the run has left
         kubernetes.use_field_path_as_env(task, env_name=NAMESPACE_VARIABLE, field_path="metadata.namespace")
-    asks_endpoint = stage in JUDGING_STAGES and bool(params.endpoint_judges)
-    egress = HUB_LABELS if any(is_remote(s) for s in sources) else ENDPOINT_LABELS if asks_endpoint else {}
+    egress = egress_of(stage, params, sources)
     set_pod(task, cluster, labels_of(stage, egress) | queue_label(profile) | profile.labels)
     set_resources(task, profile)
     if profile.num_accelerators and IMAGE_OF[stage] != "tools":  # which has no torch to look for them
         _tell_num_accelerators(task, profile)
     set_node(task, stage, params, inputs or {})
-    set_secrets(task, stage, params, sources)
+    set_secrets(task, secrets_of(stage, params, sources))
     set_volumes(task, stage, params, profile, claim)
     set_retries(task, cluster, int(3600 * cluster.timeout_hours))
-    return task.set_caching_options(not asks_endpoint and _may_cache(stage, cluster, profile, sources))
+    return task.set_caching_options(egress != ENDPOINT_LABELS and _may_cache(stage, cluster, profile, sources))
 
 
 def role_of_image(params: Params, stage: str) -> str:
@@ -178,6 +176,13 @@ def labels_of(stage: str, egress: Mapping[str, str]) -> dict[str, str]:
     return {**TASK_LABELS, **stage_label(stage), **egress, **group}
 
 
+def egress_of(stage: str, params: Params, sources: list[str]) -> dict[str, str]:
+    """The label that opens the network to the pods of a stage: to the hub and the index of packages, or to endpoint judges."""
+    if any(map(is_remote, sources)):
+        return HUB_LABELS
+    return ENDPOINT_LABELS if stage in JUDGING_STAGES and params.endpoint_judges else {}
+
+
 def stage_label(stage: str) -> dict[str, str]:
     return {"kfp-rlhf/stage": stage.replace("_", "-")}
 
@@ -237,9 +242,9 @@ def place(task: Any, profile: Profile) -> None:
         kubernetes.add_node_affinity(task, match_expressions=expressions, weight=affinity.weight)
 
 
-def set_secrets(task: Any, stage: str, params: Params, sources: list[str]) -> None:
-    """Give a task the Secrets of its stage as environment variables."""
-    for secret in secrets_of(stage, params, sources):
+def set_secrets(task: Any, secrets: Iterable[SecretVariables]) -> None:
+    """Give Secrets to a task as environment variables."""
+    for secret in secrets:
         kubernetes.use_secret_as_env(
             task, secret_name=secret.name, secret_key_to_env=dict(secret.variables), optional=secret.optional
         )
@@ -248,7 +253,7 @@ def set_secrets(task: Any, stage: str, params: Params, sources: list[str]) -> No
 def set_volumes(task: Any, stage: str, params: Params, profile: Profile, claim: "CheckpointClaim | None") -> None:
     """Mount checkpoints, data and scratch."""
     cluster, checkpoints = params.cluster, cluster_storage(params).checkpoint_uri or ""
-    if stage in TRAINING_STAGES and is_within(checkpoints, CHECKPOINT_PATH):
+    if keeps_files(stage, params) and is_within(checkpoints, CHECKPOINT_PATH):
         kubernetes.mount_pvc(task, claim.name if claim else cluster.checkpoint_claim, CHECKPOINT_PATH)
         if claim:
             task.after(claim.opened)

@@ -9,7 +9,7 @@ from typing import Any
 
 from kfp import kubernetes
 
-from components.rlhf.config.cluster import TRAINING_STAGES, ClusterConfig, Profile
+from components.rlhf.config.cluster import PROCESS_STAGES, ClusterConfig, Profile
 from components.rlhf.config.params import Params
 from components.rlhf.config.trainjob import (
     NAMESPACE_VARIABLE,
@@ -19,12 +19,13 @@ from components.rlhf.config.trainjob import (
     TrainJobPlan,
 )
 from components.rlhf.text.errors import InputError
-from pipelines.access import CHECKPOINT_PATH, cluster_storage, secrets_of
+from pipelines.access import CHECKPOINT_PATH, cluster_storage, s3_secrets_of, secrets_of
 from pipelines.placement import (
     QUEUE_SECONDS,
     SCRATCH_PATH,
     SCRATCH_VARIABLES,
     TASK_LABELS,
+    egress_of,
     image,
     labels_of,
     place,
@@ -63,7 +64,7 @@ def configure_launcher(task: Any, stage: str, params: Params) -> Any:
     set_pod(task, cluster, TASK_LABELS | stage_label(stage) | queue_label(profile) | profile.labels)
     set_resources(task, profile)
     place(task, profile)
-    set_secrets(task, stage, params, [])
+    set_secrets(task, s3_secrets_of(stage, params, []))  # the pods of the job have the others
     set_volumes(task, stage, params, profile, None)
     # The time in the queue counts for this pod, and has no limit; the job has the limit of the stage.
     set_retries(task, cluster, _deadline_seconds(cluster) + QUEUE_SECONDS)
@@ -98,7 +99,7 @@ def require_launchable(params: Params) -> None:
             f"cluster.image_pull_policy is {cluster.image_pull_policy}, but a TrainJob has the one of its runtime, and {INSTALLED_RUNTIME} "
             "has IfNotPresent; remove it, or set cluster.runtime to a runtime of your own."
         )
-    for stage in TRAINING_STAGES:
+    for stage in PROCESS_STAGES:
         if len(plan_of(params, stage).canonical_json()) > MAX_PLAN_CHARS:
             raise InputError(
                 f"The pods of {stage} need more than {MAX_PLAN_CHARS:,} characters to describe, too many for an annotation; "
@@ -118,7 +119,7 @@ def plan_of(params: Params, stage: str) -> TrainJobPlan:
         queue=profile.queue,
         resources=_resources(profile),
         environment=tuple(_environment(params, stage, profile)),
-        labels=labels_of(stage, {}) | profile.labels,
+        labels=labels_of(stage, egress_of(stage, params, [])) | profile.labels,
         annotations=NO_SIDECAR,
         pod=_pod(cluster, profile) | ({"volumes": volumes} if volumes else {}),
         volume_mounts=tuple(mounts),

@@ -10,7 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from components.rlhf.config.cluster import TRAINING_STAGES
+from components.rlhf.config.cluster import PROCESS_STAGES
 from components.rlhf.config.params import Params
 from components.rlhf.config.trainjob import TrainJobPlan
 from components.rlhf.text.errors import InputError
@@ -127,7 +127,7 @@ def test_pods_of_a_job_reach_one_another_and_tasks_do_not_reach_them(name: str, 
 
 
 def test_task_of_a_launched_stage_is_small_and_has_no_accelerators(two_nodes: CompiledPipeline) -> None:
-    for stage in ("sft", "reward-model", "ppo"):
+    for stage in ("sft", "reward-model", "ppo", "evaluation"):
         container, pod = two_nodes.containers[stage], two_nodes.pods[stage]
         assert container["image"] == "kfp-rlhf/tools:0.1.0"
         assert container["command"] == ["python", "-m", f"components.{stage.replace('-', '_')}"]
@@ -143,7 +143,7 @@ def test_task_of_a_launched_stage_is_small_and_has_no_accelerators(two_nodes: Co
             "RLHF_TRAINJOB": "metadata.annotations['kfp-rlhf/trainjob']",
         }
         assert int(pod["activeDeadlineSeconds"]) > 365 * 24 * 3600, "the time in a queue has no limit"
-    assert two_nodes.containers["evaluation"]["resources"]["accelerator"]["resourceCount"] == "1"
+    assert set(two_nodes.secrets("evaluation")) == {"rlhf-s3", "rlhf-s3?"}, "MLflow is for the pods of the job"
     assert not [key for key in two_nodes.spec["root"]["inputDefinitions"]["parameters"] if "8x80gb" in key]
 
 
@@ -197,6 +197,37 @@ def test_plan_has_everything_that_the_profile_gives_to_a_pod() -> None:
     assert {v["name"] for v in plan.pod["volumes"]} == {m["name"] for m in plan.volume_mounts}
 
 
+ENDPOINT = "judge={kind: endpoint, url: 'https://api.example.com/v1', model: gpt}"
+
+
+def test_pods_of_evaluation_reach_the_endpoint_judge_and_the_waiting_task_does_not(tmp_path: Path) -> None:
+    """In several processes on two nodes; label, keys and answers are those of the pods that ask."""
+    params = load(ENDPOINT, "cluster.stages={evaluation: gpu-8x80gb}")
+    assert params.evaluation.num_processes == 16
+    compiled = CompiledPipeline(params, tmp_path)
+    plan, task = plan_in(compiled, "evaluation"), compiled.pods["evaluation"]["podMetadata"]["labels"]
+    assert (plan.num_nodes, plan.resources["nvidia.com/gpu"], plan.image) == (2, "8", "kfp-rlhf/rollout:0.1.0")
+    secrets = {e["name"]: e["valueFrom"]["secretKeyRef"]["name"] for e in plan.environment if "valueFrom" in e}
+    assert secrets["OPENAI_API_KEY"] == "rlhf-judge" and secrets["AWS_SECRET_ACCESS_KEY"] == "rlhf-s3"
+    assert set(compiled.secrets("evaluation")) == {"rlhf-s3", "rlhf-s3?"}
+    for name in OVERLAYS:
+        (policy,) = [p for p in of_kind(name, "NetworkPolicy") if p["metadata"]["name"] == "rlhf-endpoints"]
+        assert selects(policy["spec"]["podSelector"], plan.labels) and not selects(policy["spec"]["podSelector"], task)
+    assert "kfp-rlhf/egress" not in plan_of(load(), "evaluation").labels
+    assert not {"kfp-rlhf/egress"} & set(plan_in(compiled, "ppo").labels)
+
+
+def test_evaluation_and_its_pods_mount_the_shared_claim(tmp_path: Path) -> None:
+    """Through which inputs and outputs go; a task that is no TrainJob gets its inputs from KFP."""
+    claim = ("storage.uri=null", "cluster.checkpoint_claim=rlhf-checkpoints")
+    compiled = CompiledPipeline(load(*claim), tmp_path)
+    (mount,) = compiled.pods["evaluation"]["pvcMount"]
+    assert mount["mountPath"] == "/checkpoints"
+    assert {"name": "checkpoints", "mountPath": "/checkpoints"} in plan_in(compiled, "evaluation").volume_mounts
+    one = ("cluster.launcher=local", "cluster.profiles={gpu-8x80gb: {num_nodes: 1}}")
+    assert "pvcMount" not in CompiledPipeline(load(*claim, *one), tmp_path).pods["evaluation"]
+
+
 def test_variable_of_the_run_and_key_of_a_secret_are_one_variable() -> None:
     """A TrainJob refuses a name that occurs twice. A required key wins, and an optional one gives way."""
     environment = (
@@ -224,7 +255,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", TRAINING_STAGES)
+@pytest.mark.parametrize("stage", PROCESS_STAGES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_jobs_of_plans_match_the_published_schema(variant: str, stage: str) -> None:
     plan = plan_of(load(*VARIANTS[variant]), stage)
@@ -264,7 +295,8 @@ def test_refused_when_compiled(overrides: list[str], message: str, tmp_path: Pat
     ("overrides", "message"),
     [
         (["cluster.launcher=local"], "has num_nodes 2, but launcher is local"),
-        (["cluster.stages={evaluation: gpu-8x80gb}"], "the stage evaluation has the profile gpu-8x80gb with num_nodes 2"),
+        (["cluster.stages={judge: gpu-8x80gb}"], "the stage judge has the profile gpu-8x80gb with num_nodes 2"),
+        (["cluster.stages={evaluation: gpu-8x80gb}", "evaluation.num_processes=8"], "evaluation.num_processes is 8, and the profile"),
         (["sft.training.num_processes=8"], "sft.training.num_processes is 8, and the profile gpu-8x80gb has 16 accelerators"),
         (["cluster.profiles={gpu-8x80gb: {num_nodes: 0}}"], "num_nodes"),
         (["cluster.profiles={gpu-8x80gb: {num_nodes: two}}"], "num_nodes"),

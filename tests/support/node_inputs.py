@@ -1,20 +1,34 @@
-"""Artifacts of small models and data, and the options of sft and ppo for them."""
+"""Artifacts of small models and data, and the options of sft, ppo and evaluation for them."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from components.rlhf.artifacts.manifest import write_manifest
+from components.rlhf.config.judge import EndpointJudge
 from components.rlhf.config.model import ModelConfig
 from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
-from components.rlhf.data.datasets import save_dataset
+from components.rlhf.data.datasets import save_dataset, save_records
 from components.rlhf.data.records import Demonstration, Prompt, Turn
+from components.rlhf.rewards.judges import JudgeEntry, save_judges
+from tests.support.comparisons import GOOD
+from tests.support.evaluation_cases import config_of as evaluation_config_of
+from tests.support.evaluation_cases import make_models
 from tests.support.ppo_runs import config_of, make_reward_model
 from tests.support.tiny_model import make_tiny_model
 
-OUTPUTS = {"sft": ("model", "metrics", "summary"), "ppo": ("model", "manifest", "metrics", "curves")}
-INPUTS = {"sft": ("base_model", "demonstrations"), "ppo": ("sft_model", "reward_model", "prompts")}
+OUTPUTS = {
+    "sft": ("model", "metrics", "summary"),
+    "ppo": ("model", "manifest", "metrics", "curves"),
+    "evaluation": ("evaluation", "metrics", "report", "summary"),
+}
+PARAMETERS = {"evaluation": ("decision", "reason")}
+INPUTS = {
+    "sft": ("base_model", "demonstrations"),
+    "ppo": ("sft_model", "reward_model", "prompts"),
+    "evaluation": ("sft_model", "policy", "reward_model", "judge", "prompts"),
+}
 EVERY_STEP = CheckpointConfig(every_minutes=0.0)
 
 
@@ -36,6 +50,24 @@ def write_inputs(folder: Path) -> None:
         save_dataset(folder / name, splits, max_tokens=60, counts={})
     for name in (*INPUTS["sft"], *INPUTS["ppo"]):
         write_manifest(folder / name, kind=name, parents={})
+
+
+def write_evaluation_inputs(folder: Path, judge: EndpointJudge) -> None:
+    """The input artifacts of the evaluation: 40 prompts, and a judge that agrees with people."""
+    make_models(folder)
+    save_records(folder / "policy", "validation", ())
+    for name in ("judge", "prompts"):
+        (folder / name).mkdir()
+    prompts = [Prompt(prompt=f"Film {n} is", id=f"p{n}") for n in range(40)]
+    save_dataset(folder / "prompts", {"heldout": prompts}, max_tokens=60, counts={})
+    save_judges(folder / "judge", [JudgeEntry(settings=judge, agreement=GOOD)])
+    for name in INPUTS["evaluation"]:
+        write_manifest(folder / name, kind="policy_model" if name == "policy" else name, parents={})
+
+
+def evaluation_settings(num_processes: int, judge: EndpointJudge) -> str:
+    config = evaluation_config_of(num_processes=num_processes, timeout_minutes=3)
+    return config.model_copy(update={"judge": judge}).canonical_json()
 
 
 def sft_settings(num_processes: int, **training: Any) -> str:

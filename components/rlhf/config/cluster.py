@@ -107,7 +107,7 @@ class Profile(BaseConfig):
     gpu_memory: Memory | None = None
     """Memory of one accelerator, which plans are compared with; null is unknown."""
     num_nodes: PositiveInt = 1
-    """Number of nodes of sft, reward_model and ppo, each with these resources; more than one needs cluster.launcher trainjob."""
+    """Number of nodes of sft, reward_model, ppo and evaluation, each with these resources; above one needs cluster.launcher trainjob."""
     cpu: Cpu = "2"
     """CPU request and limit."""
     memory: Memory = "8Gi"
@@ -172,7 +172,7 @@ class ClusterConfig(BaseConfig):
     """Settings of runs on a cluster; of these, local runs use only environment, budget and prices."""
 
     launcher: Literal["local", "trainjob"] = "local"
-    """local: a stage starts its processes itself, on one node; trainjob: sft, reward_model and ppo are TrainJobs of Kubeflow Trainer."""
+    """local: a stage starts its processes itself, on one node; trainjob: sft, reward_model, ppo and evaluation are TrainJobs."""
     runtime: str = "rlhf"
     """TrainingRuntime of the TrainJobs, in the namespace of the runs (manifests/components/trainjob)."""
     stages: dict[str, str] = Field(default_factory=dict)
@@ -258,9 +258,9 @@ class ClusterConfig(BaseConfig):
     def _require_launcher_for_nodes(self) -> "ClusterConfig":
         for stage in STAGES:
             name, num = self.stages.get(stage, self.default_profile), self.profile(stage).num_nodes
-            if num > 1 and stage not in TRAINING_STAGES:
+            if num > 1 and stage not in PROCESS_STAGES:
                 raise ValueError(
-                    f"the stage {stage} has the profile {name} with num_nodes {num}, but only {', '.join(TRAINING_STAGES)} run on "
+                    f"the stage {stage} has the profile {name} with num_nodes {num}, but only {', '.join(PROCESS_STAGES)} run on "
                     f"several nodes; set stages.{stage} to a profile with one node"
                 )
             if num > 1 and self.launcher == "local":
@@ -276,7 +276,7 @@ class ClusterConfig(BaseConfig):
 
     def launches(self, stage: str) -> bool:
         """Whether the task of a stage starts its pods as a TrainJob, and only waits for it."""
-        return self.launcher == "trainjob" and stage in TRAINING_STAGES
+        return self.launcher == "trainjob" and stage in PROCESS_STAGES
 
     def num_accelerators(self, stage: str) -> int:
         """The number of accelerators of a stage, on all its nodes."""

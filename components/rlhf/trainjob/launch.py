@@ -24,7 +24,7 @@ from components.rlhf.trainjob.wait import wait_for
 from components.rlhf.trainjob.worker import OUTPUTS_VARIABLE
 
 GRACE_SECONDS = 25.0  # Kubernetes kills a pod 30 seconds after SIGTERM
-LAST_STAGE = "ppo"  # after which no stage is launched, so that the inputs of all are needed no more
+LAST_STAGE = "evaluation"  # after which no stage is launched, so that the inputs of all are needed no more
 Log = Callable[[str], None]
 
 

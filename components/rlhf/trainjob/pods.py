@@ -67,9 +67,13 @@ def pending_reason(pod: Object) -> str:
 
 
 def failures(pods: Iterable[Object]) -> list[Failure]:
-    """The failed pods, the likely cause first: those that were not killed by a signal, and then the first to end."""
+    """The failed pods, the likely cause first: not killed by a signal, then an error that would occur again, then the first to end."""
     found = [failure for pod in pods if (failure := _failure(pod))]
-    return sorted(found, key=lambda f: (f.exit_code in KILLED and f.reason != "OOMKilled", f.finished_at, f.node))
+    return sorted(found, key=lambda f: (_is_killed(f), not f.is_final, f.finished_at, f.node))
+
+
+def _is_killed(failure: Failure) -> bool:
+    return failure.exit_code in KILLED and failure.reason != "OOMKilled"
 
 
 def _failure(pod: Object) -> Failure | None:

@@ -4,6 +4,7 @@ file, the server speaks the Kubernetes API, and each pod is the real program as 
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,11 @@ import pytest
 import yaml
 
 from components.rlhf.artifacts.directory import open_artifact
+from components.rlhf.config.judge import EndpointJudge
 from components.rlhf.config.trainjob import NAMESPACE_VARIABLE, PLAN_VARIABLE, POD_VARIABLE
 from pipelines.settings import load_params
 from pipelines.trainjob import plan_of
+from tests.support.judge_server import JudgeServer, prefers
 from tests.support.seaweed import BUCKET, SeaweedFS, credentials
 from tests.support.trainjob_api import LAUNCHER_POD, NAMESPACE, TrainJobApi, running_api
 from tests.support.trainjob_kubelet import Kubelet
@@ -28,7 +31,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
 RUN_ID = "5f0e2c9a-0000-4000-8000-000000000001"
 OVERRIDES = ["cluster.launcher=trainjob", "cluster.profiles={cpu: {num_nodes: 1}, two: {like: cpu, num_nodes: 2}}",
-             "cluster.stages={sft: two, ppo: two}", "cluster.secrets.mlflow=null"]  # fmt: skip
+             "cluster.stages={sft: two, ppo: two, evaluation: two}", "cluster.secrets.mlflow=null"]  # fmt: skip
 
 
 @dataclass
@@ -39,12 +42,13 @@ class Cluster:
     checkpoints: str
     kubeconfig: Path
 
-    def start_task(self, stage: str, settings: str, attempt: str) -> subprocess.Popen[str]:
+    def start_task(self, stage: str, settings: str, attempt: str, *overrides: str) -> subprocess.Popen[str]:
         """The program of a stage as KFP runs it in the pod of a task."""
-        from tests.support.node_inputs import INPUTS, OUTPUTS
+        from tests.support.node_inputs import INPUTS, OUTPUTS, PARAMETERS
 
         params = load_params(
-            ROOT / "pipelines/params/tiny.yaml", [*OVERRIDES, f"storage.checkpoint_uri={self.checkpoints}"]
+            ROOT / "pipelines/params/tiny.yaml",
+            [*OVERRIDES, f"storage.checkpoint_uri={self.checkpoints}", *overrides],
         )
         outputs = self.folder / attempt
         artifacts = {
@@ -52,7 +56,7 @@ class Cluster:
         }
         executor_input = {"inputs": {}, "outputs": {"artifacts": artifacts, "outputFile": str(outputs / "output.json")}}
         paths = {name: self.folder / "inputs" / name for name in INPUTS[stage]}
-        paths |= {name: outputs / name for name in OUTPUTS[stage]}
+        paths |= {name: outputs / name for name in (*OUTPUTS[stage], *PARAMETERS.get(stage, ()))}
         storage = params.storage.model_copy(update={"endpoint_url": self.kubelet.secrets.get("url", {}).get("url")})
         command = [
             sys.executable,
@@ -115,6 +119,32 @@ def test_ppo_on_two_nodes_with_inputs_and_outputs_in_s3(cluster: Cluster) -> Non
     assert artifacts["manifest"]["artifacts"][0]["metadata"]["digest"] == model.digest
     assert json.loads((outputs / "metrics").read_text()) == artifacts["metrics"]["artifacts"][0]["metadata"]
     assert (outputs / "curves").read_text().lstrip().startswith("<!")
+
+
+@pytest.mark.parametrize("cluster", ["volume"], indirect=True)
+def test_evaluation_on_two_nodes_asks_the_endpoint_and_delivers_its_decision(cluster: Cluster, tmp_path: Path) -> None:
+    """The API key is only in the pods; decision and reason are files of the task, from which KFP reads parameters."""
+    from tests.support.node_inputs import OUTPUTS, evaluation_settings, write_evaluation_inputs
+
+    with JudgeServer(prefers(len), key="secret") as server:
+        judge = {"kind": "endpoint", "url": server.url, "model": "m", "api_key_variable": "JUDGE_KEY"}
+        config = EndpointJudge.model_validate(judge)
+        shutil.rmtree(tmp_path / "inputs")
+        write_evaluation_inputs(tmp_path / "inputs", config)
+        cluster.kubelet.secrets = {"rlhf-judge": {"JUDGE_KEY": "secret"}}
+        task = cluster.start_task("evaluation", evaluation_settings(2, config), "first", f"judge={json.dumps(judge)}")
+        output = task.communicate(timeout=120)[0]
+        assert task.returncode == 0, output
+        outputs = cluster.folder / "first"
+        found = open_artifact(outputs / "evaluation", "evaluation")
+        assert (outputs / "decision").read_text() == found.facts["decision"] in ("promote", "reject")
+        assert (outputs / "reason").read_text() == found.facts["reason"]
+        assert len(server.requests) == 2 * found.facts["num_compared"] > 0, "each pair in both orders, by one node"
+    artifacts = json.loads((outputs / "output.json").read_text())["artifacts"]
+    assert set(artifacts) == set(OUTPUTS["evaluation"])
+    assert artifacts["evaluation"]["artifacts"][0]["metadata"]["digest"] == found.digest
+    assert (outputs / "report").read_text().lstrip().startswith("<!")
+    assert not (tmp_path / "volume" / f"run-{RUN_ID}").exists(), "no later stage needs what was exchanged"
 
 
 @pytest.mark.parametrize("cluster", ["volume"], indirect=True)

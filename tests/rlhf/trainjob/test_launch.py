@@ -213,7 +213,7 @@ def test_plan_of_another_version(world: World, monkeypatch: pytest.MonkeyPatch) 
 
 def test_exchange_on_a_volume_is_deleted_after_the_last_stage(world: World) -> None:
     run = Path(world.shared / f"run-{RUN_ID}")
-    attempt = world.launch(stage="ppo")
+    attempt = world.launch(stage="evaluation")
     finish(world, world.api.wait_for_job())
     attempt.succeeded()
     assert attempt.task.writes["model"].is_dir() and not run.exists()

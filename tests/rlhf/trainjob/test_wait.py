@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from components.rlhf.config.trainjob import PLAN_VARIABLE
+from components.rlhf.runtime.termination import FINAL_PREFIX, message_of
 from components.rlhf.text.errors import RetryableError
 from components.rlhf.trainjob.pods import failures, node_of, pending_reason
 from components.rlhf.trainjob.wait import wait_for
@@ -89,6 +90,24 @@ def test_crash_is_worth_another_attempt(world: World) -> None:
     world.api.fail(name)
     assert "node 0" in attempt.failed() and "RuntimeError: NCCL error" in str(attempt.error)
     assert isinstance(attempt.error, RetryableError)
+
+
+BUDGET = "error: cluster.budget is 500, and this run has spent 501.10 (sft 90.00, ppo 411.10); nothing is saved."
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_spent_budget_is_final_whichever_node_ends_first(world: World, first: int) -> None:
+    """One node says it, and the other may end before because its peers are gone."""
+    attempt = world.launch()
+    name = world.api.wait_for_job()
+    pods = world.api.run_pods(name, 2)
+    world.api.end_pod(pods[first], 1, message=BUDGET if first == 0 else "node rank 0 (a) is gone")
+    world.api.end_pod(pods[1 - first], 1, message="node rank 0 (a) is gone" if first == 0 else BUDGET)
+    world.api.fail(name)
+    assert "node 0" in attempt.failed() and BUDGET.removeprefix("error: ") in str(attempt.error)
+    assert not isinstance(attempt.error, RetryableError)
+    assert attempt.error is not None and message_of(attempt.error).startswith(FINAL_PREFIX), "Argo does not retry it"
+    assert world.api.requests.count("create trainjobs") == 1
 
 
 def test_out_of_memory_is_told(world: World) -> None:
