@@ -378,9 +378,13 @@ def _sample_weights(model: torch.nn.Module) -> dict[str, WeightSample]:
 
 
 def _free_weights(model: torch.nn.Module) -> None:
-    """Free all weights: after a reload, vLLM keeps references to them for the next one, also when the engine is gone."""
+    """Free all weights: vLLM keeps references to them for a reload, also when it has failed or the engine is gone."""
+    from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.new_empty(0)
+    for module in model.modules():
+        LAYERWISE_INFO.pop(module, None)
 
 
 def _pack_heads(model: torch.nn.Module) -> None:
