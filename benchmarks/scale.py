@@ -13,15 +13,17 @@ from dataclasses import dataclass
 
 from benchmarks.planner.__main__ import read_results, rows
 from benchmarks.record import ROOT, replace_section
+from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.planner.phases import GIB
 from components.rlhf.planner.saving import best_interval, lost_share
-from pipelines.plan import Options, RunPlan, make_plan, on_nodes
+from pipelines.plan import Options, RunPlan, make_plan
 from pipelines.settings import load_params
 
 PAGE = ROOT / "docs" / "scale.md"
 QWEN, LLAMA = "pipelines/params/qwen2.5_0.5b_1gpu.yaml", "pipelines/params/llama3_8b_8gpu.yaml"
 TRAINING = ("sft", "reward_model", "ppo")
 RECORDS = {"demonstrations": 100_000, "preferences": 100_000}
+DEFAULT_MINUTES = CheckpointConfig().every_minutes
 MTBF_HOURS = (500, 3000, 20_000)  # of one node
 
 
@@ -33,19 +35,27 @@ class Setup:
     params: str
     shape: str
     nodes: tuple[int, ...]
+    node: str = ""  # profile of a node of the training stages; empty leaves them as they are
     overrides: tuple[str, ...] = ()
+
+    def settings(self, nodes: int) -> tuple[str, ...]:
+        """What differs from the params file on this many nodes."""
+        if not self.node:
+            return self.overrides
+        profile = f"cluster.profiles.nodes={{like: {self.node}, num_nodes: {nodes}}}"
+        stages = [f"cluster.stages.{stage}=nodes" for stage in TRAINING]
+        return ("cluster.launcher=trainjob", profile, *stages, *self.overrides)
 
     def command(self, nodes: int) -> str:
         parts = [
             f"kfp-rlhf plan {self.params}",
             f"--shape docs/shapes/{self.shape}.json",
-            f"--nodes {nodes}",
             "--records 100000,100000",
         ]
-        return " ".join([*parts, *(f"--set {shlex.quote(override)}" for override in self.overrides)])
+        return " ".join([*parts, *(f"--set {shlex.quote(override)}" for override in self.settings(nodes))])
 
     def plan(self, nodes: int) -> RunPlan:
-        params = on_nodes(load_params(ROOT / self.params, self.overrides), nodes)
+        params = load_params(ROOT / self.params, self.settings(nodes))
         return make_plan(params, Options(shape=str(ROOT / "docs" / "shapes" / f"{self.shape}.json"), records=RECORDS))
 
 
@@ -56,24 +66,25 @@ LARGE = (  # one minibatch and rollout for every number of GPUs, so that rows ca
     "reward_model.batch_size=1024",
     "cluster.stages.import_model=huge",
 )
-H200 = tuple(f"cluster.stages.{stage}=gke-gpu-8x141gb" for stage in TRAINING)
+NODE, LARGE_NODE = "gpu-8x80gb", "gke-gpu-8x141gb"
 SETUPS = (
     Setup(name="0.5B", params=QWEN, shape="qwen2.5-0.5b", nodes=(1,)),
     Setup(
-        name="8B", params=LLAMA, shape="llama-3.1-8b", nodes=(1, 2, 8, 32, 128),
+        name="8B", params=LLAMA, shape="llama-3.1-8b", nodes=(1, 2, 8, 32, 128), node=NODE,
         overrides=(*LARGE, "cluster.profiles.huge={memory: 64Gi}"),
     ),
     Setup(
-        name="70B", params=LLAMA, shape="llama-3.1-70b", nodes=(2, 4, 8, 32, 128),
+        name="70B", params=LLAMA, shape="llama-3.1-70b", nodes=(2, 4, 8, 32, 128), node=NODE,
         overrides=(
             *LARGE, "cluster.profiles.huge={memory: 448Gi}", "ppo.rollout.vllm.tensor_parallel_size=8",
             "ppo.rollout.vllm.gpu_memory_utilization=0.4",
         ),
     ),
     Setup(
-        name="405B", params=LLAMA, shape="llama-3.1-405b", nodes=(16, 32, 64, 128),
+        name="405B", params=LLAMA, shape="llama-3.1-405b", nodes=(16, 32, 64, 128), node=LARGE_NODE,
         overrides=(
-            *LARGE, *H200, "cluster.profiles.huge={memory: 2400Gi}", "ppo.rollout.vllm.tensor_parallel_size=8",
+            *LARGE, f"cluster.stages.evaluation={LARGE_NODE}", "cluster.profiles.huge={memory: 2400Gi}",
+            "ppo.rollout.vllm.tensor_parallel_size=8",
             "ppo.rollout.vllm.gpu_memory_utilization=0.8", "cluster.profiles.gke-gpu-8x141gb={memory: 1800Gi}",
         ),
     ),
@@ -127,14 +138,16 @@ def _memory(plans: Plans) -> str:
     rows = []
     for (name, _), plan in plans.items():
         cells = []
-        for stage in TRAINING:
+        for stage in (*TRAINING, "evaluation"):
             phase, size = plan.stages[stage].device_peak()
             mark = "" if plan.verdicts[stage].text != "does not fit" else " ✗"
             cells.append(f"{size / GIB:.0f} ({phase}){mark}")
         node = f"{plan.stages['ppo'].pod_memory() / GIB:.0f}"
         limit = f"{(plan.machines['ppo'].gpu_memory or 0) / GIB:.0f}"
-        rows.append([name, f"{_gpus(plan):,}", *cells, limit, node])
-    head = ["model", "GPUs", "sft, GiB a GPU", "reward_model", "ppo", "of GiB", "ppo, GiB of main memory a node"]
+        importing = f"{plan.stages['import_model'].pod_memory() / GIB:,.0f}"
+        rows.append([name, f"{_gpus(plan):,}", *cells, limit, node, importing])
+    head = ["model", "GPUs", "sft, GiB a GPU", "reward_model", "ppo", "evaluation (one node)", "of GiB"]
+    head += ["ppo, GiB of main memory a node", "import_model, GiB of main memory"]
     return _table(head, rows)
 
 
@@ -178,14 +191,14 @@ def _intervals(plans: Plans) -> str:
     for wait in (2.0, 10.0, 60.0):
         for hours in (4, 24, 168):
             interval = best_interval(wait, 3600 * hours)
-            lost = [lost_share(60 * minutes, wait, 3600 * hours) for minutes in (interval / 60, 10, 60)]
+            lost = [lost_share(60 * minutes, wait, 3600 * hours) for minutes in (interval / 60, DEFAULT_MINUTES, 60)]
             rows.append([f"{wait:.0f}", f"{hours}", f"{interval / 60:.0f}", *(f"{share:.2%}" for share in lost)])
     head = [
         "s that training waits",
         "hours between lost nodes",
         "best every_minutes",
         "time lost at the best",
-        "at 10",
+        f"at {DEFAULT_MINUTES:g}",
         "at 60",
     ]
     return _table(head, rows)

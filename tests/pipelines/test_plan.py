@@ -14,7 +14,7 @@ from rich.console import Console
 
 from components.rlhf.config.params import Params
 from components.rlhf.planner.phases import GIB
-from components.rlhf.planner.plan import judge_plan, machine_of, plan_stage
+from components.rlhf.planner.plan import judge_plan, machine_of, plan_stage, shortfall
 from components.rlhf.planner.suggest import changed, suggest
 from components.rlhf.text.errors import InputError
 from pipelines import plan as planning
@@ -73,6 +73,22 @@ def test_what_does_not_fit_is_refused_with_the_number_and_a_setting_that_helps()
     assert "the profile gpu-8x80gb has 79 GiB; set ppo.training.gradient_checkpointing=true, or" in text
     setting = text.partition("; set ")[2].partition(", or set")[0]
     assert refuse_what_cannot_fit(load("llama3_8b_8gpu", *TOO_LARGE, *setting.split(" and "))) is None
+
+
+@pytest.mark.parametrize("stage", ["reward_model", "ppo", "evaluation"])
+def test_share_of_the_gpu_in_which_vllm_cannot_start_is_refused(stage: str) -> None:
+    """8.03 billion weights are 15.0 GiB, and 20% of 79 GiB are 15.8, in which the workspace has no room."""
+    params = load("llama3_8b_8gpu", "ppo.rollout.vllm.gpu_memory_utilization=0.2")
+    shapes = planning.read_shapes(params)
+    machine = machine_of(params.cluster.profile(stage), params.model.precision)
+    plan = plan_stage(params, shapes, stage, machine)
+    assert judge_plan(plan, machine).text == "does not fit"
+    text = shortfall(plan, machine, "the profile")
+    assert text is not None
+    assert text.startswith(
+        f"in {stage} vLLM gets 15.8 GiB of each GPU (gpu_memory_utilization 0.2), and its weights 15.0"
+    )
+    assert suggest(params, shapes, stage) == ["ppo.rollout.vllm.gpu_memory_utilization=0.3"]
 
 
 def test_memory_check_can_be_switched_off() -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from components.rlhf.config.model import SamplingConfig, TrainingConfig
 from components.rlhf.config.ppo import EngineConfig, VllmConfig
-from components.rlhf.planner.activations import sampling_workspace
+from components.rlhf.planner.activations import cache, sampling_workspace
 from components.rlhf.planner.constants import (
     CUDA_CONTEXT,
     CUDA_LIBRARIES,
@@ -18,9 +18,10 @@ from components.rlhf.planner.constants import (
     TRACKING,
     VLLM,
     VLLM_ASLEEP,
+    VLLM_WORKSPACE,
 )
 from components.rlhf.planner.copies import Numeric, TrainedCopy, frozen_copy
-from components.rlhf.planner.phases import Phase, add
+from components.rlhf.planner.phases import GIB, Phase, add
 from components.rlhf.planner.shape import ModelShape
 
 
@@ -86,6 +87,22 @@ def vllm_share(job: Job, config: VllmConfig) -> tuple[int, int]:
         return weights + int(config.kv_cache_gib * 2**30), weights
     share = int((job.gpu_memory or 0) * config.gpu_memory_utilization)
     return max(share, weights), weights
+
+
+def vllm_problem(job: Job, rollout: EngineConfig, sampling: SamplingConfig) -> str:
+    """Why vLLM cannot start in its share of a GPU, as the end of a sentence; empty if it can."""
+    if rollout.engine != "vllm" or not job.numeric.on_gpu or job.gpu_memory is None:
+        return ""
+    ranks = rollout.vllm.tensor_parallel_size
+    share, (_, weights) = job.gpu_memory * rollout.vllm.gpu_memory_utilization, vllm_share(job, rollout.vllm)
+    response = cache(job.shape, 1, job.prompt_tokens + sampling.max_new_tokens, job.numeric) // ranks
+    needed = weights + VLLM_WORKSPACE + response
+    if share >= needed:
+        return ""
+    return (
+        f"vLLM gets {share / GIB:.1f} GiB of each GPU (gpu_memory_utilization {rollout.vllm.gpu_memory_utilization:g}), and its weights "
+        f"{weights / GIB:.1f}, its workspace and the cache of one response take {needed / GIB:.1f}"
+    )
 
 
 def vllm_asleep(job: Job, config: VllmConfig) -> Phase:

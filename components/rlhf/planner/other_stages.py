@@ -9,7 +9,7 @@ from components.rlhf.config.params import Params
 from components.rlhf.planner.activations import forward_workspace, logits
 from components.rlhf.planner.constants import EVALUATION, SMALL_STAGE
 from components.rlhf.planner.copies import frozen_copy, gathered, shards_weights
-from components.rlhf.planner.jobs import Job, beside, files, libraries, phase, sampling_alone, temporary
+from components.rlhf.planner.jobs import Job, beside, files, libraries, phase, sampling_alone, temporary, vllm_problem
 from components.rlhf.planner.phases import Phase, StagePlan
 from components.rlhf.planner.shape import ModelShape
 from components.rlhf.storage.pypi import PREFIX
@@ -80,6 +80,7 @@ def plan_evaluation(config: EvaluationStageConfig, job: Job) -> StagePlan:
         on_gpu=job.numeric.on_gpu,
         phases=tuple(phases),
         beside=beside(evaluation.num_processes),
+        problem=vllm_problem(job, rollout, config.sampling),
     )
 
 

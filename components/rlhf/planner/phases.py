@@ -26,6 +26,7 @@ class StagePlan:
     beside: int = 0
     pods: int = 1  # that the processes are in
     notes: tuple[str, ...] = ()
+    problem: str = ""  # why it cannot run in any memory, as the end of a sentence
 
     def device_peak(self) -> tuple[str, int]:
         """The phase in which a process holds most on its GPU, and the bytes; 0 without a GPU."""

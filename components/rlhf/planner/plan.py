@@ -123,7 +123,7 @@ def judge_plan(plan: StagePlan, machine: Machine) -> Verdict:
     if machine.memory:
         shares.append(plan.pod_memory() / machine.memory)
     share = max(shares, default=0.0)
-    if share > 1:
+    if share > 1 or plan.problem:
         return Verdict(text="does not fit", share=share)
     if plan.on_gpu and not machine.gpu_memory:
         return Verdict(text="unknown", share=share)
@@ -132,6 +132,8 @@ def judge_plan(plan: StagePlan, machine: Machine) -> Verdict:
 
 def shortfall(plan: StagePlan, machine: Machine, where: str) -> str | None:
     """What is too little, in words, or None if the stage fits. where names the machine or profile."""
+    if plan.problem:
+        return f"in {plan.stage} {plan.problem}"
     phase, size = plan.device_peak()
     if machine.gpu_memory and size > machine.gpu_memory:
         return (

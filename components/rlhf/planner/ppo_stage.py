@@ -5,7 +5,17 @@ from dataclasses import dataclass, replace
 from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.planner.activations import Pass, forward_workspace, logits, sampling_workspace
 from components.rlhf.planner.copies import TrainedCopy, frozen_copy, shards_weights, trained_copy
-from components.rlhf.planner.jobs import Job, beside, libraries, optimizer_of, phase, temporary, vllm_asleep, vllm_share
+from components.rlhf.planner.jobs import (
+    Job,
+    beside,
+    libraries,
+    optimizer_of,
+    phase,
+    temporary,
+    vllm_asleep,
+    vllm_problem,
+    vllm_share,
+)
 from components.rlhf.planner.phases import Phase, StagePlan
 from components.rlhf.planner.training_stages import (
     base_bytes,
@@ -64,6 +74,7 @@ def plan_ppo(config: PpoStageConfig, job: Job) -> StagePlan:
         on_gpu=job.numeric.on_gpu,
         phases=tuple(phases),
         beside=beside(training.num_processes),
+        problem=vllm_problem(job, ppo.rollout, ppo.rollout.sampling),
     )
 
 

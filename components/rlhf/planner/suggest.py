@@ -65,11 +65,14 @@ def _candidates(params: Params, shapes: Shapes, stage: str) -> Iterator[Changes]
         yield from ({"ppo.rollout.sampling.batch_size": size} for size in sizes)
     if stage == "evaluation" and params.evaluation.num_processes > 1 and params.evaluation_rollout.engine == "vllm":
         yield {"evaluation.shard_weights": True}
-    if stage in ("ppo", "reward_model") and params.ppo.rollout.engine == "vllm":
+    if (
+        stage in ("ppo", "reward_model") + (() if params.evaluation.rollout else ("evaluation",))
+        and params.ppo.rollout.engine == "vllm"
+    ):
         share = params.ppo.rollout.vllm.gpu_memory_utilization
         yield from (
             {"ppo.rollout.vllm.gpu_memory_utilization": round(share * part, 2)}
-            for part in (0.75, 0.5, 1.5)
+            for part in (0.75, 0.5, 1.5, 2.0)
             if share * part < 0.9
         )
     yield from _memory(params, shapes, stage)

@@ -15,7 +15,17 @@ from components.rlhf.planner.activations import (
 )
 from components.rlhf.planner.constants import NF4_BYTES
 from components.rlhf.planner.copies import TrainedCopy, frozen_copy, gathered, trained_copy
-from components.rlhf.planner.jobs import Job, beside, files, libraries, optimizer_of, phase, sampling_alone, temporary
+from components.rlhf.planner.jobs import (
+    Job,
+    beside,
+    files,
+    libraries,
+    optimizer_of,
+    phase,
+    sampling_alone,
+    temporary,
+    vllm_problem,
+)
 from components.rlhf.planner.phases import Phase, StagePlan
 from components.rlhf.planner.shape import ModelShape
 
@@ -179,7 +189,8 @@ def plan_reward_model(config: RewardModelStageConfig, job: Job) -> StagePlan:
         ]
     phases.append(_scoring(shape, training, base, resident, working, job))
     phases.append(export_phase(base, resident, shape, model, job))
-    return _plan("reward_model", training, phases, job)
+    problem = vllm_problem(job, config.rollout, config.sampling) if samples else ""
+    return replace(_plan("reward_model", training, phases, job), problem=problem)
 
 
 def _scoring(
