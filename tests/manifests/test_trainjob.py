@@ -18,9 +18,10 @@ from components.rlhf.trainjob.manifest import StageCall, trainjob
 from pipelines.compile import compile_pipeline
 from pipelines.settings import load_params
 from pipelines.trainjob import plan_of
-from tests.manifests.test_build import TRAINER, assert_valid, selects
+from tests.manifests.test_build import assert_valid, selects
 from tests.support.compiled_pipelines import CompiledPipeline
 from tests.support.overlays import OVERLAYS, ROOT, Object, of_kind
+from tests.support.trainjob_api import TRAINJOB
 
 PARAMS, BUILD = ROOT / "pipelines" / "params", "standalone+trainjob"
 FOUR = PARAMS / "llama3_70b_4node.yaml"
@@ -260,7 +261,7 @@ VARIANTS = {
 def test_jobs_of_plans_match_the_published_schema(variant: str, stage: str) -> None:
     plan = plan_of(load(*VARIANTS[variant]), stage)
     job = trainjob(plan, CALL)
-    jsonschema.validate(job, TRAINER["TrainJob"])
+    TRAINJOB.validate(job)
     assert job["spec"]["trainer"]["numNodes"] == 2
     (replicated,) = job["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
     pod = replicated["template"]["spec"]["template"]["spec"]
@@ -319,7 +320,7 @@ def test_example_for_several_nodes_compiles(tmp_path: Path) -> None:
     compiled = CompiledPipeline(load_params(FOUR, ["storage.uri=s3://bucket/rlhf"]), tmp_path)
     plan = plan_in(compiled, "ppo")
     assert (plan.num_nodes, plan.resources["nvidia.com/gpu"]) == (4, "8")
-    jsonschema.validate(trainjob(plan, CALL), TRAINER["TrainJob"])
+    TRAINJOB.validate(trainjob(plan, CALL))
 
 
 def test_readme_names_the_versions_of_the_schema() -> None:

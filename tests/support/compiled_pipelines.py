@@ -14,7 +14,8 @@ class CompiledPipeline:
 
     def __init__(self, params: Params, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        self.spec, self.platform = yaml.safe_load_all(compile_pipeline(params, folder / "p.yaml").read_text())
+        text = compile_pipeline(params, folder / "p.yaml").read_text()
+        self.spec, self.platform = yaml.load_all(text, Loader=yaml.CSafeLoader)
         self.containers = {
             name.removeprefix("exec-"): executor["container"]
             for name, executor in self.spec["deploymentSpec"]["executors"].items()

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,8 +49,14 @@ def build(name: str) -> str:
     return run.stdout
 
 
+@cache
+def _objects(name: str) -> list[Object]:
+    return [item for item in yaml.load_all(build(name), Loader=yaml.CSafeLoader) if item]
+
+
 def objects(name: str) -> list[Object]:
-    return [item for item in yaml.safe_load_all(build(name)) if item]
+    """The objects of an overlay, which the caller may change."""
+    return deepcopy(_objects(name))
 
 
 def of_kind(name: str, *kinds: str) -> list[Object]:

@@ -21,9 +21,13 @@ from urllib.parse import parse_qsl, urlsplit
 
 import jsonschema
 import yaml
+from jsonschema.validators import validator_for
 
 Json = dict[str, Any]
 SCHEMA = yaml.safe_load((Path(__file__).parents[1] / "manifests" / "trainer_schema.yaml").read_text())
+TRAINJOB = validator_for(SCHEMA["TrainJob"])(
+    SCHEMA["TrainJob"]
+)  # jsonschema.validate checks the schema itself every time
 NAMESPACE = "team"
 JOBS = f"/apis/trainer.kubeflow.org/v1alpha1/namespaces/{NAMESPACE}/trainjobs"
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
@@ -125,7 +129,7 @@ class TrainJobApi:
             entry = {"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": now()}
             rest = [c for c in conditions if c["type"] != kind]
             job = self.update("trainjobs", name, status__conditions=[*rest, entry])
-            jsonschema.validate(job, SCHEMA["TrainJob"])
+            TRAINJOB.validate(job)
 
     def suspend(self, name: str) -> None:
         """What Kueue and the controller do to a job that is not admitted, or is preempted."""
@@ -193,7 +197,7 @@ class TrainJobApi:
     def create(self, body: Json, query: Json) -> Json:
         assert query.get("fieldValidation") == "Strict"
         try:
-            jsonschema.validate(body, SCHEMA["TrainJob"])
+            TRAINJOB.validate(body)
         except jsonschema.ValidationError as error:
             raise HttpError(400, f"strict decoding error: unknown field or value: {error.message[:300]}") from None
         names = [entry["name"] for entry in body["spec"]["trainer"]["env"]]

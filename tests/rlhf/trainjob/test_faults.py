@@ -84,7 +84,7 @@ def test_log_has_each_line_once_when_connections_break(world: World, capfd: Any)
         lines = [f"round {round_} line {i}" for i in range(5)] + ["the same"] * 2
         expected += lines
         world.api.say(pods[0], *lines)
-        threading.Event().wait(0.3)
+        threading.Event().wait(0.1)
         world.api.drop_streams()
     finish(world, name)
     attempt.succeeded()
@@ -211,7 +211,7 @@ def test_cancelled_task_deletes_its_job_and_waits_for_the_pods(world: World, tmp
         for line in process.stdout:
             if "runs on all its nodes" in line:
                 break
-        world.api.pods_outlive_job_seconds = 1.0
+        world.api.pods_outlive_job_seconds = 0.5
         process.terminate()
         output, _ = process.communicate(timeout=30)
     finally:

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jsonschema
 import pytest
 
 from components.rlhf.artifacts.directory import open_artifact
@@ -11,7 +10,7 @@ from components.rlhf.config.trainjob import PLAN_VARIABLE
 from components.rlhf.text.errors import RetryableError
 from components.rlhf.trainjob.jobs import delete_job
 from tests.rlhf.trainjob.conftest import PLAN, RUN_ID, World, finish
-from tests.support.trainjob_api import SCHEMA, WORKFLOW_UID
+from tests.support.trainjob_api import TRAINJOB, WORKFLOW_UID
 
 
 def test_outputs_and_metadata_of_the_job_become_those_of_the_task(
@@ -44,7 +43,7 @@ def test_job_has_the_plan_the_command_and_the_workflow_as_owner(world: World) ->
     world.launch(settings='{"a": "$(HOME)"}')
     name = world.api.wait_for_job()
     job = world.api.job
-    jsonschema.validate(job, SCHEMA["TrainJob"])
+    TRAINJOB.validate(job)
     assert job["metadata"]["ownerReferences"] == [
         {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "run", "uid": WORKFLOW_UID}
     ]
