@@ -43,11 +43,14 @@ def redactor(environment: Mapping[str, str]) -> Callable[[str], str]:
 
 
 def find_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """Secrets of at least 8 characters, by variable name; further secrets of one variable have keys NAME[n]."""
+    """Secrets of at least 8 characters, by variable name; further secrets of one variable have keys NAME[n].
+
+    Another thread may remove a variable meanwhile, as MLflow's does.
+    """
     return {
         f"{name}[{index}]" if index else name: secret
-        for name, value in environment.items()
-        for index, secret in enumerate(_secrets_of(name, value))
+        for name in list(environment)
+        for index, secret in enumerate(_secrets_of(name, environment.get(name, "")))
         if len(secret) >= MIN_SECRET_CHARS
     }
 

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,20 @@ from components.rlhf.tracking.mlflow import start_tracking
 from tests.support.planted_secrets import PLANTED, files_with_secrets
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
+class Changing(dict[str, str]):
+    """An environment from which another thread removes a variable while it is read."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*super().__iter__(), "REMOVED"])
+
+    def items(self) -> Any:
+        return ((name, self[name]) for name in self)
+
+
+def test_variable_that_vanishes_meanwhile_is_no_error() -> None:
+    assert redactor(Changing(MY_TOKEN="PLANTED-12345"))("with PLANTED-12345") == "with ***"
 
 
 @pytest.mark.parametrize("name", [name for name in PLANTED if name != "NO_PROXY"])
