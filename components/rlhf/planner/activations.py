@@ -79,12 +79,14 @@ def backward_workspace(run: Pass) -> int:
 
 
 def lost_to_adapters(run: Pass) -> int:
-    """Bytes that the modules with adapters allocate and free in a forward pass, and that a heap does not reuse."""
+    """Bytes that the modules with adapters allocate and free in a forward pass, and that a heap does not reuse: outputs, and weights that
+    are dequantized for a matrix product."""
     if run.lora is None:
         return 0
     outputs, _ = run.shape.adapter_outputs(run.lora.target_modules, run.frozen_layers)
     layers = max(run.shape.num_layers - run.frozen_layers, 1)
     once = run.numeric.width * run.tokens * outputs
+    once += run.numeric.width * run.shape.linear_parameters if run.lora.quantization else 0
     return once // layers if run.training.gradient_checkpointing else once
 
 
