@@ -79,22 +79,37 @@ def backward_workspace(run: Pass) -> int:
 
 
 def lost_to_adapters(run: Pass) -> int:
-    """Bytes that the modules with adapters allocate and free in a forward pass, and that a heap does not reuse."""
+    """Bytes that the modules with adapters allocate and free in a forward pass, and that a heap does not reuse: outputs, and weights that
+    are dequantized for a matrix product."""
     if run.lora is None:
         return 0
     outputs, _ = run.shape.adapter_outputs(run.lora.target_modules, run.frozen_layers)
     layers = max(run.shape.num_layers - run.frozen_layers, 1)
     once = run.numeric.width * run.tokens * outputs
+    once += run.numeric.width * run.shape.linear_parameters if run.lora.quantization else 0
     return once // layers if run.training.gradient_checkpointing else once
 
 
-def logits(shape: ModelShape, answer_tokens: int, numeric: Numeric, *, copies: int = 1) -> int:
-    """Bytes of the logits that exist at once, of each of `copies` models: in the head's precision, their log-probs, and a gradient."""
-    limit = max((MAX_LOGITS_ON_GPU if numeric.on_gpu else MAX_LOGITS) // shape.vocab, 1)
-    elements = min(limit, max(answer_tokens, 1)) * shape.vocab
+def logits(shape: ModelShape, answer_tokens: int, numeric: Numeric) -> int:
+    """Bytes of the logits that exist at once: in the head's precision, their log-probs, and a gradient."""
     # On a GPU the logits are converted, divided by the temperature and normalized as a whole, on a CPU a few rows at a time.
     each = 2 * numeric.width + (12 if numeric.on_gpu else 4)
-    return copies * elements * each
+    return _num_logits(shape, answer_tokens, numeric) * each
+
+
+def kl_logits(shape: ModelShape, answer_tokens: int, numeric: Numeric, *, masked: bool) -> int:
+    """Bytes of the logits of two models and of their exact KL (maths/kl.py), in which five tensors in fp32 exist at once.
+
+    masked: whether stop tokens are masked, which copies the logits.
+    """
+    each = 2 * numeric.width * (2 if masked else 1) + 5 * 4
+    return _num_logits(shape, answer_tokens, numeric) * each
+
+
+def _num_logits(shape: ModelShape, answer_tokens: int, numeric: Numeric) -> int:
+    """How many logits of one model are computed at once."""
+    limit = max((MAX_LOGITS_ON_GPU if numeric.on_gpu else MAX_LOGITS) // shape.vocab, 1)
+    return min(limit, max(answer_tokens, 1)) * shape.vocab
 
 
 def forward_workspace(shape: ModelShape, tokens: int, numeric: Numeric) -> int:

@@ -6,7 +6,7 @@ from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.judge import RewardModelJudge, as_list
 from components.rlhf.config.model import TrainingConfig
 from components.rlhf.config.params import Params
-from components.rlhf.planner.activations import forward_workspace, logits
+from components.rlhf.planner.activations import forward_workspace, kl_logits
 from components.rlhf.planner.constants import EVALUATION, SMALL_STAGE
 from components.rlhf.planner.copies import frozen_copy, gathered, shards_weights
 from components.rlhf.planner.jobs import Job, beside, files, libraries, phase, sampling_alone, temporary, vllm_problem
@@ -99,13 +99,15 @@ def _kl(config: EvaluationStageConfig, job: Job, base: Phase, training: Training
     shared = 0 if shards_weights(training) else job.numeric.width * shape.frozen(config.model.num_frozen_layers)
     work = {
         "activations": forward_workspace(shape, tokens, job.numeric),
-        "logits": logits(shape, tokens * new // (job.prompt_tokens + new), job.numeric, copies=2),
         "working weights": 2 * gathered(shape.total, shape.largest, training, job.numeric),
     }
+    # Pieces of logits have one size, so that a heap takes the same memory for all of them.
+    answers, masked = tokens * new // (job.prompt_tokens + new), config.sampling.min_new_tokens > 0
+    pieces = {"logits": kl_logits(shape, answers, job.numeric, masked=masked)}
     reading = {"a tensor": (2 + job.numeric.width) * shape.largest} | files(job, shape)
     return [
         phase("load", base, device={"both models": both} | reading),
-        phase("KL", base, device={"both models": both - shared} | temporary(job, work)),
+        phase("KL", base, device={"both models": both - shared} | temporary(job, work) | pieces),
     ]
 
 

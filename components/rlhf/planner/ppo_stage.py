@@ -21,6 +21,7 @@ from components.rlhf.planner.training_stages import (
     base_bytes,
     export_phase,
     load_peak,
+    lost_in_loading,
     model_copy,
     tokens_of_pass,
     training_phases,
@@ -55,7 +56,8 @@ def plan_ppo(config: PpoStageConfig, job: Job) -> StagePlan:
             "reward model": copies.reward_model,
             "rollout copy": copies.rollout,
             "engine": copies.actor.buffers + copies.critic.buffers,
-        },
+        }
+        | lost_in_loading(job.shape, config.model, job),
     )
     held = phase("", resident, engine, device={"experience": _experience(config, job)})
     phases = [

@@ -13,7 +13,7 @@ from components.rlhf.planner.activations import (
     lost_to_adapters,
     saved_activations,
 )
-from components.rlhf.planner.constants import NF4_BYTES
+from components.rlhf.planner.constants import HEAP_LOSS, NF4_BYTES
 from components.rlhf.planner.copies import TrainedCopy, frozen_copy, gathered, trained_copy
 from components.rlhf.planner.jobs import (
     Job,
@@ -100,6 +100,14 @@ def whole_weights(shape: ModelShape, model: ModelConfig, job: Job) -> dict[str, 
     return {"weights before they are quantized": job.numeric.width * shape.total} if waits else {}
 
 
+def lost_in_loading(shape: ModelShape, model: ModelConfig, job: Job) -> dict[str, int]:
+    """What a heap does not give back of the weights before they were quantized, because what is kept lies between them."""
+    if model.quantization is None or job.numeric.on_gpu:
+        return {}
+    freed = job.numeric.width * shape.linear_parameters - packed_bytes(shape)
+    return {"heap, of loading": round(HEAP_LOSS * freed)}
+
+
 def training_phases(
     base: Phase, resident: Phase, copy: TrainedCopy, run: Pass, job: Job, *, with_logits: bool
 ) -> list[Phase]:
@@ -137,7 +145,8 @@ def plan_sft(config: SftStageConfig, job: Job) -> StagePlan:
         training=training,
         numeric=job.numeric,
     )
-    resident = phase("", optimizer_of(copy, training), device={"weights": copy.weights})
+    held = {"weights": copy.weights} | lost_in_loading(shape, model, job)
+    resident = phase("", optimizer_of(copy, training), device=held)
     phases = [
         phase("load", base, device=load_peak(copy, shape, model, training, job), main=whole_weights(shape, model, job)),
         *training_phases(base, resident, copy, run, job, with_logits=True),
@@ -180,7 +189,7 @@ def plan_reward_model(config: RewardModelStageConfig, job: Job) -> StagePlan:
             training=training,
             numeric=job.numeric,
         )
-        weights = {"weights": copy.weights, "engine": copy.buffers}
+        weights = {"weights": copy.weights, "engine": copy.buffers} | lost_in_loading(shape, model, job)
         resident, working = phase("", optimizer_of(copy, training), device=weights), copy.working
         load = load_peak(copy, shape, model, training, job)
         phases += [

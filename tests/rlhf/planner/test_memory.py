@@ -303,6 +303,15 @@ def test_sharded_models_of_the_evaluation_are_whole_layer_by_layer() -> None:
     assert sharded.num_processes == 8
 
 
+def test_logits_of_the_kl_are_those_of_two_models_and_five_tensors_in_fp32() -> None:
+    """On a CPU at most 2^24 logits at once: with a vocabulary of 128,256 those of 130 tokens."""
+    found = phase_of(plan_evaluation(evaluation(), job(CPU)), "KL")["logits"]
+    assert found == 130 * 128_256 * (2 * 4 + 5 * 4)
+    sampling = SamplingConfig(min_new_tokens=4)
+    masked = evaluation().model_copy(update={"sampling": sampling})
+    assert phase_of(plan_evaluation(masked, job(CPU)), "KL")["logits"] == 130 * 128_256 * (2 * 2 * 4 + 5 * 4)
+
+
 def test_frozen_layers_are_in_memory_once_for_the_kl() -> None:
     config = evaluation().model_copy(update={"model": ModelConfig(num_frozen_layers=24)})
     plan = plan_evaluation(config, job())

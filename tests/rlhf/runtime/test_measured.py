@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ import pytest
 
 from components.evaluation.report import memory_rows
 from components.rlhf.artifacts.manifest import read_manifest, write_manifest
-from components.rlhf.config.model import ModelConfig
+from components.rlhf.config.evaluation import EvaluationConfig, EvaluationStageConfig, GateConfig
+from components.rlhf.config.model import ModelConfig, SamplingConfig
 from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.data.datasets import save_dataset
-from components.rlhf.data.records import Demonstration, Turn
+from components.rlhf.data.records import Demonstration, Prompt, Turn
 from components.rlhf.planner.phases import GIB, Phase, StagePlan
 from components.rlhf.runtime.measured import StageMemory, main_peak, plan_here, sentence
 from pipelines.local.summary import _memory
@@ -89,6 +91,31 @@ def test_plan_is_made_from_the_folders_of_the_stage(inputs: dict[str, Path]) -> 
     assert plan is not None
     assert {phase.name for phase in plan.phases} == {"load", "update", "step", "export"}
     assert plan_here("notify", settings(), {}, checkpoints=False) is None
+
+
+def test_plan_of_an_evaluation_has_the_judge_of_its_folder(inputs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "prompts").mkdir()
+    prompts = [Prompt(prompt="It is", id=str(number)) for number in range(4)]
+    save_dataset(tmp_path / "prompts", {"train": prompts, "heldout": prompts}, max_tokens=64, counts={})
+    model, judge = inputs["base_model"], tmp_path / "judge"
+    make_tiny_model(judge / "reward_model", seed=1)
+    config = EvaluationStageConfig(
+        model=ModelConfig(), evaluation=EvaluationConfig(), sampling=SamplingConfig(), gate=GateConfig(), seed=0
+    )
+    paths = {
+        "sft_model": model,
+        "policy": model,
+        "reward_model": model,
+        "judge": judge,
+        "prompts": tmp_path / "prompts",
+    }
+    plan = plan_here("evaluation", config, paths, checkpoints=False)
+    assert plan is not None
+    assert [phase.name for phase in plan.phases] == ["generate", "load", "KL", "score", "judge"]
+    shutil.rmtree(judge / "reward_model")
+    plan = plan_here("evaluation", config, paths, checkpoints=False)
+    assert plan is not None
+    assert "judge" not in [phase.name for phase in plan.phases]
 
 
 def test_peaks_are_the_largest_of_all_ranks() -> None:
