@@ -556,8 +556,8 @@ def test_reward_model_has_the_image_with_vllm_if_it_samples_with_it(
 
 def test_evaluation_has_as_many_processes_as_accelerators() -> None:
     params = load_params(TINY, ["cluster.stages={evaluation: gpu-8x80gb}"])
-    assert params.stage(EvaluationStageConfig).num_processes == 8
-    assert load_params(TINY, ["evaluation.num_processes=2"]).stage(EvaluationStageConfig).num_processes == 2
+    assert params.stage(EvaluationStageConfig).processes.number == 8
+    assert load_params(TINY, ["evaluation.num_processes=2"]).stage(EvaluationStageConfig).processes.number == 2
     with pytest.raises(
         InputError, match=r"evaluation.num_processes is 4, and the profile gpu-8x80gb has 8 accelerators; remove num_pr"
     ):
