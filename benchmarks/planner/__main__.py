@@ -3,7 +3,7 @@
     python -m benchmarks.planner                  # all cases, about 25 minutes and up to 8 GiB
     python -m benchmarks.planner --only "sft 60M" # those whose name contains this
 
-Measured is VmHWM of the process, the largest over ranks. The peaks are kept in benchmarks/results/planner.json, from which
+Measured is VmHWM of the process, the largest over ranks. The peaks are kept in benchmarks/planner/peaks.json, from which
 `python -m benchmarks.scale` writes the table of docs/scale.md.
 """
 
@@ -21,7 +21,7 @@ from benchmarks.planner.cases import CASES, Case
 from benchmarks.record import ROOT, describe_machine
 from components.rlhf.planner.phases import GIB
 
-RESULTS = ROOT / "benchmarks" / "results" / "planner.json"
+RESULTS = ROOT / "benchmarks" / "planner" / "peaks.json"
 GOAL = 0.15
 
 
