@@ -27,6 +27,7 @@ def configure_environment() -> None:
 
 
 def check_processes(tensor_parallel_size: int) -> None:
+    """Raise InputError unless the ranks of the process group can share engines of this size."""
     is_initialized = torch.distributed.is_initialized()
     world_size = torch.distributed.get_world_size() if is_initialized else 1
     if not is_initialized and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -37,6 +38,12 @@ def check_processes(tensor_parallel_size: int) -> None:
         raise InputError(
             f"ppo.rollout.vllm.tensor_parallel_size is {tensor_parallel_size}, but must divide the {world_size} training "
             "processes (ppo.training.num_processes); change one of them."
+        )
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if on_node < world_size and on_node % tensor_parallel_size:
+        raise InputError(
+            f"ppo.rollout.vllm.tensor_parallel_size is {tensor_parallel_size}, but must divide the {on_node} processes of each node: the "
+            "ranks that share an engine are on one node; lower it."
         )
 
 
