@@ -26,7 +26,7 @@ REFUSED = {
     "other-settings": "rank 1 (node node-1) has sft.training.learning_rate 0.002, and rank 0 (node node-0) has 0.001; start all nodes",
     "other-revision": "rank 1 (node node-1) has code revision def, and rank 0 (node node-0) has abc; start all nodes",
     "other-input": "rank 1 (node node-1) has the input demonstrations of digest ",
-    "other-number": "2 processes have been started (WORLD_SIZE), and training.num_processes is 3; make them equal.",
+    "other-number": "2 processes have been started (WORLD_SIZE), and sft.training.num_processes is 3; make them equal.",
     "unshared": "rank 1 (node node-1) does not see the checkpoint folder /tmp/checkpoints of node node-0, which all nodes must share;",
     "vllm-across-nodes": "ppo.rollout.vllm.tensor_parallel_size is 2, but must divide the 1 processes of each node",
 }
