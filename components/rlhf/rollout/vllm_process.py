@@ -49,13 +49,20 @@ def check_processes(tensor_parallel_size: int) -> None:
 
 @contextlib.contextmanager
 def preserve_process_state() -> Iterator[None]:
-    """Undo what vLLM changes: it seeds and uses the global generators, and on a CPU disables torch.set_num_threads."""
+    """Undo what vLLM changes: it seeds and uses the global generators, and on a CPU disables torch.set_num_threads.
+
+    There it also sets torchrun's LOCAL_WORLD_SIZE to the number of ranks that share the engine.
+    """
+    local_world_size = os.environ.get("LOCAL_WORLD_SIZE")
     set_num_threads, num_threads, state = torch.set_num_threads, torch.get_num_threads(), random.getstate()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
+        os.environ.pop("LOCAL_WORLD_SIZE", None)
+        if local_world_size is not None:
+            os.environ["LOCAL_WORLD_SIZE"] = local_world_size
         random.setstate(state)
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(num_threads)
