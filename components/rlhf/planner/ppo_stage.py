@@ -17,6 +17,7 @@ from components.rlhf.planner.jobs import (
     vllm_share,
 )
 from components.rlhf.planner.phases import Phase, StagePlan
+from components.rlhf.planner.shape import ModelShape
 from components.rlhf.planner.training_stages import (
     base_bytes,
     export_phase,
@@ -201,9 +202,9 @@ def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, j
     training, model = config.ppo.training, config.model
     tokens, answers = _tokens(config, job)
 
-    def run(shape: object, answer_tokens: int) -> Pass:
+    def run(shape: ModelShape, answer_tokens: int) -> Pass:
         return Pass(
-            shape=shape,  # type: ignore[arg-type]
+            shape=shape,
             tokens=tokens,
             answer_tokens=answer_tokens,
             frozen_layers=model.num_frozen_layers,

@@ -1,5 +1,6 @@
 """The processes of a stage on this node, and the nodes of a job in which this container is one of several."""
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -109,12 +110,12 @@ def _interface_to(host: str, port: int) -> str | None:
 
 def _addresses(interface: str) -> list[str]:
     found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            reply = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-            found.append(socket.inet_ntoa(reply[20:24]))
-        except OSError:
-            pass  # it has no IPv4 address
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe,
+        contextlib.suppress(OSError),
+    ):  # it has no IPv4 address
+        reply = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        found.append(socket.inet_ntoa(reply[20:24]))
     table = Path("/proc/net/if_inet6")
     lines = table.read_text(encoding="ascii").splitlines() if table.is_file() else []
     for fields in map(str.split, lines):
