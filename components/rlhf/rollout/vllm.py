@@ -33,7 +33,12 @@ from components.rlhf.rollout.vllm_lora import (
     split_adapters,
     write_adapter,
 )
-from components.rlhf.rollout.vllm_process import check_processes, configure_environment, preserve_process_state
+from components.rlhf.rollout.vllm_process import (
+    check_processes,
+    configure_environment,
+    own_shared_memory,
+    preserve_process_state,
+)
 from components.rlhf.text.errors import InputError
 
 # The range that vLLM supports; outside it, vLLM fails or silently samples at another temperature.
@@ -144,7 +149,8 @@ class VllmRolloutEngine:
     def _start(self, options: dict[str, Any]) -> None:
         import vllm
 
-        with preserve_process_state():
+        shares_memory = self.on_cpu and self.tensor_parallel_size > 1
+        with preserve_process_state(), own_shared_memory() if shares_memory else contextlib.nullcontext():
             self._llm = vllm.LLM(**self._options, **options)
         # Even with generation_config="vllm", vLLM masks the EOS of generation_config.json before min_tokens; only
         # stop_ids must be masked, as in the trainer's log-probs.

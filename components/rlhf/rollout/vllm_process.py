@@ -3,7 +3,10 @@
 import contextlib
 import os
 import random
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,6 +48,28 @@ def check_processes(tensor_parallel_size: int) -> None:
             f"ppo.rollout.vllm.tensor_parallel_size is {tensor_parallel_size}, but must divide the {on_node} processes of each node: the "
             "ranks that share an engine are on one node; lower it."
         )
+
+
+@contextlib.contextmanager
+def own_shared_memory() -> Iterator[None]:
+    """While an engine starts on a CPU, name the memory through which its ranks exchange tensors, and forget the name afterwards.
+
+    vLLM 0.32 names it after the ranks alone and leaves it behind, so that the next engine finds the name taken. Called by every rank.
+    """
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    identifiers = [uuid.uuid4().hex]
+    torch.distributed.broadcast_object_list(identifiers, src=0)
+
+    def name_of(communicator: Any) -> str:
+        return f"{identifiers[0]}-{communicator.unique_name}-{'-'.join(map(str, communicator.ranks))}"
+
+    cpu_communicator._CPUSHMDistributed.make_group_name = staticmethod(name_of)
+    try:
+        yield
+    finally:
+        for path in Path("/dev/shm").glob(f"{identifiers[0]}-*"):  # every rank has mapped it by now
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ def sizes(params: Params, folder: Path) -> dict[str, Any]:
         "ppo.rollout.sampling.max_new_tokens": 12,
         "ppo.rollout.sampling.batch_size": 8,
         "ppo.rollout.vllm.kv_cache_gib": 0.1,
+        "ppo.rollout.vllm.tensor_parallel_size": min(params.ppo.rollout.vllm.tensor_parallel_size, 2),
         "ppo.minibatch": 4,
         "ppo.eval_every": min(params.ppo.eval_every, 1),
         "evaluation.num_prompts": 8,
@@ -62,6 +63,7 @@ def sizes(params: Params, folder: Path) -> dict[str, Any]:
         changes[f"{stage}.training.microbatch_tokens"] = 320
     for name, profile in params.cluster.profiles.items():
         changes[f"cluster.profiles.{name}.num_accelerators"] = min(profile.num_accelerators, 2)
+        changes[f"cluster.profiles.{name}.num_nodes"] = 1
     return changes
 
 

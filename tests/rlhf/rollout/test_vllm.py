@@ -468,14 +468,14 @@ def test_indivisible_process_count_is_refused(tiny_model: Path) -> None:
 
 
 TWO_PROCESSES = """
-import sys, torch
+import sys, time, torch
 from pathlib import Path
 torch.distributed.init_process_group("gloo")
 from components.rlhf.config.ppo import VllmConfig
 from components.rlhf.rollout.probe import SyncCheck, WeightSample, probe_ids
 from components.rlhf.rollout.vllm import VllmRolloutEngine
 from tests.rlhf.rollout.test_vllm import COLD, PROMPTS, hf, ids_of, model, probe, sampling, trained
-rank = torch.distributed.get_rank()
+rank, started = torch.distributed.get_rank(), time.time()
 mine = PROMPTS[:4] if rank == 0 else PROMPTS[4:]  # of different size, so that a mix-up is detected
 how, seeds = sampling(temperature=COLD, max_new_tokens=16), list(range(len(mine)))
 for name in ("tied", "untied"):
@@ -496,6 +496,8 @@ for name in ("tied", "untied"):
                 engine.weight_samples(), engine.prompt_logprobs(ids), probe(lm, ids), version=engine.version
             )
         engine.close()
+        left = [path.name for path in Path("/dev/shm").glob("*-tp:0-0-1_*") if path.stat().st_mtime > started]
+        assert not left, left  # memory that the ranks shared
         total = torch.ones(1)
         torch.distributed.all_reduce(total)  # the trainer's process group still works
         assert total.item() == 2
