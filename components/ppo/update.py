@@ -149,7 +149,7 @@ def _importance(learner: Learner, e: Experience) -> tuple[Tensor | None, dict[st
         return None, {}
     low, high = learner.config.importance_clip
     mask, reduce = e.batch.response_mask, learner.group.sum
-    weights, outside = importance_weights(e.old_logprobs, e.engine_logprobs, mask, low=low, high=high)
+    weights, outside = importance_weights(e.old_logprobs, e.engine_logprobs, mask, mode="truncate", low=low, high=high)
     return weights, {
         "importance/mean": masked_moments(weights, mask, reduce)[0].item(),
         "importance/clipped": masked_moments(outside.float(), mask, reduce)[0].item(),
