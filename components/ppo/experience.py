@@ -15,6 +15,7 @@ from components.rlhf.data.records import Completion
 from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.maths.advantages import equal_groups, estimate_advantages, reward_to_go, shape_group_scores
+from components.rlhf.maths.importance import rejection_mask
 from components.rlhf.maths.kl import estimate_kl
 from components.rlhf.maths.masked import whiten
 from components.rlhf.maths.rewards import token_rewards
@@ -109,6 +110,11 @@ def make_experience(
     compares = config.advantage in GROUP_ESTIMATORS and group_size > 1
     groups = equal_groups(rewards.view(-1, group_size)) if compares else None
     loss_mask = mask & _trained_rows(truncated, groups, group_size, config)[:, None]
+    if config.rejection is not None:
+        limits = config.rejection
+        loss_mask &= rejection_mask(
+            found.old_logprobs, engine_logprobs, mask, limits.statistic, limits.low, limits.high
+        )
     shaped = rewards
     if compares:
         shaped = shape_group_scores(rewards.view(-1, group_size), config.advantage).flatten()

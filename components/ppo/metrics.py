@@ -40,6 +40,7 @@ def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, f
         values["value/explained_variance"] = explained
     if e.equal_groups is not None:
         values["groups/equal_fraction"] = mean(e.equal_groups.float(), torch.ones_like(e.equal_groups))
+    left_out = mean((mask & ~e.loss_mask).float(), mask)
     gaps = {"engine_gap/mean": mean(engine_gap, mask), "engine_gap/max": group.max(engine_gap.max()).item()}
     return {
         "score/mean": score_mean,
@@ -52,6 +53,7 @@ def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, f
         "response/length": mean(e.batch.response_lengths.float(), every_row),
         "response/eos_rate": mean(ended.float(), every_row),
         **values,
+        "response/left_out": left_out,
         "tokens/computed_per_real": computed / real,
         **({} if e.old_logprobs is e.engine_logprobs else gaps),
     }

@@ -65,10 +65,9 @@ def _optimizer_step(
 
 
 def _denominator(mask: Tensor, config: PpoConfig) -> Tensor:
-    denominator = denominator_of(mask, config.loss_aggregation)
     if config.loss_aggregation == "sequence-sum-norm":
-        denominator = denominator * config.rollout.sampling.max_new_tokens
-    return denominator
+        return denominator_of(mask, "sequence-sum") * config.rollout.sampling.max_new_tokens
+    return denominator_of(mask, config.loss_aggregation)
 
 
 def _actor_step(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from components.ppo import update as update_module
 from components.ppo.experience import Experience, Learner, make_experience
 from components.ppo.metrics import final_metrics, rollout_metrics
 from components.ppo.trainer import PpoTrainer, local_rows, share_rollout
@@ -83,10 +84,10 @@ def shaped_by_hand(advantage: str, rewards: list[float], baselines: list[float])
 
 @pytest.mark.parametrize("advantage", CRITIC_FREE)
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])
-def test_advantages_equal_a_loop_over_tokens(
-    tiny_model: Path, reward_model: Path, advantage: str, kl_in: str
-) -> None:
-    options = options_of(advantage, kl_in=kl_in, kl_estimator="k2", kl_clamp=0.5, gamma=0.9, missing_eos_penalty=1.0, reward_clip=2.5)
+def test_advantages_equal_a_loop_over_tokens(tiny_model: Path, reward_model: Path, advantage: str, kl_in: str) -> None:
+    options = options_of(
+        advantage, kl_in=kl_in, kl_estimator="k2", kl_clamp=0.5, gamma=0.9, missing_eos_penalty=1.0, reward_clip=2.5
+    )
     learner = learner_of(tiny_model, reward_model, **options)
     assert learner.models.critic is None
     completions = [replace(c, baseline=0.25 * row) for row, c in enumerate(COMPLETIONS)]
@@ -117,7 +118,9 @@ def test_advantages_equal_a_loop_over_tokens(
 def test_responses_that_are_left_out_have_no_gradient(tiny_model: Path, reward_model: Path) -> None:
     """The update on a rollout with responses to be left out equals the one on the others alone."""
     options = options_of("rloo", kl_in="loss", kl_estimator="k3", entropy_coef=0.1)
-    alone = learner_of(tiny_model, reward_model, **options | {"minibatch": 3, "rollout": {"num_prompts": 1, "samples_per_prompt": 3}})
+    alone = learner_of(
+        tiny_model, reward_model, **options | {"minibatch": 3, "rollout": {"num_prompts": 1, "samples_per_prompt": 3}}
+    )
     dropping = learner_of(tiny_model, reward_model, **options, drop_equal_groups=True)
     gradients = []
     for learner, completions in ((alone, COMPLETIONS[:3]), (dropping, COMPLETIONS)):
@@ -142,7 +145,9 @@ def test_truncated_responses_are_left_out(tiny_model: Path, reward_model: Path) 
 
 
 def test_an_update_on_nothing_changes_nothing(tiny_model: Path, reward_model: Path) -> None:
-    learner = learner_of(tiny_model, reward_model, **options_of("rloo", drop_equal_groups=True, kl_in="loss", kl_estimator="k2"))
+    learner = learner_of(
+        tiny_model, reward_model, **options_of("rloo", drop_equal_groups=True, kl_in="loss", kl_estimator="k2")
+    )
     learner = replace(learner, models=replace(learner.models, scorer=RewardFunction(lambda *_: 1.0)))
     engine = Recorder(learner.models.actor)
     row = update(replace(learner, engines={"actor": engine}), experience_of(learner), seed=0, iteration=1)
@@ -167,7 +172,9 @@ class Recorder:
 
 def test_kl_and_entropy_in_the_loss_have_the_gradients_of_autograd(tiny_model: Path, reward_model: Path) -> None:
     """With advantages of 0 the loss is kl_coef x KL - entropy_coef x entropy, computed here with whole logits."""
-    options = options_of("reinforce++", kl_in="loss", kl_estimator="k3", entropy_coef=0.3, sampling={"temperature": 0.7})
+    options = options_of(
+        "reinforce++", kl_in="loss", kl_estimator="k3", entropy_coef=0.3, sampling={"temperature": 0.7}
+    )
     learner = learner_of(tiny_model, reward_model, **options)
     distribution = SamplingDistribution(temperature=0.7)
     learner = replace(learner, distribution=distribution, engines={"actor": Recorder(learner.models.actor)})
@@ -193,6 +200,46 @@ def test_kl_and_entropy_in_the_loss_have_the_gradients_of_autograd(tiny_model: P
     assert max(b.abs().max() for b in expected) > 1e-3
 
 
+def test_rejected_tokens_are_left_out(tiny_model: Path, reward_model: Path) -> None:
+    """The engine's log-probs are -1 for every token; a k2 of at most 2 nats squared is a gap of at most 2."""
+    options = options_of("rloo", rejection={"statistic": "token_k2", "high": 2.0})
+    e = experience_of(learner_of(tiny_model, reward_model, **options))
+    expected = e.batch.response_mask & ((e.old_logprobs + 1).abs() <= 2)
+    assert torch.equal(e.loss_mask, expected)
+    assert rollout_metrics(e)["response/left_out"] == pytest.approx(1 - expected.sum().item() / 18)
+    whole = options_of("rloo", rejection={"statistic": "seq_max_k2", "high": 2.0})
+    e = experience_of(learner_of(tiny_model, reward_model, **whole))
+    assert e.loss_mask.any(dim=1).tolist() == [
+        bool(row[m].all()) for row, m in zip(expected, e.batch.response_mask, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("token-mean", 18.0),
+        ("sequence-mean", 6.0),
+        ("sequence-sum", 6.0),
+        ("sequence-sum-norm", 36.0),  # six responses of at most six tokens
+    ],
+)
+def test_denominators_are_those_of_the_whole_minibatch(
+    tiny_model: Path, reward_model: Path, aggregation: str, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = learner_of(
+        tiny_model, reward_model, **options_of("rloo", loss_aggregation=aggregation, training={"microbatch_tokens": 20})
+    )
+    learner = replace(learner, engines={"actor": Recorder(learner.models.actor)})
+    seen = []
+    plain = update_module.policy_loss
+    monkeypatch.setattr(
+        update_module, "policy_loss", lambda *a, **o: seen.append(o["denominator"].item()) or plain(*a, **o)
+    )
+    update(learner, experience_of(learner), seed=0, iteration=1)
+    assert len(seen) > 1
+    assert set(seen) == {expected}
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_the_responses_to_a_prompt_stay_on_one_rank_together(world_size: int) -> None:
     size, minibatch = 3, 12
@@ -216,8 +263,7 @@ def test_the_responses_to_a_prompt_stay_on_one_rank_together(world_size: int) ->
         assert sorted(dealt) == sorted(id(c) for c in rollout[start : start + minibatch])
 
 
-@pytest.mark.parametrize("advantage", CRITIC_FREE)
-@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize(("advantage", "frozen"), [(name, 2 * (number % 2)) for number, name in enumerate(CRITIC_FREE)])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny_model: Path, reward_model: Path, tmp_path: Path, advantage: str, frozen: int
 ) -> None:
@@ -231,7 +277,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     options: dict[str, Any] = {"reward": share_of_low_ids, "checkpoints": checkpoints_every_step(tmp_path, "ppo")}
     with pytest.raises(KeyboardInterrupt):
         trainer_of(stage, tiny_model, reward_model, interrupt_at=2, **options).train(PROMPTS, VALIDATION)
-    resumed = trainer_of(stage, tiny_model, reward_model, reward=share_of_low_ids, checkpoints=checkpoints_every_step(tmp_path, "ppo"))
+    resumed = trainer_of(
+        stage, tiny_model, reward_model, reward=share_of_low_ids, checkpoints=checkpoints_every_step(tmp_path, "ppo")
+    )
     assert without_times(resumed.train(PROMPTS, VALIDATION)) == without_times(history)
     assert largest_gap(weights(resumed), weights(whole)) == 0.0
 
@@ -288,7 +336,7 @@ def test_a_critic_without_a_reward_model_starts_from_the_sft_model(tiny_model: P
             "minibatch is 8, but with advantage group_norm each of the 1 processes .* takes all 3 responses .* multiple of 3",
         ),
         (
-            {"advantage": "dr_grpo", "rollout": {"num_prompts": 8, "samples_per_prompt": 4}, "minibatch": 4, "training": {"num_processes": 2}},
+            {"advantage": "dr_grpo", "rollout": {"samples_per_prompt": 4}, "minibatch": 4, "training": {"num_processes": 2}},
             "choose a multiple of 8",
         ),
         ({"drop_equal_groups": True}, "drop_equal_groups needs an advantage that compares the responses"),
@@ -299,6 +347,9 @@ def test_a_critic_without_a_reward_model_starts_from_the_sft_model(tiny_model: P
         ({"kl_in": "loss"}, "kl_estimator is k1, whose gradient in the loss .* is zero on average; set kl_estimator to k2 or k3"),
         ({"policy_ratio": "cispo", "dual_clip": 3.0}, "dual_clip does nothing with policy_ratio cispo"),
         ({"importance_mode": "mask"}, "importance_mode needs bounds"),
+        ({"rejection": {"statistic": "token_k3", "high": 1.0, "low": 0.5}}, "token_k3 is never negative and has only an upper bound"),
+        ({"rejection": {"statistic": "seq_sum_k1", "high": 0.5}}, "low is above high, 0.5"),
+        ({"rejection": {"statistic": "token_k3", "high": 1.0}, "old_logprobs": "engine"}, "rejection compares the log-probs"),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -280,6 +280,7 @@ def test_rollout_metrics_of_a_hand_computed_example() -> None:
         "entropy": 2.0,
         "response/length": 2.0,
         "response/eos_rate": 0.5,
+        "response/left_out": 0.0,
         "value/mean": 2.5,
         "value/explained_variance": 1 - 3 / 7.25,
         "engine_gap/mean": 0.75 / 4,

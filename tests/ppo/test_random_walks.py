@@ -119,7 +119,6 @@ def test_every_estimator_finds_the_shortest_walks(
     before = mean_optimality(trainer.rollout, walks)
     history = trainer.train(STARTS, [])
     after = mean_optimality(trainer.rollout, walks)
-    print(advantage, before, after, history[-1]["kl/sequence"])
     assert before < 0.84
     assert after >= 0.97
     assert history[-1]["response/length"] < history[0]["response/length"]  # shorter walks

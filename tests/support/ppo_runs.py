@@ -93,7 +93,9 @@ def trainer_of(
 
 def weights(trainer: PpoTrainer) -> dict[str, Tensor]:
     modules = (("actor", trainer.learner.models.actor), ("critic", trainer.learner.models.critic))
-    return {f"{kind}.{name}": p.detach().clone() for kind, m in modules if m is not None for name, p in m.named_parameters()}
+    return {
+        f"{kind}.{name}": p.detach().clone() for kind, m in modules if m is not None for name, p in m.named_parameters()
+    }
 
 
 def without_times(rows: list[Row]) -> list[Row]:

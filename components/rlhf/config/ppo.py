@@ -80,6 +80,30 @@ class CriticConfig(BaseConfig):
     """Factor of the value loss; AdamW ignores it except for gradient clipping (max_grad_norm)."""
 
 
+class RejectionConfig(BaseConfig):
+    """Leaves tokens or whole responses out of the losses whose log-probs of trainer and rollout engine differ too much."""
+
+    statistic: Literal[
+        "token_k1", "token_k2", "token_k3", "seq_sum_k1", "seq_sum_k2", "seq_sum_k3",
+        "seq_mean_k1", "seq_mean_k2", "seq_mean_k3", "seq_max_k2", "seq_max_k3",
+    ]  # fmt: skip
+    """KL estimator of the gap (k1, k2, k3), per token or as the sum, mean or maximum of a response (verl's names)."""
+    high: Positive
+    """Upper bound: for k1 of the ratio of the probabilities, engine to trainer; for k2 and k3 of the statistic itself."""
+    low: Positive | None = None
+    """Lower bound of the ratio for k1; null is 1 / high."""
+
+    @model_validator(mode="after")
+    def _require_ordered_bounds(self) -> "RejectionConfig":
+        if self.low is not None and not self.statistic.endswith("k1"):
+            raise ValueError(
+                f"low is set, but {self.statistic} is never negative and has only an upper bound; remove it"
+            )
+        if (1 / self.high if self.low is None else self.low) > self.high:
+            raise ValueError(f"low is above high, {self.high}; swap them, or raise high above 1")
+        return self
+
+
 AdvantageEstimator = Literal["gae", "reinforce++", "reinforce++-baseline", "rloo", "group_norm", "dr_grpo", "remax"]
 GROUP_ESTIMATORS = ("reinforce++-baseline", "rloo", "group_norm", "dr_grpo")  # compare the responses to one prompt
 WHITENED_ESTIMATORS = ("gae", "reinforce++", "reinforce++-baseline")
@@ -127,8 +151,8 @@ class PpoConfig(BaseConfig):
     """Lambda of generalized advantage estimation (GAE), between 0 and 1."""
     whiten_advantages: bool = True
     """Whiten the advantages of gae and of both reinforce++ to mean 0 and variance 1 over the whole rollout batch."""
-    policy_ratio: Literal["token", "gspo", "cispo"] = "token"
-    """Probability ratio: of each token (PPO), of the whole sequence (GSPO), or as a clipped weight without gradient (CISPO)."""
+    policy_ratio: Literal["token", "gspo", "gspo-token", "cispo"] = "token"
+    """Probability ratio: of each token (PPO), of the sequence (GSPO and GSPO-token), or as a clipped weight without gradient (CISPO)."""
     clip_range: Fraction = 0.2
     """Clip range of the probability ratio around 1."""
     clip_range_high: Positive | None = None
@@ -145,6 +169,8 @@ class PpoConfig(BaseConfig):
     """Bounds, such as [0.5, 5], of importance weights for the mismatch of trainer and rollout engine; null disables them."""
     importance_mode: Literal["truncate", "mask", "sequence-truncate", "sequence-mask"] = "truncate"
     """Whether importance weights beyond the bounds are clamped or become 0, and whether the bounds apply to tokens or sequences."""
+    rejection: RejectionConfig | None = None
+    """Which tokens or responses are left out of the losses for the mismatch of trainer and rollout engine; null is none."""
     loss_aggregation: Literal["token-mean", "sequence-mean", "sequence-sum", "sequence-sum-norm"] = "token-mean"
     """Mean over all tokens, or over sequences of their mean, their sum, or their sum over the longest response possible (Dr. GRPO)."""
     eval_every: Count = 0
@@ -229,6 +255,10 @@ def check_algorithm(ppo: PpoConfig) -> None:
         )
     if ppo.policy_ratio == "cispo" and ppo.dual_clip is not None:
         raise ValueError("dual_clip does nothing with policy_ratio cispo, which clips every ratio; set it to null")
+    if ppo.rejection is not None and ppo.old_logprobs == "engine":
+        raise ValueError(
+            "rejection compares the log-probs of trainer and engine; with old_logprobs engine they are the same, so set it to null"
+        )
     if ppo.importance_mode != "truncate" and ppo.importance_clip is None:
         raise ValueError("importance_mode needs bounds; set importance_clip, such as [0.5, 5]")
 
