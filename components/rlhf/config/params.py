@@ -11,9 +11,8 @@ from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.cluster import PROCESS_STAGES, TRAINING_STAGES, ClusterConfig
 from components.rlhf.config.code import CodeConfig
 from components.rlhf.config.evaluation import EvaluationConfig, GateConfig, check_evaluation
+from components.rlhf.config.judge import SECTIONS as JUDGES
 from components.rlhf.config.judge import (
-    KIND_TAG,
-    KINDS,
     EndpointJudge,
     Judges,
     LinearJudge,
@@ -25,11 +24,13 @@ from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, chec
 from components.rlhf.config.ppo import EngineConfig, PpoConfig
 from components.rlhf.config.prepare_data import DataConfig, SplitWeights
 from components.rlhf.config.reward_model import RewardModelConfig, check_calibration
+from components.rlhf.config.rewards import SECTIONS as REWARDS
 from components.rlhf.config.scoring import RUNS_USER_CODE, VERIFIABLE, column_of
 from components.rlhf.config.sft import SftConfig
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
 
 StageConfig = TypeVar("StageConfig", bound=BaseConfig)
+KINDS = JUDGES | REWARDS  # sections by the tag that pydantic puts before their keys
 UNION_TAGS = ("one", "several")  # pydantic puts them between data.prompts and the keys of its source or sources
 MAX_ERRORS, MAX_VALUE_CHARS = 5, 120  # in one error message
 
@@ -274,7 +275,7 @@ def _printable_key(part: str | int) -> str:
 
 
 def _is_tag(part: str | int) -> bool:
-    return part in UNION_TAGS or str(part).startswith(KIND_TAG)
+    return part in UNION_TAGS or part in KINDS
 
 
 def _valid_keys(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
@@ -282,11 +283,11 @@ def _valid_keys(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
     sections: list[type[BaseModel]] = [model]
     is_key_of_mapping = False
     for part in loc:
-        kind, fields = str(part).removeprefix(KIND_TAG), sections[0].model_fields
+        fields = sections[0].model_fields
         if is_key_of_mapping:
             is_key_of_mapping = False
-        elif kind != part and kind in KINDS:
-            sections = [KINDS[kind]]
+        elif part in KINDS:
+            sections = [KINDS[str(part)]]
         elif part in fields:
             annotation = fields[str(part)].annotation
             sections = sections_in(annotation)
