@@ -29,9 +29,7 @@ def measure(
 ) -> tuple[Comparison, list[Judged]] | None:
     """The comparison on held-out prompts, and what the judges say about it and about PPO's validation samples; None after rank 0."""
     config, entries = run.config, read_judges_of(as_list(run.config.judge), judge)
-    resources = JudgeResources(
-        precision=config.model.precision, storage=run.storage, log=run.progress.log, code=code
-    )
+    resources = JudgeResources(precision=config.model.precision, storage=run.storage, log=run.progress.log, code=code)
     with join_process_group(timeout_minutes=config.evaluation.timeout_minutes) as group:
         run.require_agreement(group, *inputs.values())
         ranks = Ranks.of(config, group)

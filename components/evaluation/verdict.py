@@ -21,7 +21,6 @@ from components.evaluation.statistics import (
 from components.rlhf.config.evaluation import EvaluationConfig, GateConfig
 from components.rlhf.data.records import Completion
 
-
 PASS = 1.0  # the score of a right response
 
 

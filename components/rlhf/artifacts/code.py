@@ -76,7 +76,9 @@ def unpack_code(text: str, target: Path) -> None:
         with zipfile.ZipFile(io.BytesIO(base64.b64decode(text, validate=True))) as archive:
             entries = archive.infolist()
             if sum(entry.file_size for entry in entries) > MAX_BYTES:
-                raise InputError(f"code.archive unpacks to more than {MAX_BYTES // 2**20} MiB; make it of a smaller folder.")
+                raise InputError(
+                    f"code.archive unpacks to more than {MAX_BYTES // 2**20} MiB; make it of a smaller folder."
+                )
             for entry in entries:
                 file = target / _plain_name(entry.filename)
                 file.parent.mkdir(parents=True, exist_ok=True)

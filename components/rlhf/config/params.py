@@ -87,7 +87,10 @@ class Params(BaseConfig):
             yield "ppo.rewards", "has the reward model, which is trained or measured on preferences"
         for key, judge in self.keyed_judges().items():
             if not isinstance(judge, VERIFIABLE):
-                yield key, "is compared with people's preferences; a judge that verifies answers, such as exact_match, needs none"
+                yield (
+                    key,
+                    "is compared with people's preferences; a judge that verifies answers, such as exact_match, needs none",
+                )
 
     @model_validator(mode="after")
     def _require_able_engines(self) -> "Params":
@@ -132,7 +135,11 @@ class Params(BaseConfig):
     @model_validator(mode="after")
     def _require_prices_for_budget(self) -> "Params":
         for stage in TRAINING_STAGES:
-            if self.cluster.budget is not None and self.cluster.profile(stage).price_per_hour is None and self.runs(stage):
+            if (
+                self.cluster.budget is not None
+                and self.cluster.profile(stage).price_per_hour is None
+                and self.runs(stage)
+            ):
                 profile = self.cluster.stages.get(stage, self.cluster.default_profile)
                 raise ValueError(
                     f"cluster.budget is {self.cluster.budget:g}, but the price of {stage} is unknown; set "

@@ -38,11 +38,7 @@ def comparison_rows(numbers: Mapping[str, float]) -> list[dict[str, str]]:
     rows = [
         *both_with_intervals("pass@1 (judge)", "pass_at_1"),
         *one("pass@1, gain", "pass_at_1_gain"),
-        *[
-            row
-            for name in others
-            for row in both_with_intervals(f"pass@1 ({name})", f"{OTHER_JUDGE}{name}/pass_at_1")
-        ],
+        *[row for name in others for row in both_with_intervals(f"pass@1 ({name})", f"{OTHER_JUDGE}{name}/pass_at_1")],
         *one(f"win rate (judge){ends}", "win_rate"),
         *one("win rate, length-controlled", "win_rate_length_controlled"),
         *one(
