@@ -8,6 +8,7 @@ from components.rlhf.config.base import BaseConfig, Count, Fraction, NonNegative
 from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, TrainingConfig, check_zero3_compatibility
 from components.rlhf.config.processes import Processes
+from components.rlhf.config.rewards import RewardModelReward, Rewards, check_rewards, uses_reward_model
 from components.rlhf.config.storage import CheckpointConfig
 
 
@@ -121,6 +122,8 @@ class PpoConfig(BaseConfig):
     """Responses per optimizer step, over all processes; divides the rollout batch."""
     training: TrainingConfig = TrainingConfig(learning_rate=1e-6)
     critic: CriticConfig = CriticConfig()
+    rewards: Rewards = (RewardModelReward(),)
+    """What responses are rewarded for: one reward or a list, of which the weighted sum is maximized."""
     kl_coef: NonNegative = 0.05
     """Coefficient of the KL penalty in the reward; the initial value if kl_target is set."""
     kl_in: Literal["reward", "loss"] = "reward"
@@ -179,6 +182,16 @@ class PpoConfig(BaseConfig):
     """Iterations between evaluations on the validation prompts; 0 disables them."""
     patience: Count = 0
     """Stop after this many evaluations without improvement of reward minus KL penalty; 0 disables early stopping."""
+
+    @property
+    def uses_reward_model(self) -> bool:
+        """Whether the reward model is one of the rewards."""
+        return uses_reward_model(self.rewards)
+
+    @model_validator(mode="after")
+    def _check_rewards(self) -> "PpoConfig":
+        check_rewards(self.rewards, self.rollout.sampling.max_new_tokens)
+        return self
 
     @model_validator(mode="after")
     def _require_consistent_values(self) -> "PpoConfig":
