@@ -157,12 +157,14 @@ def build_pipeline(params: Params) -> Any:
             )
             configure(judge_task, "judge")
 
-            ppo_task = PPO[frozenset(first_model | code)](
+            mixed = {"demonstrations": datasets["demonstrations"]} if params.ppo.ptx_coef else {}
+            ppo_task = PPO[frozenset(first_model | code | mixed)](
                 sft_model=sft_model,
                 prompts=datasets["prompts"],
                 settings=settings_of_stage(params, "ppo"),
                 **first_model,
                 **code,
+                **mixed,
                 **shared,
             )
             configure(ppo_task, "ppo", "PPO")

@@ -16,6 +16,7 @@ from components.rlhf.runtime.stage import StageRun, stage_program
     may_read={
         "reward_model": "Reward model, which also initializes the critic, if it is one of the rewards.",
         "code": "Folder with the Python functions of rewards.",
+        "demonstrations": "Demonstrations whose loss is mixed in, with ptx_coef.",
     },
     writes={
         "model": "Trained policy in the Hugging Face format.",
@@ -30,6 +31,7 @@ def main(
     prompts: Path,
     reward_model: Path | None,
     code: Path | None,
+    demonstrations: Path | None,
     model: Path,
     manifest: Path,
     metrics: Path,
@@ -47,7 +49,9 @@ def main(
     from components.rlhf.engine.group import join_process_group
     from components.rlhf.models.precision import compute_dtype
 
-    inputs = open_inputs(sft_model=sft_model, reward_model=reward_model, prompts=prompts, code=code)
+    inputs = open_inputs(
+        sft_model=sft_model, reward_model=reward_model, prompts=prompts, code=code, demonstrations=demonstrations
+    )
     dtype, training = compute_dtype(run.config.model.precision), run.config.ppo.training
     with join_process_group(timeout_minutes=training.timeout_minutes) as group:
         context = run.training_context(run.config.checkpoint, group, *inputs.values())
@@ -58,7 +62,7 @@ def main(
         run.progress.log(
             "all models share the frozen layers" if models.shared_trunk else "each model has its own layers"
         )
-        trainer = PpoTrainer(run.config, models, rollout, context)
+        trainer = PpoTrainer(run.config, models, rollout, context, demonstrations=demonstrations)
         history = trainer.train(train, validation)
         rollout.close()
         numbers, weights = final_metrics(history), trainer.weights()

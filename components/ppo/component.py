@@ -1,9 +1,9 @@
-"""KFP components of the stage ppo, with and without a reward model and code of the user."""
+"""KFP components of the stage ppo, with and without a reward model, code of the user, and demonstrations."""
 
 from kfp import dsl
 from kfp.dsl import HTML, Input, Metrics, Output
 
-from components.artifact_types import Code, Policy, PolicyManifest, Prompts, RewardModel, SftModel
+from components.artifact_types import Code, Demonstrations, Policy, PolicyManifest, Prompts, RewardModel, SftModel
 from components.container import container_spec, variants
 
 
@@ -11,6 +11,7 @@ def _ppo(
     sft_model: Input[SftModel],
     reward_model: Input[RewardModel],
     code: Input[Code],
+    demonstrations: Input[Demonstrations],
     prompts: Input[Prompts],
     model: Output[Policy],
     manifest: Output[PolicyManifest],
@@ -26,6 +27,7 @@ def _ppo(
         sft_model: SFT model, the start of the actor and the reference.
         reward_model: Reward model, also the start of the critic.
         code: Folder with the Python functions of rewards.
+        demonstrations: Demonstrations whose loss is mixed into the steps of the actor (ptx_coef).
         prompts: Prompts to sample responses for.
         model: Trained policy in the Hugging Face layout.
         manifest: Its manifest.json, for stages that need no weights.
@@ -39,5 +41,5 @@ def _ppo(
 
 
 _ppo.__name__ = "ppo"
-PPO = variants(_ppo, "reward_model", "code")
+PPO = variants(_ppo, "reward_model", "code", "demonstrations")
 ppo = PPO[frozenset({"reward_model"})]

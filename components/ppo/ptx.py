@@ -1,12 +1,17 @@
 """The loss on demonstrations that is mixed into the steps of the actor."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.data.batching import collate, stream_slice
 from components.rlhf.data.microbatches import local_microbatches
-from components.rlhf.data.token_files import PackedTexts
+from components.rlhf.data.datasets import load_records, read_header
+from components.rlhf.data.records import Demonstration
+from components.rlhf.data.token_files import PackedTexts, encode_all
 from components.rlhf.engine.protocol import Group
 from components.rlhf.maths.losses import aggregate
 from components.rlhf.models.actor import Actor, SamplingDistribution
@@ -46,3 +51,32 @@ class DemonstrationLoss:
         ).to(next(self.actor.parameters()).device)
         logprobs, _ = self.actor(batch, SamplingDistribution())
         return aggregate(-logprobs, batch.response_mask, "token-mean", denominator)
+
+
+def load_demonstrations(
+    folder: Path | None,
+    config: PpoStageConfig,
+    actor: Actor,
+    tokenizer: PreTrainedTokenizerBase,
+    group: Group,
+    log: Callable[[str], None],
+) -> DemonstrationLoss | None:
+    """The loss on the demonstrations of a data set, or None without one."""
+    if folder is None:
+        return None
+    texts = encode_all(
+        load_records(folder, "train", Demonstration),
+        tokenizer=tokenizer,
+        max_tokens=read_header(folder).max_tokens,
+        folder=folder,
+        log=log,
+        split="train",
+    )
+    return DemonstrationLoss(
+        actor,
+        texts,
+        batch_size=config.ppo.minibatch,
+        max_tokens=config.ppo.training.microbatch_tokens,
+        seed=config.seed,
+        group=group,
+    )

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from components.ppo.experience import Experience, Learner, Models, make_experience, response_rewards, score
 from components.ppo.metrics import History, rollout_metrics
+from components.ppo.ptx import load_demonstrations
 from components.ppo.update import update
 from components.rlhf.config.ppo import GROUP_ESTIMATORS, PpoConfig, PpoStageConfig
 from components.rlhf.data.batching import collate, stream_slice
@@ -32,7 +34,13 @@ class PpoTrainer:
     """One run of PPO. All randomness follows from the seed and the iteration, so that a resumed run repeats it exactly."""
 
     def __init__(
-        self, config: PpoStageConfig, models: Models, rollout: RolloutEngine, context: TrainingContext
+        self,
+        config: PpoStageConfig,
+        models: Models,
+        rollout: RolloutEngine,
+        context: TrainingContext,
+        *,
+        demonstrations: Path | None = None,
     ) -> None:
         self.config, self.ppo, self.rollout = config, config.ppo, rollout
         self.context, self.group, self.checkpoints = context, context.group, context.checkpoints
@@ -46,6 +54,9 @@ class PpoTrainer:
                 temperature=sampling.temperature, min_new_tokens=sampling.min_new_tokens, stop_ids=rollout.stop_ids
             ),
             group=self.group,
+            demonstrations=load_demonstrations(
+                demonstrations, config, models.actor, rollout.tokenizer, self.group, context.progress.log
+            ),
             engines=create_engines(models, self.ppo, self.group),
         )
         self.varying_lengths = sampling.min_new_tokens < sampling.max_new_tokens

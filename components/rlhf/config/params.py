@@ -64,6 +64,10 @@ class Params(BaseConfig):
         for section in (self.sft, self.reward_model, self.ppo):
             head_only = isinstance(section, PpoConfig) and section.critic.trains == "head"
             check_zero3_compatibility(self.model, section.training, head_only=head_only)
+        if self.data.demonstrations is None and self.ppo.ptx_coef:
+            raise ValueError(
+                "ppo.ptx_coef mixes in the loss on demonstrations, and there are none; set data.demonstrations"
+            )
         if self.data.max_prompt_tokens >= self.data.max_tokens:
             raise ValueError("data.max_prompt_tokens leaves no tokens for a completion; raise data.max_tokens above it")
         return self
@@ -77,7 +81,8 @@ class Params(BaseConfig):
             column = column_of(section)
             if column is not None and not self.data.keeps(column):
                 raise ValueError(
-                    f"{key} reads the column {column}, which data.prompts does not keep; add it to data.prompts.keep, or correct {key}.column"
+                    f"{key} reads the column {column}, which data.prompts does not keep; add it to data.prompts.keep, or correct "
+                    f"{key}.column"
                 )
         return self
 
