@@ -77,7 +77,8 @@ class Params(BaseConfig):
             column = column_of(section)
             if column is not None and not self.data.keeps(column):
                 raise ValueError(
-                    f"{key} reads the column {column}, which data.prompts does not keep; add it to data.prompts.keep, or correct {key}.column"
+                    f"{key} reads the column {column}, which data.prompts does not keep; add it to data.prompts.keep, or correct "
+                    f"{key}.column"
                 )
         return self
 
