@@ -59,7 +59,9 @@ def kept_columns(names: Sequence[str], found: SourceRow) -> dict[str, str]:
     for name in names:
         value = found.kept.get(name)
         if value is None or (isinstance(value, str) and not value.strip()):
-            problem = "is empty" if name in found.kept else f"is missing (found: {', '.join(found.row)[:200] or 'none'})"
+            problem = (
+                "is empty" if name in found.kept else f"is missing (found: {', '.join(found.row)[:200] or 'none'})"
+            )
             raise Unusable(
                 f"no column {name!r} to keep",
                 f"the column {name!r}, which keep names, {problem}; correct keep or the data.",

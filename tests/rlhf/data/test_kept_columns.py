@@ -62,7 +62,15 @@ def test_hub_data_sets_keep_columns(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [("18", "18"), (" 18\n", " 18\n"), (18, "18"), (1.5, "1.5"), (True, "true"), ([1, "é"], '[1, "é"]'), ({"a": None}, '{"a": null}')],
+    [
+        ("18", "18"),
+        (" 18\n", " 18\n"),
+        (18, "18"),
+        (1.5, "1.5"),
+        (True, "true"),
+        ([1, "é"], '[1, "é"]'),
+        ({"a": None}, '{"a": null}'),
+    ],
 )
 def test_text_stays_and_other_values_become_their_json(value: Any, text: str) -> None:
     assert kept_columns(["answer"], SourceRow("f:1", {}, {"answer": value})) == {"answer": text}
