@@ -64,8 +64,8 @@ def configure_task(
 ) -> Any:
     """Set image, node, resources, secrets, volumes, retries and caching of a task.
 
-    source is what an import_model or import_code task reads. inputs are the pipeline's inputs, by name; those of node_inputs() replace the node
-    selector and tolerations of a profile. claim is the one that this run creates for its checkpoints.
+    source is what a task of import_model or import_code reads. inputs are the inputs of the pipeline by name; those of node_inputs()
+    replace the node selector and tolerations of a profile. claim is the one that this run creates for its checkpoints.
     """
     cluster, profile = params.cluster, params.cluster.profile(stage)
     sources = [source] if source else data_sources(params) if stage == "prepare_data" else []

@@ -86,6 +86,14 @@ class Params(BaseConfig):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _require_used_reward_model(self) -> "Params":
+        if self.reward_model.use and not self.uses_reward_model:
+            raise ValueError(
+                f"reward_model.use is {self.reward_model.use}, but ppo.rewards has no reward of kind reward_model; add one, or remove use"
+            )
+        return self
+
     def _needs_of_preferences(self) -> Iterator[tuple[str, str]]:
         """Key and reason of each part of the run that needs data.preferences."""
         if self.uses_reward_model:

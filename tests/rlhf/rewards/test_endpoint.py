@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from components.rlhf.config.judge import EndpointJudge as EndpointConfig
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.data.records import Completion, Conversation, Message, Prompt
-from components.rlhf.rewards import endpoint as module
+from components.rlhf.rewards import posting as module
 from components.rlhf.rewards.answers import Answer, open_answers
 from components.rlhf.rewards.endpoint import EndpointJudge, read_verdict
 from components.rlhf.rewards.protocol import Preferences
