@@ -2,6 +2,7 @@
 
 Imports: config, data, models, text.
 Packages: torch, transformers.
+Packages of stopping.py: tokenizers, transformers.
 Packages of vllm.py: vllm.
 Packages of vllm_lora.py: safetensors, vllm.
 
