@@ -22,7 +22,7 @@ from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.packing import plan_for
 from components.rlhf.models.scalar import ScalarModel, at_last_token, before_actions
 from components.rlhf.rewards.protocol import ComputedStates, Scorer
-from components.rlhf.text.errors import InputError
+from components.rlhf.text.errors import NonFiniteError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,7 @@ class Experience:
     engine_logprobs: Tensor  # [B, T] computed by the rollout engine
     old_values: Tensor  # [B, T]
     scores: Tensor  # [B] reward-model scores, normalized if the config says so
+    rewards: Tensor  # [B] scores after missing_eos_penalty and reward_clip, of which the objective is the mean
     kl: Tensor  # [B, T] log-ratio to the reference (k1), whichever estimator is penalized
     entropy: Tensor  # [B, T]; without the trainer's log-probs an unbiased estimate, -old_logprobs
     advantages: Tensor  # [B, T], whitened
@@ -125,14 +126,14 @@ def make_experience(learner: Learner, completions: Sequence[Completion], *, kl_c
         last_features=torch.cat(last_features)[torch.cat(passes).argsort()] if last_features else None,
     )
     scores = models.scorer.score(completions, computed).to(mask.device)
-    _require_finite_scores(scores, completions)
+    _require_finite_scores(scores, completions, group)
 
     # 4. Rewards: the score is reduced and clipped first, then the KL penalty of every token is added.
     penalized = scores - config.missing_eos_penalty * truncated
     kl_penalty = estimate_kl(old_logprobs, ref_logprobs, mask, config.kl_estimator)
-    clip = None if config.reward_clip is None else (-config.reward_clip, config.reward_clip)
-    clipped = penalized.abs() > (config.reward_clip or math.inf)
-    rewards = token_rewards(penalized, kl_penalty, mask, kl_coef=kl_coef, reward_clip=clip)
+    limit = math.inf if config.reward_clip is None else config.reward_clip
+    clipped, response_rewards = penalized.abs() > limit, penalized.clamp(-limit, limit)
+    rewards = token_rewards(response_rewards, kl_penalty, mask, kl_coef=kl_coef)
 
     # 5. Advantages; the returns are those of the advantages before whitening.
     advantages, returns = estimate_advantages(
@@ -147,6 +148,7 @@ def make_experience(learner: Learner, completions: Sequence[Completion], *, kl_c
         engine_logprobs=engine_logprobs,
         old_values=old_values,
         scores=scores,
+        rewards=response_rewards,
         kl=estimate_kl(old_logprobs, ref_logprobs, mask, "k1"),
         entropy=entropy,
         advantages=advantages,
@@ -186,12 +188,17 @@ def _engine_logprobs(completions: Sequence[Completion], mask: Tensor) -> Tensor:
     return padded.to(mask.device)
 
 
-def _require_finite_scores(scores: Tensor, completions: Sequence[Completion]) -> None:
+def _require_finite_scores(scores: Tensor, completions: Sequence[Completion], group: Group) -> None:
+    """Raise NonFiniteError on every rank if a score of any rank is nan or infinite."""
     bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if group.max_int(len(bad)) == 0:
+        return
+    problems = []
     if bad:
         first = completions[bad[0]]
-        raise InputError(
+        problems.append(
             f"The reward model scored the response {first.response[:80]!r} to prompt "
             f"{first.prompt.id or first.prompt.prompt[:80]!r} as {float(scores[bad[0]])} ({len(bad)} of {len(scores)} scores are "
-            "not finite); train the reward model again."
+            "not finite)"
         )
+    raise NonFiniteError(group.gather(problems)[0])

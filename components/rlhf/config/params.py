@@ -62,6 +62,10 @@ class Params(BaseConfig):
             check_zero3_compatibility(self.model, section.training, head_only=head_only)
         if self.data.max_prompt_tokens >= self.data.max_tokens:
             raise ValueError("data.max_prompt_tokens leaves no tokens for a completion; raise data.max_tokens above it")
+        if self.ppo.keep == "best" and not self.data.num_validation_prompts:
+            raise ValueError(
+                "ppo.keep is best, which evaluations on the validation prompts find; set data.num_validation_prompts above 0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -153,6 +157,7 @@ class Params(BaseConfig):
         """The settings of one stage: only the sections that are fields of its config class."""
         sections: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
         sections["num_evaluation_prompts"] = self.evaluation.num_prompts
+        sections["max_kl"] = self.gate.max_kl if self.ppo.has_kl_limit else None
         # The reward model is calibrated on PPO's distribution, with its engine if there is something to sample.
         calibrates = self.reward_model.num_calibration_samples > 0
         sections |= {
