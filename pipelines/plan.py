@@ -165,7 +165,8 @@ def measured_seconds(run: Path, params: Params) -> dict[str, Seconds]:
         history = run / "model" / "history.jsonl"
         rows = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
         each = {
-            name: statistics.median(row[f"seconds/{name}"] for row in rows)
+            # Iterations in which PPO's guard turned back have none.
+            name: statistics.median(row[f"seconds/{name}"] for row in rows if f"seconds/{name}" in row)
             for name in ("generate", "score", "update", "sync")
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, statistics.StatisticsError) as error:

@@ -77,9 +77,10 @@ def main(
         parents=inputs,
         facts={**numbers, "decision": verdict.decision, "reason": verdict.reason},
     )
-    page = as_html(comparison, judges, numbers, verdict, training, seed=config.seed, memory=run.memory_of(inputs))
+    policy, memory = inputs["policy_model"].facts, run.memory_of(inputs)
+    page = as_html(comparison, judges, numbers, verdict, training, seed=config.seed, memory=memory, policy=policy)
     run.write_report("report", writes["report"], page)
-    run.write_report("summary", writes["summary"], as_markdown(numbers, judges, verdict))
+    run.write_report("summary", writes["summary"], as_markdown(numbers, judges, verdict, policy))
     run.write_metrics(writes["metrics"], numbers)
     write_parameter(writes["decision"], verdict.decision)
     write_parameter(writes["reason"], verdict.reason)

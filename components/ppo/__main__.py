@@ -38,6 +38,7 @@ def main(
     curves: Path,
 ) -> None:
     from components.ppo.curves import as_html
+    from components.ppo.guard import SAMPLES_FILE
     from components.ppo.metrics import final_metrics
     from components.ppo.models import load_models
     from components.ppo.policy import save_policy
@@ -65,7 +66,8 @@ def main(
         trainer = PpoTrainer(run.config, models, rollout, context, demonstrations=demonstrations)
         history = trainer.train(train, validation)
         rollout.close()
-        numbers, weights = final_metrics(history), trainer.weights()
+        outcome, weights = trainer.outcome, trainer.weights()
+        numbers = final_metrics(history) | outcome.numbers()
         run.write_artifact(
             "model",
             model,
@@ -73,11 +75,18 @@ def main(
             kind="policy_model",
             parents=inputs,
             tokenizer_of=inputs["sft_model"],
-            facts={**numbers, "training_engine": engine_name(training, group), "rollout_engine": rollout.name},
+            facts={
+                **numbers,
+                **outcome.facts(),
+                "training_engine": engine_name(training, group),
+                "rollout_engine": rollout.name,
+            },
             streamed=weights,
         )
     run.write_manifest("manifest", manifest, of="model", folder=model)
-    run.write_report("curves", curves, as_html(history, run.config.ppo))
+    run.write_report("curves", curves, as_html(history, run.config.ppo, outcome))
+    if outcome.events and group.rank == 0:
+        run.tracker.log_file(model / SAMPLES_FILE)
     run.write_metrics(metrics, numbers)
 
 

@@ -24,7 +24,7 @@ from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.packing import plan_for
 from components.rlhf.models.scalar import ScalarModel, at_last_token, before_actions
 from components.rlhf.rewards.protocol import ComputedStates, Scorer
-from components.rlhf.text.errors import InputError
+from components.rlhf.text.errors import NonFiniteError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +158,11 @@ def make_experience(
 
 @torch.no_grad()
 def score(learner: Learner, completions: Sequence[Completion], computed: ComputedStates | None = None) -> Tensor:
-    """Scores [B] of the responses. Raises InputError for one that is not finite."""
+    """Scores [B] of the responses. Raises NonFiniteError on every rank if one is not finite."""
     scorer = learner.models.scorer
     assert scorer is not None, "the settings have a reward"
     scores = scorer.score(completions, computed)
-    _require_finite_scores(scores, completions)
+    _require_finite_scores(scores, completions, learner.group)
     return scores
 
 
@@ -260,12 +260,17 @@ def _engine_logprobs(completions: Sequence[Completion], mask: Tensor) -> Tensor:
     return padded.to(mask.device)
 
 
-def _require_finite_scores(scores: Tensor, completions: Sequence[Completion]) -> None:
+def _require_finite_scores(scores: Tensor, completions: Sequence[Completion], group: Group) -> None:
+    """Raise NonFiniteError on every rank if a score of any rank is nan or infinite."""
     bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if group.max_int(len(bad)) == 0:
+        return
+    problems = []
     if bad:
         first = completions[bad[0]]
-        raise InputError(
+        problems.append(
             f"The reward model scored the response {first.response[:80]!r} to prompt "
             f"{first.prompt.id or first.prompt.prompt[:80]!r} as {float(scores[bad[0]])} ({len(bad)} of {len(scores)} scores are "
-            "not finite); train the reward model again."
+            "not finite)"
         )
+    raise NonFiniteError(group.gather(problems)[0])

@@ -12,9 +12,13 @@ from components.rlhf.maths.masked import masked_moments
 History = list[dict[str, float]]
 
 
-def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, float]:
-    """Metrics of one rollout over all ranks; without engine_gap where the log-probs of the engine are the old ones."""
-    mask, every_row, ended = e.batch.response_mask, torch.ones_like(e.truncated), ~e.truncated
+def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS, counted: Tensor | None = None) -> dict[str, float]:
+    """Metrics of one rollout over all ranks; without engine_gap where the log-probs of the engine are the old ones.
+
+    counted [B] bool are the rows that are not repetitions of another rank's; None: all of them.
+    """
+    every_row = torch.ones_like(e.truncated) if counted is None else counted
+    mask, ended = e.batch.response_mask & every_row[:, None], every_row & ~e.truncated
     engine_gap = torch.where(mask, (e.old_logprobs - e.engine_logprobs).abs(), 0)
 
     def moments(x: Tensor, where: Tensor) -> tuple[float, float]:
@@ -46,6 +50,7 @@ def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, f
         "score/mean": score_mean,
         "score/std": score_variance**0.5,
         "score/mean_ended": mean(e.scores, ended),
+        "reward/mean": mean(e.rewards, every_row),
         "score/clipped_fraction": mean(e.clipped.float(), every_row),
         "kl/sequence": mean(e.kl.sum(dim=1), every_row),
         "kl/token": mean(e.kl, mask),

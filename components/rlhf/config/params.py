@@ -70,6 +70,10 @@ class Params(BaseConfig):
             )
         if self.data.max_prompt_tokens >= self.data.max_tokens:
             raise ValueError("data.max_prompt_tokens leaves no tokens for a completion; raise data.max_tokens above it")
+        if self.ppo.keep == "best" and not self.data.num_validation_prompts:
+            raise ValueError(
+                "ppo.keep is best, which evaluations on the validation prompts find; set data.num_validation_prompts above 0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -238,6 +242,7 @@ class Params(BaseConfig):
         sections: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
         sections["num_evaluation_prompts"] = self.evaluation.num_prompts
         sections["data"] = self.data.model_copy(update={"weights": self._weights})
+        sections["max_kl"] = self.gate.max_kl if self.ppo.has_kl_limit else None
         # The reward model is calibrated on PPO's distribution, with its engine if there is something to sample.
         calibrates = self.reward_model.num_calibration_samples > 0
         sections |= {

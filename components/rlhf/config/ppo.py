@@ -110,6 +110,23 @@ GROUP_ESTIMATORS = ("reinforce++-baseline", "rloo", "group_norm", "dr_grpo")  # 
 WHITENED_ESTIMATORS = ("gae", "reinforce++", "reinforce++-baseline")
 
 
+class GuardConfig(BaseConfig):
+    """What ends or turns back a run whose policy collapses, before the update on such a rollout."""
+
+    action: Literal["off", "stop", "rollback"] = "off"
+    """stop ends the run with its kept policy; rollback returns to the last good state with half the learning rates."""
+    max_kl: Positive | None = None
+    """Largest KL of a rollout to the SFT model, in nats per sequence; null is gate.max_kl."""
+    min_entropy: Fraction = 0.1
+    """Least entropy of a rollout, as a fraction of that of the first one; 0 disables it."""
+    min_eos_rate: Fraction = 0.5
+    """Least share of responses that end, as a fraction of the first rollout's, if a tenth of those ended; 0 disables it."""
+    keep_every: PositiveInt = 10
+    """Iterations between the states that rollback returns to, on disk like checkpoints."""
+    max_rollbacks: PositiveInt = 3
+    """Number of rollbacks after which the run stops."""
+
+
 class PpoConfig(BaseConfig):
     """Proximal policy optimization with a per-token KL penalty to the SFT model."""
 
@@ -133,7 +150,9 @@ class PpoConfig(BaseConfig):
     kl_clamp: Positive | None = None
     """The KL penalty of a token is clamped to +-kl_clamp nats, such as 10; null does not clamp it."""
     kl_target: Positive | None = None
-    """Target of the adaptive KL controller, in nats per sequence; null keeps kl_coef constant."""
+    """Target of the adaptive KL controller, in nats per sequence or token; null keeps kl_coef constant."""
+    kl_target_per: Literal["sequence", "token"] = "sequence"
+    """Whether kl_target is the KL of a sequence (Ziegler et al. 2019), or the mean over its tokens (OpenRLHF, verl)."""
     kl_horizon: Positive = 10000
     """Horizon of the adaptive KL controller, in samples; larger values adapt kl_coef more slowly."""
     normalize_reward: bool = True
@@ -181,7 +200,20 @@ class PpoConfig(BaseConfig):
     eval_every: Count = 0
     """Iterations between evaluations on the validation prompts; 0 disables them."""
     patience: Count = 0
-    """Stop after this many evaluations without improvement of reward minus KL penalty; 0 disables early stopping."""
+    """Stop after this many evaluations without improvement of the validation objective; 0 disables early stopping."""
+    keep: Literal["best", "last"] | None = None
+    """Policy to export: best validation objective within gate.max_kl, or last; null is best with eval_every, otherwise last."""
+    guard: GuardConfig = GuardConfig()
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the exported policy is chosen by the evaluations on the validation prompts."""
+        return self.keep == "best" or (self.keep is None and self.eval_every > 0)
+
+    @property
+    def has_kl_limit(self) -> bool:
+        """Whether gate.max_kl affects the training."""
+        return self.keeps_best or self.guard.action != "off"
 
     @property
     def uses_reward_model(self) -> bool:
@@ -215,6 +247,12 @@ class PpoConfig(BaseConfig):
         )
         if self.patience and not self.eval_every:
             raise ValueError("patience counts evaluations on the validation prompts; set eval_every above 0")
+        if self.keep == "best" and not self.eval_every:
+            raise ValueError("keep is best, which evaluations on the validation prompts find; set eval_every above 0")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError(
+                "kl_target adapts kl_coef by factors, and kl_coef is 0; set it above 0, or kl_target to null"
+            )
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"dual_clip is {self.dual_clip}, but must be above 1")
         if self.clip_range_high is not None and self.clip_range_high < self.clip_range:
@@ -284,6 +322,8 @@ class PpoStageConfig(BaseConfig):
     checkpoint: CheckpointConfig
     budget: BudgetConfig = BudgetConfig()
     seed: Seed
+    max_kl: NonNegative | None = None
+    """Largest KL of the exported policy to the SFT model, in nats per sequence (gate.max_kl); null is no limit."""
 
     @property
     def processes(self) -> Processes:
