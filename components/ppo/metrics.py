@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from components.ppo.experience import Experience
+from components.ppo.experience import Experience, Learner
+from components.ppo.reward_metrics import reward_metrics
 from components.rlhf.data.microbatches import computed_tokens
 from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.engine.protocol import Group
@@ -62,6 +63,20 @@ def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS, counted: Tenso
         "tokens/computed_per_real": computed / real,
         **({} if e.old_logprobs is e.engine_logprobs else gaps),
     }
+
+
+def experience_metrics(learner: Learner, e: Experience, counted: Tensor | None = None) -> dict[str, float]:
+    """rollout_metrics and, if there are several rewards, those of each; and what the rewards have counted. Every rank calls it."""
+    counts = learner.rewards.take_counts()
+    parts = e.reward_parts if len(e.reward_parts) > 1 else {}
+    return rollout_metrics(e, learner.group, counted) | reward_metrics(
+        parts,
+        learner.rewards.weights,
+        reward_clip=learner.config.reward_clip,
+        counts=counts,
+        counted=counted,
+        group=learner.group,
+    )
 
 
 def final_metrics(history: History) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from components.ppo.experience import Learner, Models, make_experience, response_rewards, score
 from components.ppo.guard import Guard
 from components.ppo.keep import Keeper, Outcome
-from components.ppo.metrics import History, rollout_metrics
+from components.ppo.metrics import History, experience_metrics
 from components.ppo.ptx import load_demonstrations
 from components.ppo.sync import WeightSync
 from components.ppo.update import update
@@ -28,6 +28,7 @@ from components.rlhf.engine.factory import create_engine
 from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.maths.kl import adapt_kl_coef
 from components.rlhf.maths.seeds import derive_seed
+from components.rlhf.rewards.rewards import Rewards
 from components.rlhf.rollout.controls import sampling_distribution
 from components.rlhf.rollout.protocol import RolloutEngine
 from components.rlhf.runtime.memory import release_freed_memory
@@ -42,6 +43,7 @@ class PpoTrainer:
         self,
         config: PpoStageConfig,
         models: Models,
+        rewards: Rewards,
         rollout: RolloutEngine,
         context: TrainingContext,
         *,
@@ -54,6 +56,7 @@ class PpoTrainer:
         self.rollout_batch = self.ppo.rollout.num_prompts * self.ppo.rollout.samples_per_prompt
         self.learner = Learner(
             models=models,
+            rewards=rewards,
             config=self.ppo,
             distribution=sampling_distribution(sampling, rollout.stop_ids),
             group=self.group,
@@ -73,6 +76,7 @@ class PpoTrainer:
 
     def train(self, prompts: Sequence[Prompt], validation: Sequence[Prompt]) -> History:
         """Run every iteration that no checkpoint has, and load the policy to be exported; return one row of metrics per iteration."""
+        self.learner.rewards.check_prompts([*prompts, *validation])
         self.keeper.start(validation)
         first = self._restore() + 1
         if self.config.model.lora:
@@ -108,6 +112,11 @@ class PpoTrainer:
         self.progress.log(self.outcome.sentence)
         return self.history
 
+    def close(self) -> None:
+        """End the rewards and the rollout engine; the trained weights stay."""
+        self.learner.rewards.close()
+        self.rollout.close()
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The actor's weights, one at a time. Every rank iterates over all of them."""
         return self.context.export(self.learner.engines["actor"])
@@ -129,7 +138,7 @@ class PpoTrainer:
         experience, seen = None, ""
         try:
             experience = make_experience(self.learner, completions, kl_coef=self.kl_coef, group_size=group_size)
-            metrics = rollout_metrics(experience, self.group)
+            metrics = experience_metrics(self.learner, experience)
             scored = time.monotonic()
             row |= {name: value for name, value in metrics.items() if math.isfinite(value)}
             seen = self.guard.look(iteration, metrics, kl_coef=self.kl_coef)
@@ -172,7 +181,8 @@ class PpoTrainer:
             list(prompts.values()), self.ppo.rollout.sampling, [0] * len(prompts), greedy=True
         )
         truncated = torch.tensor([completion.truncated for completion in greedy])
-        rewards, _ = response_rewards(score(self.learner, greedy).cpu(), truncated, self.ppo)
+        scores, _ = score(self.learner, greedy)
+        rewards, _ = response_rewards(scores.cpu(), truncated, self.ppo)
         baselines = dict(zip(prompts, rewards.tolist(), strict=True))
         return [replace(c, baseline=baselines[tuple(c.prompt_ids)]) for c in completions]
 

@@ -7,7 +7,7 @@ from operator import itemgetter
 import torch
 
 from components.ppo.experience import Experience, Learner, make_experience
-from components.ppo.metrics import rollout_metrics
+from components.ppo.metrics import experience_metrics
 from components.rlhf.data.records import Completion, Prompt, ValidationSample
 from components.rlhf.engine.protocol import Group
 from components.rlhf.maths.seeds import derive_seed
@@ -47,7 +47,7 @@ def validate(
     completions = rollout.generate([prompts[row] for row in rows], config.rollout.sampling, seeds)
     experience = make_experience(learner, completions, kl_coef=0.0)
     counted = torch.arange(len(rows), device=experience.truncated.device) < num_own
-    metrics = rollout_metrics(experience, group, counted)
+    metrics = experience_metrics(learner, experience, counted)
     num_rollouts = iteration * config.rollout.num_prompts * config.rollout.samples_per_prompt
     samples = _samples(completions, experience, iteration=iteration, num_rollouts=num_rollouts)[:num_own]
     found = group.gather(list(zip(rows[:num_own], samples, strict=True)))

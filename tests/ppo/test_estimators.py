@@ -32,6 +32,7 @@ from tests.support.ppo_runs import (
     config_of,
     largest_gap,
     load,
+    rewards_of,
     share_of_low_ids,
     trainer_of,
     weights,
@@ -69,7 +70,7 @@ def learner_of(tiny_model: Path, reward_model: Path, **options: Any) -> Learner:
         for parameter in models.actor.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     models = replace(models, scorer=RewardFunction(lambda _prompt, response: SCORES[response[0]]))
-    return Learner(models=models, config=config.ppo, distribution=SamplingDistribution())
+    return Learner(models=models, rewards=rewards_of(models), config=config.ppo, distribution=SamplingDistribution())
 
 
 def experience_of(learner: Learner, completions: list[Completion] | None = None, *, kl_coef: float = 0.2) -> Experience:

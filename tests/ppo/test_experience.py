@@ -14,7 +14,7 @@ from components.rlhf.data.records import Completion
 from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.models.actor import SamplingDistribution
 from components.rlhf.text.errors import NonFiniteError
-from tests.support.ppo_runs import RewardFunction, completion, config_of, load
+from tests.support.ppo_runs import RewardFunction, completion, config_of, load, rewards_of
 
 DISTRIBUTION = SamplingDistribution(temperature=0.8, min_new_tokens=1, stop_ids=(0,))
 COMPLETIONS = [
@@ -40,7 +40,7 @@ def experience_of(
     models: Models, completions: list[Completion] | None = None, *, kl_coef: float = 0.1, **ppo: Any
 ) -> Experience:
     settings = config_of(**ppo).ppo
-    learner = Learner(models=models, config=settings, distribution=DISTRIBUTION)
+    learner = Learner(models=models, rewards=rewards_of(models), config=settings, distribution=DISTRIBUTION)
     return make_experience(learner, completions or COMPLETIONS, kl_coef=kl_coef)
 
 
@@ -251,6 +251,7 @@ def by_hand() -> Experience:
         engine_logprobs=torch.tensor([[-1.0, -2.5, -3.0], [-0.25, 9.0, 9.0]]),
         old_values=torch.where(mask, torch.tensor([[1.0, 2.0, 3.0], [4.0, 99.0, 99.0]]), 0),
         scores=torch.tensor([3.0, -1.0]),
+        reward_parts={"reward_model": torch.tensor([3.0, -1.0])},
         rewards=torch.tensor([3.0, -1.0]),
         kl=torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.0, 0.0]]),
         entropy=torch.tensor([[1.0, 1.0, 2.0], [4.0, 0.0, 0.0]]),
