@@ -275,7 +275,7 @@ def _require_finite_scores(name: str, scores: Tensor, completions: Sequence[Comp
     if bad:
         first = completions[bad[0]]
         problems.append(
-            f"The reward model scored the response {first.response[:80]!r} to prompt "
+            f"The {'reward model' if name == 'reward_model' else f'reward {name}'} scored the response {first.response[:80]!r} to prompt "
             f"{first.prompt.id or first.prompt.prompt[:80]!r} as {float(scores[bad[0]])} ({len(bad)} of {len(scores)} scores are "
             "not finite)"
         )

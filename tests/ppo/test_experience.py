@@ -305,6 +305,7 @@ def test_rows_that_do_not_count_change_no_mean() -> None:
         "entropy": 4 / 3,
         "response/length": 3.0,
         "response/eos_rate": 0.0,
+        "response/left_out": 0.0,
         "value/mean": 2.0,
         "value/explained_variance": 1.0,
         "engine_gap/mean": 0.5 / 3,

@@ -15,6 +15,7 @@ from components.ppo.guard import MAX_SAMPLES, find_collapse, samples_of
 from components.ppo.policy import save_policy
 from components.ppo.trainer import PpoTrainer
 from components.rlhf.config.ppo import GuardConfig, PpoStageConfig
+from components.rlhf.rewards.rewards import Rewards
 from components.rlhf.text.errors import InputError, NonFiniteError
 from tests.support.ppo_runs import (
     PROMPTS,
@@ -227,7 +228,8 @@ def test_reward_that_is_not_finite_turns_back_and_keeps_the_responses(tiny_model
             scores = plain.score(completions, computed)
             return torch.full_like(scores, math.inf) if next(calls) == 2 else scores
 
-    trainer.learner = replace(trainer.learner, models=replace(trainer.learner.models, scorer=Sick()))
+    rewards = Rewards(scorers={"reward_model": Sick()}, weights={"reward_model": 1.0})
+    trainer.learner = replace(trainer.learner, rewards=rewards)
     history = trainer.train(PROMPTS, [])
     assert [row["guard/collapsed"] for row in history] == [0.0, 0.0, 1.0, 0.0]
     assert history[2].keys() == {"iteration", "kl/coef", "guard/collapsed"}

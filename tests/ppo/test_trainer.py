@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from components.ppo import trainer as trainer_module
 from components.ppo.curves import PANELS
 from components.ppo.metrics import final_metrics
 from components.ppo.trainer import PpoTrainer, local_rows, share_rollout
 from components.rlhf.checkpoints.manager import CheckpointManager
+from components.rlhf.data import batching
 from components.rlhf.data.records import Prompt
 from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.engine.group import SingleProcess
@@ -511,10 +511,8 @@ def test_order_of_the_prompts_is_computed_once_an_epoch(
     tiny_model: Path, reward_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    plain = trainer_module.epoch_order
-    monkeypatch.setattr(
-        trainer_module, "epoch_order", lambda *args, **at: calls.append(at["epoch"]) or plain(*args, **at)
-    )
+    plain = batching.epoch_order
+    monkeypatch.setattr(batching, "epoch_order", lambda *args, **at: calls.append(at["epoch"]) or plain(*args, **at))
     trainer = trainer_of(config_of(rollout={"num_prompts": 12}), tiny_model, reward_model)
     ids = [[p.id for p in trainer._prompts_of(iteration, PROMPTS)] for iteration in (1, 2)]
     assert calls == [0, 1, 2, 2, 3, 4]  # 5 prompts: positions 0 to 11 and 12 to 23
