@@ -18,7 +18,7 @@ IMAGES = ("tools", "trainer", "rollout")
 # No stage compiles or submits, and the pins of kfp would constrain the training libraries.
 NOT_IN_IMAGES = ("kfp", "kfp-kubernetes")
 # Packages that the stages of the tools image import, with versions from pyproject.toml.
-TOOLS_PACKAGES = ("boto3", "click", "kubernetes", "mlflow", "pydantic", "rich")
+TOOLS_PACKAGES = ("boto3", "click", "jsonschema", "kubernetes", "mlflow", "pydantic", "rich")
 ONLY_IN_TOOLS = (
     "kubernetes",
 )  # tasks that launch TrainJobs run in the tools image; the pods of a job call no Kubernetes API

@@ -61,7 +61,7 @@ def leaves(model: type[BaseModel], prefix: str, section: BaseModel | None = None
         default = getattr(section, name) if section else field.default
         nested = sections_in(field.annotation)
         if len(nested) > 1:  # a choice of several kinds of one section
-            kind = getattr(default, "kind", "")
+            kind = getattr(default[0] if isinstance(default, tuple) else default, "kind", "")
             fields.append((prefix + name, f"one of kind `{kind}`", field.description or ""))
         suffix = {dict: ".NAME", tuple: "[]"}.get(get_origin(_unannotated(field.annotation)), "")
         for section_class in nested:

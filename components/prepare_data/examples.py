@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from components.rlhf.data.records import Demonstration, PreferencePair, is_chat
+from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, is_chat
 from components.rlhf.data.tokenizer import EncodedText, Record, encode_prompt, encode_record
 
 CONTEXT, LEARNED, CHOSEN, REJECTED = "context", "learned", "chosen", "rejected"
@@ -45,6 +45,8 @@ def show(title: str, record: Record, tokenizer: PreTrainedTokenizerBase, *, max_
         segments = _segments(tokenizer, texts[0], LEARNED)
     else:
         ids = encode_prompt(tokenizer, record.prompt, is_chat=is_chat(record))
+        columns = record.columns if isinstance(record, Prompt) else {}
+        title += "".join(f", {name}: {' '.join(text.split())[:80]}" for name, text in columns.items())
         segments = [Segment(text=str(tokenizer.decode(ids)), kind=CONTEXT, num_tokens=len(ids))]
     return ShownExample(title=title, segments=segments, is_truncated=any(text.truncated for text in texts))
 

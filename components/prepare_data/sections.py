@@ -50,7 +50,7 @@ class SectionReader:
         tallies: dict[str, Tally] = {}
         for section in SECTIONS:
             sources = {key: s for key, s in self.data.keyed_sources().items() if section_of(key) == section}
-            seen: set[tuple[str, ...]] = set()
+            seen: dict[tuple[str, ...], Record] = {}
             by_source = []
             for key, source in sources.items():
                 tally = tallies[key] = Tally(name=source_name(key, source))
@@ -66,7 +66,7 @@ class SectionReader:
         return sections, tallies
 
     def _read_source(
-        self, section: str, source: DataSource, tally: Tally, seen: set[tuple[str, ...]]
+        self, section: str, source: DataSource, tally: Tally, seen: dict[tuple[str, ...], Record]
     ) -> Iterator[Sourced]:
         """The records of one source that fit and are not in seen, the texts of the section so far."""
         for location, example in _examples(section, source, tally, self.max_rows):
@@ -80,18 +80,18 @@ class SectionReader:
                 tally.read += len(records) - 1
             for record in records:
                 try:
-                    yield self._checked(record, source, location, tally, seen)
+                    yield self._checked(record, source, tally, seen)
                 except Unusable as error:
                     tally.drop(error, location)
 
     def _checked(
-        self, record: Record, source: DataSource, location: str, tally: Tally, seen: set[tuple[str, ...]]
+        self, record: Record, source: DataSource, tally: Tally, seen: dict[tuple[str, ...], Record]
     ) -> Sourced:
         """The record with its lengths and its key. Raises Unusable."""
         texts = texts_of(record)
         if texts in seen:
-            raise Unusable("duplicate", is_defect=False)
-        seen.add(texts)
+            raise _duplicate(seen[texts], record)
+        seen[texts] = record
         lengths, encoded = fit_into_limits(record, self.data, self.tokenizer)
         tally.changed[CUT] += lengths.is_cut
         if source.format == "movie_ratings":
@@ -130,6 +130,17 @@ def texts_of(record: Record) -> tuple[str, ...]:
             return tuple(text for turn in record.turns for text in (turn.context, turn.answer))
         case Prompt():
             return (record.prompt,)
+
+
+def _duplicate(first: Record, second: Record) -> Unusable:
+    """Why the second record with the same texts is not used: a prompt with another answer contradicts the first."""
+    if isinstance(first, Prompt) and isinstance(second, Prompt) and first.columns != second.columns:
+        name = next(name for name in second.columns if second.columns[name] != first.columns.get(name))
+        return Unusable(
+            f"the same prompt with another {name}",
+            f"the prompt occurs before with {name} {first.columns.get(name, '')[:60]!r}, here with {second.columns[name][:60]!r}.",
+        )
+    return Unusable("duplicate", is_defect=False)
 
 
 def _movie_examples(section: str, source: DataSource, tally: Tally) -> Iterator[tuple[str, Example]]:

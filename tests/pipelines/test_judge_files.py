@@ -88,7 +88,8 @@ def test_kind_can_be_chosen_by_overrides(folder: Path) -> None:
 
 def test_mistakes_in_overrides(folder: Path) -> None:
     assert load_error(folder, {}, "judge.kind=gpt").endswith(
-        "judge is {'kind': 'gpt'}: kind is not one of linear, reward_model, endpoint, function; correct it."
+        "judge is {'kind': 'gpt'}: kind is not one of linear, reward_model, endpoint, function, exact_match, regex, numeric, "
+        "json_schema, command; correct it."
     )
     assert load_error(folder, {}, "judge.kind=endpoint").endswith("judge.url is missing; judge.model is missing.")
     assert "did you mean judge.rubric_file?" in load_error(folder, ENDPOINT, "judge.rubric_fil=a.txt")

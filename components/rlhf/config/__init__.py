@@ -2,6 +2,7 @@
 
 Imports: text.
 Packages: pydantic.
+Packages of scoring.py: jsonschema.
 
 It reads no file, environment variable or device.
 """

@@ -2,15 +2,22 @@
 
 import json
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from components.rlhf.config.base import BaseConfig, Count, NonNegative, Positive, PositiveInt
+from components.rlhf.config.base import BaseConfig, Positive, PositiveInt
 from components.rlhf.config.model import ModelConfig, Seed
+from components.rlhf.config.scoring import (
+    Command,
+    Endpoint,
+    ExactMatch,
+    Function,
+    JsonSchema,
+    Name,
+    Numeric,
+    Regex,
+)
 
-Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=100)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
 MAX_JUDGES_BYTES = (
     48 * 1024
 )  # of all judges as JSON: Linux allows 128 KiB for an argument, and KFP passes settings twice
@@ -50,85 +57,35 @@ class RewardModelJudge(JudgeBase):
     """Folder, s3://BUCKET/PREFIX or Hugging Face id of a reward model; null trains one with the settings of reward_model."""
 
 
-class EndpointJudge(JudgeBase):
+class EndpointJudge(Endpoint, JudgeBase):
     """A language model behind an OpenAI-compatible API, which compares two responses in both orders."""
 
-    TEXTS = frozenset({"rubric", "extra_body"})
-
-    kind: Literal["endpoint"]
-    """endpoint: a language model behind an OpenAI-compatible API."""
-    url: str
-    """Base URL of the API: https://api.openai.com/v1, http://vllm.models:8000/v1."""
-    model: Annotated[str, Field(pattern=r"^\w")]
-    """Name of the model."""
-    rubric_file: str | None = None
-    """Text file that says what makes a response better; relative to the params file. Submitting replaces it by rubric."""
-    rubric: str = ""
-    """The rubric itself; empty is a general one (components/rlhf/rewards/rubric.txt)."""
-    api_key_variable: Variable | None = "OPENAI_API_KEY"
-    """Environment variable with the API key, on a cluster a key of the Secret cluster.secrets.judge; null is none, the default for http://."""
     num_pairs: PositiveInt = 200
     """Number of held-out human pairs that its agreement with people is measured on; each takes two requests."""
-    max_tokens: PositiveInt = 512
-    """Maximum length of an answer in tokens, reasoning included."""
-    extra_body: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of each request: {reasoning_effort: low}, vLLM's {structured_outputs: {choice: [A, B]}}; null removes one."""
-    max_concurrency: Annotated[PositiveInt, Field(le=256)] = 8
-    """Maximum number of requests at a time."""
-    requests_per_minute: PositiveInt | None = None
-    """Rate limit; null is none. A server that answers 429 is obeyed in any case."""
-    timeout_seconds: Positive = 120.0
-    """Seconds after which a request without an answer has failed."""
-    max_retries: Annotated[Count, Field(le=20)] = 6
-    """Number of retries of a failed request, with waits that double from 1 second to 60."""
-    input_price: NonNegative = 0.0
-    """Price of a million input tokens, for the metric cost."""
-    output_price: NonNegative = 0.0
-    """Price of a million output tokens, in the same currency."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _send_no_key_by_default_to_plain_http(cls, content: Any) -> Any:
-        if isinstance(content, dict) and str(content.get("url", "")).startswith("http://"):
-            return {"api_key_variable": None} | content
-        return content
-
-    @field_validator("url")
-    @classmethod
-    def _require_http(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError("write it as https://HOST/v1")
-        return url.rstrip("/").removesuffix("/chat/completions")
-
-    @field_validator("extra_body")
-    @classmethod
-    def _reject_own_fields(cls, body: dict[str, Any]) -> dict[str, Any]:
-        for key in ("model", "messages", "stream", "n"):
-            if key in body:
-                raise ValueError(f"{key} is set by the judge; remove it")
-        return body
-
-    @model_validator(mode="after")
-    def _require_one_rubric(self) -> "EndpointJudge":
-        if self.rubric and self.rubric_file:
-            raise ValueError("rubric and rubric_file are both set; remove one of them")
-        return self
 
 
-class FunctionJudge(JudgeBase):
+class FunctionJudge(Function, JudgeBase):
     """A Python function score(prompts, responses) that returns one number for each response, higher is better."""
 
-    TEXTS = frozenset({"source"})
 
-    kind: Literal["function"]
-    """function: a Python function."""
-    function: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]
-    """MODULE:FUNCTION, such as mine:score: of mine.py next to the params file, else of an installed package."""
-    source: str = ""
-    """Source of the module; empty is the file next to the params file, which submitting copies here, or an installed package."""
-    timeout_seconds: Positive = 600.0
-    """Seconds that one call, with all responses, may take."""
+class ExactMatchJudge(ExactMatch, JudgeBase):
+    """Prefers the response that is the text of a column."""
+
+
+class RegexJudge(Regex, JudgeBase):
+    """Prefers the response in which a regular expression is found, or of which it extracts the text of a column."""
+
+
+class NumericJudge(Numeric, JudgeBase):
+    """Prefers the response that ends with the value of a column."""
+
+
+class JsonSchemaJudge(JsonSchema, JudgeBase):
+    """Prefers the response that is JSON and satisfies a schema."""
+
+
+class CommandJudge(Command, JudgeBase):
+    """Prefers the response with the higher score of a command."""
 
 
 KINDS: dict[str, type[BaseConfig]] = {
@@ -136,8 +93,14 @@ KINDS: dict[str, type[BaseConfig]] = {
     "reward_model": RewardModelJudge,
     "endpoint": EndpointJudge,
     "function": FunctionJudge,
+    "exact_match": ExactMatchJudge,
+    "regex": RegexJudge,
+    "numeric": NumericJudge,
+    "json_schema": JsonSchemaJudge,
+    "command": CommandJudge,
 }
 KIND_TAG = "judge of kind "  # pydantic puts it between judge and its keys; no key of a params file looks like it
+SECTIONS = {f"{KIND_TAG}{kind}": section for kind, section in KINDS.items()}
 
 
 def _kind(value: Any) -> str:
@@ -153,7 +116,12 @@ Judge = Annotated[
     Annotated[LinearJudge, Tag(f"{KIND_TAG}linear")]
     | Annotated[RewardModelJudge, Tag(f"{KIND_TAG}reward_model")]
     | Annotated[EndpointJudge, Tag(f"{KIND_TAG}endpoint")]
-    | Annotated[FunctionJudge, Tag(f"{KIND_TAG}function")],
+    | Annotated[FunctionJudge, Tag(f"{KIND_TAG}function")]
+    | Annotated[ExactMatchJudge, Tag(f"{KIND_TAG}exact_match")]
+    | Annotated[RegexJudge, Tag(f"{KIND_TAG}regex")]
+    | Annotated[NumericJudge, Tag(f"{KIND_TAG}numeric")]
+    | Annotated[JsonSchemaJudge, Tag(f"{KIND_TAG}json_schema")]
+    | Annotated[CommandJudge, Tag(f"{KIND_TAG}command")],
     Discriminator(
         _kind, custom_error_type="judge_kind", custom_error_message=f"kind is not one of {', '.join(KINDS)}; correct it"
     ),
@@ -164,7 +132,7 @@ Judges = Annotated[
 ]
 
 
-def as_list(judges: Any) -> tuple[LinearJudge | RewardModelJudge | EndpointJudge | FunctionJudge, ...]:
+def as_list(judges: Any) -> tuple[Judge, ...]:
     """The judges of a setting that is one or several. The first one decides at the gate."""
     return judges if isinstance(judges, tuple) else (judges,)
 

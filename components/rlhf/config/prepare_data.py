@@ -20,6 +20,9 @@ FIELDS = (
 SECTIONS = ("demonstrations", "preferences", "prompts")
 
 
+Name = Annotated[str, Field(min_length=1, max_length=200)]  # of a column
+
+
 def is_glob(path: str) -> bool:
     """Whether a path is a pattern of paths."""
     return any(character in path for character in "*?[")
@@ -34,6 +37,8 @@ class DataSource(BaseConfig):
     """Format of the source; auto goes by the file extension, and a path that is neither a file nor a folder is a dataset id."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Mapping from field names to column names of the source, if they differ: {prompt: question, completion: answer}."""
+    keep: tuple[Name, ...] = ()
+    """Columns of data.prompts that stay with each prompt as text, for rewards and judges that read them: [answer]."""
     config: str | None = None
     """Configuration (subset) of the Hugging Face dataset."""
     split: str = "train"
@@ -61,6 +66,15 @@ class DataSource(BaseConfig):
                 hint = f"did you mean {match[0]}?" if match else f"fields: {', '.join(FIELDS)}"
                 raise ValueError(f"{name[:80]!r} is not a field; {hint}")
         return columns
+
+    @model_validator(mode="after")
+    def _require_columns_to_keep(self) -> "DataSource":
+        if self.keep and self.format == "movie_ratings":
+            raise ValueError("keep names columns, which movie_ratings does not have; remove keep")
+        twice = next((name for name in self.keep if self.keep.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"keep names {twice} twice; remove one")
+        return self
 
 
 def _one_or_several(value: Any) -> str:
@@ -92,7 +106,7 @@ class DataConfig(BaseConfig):
 
     demonstrations: Sources | None = None
     """One source or a list: conversations or texts with their answers, for supervised fine-tuning."""
-    preferences: Sources
+    preferences: Sources | None = None
     """One source or a list: pairs of a better and a worse answer, or rated answers, for the reward model and the judge."""
     prompts: Sources
     """One source or a list: conversations or texts to answer, for PPO and for the held-out evaluation."""
@@ -129,6 +143,19 @@ class DataConfig(BaseConfig):
                     f"only some sources of {section} have a weight; give a weight to all of them or to none"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _keep_columns_of_prompts_alone(self) -> "DataConfig":
+        for key, source in self.keyed_sources().items():
+            if source.keep and not key.startswith("data.prompts"):
+                raise ValueError(
+                    f"{key.removeprefix('data.')}.keep is set, but only prompts keep columns; move it to data.prompts"
+                )
+        return self
+
+    def keeps(self, column: str) -> bool:
+        """Whether every source of prompts keeps a column."""
+        return all(column in source.keep for source in self.sources("prompts"))
 
     def sources(self, section: str) -> tuple[DataSource, ...]:
         """The sources of demonstrations, preferences or prompts."""

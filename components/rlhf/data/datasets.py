@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
@@ -16,6 +16,7 @@ from components.rlhf.text.strict_json import NotJsonError, parse_json_as
 R = TypeVar("R", Demonstration, PreferencePair, Prompt, RatedText, ValidationSample)
 Count = Annotated[int, Field(ge=0)]
 HEADER = "dataset.json"
+COLUMNS = "columns"  # the only field that a row may lack
 MAX_HEADER_BYTES = 2**20
 
 
@@ -40,9 +41,18 @@ def save_records(
     records: Iterable[Demonstration | PreferencePair | Prompt | RatedText | ValidationSample],
 ) -> int:
     """Write SPLIT.jsonl and return the number of records."""
-    lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records]
+    lines = [json.dumps(as_row(record), ensure_ascii=False) + "\n" for record in records]
     (directory / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     return len(lines)
+
+
+def as_row(record: object) -> dict[str, Any]:
+    """The fields of a record, without the columns of a prompt that has none."""
+    return asdict(record, dict_factory=_without_empty_columns)  # type: ignore[call-overload, no-any-return]
+
+
+def _without_empty_columns(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in items if name != COLUMNS or value}
 
 
 def load_records(directory: Path, split: str, record: type[R]) -> list[R]:
@@ -54,7 +64,7 @@ def load_records(directory: Path, split: str, record: type[R]) -> list[R]:
     records = []
     for location, row in read_jsonl(path):
         try:
-            for name in sorted(row.keys() ^ names):
+            for name in sorted((row.keys() | {COLUMNS} & names) ^ names):
                 raise NotJsonError(f"{name[:80]!a} is {'missing' if name in names else 'not a field'}")
             records.append(parse_json_as(validator, json.dumps(row)))
         except NotJsonError as error:

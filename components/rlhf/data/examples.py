@@ -1,6 +1,7 @@
 """The form that every source is converted to: a conversation, and what is to be learned of it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from components.rlhf.data.records import Conversation, Message
 
@@ -24,6 +25,7 @@ class Example:
     answers: tuple[Answer, ...] = ()
     margin: float | None = None  # of a pair: the strength of the preference, in the data's own unit
     is_text: bool = False  # a plain text in one message, which can be used without a chat template
+    columns: Mapping[str, str] = field(default_factory=dict)  # of the source, that a prompt keeps
     changed: str = ""  # what was changed while reading, as one of a few fixed phrases
 
 

@@ -1,13 +1,15 @@
 """Reads a source as examples, and decides whether a run renders its sources with the chat template."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 
 from components.rlhf.config.prepare_data import DataConfig, DataSource
 from components.rlhf.data.examples import Example, Unusable
 from components.rlhf.data.fields import Fields
 from components.rlhf.data.shapes import CONVERTERS
-from components.rlhf.data.sources import read_rows
+from components.rlhf.data.sources import SourceRow, read_rows
 from components.rlhf.data.tally import Tally
 from components.rlhf.text.errors import InputError
 
@@ -30,9 +32,11 @@ def read_examples(
     """
     used: set[str] = set()
     columns: set[str] = set()
-    for location, row in islice(read_rows(source), max_rows):
-        fields = Fields(row)
+    for found in islice(read_rows(source), max_rows):
+        location, fields = found.location, Fields(found.row)
+        used.update(name.split(".")[0] for name in source.keep)
         try:
+            kept = kept_columns(source.keep, found)
             for example in CONVERTERS[section](fields):
                 tally.read += 1
                 if isinstance(example, Unusable):
@@ -40,13 +44,36 @@ def read_examples(
                     continue
                 if example.changed:
                     tally.changed[example.changed] += 1
-                yield location, example
+                yield location, replace(example, columns=kept) if kept else example
         except Unusable as error:
             tally.read += 1
             tally.drop(error, location)
         columns.update(fields.row)
         used.update(fields.used)
     tally.unread_columns = columns - used
+
+
+def kept_columns(names: Sequence[str], found: SourceRow) -> dict[str, str]:
+    """The columns that a prompt keeps: text as it is, anything else as its JSON text. Raises Unusable for a missing or empty one."""
+    kept = {}
+    for name in names:
+        value = found.kept.get(name)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            problem = (
+                "is empty" if name in found.kept else f"is missing (found: {', '.join(found.row)[:200] or 'none'})"
+            )
+            raise Unusable(
+                f"no column {name!r} to keep",
+                f"the column {name!r}, which keep names, {problem}; correct keep or the data.",
+            )
+        try:
+            kept[name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError):
+            raise Unusable(
+                f"the column {name!r} cannot be kept",
+                f"the column {name!r} has a {type(value).__name__}, which is no JSON value; save it as text.",
+            ) from None
+    return kept
 
 
 def uses_chat_template(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # torch may be missing: the data is also checked on the machine that submits a run
@@ -86,6 +86,7 @@ class Prompt:
     prompt: str
     id: str = ""  # identifies the prompt in reports; unique within its data set
     conversation: Conversation | None = None  # that a chat template rendered as the prompt; None for plain text
+    columns: dict[str, str] = field(default_factory=dict, hash=False)  # of the source, such as answer (DataSource.keep)
 
 
 def is_chat(record: Demonstration | PreferencePair | RatedText | Prompt) -> bool:
@@ -104,6 +105,7 @@ class Completion:
     logprobs: Tensor | None  # [T] fp32, from the rollout engine; None for human-written texts
     truncated: bool  # reached max_new_tokens without a stop token
     weight_version: int = 0  # number of weight syncs of the rollout engine before it sampled this
+    baseline: float = 0.0  # reward of the greedy response to the same prompt (ReMax)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,10 +38,10 @@ class Renderer:
     def prompt(self, example: Example) -> Prompt:
         if self.is_chat:
             conversation = expand_transcript(example).prompt
-            return Prompt(prompt=self._render(conversation), conversation=conversation)
+            return Prompt(prompt=self._render(conversation), conversation=conversation, columns=dict(example.columns))
         if not example.is_text:
             raise Unusable("messages cannot be used as plain text", "messages need a chat template.")
-        return Prompt(prompt=example.prompt.messages[0].content)
+        return Prompt(prompt=example.prompt.messages[0].content, columns=dict(example.columns))
 
     def pair(self, example: Example) -> PreferencePair:
         prompt = self.prompt(example)

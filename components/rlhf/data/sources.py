@@ -3,6 +3,7 @@
 import glob
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,20 @@ def suffix_of(path: str) -> str:
     return Path(path.removesuffix(".gz")).suffix
 
 
-def read_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
-    """Yield (location, row) of a source, with source.columns renamed.
+@dataclass(frozen=True)
+class SourceRow:
+    """A row of a source, with source.columns renamed, and the columns of source.keep that it has, under their own names."""
 
-    location is `file:line`, `file item N` or `file row N`. Raises InputError with the location of a row that cannot be read, and if
-    the first row lacks a column; a later row that lacks it has no such field.
+    location: str  # file:line, file item N or file row N
+    row: Row
+    kept: Row
+
+
+def read_rows(source: DataSource) -> Iterator[SourceRow]:
+    """Yield every row of a source.
+
+    Raises InputError with the location of a row that cannot be read, and if the first row lacks a column of source.columns; a later
+    row that lacks it has no such field.
     """
     is_first = True
     for location, row in _read_source(source):
@@ -44,7 +54,9 @@ def read_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
         is_first = False
         # A renamed column takes precedence over one that already has that field name.
         others = {name: value for name, value in row.items() if name not in source.columns.values()}
-        yield location, others | {field: value for field, value in found.items() if value is not _MISSING}
+        renamed = others | {field: value for field, value in found.items() if value is not _MISSING}
+        kept = {column: _column(row, column) for column in source.keep}
+        yield SourceRow(location, renamed, {name: value for name, value in kept.items() if value is not _MISSING})
 
 
 _MISSING = object()

@@ -14,6 +14,7 @@ from components.rlhf.config.judge import FunctionJudge as FunctionConfig
 from components.rlhf.config.judge import Judge
 from components.rlhf.config.judge import LinearJudge as LinearConfig
 from components.rlhf.config.model import Precision
+from components.rlhf.config.scoring import VERIFIABLE
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.models.precision import compute_dtype, default_device
 from components.rlhf.rewards.agreement import MIN_ANSWERED, Agreement
@@ -41,7 +42,9 @@ class JudgeEntry:
 
     @property
     def cannot_tell(self) -> str:
-        """Why the judge gives no verdict, as the end of a sentence; empty if it does."""
+        """Why the judge gives no verdict, as the end of a sentence; empty if it does, as one that verifies answers always does."""
+        if isinstance(self.settings, VERIFIABLE):
+            return ""
         if self.agreement is None:
             return "it answered none of the held-out human pairs"
         if self.agreement.num_pairs < MIN_ANSWERED * self.agreement.num_asked:
@@ -67,6 +70,7 @@ class JudgeResources:
     precision: Precision
     storage: StorageConfig
     log: Callable[[str], None]
+    code: Path | None = None  # folder of the user's Python modules
     load_scorer: Callable[[Path], Scorer] | None = None  # of a reward model folder; None loads it whole in this process
 
     def load_reward_scorer(self, folder: Path) -> Scorer:

@@ -16,6 +16,11 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "reward_model": {"kind": "reward_model"},
     "endpoint": ENDPOINT,
     "function": FUNCTION,
+    "exact_match": {"kind": "exact_match"},
+    "regex": {"kind": "regex", "pattern": "yes"},
+    "numeric": {"kind": "numeric"},
+    "json_schema": {"kind": "json_schema", "schema_text": {"type": "object"}},
+    "command": {"kind": "command", "command": ["python", "check.py"]},
 }
 COMPLETE: dict[str, dict[str, Any]] = {
     "linear": {"kind": "linear", "name": "words", "features": "both", "max_ngram": 3, "max_character_ngram": 5, "regularisation": 2},
@@ -35,7 +40,20 @@ COMPLETE: dict[str, dict[str, Any]] = {
         "input_price": 0.15,
         "output_price": 1,
     },
-    "function": FUNCTION | {"name": "length", "source": "def score(prompts, responses):\n    return [0.0]\n", "timeout_seconds": 9},
+    "function": FUNCTION
+    | {"name": "length", "source": "def score(p, r):\n    return [0.0]\n", "timeout_seconds": 9, "memory_gib": 2},
+    "exact_match": {"kind": "exact_match", "name": "exact", "column": "target", "after": "####", "ignore_case": True},
+    "regex": {"kind": "regex", "name": "format", "pattern": r"(?s)<answer>(.*?)</answer>", "column": "answer"},
+    "numeric": {"kind": "numeric", "name": "maths", "column": "solution"},
+    "json_schema": {"kind": "json_schema", "name": "json", "schema_text": '{"type": "array"}'},
+    "command": {
+        "kind": "command",
+        "name": "tests",
+        "command": ["python", "check.py", "--strict"],
+        "score": "printed",
+        "timeout_seconds": 3,
+        "max_concurrency": 4,
+    },
 }  # fmt: skip
 
 
@@ -69,7 +87,8 @@ def test_each_kind_alone_and_in_a_list(kind: str) -> None:
 
 def test_complete_settings_name_every_key() -> None:
     for kind, section in KINDS.items():
-        optional = {"rubric_file"} if kind == "endpoint" else set()  # excludes rubric
+        # Exclude rubric and schema_text.
+        optional = {"endpoint": {"rubric_file"}, "json_schema": {"schema_file", "column"}}.get(kind, set())
         assert set(COMPLETE[kind]) == set(section.model_fields) - optional
 
 
@@ -117,7 +136,14 @@ def test_function_names(function: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "judges", [*MINIMAL.values(), *COMPLETE.values(), list(MINIMAL.values()), list(COMPLETE.values()), [{}]]
+    "judges",
+    [
+        *MINIMAL.values(),
+        *COMPLETE.values(),
+        *(list(sections.values())[:8] for sections in (MINIMAL, COMPLETE)),
+        *(list(sections.values())[1:] for sections in (MINIMAL, COMPLETE)),
+        [{}],
+    ],
 )
 def test_canonical_json_round_trips(judges: Any) -> None:
     params = params_with(judges)
@@ -140,7 +166,10 @@ def test_floats_stay_floats() -> None:
 
 @pytest.mark.parametrize("kind", ["gpt", "", "Linear", None, 3, ["linear"], {"linear": 1}, "reward-model"])
 def test_unknown_kind(kind: Any) -> None:
-    message = "kind is not one of linear, reward_model, endpoint, function; correct it."
+    message = (
+        "kind is not one of linear, reward_model, endpoint, function, exact_match, regex, numeric, json_schema, command; "
+        "correct it."
+    )
     alone = error_message({"kind": kind})
     assert alone.startswith("judge is {'kind': ") and alone.endswith(message)
     assert error_message([MINIMAL["function"], {"kind": kind}]).startswith("judge.1 is {'kind': ")
@@ -175,7 +204,7 @@ def test_empty_list() -> None:
 def test_misspelt_key_gets_the_nearest_of_its_kind(kind: str, wrong: str, right: str) -> None:
     section = MINIMAL[kind] | {wrong: 1}
     assert error_message(section) == f"judge.{wrong} is not a parameter; did you mean judge.{right}?"
-    others = [section | {"name": "other"} for section in MINIMAL.values() if section["kind"] != "reward_model"]
+    others = [{"name": "other"}, MINIMAL["numeric"], FUNCTION | {"name": "other"}]
     assert error_message([*others, section]) == f"judge.3.{wrong} is not a parameter; did you mean judge.3.{right}?"
 
 
@@ -183,7 +212,7 @@ def test_misspelt_key_gets_the_nearest_of_its_kind(kind: str, wrong: str, right:
 def test_key_of_another_kind_is_refused_with_the_keys_of_this_one(kind: str) -> None:
     message = error_message(MINIMAL[kind] | {"xyzzy": 1})
     assert message == f"judge.xyzzy is not a parameter; valid here: {', '.join(KINDS[kind].model_fields)}."
-    foreign = {"linear": "rubric", "reward_model": "max_ngram", "endpoint": "features", "function": "extra_body"}[kind]
+    foreign = next(key for key in ("rubric", "max_ngram") if key not in KINDS[kind].model_fields)
     assert error_message(MINIMAL[kind] | {foreign: 1}).startswith(f"judge.{foreign} is not a parameter; ")
 
 
@@ -238,7 +267,7 @@ def test_invalid_judges(judge: Any, message: str) -> None:
 
 @pytest.mark.parametrize("key", ["model", "messages", "stream", "n"])
 def test_request_fields_of_the_judge_cannot_be_overridden(key: str) -> None:
-    message = f"judge.extra_body: {key} is set by the judge; remove it."
+    message = f"judge.extra_body: {key} is set for each request; remove it."
     assert error_message(ENDPOINT | {"extra_body": {"seed": 1, key: 1}}) == message
 
 

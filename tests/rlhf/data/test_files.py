@@ -18,7 +18,7 @@ ROWS = [{"prompt": 'a, "b" ] } \\', "n": 1}, {"prompt": "[é]\n", "n": 2}, {"pro
 
 
 def read(path: Path | str, **source: Any) -> list[tuple[str, dict[str, Any]]]:
-    return list(read_rows(DataSource(path=str(path), **source)))
+    return [(found.location, found.row) for found in read_rows(DataSource(path=str(path), **source))]
 
 
 def error(path: Path | str, **source: Any) -> str:

@@ -117,7 +117,7 @@ def test_any_array_is_read_whatever_its_chunks(tmp_path: Path, rows: list[dict[s
     path.write_text(json.dumps(rows), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "CHUNK_BYTES", chunk)
-        assert [row for _, row in read_rows(DataSource(path=str(path)))] == rows
+        assert [found.row for found in read_rows(DataSource(path=str(path)))] == rows
 
 
 KEYS = ["role", "content", "from", "value", "type", "text", "tool_calls", "function", "name", "arguments"]

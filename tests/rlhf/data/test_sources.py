@@ -24,7 +24,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def rows(path: Path, **options: Any) -> list[tuple[str, dict[str, Any]]]:
-    return list(read_rows(DataSource(path=str(path), **options)))
+    return [(found.location, found.row) for found in read_rows(DataSource(path=str(path), **options))]
 
 
 def error_message(path: Path, **options: Any) -> str:
@@ -168,14 +168,13 @@ def test_missing_column_error_lists_the_found_columns(write: Write) -> None:
 
 def test_later_row_without_the_column_lacks_the_field(write: Write) -> None:
     path = write(b'{"question": "q"}\n{"n": 1}\n')
-    rows = list(read_rows(DataSource(path=str(path), columns={"prompt": "question"})))
-    assert rows == [(f"{path}:1", {"prompt": "q"}), (f"{path}:2", {"n": 1})]
+    assert rows(path, columns={"prompt": "question"}) == [(f"{path}:1", {"prompt": "q"}), (f"{path}:2", {"n": 1})]
 
 
 def test_dots_lead_into_objects_unless_a_column_has_that_name(write: Write) -> None:
     path = write(b'{"info": {"post": "a"}}\n{"info.post": "b", "info": {"post": "c"}}\n{"info": 3}\n')
-    rows = [row for _, row in read_rows(DataSource(path=str(path), columns={"prompt": "info.post"}))]
-    assert [row.get("prompt") for row in rows] == ["a", "b", None]
+    found = rows(path, columns={"prompt": "info.post"})
+    assert [row.get("prompt") for _, row in found] == ["a", "b", None]
 
 
 # --- parquet ---
