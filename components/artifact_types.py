@@ -56,6 +56,13 @@ class Prompts(Artifact):
     schema_version = "0.0.1"
 
 
+class Code(Artifact):
+    """A folder of the user's Python functions."""
+
+    schema_title = "system.RlhfCode"
+    schema_version = "0.0.1"
+
+
 class Judge(Artifact):
     schema_title = "system.RlhfJudge"
     schema_version = "0.0.1"

@@ -2,7 +2,8 @@
 
 import_model -> prepare_data -> sft -> reward_model -> ppo -> evaluation -> gate -> register
                             \\-> judge ----------------------/
-and notify at the end, whether the run succeeds or fails. placement.py sets the image, node and resources of each task.
+and notify at the end, whether the run succeeds or fails. Without a reward model among its rewards, a run has no reward_model task; with
+code of the user it has import_code, for judge, ppo and evaluation. placement.py sets the image, node and resources of each task.
 """
 
 import inspect
@@ -13,11 +14,12 @@ from kfp import dsl
 from kfp.dsl import Input
 
 from components.artifact_types import Evaluation, PolicyManifest
-from components.evaluation.component import evaluation
+from components.evaluation.component import EVALUATION
+from components.import_code.component import import_code
 from components.import_model.component import import_model, import_reward_model, import_sft_model
-from components.judge.component import judge, judge_with_reward_model
+from components.judge.component import JUDGE
 from components.notify.component import notify
-from components.ppo.component import ppo
+from components.ppo.component import PPO
 from components.prepare_data.component import prepare_data
 from components.register.component import register
 from components.reward_model.component import reward_model
@@ -102,22 +104,32 @@ def build_pipeline(params: Params) -> Any:
                 configure(sft_task, "sft", "SFT")
             sft_model = sft_task.outputs["model"]
 
-            start_model = base_model
-            if params.reward_model.use:
-                start_model = import_task("reward_model", params.reward_model.use, "import reward model").outputs[
-                    "model"
-                ]
-            reward_model_task = reward_model(
-                base_model=start_model,
-                sft_model=sft_model,
-                preferences=datasets["preferences"],
-                prompts=datasets["prompts"],
-                settings=settings_of_stage(params, "reward_model"),
-                **shared,
-            )
-            configure(reward_model_task, "reward_model")
+            # Optional inputs of tasks, by name.
+            code: dict[str, Any] = {}
+            first_model: dict[str, Any] = {}
+            second_model: dict[str, Any] = {}
+            if params.code.is_given:
+                code_task = import_code(settings=settings_of_stage(params, "import_code"), **shared)
+                configure(code_task, "import_code", source=params.code.path or "")
+                code = {"code": code_task.outputs["code"]}
 
-            second_model = {}
+            if params.uses_reward_model:
+                start_model = base_model
+                if params.reward_model.use:
+                    start_model = import_task("reward_model", params.reward_model.use, "import reward model").outputs[
+                        "model"
+                    ]
+                reward_model_task = reward_model(
+                    base_model=start_model,
+                    sft_model=sft_model,
+                    preferences=datasets["preferences"],
+                    prompts=datasets["prompts"],
+                    settings=settings_of_stage(params, "reward_model"),
+                    **shared,
+                )
+                configure(reward_model_task, "reward_model")
+                first_model = {"reward_model": reward_model_task.outputs["model"]}
+
             if params.reward_model_judge:
                 start_model, use = base_model, params.reward_model_judge.use
                 if use:
@@ -132,36 +144,38 @@ def build_pipeline(params: Params) -> Any:
                 )
                 configure(second_task, "reward_model", "judge reward model")
                 second_model = {"reward_model": second_task.outputs["model"]}
-                if claim:  # only one node at a time can mount the volume of the checkpoints
+                if claim and first_model:  # only one node at a time can mount the volume of the checkpoints
                     second_task.after(reward_model_task)
 
-            judge_component = judge_with_reward_model if second_model else judge
-            judge_task = judge_component(
+            judge_task = JUDGE[frozenset(second_model | code)](
                 preferences=datasets["judge_preferences"],
                 tokenizer=tokenizer,
                 settings=settings_of_stage(params, "judge"),
                 **second_model,
+                **code,
                 **shared,
             )
             configure(judge_task, "judge")
 
-            ppo_task = ppo(
+            ppo_task = PPO[frozenset(first_model | code)](
                 sft_model=sft_model,
-                reward_model=reward_model_task.outputs["model"],
                 prompts=datasets["prompts"],
                 settings=settings_of_stage(params, "ppo"),
+                **first_model,
+                **code,
                 **shared,
             )
             configure(ppo_task, "ppo", "PPO")
             ppo_task.after(judge_task)  # a judge that fails or cannot tell is known before the hours of PPO
 
-            evaluation_task = evaluation(
+            evaluation_task = EVALUATION[frozenset(first_model | code)](
                 sft_model=sft_model,
                 policy=ppo_task.outputs["model"],
-                reward_model=reward_model_task.outputs["model"],
                 judge=judge_task.outputs["judge"],
                 prompts=datasets["heldout_prompts"],
                 settings=settings_of_stage(params, "evaluation"),
+                **first_model,
+                **code,
                 **shared,
             )
             configure(evaluation_task, "evaluation")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 IMAGE_OF = {
     "import_model": "trainer",
     "prepare_data": "trainer",
+    "import_code": "tools",
     "sft": "trainer",
     "reward_model": "trainer",
     "judge": "trainer",
@@ -36,7 +37,7 @@ IMAGE_OF = {
     "notify": "tools",
 }
 DOWNLOADING_STAGES = ("import_model", "prepare_data")  # the only stages that download models and data
-DETERMINISTIC_STAGES = (*DOWNLOADING_STAGES, "judge")
+DETERMINISTIC_STAGES = (*DOWNLOADING_STAGES, "import_code", "judge")
 SCRATCH_PATH = "/scratch"
 # The images keep these in /tmp, where KFP's launcher writes too, which a volume that belongs to root would prevent.
 SCRATCH_VARIABLES = {"TMPDIR": "", "XDG_CACHE_HOME": "/.cache", "HF_HOME": "/.cache/huggingface", "TRITON_CACHE_DIR": "/.cache/triton",
@@ -63,11 +64,11 @@ def configure_task(
 ) -> Any:
     """Set image, node, resources, secrets, volumes, retries and caching of a task.
 
-    source is what an import_model task reads. inputs are the pipeline's inputs, by name; those of node_inputs() replace the node
-    selector and tolerations of a profile. claim is the one that this run creates for its checkpoints.
+    source is what a task of import_model or import_code reads. inputs are the inputs of the pipeline by name; those of node_inputs()
+    replace the node selector and tolerations of a profile. claim is the one that this run creates for its checkpoints.
     """
     cluster, profile = params.cluster, params.cluster.profile(stage)
-    sources = [source] if stage == "import_model" else data_sources(params) if stage == "prepare_data" else []
+    sources = [source] if source else data_sources(params) if stage == "prepare_data" else []
     task.set_container_image(image(cluster, role_of_image(params, stage)))
     kubernetes.use_field_path_as_env(task, env_name="RLHF_RUN_ID", field_path="metadata.labels['pipeline/runid']")
     for name, value in _environment(cluster, stage).items():
@@ -142,6 +143,17 @@ def require_checkpoints_for_budget(params: Params) -> None:
         raise InputError(
             f"cluster.budget is {params.cluster.budget:g}, but no checkpoints are saved, and a run that stops at its budget would lose "
             "everything; set storage.uri to s3://BUCKET/PREFIX, cluster.checkpoint_claim or cluster.checkpoint_volume."
+        )
+
+
+def require_allowed_code(params: Params) -> None:
+    """Raise InputError for programs of the user in a run on a cluster, unless cluster.allow_user_code says so."""
+    found = params.runs_user_code
+    if found and not params.cluster.allow_user_code:
+        key, kind = next(iter(found.items()))
+        raise InputError(
+            f"{key} is a {kind}, a program of yours that would run on the cluster, and cluster.allow_user_code is false; set it to true "
+            "if your cluster may run such code."
         )
 
 
@@ -257,7 +269,7 @@ def set_volumes(task: Any, stage: str, params: Params, profile: Profile, claim: 
         kubernetes.mount_pvc(task, claim.name if claim else cluster.checkpoint_claim, CHECKPOINT_PATH)
         if claim:
             task.after(claim.opened)
-    if stage in DOWNLOADING_STAGES:
+    if stage in (*DOWNLOADING_STAGES, "import_code"):
         for path, name in cluster.claims.items():
             kubernetes.mount_pvc(task, name, path)
     if profile.scratch:

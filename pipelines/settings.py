@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from components.rlhf.config.base import BaseConfig
+from components.rlhf.config.code import ImportCodeStageConfig
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.import_model import ImportModelStageConfig
 from components.rlhf.config.judge import JudgeStageConfig
@@ -22,6 +23,7 @@ from components.rlhf.config.sft import SftStageConfig
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.redaction import find_secrets
 from components.rlhf.text.strict_yaml import MAX_BYTES, NotYamlError, parse_yaml
+from pipelines.code_files import code_folder, read_code
 from pipelines.judge_files import read_judge_files
 from pipelines.profiles import resolve_profiles
 
@@ -45,7 +47,7 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
         params = Params.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{path}: {explain_validation_error(error, Params)}") from None
-    params = read_judge_files(params, path.parent)
+    params = read_code(read_judge_files(params, path.parent), code_folder(params, path.parent))
     _reject_secrets(params, path)
     return params
 
@@ -160,6 +162,7 @@ def settings_of_stage(params: Params, stage: str) -> str:
         "judge": JudgeStageConfig,
         "ppo": PpoStageConfig,
         "evaluation": EvaluationStageConfig,
+        "import_code": ImportCodeStageConfig,
     }
     if stage == "import_model":
         return import_settings(params, "base_model", params.model.source, params.model.revision)

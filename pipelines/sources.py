@@ -44,6 +44,11 @@ def is_on_hub(source: str) -> bool:
     return is_remote(source) and not source.startswith(PREFIX)
 
 
+def is_on_mounted_volume(source: str, params: Params) -> bool:
+    """Whether a source is under cluster.claims."""
+    return any(is_within(source, path) for path in params.cluster.claims)
+
+
 def is_within(path: str, folder: str) -> bool:
     """Whether path is the folder or inside it."""
     return path == folder or path.startswith(folder.rstrip("/") + "/")

@@ -12,9 +12,12 @@ from components.rlhf.runtime.stage import StageRun, stage_program
     reads={
         "sft_model": "Fine-tuned model, the baseline.",
         "policy": "Policy that PPO has trained.",
-        "reward_model": "Reward model that PPO has trained against.",
         "judge": "Judges that compare the responses; the first one decides.",
         "prompts": "Held-out prompts.",
+    },
+    may_read={
+        "reward_model": "Reward model that PPO has trained against.",
+        "code": "Folder with the Python functions of judges.",
     },
     writes={
         "evaluation": "Evaluation: all metrics and responses.",
@@ -29,9 +32,10 @@ def main(
     run: StageRun[EvaluationStageConfig],
     sft_model: Path,
     policy: Path,
-    reward_model: Path,
     judge: Path,
     prompts: Path,
+    reward_model: Path | None,
+    code: Path | None,
     **writes: Path,
 ) -> None:
     from components.evaluation.judge_curve import judge_curve
@@ -44,15 +48,25 @@ def main(
     from components.rlhf.data.records import Prompt, ValidationSample
     from components.rlhf.runtime.executor import write_parameter
 
-    config, folders = run.config, dict(sft_model=sft_model, reward_model=reward_model, judge=judge)
+    config, folders = run.config, dict(sft_model=sft_model, reward_model=reward_model, judge=judge, code=code)
     inputs = open_inputs(**folders, policy_model=policy, prompts=prompts)
     heldout = load_records(prompts, "heldout", Prompt)[: config.evaluation.num_prompts]
     validation = load_records(policy, "validation", ValidationSample)
-    measured = measure(run, inputs, heldout, validation, **folders, policy=policy)
+    measured = measure(
+        run,
+        inputs,
+        heldout,
+        validation,
+        sft_model=sft_model,
+        policy=policy,
+        reward_model=reward_model,
+        judge=judge,
+        code=code,
+    )
     if measured is None:  # rank 0 alone decides and writes
         return
     comparison, judges = measured
-    accuracy = inputs["reward_model"].facts.get("heldout_accuracy")
+    accuracy = inputs["reward_model"].facts.get("heldout_accuracy") if reward_model else None
     numbers = summarize(comparison, judges, config.evaluation, reward_accuracy=accuracy, seed=config.seed)
     training, verdict = judge_curve(validation, judges), decide(numbers, judges[0], config.gate)
     run.write_artifact(

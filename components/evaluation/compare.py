@@ -35,7 +35,7 @@ class Responses:
 
     completions: list[Completion]
     cut: list[Completion]  # to the length of the shorter response of the row, without EOS
-    rewards: list[float]  # normalized scores of the reward model
+    rewards: list[float] | None  # normalized scores of the reward model; None in a run without one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +59,13 @@ def compare(
     *,
     sft_model: Path,
     policy: Path,
-    reward_model: Path,
+    reward_model: Path | None,
     progress: Progress,
     ranks: Ranks | None = None,
 ) -> Comparison:
     """Sample both models, measure the KL, and score the responses. Every rank gets the whole comparison.
 
-    The sampled model, the two models of the KL, and the reward model are in memory one after the other.
+    The sampled model, the two models of the KL, and the reward model, if there is one, are in memory one after the other.
     """
     ranks = ranks or Ranks.of(config)
     tokenizer, stop_ids = load_tokenizer(sft_model), load_stop_ids(sft_model)
@@ -79,14 +79,16 @@ def compare(
     ranks.group.watchdog("evaluation, KL")
     kl, exact = measure_kl(folders, sampled, distribution, ranks, num_frozen_layers=config.model.num_frozen_layers)
     ranks.release()
-    ranks.group.watchdog("evaluation, scores of the reward model")
-    rewards = score(reward_model, [*sft, *ppo], ranks)
-    ranks.release()
+    rewards = None
+    if reward_model is not None:
+        ranks.group.watchdog("evaluation, scores of the reward model")
+        rewards = score(reward_model, [*sft, *ppo], ranks)
+        ranks.release()
     cut_sft, cut_ppo = cut_to_equal_length(sft, ppo, tokenizer)
     return Comparison(
         groups=groups,
-        sft=Responses(completions=sft, cut=cut_sft, rewards=rewards[: len(sft)]),
-        ppo=Responses(completions=ppo, cut=cut_ppo, rewards=rewards[len(sft) :]),
+        sft=Responses(completions=sft, cut=cut_sft, rewards=rewards and rewards[: len(sft)]),
+        ppo=Responses(completions=ppo, cut=cut_ppo, rewards=rewards and rewards[len(sft) :]),
         kl=kl,
         exact_kl=exact,
     )

@@ -1,17 +1,17 @@
-"""KFP definition of evaluation."""
+"""KFP components of the stage evaluation, with and without a reward model and code of the user."""
 
 from kfp import dsl
 from kfp.dsl import HTML, Input, Markdown, Metrics, Output
 
-from components.artifact_types import Evaluation, Judge, Policy, Prompts, RewardModel, SftModel
-from components.container import container_spec
+from components.artifact_types import Code, Evaluation, Judge, Policy, Prompts, RewardModel, SftModel
+from components.container import container_spec, variants
 
 
-@dsl.container_component
-def evaluation(
+def _evaluation(
     sft_model: Input[SftModel],
     policy: Input[Policy],
     reward_model: Input[RewardModel],
+    code: Input[Code],
     judge: Input[Judge],
     prompts: Input[Prompts],
     evaluation: Output[Evaluation],
@@ -30,6 +30,7 @@ def evaluation(
         sft_model: Fine-tuned model, the baseline of the comparison.
         policy: Model trained by PPO.
         reward_model: Reward model that PPO was trained with.
+        code: Folder with the Python functions of judges.
         judge: Judges that compare the responses; the first one decides.
         prompts: Held-out prompts.
         evaluation: All numbers and responses of the comparison.
@@ -43,3 +44,8 @@ def evaluation(
         storage: Canonical JSON of StorageConfig: answers of endpoint judges, and access to S3.
     """
     return container_spec("evaluation", "rollout", locals())
+
+
+_evaluation.__name__ = "evaluation"
+EVALUATION = variants(_evaluation, "reward_model", "code")
+evaluation = EVALUATION[frozenset({"reward_model"})]

@@ -11,6 +11,7 @@ from components.evaluation.compare import Comparison
 from components.evaluation.ranks import Ranks
 from components.evaluation.statistics import Floats, pairwise_wins
 from components.rlhf.config.judge import RewardModelJudge
+from components.rlhf.config.scoring import VERIFIABLE
 from components.rlhf.data.records import Completion, ValidationSample
 from components.rlhf.rewards.agreement import MIN_ANSWERED
 from components.rlhf.rewards.judges import MICROBATCH_TOKENS, JudgeEntry, JudgeResources, OpenJudge, open_judge
@@ -35,6 +36,11 @@ class Judged:
     @property
     def name(self) -> str:
         return self.entry.settings.title
+
+    @property
+    def verifies(self) -> bool:
+        """Whether the judge says which responses are right, with a score of at least 1."""
+        return isinstance(self.entry.settings, VERIFIABLE)
 
     @property
     def is_pairwise(self) -> bool:
@@ -128,8 +134,10 @@ def _ask(judge: OpenJudge, comparison: Comparison, validation: Sequence[Validati
             consistent=preferences.consistent.tolist(),
             counts=preferences.counts,
         )
+    verifies = isinstance(judge.entry.settings, VERIFIABLE)
+    cut_parts = [[], []] if verifies else [sft.cut, ppo.cut]  # a cut response may have lost its answer
     # In one call, because a call may start a process.
-    parts = [sft.completions, ppo.completions, sft.cut, ppo.cut, [as_completion(sample) for sample in validation]]
+    parts = [sft.completions, ppo.completions, *cut_parts, [as_completion(sample) for sample in validation]]
     scores = judge.scorer.score([completion for part in parts for completion in part]).tolist()
     take = _taker(scores)
     sft_scores, ppo_scores, cut_sft, cut_ppo, validation_scores = (take(len(part)) for part in parts)
@@ -139,7 +147,7 @@ def _ask(judge: OpenJudge, comparison: Comparison, validation: Sequence[Validati
         consistent=[True] * len(ppo_scores),
         sft_scores=sft_scores,
         ppo_scores=ppo_scores,
-        cut_wins=pairwise_wins(cut_ppo, cut_sft),
+        cut_wins=None if verifies else pairwise_wins(cut_ppo, cut_sft),
         validation_scores=validation_scores,
     )
 

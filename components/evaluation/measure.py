@@ -23,12 +23,13 @@ def measure(
     *,
     sft_model: Path,
     policy: Path,
-    reward_model: Path,
+    reward_model: Path | None,
     judge: Path,
+    code: Path | None,
 ) -> tuple[Comparison, list[Judged]] | None:
     """The comparison on held-out prompts, and what the judges say about it and about PPO's validation samples; None after rank 0."""
     config, entries = run.config, read_judges_of(as_list(run.config.judge), judge)
-    resources = JudgeResources(precision=config.model.precision, storage=run.storage, log=run.progress.log)
+    resources = JudgeResources(precision=config.model.precision, storage=run.storage, log=run.progress.log, code=code)
     with join_process_group(timeout_minutes=config.evaluation.timeout_minutes) as group:
         run.require_agreement(group, *inputs.values())
         ranks = Ranks.of(config, group)

@@ -21,7 +21,7 @@ from components.evaluation.verdict import Decision
 from components.rlhf.text.comparison_table import comparison_rows
 
 TRAINING_PANELS = (
-    ("reward", "reward model score"),
+    ("reward", "reward (what PPO raises)"),
     ("judge_score", "judge score (not seen by PPO)"),
     ("kl", "KL (nats per response)"),
     ("eos_rate", "EOS rate"),
@@ -92,7 +92,7 @@ def judge_rows(numbers: Mapping[str, float], judges: Sequence[Judged]) -> list[d
         row = {
             "name": judge.name,
             "kind": judge.entry.settings.kind,
-            "agreement": agreement.explain() if agreement else "not measured",
+            "agreement": agreement.explain() if agreement else "needs none" if judge.verifies else "not measured",
             "longer": f"{agreement.longer_wins:.1%}" if agreement else "",
             "consistency": f"{own['judge_consistency']:.1%}" if "judge_consistency" in own else "",
             "cost": _cost_text(judge.counts),
@@ -148,19 +148,23 @@ def _sample(comparison: Comparison, row: int) -> dict[str, Any]:
 
 
 def _plot(comparison: Comparison, judge: Judged) -> str:
-    """Histogram of the judge scores of both models, and scatter plot of judge score vs. reward model score per row."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
+    """Histogram of the judge scores of both models, and scatter plot of judge score vs. reward model score per row, if there is one."""
+    with_rewards = comparison.sft.rewards is not None
+    figure, axes = plt.subplots(1, 1 + with_rewards, figsize=(11, 3.8), constrained_layout=True, squeeze=False)
+    left, right = axes[0][0], axes[0][-1]
     for responses, scores, color, label in (
         (comparison.sft, judge.sft_scores, "#9ca3af", "SFT"),
         (comparison.ppo, judge.ppo_scores, "#2563eb", "PPO"),
     ):
         left.hist(scores, bins=30, alpha=0.65, color=color, label=label)
-        right.scatter(responses.rewards, scores, s=7, alpha=0.5, color=color, label=label)
+        if with_rewards:
+            right.scatter(responses.rewards, scores, s=7, alpha=0.5, color=color, label=label)
     left.set_xlabel("judge score")
     left.set_ylabel("responses")
-    right.set_xlabel("reward model score")
-    right.set_ylabel("judge score")
-    for axis in (left, right):
+    if with_rewards:
+        right.set_xlabel("reward model score")
+        right.set_ylabel("judge score")
+    for axis in axes.flat:
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     return _as_svg(figure)

@@ -77,5 +77,5 @@ def _response_row(responses: Responses, number: int) -> dict[str, str | float | 
         "response": completion.response,
         "num_tokens": len(completion.response_ids),
         "truncated": completion.truncated,
-        "reward": responses.rewards[number],
+        **({} if responses.rewards is None else {"reward": responses.rewards[number]}),
     }

@@ -4,8 +4,10 @@ Values are one per row, which is a pair of responses. Rows of one prompt form a 
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +72,25 @@ def bootstrap_mean(values: Floats, groups: Sequence[int], bootstrap: Bootstrap) 
     sizes = np.bincount(numbers).astype(np.float64)
     means = np.concatenate([(n @ sums) / (n @ sizes) for n in bootstrap.counts(len(sums))])
     return bootstrap.interval(float(values[kept].mean()), means)
+
+
+def pass_rate(passed: Floats, groups: Sequence[int], bootstrap: Bootstrap) -> Interval:
+    """pass@1: the mean of passed [R] (0 or 1) with its interval: Wilson's with one row per prompt, else the bootstrap over prompts."""
+    if len(set(groups)) < len(groups):
+        interval = bootstrap_mean(passed, groups, bootstrap)
+        assert interval is not None
+        return interval
+    low, high = wilson_interval(float(passed.sum()), len(passed), confidence=bootstrap.confidence)
+    return Interval(value=float(passed.mean()), low=low, high=high)
+
+
+def wilson_interval(successes: float, trials: int, *, confidence: float) -> tuple[float, float]:
+    """Score interval of a probability (Wilson 1927), which is sensible for few trials and near 0 and 1."""
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    rate, share = successes / trials, z**2 / trials
+    center = (rate + share / 2) / (1 + share)
+    half = z / (1 + share) * math.sqrt(rate * (1 - rate) / trials + share / (4 * trials))
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def length_controlled(

@@ -16,9 +16,12 @@ from components.evaluation.statistics import (
     distinct_2,
     length_controlled,
     pairwise_wins,
+    pass_rate,
 )
 from components.rlhf.config.evaluation import EvaluationConfig, GateConfig
 from components.rlhf.data.records import Completion
+
+PASS = 1.0  # the score of a right response
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +60,14 @@ def summarize(
     for name, values in (("kl", comparison.kl), ("kl_exact", comparison.exact_kl)):
         interval = bootstrap_mean(np.array(values), groups, bootstrap)
         numbers |= interval.named(name) if interval else {}
-    numbers["reward_win_rate"] = float(pairwise_wins(ppo.rewards, sft.rewards).mean())
+    if ppo.rewards is not None and sft.rewards is not None:
+        numbers["reward_win_rate"] = float(pairwise_wins(ppo.rewards, sft.rewards).mean())
     if reward_accuracy is not None:
         numbers["reward_model_accuracy"] = float(reward_accuracy)
     distinct = distinct_2([c.response for c in sft.completions], [c.response for c in ppo.completions])
     for name, responses, distinct2 in (("sft", sft, distinct[0]), ("ppo", ppo, distinct[1])):
+        numbers |= {} if responses.rewards is None else {f"reward_{name}": float(np.mean(responses.rewards))}
         numbers |= {
-            f"reward_{name}": float(np.mean(responses.rewards)),
             f"length_{name}": float(np.mean([len(c.response_ids) for c in responses.completions])),
             f"eos_rate_{name}": float(np.mean([not c.truncated for c in responses.completions])),
             f"distinct2_{name}": distinct2,
@@ -109,7 +113,23 @@ def judge_numbers(judge: Judged, comparison: Comparison, bootstrap: Bootstrap) -
     if judge.sft_scores is not None and judge.ppo_scores is not None:
         numbers["judge_score_sft"] = float(np.mean(judge.sft_scores))
         numbers["judge_score_ppo"] = float(np.mean(judge.ppo_scores))
+        if judge.verifies:
+            numbers |= pass_numbers(judge.sft_scores, judge.ppo_scores, groups, bootstrap)
     return numbers
+
+
+def pass_numbers(
+    sft_scores: Sequence[float], ppo_scores: Sequence[float], groups: Sequence[int], bootstrap: Bootstrap
+) -> dict[str, float]:
+    """pass@1 of both models and their difference, with intervals. A response passes with a score of at least 1."""
+    sft, ppo = (np.array(scores) >= PASS for scores in (sft_scores, ppo_scores))
+    gain = bootstrap_mean(ppo.astype(np.float64) - sft.astype(np.float64), groups, bootstrap)
+    assert gain is not None
+    return {
+        **pass_rate(sft.astype(np.float64), groups, bootstrap).named("pass_at_1_sft"),
+        **pass_rate(ppo.astype(np.float64), groups, bootstrap).named("pass_at_1_ppo"),
+        **gain.named("pass_at_1_gain"),
+    }
 
 
 def matching_rows(sft: Sequence[Completion], ppo: Sequence[Completion]) -> NDArray[np.int64]:
@@ -139,6 +159,8 @@ def decide(numbers: Mapping[str, float], judge: Judged, gate: GateConfig) -> Dec
         )
     low, kl = numbers["win_rate_low"], numbers["kl"]
     rate = f"win rate {numbers['win_rate']:.3f} [{low:.3f}, {numbers['win_rate_high']:.3f}]"
+    if "pass_at_1_ppo" in numbers:
+        rate += f" (pass@1 {numbers['pass_at_1_sft']:.3f} to {numbers['pass_at_1_ppo']:.3f})"
     reasons = []
     if not low > gate.min_win_rate:
         reasons.append(f"{rate}: lower end of the interval is not above {gate.min_win_rate:g}")

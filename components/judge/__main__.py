@@ -13,7 +13,10 @@ from components.rlhf.runtime.stage import StageRun, stage_program
         "preferences": "Ratings and preference pairs of the judges.",
         "tokenizer": "Tokenizer of the base model, which truncates texts as for the reward model.",
     },
-    may_read={"reward_model": "Second reward model, for a judge of that kind."},
+    may_read={
+        "reward_model": "Second reward model, for a judge of that kind.",
+        "code": "Folder with the Python functions of judges.",
+    },
     writes={
         "judge": "The judges: settings, agreement with people, and weights.",
         "metrics": "Metrics of the stage as JSON.",
@@ -25,6 +28,7 @@ def main(
     preferences: Path,
     tokenizer: Path,
     reward_model: Path | None,
+    code: Path | None,
     judge: Path,
     metrics: Path,
     summary: Path,
@@ -41,11 +45,15 @@ def main(
     parents = {
         "tokenizer": open_artifact(tokenizer, "tokenizer"),
         "preferences": open_artifact(preferences, "preferences"),
-    } | ({"reward_model": open_artifact(reward_model, "reward_model")} if reward_model else {})
+    }
+    optional = {"reward_model": reward_model, "code": code}
+    parents |= {kind: open_artifact(folder, kind) for kind, folder in optional.items() if folder}
     ratings = load_records(preferences, "ratings", RatedText)
     train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
     encoder, max_tokens = load_tokenizer(tokenizer), read_header(preferences).max_tokens
-    resources = JudgeResources(precision=run.config.model.precision, storage=run.storage, log=run.progress.log)
+    resources = JudgeResources(
+        precision=run.config.model.precision, storage=run.storage, log=run.progress.log, code=code
+    )
     judges = build_panel(
         as_list(run.config.judge),
         heldout,

@@ -1,22 +1,17 @@
-"""KFP definitions of judge, without and with a second reward model.
-
-They are two, because the backend of Kubeflow Pipelines before 2.17.1 takes every optional input artifact for missing
-(kubeflow/pipelines#14175).
-"""
-
-from typing import Any
+"""KFP components of the stage judge, with and without a second reward model and code of the user."""
 
 from kfp import dsl
 from kfp.dsl import Input, Markdown, Metrics, Output
 
-from components.artifact_types import Judge, Preferences, RewardModel, Tokenizer
-from components.container import container_spec
+from components.artifact_types import Code, Judge, Preferences, RewardModel, Tokenizer
+from components.container import container_spec, variants
 
 
-@dsl.container_component
-def judge(
+def _judge(
     preferences: Input[Preferences],
     tokenizer: Input[Tokenizer],
+    reward_model: Input[RewardModel],
+    code: Input[Code],
     judge: Output[Judge],
     metrics: Output[Metrics],
     summary: Output[Markdown],
@@ -29,6 +24,8 @@ def judge(
     Args:
         preferences: Ratings and pairs that only the judges are trained on, and held-out pairs.
         tokenizer: Tokenizer of the base model, which truncates texts as for the reward model.
+        reward_model: Second reward model.
+        code: Folder with the Python functions of judges.
         judge: The judges: settings, agreement with people, and weights.
         metrics: Metrics of the stage.
         summary: Markdown summary of the judges.
@@ -39,27 +36,6 @@ def judge(
     return container_spec("judge", "trainer", locals())
 
 
-def _with_reward_model() -> Any:
-    @dsl.container_component
-    def judge(
-        preferences: Input[Preferences],
-        tokenizer: Input[Tokenizer],
-        reward_model: Input[RewardModel],
-        judge: Output[Judge],
-        metrics: Output[Metrics],
-        summary: Output[Markdown],
-        settings: str,
-        tracking: str = "{}",
-        storage: str = "{}",
-    ) -> dsl.ContainerSpec:
-        """Build judges of which one is a second reward model; other arguments as for judge.
-
-        Args:
-            reward_model: Second reward model.
-        """
-        return container_spec("judge", "trainer", locals())
-
-    return judge
-
-
-judge_with_reward_model = _with_reward_model()  # a component of the same name, and so is its task
+_judge.__name__ = "judge"
+JUDGE = variants(_judge, "reward_model", "code")
+judge = JUDGE[frozenset()]

@@ -10,6 +10,7 @@ from pathlib import Path
 from components.judge.summary import describe_linear
 from components.rlhf.artifacts.manifest import MANIFEST
 from components.rlhf.config.judge import EndpointJudge, Judge, LinearJudge, RewardModelJudge
+from components.rlhf.config.scoring import VERIFIABLE
 from components.rlhf.data.records import Completion, PreferencePair, RatedText
 from components.rlhf.rewards.agreement import measure_agreement
 from components.rlhf.rewards.judges import JudgeEntry, JudgeResources, open_judge, save_judges
@@ -39,6 +40,8 @@ class MeasuredJudge:
     def describe(self) -> str:
         """One line for the log."""
         name, agreement, reason = self.entry.settings.title, self.entry.agreement, self.entry.cannot_tell
+        if isinstance(self.entry.settings, VERIFIABLE):
+            return f"judge {name} verifies answers, and needs no agreement with people"
         if reason:
             return f"judge {name} cannot tell, because {reason}; the gate gives no verdict by it"
         return f"judge {name} agrees with people on {agreement.explain() if agreement else ''}"
@@ -104,7 +107,13 @@ def measure_judge(
     *,
     seed: int,
 ) -> MeasuredJudge:
-    """Compare the two texts of held-out pairs. Judges that take fewer pairs than others take the first ones of the same order."""
+    """Compare the two texts of held-out pairs. Judges that take fewer pairs than others take the first ones of the same order.
+
+    A judge that verifies answers compares none: pairs have no right answer.
+    """
+    if isinstance(config, VERIFIABLE):
+        entry = JudgeEntry(settings=config, agreement=None)
+        return MeasuredJudge(entry=entry, numbers={"num_unanswered": 0.0}, save=built.save, notes=built.notes)
     limit = config.num_pairs if isinstance(config, EndpointJudge) else MAX_PAIRS
     if isinstance(config, RewardModelJudge):
         limit = MAX_PAIRS_OF_REWARD_MODEL

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from components.rlhf.config.scoring import VERIFIABLE
+
 if TYPE_CHECKING:
     from components.judge.panel import MeasuredJudge
     from components.rlhf.rewards.linear import LinearJudge  # imports scikit-learn
@@ -25,6 +27,9 @@ def as_markdown(judges: Sequence["MeasuredJudge"]) -> str:
     for judge in judges:
         name, agreement = judge.entry.settings.title, judge.entry.agreement
         unanswered = f"{judge.numbers['num_unanswered']:.0f}"
+        if isinstance(judge.entry.settings, VERIFIABLE):
+            lines.append(f"| {name} | verifies answers | | | | |")
+            continue
         if agreement is None:
             lines.append(f"| {name} | none | 0 | | | {unanswered} |")
             continue

@@ -1,4 +1,4 @@
-"""Train the SFT model with PPO against the reward model."""
+"""Train the SFT model with PPO."""
 
 from pathlib import Path
 
@@ -11,8 +11,11 @@ from components.rlhf.runtime.stage import StageRun, stage_program
     PpoStageConfig,
     reads={
         "sft_model": "Fine-tuned model: actor and reference.",
-        "reward_model": "Reward model, which also initializes the critic.",
         "prompts": "Prompts for training and validation.",
+    },
+    may_read={
+        "reward_model": "Reward model, which also initializes the critic, if it is one of the rewards.",
+        "code": "Folder with the Python functions of rewards.",
     },
     writes={
         "model": "Trained policy in the Hugging Face format.",
@@ -24,8 +27,9 @@ from components.rlhf.runtime.stage import StageRun, stage_program
 def main(
     run: StageRun[PpoStageConfig],
     sft_model: Path,
-    reward_model: Path,
     prompts: Path,
+    reward_model: Path | None,
+    code: Path | None,
     model: Path,
     manifest: Path,
     metrics: Path,
@@ -43,7 +47,7 @@ def main(
     from components.rlhf.engine.group import join_process_group
     from components.rlhf.models.precision import compute_dtype
 
-    inputs = open_inputs(sft_model=sft_model, reward_model=reward_model, prompts=prompts)
+    inputs = open_inputs(sft_model=sft_model, reward_model=reward_model, prompts=prompts, code=code)
     dtype, training = compute_dtype(run.config.model.precision), run.config.ppo.training
     with join_process_group(timeout_minutes=training.timeout_minutes) as group:
         context = run.training_context(run.config.checkpoint, group, *inputs.values())

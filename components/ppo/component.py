@@ -1,16 +1,16 @@
-"""KFP component of the stage ppo."""
+"""KFP components of the stage ppo, with and without a reward model and code of the user."""
 
 from kfp import dsl
 from kfp.dsl import HTML, Input, Metrics, Output
 
-from components.artifact_types import Policy, PolicyManifest, Prompts, RewardModel, SftModel
-from components.container import container_spec
+from components.artifact_types import Code, Policy, PolicyManifest, Prompts, RewardModel, SftModel
+from components.container import container_spec, variants
 
 
-@dsl.container_component
-def ppo(
+def _ppo(
     sft_model: Input[SftModel],
     reward_model: Input[RewardModel],
+    code: Input[Code],
     prompts: Input[Prompts],
     model: Output[Policy],
     manifest: Output[PolicyManifest],
@@ -20,11 +20,12 @@ def ppo(
     tracking: str = "{}",
     storage: str = "{}",
 ) -> dsl.ContainerSpec:
-    """Train the SFT model with PPO against the reward model.
+    """Train the SFT model with PPO.
 
     Args:
         sft_model: SFT model, the start of the actor and the reference.
         reward_model: Reward model, also the start of the critic.
+        code: Folder with the Python functions of rewards.
         prompts: Prompts to sample responses for.
         model: Trained policy in the Hugging Face layout.
         manifest: Its manifest.json, for stages that need no weights.
@@ -35,3 +36,8 @@ def ppo(
         storage: Canonical JSON of StorageConfig: checkpoints, published models, and access to S3.
     """
     return container_spec("ppo", "rollout", locals())
+
+
+_ppo.__name__ = "ppo"
+PPO = variants(_ppo, "reward_model", "code")
+ppo = PPO[frozenset({"reward_model"})]

@@ -1,4 +1,4 @@
-"""From completions to experience: log-probs, values and scores of a rollout, and its advantages."""
+"""From completions to experience: log-probs, values and scores of a rollout, its rewards and its advantages."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from components.rlhf.config.ppo import PpoConfig
+from components.rlhf.config.ppo import GROUP_ESTIMATORS, WHITENED_ESTIMATORS, PpoConfig
 from components.rlhf.data.batching import TokenBatch, collate
 from components.rlhf.data.microbatches import equal_passes
 from components.rlhf.data.ragged import Ragged
 from components.rlhf.data.records import Completion
 from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.engine.protocol import Group, TrainEngine
-from components.rlhf.maths.advantages import estimate_advantages
+from components.rlhf.maths.advantages import equal_groups, estimate_advantages, reward_to_go, shape_group_scores
+from components.rlhf.maths.importance import rejection_mask
 from components.rlhf.maths.kl import estimate_kl
 from components.rlhf.maths.masked import whiten
 from components.rlhf.maths.rewards import token_rewards
@@ -31,9 +32,9 @@ class Models:
 
     actor: Actor  # trained, starts from the SFT model
     reference: Actor  # the SFT model, frozen
-    critic: ScalarModel  # trained, starts from the reward model
-    reward_model: ScalarModel  # frozen
-    scorer: Scorer  # scores responses with the reward model, whatever its tokenizer
+    critic: ScalarModel | None  # trained, starts from the reward model; None for estimators without a critic
+    reward_model: ScalarModel | None  # frozen
+    scorer: Scorer | None  # scores responses with the reward model, whatever its tokenizer
     shared_trunk: bool  # all models that compute with the actor's ids hold the same frozen layers
 
 
@@ -45,7 +46,7 @@ class Learner:
     config: PpoConfig
     distribution: SamplingDistribution
     group: Group = SINGLE_PROCESS
-    engines: Mapping[str, TrainEngine] = field(default_factory=dict)  # of "actor" and "critic", for updates
+    engines: Mapping[str, TrainEngine] = field(default_factory=dict)  # of "actor" and, if there is one, "critic"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +57,20 @@ class Experience:
     old_logprobs: Tensor  # [B, T] of the sampling policy, computed by the trainer or the rollout engine (old_logprobs)
     ref_logprobs: Tensor  # [B, T]
     engine_logprobs: Tensor  # [B, T] computed by the rollout engine
-    old_values: Tensor  # [B, T]
-    scores: Tensor  # [B] reward-model scores, normalized if the config says so
+    old_values: Tensor | None  # [B, T]; None without a critic
+    scores: (
+        Tensor  # [B] weighted sum of the scores of all rewards; the reward model's are normalized if the config says so
+    )
+    rewards: Tensor  # [B] scores after missing_eos_penalty and reward_clip, of which the objective is the mean
     kl: Tensor  # [B, T] log-ratio to the reference (k1), whichever estimator is penalized
     entropy: Tensor  # [B, T]; without the trainer's log-probs an unbiased estimate, -old_logprobs
-    advantages: Tensor  # [B, T], whitened
+    advantages: Tensor  # [B, T], whitened for the estimators that do so
     returns: Tensor  # [B, T]
+    loss_mask: Tensor  # [B, T] bool: the response tokens that are trained on
+    equal_groups: (
+        Tensor | None
+    )  # [P] bool: all responses to a prompt have the same reward; None unless they are compared
+    kl_coef: float  # coefficient of the KL penalty, in the reward or in the loss
     truncated: Tensor  # [B] bool
     clipped: Tensor  # [B] bool, score beyond reward_clip
     states: Ragged | None  # [S, H] of each row above the frozen layers, computed once for all models and epochs
@@ -76,25 +85,119 @@ class Experience:
 
 
 @torch.no_grad()
-def make_experience(learner: Learner, completions: Sequence[Completion], *, kl_coef: float) -> Experience:
-    """Score this rank's share of a rollout with all four models and estimate its advantages.
+def make_experience(
+    learner: Learner, completions: Sequence[Completion], *, kl_coef: float, group_size: int = 1
+) -> Experience:
+    """Score this rank's share of a rollout with all models and estimate its advantages.
 
-    Rows go through the models in the same passes as in the first epoch of updates, so that the first ratio is exactly 1.
+    Each group_size neighbors are the responses to one prompt; with 1, responses are not compared. Rows go through the models in the
+    same passes as in the first epoch of updates, so that the first ratio is exactly 1.
     """
-    models, config, group = learner.models, learner.config, learner.group
-    # 1. One batch of known lengths. A truncated response stays as it was sampled; no EOS is appended.
+    models, config = learner.models, learner.config
+    # A truncated response stays as it was sampled; no EOS is appended.
     batch = collate([c.prompt_ids for c in completions], [c.response_ids for c in completions])
     batch = batch.to(next(models.actor.parameters()).device)
     mask = batch.response_mask
     truncated = torch.tensor([c.truncated for c in completions], device=mask.device)
-    engine_logprobs = _engine_logprobs(completions, mask)
     minibatches = plan_minibatches(range(len(batch)), batch, learner)
     passes = [rows for minibatch in minibatches for rows in minibatch]
+    engine_logprobs = _engine_logprobs(completions, mask)
+    found = _compute(learner, batch, passes, engine_logprobs)
+    computed = ComputedStates(batch=batch, passes=passes, states=found.states, last_features=found.last_features)
+    scores = score(learner, completions, computed).to(mask.device)
+    rewards, clipped = response_rewards(scores, truncated, config)
 
-    # 2. The frozen layers once, then log-probs of actor and reference, and values.
+    compares = config.advantage in GROUP_ESTIMATORS and group_size > 1
+    groups = equal_groups(rewards.view(-1, group_size)) if compares else None
+    loss_mask = mask & _trained_rows(truncated, groups, group_size, config)[:, None]
+    if config.rejection is not None:
+        limits = config.rejection
+        loss_mask &= rejection_mask(
+            found.old_logprobs, engine_logprobs, mask, limits.statistic, limits.low, limits.high
+        )
+    shaped = rewards
+    if compares:
+        shaped = shape_group_scores(rewards.view(-1, group_size), config.advantage).flatten()
+    elif config.advantage == "remax":
+        shaped = rewards - torch.tensor([c.baseline for c in completions], device=mask.device)
+    penalty = estimate_kl(found.old_logprobs, found.ref_logprobs, mask, config.kl_estimator, config.kl_clamp)
+    per_token = token_rewards(shaped, penalty, mask, kl_coef=kl_coef if config.kl_in == "reward" else 0.0)
+    if found.old_values is None:
+        advantages = returns = reward_to_go(per_token, mask, gamma=config.gamma)
+    else:  # the returns are those of the advantages before whitening
+        advantages, returns = estimate_advantages(
+            found.old_values, per_token, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
+        )
+    if config.whiten_advantages and config.advantage in WHITENED_ESTIMATORS:
+        advantages = whiten(advantages, loss_mask, reduce=learner.group.sum)
+    return Experience(
+        batch=batch,
+        old_logprobs=found.old_logprobs,
+        ref_logprobs=found.ref_logprobs,
+        engine_logprobs=engine_logprobs,
+        old_values=found.old_values,
+        scores=scores,
+        rewards=rewards,
+        kl=estimate_kl(found.old_logprobs, found.ref_logprobs, mask, "k1"),
+        entropy=found.entropy,
+        advantages=advantages,
+        returns=returns,
+        loss_mask=loss_mask,
+        equal_groups=groups,
+        kl_coef=kl_coef,
+        truncated=truncated,
+        clipped=clipped,
+        states=found.states,
+        features=found.features,
+        pack_limit=models.actor.pack_limit,
+        minibatches=minibatches,
+    )
+
+
+@torch.no_grad()
+def score(learner: Learner, completions: Sequence[Completion], computed: ComputedStates | None = None) -> Tensor:
+    """Scores [B] of the responses. Raises InputError for one that is not finite."""
+    scorer = learner.models.scorer
+    assert scorer is not None, "the settings have a reward"
+    scores = scorer.score(completions, computed)
+    _require_finite_scores(scores, completions)
+    return scores
+
+
+def response_rewards(scores: Tensor, truncated: Tensor, config: PpoConfig) -> tuple[Tensor, Tensor]:
+    """Scores [B] after the penalty for a missing EOS and the clip, and where the clip applied (bool)."""
+    limit = math.inf if config.reward_clip is None else config.reward_clip
+    penalized = scores - config.missing_eos_penalty * truncated
+    return penalized.clamp(-limit, limit), penalized.abs() > limit
+
+
+def _trained_rows(truncated: Tensor, equal: Tensor | None, group_size: int, config: PpoConfig) -> Tensor:
+    """[B] bool: the responses that are trained on."""
+    rows = ~truncated if config.mask_truncated else torch.ones_like(truncated)
+    if config.drop_equal_groups and equal is not None:
+        rows = rows & ~equal.repeat_interleave(group_size)
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Computed:
+    """What the models compute of a rollout."""
+
+    old_logprobs: Tensor  # [B, T]
+    ref_logprobs: Tensor  # [B, T]
+    entropy: Tensor  # [B, T]
+    old_values: Tensor | None  # [B, T]; None without a critic
+    states: Ragged | None  # as in Experience
+    features: Ragged | None
+    last_features: Tensor | None  # [B, H], of a reward model that shares all layers with the critic
+
+
+def _compute(learner: Learner, batch: TokenBatch, passes: Sequence[Tensor], engine_logprobs: Tensor) -> _Computed:
+    """The frozen layers once, then log-probs of actor and reference, and values."""
+    models, critic, shape = learner.models, learner.models.critic, batch.response_mask.shape
     states = Ragged(batch.lengths) if models.shared_trunk else None
-    features = Ragged(batch.response_lengths) if models.critic.trains == "head" else None
-    old_logprobs, entropy, ref_logprobs, old_values = (torch.zeros(mask.shape, device=mask.device) for _ in range(4))
+    features = Ragged(batch.response_lengths) if critic is not None and critic.trains == "head" else None
+    old_logprobs, entropy, ref_logprobs, values = (torch.zeros(shape, device=engine_logprobs.device) for _ in range(4))
     last_features = []
     for rows in passes:
         part = batch.select(rows)
@@ -102,61 +205,30 @@ def make_experience(learner: Learner, completions: Sequence[Completion], *, kl_c
         part_states = models.actor.trunk(part) if models.shared_trunk else None
         if states is not None and part_states is not None:
             states.put(rows, part_states)
-        if config.old_logprobs == "trainer":
+        if learner.config.old_logprobs == "trainer":
             old_logprobs[rows, :width], entropy[rows, :width] = models.actor(
                 part, learner.distribution, part_states, with_entropy=True
             )
         ref_logprobs[rows, :width], _ = models.reference(part, learner.distribution, part_states)
         part_features = None
-        if features is not None:
-            hidden = models.critic.features(part, part_states)
+        if critic is not None and features is not None:
+            hidden = critic.features(part, part_states)
             part_features = before_actions(part, hidden)
             features.put(rows, part_features)
             last_features.append(at_last_token(part, hidden))
-        old_values[rows, :width] = models.critic(part, part_states, part_features)
-    if config.old_logprobs == "engine":
+        if critic is not None:
+            values[rows, :width] = critic(part, part_states, part_features)
+    if learner.config.old_logprobs == "engine":
         old_logprobs, entropy = engine_logprobs, -engine_logprobs
-
-    # 3. Scores. A critic of which only the head is trained has the layers of the reward model, unless that reads text.
-    computed = ComputedStates(
-        batch=batch,
-        passes=passes,
-        states=states,
-        last_features=torch.cat(last_features)[torch.cat(passes).argsort()] if last_features else None,
-    )
-    scores = models.scorer.score(completions, computed).to(mask.device)
-    _require_finite_scores(scores, completions)
-
-    # 4. Rewards: the score is reduced and clipped first, then the KL penalty of every token is added.
-    penalized = scores - config.missing_eos_penalty * truncated
-    kl_penalty = estimate_kl(old_logprobs, ref_logprobs, mask, config.kl_estimator)
-    clip = None if config.reward_clip is None else (-config.reward_clip, config.reward_clip)
-    clipped = penalized.abs() > (config.reward_clip or math.inf)
-    rewards = token_rewards(penalized, kl_penalty, mask, kl_coef=kl_coef, reward_clip=clip)
-
-    # 5. Advantages; the returns are those of the advantages before whitening.
-    advantages, returns = estimate_advantages(
-        old_values, rewards, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
-    )
-    if config.whiten_advantages:
-        advantages = whiten(advantages, mask, reduce=group.sum)
-    return Experience(
-        batch=batch,
+    return _Computed(
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
-        engine_logprobs=engine_logprobs,
-        old_values=old_values,
-        scores=scores,
-        kl=estimate_kl(old_logprobs, ref_logprobs, mask, "k1"),
         entropy=entropy,
-        advantages=advantages,
-        returns=returns,
-        truncated=truncated,
-        clipped=clipped,
+        old_values=None if critic is None else values,
         states=states,
         features=features,
-        pack_limit=models.actor.pack_limit,
-        minibatches=minibatches,
+        # A critic of which only the head is trained has the layers of the reward model, unless that reads text.
+        last_features=torch.cat(last_features)[torch.cat(list(passes)).argsort()] if last_features else None,
     )
 
 
@@ -166,7 +238,7 @@ def plan_minibatches(order: Sequence[int], batch: TokenBatch, learner: Learner) 
     Every rank has equally many rows, and gets equally many passes of each minibatch. Returns row indices [b] of each pass.
     """
     config, group, models = learner.config, learner.group, learner.models
-    plan = plan_for(models.actor, models.reference, models.critic, models.reward_model)
+    plan = plan_for(*(m for m in (models.actor, models.reference, models.critic, models.reward_model) if m is not None))
     lengths, share = batch.lengths.tolist(), config.minibatch // group.world_size
     minibatches = []
     for start in range(0, len(order), share):

@@ -31,7 +31,16 @@ def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, f
         )
     ).tolist()
     score_mean, score_variance = moments(e.scores, every_row)
-    returns_variance, residual_variance = moments(e.returns, mask)[1], moments(e.returns - e.old_values, mask)[1]
+    values: dict[str, float] = {}
+    if e.old_values is not None:
+        returns_variance, residual_variance = moments(e.returns, mask)[1], moments(e.returns - e.old_values, mask)[1]
+        values["value/mean"] = mean(e.old_values, mask)
+        # 1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 no better than a constant.
+        explained = 1 - residual_variance / returns_variance if returns_variance > 1e-8 else 0.0
+        values["value/explained_variance"] = explained
+    if e.equal_groups is not None:
+        values["groups/equal_fraction"] = mean(e.equal_groups.float(), torch.ones_like(e.equal_groups))
+    left_out = mean((mask & ~e.loss_mask).float(), mask)
     gaps = {"engine_gap/mean": mean(engine_gap, mask), "engine_gap/max": group.max(engine_gap.max()).item()}
     return {
         "score/mean": score_mean,
@@ -43,9 +52,8 @@ def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, f
         "entropy": mean(e.entropy, mask),
         "response/length": mean(e.batch.response_lengths.float(), every_row),
         "response/eos_rate": mean(ended.float(), every_row),
-        "value/mean": mean(e.old_values, mask),
-        # 1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 no better than a constant.
-        "value/explained_variance": 1 - residual_variance / returns_variance if returns_variance > 1e-8 else 0.0,
+        **values,
+        "response/left_out": left_out,
         "tokens/computed_per_real": computed / real,
         **({} if e.old_logprobs is e.engine_logprobs else gaps),
     }

@@ -1,7 +1,7 @@
 """Loading the four models, sharing in memory what is equal."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from components.rlhf.rollout.protocol import RolloutEngine
 def load_models(
     config: PpoStageConfig,
     sft_model: Path,
-    reward_model: Path,
+    reward_model: Path | None,
     *,
     dtype: torch.dtype,
     prompts: Sequence[Prompt],
@@ -45,7 +45,8 @@ def load_models(
 ) -> tuple[Models, RolloutEngine]:
     """Actor and reference from the SFT model, critic and reward model from the reward model, and the rollout engine.
 
-    With a reward model that has a tokenizer of its own, the critic starts from the SFT model with a new head.
+    Without a reward model, or with one that has a tokenizer of its own, the critic starts from the SFT model with a new head.
+    Estimators without a critic load none.
 
     All models share the frozen layers if these are equal in both artifacts. With adapters the reference is the actor with its
     adapters disabled, and the reward model is the critic with its adapters disabled and its own head, without copies of the
@@ -53,7 +54,6 @@ def load_models(
     """
     device, training = default_device(), config.ppo.training
     frozen, lora, quantization = config.model.num_frozen_layers, config.model.lora, config.model.quantization
-    critic_trains = config.ppo.critic.trains
     # Each model goes to its device, precision and shards before the next one is read.
     place: dict[str, Any] = dict(dtype=dtype, device=device, shard=weight_shards(training, group=group, dtype=dtype))
     trained = place | {"trained_dtype": trained_dtype(training, dtype)}
@@ -66,31 +66,25 @@ def load_models(
         reference_lm = load_reference_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, device=device)
     else:
         reference_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, trainable=False, **place)
-    as_text = is_scored_as_text(reward_model)
-    reward_frozen = 0 if as_text else frozen
-    reward_lm = load_scalar_lm(
-        reward_model, num_frozen_layers=reward_frozen, trainable=False, quantization=quantization, **place
-    )
-    # A critic reads the actor's ids: it cannot start from a reward model with other ids, so it gets the SFT model and a new head.
-    critic_source, seed = (sft_model, config.seed) if as_text else (reward_model, None)
-    if lora or critic_trains == "head":
-        critic_lm = copy_with_own_head(
-            load_scalar_lm(
-                critic_source,
-                num_frozen_layers=frozen,
-                trainable=False,
-                seed=seed,
-                quantization=quantization,
-                **place,
-            )
-            if as_text
-            else reward_lm
+    as_text = reward_model is not None and is_scored_as_text(reward_model)
+    reward_lm = None
+    if reward_model is not None:
+        reward_lm = load_scalar_lm(
+            reward_model,
+            num_frozen_layers=0 if as_text else frozen,
+            trainable=False,
+            quantization=quantization,
+            **place,
         )
-    else:
-        critic_lm = load_scalar_lm(critic_source, num_frozen_layers=frozen, seed=seed, **trained)
+    twin = None if as_text else reward_lm
+    critic_lm = None
+    if config.ppo.advantage == "gae":
+        # A critic reads the actor's ids: it cannot start from a reward model with other ids, so it gets the SFT model and a new head.
+        source, seed = (sft_model, config.seed) if twin is None or reward_model is None else (reward_model, None)
+        critic_lm = _load_critic(config, source, twin, seed=seed, place=place, trained=trained)
     if lora:
         add_adapters(actor_lm, lora, num_frozen_layers=frozen, seed=config.seed)
-        if critic_trains == "layers":
+        if critic_lm is not None and config.ppo.critic.trains == "layers":
             add_adapters(critic_lm, lora, num_frozen_layers=frozen, seed=config.seed)
     copies = [] if lora else [reference_lm]
     rollout_lm = None
@@ -99,55 +93,100 @@ def load_models(
         if rollout_lm is None:
             rollout_lm = load_causal_lm(sft_model, num_frozen_layers=0, dtype=dtype, trainable=False, device=device)
             copies += [] if quantization else [rollout_lm]  # it samples from whole weights, which sync() copies
-    all_lms = [*copies] + ([] if as_text else [reward_lm])
-    all_lms += [] if critic_lm.base_model is reward_lm.base_model else [critic_lm]
+    all_lms = [*copies] + ([] if twin is None else [twin])
+    if critic_lm is not None and (reward_lm is None or critic_lm.base_model is not reward_lm.base_model):
+        all_lms.append(critic_lm)
     shared = share_trunk(actor_lm, all_lms, frozen)
     if not shared and frozen:
         share_trunk(actor_lm, copies, frozen)
     if training.gradient_checkpointing:
-        for lm in [actor_lm] + ([critic_lm] if critic_trains == "layers" else []):
-            enable_gradient_checkpointing(lm)
-    mean, std = reward_normalization(reward_model) if config.ppo.normalize_reward else (0.0, 1.0)
-    normalization = {"mean": mean, "std": std}
+        enable_gradient_checkpointing(actor_lm)
+        if critic_lm is not None and config.ppo.critic.trains == "layers":
+            enable_gradient_checkpointing(critic_lm)
+    normalization = _normalization(config, reward_model)
     max_over_ranks = max_over_shards(training, group)
-    reward_scalar = ScalarModel(
-        reward_lm, num_frozen_layers=reward_frozen, dtype=dtype, with_adapters=False, **normalization
-    )
-    scorer: Scorer = RewardModelScorer(
-        reward_scalar, microbatch_tokens=training.microbatch_tokens, max_over_ranks=max_over_ranks
-    )
-    if as_text:
-        scorer = TextScorer(scorer, load_tokenizer(reward_model))
-    models = Models(
-        actor=Actor(actor_lm, num_frozen_layers=frozen, dtype=dtype, max_over_ranks=max_over_ranks),
-        reference=Actor(
-            reference_lm, num_frozen_layers=frozen, dtype=dtype, with_adapters=False, max_over_ranks=max_over_ranks
-        ),
-        critic=ScalarModel(
+    reward_scalar, scorer = None, None
+    if reward_lm is not None and reward_model is not None:
+        reward_scalar = ScalarModel(
+            reward_lm, num_frozen_layers=0 if as_text else frozen, with_adapters=False, dtype=dtype, **normalization
+        )
+        scorer = _scorer_of(reward_scalar, reward_model, config, max_over_ranks)
+    critic = None
+    if critic_lm is not None:
+        critic = ScalarModel(
             critic_lm,
             num_frozen_layers=frozen,
+            trains=config.ppo.critic.trains,
             dtype=dtype,
-            trains=critic_trains,
-            **({} if as_text else normalization),
-        ),
+            **({} if twin is None else normalization),
+        )
+    actors: dict[str, Any] = dict(num_frozen_layers=frozen, dtype=dtype, max_over_ranks=max_over_ranks)
+    models = Models(
+        actor=Actor(actor_lm, **actors),
+        reference=Actor(reference_lm, with_adapters=False, **actors),
+        critic=critic,
         reward_model=reward_scalar,
         scorer=scorer,
         shared_trunk=shared,
     )
     for model in (models.reference, models.reward_model):
-        prepare_frozen_model(model, training, group=group, dtype=dtype)
-    rollout = config.ppo.rollout
+        if model is not None:
+            prepare_frozen_model(model, training, group=group, dtype=dtype)
     engine = create_rollout_engine(
         sft_model,
-        rollout,
-        rollout.sampling,
+        config.ppo.rollout,
+        config.ppo.rollout.sampling,
         prompts,
         dtype=dtype,
         lm=rollout_lm,
-        lora_rank=config.model.lora.rank if config.model.lora else 0,
+        lora_rank=lora.rank if lora else 0,
         adapted_modules=adapted_modules(actor_lm),
     )
     return models, engine
+
+
+def _load_critic(
+    config: PpoStageConfig,
+    source: Path,
+    twin: nn.Module | None,
+    *,
+    seed: int | None,
+    place: dict[str, Any],
+    trained: dict[str, Any],
+) -> nn.Module:
+    """A critic from source, with a new head if there is a seed. twin is the reward model of the same folder, if there is one.
+
+    With adapters, or if only the head is trained, it shares all other weights with its twin.
+    """
+    frozen = config.model.num_frozen_layers
+    if config.model.lora is None and config.ppo.critic.trains == "layers":
+        return load_scalar_lm(source, num_frozen_layers=frozen, seed=seed, **trained)
+    if twin is None:
+        twin = load_scalar_lm(
+            source,
+            num_frozen_layers=frozen,
+            trainable=False,
+            seed=seed,
+            quantization=config.model.quantization,
+            **place,
+        )
+    return copy_with_own_head(twin)
+
+
+def _normalization(config: PpoStageConfig, reward_model: Path | None) -> dict[str, float]:
+    mean, std = (0.0, 1.0)
+    if reward_model is not None and config.ppo.normalize_reward:
+        mean, std = reward_normalization(reward_model)
+    return {"mean": mean, "std": std}
+
+
+def _scorer_of(
+    model: ScalarModel, folder: Path, config: PpoStageConfig, max_over_ranks: Callable[[int], int]
+) -> Scorer:
+    """The scorer of the reward model, which computes with the ids of a response or with its text, as the folder says."""
+    tokens = config.ppo.training.microbatch_tokens
+    scorer = RewardModelScorer(model, microbatch_tokens=tokens, max_over_ranks=max_over_ranks)
+    return TextScorer(scorer, load_tokenizer(folder)) if is_scored_as_text(folder) else scorer
 
 
 def samples_from_actor(config: PpoStageConfig, dtype: torch.dtype) -> bool:

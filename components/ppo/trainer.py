@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from operator import itemgetter
 from typing import Any
 
@@ -10,15 +10,15 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from components.ppo.experience import Experience, Learner, Models, make_experience
+from components.ppo.experience import Experience, Learner, Models, make_experience, response_rewards, score
 from components.ppo.metrics import History, rollout_metrics
 from components.ppo.update import update
-from components.rlhf.config.ppo import PpoStageConfig
+from components.rlhf.config.ppo import GROUP_ESTIMATORS, PpoConfig, PpoStageConfig
 from components.rlhf.data.batching import collate, epoch_order
 from components.rlhf.data.microbatches import deal_rows
 from components.rlhf.data.records import Completion, Prompt, ValidationSample
 from components.rlhf.engine.factory import create_engine
-from components.rlhf.engine.protocol import Group
+from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.maths.kl import adapt_kl_coef
 from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.models.actor import SamplingDistribution
@@ -39,7 +39,6 @@ class PpoTrainer:
         self.progress, self.tracker = context.progress, context.tracker
         sampling = self.ppo.rollout.sampling
         self.rollout_batch = self.ppo.rollout.num_prompts * self.ppo.rollout.samples_per_prompt
-        num_steps = self.ppo.num_iterations * self.ppo.num_epochs * self.rollout_batch // self.ppo.minibatch
         self.learner = Learner(
             models=models,
             config=self.ppo,
@@ -47,20 +46,7 @@ class PpoTrainer:
                 temperature=sampling.temperature, min_new_tokens=sampling.min_new_tokens, stop_ids=rollout.stop_ids
             ),
             group=self.group,
-            engines={
-                name: create_engine(
-                    module,
-                    self.ppo.training,
-                    num_steps=num_steps,
-                    group=self.group,
-                    dtype=module.dtype,
-                    learning_rate=learning_rate,
-                )
-                for name, module, learning_rate in (
-                    ("actor", models.actor, self.ppo.training.learning_rate),
-                    ("critic", models.critic, self.ppo.critic.learning_rate),
-                )
-            },
+            engines=create_engines(models, self.ppo, self.group),
         )
         self.varying_lengths = sampling.min_new_tokens < sampling.max_new_tokens
         self.sync_check = SyncCheck(models.actor.dtype)
@@ -119,10 +105,13 @@ class PpoTrainer:
         self.group.watchdog(f"PPO iteration {iteration}, rollout")
         seeds = [derive_seed("rollout", self.config.seed, iteration, row) for row in rows]
         completions = self.rollout.generate([batch[row] for row in rows], self.ppo.rollout.sampling, seeds)
-        completions = share_rollout(rows, completions, self.ppo.minibatch, self.group)
+        if self.ppo.advantage == "remax":
+            completions = self._with_baselines(completions)
+        group_size = self.ppo.rollout.samples_per_prompt if self.ppo.advantage in GROUP_ESTIMATORS else 1
+        completions = share_rollout(rows, completions, self.ppo.minibatch, self.group, group_size=group_size)
         generated = time.monotonic()
         self.group.watchdog(f"PPO iteration {iteration}, scoring")
-        experience = make_experience(self.learner, completions, kl_coef=self.kl_coef)
+        experience = make_experience(self.learner, completions, kl_coef=self.kl_coef, group_size=group_size)
         scored = time.monotonic()
         self.group.watchdog(f"PPO iteration {iteration}, update")
         losses = update(self.learner, experience, seed=self.config.seed, iteration=iteration)
@@ -145,6 +134,17 @@ class PpoTrainer:
             "seconds/update": updated - scored,
             "seconds/sync": time.monotonic() - updated,
         }
+
+    def _with_baselines(self, completions: Sequence[Completion]) -> list[Completion]:
+        """The completions with the reward of the greedy response to each of their prompts (Li et al. 2023, ReMax)."""
+        prompts = {tuple(completion.prompt_ids): completion.prompt for completion in completions}
+        greedy = self.rollout.generate(
+            list(prompts.values()), self.ppo.rollout.sampling, [0] * len(prompts), greedy=True
+        )
+        truncated = torch.tensor([completion.truncated for completion in greedy])
+        rewards, _ = response_rewards(score(self.learner, greedy).cpu(), truncated, self.ppo)
+        baselines = dict(zip(prompts, rewards.tolist(), strict=True))
+        return [replace(c, baseline=baselines[tuple(c.prompt_ids)]) for c in completions]
 
     def _prompts_of(self, iteration: int, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts of one iteration: consecutive slices of a stream of shuffled epochs."""
@@ -239,6 +239,27 @@ class PpoTrainer:
         return int(state["step"])
 
 
+def create_engines(models: Models, ppo: PpoConfig, group: Group) -> dict[str, TrainEngine]:
+    """The engines of the trained models. Those of the actor take no steps in critic.warmup_iterations."""
+    steps = ppo.num_epochs * ppo.rollout.num_prompts * ppo.rollout.samples_per_prompt // ppo.minibatch
+    actor_iterations = ppo.num_iterations - ppo.critic.warmup_iterations
+    engines = {
+        "actor": create_engine(
+            models.actor, ppo.training, num_steps=actor_iterations * steps, group=group, dtype=models.actor.dtype
+        )
+    }
+    if models.critic is not None:
+        own = {"learning_rate": ppo.critic.learning_rate}
+        own |= {
+            name: value for name in ("schedule", "warmup_fraction") if (value := getattr(ppo.critic, name)) is not None
+        }
+        training = ppo.training.model_copy(update=own)
+        engines["critic"] = create_engine(
+            models.critic, training, num_steps=ppo.num_iterations * steps, group=group, dtype=models.critic.dtype
+        )
+    return engines
+
+
 def local_rows(total: int, minibatch: int, group: Group) -> list[int]:
     """Rows of a rollout that this rank samples: its equal share of every minibatch."""
     share = minibatch // group.world_size
@@ -246,12 +267,12 @@ def local_rows(total: int, minibatch: int, group: Group) -> list[int]:
 
 
 def share_rollout(
-    rows: Sequence[int], completions: Sequence[Completion], minibatch: int, group: Group
+    rows: Sequence[int], completions: Sequence[Completion], minibatch: int, group: Group, *, group_size: int = 1
 ) -> list[Completion]:
     """The completions that this rank trains on: of every minibatch as many as each other rank, with nearly as many tokens.
 
-    completions are those of the rows (of the whole rollout) that this rank has sampled. The result is in the order of the minibatches,
-    and in each of them in the order of lengths.
+    completions are those of the rows (of the whole rollout) that this rank has sampled; each group_size neighbors in the rollout
+    stay together. The result is in the order of the minibatches, and in each of them in the order of lengths.
     """
     rollout = [
         completion
@@ -260,6 +281,9 @@ def share_rollout(
     own = []
     for start in range(0, len(rollout), minibatch):
         part = rollout[start : start + minibatch]
-        lengths = [len(completion.prompt_ids) + len(completion.response_ids) for completion in part]
-        own += [part[index] for index in deal_rows(lengths, group.world_size)[group.rank]]
+        groups = [part[first : first + group_size] for first in range(0, len(part), group_size)]
+        lengths = [sum(len(c.prompt_ids) + len(c.response_ids) for c in members) for members in groups]
+        own += [
+            completion for index in deal_rows(lengths, group.world_size)[group.rank] for completion in groups[index]
+        ]
     return own

@@ -1,4 +1,4 @@
-"""Several epochs of clipped updates of the actor and the critic on one rollout."""
+"""Several epochs of clipped updates of the actor and, if there is one, the critic on one rollout."""
 
 from collections import defaultdict
 
@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from components.ppo.experience import Experience, Learner, plan_minibatches
+from components.rlhf.config.ppo import PpoConfig
 from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.maths.importance import importance_weights
-from components.rlhf.maths.losses import denominator_of, policy_loss, value_loss
+from components.rlhf.maths.kl import estimate_kl
+from components.rlhf.maths.losses import aggregate, denominator_of, policy_loss, value_loss
 from components.rlhf.maths.masked import masked_moments
 from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.text.errors import require_finite
@@ -17,25 +19,26 @@ from components.rlhf.text.errors import require_finite
 def update(learner: Learner, experience: Experience, *, seed: int, iteration: int) -> dict[str, float]:
     """Train on every response num_epochs times; return means over all optimizer steps, and the largest error of the first ratio.
 
-    The first epoch takes the rollout in its own order (prompts are already shuffled), later ones in a seeded shuffle. Raises
-    NonFiniteError when a loss or a gradient norm is nan or infinite.
+    The first epoch takes the rollout in its own order (prompts are already shuffled), later ones in a seeded shuffle. In the first
+    critic.warmup_iterations only the critic is trained. Raises NonFiniteError when a loss or a gradient norm is nan or infinite.
     """
     sums: dict[str, float] = defaultdict(float)
     steps = 0
     first_ratio_error = 0.0
     weights, importance_metrics = _importance(learner, experience)
+    trains_actor = iteration > learner.config.critic.warmup_iterations
     for epoch in range(learner.config.num_epochs):
         minibatches = experience.minibatches
         if epoch > 0:
             order = _epoch_order(len(experience.batch), seed=seed, iteration=iteration, epoch=epoch)
             minibatches = plan_minibatches(order, experience.batch, learner)
         for number, passes in enumerate(minibatches):
-            values = _optimizer_step(learner, experience, passes, weights)
+            values = _optimizer_step(learner, experience, passes, weights, trains_actor=trains_actor)
             if steps == 0:
-                first_ratio_error = values["ratio_error"]
+                first_ratio_error = values.get("ratio_error", 0.0)
             where = f"epoch {epoch}, minibatch {number}, responses {sorted(torch.cat(passes).tolist())}"
             for name in ("loss/policy", "loss/value", "actor/grad_norm", "critic/grad_norm"):
-                require_finite(values[name], what=name, step=iteration, batch=where)
+                require_finite(values.get(name, 0.0), what=name, step=iteration, batch=where)
             steps += 1
             for name, value in values.items():
                 sums[name] += value
@@ -43,16 +46,28 @@ def update(learner: Learner, experience: Experience, *, seed: int, iteration: in
     return means | {"actor/first_ratio_error": first_ratio_error} | importance_metrics
 
 
-def _optimizer_step(learner: Learner, e: Experience, passes: list[Tensor], weights: Tensor | None) -> dict[str, float]:
-    """One step of both models on a minibatch, given as the rows of its passes; every rank has an equal share of it.
+def _optimizer_step(
+    learner: Learner, e: Experience, passes: list[Tensor], weights: Tensor | None, *, trains_actor: bool
+) -> dict[str, float]:
+    """One step of each model on a minibatch, given as the rows of its passes; every rank has an equal share of it.
 
     The actor takes its step before the critic begins, so that only one of them holds gradients at a time.
     """
-    mask = e.batch.response_mask[torch.cat(passes)]
-    denominator = learner.group.sum(denominator_of(mask, learner.config.loss_aggregation))
-    num_tokens = learner.group.sum(mask.sum())
-    values = _actor_step(learner, e, passes, weights, denominator, num_tokens)
-    return values | _critic_step(learner, e, passes, denominator, num_tokens)
+    rows, values = torch.cat(passes), {}
+    # At least 1: all responses of a minibatch may be left out of the losses.
+    denominator = learner.group.sum(_denominator(e.loss_mask[rows], learner.config)).clamp(min=1)
+    num_tokens = learner.group.sum(e.loss_mask[rows].sum()).clamp(min=1)
+    if trains_actor:
+        values |= _actor_step(learner, e, passes, weights, denominator, num_tokens)
+    if learner.models.critic is not None:
+        values |= _critic_step(learner, e, passes, denominator, num_tokens)
+    return values
+
+
+def _denominator(mask: Tensor, config: PpoConfig) -> Tensor:
+    if config.loss_aggregation == "sequence-sum-norm":
+        return denominator_of(mask, "sequence-sum") * config.rollout.sampling.max_new_tokens
+    return denominator_of(mask, config.loss_aggregation)
 
 
 def _actor_step(
@@ -68,14 +83,20 @@ def _actor_step(
     ratio_errors = []
     for number, rows in enumerate(passes, start=1):
         batch = e.batch.select(rows)
-        mask, width = batch.response_mask, batch.response_ids.shape[1]
-        old_logprobs = e.old_logprobs[rows, :width]
-        logprobs, _ = actor(batch, learner.distribution, None if e.states is None else e.states.select(rows))
+        width = batch.response_ids.shape[1]
+        mask, old_logprobs = e.loss_mask[rows, :width], e.old_logprobs[rows, :width]
+        logprobs, entropies = actor(
+            batch,
+            learner.distribution,
+            None if e.states is None else e.states.select(rows),
+            with_entropy=config.entropy_coef > 0,
+        )
         policy = policy_loss(
             logprobs,
             old_logprobs,
             e.advantages[rows, :width],
             mask,
+            ratio=config.policy_ratio,
             clip_range=config.clip_range,
             clip_range_high=config.clip_range_high,
             dual_clip=config.dual_clip,
@@ -83,8 +104,17 @@ def _actor_step(
             aggregation=config.loss_aggregation,
             denominator=denominator,
         )
-        share = mask.sum() / num_tokens
-        loss = _with_router_loss(policy.loss, actor.router_loss, share, sums, "actor")
+        loss, share = policy.loss, mask.sum() / num_tokens
+        if config.kl_in == "loss":
+            kl = estimate_kl(logprobs, e.ref_logprobs[rows, :width], mask, config.kl_estimator, config.kl_clamp)
+            kl_loss = aggregate(kl, mask, config.loss_aggregation, denominator)
+            loss = loss + e.kl_coef * kl_loss
+            sums["loss/kl"] = sums["loss/kl"] + kl_loss.detach()
+        if config.entropy_coef:
+            bonus = aggregate(entropies, mask, config.loss_aggregation, denominator)
+            loss = loss - config.entropy_coef * bonus
+            sums["loss/entropy"] = sums["loss/entropy"] + bonus.detach()
+        loss = _with_router_loss(loss, actor.router_loss, share, sums, "actor")
         engine.backward(loss, last=number == len(passes))
         sums["loss/policy"] = sums["loss/policy"] + policy.loss.detach()
         sums["actor/clip_fraction"] = sums["actor/clip_fraction"] + (policy.clip_fraction * share)
@@ -99,15 +129,16 @@ def _critic_step(
     learner: Learner, e: Experience, passes: list[Tensor], denominator: Tensor, num_tokens: Tensor
 ) -> dict[str, float]:
     critic, config, engine = learner.models.critic, learner.config, learner.engines["critic"]
+    assert critic is not None and e.old_values is not None
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
     for number, rows in enumerate(passes, start=1):
         batch = e.batch.select(rows)
-        mask, width = batch.response_mask, batch.response_ids.shape[1]
-        needs_states = e.states is not None and e.features is None
+        width = batch.response_ids.shape[1]
+        mask, needs_states = e.loss_mask[rows, :width], e.states is not None and e.features is None
         loss = value_loss(
             critic(
                 batch,
-                e.states.select(rows) if needs_states else None,
+                e.states.select(rows) if needs_states and e.states is not None else None,
                 None if e.features is None else e.features.select(rows),
             ),
             e.old_values[rows, :width],
@@ -118,7 +149,8 @@ def _critic_step(
             denominator=denominator,
         )
         sums["loss/value"] = sums["loss/value"] + loss.detach()
-        loss = _with_router_loss(loss, critic.router_loss, mask.sum() / num_tokens, sums, "critic")
+        share = mask.sum() / num_tokens
+        loss = _with_router_loss(config.critic.loss_coef * loss, critic.router_loss, share, sums, "critic")
         engine.backward(loss, last=number == len(passes))
     return _totals(sums, learner.group) | _step(engine, "critic")
 
@@ -149,7 +181,9 @@ def _importance(learner: Learner, e: Experience) -> tuple[Tensor | None, dict[st
         return None, {}
     low, high = learner.config.importance_clip
     mask, reduce = e.batch.response_mask, learner.group.sum
-    weights, outside = importance_weights(e.old_logprobs, e.engine_logprobs, mask, low=low, high=high)
+    weights, outside = importance_weights(
+        e.old_logprobs, e.engine_logprobs, mask, mode=learner.config.importance_mode, low=low, high=high
+    )
     return weights, {
         "importance/mean": masked_moments(weights, mask, reduce)[0].item(),
         "importance/clipped": masked_moments(outside.float(), mask, reduce)[0].item(),

@@ -246,7 +246,14 @@ def _require_enough(out: PreparedData, data: DataConfig, num_evaluation_prompts:
             f"({data.min_rating_gap}) and that fit into data.max_tokens; a reward model learns from pairs, so give at least a good "
             "and a bad answer to the same prompt, or lower data.min_rating_gap."
         )
-    needed = {"reward_model": out.pairs, "judge": out.judge_ratings or out.judge_pairs, "prompts": out.prompts}
+    needed: dict[str, Sequence[Record]] = {"prompts": out.prompts}
+    if data.preferences:
+        judged = out.judge_ratings or out.judge_pairs
+        needed |= {
+            role: records
+            for role, records in (("reward_model", out.pairs), ("judge", judged))
+            if getattr(data.weights, role) > 0  # 0: the run trains none
+        }
     if data.demonstrations:
         needed["sft"] = out.demonstrations
     for role, records in needed.items():
@@ -265,5 +272,5 @@ def _require_enough(out: PreparedData, data: DataConfig, num_evaluation_prompts:
             f"Only {len(out.heldout_prompts)} prompts are held out, but evaluation.num_prompts is {num_evaluation_prompts}; "
             "raise data.held_out, add prompts, or lower evaluation.num_prompts."
         )
-    if len(out.heldout_pairs) == 0:
+    if data.preferences and len(out.heldout_pairs) == 0:
         raise InputError("No preference pairs are held out to measure accuracy on; raise data.held_out or add pairs.")

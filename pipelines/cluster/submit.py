@@ -18,12 +18,12 @@ from pipelines.cluster import versions
 from pipelines.cluster.kube import check_cluster
 from pipelines.cluster.pods import PendingPods
 from pipelines.cluster.server import Server, ServerAccess, connect, translate_api_errors
-from pipelines.cluster.upload import is_on_mounted_volume, plan_upload, upload
+from pipelines.cluster.upload import plan_upload, upload
 from pipelines.compile import compile_pipeline
-from pipelines.placement import require_checkpoints_for_budget, require_digests
+from pipelines.placement import require_allowed_code, require_checkpoints_for_budget, require_digests
 from pipelines.plan import refuse_what_cannot_fit
 from pipelines.preflight import check_inputs
-from pipelines.sources import is_within
+from pipelines.sources import is_on_mounted_volume, is_within
 
 Log = Callable[[str], None]
 EXIT_CODES = {"SUCCEEDED": 0, "FAILED": 1, "SKIPPED": 1, "CANCELED": 1}
@@ -46,6 +46,7 @@ def check_params(params: Params) -> None:
     """Raise InputError for parameters that cannot work on a cluster, and for invalid local models and data."""
     require_digests(params.cluster)
     require_checkpoints_for_budget(params)
+    require_allowed_code(params)
     checkpoints = params.storage.checkpoint_uri
     if checkpoints and not checkpoints.startswith("s3://"):
         if not is_within(checkpoints.removeprefix("file://"), CHECKPOINT_PATH):

@@ -1,4 +1,4 @@
-"""Upload of local models and data to storage.uri, under the digest of their content."""
+"""Upload of local models, data and code to storage.uri, under the digest of their content."""
 
 import glob
 import hashlib
@@ -6,22 +6,26 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from components.rlhf.artifacts.code import code_files
 from components.rlhf.artifacts.manifest import sha256_of
 from components.rlhf.config.params import Params
 from components.rlhf.config.prepare_data import is_glob
 from components.rlhf.config.storage import UPLOADS
 from components.rlhf.storage.store import Store, open_store
 from components.rlhf.text.errors import InputError
-from pipelines.sources import DATA_SUFFIXES, is_within, model_sources
+from pipelines.sources import DATA_SUFFIXES, is_on_mounted_volume, model_sources
 
 Log = Callable[[str], None]
+CODE = "code.path"
 
 
 def local_sources(params: Params) -> dict[str, Path]:
-    """Models and data that only this machine has, by params key: no S3 URI, hub id, package or path under cluster.claims."""
+    """Models, data and code that only this machine has, by params key: no S3 URI, hub id, package or path under cluster.claims."""
     sources = model_sources(params) | {
         f"{key}.path": source.path for key, source in params.data.keyed_sources().items()
     }
+    if params.code.path:
+        sources[CODE] = params.code.path
     return {
         key: Path(source).expanduser()
         for key, source in sources.items()
@@ -33,10 +37,6 @@ def local_sources(params: Params) -> dict[str, Path]:
 def _is_path(source: str) -> bool:
     """Whether source can only be a path, even if it does not exist."""
     return "://" not in source and (source.startswith(("/", "./", "../", "~")) or source.endswith(DATA_SUFFIXES))
-
-
-def is_on_mounted_volume(source: str, params: Params) -> bool:
-    return any(is_within(source, path) for path in params.cluster.claims)
 
 
 def plan_upload(params: Params) -> tuple[Params, list[tuple[Path, str]]]:
@@ -61,7 +61,7 @@ def plan_upload(params: Params) -> tuple[Params, list[tuple[Path, str]]]:
     uploads: dict[str, Path] = {}
     content = params.model_dump(mode="json")
     for key, path in sources.items():
-        files = _files(key, path)
+        files = code_files(path) if key == CODE else _files(key, path)
         prefix = f"{UPLOADS}/sha256-{_digest(files)}"
         uploads |= {f"{prefix}/{name}": file for name, file in files.items()}
         *sections, name = key.split(".")

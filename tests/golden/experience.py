@@ -5,7 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.rlhf.maths.advantages import estimate_advantages, reward_to_go
+from components.rlhf.maths.advantages import (
+    GroupBaseline,
+    estimate_advantages,
+    reward_to_go,
+    shape_group_scores,
+)
 from components.rlhf.maths.kl import adapt_kl_coef, estimate_kl
 from components.rlhf.maths.masked import masked_mean, masked_moments, whiten
 from components.rlhf.maths.rewards import token_rewards
@@ -18,9 +23,9 @@ def kl_estimators(case: Case) -> dict[str, Any]:
     clamp = symmetric(case.params.get("clamp"))
     if estimator == "abs":
         kl = estimate_kl(logp, ref_logp, mask, "k1", clamp).abs()
-    elif inner is not None:
-        # verl clamps the difference before the estimator.
-        kl = estimate_kl((logp - ref_logp).clamp(*inner), torch.zeros_like(logp), mask, estimator, clamp)
+    elif inner is not None and clamp is None:
+        # verl clamps the difference before the estimator; a clamp of the result that is tighter needs no second one.
+        kl = estimate_kl((logp - ref_logp).clamp(*inner), torch.zeros_like(logp), mask, estimator)
     else:
         kl = estimate_kl(logp, ref_logp, mask, estimator, clamp)
     kl.sum().backward()
@@ -121,6 +126,58 @@ def gae_without_gaps(
         "advantages_raw": advantages,
         "advantages_whitened": whiten_plus_eps(advantages, mask, bessel=True),
         "returns": returns,
+    }
+
+
+BASELINES: dict[str, GroupBaseline] = {
+    "rloo": "rloo",
+    "group_norm": "group_norm",
+    "grpo": "group_norm",
+    "dr_grpo": "dr_grpo",
+    "reinforce_baseline": "reinforce++-baseline",
+    "reinforce_plus_plus_baseline": "reinforce++-baseline",
+    "opo": "opo",
+}
+
+
+def group_advantages(case: Case) -> dict[str, Any]:
+    """Scores [P, N] of row p * N + s to advantages."""
+    scores, mask, estimator = case.floats("scores"), case.mask(), case.params["estimator"]
+    eps = case.params.get("epsilon", 1e-9)
+    if case.params.get("norm_adv_by_std_in_grpo") is False and estimator == "grpo":
+        estimator = "dr_grpo"
+    if estimator in BASELINES:
+        lengths = mask.sum(dim=1).view_as(scores)
+        shaped = shape_group_scores(scores, BASELINES[estimator], eps=eps, lengths=lengths).flatten()
+    elif estimator in ("reinforce", "reinforce_plus_plus"):
+        shaped = scores.flatten()
+    else:
+        raise UnknownVariant(f"estimator {estimator}")
+    if case.origin == "openrlhf_head":
+        return shaped_advantages(case, estimator, shaped, mask)
+    gamma = case.params.get("gamma", 1.0)
+    outcome = token_rewards(shaped, torch.zeros_like(mask, dtype=torch.float64), mask, kl_coef=0.0)
+    advantages = returns = reward_to_go(outcome, mask, gamma=gamma)
+    if estimator.startswith("reinforce"):
+        advantages = torch.where(mask, whiten_plus_eps(returns, mask, bessel=True), 0)
+    return {"advantages": advantages, "returns": returns}
+
+
+def shaped_advantages(case: Case, estimator: str, shaped: Tensor, mask: Tensor) -> dict[str, Any]:
+    """OpenRLHF: clip and KL penalty after the baseline; whitening only for the REINFORCE forms, a discount only for plain ones."""
+    p, scores = case.params, case.floats("scores")
+    gamma = p["gamma"] if estimator == "reinforce" else 1.0
+    p.ignore("gamma", "no_std_norm")
+    reward = token_rewards(shaped, case.floats("kl"), mask, kl_coef=p["kl_coef"], reward_clip=reward_clip(case))
+    advantages = returns = reward_to_go(reward, mask, gamma=gamma)
+    if estimator.startswith("reinforce"):
+        centred = returns - masked_moments(returns, mask)[0]
+        advantages = centred if p["no_std_norm"] else whiten(returns, mask)
+    return {
+        "shaped_score": shaped,
+        "advantages": advantages,
+        "returns": returns,
+        "group_reward_std": scores.std(dim=1).repeat_interleave(scores.shape[1]),
     }
 
 

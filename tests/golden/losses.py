@@ -1,13 +1,19 @@
 """Losses of each source, composed of the functions in components/rlhf/maths."""
 
 import math
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
-from components.rlhf.maths.importance import importance_weights
-from components.rlhf.maths.losses import Aggregation, denominator_of, pairwise_loss, policy_loss, value_loss
+from components.rlhf.maths.importance import (
+    ImportanceMode,
+    RejectionStatistic,
+    importance_weights,
+    normalize_weights,
+    rejection_mask,
+)
+from components.rlhf.maths.losses import Aggregation, PolicyRatio, pairwise_loss, policy_loss, value_loss
 from components.rlhf.maths.masked import masked_mean
 from tests.golden.cases import Case, Params, UnknownVariant
 
@@ -21,9 +27,9 @@ def reduction(params: Params, mask: Tensor) -> tuple[Aggregation, Tensor | float
         case "seq-mean-token-mean":
             return "sequence-mean", rows
         case "seq-mean-token-sum":
-            return "token-mean", denominator_of(mask, "sequence-mean") if rows is None else rows
+            return "sequence-sum", rows
         case "seq-mean-token-sum-norm":
-            return "token-mean", mask.shape[1]
+            return "sequence-sum-norm", params.get("loss_scale_factor")
     raise UnknownVariant(f"aggregation {name}")
 
 
@@ -35,16 +41,20 @@ def policy(case: Case, weights: Tensor | None = None) -> dict[str, Any]:
     high, dual_clip = p.get("clip_eps_high"), p.get("dual_clip")
     clamp = p.get("log_ratio_clamp", 20.0 if case.origin == "verl" else None)
     aggregation, denominator = reduction(p, mask)
-    new_logp = logp
-    match p.get("policy_loss_type", "ppo"):
-        case "gspo":
-            # One ratio per row, the geometric mean of its tokens' ratios.
-            difference = torch.where(mask, logp - old_logp, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-            new_logp = old_logp + difference[:, None]
-        case kind if kind != "ppo":
-            raise UnknownVariant(f"policy loss {kind}")
-    tensors = (new_logp, old_logp, advantages, mask)
-    clips = {"clip_range": low, "clip_range_high": high, "log_ratio_clamp": clamp}
+    kind: PolicyRatio
+    match p.get("policy_loss_type", "ppo"), case.origin:
+        case "ppo", _:
+            kind = "token"
+        case "gspo", "openrlhf_head":
+            kind = "gspo"
+        case "gspo", "verl":
+            kind, clamp = "gspo-token", 10.0
+        case "cispo", "verl":
+            kind = "cispo"
+        case unknown:
+            raise UnknownVariant(f"policy loss {unknown}")
+    tensors = (logp, old_logp, advantages, mask)
+    clips: dict[str, Any] = {"clip_range": low, "clip_range_high": high, "log_ratio_clamp": clamp, "ratio": kind}
     result = policy_loss(
         *tensors, **clips, dual_clip=dual_clip, weights=weights, aggregation=aggregation, denominator=denominator
     )
@@ -69,23 +79,43 @@ def policy(case: Case, weights: Tensor | None = None) -> dict[str, Any]:
 
 
 def importance(case: Case) -> dict[str, Any]:
-    """Only the weights, or the policy loss with them, where old log-probs are the trainer's."""
+    """Only the weights or the kept tokens, or the policy loss with them, where old log-probs are the trainer's."""
     p, mask = case.params, case.mask()
     with_loss = "logp" in case.inputs
     trainer, engine = case.floats("old_logp" if with_loss else "trainer_logp"), case.floats("rollout_logp")
-    match p["kind"]:
-        case "tis":
-            low = p["low"]
-        case "token":  # verl only bounds the log-ratio from below
-            low = math.exp(-p.get("safety_bound", 20.0))
-        case kind:
-            raise UnknownVariant(f"importance correction {kind}")
-    weights, _ = importance_weights(trainer, engine, mask, low=low, high=p["high"])
+    kind = p["kind"]
+    if kind not in WEIGHTS:
+        return {"kept_mask": kept_tokens(case, trainer, engine, kind.split(","))}
+    bounds = {"low": p["low"] if "low" in p else math.exp(-p.get("safety_bound", 20.0)), "high": p["high"]}
+    weights, _ = importance_weights(trainer, engine, mask, mode=WEIGHTS[kind], **bounds)
     if p.get("batch_normalize"):
-        weights = weights / masked_mean(weights, mask)
+        weights = normalize_weights(weights, mask, by_response=kind == "sequence")
     if not with_loss:
         return {"weights": weights if case.origin == "openrlhf_head" else torch.where(mask, weights, 0)}
     return policy(case, weights) | {"rollout_kl": masked_mean(engine - trainer, mask)}
+
+
+# verl only bounds its log-ratio from below.
+WEIGHTS: dict[str, ImportanceMode] = {
+    "tis": "truncate",
+    "icepop": "mask",
+    "seq-mask-tis": "sequence-mask",
+    "token": "truncate",
+    "sequence": "sequence-truncate",
+}
+
+
+def kept_tokens(case: Case, trainer: Tensor, engine: Tensor, statistics: list[str]) -> Tensor:
+    """verl's rejection by several statistics, each with a threshold, `high` or `low_high`, or all with the same."""
+    thresholds = str(case.params["threshold"]).split(",")
+    kept = case.mask()
+    for number, statistic in enumerate(statistics):
+        if statistic not in get_args(RejectionStatistic):
+            raise UnknownVariant(f"importance correction {statistic}")
+        *low, high = (float(x) for x in thresholds[number if len(thresholds) > 1 else 0].split("_"))
+        bounds = (low[0] if low else None, high)
+        kept = kept & rejection_mask(trainer, engine, case.mask(), cast(RejectionStatistic, statistic), *bounds)
+    return kept
 
 
 def value(case: Case) -> dict[str, Any]:

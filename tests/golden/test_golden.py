@@ -24,6 +24,7 @@ COMPOSITIONS: dict[str, tuple[Compose, set[str]]] = {
     "token_rewards": (experience.rewards, {"openrlhf_v0.5.5", "openrlhf_head", "verl", "trl", "nplus"}),
     "gae": (experience.gae, {"openrlhf_v0.5.5", "openrlhf_head", "verl", "trl"}),
     "whitening": (experience.whitening, {"openrlhf_v0.5.5", "openrlhf_head", "verl", "trl", "nplus"}),
+    "group_advantages": (experience.group_advantages, {"openrlhf_head", "verl"}),
     "importance_correction": (losses.importance, {"openrlhf_head", "verl"}),
     "policy_loss": (losses.policy, {"openrlhf_v0.5.5", "openrlhf_head", "verl", "trl"}),
     "value_loss": (losses.value, {"openrlhf_v0.5.5", "openrlhf_head", "verl", "trl"}),
@@ -32,21 +33,9 @@ COMPOSITIONS: dict[str, tuple[Compose, set[str]]] = {
     "masks": (tokens.masks, {"openrlhf_v0.8.0", "openrlhf_head", "trl", "verl"}),
 }
 
-# Cases that are skipped, with the reason. A source of None means the whole family.
-SKIPPED: dict[tuple[str, str | None], str] = {
-    ("group_advantages", None): "estimators over groups of samples are not implemented",
+# Families of a source that are skipped, with the reason.
+SKIPPED: dict[tuple[str, str], str] = {
     ("masks", "openrlhf_v0.5.5"): "compares ids and overwrites a sampled token with EOS: unsupported by design",
-}
-
-# Kinds that are skipped: of the importance corrections only the truncated per-token weight is implemented.
-SKIPPED_KINDS: dict[tuple[str, str], str] = {
-    ("importance_correction", "icepop"): "tokens outside the bounds are truncated, not dropped",
-    ("importance_correction", "seq-mask-tis"): "whole responses are not dropped",
-    ("importance_correction", "sequence"): "weights are per token, not per response",
-    **{
-        ("importance_correction", kind): "tokens are not rejected"
-        for kind in ("token_k1", "token_k3", "seq_mean_k1", "seq_sum_k1", "seq_mean_k3", "seq_max_k2")
-    },
 }
 
 CASES = all_cases()
@@ -65,13 +54,8 @@ def run(case: Case) -> None:
 @pytest.mark.parametrize("case_id", CASES)
 def test_golden(case_id: str) -> None:
     case = CASES[case_id]
-    if (case.family, None) in SKIPPED:
-        pytest.skip(SKIPPED[case.family, None])
     if (case.family, case.origin) in SKIPPED:
         pytest.skip(SKIPPED[case.family, case.origin])
-    kind = (case.family, dict.get(case.params, "kind"))  # does not mark the parameter as read
-    if kind in SKIPPED_KINDS:
-        pytest.skip(SKIPPED_KINDS[kind])
     run(case)
 
 

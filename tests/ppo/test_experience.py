@@ -108,6 +108,8 @@ def test_experience_equals_a_loop_over_tokens(tiny_model: Path, reward_model: Pa
         ):
             assert got[row, :n].tolist() == pytest.approx(expected, abs=1e-3)
             assert not got[row, n:].any()
+        expected_reward = min(max(s.score - (0.7 if COMPLETIONS[row].truncated else 0.0), -0.9), 0.9)
+        assert e.rewards[row].item() == pytest.approx(expected_reward, abs=1e-4)
     assert e.truncated.tolist() == [False, True, False, True]
     assert max(abs(x) for s in slow for x in s.kl) > 0.05
 
@@ -249,10 +251,14 @@ def by_hand() -> Experience:
         engine_logprobs=torch.tensor([[-1.0, -2.5, -3.0], [-0.25, 9.0, 9.0]]),
         old_values=torch.where(mask, torch.tensor([[1.0, 2.0, 3.0], [4.0, 99.0, 99.0]]), 0),
         scores=torch.tensor([3.0, -1.0]),
+        rewards=torch.tensor([3.0, -1.0]),
         kl=torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.0, 0.0]]),
         entropy=torch.tensor([[1.0, 1.0, 2.0], [4.0, 0.0, 0.0]]),
         advantages=zeros,
         returns=torch.tensor([[1.0, 2.0, 3.0], [8.0, 0.0, 0.0]]),
+        loss_mask=mask,
+        equal_groups=None,
+        kl_coef=0.1,
         truncated=torch.tensor([True, False]),
         clipped=torch.tensor([True, False]),
         states=None,
@@ -274,6 +280,7 @@ def test_rollout_metrics_of_a_hand_computed_example() -> None:
         "entropy": 2.0,
         "response/length": 2.0,
         "response/eos_rate": 0.5,
+        "response/left_out": 0.0,
         "value/mean": 2.5,
         "value/explained_variance": 1 - 3 / 7.25,
         "engine_gap/mean": 0.75 / 4,

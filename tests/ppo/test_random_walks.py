@@ -2,10 +2,12 @@
 
 from pathlib import Path
 from statistics import mean
+from typing import get_args
 
 import pytest
 
 from components.rlhf.config.model import ModelConfig, SamplingConfig, TrainingConfig
+from components.rlhf.config.ppo import GROUP_ESTIMATORS, AdvantageEstimator
 from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.data.records import Demonstration, Prompt, Turn
@@ -93,19 +95,25 @@ def test_sft_imitates_the_behaviour_policy(imitator: Path, walks: Walks) -> None
     assert mean_optimality(rollout, walks) == pytest.approx(behaviour, abs=0.05)
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
-def test_ppo_finds_the_shortest_walks(imitator: Path, walks: Walks, frozen: int) -> None:
+@pytest.mark.parametrize(
+    ("advantage", "frozen"), [("gae", 0), *((advantage, 1) for advantage in get_args(AdvantageEstimator))]
+)
+def test_every_estimator_finds_the_shortest_walks(
+    imitator: Path, walks: Walks, advantage: AdvantageEstimator, frozen: int
+) -> None:
+    size = 4 if advantage in GROUP_ESTIMATORS else 1
     stage = config_of(
         frozen=frozen,
         seed=0,
+        advantage=advantage,
         num_iterations=30,
         num_epochs=4,
         minibatch=128,
         kl_coef=0.0,
-        rollout={"num_prompts": 128},
+        rollout={"num_prompts": 128 // size, "samples_per_prompt": size},
         sampling={"max_new_tokens": MAX_NODES, "batch_size": 128},
         training={"learning_rate": 1e-3, "schedule": "linear"},
-        critic={"learning_rate": 3e-3},
+        critic={"learning_rate": 3e-3} if advantage == "gae" else {},
     )
     trainer = trainer_of(stage, imitator / "sft", imitator / "critic", reward=walks.reward)
     before = mean_optimality(trainer.rollout, walks)

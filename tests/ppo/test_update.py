@@ -121,9 +121,9 @@ def test_every_epoch_takes_each_response_once(
     seen: list[list[int]] = []
     plain = update_module._optimizer_step
 
-    def recording(*args: Any) -> dict[str, float]:
+    def recording(*args: Any, **options: Any) -> dict[str, float]:
         seen.append(sorted(torch.cat(args[2]).tolist()))
-        return plain(*args)
+        return plain(*args, **options)
 
     monkeypatch.setattr(update_module, "_optimizer_step", recording)
     run(trainer)

@@ -60,7 +60,8 @@ def config_of(*, frozen: int = 0, seed: int = 3, lora: LoraConfig | None = None,
     sampling = {"max_new_tokens": 6, "batch_size": 8} | ppo.pop("sampling", {})
     rollout = {"num_prompts": 8, "sampling": sampling} | ppo.pop("rollout", {})
     training = {"learning_rate": 1e-3, "schedule": "constant", "warmup_fraction": 0.0} | ppo.pop("training", {})
-    critic = {"learning_rate": 1e-3} | ppo.pop("critic", {})
+    critic = {"learning_rate": 1e-3} if ppo.get("advantage", "gae") == "gae" else {}
+    critic |= ppo.pop("critic", {})
     merged = {"num_iterations": 2, "minibatch": 4, "rollout": rollout, "training": training, "critic": critic}
     return PpoStageConfig(
         model=ModelConfig(num_frozen_layers=frozen, precision="fp32", lora=lora),
@@ -70,14 +71,14 @@ def config_of(*, frozen: int = 0, seed: int = 3, lora: LoraConfig | None = None,
     )
 
 
-def load(config: PpoStageConfig, sft: Path, reward_model: Path) -> tuple[Models, HfRolloutEngine]:
+def load(config: PpoStageConfig, sft: Path, reward_model: Path | None) -> tuple[Models, HfRolloutEngine]:
     return load_models(config, sft, reward_model, dtype=FP32, prompts=[])
 
 
 def trainer_of(
     config: PpoStageConfig,
     sft: Path,
-    reward_model: Path,
+    reward_model: Path | None,
     *,
     reward: Callable[[list[int], list[int]], float] | None = None,
     checkpoints: CheckpointManager | None = None,
@@ -92,7 +93,9 @@ def trainer_of(
 
 def weights(trainer: PpoTrainer) -> dict[str, Tensor]:
     modules = (("actor", trainer.learner.models.actor), ("critic", trainer.learner.models.critic))
-    return {f"{kind}.{name}": p.detach().clone() for kind, m in modules for name, p in m.named_parameters()}
+    return {
+        f"{kind}.{name}": p.detach().clone() for kind, m in modules if m is not None for name, p in m.named_parameters()
+    }
 
 
 def without_times(rows: list[Row]) -> list[Row]:

@@ -71,8 +71,9 @@ def require_same_tokenizer(**artifacts: tuple[Path, Manifest]) -> None:
                 )
 
 
-def open_inputs(**folders: Path) -> dict[str, Manifest]:
-    """The manifests of input artifacts, each named by the kind that it must have. All must have the same tokenizer."""
-    inputs = {kind: open_artifact(folder, kind) for kind, folder in folders.items()}
-    require_same_tokenizer(**{kind: (folders[kind], manifest) for kind, manifest in inputs.items()})
+def open_inputs(**folders: Path | None) -> dict[str, Manifest]:
+    """The manifests of input artifacts, each named by the kind that it must have; None is left out. All must have the same tokenizer."""
+    given = {kind: folder for kind, folder in folders.items() if folder is not None}
+    inputs = {kind: open_artifact(folder, kind) for kind, folder in given.items()}
+    require_same_tokenizer(**{kind: (given[kind], manifest) for kind, manifest in inputs.items()})
     return inputs

@@ -9,7 +9,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from components.rlhf.config.base import BaseConfig, Count, NonNegative, Positive, PositiveInt
 from components.rlhf.text.credentials import is_secret_name
 
-STAGES = ("import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation", "register", "notify")
+STAGES = (
+    "import_model", "prepare_data", "import_code", "sft", "reward_model", "judge", "ppo", "evaluation", "register", "notify",
+)  # fmt: skip
 TRAINING_STAGES = ("sft", "reward_model", "ppo")
 PROCESS_STAGES = (*TRAINING_STAGES, "evaluation")  # the stages that can run in several processes
 
@@ -209,6 +211,8 @@ class ClusterConfig(BaseConfig):
     """Time limit of one attempt of a stage, in hours."""
     budget: Positive | None = None
     """Most that sft, reward_model and ppo may cost together, in the currency of price_per_hour; at the limit a stage saves and ends."""
+    allow_user_code: bool = False
+    """Allow Python functions and commands of the params file in submitted and compiled runs; a run on this machine needs no permission."""
     pipeline: str = "rlhf"
     """Name of the pipeline in Kubeflow Pipelines; each submission uploads a version."""
     ui_url: str | None = None

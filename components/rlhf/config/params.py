@@ -1,6 +1,6 @@
 """The settings of a whole run (the params file), and the part of them that each stage receives."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.cluster import PROCESS_STAGES, TRAINING_STAGES, ClusterConfig
+from components.rlhf.config.code import CodeConfig
 from components.rlhf.config.evaluation import EvaluationConfig, GateConfig, check_evaluation
 from components.rlhf.config.judge import SECTIONS as JUDGES
 from components.rlhf.config.judge import (
@@ -21,9 +22,10 @@ from components.rlhf.config.judge import (
 )
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, check_zero3_compatibility
 from components.rlhf.config.ppo import EngineConfig, PpoConfig
-from components.rlhf.config.prepare_data import DataConfig
+from components.rlhf.config.prepare_data import DataConfig, SplitWeights
 from components.rlhf.config.reward_model import RewardModelConfig, check_calibration
 from components.rlhf.config.rewards import SECTIONS as REWARDS
+from components.rlhf.config.scoring import RUNS_USER_CODE, VERIFIABLE, column_of
 from components.rlhf.config.sft import SftConfig
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
 
@@ -47,6 +49,7 @@ class Params(BaseConfig):
     ppo: PpoConfig = PpoConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
+    code: CodeConfig = CodeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     storage: StorageConfig = StorageConfig()
@@ -66,10 +69,44 @@ class Params(BaseConfig):
         return self
 
     @model_validator(mode="after")
+    def _require_data_of_rewards_and_judges(self) -> "Params":
+        if self.data.preferences is None:
+            for key, reason in self._needs_of_preferences():
+                raise ValueError(f"data.preferences is missing, and {key} {reason}; set it")
+        for key, section in self.keyed_rewards_and_judges().items():
+            column = column_of(section)
+            if column is not None and not self.data.keeps(column):
+                raise ValueError(
+                    f"{key} reads the column {column}, which data.prompts does not keep; add it to data.prompts.keep, or correct "
+                    f"{key}.column"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _require_used_reward_model(self) -> "Params":
+        if self.reward_model.use and not self.uses_reward_model:
+            raise ValueError(
+                f"reward_model.use is {self.reward_model.use}, but ppo.rewards has no reward of kind reward_model; add one, or remove use"
+            )
+        return self
+
+    def _needs_of_preferences(self) -> Iterator[tuple[str, str]]:
+        """Key and reason of each part of the run that needs data.preferences."""
+        if self.uses_reward_model:
+            yield "ppo.rewards", "has the reward model, which is trained or measured on preferences"
+        for key, judge in self.keyed_judges().items():
+            if not isinstance(judge, VERIFIABLE):
+                yield (
+                    key,
+                    "is compared with people's preferences; a judge that verifies answers, such as exact_match, needs none",
+                )
+
+    @model_validator(mode="after")
     def _require_able_engines(self) -> "Params":
         rollout, sampling = self.ppo.rollout, self.ppo.rollout.sampling
         keys = ("ppo.rollout", "ppo.rollout.sampling", "reward_model.training.num_processes")
-        check_calibration(self.reward_model, rollout, sampling, keys=keys)
+        if self.uses_reward_model:
+            check_calibration(self.reward_model, rollout, sampling, keys=keys)
         rollout_key = "evaluation.rollout" if self.evaluation.rollout else "ppo.rollout"
         sampling_key = "evaluation.sampling" if self.evaluation.sampling else "ppo.rollout.sampling"
         keys = (rollout_key, sampling_key, "evaluation.num_processes")
@@ -88,8 +125,7 @@ class Params(BaseConfig):
     def _require_one_process_per_accelerator(self) -> "Params":
         for stage in PROCESS_STAGES:
             section, num = getattr(self, stage), self.cluster.num_accelerators(stage)
-            is_imported = stage == "sft" and self.sft.use is not None
-            if is_imported:
+            if not self.runs(stage):
                 continue
             key, section = (f"{stage}.training", section.training) if stage != "evaluation" else (stage, section)
             profile, number = self.cluster.stages.get(stage, self.cluster.default_profile), section.num_processes
@@ -108,11 +144,10 @@ class Params(BaseConfig):
     @model_validator(mode="after")
     def _require_prices_for_budget(self) -> "Params":
         for stage in TRAINING_STAGES:
-            is_imported = stage == "sft" and self.sft.use is not None
             if (
                 self.cluster.budget is not None
                 and self.cluster.profile(stage).price_per_hour is None
-                and not is_imported
+                and self.runs(stage)
             ):
                 profile = self.cluster.stages.get(stage, self.cluster.default_profile)
                 raise ValueError(
@@ -120,6 +155,39 @@ class Params(BaseConfig):
                     f"cluster.profiles.{profile}.price_per_hour"
                 )
         return self
+
+    @property
+    def uses_reward_model(self) -> bool:
+        """Whether the stage reward_model is part of the run: whether PPO is rewarded by the reward model."""
+        return self.ppo.uses_reward_model
+
+    def runs(self, stage: str) -> bool:
+        """Whether a stage of training is part of the run."""
+        trains_judge = self.reward_model_judge is not None
+        return {
+            "sft": self.sft.use is None,
+            "reward_model": self.uses_reward_model or trains_judge,
+        }.get(stage, True)
+
+    @property
+    def runs_user_code(self) -> dict[str, str]:
+        """The keys of everything in this run that is the user's own program, with what it is."""
+        found = {
+            key: section.kind
+            for key, section in self.keyed_rewards_and_judges().items()
+            if isinstance(section, RUNS_USER_CODE)
+        }
+        return found | ({"code.path": "folder"} if self.code.is_given else {})
+
+    def keyed_judges(self) -> dict[str, Any]:
+        """The judges by their keys in a params file: judge, or judge.0 in a list."""
+        keys = [f"judge.{n}" for n in range(len(as_list(self.judge)))] if isinstance(self.judge, tuple) else ["judge"]
+        return dict(zip(keys, as_list(self.judge), strict=True))
+
+    def keyed_rewards_and_judges(self) -> dict[str, Any]:
+        """The rewards and the judges by their keys in a params file."""
+        rewards = {f"ppo.rewards.{number}": reward for number, reward in enumerate(self.ppo.rewards)}
+        return rewards | self.keyed_judges()
 
     @property
     def evaluation_rollout(self) -> EngineConfig:
@@ -134,7 +202,8 @@ class Params(BaseConfig):
     @property
     def calibrates_with_vllm(self) -> bool:
         """Whether the reward model stage samples with vLLM."""
-        return self.ppo.rollout.engine == "vllm" and self.reward_model.num_calibration_samples > 0
+        samples = self.uses_reward_model and self.reward_model.num_calibration_samples > 0
+        return samples and self.ppo.rollout.engine == "vllm"
 
     @property
     def _ppo_engine(self) -> EngineConfig:
@@ -150,10 +219,21 @@ class Params(BaseConfig):
         """The judges behind an API."""
         return tuple(judge for judge in as_list(self.judge) if isinstance(judge, EndpointJudge))
 
+    @property
+    def _weights(self) -> SplitWeights:
+        """The shares of the roles, without those that nothing in this run is trained on."""
+        update: dict[str, float] = {}
+        if not self.uses_reward_model:
+            update["reward_model"] = 0.0
+        if all(isinstance(judge, VERIFIABLE) for judge in as_list(self.judge)):
+            update["judge"] = 0.0
+        return self.data.weights.model_copy(update=update)
+
     def stage(self, config_class: type[StageConfig]) -> StageConfig:
         """The settings of one stage: only the sections that are fields of its config class."""
         sections: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
         sections["num_evaluation_prompts"] = self.evaluation.num_prompts
+        sections["data"] = self.data.model_copy(update={"weights": self._weights})
         # The reward model is calibrated on PPO's distribution, with its engine if there is something to sample.
         calibrates = self.reward_model.num_calibration_samples > 0
         sections |= {

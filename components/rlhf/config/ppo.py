@@ -65,12 +65,49 @@ def ranks_per_engine(rollout: EngineConfig) -> int:
 
 
 class CriticConfig(BaseConfig):
-    """The critic (value model), initialized from the reward model."""
+    """The critic (value model) of the advantage estimator gae, initialized from the reward model."""
 
     trains: Literal["layers", "head"] = "layers"
     """layers trains all weights that are not frozen; head only the scalar head, on features computed once per rollout."""
     learning_rate: Positive = 1e-5
     """Peak learning rate of the critic."""
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    """Learning rate schedule of the critic; null uses that of training."""
+    warmup_fraction: Fraction | None = None
+    """Fraction of all steps in which the critic's learning rate rises linearly from 0; null uses that of training."""
+    warmup_iterations: Count = 0
+    """First iterations in which only the critic is trained, and the actor stays as it is."""
+    loss_coef: Positive = 1.0
+    """Factor of the value loss; AdamW ignores it except for gradient clipping (max_grad_norm)."""
+
+
+class RejectionConfig(BaseConfig):
+    """Leaves tokens or whole responses out of the losses whose log-probs of trainer and rollout engine differ too much."""
+
+    statistic: Literal[
+        "token_k1", "token_k2", "token_k3", "seq_sum_k1", "seq_sum_k2", "seq_sum_k3",
+        "seq_mean_k1", "seq_mean_k2", "seq_mean_k3", "seq_max_k2", "seq_max_k3",
+    ]  # fmt: skip
+    """KL estimator of the gap (k1, k2, k3), per token or as the sum, mean or maximum of a response (verl's names)."""
+    high: Positive
+    """Upper bound: for k1 of the ratio of the probabilities, engine to trainer; for k2 and k3 of the statistic itself."""
+    low: Positive | None = None
+    """Lower bound of the ratio for k1; null is 1 / high."""
+
+    @model_validator(mode="after")
+    def _require_ordered_bounds(self) -> "RejectionConfig":
+        if self.low is not None and not self.statistic.endswith("k1"):
+            raise ValueError(
+                f"low is set, but {self.statistic} is never negative and has only an upper bound; remove it"
+            )
+        if (1 / self.high if self.low is None else self.low) > self.high:
+            raise ValueError(f"low is above high, {self.high}; swap them, or raise high above 1")
+        return self
+
+
+AdvantageEstimator = Literal["gae", "reinforce++", "reinforce++-baseline", "rloo", "group_norm", "dr_grpo", "remax"]
+GROUP_ESTIMATORS = ("reinforce++-baseline", "rloo", "group_norm", "dr_grpo")  # compare the responses to one prompt
+WHITENED_ESTIMATORS = ("gae", "reinforce++", "reinforce++-baseline")
 
 
 class PpoConfig(BaseConfig):
@@ -89,8 +126,12 @@ class PpoConfig(BaseConfig):
     """What responses are rewarded for: one reward or a list, of which the weighted sum is maximized."""
     kl_coef: NonNegative = 0.05
     """Coefficient of the KL penalty in the reward; the initial value if kl_target is set."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Whether the KL penalty is subtracted from the reward of every token, or added to the policy loss (GRPO)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of the per-token KL penalty (k1, k2 or k3 of Schulman 2020)."""
+    """Estimator of the per-token KL penalty (k1, k2 or k3 of Schulman 2020); in the loss, k2 or k3."""
+    kl_clamp: Positive | None = None
+    """The KL penalty of a token is clamped to +-kl_clamp nats, such as 10; null does not clamp it."""
     kl_target: Positive | None = None
     """Target of the adaptive KL controller, in nats per sequence; null keeps kl_coef constant."""
     kl_horizon: Positive = 10000
@@ -101,12 +142,20 @@ class PpoConfig(BaseConfig):
     """Rewards are clipped to +-reward_clip before the KL penalty is added; null disables clipping."""
     missing_eos_penalty: NonNegative = 0.0
     """Penalty that is subtracted from the reward of a truncated response."""
+    advantage: AdvantageEstimator = "gae"
+    """Advantage estimator: gae with a critic; without one, group_norm is GRPO's, and remax samples a greedy response as the baseline."""
+    drop_equal_groups: bool = False
+    """Leave prompts whose responses all have the same reward out of the losses; for estimators that compare the responses to a prompt."""
+    mask_truncated: bool = False
+    """Leave truncated responses out of the losses (overlong filtering of DAPO)."""
     gamma: Fraction = 1.0
     """Discount factor, between 0 and 1."""
     gae_lambda: Fraction = 0.95
     """Lambda of generalized advantage estimation (GAE), between 0 and 1."""
     whiten_advantages: bool = True
-    """Whiten advantages to mean 0 and variance 1 over the whole rollout batch."""
+    """Whiten the advantages of gae and of both reinforce++ to mean 0 and variance 1 over the whole rollout batch."""
+    policy_ratio: Literal["token", "gspo", "gspo-token", "cispo"] = "token"
+    """Probability ratio: of each token (PPO), of the sequence (GSPO and GSPO-token), or as a clipped weight without gradient (CISPO)."""
     clip_range: Fraction = 0.2
     """Clip range of the probability ratio around 1."""
     clip_range_high: Positive | None = None
@@ -115,12 +164,18 @@ class PpoConfig(BaseConfig):
     """Dual-clip constant, above 1, that bounds the loss of negative advantages; null disables dual clipping."""
     value_clip_range: Positive | None = 0.2
     """Clip range of the critic's values around the old values; null disables clipping."""
+    entropy_coef: NonNegative = 0.0
+    """Coefficient of the entropy bonus: the mean entropy of a token, times this, is subtracted from the policy loss."""
     old_logprobs: Literal["trainer", "engine"] = "trainer"
     """Log-probs of the sampling policy: of the trainer, or of the rollout engine as it sampled, which saves a forward pass."""
     importance_clip: tuple[Positive, Positive] | None = None
-    """Bounds, such as [0.5, 5], of per-token importance weights for the mismatch of trainer and rollout engine; null disables them."""
-    loss_aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
-    """Average the loss over all tokens, or over the tokens of each sequence and then over sequences (OpenRLHF v0.5.5)."""
+    """Bounds, such as [0.5, 5], of importance weights for the mismatch of trainer and rollout engine; null disables them."""
+    importance_mode: Literal["truncate", "mask", "sequence-truncate", "sequence-mask"] = "truncate"
+    """Whether importance weights beyond the bounds are clamped or become 0, and whether the bounds apply to tokens or sequences."""
+    rejection: RejectionConfig | None = None
+    """Which tokens or responses are left out of the losses for the mismatch of trainer and rollout engine; null is none."""
+    loss_aggregation: Literal["token-mean", "sequence-mean", "sequence-sum", "sequence-sum-norm"] = "token-mean"
+    """Mean over all tokens, or over sequences of their mean, their sum, or their sum over the longest response possible (Dr. GRPO)."""
     eval_every: Count = 0
     """Iterations between evaluations on the validation prompts; 0 disables them."""
     patience: Count = 0
@@ -149,6 +204,7 @@ class PpoConfig(BaseConfig):
                 f"minibatch is {self.minibatch}, which {self.training.num_processes} processes (training.num_processes) cannot "
                 "share equally; choose a multiple of num_processes"
             )
+        check_algorithm(self)
         check_engine(
             self.rollout,
             self.rollout.sampling,
@@ -172,6 +228,52 @@ class PpoConfig(BaseConfig):
                 f"importance_clip is [{low}, {high}], with the lower bound above the upper bound; swap them"
             )
         return self
+
+
+def check_algorithm(ppo: PpoConfig) -> None:
+    """Raise ValueError for settings of the algorithm that contradict each other."""
+    size, processes = ppo.rollout.samples_per_prompt, ppo.training.num_processes
+    if ppo.advantage in GROUP_ESTIMATORS:
+        if size == 1:
+            raise ValueError(
+                f"advantage {ppo.advantage} compares the responses to a prompt, but rollout.samples_per_prompt is 1; set it to 2 or more"
+            )
+        if ppo.minibatch % (size * processes):
+            raise ValueError(
+                f"minibatch is {ppo.minibatch}, but with advantage {ppo.advantage} each of the {processes} processes "
+                f"(training.num_processes) takes all {size} responses (rollout.samples_per_prompt) to a prompt; choose a multiple of "
+                f"{size * processes}"
+            )
+    elif ppo.drop_equal_groups:
+        raise ValueError(
+            f"drop_equal_groups needs an advantage that compares the responses to a prompt ({', '.join(GROUP_ESTIMATORS)}), and it is "
+            f"{ppo.advantage}; set one of them to another value"
+        )
+    if ppo.advantage != "gae":
+        defaults = PpoConfig.model_fields
+        unused = [name for name in ("gae_lambda", "value_clip_range") if getattr(ppo, name) != defaults[name].default]
+        unused += ["critic"] * (ppo.critic != CriticConfig())
+        if unused:
+            raise ValueError(
+                f"{unused[0]} is set, but advantage {ppo.advantage} has no critic; remove it, or set advantage to gae"
+            )
+    if ppo.critic.warmup_iterations >= ppo.num_iterations:
+        raise ValueError(
+            f"critic.warmup_iterations is {ppo.critic.warmup_iterations}, but must be below num_iterations, {ppo.num_iterations}: "
+            "the actor would never be trained"
+        )
+    if ppo.kl_in == "loss" and ppo.kl_estimator == "k1":
+        raise ValueError(
+            "kl_estimator is k1, whose gradient in the loss (kl_in) is zero on average; set kl_estimator to k2 or k3"
+        )
+    if ppo.policy_ratio == "cispo" and ppo.dual_clip is not None:
+        raise ValueError("dual_clip does nothing with policy_ratio cispo, which clips every ratio; set it to null")
+    if ppo.rejection is not None and ppo.old_logprobs == "engine":
+        raise ValueError(
+            "rejection compares the log-probs of trainer and engine; with old_logprobs engine they are the same, so set it to null"
+        )
+    if ppo.importance_mode != "truncate" and ppo.importance_clip is None:
+        raise ValueError("importance_mode needs bounds; set importance_clip, such as [0.5, 5]")
 
 
 class PpoStageConfig(BaseConfig):

@@ -105,6 +105,7 @@ class Completion:
     logprobs: Tensor | None  # [T] fp32, from the rollout engine; None for human-written texts
     truncated: bool  # reached max_new_tokens without a stop token
     weight_version: int = 0  # number of weight syncs of the rollout engine before it sampled this
+    baseline: float = 0.0  # reward of the greedy response to the same prompt (ReMax)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,11 @@
-"""Generalized advantage estimation (GAE) and discounted returns, one response per row."""
+"""Advantages: generalized advantage estimation (GAE), discounted returns, and baselines of a group of samples per prompt."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+GroupBaseline = Literal["rloo", "group_norm", "dr_grpo", "reinforce++-baseline", "opo"]
 
 
 def estimate_advantages(
@@ -30,3 +34,48 @@ def reward_to_go(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
     """Discounted sum of the rewards from each token to the end. [B, T] -> [B, T]. Equal to GAE with zero values and lambda 1."""
     advantages, _ = estimate_advantages(torch.zeros_like(rewards), rewards, mask, gamma=gamma, gae_lambda=1.0)
     return advantages
+
+
+def shape_group_scores(
+    scores: Tensor, method: GroupBaseline, *, eps: float = 1e-9, lengths: Tensor | None = None
+) -> Tensor:
+    """Subtract from each score a baseline of the N samples of its prompt. scores [P, N] -> [P, N].
+
+    - rloo: the mean of the other samples' scores (Ahmadian et al. 2024, "Back to Basics").
+    - group_norm: the mean of the group, then division by its standard deviation + eps (Shao et al. 2024, GRPO), with Bessel's
+      correction. eps is 1e-9 in OpenRLHF 3c3be623, 1e-6 in verl and 1e-4 in TRL.
+    - dr_grpo: the mean of the group (Liu et al. 2025, "Understanding R1-Zero-Like Training").
+    - reinforce++-baseline: the mean of the group; the caller whitens the advantages over the whole batch (Hu et al. 2025).
+    - opo: the mean weighted by the lengths [P, N] of the responses (Hao et al. 2025, "On-Policy RL with Optimal Reward
+      Baseline"), as verl b178a3cd computes it.
+
+    A group of equal scores is exactly 0: in floating point its mean may differ from its scores, and group_norm would blow this
+    rounding error up to advantages of about 1. Raises ValueError for N = 1, which has no baseline: OpenRLHF divides 0 by 0
+    (rloo, group_norm) or returns 0 for every sample, and verl silently leaves the score without a baseline.
+    """
+    num_samples = scores.shape[1]
+    if num_samples < 2:
+        raise ValueError(
+            f"{method} compares the samples of one prompt: it needs at least 2 per prompt, not {num_samples}"
+        )
+    mean = scores.mean(dim=1, keepdim=True)
+    match method:
+        case "rloo":
+            shaped = scores - (scores.sum(dim=1, keepdim=True) - scores) / (num_samples - 1)
+        case "group_norm":
+            shaped = (scores - mean) / (scores.std(dim=1, keepdim=True) + eps)
+        case "dr_grpo" | "reinforce++-baseline":
+            shaped = scores - mean
+        case "opo":
+            if lengths is None:
+                raise ValueError("opo weighs scores by the lengths of the responses: pass lengths [P, N]")
+            weight = lengths.to(scores.dtype)
+            shaped = scores - (weight * scores).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp(min=1)
+        case _:
+            raise ValueError(f"unknown baseline {method!r}")
+    return torch.where(equal_groups(scores)[:, None], 0, shaped)
+
+
+def equal_groups(scores: Tensor) -> Tensor:
+    """Prompts whose samples all have exactly the same score, and so teach nothing. scores [P, N] -> [P] bool; nan equals nothing."""
+    return (scores == scores[:, :1]).all(dim=1)

@@ -4,6 +4,7 @@ With d = log pi(token) - log ref(token), tokens sampled from pi (Schulman, "Appr
 k1 = d (unbiased), k2 = d^2 / 2, k3 = exp(-d) - 1 + d (unbiased, never negative).
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -28,6 +29,9 @@ def estimate_kl(
         case "k2":
             kl = d**2 / 2
         case "k3":
+            if clamp is not None:
+                # Far beyond the clamp, so that the result is the same, but exp() stays finite: its gradient would be 0 * inf.
+                d = d.clamp(min=-2 * (1 + math.log1p(clamp)))
             kl = torch.exp(-d) - 1 + d
     if clamp is not None:
         kl = kl.clamp(-clamp, clamp)

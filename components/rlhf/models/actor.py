@@ -87,7 +87,7 @@ class Actor(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Log-prob of each response token and entropy of its distribution, both [B, T] fp32 and 0 at padding.
 
-        The entropy carries no gradient and is 0 unless with_entropy.
+        The entropy is 0 unless with_entropy.
         """
         mask = batch.response_mask
         with autocast_to(self.dtype, batch.input_ids.device):
@@ -166,7 +166,7 @@ class Actor(nn.Module):
             logprobs = token_logprobs(logits, labels, distribution.temperature)
             if not with_entropy:
                 return logprobs, torch.zeros_like(logprobs)
-            return logprobs, entropy(logits.detach(), distribution.temperature)
+            return logprobs, entropy(logits, distribution.temperature)
 
         if torch.is_grad_enabled():
             return cast(tuple[Tensor, Tensor], checkpoint(head, hidden, use_reentrant=False))

@@ -13,7 +13,7 @@ from components.rlhf.config.judge import EndpointJudge as EndpointConfig
 from components.rlhf.config.judge import Judge, RewardModelJudge
 from components.rlhf.config.judge import LinearJudge as LinearConfig
 from components.rlhf.config.model import Precision
-from components.rlhf.config.scoring import Function
+from components.rlhf.config.scoring import VERIFIABLE, Function
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.models.precision import compute_dtype, default_device
 from components.rlhf.rewards.agreement import MIN_ANSWERED, Agreement
@@ -42,7 +42,9 @@ class JudgeEntry:
 
     @property
     def cannot_tell(self) -> str:
-        """Why the judge gives no verdict, as the end of a sentence; empty if it does."""
+        """Why the judge gives no verdict, as the end of a sentence; empty if it does, as one that verifies answers always does."""
+        if isinstance(self.settings, VERIFIABLE):
+            return ""
         if self.agreement is None:
             return "it answered none of the held-out human pairs"
         if self.agreement.num_pairs < MIN_ANSWERED * self.agreement.num_asked:

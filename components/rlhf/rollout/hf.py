@@ -36,9 +36,11 @@ class HfRolloutEngine:
         self.merges_because = "transformers samples from merged weights"
         self._parameters = dict(model.named_parameters())
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int], *, greedy: bool = False
+    ) -> list[Completion]:
         prompt_ids = [encode_prompt(self.tokenizer, prompt.prompt, is_chat=is_chat(prompt)) for prompt in prompts]
-        samples = sample(self.model, prompt_ids, sampling, seeds, stop_ids=self.stop_ids)
+        samples = sample(self.model, prompt_ids, sampling, seeds, stop_ids=self.stop_ids, greedy=greedy)
         return [
             Completion(
                 prompt=prompt,
@@ -89,12 +91,13 @@ def sample(
     seeds: Sequence[int],
     *,
     stop_ids: tuple[int, ...],
+    greedy: bool = False,
 ) -> list[Sample]:
     """One response to each prompt. It depends on its prompt, its seed and the weights, not on the rest of the batch."""
     samples: dict[int, Sample] = {}
     for rows in _batches(prompt_ids, sampling.batch_size, allows_padding=attends_by_position(model)):
         prompts = [prompt_ids[row] for row in rows]
-        batch = _sample_batch(model, prompts, sampling, [seeds[row] for row in rows], stop_ids)
+        batch = _sample_batch(model, prompts, sampling, [seeds[row] for row in rows], stop_ids, greedy=greedy)
         samples |= zip(rows, batch, strict=True)
     return [samples[row] for row in range(len(prompt_ids))]
 
@@ -117,6 +120,8 @@ def _sample_batch(
     sampling: SamplingConfig,
     seeds: Sequence[int],
     stop_ids: tuple[int, ...],
+    *,
+    greedy: bool,
 ) -> list[Sample]:
     device, size = model.device, (len(prompt_ids), sampling.max_new_tokens)
     # One uniform number per token from a generator per row: the same seed gives the same draws in any batch.
@@ -131,7 +136,10 @@ def _sample_batch(
         logits = decoding.advance().float()
         if step < sampling.min_new_tokens:
             logits[:, stops] = float("-inf")
-        tokens, chosen = _draw(logits.div_(sampling.temperature), uniforms[active, step])
+        if greedy:
+            chosen, tokens = torch.log_softmax(logits, dim=-1).max(dim=-1)
+        else:
+            tokens, chosen = _draw(logits.div_(sampling.temperature), uniforms[active, step])
         responses[active, step], logprobs[active, step] = tokens, chosen
         finished, kept = torch.isin(tokens, stops), None
         if finished.any():

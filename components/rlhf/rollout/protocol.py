@@ -19,8 +19,13 @@ class RolloutEngine(Protocol):
     version: int  # version of the weights: the number of syncs so far
     merges_because: str  # why sync() needs adapters merged into the weights; empty if it takes adapters by themselves
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int]) -> list[Completion]:
-        """Sample one completion per prompt. It depends on its prompt, its seed and the weights, not on the rest of the batch."""
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int], *, greedy: bool = False
+    ) -> list[Completion]:
+        """Sample one completion per prompt. It depends on its prompt, its seed and the weights, not on the rest of the batch.
+
+        greedy takes the most probable token in every step, whatever the seed; its log-prob is that at temperature 1.
+        """
         ...
 
     def load(self, folder: Path) -> int:

@@ -158,19 +158,21 @@ class VllmRolloutEngine:
         # Unsupported kernels (e.g. of a head size) fail only at the first step, so run one.
         self.prompt_logprobs([0, 0])
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int], *, greedy: bool = False
+    ) -> list[Completion]:
         """sampling.batch_size is ignored in favor of num_sequences. On a GPU the engine sleeps afterwards.
 
         With tensor_parallel_size above 1 this is collective over the ranks that share the engine; each passes its prompts.
         """
         prompt_ids = [encode_prompt(self.tokenizer, prompt.prompt, is_chat=is_chat(prompt)) for prompt in prompts]
-        self._check_request(prompt_ids, sampling)
+        self._check_request(prompt_ids, sampling, greedy=greedy)
         offset, requests = self._gather(list(zip(prompt_ids, seeds, strict=True)))
         outputs = self._run(
             [ids for ids, _ in requests],
             [
                 {
-                    "temperature": sampling.temperature,
+                    "temperature": 0.0 if greedy else sampling.temperature,
                     "max_tokens": sampling.max_new_tokens,
                     "min_tokens": sampling.min_new_tokens,
                     "seed": seed,
@@ -321,14 +323,14 @@ class VllmRolloutEngine:
                 )
             )
 
-    def _check_request(self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig) -> None:
+    def _check_request(self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, *, greedy: bool) -> None:
         longest = max((len(ids) for ids in prompt_ids), default=0)
         if longest + sampling.max_new_tokens > self.max_model_len:
             raise InputError(
                 f"A prompt of {longest} tokens and a response of up to {sampling.max_new_tokens} (max_new_tokens) exceed "
                 f"the max_model_len of {self.max_model_len} that vLLM was started with; lower max_new_tokens or shorten the prompts."
             )
-        if not TEMPERATURES[0] <= sampling.temperature <= TEMPERATURES[1]:
+        if not greedy and not TEMPERATURES[0] <= sampling.temperature <= TEMPERATURES[1]:
             raise InputError(
                 f"temperature is {sampling.temperature}, but vLLM supports {TEMPERATURES[0]} to {TEMPERATURES[1]}; "
                 "change it, or set ppo.rollout.engine to hf."

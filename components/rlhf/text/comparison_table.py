@@ -28,9 +28,17 @@ def comparison_rows(numbers: Mapping[str, float]) -> list[dict[str, str]]:
             return []
         return [{"name": name, "sft": format(numbers[f"{key}_sft"], form), "ppo": format(numbers[f"{key}_ppo"], form)}]
 
+    def both_with_intervals(name: str, key: str) -> list[dict[str, str]]:
+        if f"{key}_sft" not in numbers:
+            return []
+        return [{"name": name, "sft": interval(f"{key}_sft"), "ppo": interval(f"{key}_ppo")}]
+
     ends = f", [{100 * numbers['confidence']:g}% interval]"
     others = [key.split("/")[1] for key in numbers if key.startswith(OTHER_JUDGE) and key.endswith("/num_compared")]
     rows = [
+        *both_with_intervals("pass@1 (judge)", "pass_at_1"),
+        *one("pass@1, gain", "pass_at_1_gain"),
+        *[row for name in others for row in both_with_intervals(f"pass@1 ({name})", f"{OTHER_JUDGE}{name}/pass_at_1")],
         *one(f"win rate (judge){ends}", "win_rate"),
         *one("win rate, length-controlled", "win_rate_length_controlled"),
         *one(

@@ -9,7 +9,7 @@ from components.rlhf.maths.importance import importance_weights
 from components.rlhf.maths.losses import policy_loss
 from tests.support.random_batches import GARBAGE, doubles, equal, ragged, randn, spoil
 
-BOUNDS = {"low": 0.5, "high": 5.0}
+BOUNDS: Any = {"mode": "truncate", "low": 0.5, "high": 5.0}
 
 
 def test_hand_computed_weights() -> None:

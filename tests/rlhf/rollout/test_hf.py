@@ -74,6 +74,21 @@ def test_greedy_tokens_equal_transformers_with_stop_ids(tiny_model: Path, min_ne
     assert engine_ids(tiny_model, tuple(stops), max_new_tokens=12, min_new_tokens=min_new_tokens) == expected
 
 
+@pytest.mark.parametrize("min_new_tokens", [0, 4])
+def test_greedy_decoding_equals_transformers_at_any_temperature(tiny_model: Path, min_new_tokens: int) -> None:
+    unstopped = transformers_ids(tiny_model, max_new_tokens=12, stops=None)
+    stops = [unstopped[0][2], unstopped[2][5], unstopped[4][8]]
+    expected = transformers_ids(tiny_model, max_new_tokens=12, stops=stops, min_new_tokens=min_new_tokens)
+    engine = engine_of(tiny_model, stop_ids=tuple(stops))
+    how = sampling(temperature=3.0, max_new_tokens=12, min_new_tokens=min_new_tokens)
+    found = engine.generate(PROMPTS, how, range(6), greedy=True)
+    assert ids_of(found) == expected
+    assert ids_of(engine.generate(PROMPTS, how, range(6))) != expected
+    distribution = SamplingDistribution(min_new_tokens=min_new_tokens, stop_ids=tuple(stops))
+    for row, completion in zip(actors_logprobs(tiny_model, found, distribution), found, strict=True):
+        assert torch.allclose(row[: len(completion.response_ids)], _logprobs(completion), atol=1e-4)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
 def test_completion_does_not_depend_on_its_batch(tiny_model: Path, batch_size: int) -> None:
     engine, seeds = engine_of(tiny_model, stop_ids=MANY_STOPS), [11, 5, 11, 3, 99, 0]
@@ -150,19 +165,20 @@ def test_logprobs_equal_those_of_the_actor(tiny_model: Path, overrides: dict[str
     """The engine pads on the left and uses a KV cache; the actor pads on the right without a cache."""
     engine, config = engine_of(tiny_model, stop_ids=MANY_STOPS), sampling(**overrides)
     completions = engine.generate(PROMPTS * 4, config, list(range(24)))
-    rows = collate([c.prompt_ids for c in completions], [c.response_ids for c in completions])
-    actor = Actor(
-        load_causal_lm(tiny_model, num_frozen_layers=0, dtype=torch.float32),
-        num_frozen_layers=0,
-        dtype=torch.float32,
-    )
     distribution = SamplingDistribution(
         temperature=config.temperature, min_new_tokens=config.min_new_tokens, stop_ids=MANY_STOPS
     )
-    with torch.no_grad():
-        logprobs, _ = actor(rows, distribution)
+    logprobs = actors_logprobs(tiny_model, completions, distribution)
     for row, completion in zip(logprobs, completions, strict=True):
         assert torch.allclose(row[: len(completion.response_ids)], _logprobs(completion), atol=1e-4)
+
+
+def actors_logprobs(folder: Path, completions: Sequence[Completion], distribution: SamplingDistribution) -> Tensor:
+    rows = collate([c.prompt_ids for c in completions], [c.response_ids for c in completions])
+    lm = load_causal_lm(folder, num_frozen_layers=0, dtype=torch.float32)
+    with torch.no_grad():
+        logprobs, _ = Actor(lm, num_frozen_layers=0, dtype=torch.float32)(rows, distribution)
+    return logprobs
 
 
 NUM_SAMPLES = 6000

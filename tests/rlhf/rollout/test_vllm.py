@@ -290,6 +290,17 @@ def test_sampled_log_probs_equal_the_trainers(
 
 
 @pytest.mark.vllm
+@pytest.mark.parametrize("min_new_tokens", [0, 6])
+def test_greedy_decoding_equals_transformers(sampler: VllmRolloutEngine, folder: Path, min_new_tokens: int) -> None:
+    how = sampling(temperature=1.5, max_new_tokens=16, min_new_tokens=min_new_tokens)
+    found, expected = (e.generate(PROMPTS, how, range(6), greedy=True) for e in (sampler, hf(folder, MANY_STOPS)))
+    assert ids_of(found) == ids_of(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(prompt_logprobs(a), prompt_logprobs(b), atol=1e-4)
+        assert (a.truncated, a.response) == (b.truncated, b.response)
+
+
+@pytest.mark.vllm
 def test_stop_token_is_kept_and_ends_the_response(sampler: VllmRolloutEngine) -> None:
     found = sampler.generate(PROMPTS * 10, sampling(max_new_tokens=3), list(range(60)))
     assert {c.truncated for c in found} == {True, False}
