@@ -1,11 +1,15 @@
 """Metrics of each reward, by hand and over ranks."""
 
 import statistics
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import Tensor
 
 from components.ppo.reward_metrics import reward_metrics
+from components.rlhf.engine.group import SingleProcess
 
 PARTS = {"maths": [0.0, 1.0, 1.0, 0.0], "length": [-0.5, 0.0, 0.0, -1.0]}
 WEIGHTS = {"maths": 4.0, "length": -1.0}

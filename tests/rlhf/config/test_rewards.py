@@ -76,7 +76,7 @@ def test_stage_gets_the_rewards() -> None:
         ("numeric", "ppo.rewards.0 is 'numeric': kind is not one of "),
         ([{}, None], "ppo.rewards.1 is None: kind is not one of "),
         ([{}, {"kind": "numeric", "colum": "a"}], "ppo.rewards.1.colum is not a parameter; did you mean ppo.rewards.1.column?"),
-        ({"kind": "length", "patern": "a", "buffer": 1}, "ppo.rewards.0.patern is not a parameter; valid here: name, weight, kind, "),
+        ({"kind": "length", "xyzzy": "a", "buffer": 1}, "ppo.rewards.0.xyzzy is not a parameter; valid here: name, weight, kind"),
         ([{}, {}], "ppo: two rewards are named reward_model; give them different names (rewards.NUMBER.name)."),
         ([{}, {"name": "b"}], "ppo: rewards has two reward models, and there can be one; remove one of them."),
         ([{"weight": 0}], "ppo: every reward has the weight 0, so nothing is learned; raise a weight."),
