@@ -1,4 +1,4 @@
-"""Whole runs without preferences and without a reward model on a tiny model: rewarded and judged by exact match, and by code of the user."""
+"""Whole runs without preferences and a reward model on a tiny model: rewarded and judged by exact match, and by code of the user."""
 
 import json
 import os
