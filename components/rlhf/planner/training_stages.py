@@ -77,7 +77,7 @@ def update_parts(run: Pass, *, with_logits: bool) -> dict[str, int]:
         parts["dequantized weight"] = (4 + run.numeric.width) * max(
             (m.inputs * m.outputs for m in run.shape.linears), default=0
         )
-    return parts | ({"logits": logits(run.shape, run.answer_tokens, run.numeric)} if with_logits else {})
+    return parts | ({"logits": logits(run.shape, run.answer_tokens, run.numeric, run.sampling)} if with_logits else {})
 
 
 def load_peak(
