@@ -1,6 +1,5 @@
 """Train the SFT model with PPO."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from components.rlhf.config.ppo import PpoStageConfig

@@ -120,7 +120,7 @@ class SamplingConfig(BaseConfig):
     stop: Annotated[tuple[StopString, ...], Field(max_length=8)] = ()
     """Strings, such as "\\n\\n", that end a response; its text ends before them, its tokens include them. At most 8."""
     max_new_tokens: PositiveInt = 64
-    """Maximum length of a response in tokens; a response that reaches it without a stop token counts as truncated."""
+    """Maximum length of a response in tokens; one that reaches it without a stop token or string counts as truncated."""
     min_new_tokens: Count = 0
     """Minimum length of a response in tokens, before which stop tokens are suppressed."""
     batch_size: PositiveInt = 64

@@ -222,7 +222,7 @@ def _score(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, job
     tokens, answers = _tokens(config, job)
     work = {
         "activations": forward_workspace(job.shape, tokens, job.numeric),
-        "logits": logits(job.shape, answers, job.numeric),
+        "logits": logits(job.shape, answers, job.numeric, config.ppo.rollout.sampling),
         "cast weights": copies.actor.cast,
         "working weights": copies.actor.working,
     }
@@ -251,6 +251,7 @@ def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, j
             training=training,
             numeric=job.numeric,
             with_entropy=ppo.entropy_coef > 0,
+            sampling=config.ppo.rollout.sampling,
         )
 
     snapshot = {"checkpoint": copies.actor.snapshot + copies.critic.snapshot}

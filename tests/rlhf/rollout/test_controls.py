@@ -28,7 +28,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "penalty": {"repetition_penalty": 1.7},
     "everything": {"top_p": 0.8, "top_k": 30, "repetition_penalty": 0.6, "temperature": 1.4, "min_new_tokens": 3},
 }
-every_control = pytest.mark.parametrize("how", CONTROLS.values(), ids=CONTROLS.keys())
+every_control = pytest.mark.parametrize("controls", CONTROLS.values(), ids=CONTROLS.keys())
 
 
 def slow_probabilities(
@@ -82,8 +82,8 @@ def slow_logprobs(folder: Path, completion: Completion, how: SamplingConfig, sto
 
 
 @every_control
-def test_logprobs_of_engine_and_actor_are_those_of_a_slow_version(tiny_model: Path, how: dict[str, Any]) -> None:
-    config = SamplingConfig(max_new_tokens=8, **how)
+def test_logprobs_of_engine_and_actor_are_those_of_a_slow_version(tiny_model: Path, controls: dict[str, Any]) -> None:
+    config = SamplingConfig(max_new_tokens=8, **controls)
     found = engine_of(tiny_model, stop_ids=MANY_STOPS).generate(PROMPTS * 2, config, range(12))
     rows = collate([c.prompt_ids for c in found], [c.response_ids for c in found])
     with torch.no_grad():
@@ -96,17 +96,17 @@ def test_logprobs_of_engine_and_actor_are_those_of_a_slow_version(tiny_model: Pa
 
 
 @every_control
-def test_completion_does_not_depend_on_its_batch(tiny_model: Path, how: dict[str, Any]) -> None:
+def test_completion_does_not_depend_on_its_batch(tiny_model: Path, controls: dict[str, Any]) -> None:
     engine, seeds = engine_of(tiny_model, stop_ids=MANY_STOPS), [11, 5, 11, 3, 99, 0]
-    expected = engine.generate(PROMPTS, SamplingConfig(max_new_tokens=12, **how), seeds)
-    alone = engine.generate(PROMPTS[::-1], SamplingConfig(max_new_tokens=12, batch_size=2, **how), seeds[::-1])
+    expected = engine.generate(PROMPTS, SamplingConfig(max_new_tokens=12, **controls), seeds)
+    alone = engine.generate(PROMPTS[::-1], SamplingConfig(max_new_tokens=12, batch_size=2, **controls), seeds[::-1])
     assert ids_of(alone)[::-1] == ids_of(expected)
 
 
 @every_control
-def test_token_frequencies_are_those_of_the_truncated_distribution(tiny_model: Path, how: dict[str, Any]) -> None:
+def test_token_frequencies_are_those_of_the_truncated_distribution(tiny_model: Path, controls: dict[str, Any]) -> None:
     engine, number = engine_of(tiny_model, stop_ids=()), 3000
-    config = SamplingConfig(**(how | {"max_new_tokens": 1, "min_new_tokens": 0, "batch_size": 3000}))
+    config = SamplingConfig(**(controls | {"max_new_tokens": 1, "min_new_tokens": 0, "batch_size": 3000}))
     found = engine.generate([Prompt(prompt="a film")] * number, config, range(number))
     tokens = torch.tensor(ids_of(found))[:, 0]
     with torch.no_grad():
@@ -138,9 +138,9 @@ def gradients_of(actor: Actor, distribution: SamplingDistribution) -> tuple[Tens
 
 @every_control
 def test_pieces_do_not_change_logprobs_entropy_and_gradients(
-    tiny_model: Path, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, controls: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    distribution, actor = sampling_distribution(SamplingConfig(**how), (0,)), actor_of(tiny_model)
+    distribution, actor = sampling_distribution(SamplingConfig(**controls), (0,)), actor_of(tiny_model)
     logprobs, entropy, gradients = gradients_of(actor, distribution)
     monkeypatch.setattr(actor_module, "MAX_LOGITS", 2 * actor.lm.config.vocab_size)
     in_pieces = gradients_of(actor, distribution)

@@ -47,9 +47,9 @@ def sampler(folder: Path) -> Iterator[VllmRolloutEngine]:
 
 @pytest.mark.vllm
 @every_control
-def test_logprobs_are_the_trainers(sampler: VllmRolloutEngine, folder: Path, how: dict[str, Any]) -> None:
+def test_logprobs_are_the_trainers(sampler: VllmRolloutEngine, folder: Path, controls: dict[str, Any]) -> None:
     """The gap of the engines (engine_gap) for each control; every sampled token is one that the trainer keeps."""
-    config = sampling(**({"max_new_tokens": 12} | how))
+    config = sampling(**({"max_new_tokens": 12} | controls))
     found = sampler.generate(PROMPTS * 6, config, list(range(36)))
     distribution = sampling_distribution(config, MANY_STOPS)
     for c, expected in zip(found, trainers_logprobs(trained(folder), found, distribution), strict=True):
@@ -59,10 +59,10 @@ def test_logprobs_are_the_trainers(sampler: VllmRolloutEngine, folder: Path, how
 @pytest.mark.vllm
 @every_control
 def test_sampled_tokens_are_those_that_a_slow_version_keeps(
-    sampler: VllmRolloutEngine, folder: Path, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    sampler: VllmRolloutEngine, folder: Path, controls: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sampler, "stop_ids", ())
-    config, number = sampling(**(how | {"max_new_tokens": 1, "min_new_tokens": 0})), 1500
+    config, number = sampling(**(controls | {"max_new_tokens": 1, "min_new_tokens": 0})), 1500
     found = sampler.generate(PROMPTS[:1] * number, config, [7 * 1_000_003 + n for n in range(number)])
     with torch.no_grad():
         logits = trained(folder)(torch.tensor([found[0].prompt_ids])).logits[0, -1]
@@ -75,9 +75,9 @@ def test_sampled_tokens_are_those_that_a_slow_version_keeps(
 @every_control
 @pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "cold"])
 def test_deterministic_responses_are_those_of_transformers(
-    sampler: VllmRolloutEngine, folder: Path, how: dict[str, Any], greedy: bool
+    sampler: VllmRolloutEngine, folder: Path, controls: dict[str, Any], greedy: bool
 ) -> None:
-    config = sampling(**(how | {"max_new_tokens": 20, "temperature": COLD}))
+    config = sampling(**(controls | {"max_new_tokens": 20, "temperature": COLD}))
     found, expected = (e.generate(PROMPTS, config, range(6), greedy=greedy) for e in (sampler, hf(folder, MANY_STOPS)))
     assert ids_of(found) == ids_of(expected)
     for a, b in zip(found, expected, strict=True):
