@@ -42,12 +42,8 @@ def main(
     from components.rlhf.rewards.judges import JudgeResources
     from components.rlhf.rewards.reward_model import as_completion
 
-    parents = {
-        "tokenizer": open_artifact(tokenizer, "tokenizer"),
-        "preferences": open_artifact(preferences, "preferences"),
-    }
-    optional = {"reward_model": reward_model, "code": code}
-    parents |= {kind: open_artifact(folder, kind) for kind, folder in optional.items() if folder}
+    folders = dict(tokenizer=tokenizer, preferences=preferences, reward_model=reward_model, code=code)
+    parents = {kind: open_artifact(folder, kind) for kind, folder in folders.items() if folder}
     ratings = load_records(preferences, "ratings", RatedText)
     train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
     encoder, max_tokens = load_tokenizer(tokenizer), read_header(preferences).max_tokens

@@ -289,7 +289,7 @@ SECTIONS = {
         "seed",
     },
     JudgeStageConfig: {"model", "judge", "seed"},
-    PpoStageConfig: {"model", "ppo", "checkpoint", "budget", "seed"},
+    PpoStageConfig: {"model", "ppo", "checkpoint", "budget", "max_kl", "seed"},
     EvaluationStageConfig: {"model", "evaluation", "sampling", "rollout", "gate", "judge", "seed"},
 }
 
