@@ -94,10 +94,10 @@ def lost_to_adapters(run: Pass) -> int:
 def logits(shape: ModelShape, answer_tokens: int, numeric: Numeric, *, with_entropy: bool = False) -> int:
     """Bytes of the logits that exist at once: in the head's precision, their log-probs, and a gradient.
 
-    An entropy with a gradient keeps log-probs, probabilities and their product in fp32.
+    An entropy with a gradient has log-probs and a gradient of its own.
     """
     # On a GPU the logits are converted, divided by the temperature and normalized as a whole, on a CPU a few rows at a time.
-    each = 2 * numeric.width + (12 if numeric.on_gpu else 4) + (12 if with_entropy else 0)
+    each = 2 * numeric.width + (12 if numeric.on_gpu else 4) + (8 if with_entropy else 0)
     return _num_logits(shape, answer_tokens, numeric) * each
 
 
