@@ -36,7 +36,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
         chosen = torch.empty(len(logits), dtype=_precision(logits), device=logits.device)
         kept = []
-        for rows in _cached_rows(logits):
+        for rows in cached_rows(logits):
             logprobs = _log_softmax(logits[rows], temperature)
             chosen[rows] = logprobs.gather(-1, labels[rows, None]).squeeze(-1)
             kept += [logprobs] if ctx.needs_input_grad[0] else []
@@ -65,7 +65,7 @@ class _Entropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, temperature: float) -> Tensor:
         found = torch.empty(len(logits), dtype=_precision(logits), device=logits.device)
         kept = []
-        for rows in _cached_rows(logits):
+        for rows in cached_rows(logits):
             logprobs = _log_softmax(logits[rows], temperature)
             # A masked token has log-probability -inf: its term must be 0, not nan.
             found[rows] = -(logprobs.exp() * logprobs.masked_fill(logprobs.isneginf(), 0)).sum(-1)
@@ -90,16 +90,21 @@ class _Entropy(torch.autograd.Function):
         return result, None
 
 
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+def at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature in the precision of log-probs: fp32, or fp64 as they are."""
     logits = logits.to(_precision(logits))
-    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(at_temperature(logits, temperature), dim=-1)
 
 
 def _precision(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _cached_rows(logits: Tensor) -> Iterator[slice]:
+def cached_rows(logits: Tensor) -> Iterator[slice]:
     """Slices of rows [n, V] that fit into the cache of a CPU; on other devices all rows at once."""
     size = max(CACHED // logits.shape[-1], 1) if logits.device.type == "cpu" else max(len(logits), 1)
     yield from (slice(start, start + size) for start in range(0, len(logits), size))
