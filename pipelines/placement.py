@@ -18,7 +18,7 @@ from components.rlhf.config.params import Params
 from components.rlhf.config.trainjob import NAMESPACE_VARIABLE
 from components.rlhf.storage.pypi import PREFIX
 from components.rlhf.text.errors import InputError
-from pipelines.access import CHECKPOINT_PATH, JUDGING_STAGES, SecretVariables, cluster_storage, keeps_files, secrets_of
+from pipelines.access import CHECKPOINT_PATH, SecretVariables, cluster_storage, keeps_files, secrets_of
 from pipelines.sources import data_sources, is_remote, is_within
 
 if TYPE_CHECKING:
@@ -189,10 +189,10 @@ def labels_of(stage: str, egress: Mapping[str, str]) -> dict[str, str]:
 
 
 def egress_of(stage: str, params: Params, sources: list[str]) -> dict[str, str]:
-    """The label that opens the network to the pods of a stage: to the hub and the index of packages, or to endpoint judges."""
+    """The label that opens the network to the pods of a stage: to the hub and the index of packages, or to endpoints."""
     if any(map(is_remote, sources)):
         return HUB_LABELS
-    return ENDPOINT_LABELS if stage in JUDGING_STAGES and params.endpoint_judges else {}
+    return ENDPOINT_LABELS if params.asked_by(stage) else {}
 
 
 def stage_label(stage: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(?:[eE][-+]?\d+)?\s*%?")
 LATEX_WORDS = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+|\{[a-z]+matrix\}"
 )
+FULL_STOP = re.compile(r"(?<=\d)\.(?=\s|$)")
 WORD = re.compile(r"[^\W\d_]{3,}")
 
 
@@ -53,7 +54,8 @@ def same_value(response: str, answer: str) -> bool:
         raise BadAnswerError("is neither a number nor a LaTeX formula")
     from math_verify import parse, verify
 
-    found = parse(response, parsing_timeout=None)
+    # The library takes the full stop in "It is 49/9." for a decimal point, and then the fraction for another number.
+    found = parse(FULL_STOP.sub("", response), parsing_timeout=None)
     return bool(found) and bool(verify(right, found, timeout_seconds=None))
 
 

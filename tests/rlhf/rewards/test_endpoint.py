@@ -320,7 +320,7 @@ def test_cache_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
         found = compare(judge_of(server, tmp_path / "file", log=log), ["a"], ["cc"])
     assert wins(found) == [0.0]
     warnings = [line for line in log if line.startswith("warning: ")]
-    assert len(warnings) == 1 and warnings[0].startswith("warning: the judge's answers cannot be kept in ")
+    assert len(warnings) == 1 and warnings[0].startswith("warning: the answers of endpoints cannot be kept in ")
     assert "asking stub 2 questions; 0 are answered in the cache" in log
 
 
