@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from components.ppo.ptx import DemonstrationLoss
 from components.rlhf.config.ppo import GROUP_ESTIMATORS, WHITENED_ESTIMATORS, PpoConfig
 from components.rlhf.data.batching import TokenBatch, collate
 from components.rlhf.data.microbatches import equal_passes
@@ -46,6 +47,7 @@ class Learner:
     config: PpoConfig
     distribution: SamplingDistribution
     group: Group = SINGLE_PROCESS
+    demonstrations: DemonstrationLoss | None = None  # for the actor's steps, with ptx_coef
     engines: Mapping[str, TrainEngine] = field(default_factory=dict)  # of "actor" and, if there is one, "critic"
 
 

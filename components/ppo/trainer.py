@@ -14,7 +14,7 @@ from components.ppo.experience import Experience, Learner, Models, make_experien
 from components.ppo.metrics import History, rollout_metrics
 from components.ppo.update import update
 from components.rlhf.config.ppo import GROUP_ESTIMATORS, PpoConfig, PpoStageConfig
-from components.rlhf.data.batching import collate, epoch_order
+from components.rlhf.data.batching import collate, stream_slice
 from components.rlhf.data.microbatches import deal_rows
 from components.rlhf.data.records import Completion, Prompt, ValidationSample
 from components.rlhf.engine.factory import create_engine
@@ -148,11 +148,9 @@ class PpoTrainer:
 
     def _prompts_of(self, iteration: int, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts of one iteration: consecutive slices of a stream of shuffled epochs."""
-        size, count = self.ppo.rollout.num_prompts, len(prompts)
-        positions = range((iteration - 1) * size, iteration * size)
-        epochs = range(positions[0] // count, positions[-1] // count + 1)
-        orders = {epoch: epoch_order(count, seed=self.config.seed, epoch=epoch) for epoch in epochs}
-        return [prompts[orders[position // count][position % count]] for position in positions]
+        size = self.ppo.rollout.num_prompts
+        rows = stream_slice(len(prompts), (iteration - 1) * size, size, seed=self.config.seed)
+        return [prompts[row] for row in rows]
 
     def _validate(self, validation: Sequence[Prompt], iteration: int) -> dict[str, float]:
         """Sample the validation prompts with the current policy. The objective is the mean score minus its KL cost."""

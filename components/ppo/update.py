@@ -33,7 +33,8 @@ def update(learner: Learner, experience: Experience, *, seed: int, iteration: in
             order = _epoch_order(len(experience.batch), seed=seed, iteration=iteration, epoch=epoch)
             minibatches = plan_minibatches(order, experience.batch, learner)
         for number, passes in enumerate(minibatches):
-            values = _optimizer_step(learner, experience, passes, weights, trains_actor=trains_actor)
+            step = (iteration - 1) * learner.config.num_epochs * len(minibatches) + epoch * len(minibatches) + number
+            values = _optimizer_step(learner, experience, passes, weights, step, trains_actor=trains_actor)
             if steps == 0:
                 first_ratio_error = values.get("ratio_error", 0.0)
             where = f"epoch {epoch}, minibatch {number}, responses {sorted(torch.cat(passes).tolist())}"
@@ -47,9 +48,11 @@ def update(learner: Learner, experience: Experience, *, seed: int, iteration: in
 
 
 def _optimizer_step(
-    learner: Learner, e: Experience, passes: list[Tensor], weights: Tensor | None, *, trains_actor: bool
+    learner: Learner, e: Experience, passes: list[Tensor], weights: Tensor | None, step: int, *, trains_actor: bool
 ) -> dict[str, float]:
     """One step of each model on a minibatch, given as the rows of its passes; every rank has an equal share of it.
+
+    step counts the steps of the whole run from 0.
 
     The actor takes its step before the critic begins, so that only one of them holds gradients at a time.
     """
@@ -58,7 +61,7 @@ def _optimizer_step(
     denominator = learner.group.sum(_denominator(e.loss_mask[rows], learner.config)).clamp(min=1)
     num_tokens = learner.group.sum(e.loss_mask[rows].sum()).clamp(min=1)
     if trains_actor:
-        values |= _actor_step(learner, e, passes, weights, denominator, num_tokens)
+        values |= _actor_step(learner, e, passes, weights, step, denominator, num_tokens)
     if learner.models.critic is not None:
         values |= _critic_step(learner, e, passes, denominator, num_tokens)
     return values
@@ -75,10 +78,12 @@ def _actor_step(
     e: Experience,
     passes: list[Tensor],
     weights: Tensor | None,
+    step: int,
     denominator: Tensor,
     num_tokens: Tensor,
 ) -> dict[str, float]:
     actor, config, engine = learner.models.actor, learner.config, learner.engines["actor"]
+    demonstrations = learner.demonstrations
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
     ratio_errors = []
     for number, rows in enumerate(passes, start=1):
@@ -115,11 +120,14 @@ def _actor_step(
             loss = loss - config.entropy_coef * bonus
             sums["loss/entropy"] = sums["loss/entropy"] + bonus.detach()
         loss = _with_router_loss(loss, actor.router_loss, share, sums, "actor")
-        engine.backward(loss, last=number == len(passes))
+        engine.backward(loss, last=demonstrations is None and number == len(passes))
         sums["loss/policy"] = sums["loss/policy"] + policy.loss.detach()
         sums["actor/clip_fraction"] = sums["actor/clip_fraction"] + (policy.clip_fraction * share)
         sums["actor/approx_kl"] = sums["actor/approx_kl"] + (policy.approx_kl * share)
         ratio_errors.append(((logprobs.detach() - old_logprobs).exp() - 1).abs().max())
+    for loss, is_last in () if demonstrations is None else demonstrations.losses(step):
+        engine.backward(config.ptx_coef * loss, last=is_last)
+        sums["loss/ptx"] = sums["loss/ptx"] + loss.detach()
     values = _totals(sums, learner.group)
     values["ratio_error"] = learner.group.max(torch.stack(ratio_errors).max()).item()
     return values | _step(engine, "actor")

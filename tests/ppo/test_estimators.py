@@ -14,10 +14,15 @@ from pydantic import ValidationError
 from components.ppo import update as update_module
 from components.ppo.experience import Experience, Learner, make_experience
 from components.ppo.metrics import final_metrics, rollout_metrics
+from components.ppo.ptx import DemonstrationLoss
 from components.ppo.trainer import PpoTrainer, local_rows, share_rollout
 from components.ppo.update import update
 from components.rlhf.config.ppo import GROUP_ESTIMATORS, PpoConfig
-from components.rlhf.data.records import Completion
+from components.rlhf.data.batching import epoch_order
+from components.rlhf.data.records import Completion, Demonstration, Turn
+from components.rlhf.data.token_files import encode_all
+from components.rlhf.data.tokenizer import load_tokenizer
+from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.models.actor import SamplingDistribution
 from tests.support.ppo_runs import (
     PROMPTS,
@@ -43,6 +48,10 @@ COMPLETIONS = [
     completion([9, 0, 11], [20, 21], truncated=True),
     completion([9, 0, 11], [22, 0]),
     completion([9, 0, 11], [23, 24, 25, 0]),
+]
+DEMONSTRATIONS = [
+    Demonstration(turns=(Turn(context="It" + " was" * number, answer=" good" * (1 + 2 * number)),))
+    for number in range(5)
 ]
 SCORES = {3: 1.0, 1: 4.0, 7: -2.0, 20: 0.5, 22: 0.5, 23: 0.5}  # by the first token of the response
 
@@ -238,6 +247,35 @@ def test_denominators_are_those_of_the_whole_minibatch(
     update(learner, experience_of(learner), seed=0, iteration=1)
     assert len(seen) > 1
     assert set(seen) == {expected}
+
+
+@pytest.mark.parametrize("max_tokens", [8, 4096])
+def test_demonstrations_add_the_gradient_of_their_loss(
+    tiny_model: Path, reward_model: Path, tmp_path: Path, max_tokens: int
+) -> None:
+    """With advantages of 0 the gradient is ptx_coef times that of the mean loss of the step's demonstrations."""
+    learner = learner_of(tiny_model, reward_model, **options_of("reinforce++", ptx_coef=0.5))
+    texts = encode_all(
+        DEMONSTRATIONS, split="train", tokenizer=load_tokenizer(tiny_model), max_tokens=32, folder=None, log=print
+    )
+    actor = learner.models.actor
+    loss = DemonstrationLoss(actor, texts, batch_size=4, max_tokens=max_tokens, seed=7, group=SINGLE_PROCESS)
+    learner = replace(learner, demonstrations=loss, engines={"actor": Recorder(actor)})
+    e = experience_of(learner)
+    row = update(learner, replace(e, advantages=torch.zeros_like(e.advantages)), seed=0, iteration=3)
+    found = learner.engines["actor"].gradients
+    rows = (epoch_order(5, seed=7, epoch=1) + epoch_order(5, seed=7, epoch=2))[3:7]  # positions 8 to 11 of the stream
+    actor.zero_grad()
+    total, tokens = torch.zeros(()), 0
+    for text in (texts[index] for index in rows):
+        ids, start = torch.tensor([text.prompt_ids + text.response_ids]), len(text.prompt_ids)
+        logprobs = torch.log_softmax(actor.lm(ids).logits[0, start - 1 : -1], dim=-1)
+        total = total - logprobs[torch.arange(len(text.response_ids)), text.response_ids].sum()
+        tokens += len(text.response_ids)
+    (0.5 * total / tokens).backward()
+    expected = [p.grad for p in actor.parameters() if p.requires_grad]
+    assert row["loss/ptx"] == pytest.approx((total / tokens).item(), abs=1e-4)
+    assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) < 1e-5
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

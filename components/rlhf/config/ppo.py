@@ -166,6 +166,8 @@ class PpoConfig(BaseConfig):
     """Clip range of the critic's values around the old values; null disables clipping."""
     entropy_coef: NonNegative = 0.0
     """Coefficient of the entropy bonus: the mean entropy of a token, times this, is subtracted from the policy loss."""
+    ptx_coef: NonNegative = 0.0
+    """Coefficient of the loss on demonstrations that is mixed into every step of the actor, with a minibatch of them; 0 mixes in none."""
     old_logprobs: Literal["trainer", "engine"] = "trainer"
     """Log-probs of the sampling policy: of the trainer, or of the rollout engine as it sampled, which saves a forward pass."""
     importance_clip: tuple[Positive, Positive] | None = None

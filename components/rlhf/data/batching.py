@@ -111,6 +111,14 @@ def epoch_order(size: int, *, seed: int, epoch: int) -> list[int]:
     return order
 
 
+def stream_slice(count: int, start: int, size: int, *, seed: int) -> list[int]:
+    """The indices at positions start to start + size of an endless stream of shuffled epochs of range(count)."""
+    positions = range(start, start + size)
+    epochs = range(positions[0] // count, positions[-1] // count + 1)
+    orders = {epoch: epoch_order(count, seed=seed, epoch=epoch) for epoch in epochs}
+    return [orders[position // count][position % count] for position in positions]
+
+
 def step_batches(size: int, batch_size: int, *, seed: int, num_epochs: int, max_steps: int) -> Iterator[list[int]]:
     """Yield the row indices of each optimizer step, shuffled every epoch; an epoch's last batch may be short. max_steps 0: no limit."""
     step = 0

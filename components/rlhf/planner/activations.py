@@ -19,6 +19,7 @@ class Pass:
     lora: LoraConfig | None
     training: TrainingConfig
     numeric: Numeric
+    with_entropy: bool = False  # whether the entropy of each answer token has a gradient
 
     @property
     def is_bf16_throughout(self) -> bool:
@@ -90,10 +91,13 @@ def lost_to_adapters(run: Pass) -> int:
     return once // layers if run.training.gradient_checkpointing else once
 
 
-def logits(shape: ModelShape, answer_tokens: int, numeric: Numeric) -> int:
-    """Bytes of the logits that exist at once: in the head's precision, their log-probs, and a gradient."""
+def logits(shape: ModelShape, answer_tokens: int, numeric: Numeric, *, with_entropy: bool = False) -> int:
+    """Bytes of the logits that exist at once: in the head's precision, their log-probs, and a gradient.
+
+    An entropy with a gradient keeps log-probs, probabilities and their product in fp32.
+    """
     # On a GPU the logits are converted, divided by the temperature and normalized as a whole, on a CPU a few rows at a time.
-    each = 2 * numeric.width + (12 if numeric.on_gpu else 4)
+    each = 2 * numeric.width + (12 if numeric.on_gpu else 4) + (12 if with_entropy else 0)
     return _num_logits(shape, answer_tokens, numeric) * each
 
 

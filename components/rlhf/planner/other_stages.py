@@ -70,8 +70,9 @@ def plan_evaluation(config: EvaluationStageConfig, job: Job) -> StagePlan:
     phases = [
         sampling_alone(job, base, rollout, config.sampling, rows),
         *_kl(config, job, base, training, tokens=max(min(MICROBATCH_TOKENS, rows * length), length)),
-        _scorer("score", job.reward_shape, base, training, length, job),
     ]
+    if job.reward_shape is not None:
+        phases.append(_scorer("score", job.reward_shape, base, training, length, job))
     if job.judge_shape is not None:
         phases.append(_scorer("judge", job.judge_shape, base, training, length, job))
     return StagePlan(

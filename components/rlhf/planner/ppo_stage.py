@@ -1,10 +1,10 @@
-"""The plan of the stage ppo: four models, a rollout engine, and the experience of a rollout."""
+"""The plan of the stage ppo: up to four models, a rollout engine, and the experience of a rollout."""
 
 from dataclasses import dataclass, replace
 
 from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.planner.activations import Pass, forward_workspace, logits, sampling_workspace
-from components.rlhf.planner.copies import TrainedCopy, frozen_copy, shards_weights, trained_copy
+from components.rlhf.planner.copies import NO_COPY, TrainedCopy, frozen_copy, shards_weights, trained_copy
 from components.rlhf.planner.jobs import (
     Job,
     beside,
@@ -35,9 +35,10 @@ class Copies:
     """The models of PPO in one process. Frozen layers are counted once, in the actor, if all models share them."""
 
     actor: TrainedCopy
-    critic: TrainedCopy
+    critic: TrainedCopy  # NO_COPY for estimators without one
+    critic_base: int  # frozen weights of a critic that it does not share with a reward model
     reference: int
-    reward_model: int
+    reward_model: int  # 0 in a run without one
     rollout: int  # the copy that transformers samples from; 0 if it is the actor
 
 
@@ -55,6 +56,7 @@ def plan_ppo(config: PpoStageConfig, job: Job) -> StagePlan:
             "weights": copies.actor.weights + copies.critic.weights,
             "reference": copies.reference,
             "reward model": copies.reward_model,
+            "critic's base": copies.critic_base,
             "rollout copy": copies.rollout,
             "engine": copies.actor.buffers + copies.critic.buffers,
         }
@@ -86,31 +88,61 @@ def ppo_copies(config: PpoStageConfig, job: Job) -> Copies:
     training, model, numeric = config.ppo.training, config.model, job.numeric
     shape, reward = job.shape, job.reward_shape
     shared = shape.frozen(model.num_frozen_layers)
-    reward_shared = reward.frozen(model.num_frozen_layers) if reward is shape else 0
     # Adapters of the SFT model are below those of the actor, and those of the reward model above them, below the critic's.
     actor = model_copy(shape, model, training, job, scalar=False, earlier=1)
-    reward_base = base_bytes(reward, model, job, scalar=True, earlier=2)
-    reward_own = reward.parameters(scalar=True) - reward_shared
-    head_only = config.ppo.critic.trains == "head"
-    if head_only:
-        critic = trained_copy(reward.hidden, 0, reward.hidden, training, numeric)
-    else:
-        critic = model_copy(reward, model, training, job, scalar=True, earlier=2)
-        # Its frozen weights are those of the reward model (with adapters) or of the actor (frozen layers).
-        frozen = reward_base if model.lora else numeric.width * reward_shared
-        critic = critic if shards_weights(training) else replace(critic, weights=critic.weights - frozen)
-    if model.lora:
-        reference, reward_held = 0, reward_base
-    else:
+    critic, critic_base = _critic(config, job) if config.ppo.advantage == "gae" else (NO_COPY, 0)
+    reward_held = 0 if reward is None else _frozen_scalar(reward, config, job, earlier=2)
+    reference = 0
+    if model.lora is None:
         reference = _reference(shape.total - shared, shape.embeddings + shape.rest - shape.frozen(0), config, job)
-        reward_held = frozen_copy(reward_own, training, numeric)
     samples_from_actor = (
         training.engine == "torch" and not training.gradient_checkpointing and model.lora is None and not numeric.bf16
     )
     needs_copy = config.ppo.rollout.engine == "hf" and not samples_from_actor
     own_rollout = shape.total - (0 if shards_weights(training) or model.quantization else shared)
     rollout = frozen_copy(own_rollout, None, numeric) if needs_copy else 0
-    return Copies(actor=actor, critic=critic, reference=reference, reward_model=reward_held, rollout=rollout)
+    return Copies(
+        actor=actor,
+        critic=critic,
+        critic_base=critic_base,
+        reference=reference,
+        reward_model=reward_held,
+        rollout=rollout,
+    )
+
+
+def _critic(config: PpoStageConfig, job: Job) -> tuple[TrainedCopy, int]:
+    """The critic, and the frozen weights below it that neither actor nor reward model hold.
+
+    One that starts from the reward model shares the weights below its adapters or its head with it.
+    """
+    training, model, shape = config.ppo.training, config.model, job.critic_shape
+    has_twin = shape is job.reward_shape
+    earlier = 2 if has_twin else 1
+    base = 0 if has_twin else _frozen_scalar(shape, config, job, earlier=earlier)
+    if config.ppo.critic.trains == "head":
+        return trained_copy(shape.hidden, 0, shape.hidden, training, job.numeric), base
+    critic = model_copy(shape, model, training, job, scalar=True, earlier=earlier)
+    if shards_weights(training):
+        return critic, 0
+    if model.lora:
+        held = base_bytes(shape, model, job, scalar=True, earlier=earlier)
+        return replace(critic, weights=critic.weights - held), base
+    shared = _frozen_like_actor(shape, config, job)
+    return replace(critic, weights=critic.weights - job.numeric.width * shared), 0
+
+
+def _frozen_scalar(shape: ModelShape, config: PpoStageConfig, job: Job, *, earlier: int) -> int:
+    """Bytes of a model with a scalar head that is not trained, without the frozen layers that it shares with the actor."""
+    if config.model.lora:
+        return base_bytes(shape, config.model, job, scalar=True, earlier=earlier)
+    own = shape.parameters(scalar=True) - _frozen_like_actor(shape, config, job)
+    return frozen_copy(own, config.ppo.training, job.numeric)
+
+
+def _frozen_like_actor(shape: ModelShape, config: PpoStageConfig, job: Job) -> int:
+    """Parameters of the frozen layers, if they are those of the actor."""
+    return shape.frozen(config.model.num_frozen_layers) if shape is job.shape else 0
 
 
 def _reference(own: int, in_fp32: int, config: PpoStageConfig, job: Job) -> int:
@@ -145,16 +177,23 @@ def _loading(config: PpoStageConfig, copies: Copies, job: Job) -> dict[str, int]
     """All models, each of them whole until the frozen layers are shared, and the engines while they take the weights over."""
     training, shape = config.ppo.training, job.shape
     parts = load_peak(copies.actor, shape, config.model, training, job)
-    if config.model.quantization and not job.numeric.on_gpu:  # the reward model comes second
+    second = copies.reward_model or copies.critic_base  # the reward model comes second, or a critic without one
+    if config.model.quantization and not job.numeric.on_gpu and second:
         parts["weights"] = copies.actor.weights
-        parts["weights before they are quantized"] = job.numeric.width * shape.total - copies.reward_model
+        parts["weights before they are quantized"] = job.numeric.width * shape.total - second
     parts["weights"] += copies.critic.weights
-    parts |= {"reference": copies.reference, "reward model": copies.reward_model, "rollout copy": copies.rollout}
+    parts |= {
+        "reference": copies.reference,
+        "reward model": copies.reward_model,
+        "critic's base": copies.critic_base,
+        "rollout copy": copies.rollout,
+    }
     if config.model.num_frozen_layers:
         shared = shape.frozen(config.model.num_frozen_layers) * job.numeric.width
         own = [
             copies.reference,
             copies.reward_model,
+            copies.critic_base,
             copies.rollout,
             0 if config.ppo.critic.trains == "head" else copies.critic.weights,
         ]
@@ -199,10 +238,10 @@ def _tokens(config: PpoStageConfig, job: Job) -> tuple[int, int]:
 
 def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, job: Job) -> list[Phase]:
     """The actor takes its step before the critic begins; a checkpoint of both may be on its way to the store meanwhile."""
-    training, model = config.ppo.training, config.model
+    ppo, training, model = config.ppo, config.ppo.training, config.model
     tokens, answers = _tokens(config, job)
 
-    def run(shape: ModelShape, answer_tokens: int) -> Pass:
+    def run(shape: ModelShape, tokens: int, answer_tokens: int) -> Pass:
         return Pass(
             shape=shape,
             tokens=tokens,
@@ -211,6 +250,7 @@ def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, j
             lora=model.lora,
             training=training,
             numeric=job.numeric,
+            with_entropy=ppo.entropy_coef > 0,
         )
 
     snapshot = {"checkpoint": copies.actor.snapshot + copies.critic.snapshot}
@@ -218,14 +258,20 @@ def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, j
         # In a heap the flat tensors of one engine do not take the place of those of the other.
         other = min((copies.actor, copies.critic), key=lambda copy: copy.weights)
         held = phase("", held, device={"the other engine": other.gradients + other.working + other.step})
-    actor = training_phases(base, held, _unbuffered(copies.actor), run(job.shape, answers), job, with_logits=True)
-    update = actor[0]
-    if config.ppo.critic.trains == "layers":
+    runs = [run(job.shape, tokens, answers)]
+    if ppo.ptx_coef:  # as many demonstrations as responses, of which every token may be learned
+        texts = tokens_of_pass(training, ppo.minibatch, job.text_tokens)
+        runs.append(run(job.shape, texts, texts))
+    actors = [training_phases(base, held, _unbuffered(copies.actor), r, job, with_logits=True) for r in runs]
+    update, step = (
+        max(found, key=lambda p: sum(p.device.values())) for found in zip(*(a[:2] for a in actors), strict=True)
+    )
+    if ppo.advantage == "gae" and ppo.critic.trains == "layers":
         critic = training_phases(
-            base, held, _unbuffered(copies.critic), run(job.reward_shape, 0), job, with_logits=False
+            base, held, _unbuffered(copies.critic), run(job.critic_shape, tokens, 0), job, with_logits=False
         )
         update = max(update, critic[0], key=lambda found: sum(found.device.values()))
-    phases = [update, actor[1]]
+    phases = [update, step]
     return [*phases, phase("checkpoint", update, main=snapshot)] if job.checkpoints else phases
 
 
