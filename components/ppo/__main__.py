@@ -1,5 +1,6 @@
 """Train the SFT model with PPO."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from components.rlhf.config.ppo import PpoStageConfig
@@ -39,6 +40,7 @@ def main(
     from components.ppo.metrics import final_metrics
     from components.ppo.models import load_models
     from components.ppo.policy import save_policy
+    from components.ppo.scoring import WeightedScorer
     from components.ppo.trainer import PpoTrainer
     from components.rlhf.artifacts.directory import open_inputs
     from components.rlhf.data.datasets import load_records
@@ -46,6 +48,7 @@ def main(
     from components.rlhf.engine.factory import engine_name
     from components.rlhf.engine.group import join_process_group
     from components.rlhf.models.precision import compute_dtype
+    from components.rlhf.rewards.rewards import open_rewards
 
     inputs = open_inputs(sft_model=sft_model, reward_model=reward_model, prompts=prompts, code=code)
     dtype, training = compute_dtype(run.config.model.precision), run.config.ppo.training
@@ -55,12 +58,23 @@ def main(
         models, rollout = load_models(
             run.config, sft_model, reward_model, prompts=[*train, *validation], dtype=dtype, group=group
         )
+        rewards = open_rewards(
+            run.config.ppo.rewards,
+            models.scorer,
+            max_new_tokens=run.config.ppo.rollout.sampling.max_new_tokens,
+            storage=run.storage,
+            log=run.progress.log,
+            code=code,
+        )
+        rewards.check_prompts([*train, *validation])
+        models = replace(models, scorer=WeightedScorer(rewards))
         run.progress.log(
             "all models share the frozen layers" if models.shared_trunk else "each model has its own layers"
         )
         trainer = PpoTrainer(run.config, models, rollout, context)
         history = trainer.train(train, validation)
         rollout.close()
+        rewards.close()
         numbers, weights = final_metrics(history), trainer.weights()
         run.write_artifact(
             "model",

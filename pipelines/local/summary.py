@@ -12,7 +12,8 @@ from pipelines.local.runner import StageRecord
 
 EVALUATION_METRICS = (
     "num_prompts", "pass_at_1_sft", "pass_at_1_sft_low", "pass_at_1_sft_high", "pass_at_1_ppo", "pass_at_1_ppo_low", "pass_at_1_ppo_high",
-    "pass_at_1_gain", "pass_at_1_gain_low", "pass_at_1_gain_high", "win_rate", "win_rate_low", "win_rate_high", "judge_score_sft", "judge_score_ppo", "reward_sft", "reward_ppo",
+    "pass_at_1_gain", "pass_at_1_gain_low", "pass_at_1_gain_high", "win_rate", "win_rate_low", "win_rate_high",
+    "judge_score_sft", "judge_score_ppo", "reward_sft", "reward_ppo",
     "kl", "length_sft", "length_ppo", "eos_rate_sft", "eos_rate_ppo", "distinct2_sft", "distinct2_ppo",
 )  # fmt: skip
 

@@ -25,13 +25,15 @@ from components.rlhf.config.ppo import EngineConfig, PpoConfig
 from components.rlhf.config.prepare_data import DataConfig, SplitWeights
 from components.rlhf.config.reward_model import RewardModelConfig, check_calibration
 from components.rlhf.config.rewards import SECTIONS as REWARDS
-from components.rlhf.config.scoring import RUNS_USER_CODE, VERIFIABLE, column_of
+from components.rlhf.config.rewards import EndpointReward, HttpReward
+from components.rlhf.config.scoring import RUNS_USER_CODE, VERIFIABLE, Endpoint, column_of
 from components.rlhf.config.sft import SftConfig
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
 
 StageConfig = TypeVar("StageConfig", bound=BaseConfig)
 KINDS = JUDGES | REWARDS  # sections by the tag that pydantic puts before their keys
 UNION_TAGS = ("one", "several")  # pydantic puts them between data.prompts and the keys of its source or sources
+JUDGING_STAGES = ("judge", "evaluation")  # the stages that ask judges
 MAX_ERRORS, MAX_VALUE_CHARS = 5, 120  # in one error message
 
 
@@ -77,8 +79,17 @@ class Params(BaseConfig):
             column = column_of(section)
             if column is not None and not self.data.keeps(column):
                 raise ValueError(
-                    f"{key} reads the column {column}, which data.prompts does not keep; add it to data.prompts.keep, or correct {key}.column"
+                    f"{key} reads the column {column}, which data.prompts does not keep; add it to data.prompts.keep, or correct "
+                    f"{key}.column"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _require_used_reward_model(self) -> "Params":
+        if self.reward_model.use and not self.uses_reward_model:
+            raise ValueError(
+                f"reward_model.use is {self.reward_model.use}, but ppo.rewards has no reward of kind reward_model; add one, or remove use"
+            )
         return self
 
     def _needs_of_preferences(self) -> Iterator[tuple[str, str]]:
@@ -209,6 +220,23 @@ class Params(BaseConfig):
     def endpoint_judges(self) -> tuple[EndpointJudge, ...]:
         """The judges behind an API."""
         return tuple(judge for judge in as_list(self.judge) if isinstance(judge, EndpointJudge))
+
+    def asked_by(self, stage: str) -> tuple[EndpointJudge | EndpointReward | HttpReward, ...]:
+        """The judges or rewards that a stage asks over the network."""
+        if stage in JUDGING_STAGES:
+            return self.endpoint_judges
+        rewards = self.ppo.rewards if stage == "ppo" else ()
+        return tuple(reward for reward in rewards if isinstance(reward, EndpointReward | HttpReward))
+
+    @property
+    def all_asked(self) -> tuple[EndpointJudge | EndpointReward | HttpReward, ...]:
+        """All judges and rewards that are asked over the network."""
+        return self.endpoint_judges + self.asked_by("ppo")
+
+    @property
+    def keeps_answers(self) -> bool:
+        """Whether any of them keeps its answers in storage.answers_uri."""
+        return any(isinstance(asked, Endpoint) for asked in self.all_asked)
 
     @property
     def _weights(self) -> SplitWeights:
