@@ -19,8 +19,8 @@ class Pass:
     lora: LoraConfig | None
     training: TrainingConfig
     numeric: Numeric
-    with_entropy: bool = False  # whether the entropy of each answer token has a gradient
     sampling: SamplingConfig | None = None  # of the answers, if they were sampled: its controls change the logits
+    with_entropy: bool = False  # whether the entropy of each answer token has a gradient
 
     @property
     def is_bf16_throughout(self) -> bool:
@@ -96,17 +96,17 @@ def logits(
     shape: ModelShape,
     answer_tokens: int,
     numeric: Numeric,
-    sampling: SamplingConfig | None = None,
+    sampling: SamplingConfig | None,
     *,
     with_entropy: bool = False,
 ) -> int:
     """Bytes of the logits that exist at once: in the head's precision, their log-probs, a gradient, and what sampling controls add.
 
-    An entropy with a gradient keeps log-probs, probabilities and their product in fp32.
+    An entropy with a gradient has log-probs and a gradient of its own.
     """
     # On a GPU the logits are converted, divided by the temperature and normalized as a whole, on a CPU a few rows at a time.
-    each = 2 * numeric.width + (12 if numeric.on_gpu else 4) + (12 if with_entropy else 0)
-    each += _control_bytes(sampling, numeric.width)
+    each = 2 * numeric.width + (12 if numeric.on_gpu else 4) + _control_bytes(sampling, numeric.width)
+    each += 8 if with_entropy else 0
     return _num_logits(shape, answer_tokens, numeric) * each
 
 

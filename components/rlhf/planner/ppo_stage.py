@@ -241,7 +241,7 @@ def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, j
     ppo, training, model = config.ppo, config.ppo.training, config.model
     tokens, answers = _tokens(config, job)
 
-    def run(shape: ModelShape, tokens: int, answer_tokens: int) -> Pass:
+    def run(shape: ModelShape, tokens: int, answer_tokens: int, *, sampled: bool) -> Pass:
         return Pass(
             shape=shape,
             tokens=tokens,
@@ -250,8 +250,8 @@ def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, j
             lora=model.lora,
             training=training,
             numeric=job.numeric,
-            with_entropy=ppo.entropy_coef > 0,
-            sampling=config.ppo.rollout.sampling,
+            sampling=ppo.rollout.sampling if sampled else None,
+            with_entropy=sampled and ppo.entropy_coef > 0,
         )
 
     snapshot = {"checkpoint": copies.actor.snapshot + copies.critic.snapshot}
@@ -259,17 +259,17 @@ def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, j
         # In a heap the flat tensors of one engine do not take the place of those of the other.
         other = min((copies.actor, copies.critic), key=lambda copy: copy.weights)
         held = phase("", held, device={"the other engine": other.gradients + other.working + other.step})
-    runs = [run(job.shape, tokens, answers)]
+    runs = [run(job.shape, tokens, answers, sampled=True)]
     if ppo.ptx_coef:  # as many demonstrations as responses, of which every token may be learned
         texts = tokens_of_pass(training, ppo.minibatch, job.text_tokens)
-        runs.append(run(job.shape, texts, texts))
+        runs.append(run(job.shape, texts, texts, sampled=False))
     actors = [training_phases(base, held, _unbuffered(copies.actor), r, job, with_logits=True) for r in runs]
     update, step = (
         max(found, key=lambda p: sum(p.device.values())) for found in zip(*(a[:2] for a in actors), strict=True)
     )
     if ppo.advantage == "gae" and ppo.critic.trains == "layers":
         critic = training_phases(
-            base, held, _unbuffered(copies.critic), run(job.critic_shape, tokens, 0), job, with_logits=False
+            base, held, _unbuffered(copies.critic), run(job.critic_shape, tokens, 0, sampled=True), job, with_logits=False
         )
         update = max(update, critic[0], key=lambda found: sum(found.device.values()))
     phases = [update, step]

@@ -228,6 +228,9 @@ def test_process_is_kept_until_close() -> None:
     scorer.close()
     third = int(scorer.score(completions("a"))[0])
     assert third % 10 == 1 and third // 10 != first // 10
+    process = scorer._child.process if scorer._child else None
+    del scorer  # as when a stage forgets it
+    assert process is not None and process.returncode is not None
 
 
 @pytest.mark.parametrize(
