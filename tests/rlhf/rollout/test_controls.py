@@ -142,8 +142,15 @@ def test_pieces_do_not_change_logprobs_entropy_and_gradients(
 ) -> None:
     distribution, actor = sampling_distribution(SamplingConfig(**controls), (0,)), actor_of(tiny_model)
     logprobs, entropy, gradients = gradients_of(actor, distribution)
+    rows: list[int] = []
+    for name in ("kept_tokens", "penalize_repetition"):
+        plain = getattr(actor_module, name)
+        monkeypatch.setattr(
+            actor_module, name, lambda x, *args, plain=plain, **how: rows.append(len(x)) or plain(x, *args, **how)
+        )
     monkeypatch.setattr(actor_module, "MAX_LOGITS", 2 * actor.lm.config.vocab_size)
     in_pieces = gradients_of(actor, distribution)
+    assert max(rows) == 2  # never more logits at once
     possible = logprobs.isfinite()
     assert torch.allclose(in_pieces[0][possible], logprobs[possible], atol=1e-6)
     assert torch.allclose(in_pieces[1], entropy, atol=1e-5)
