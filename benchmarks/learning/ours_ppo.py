@@ -1,0 +1,74 @@
+"""Trains the SFT model with the PPO of this project: `python -m benchmarks.learning.ours_ppo JOB`.
+
+JOB is a JSON file that benchmarks/learning/arms.py describes. Every few iterations the policy is saved as a model folder.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import logging
+
+from components.ppo.models import load_models
+from components.ppo.trainer import PpoTrainer
+from components.rlhf.artifacts.directory import atomic_directory
+from components.rlhf.checkpoints.manager import CheckpointManager
+from components.rlhf.config.ppo import PpoStageConfig
+from components.rlhf.config.storage import CheckpointConfig
+from components.rlhf.data.datasets import load_records
+from components.rlhf.data.records import Prompt
+from components.rlhf.engine.group import SINGLE_PROCESS
+from components.rlhf.models.precision import compute_dtype
+from components.rlhf.models.saving import save_model
+from components.rlhf.runtime.training import TrainingContext
+from components.rlhf.text.progress import Progress
+from components.rlhf.tracking.mlflow import NullTracker
+
+
+class SavingProgress(Progress):
+    """Saves the policy every few iterations, which a trainer reports when they are done."""
+
+    def __init__(self, folder: Path, every: int) -> None:
+        super().__init__("ppo", every_seconds=0)
+        self.folder, self.every = folder, every
+        self.trainer: PpoTrainer | None = None
+
+    def step(self, step: int, total: int, metrics: Mapping[str, float], unit: str = "step") -> None:
+        super().step(step, total, metrics, unit)
+        assert self.trainer is not None
+        if unit == "iteration" and step % self.every == 0:
+            with atomic_directory(self.folder / f"iteration-{step:02d}") as draft:
+                lm = self.trainer.learner.models.actor.lm
+                save_model(lm, self.trainer.rollout.tokenizer, draft, dtype=torch.float32)
+
+
+def main() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    path = Path(sys.argv[1])
+    job = json.loads(path.read_text(encoding="utf-8"))
+    config = PpoStageConfig.model_validate_json(job["settings"])
+    progress = SavingProgress(path.parent, job["every"])
+    context = TrainingContext(
+        checkpoints=CheckpointManager(None, "learning/none", CheckpointConfig()),
+        progress=progress,
+        tracker=NullTracker(),
+        group=SINGLE_PROCESS,
+    )
+    prompts = load_records(Path(job["prompts"]), "train", Prompt)
+    models, rollout = load_models(
+        config,
+        Path(job["sft_model"]),
+        Path(job["reward_model"]),
+        dtype=compute_dtype(config.model.precision),
+        prompts=prompts,
+    )
+    progress.trainer = PpoTrainer(config, models, rollout, context)
+    history = progress.trainer.train(prompts, [])
+    (path.parent / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
