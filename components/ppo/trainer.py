@@ -17,6 +17,7 @@ from components.ppo.guard import Guard
 from components.ppo.keep import Keeper, Outcome
 from components.ppo.metrics import History, experience_metrics
 from components.ppo.ptx import load_demonstrations
+from components.ppo.reference import MovingReference
 from components.ppo.sync import WeightSync
 from components.ppo.update import update
 from components.ppo.validation import Evaluation, objective_of, validate
@@ -25,7 +26,7 @@ from components.rlhf.data.batching import stream_slice
 from components.rlhf.data.microbatches import deal_rows
 from components.rlhf.data.records import Completion, Prompt, ValidationSample
 from components.rlhf.engine.factory import create_engine
-from components.rlhf.engine.protocol import Group, TrainEngine
+from components.rlhf.engine.protocol import Group, Saved, TrainEngine
 from components.rlhf.maths.kl import adapt_kl_coef
 from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.rewards.rewards import Rewards
@@ -66,12 +67,17 @@ class PpoTrainer:
             engines=create_engines(models, self.ppo, self.group),
         )
         self.varying_lengths = sampling.min_new_tokens < sampling.max_new_tokens
-        self.sync = WeightSync(config, models.actor, self.learner.engines["actor"], rollout)
+        actor = self.learner.engines["actor"]
+        self.reference = MovingReference(models.reference, actor, self.ppo.reference, rank=self.group.rank)
+        self.saved: dict[str, Saved] = dict(self.learner.engines)  # parts of a checkpoint
+        if self.ppo.reference.update_every:
+            self.saved["reference"] = self.reference
+        self.sync = WeightSync(config, models.actor, actor, rollout)
         self.kl_coef = self.ppo.kl_coef
         self.history: History = []
         self.validation: list[ValidationSample] = []
         self.guard = Guard(self.ppo.guard, context, self.learner.engines, max_kl=config.max_kl)
-        self.keeper = Keeper(config, context, self.learner.engines["actor"])
+        self.keeper = Keeper(config, context, actor)
         self.outcome = Outcome()
 
     def train(self, prompts: Sequence[Prompt], validation: Sequence[Prompt]) -> History:
@@ -158,6 +164,7 @@ class PpoTrainer:
         updated = time.monotonic()
         self.group.watchdog(f"PPO iteration {iteration}, weight sync")
         self.sync.send()
+        self.reference.follow(iteration)
         if self.ppo.kl_target is not None:
             self.kl_coef = adapt_kl_coef(
                 self.kl_coef,
@@ -211,11 +218,11 @@ class PpoTrainer:
             "guard": self.guard.state(),
         }
         self.tracker.flush()
-        self.checkpoints.save(iteration, self.learner.engines, state)
+        self.checkpoints.save(iteration, self.saved, state)
 
     def _restore(self) -> int:
         """Load the latest checkpoint, if there is one; return the last iteration that is done."""
-        state = self.checkpoints.restore(self.learner.engines)
+        state = self.checkpoints.restore(self.saved)
         if state is None:
             return 0
         self.kl_coef, self.history = state["kl_coef"], state["history"]

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 from components.rlhf.checkpoints import files
 from components.rlhf.engine.group import local_rank, node_rank
-from components.rlhf.engine.protocol import Group, TrainEngine
+from components.rlhf.engine.protocol import Group, Saved
 from components.rlhf.storage.store import Store
 from components.rlhf.text.errors import InputError
 
@@ -19,7 +19,7 @@ def shared_folder(own: str, group: Group) -> Path:
 
 
 def load_folder(
-    store: Store, folder: str, engines: Mapping[str, TrainEngine], into: Path, group: Group
+    store: Store, folder: str, engines: Mapping[str, Saved], into: Path, group: Group
 ) -> tuple[str, dict[str, Any]]:
     """Load a checkpoint that verifies into the engines. Returns the problem if it does not ("" otherwise), and its state.
 
@@ -46,7 +46,7 @@ def _fetch(store: Store, folder: str, into: Path) -> tuple[str, Path, dict[str, 
     return "", local, state
 
 
-def _load(engine: TrainEngine, directory: Path, folder: str, group: Group) -> None:
+def _load(engine: Saved, directory: Path, folder: str, group: Group) -> None:
     """Raises InputError for files that match their manifest but are not a snapshot of this engine."""
     try:
         engine.load(directory)

@@ -20,7 +20,7 @@ from components.rlhf.checkpoints.spend import Ledger
 from components.rlhf.checkpoints.stop_signal import StopSignal
 from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.engine.group import SINGLE_PROCESS, node_rank
-from components.rlhf.engine.protocol import Group, TrainEngine
+from components.rlhf.engine.protocol import Group, Saved
 from components.rlhf.storage.store import FolderStore, Store
 from components.rlhf.text.errors import InputError, NonFiniteError
 
@@ -80,7 +80,7 @@ class CheckpointManager:
         self._stopping, self._over_budget = decision >= 2, decision == 3
         return decision > 0
 
-    def save(self, step: int, engines: Mapping[str, TrainEngine], state: Mapping[str, Any]) -> None:
+    def save(self, step: int, engines: Mapping[str, Saved], state: Mapping[str, Any]) -> None:
         """Save every engine and a JSON state under this step. If the stage must end, wait until it is written and exit.
 
         A failed save is logged; raises InputError after MAX_FAILURES in a row, and when the budget is spent.
@@ -105,9 +105,7 @@ class CheckpointManager:
     def _folder_name(self, name: str, step: int) -> str:
         return self.group.gather([f"{name}-{step:08d}-{uuid.uuid4().hex[:8]}"])[0]
 
-    def _save(
-        self, name: str, engines: Mapping[str, TrainEngine], state: Mapping[str, Any], *, moments: bool = True
-    ) -> None:
+    def _save(self, name: str, engines: Mapping[str, Saved], state: Mapping[str, Any], *, moments: bool = True) -> None:
         """Copy the engines' tensors, and write them to a folder of this name in another thread."""
         self.wait()
         store = self._store_of_kept()
@@ -136,7 +134,7 @@ class CheckpointManager:
             message = self.ledger.message(kept)
         raise InputError(self.group.gather([message])[0])
 
-    def restore(self, engines: Mapping[str, TrainEngine]) -> dict[str, Any] | None:
+    def restore(self, engines: Mapping[str, Saved]) -> dict[str, Any] | None:
         """Load the latest checkpoint that verifies into the engines; return its state with its step, or None if there is none.
 
         Takes the lease: raises InputError while another process writes under this key. Checkpoints that do not verify are
@@ -168,7 +166,7 @@ class CheckpointManager:
         self,
         name: str,
         step: int,
-        engines: Mapping[str, TrainEngine],
+        engines: Mapping[str, Saved],
         facts: Mapping[str, Any],
         *,
         moments: bool = True,
@@ -188,7 +186,7 @@ class CheckpointManager:
         self.wait()
         return self.group.gather([self._kept.folders.get(name)])[0]
 
-    def load_kept(self, name: str, engines: Mapping[str, TrainEngine]) -> dict[str, Any]:
+    def load_kept(self, name: str, engines: Mapping[str, Saved]) -> dict[str, Any]:
         """Load a kept state into the engines; return its step and facts. Every rank calls it. Raises InputError if it is damaged."""
         folder, store = self._kept_folder(name), self._store_of_kept()
         if folder is None:

@@ -21,7 +21,7 @@ from components.rlhf.config.judge import (
     check_judges,
 )
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, check_zero3_compatibility
-from components.rlhf.config.ppo import EngineConfig, PpoConfig
+from components.rlhf.config.ppo import EngineConfig, PpoConfig, check_reference
 from components.rlhf.config.prepare_data import DataConfig, SplitWeights
 from components.rlhf.config.reward_model import RewardModelConfig, check_calibration
 from components.rlhf.config.rewards import SECTIONS as REWARDS
@@ -66,6 +66,7 @@ class Params(BaseConfig):
         for section in (self.sft, self.reward_model, self.ppo):
             head_only = isinstance(section, PpoConfig) and section.critic.trains == "head"
             check_zero3_compatibility(self.model, section.training, head_only=head_only)
+        check_reference(self.model, self.ppo)
         if self.data.demonstrations is None and self.ppo.ptx_coef:
             raise ValueError(
                 "ppo.ptx_coef mixes in the loss on demonstrations, and there are none; set data.demonstrations"

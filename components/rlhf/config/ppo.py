@@ -105,6 +105,15 @@ class RejectionConfig(BaseConfig):
         return self
 
 
+class ReferenceConfig(BaseConfig):
+    """The reference of the KL penalty: the SFT model, unless it follows the actor."""
+
+    update_every: Count = 0
+    """Iterations after which the reference is moved to the actor; 0 keeps the SFT model."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the old reference in the new one: 0 replaces it by the actor, above 0 it is a moving average (EMA)."""
+
+
 AdvantageEstimator = Literal["gae", "reinforce++", "reinforce++-baseline", "rloo", "group_norm", "dr_grpo", "remax"]
 GROUP_ESTIMATORS = ("reinforce++-baseline", "rloo", "group_norm", "dr_grpo")  # compare the responses to one prompt
 WHITENED_ESTIMATORS = ("gae", "reinforce++", "reinforce++-baseline")
@@ -143,6 +152,7 @@ class PpoConfig(BaseConfig):
     """What responses are rewarded for: one reward or a list, of which the weighted sum is maximized."""
     kl_coef: NonNegative = 0.05
     """Coefficient of the KL penalty in the reward; the initial value if kl_target is set."""
+    reference: ReferenceConfig = ReferenceConfig()
     kl_in: Literal["reward", "loss"] = "reward"
     """Whether the KL penalty is subtracted from the reward of every token, or added to the policy loss (GRPO)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
@@ -308,12 +318,41 @@ def check_algorithm(ppo: PpoConfig) -> None:
         )
     if ppo.policy_ratio == "cispo" and ppo.dual_clip is not None:
         raise ValueError("dual_clip does nothing with policy_ratio cispo, which clips every ratio; set it to null")
+    if ppo.reference.decay and not ppo.reference.update_every:
+        raise ValueError(
+            "reference.decay is set, but reference.update_every is 0, so the reference never moves; set it above 0"
+        )
+    if ppo.reference.update_every:
+        compared = {"keep": ppo.keeps_best, "patience": ppo.patience > 0, "guard": ppo.guard.action != "off"}
+        for name in (name for name, is_on in compared.items() if is_on):
+            advice = {"keep": "set keep to last", "patience": "set patience to 0", "guard": "set guard.action to off"}[
+                name
+            ]
+            raise ValueError(
+                f"{name} compares policies by their KL to the SFT model, which a reference that moves (reference.update_every) no longer "
+                f"measures; {advice}, or update_every to 0"
+            )
     if ppo.rejection is not None and ppo.old_logprobs == "engine":
         raise ValueError(
             "rejection compares the log-probs of trainer and engine; with old_logprobs engine they are the same, so set it to null"
         )
     if ppo.importance_mode != "truncate" and ppo.importance_clip is None:
         raise ValueError("importance_mode needs bounds; set importance_clip, such as [0.5, 5]")
+
+
+def check_reference(model: ModelConfig, ppo: PpoConfig) -> None:
+    """Raise ValueError for a reference that should move but has no weights of its own in every process."""
+    if not ppo.reference.update_every:
+        return
+    if model.lora is not None:
+        raise ValueError(
+            "ppo.reference.update_every moves the reference, which with model.lora is the actor without its adapters; set it to 0"
+        )
+    if ppo.training.engine == "deepspeed" and ppo.training.zero_stage == 3:
+        raise ValueError(
+            "ppo.reference.update_every needs the whole reference in every process, which zero_stage 3 shards; set it to 0, or "
+            "zero_stage to 2"
+        )
 
 
 class PpoStageConfig(BaseConfig):
@@ -337,5 +376,6 @@ class PpoStageConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _require_unshared_weights(self) -> "PpoStageConfig":
+        check_reference(self.model, self.ppo)
         check_zero3_compatibility(self.model, self.ppo.training, head_only=self.ppo.critic.trains == "head")
         return self

@@ -16,21 +16,8 @@ class StepInfo:
     learning_rate: float  # of this step
 
 
-class TrainEngine(Protocol):
-    """Owns one trained module and its optimizer. Losses are already divided by their denominator."""
-
-    module: nn.Module
-    peak: float  # learning rate that the schedule reaches after its warm-up; may be changed between steps
-
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of one microbatch; last marks the final one of an optimizer step."""
-        ...
-
-    def step(self) -> StepInfo: ...
-
-    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight, whole, by name. Every rank calls it, in the same order."""
-        ...
+class Saved(Protocol):
+    """What a checkpoint has of one part of the training."""
 
     def snapshot(self, *, moments: bool = True) -> dict[str, Tensor]:
         """This rank's share of the training state (weights, moments, steps done), as copies in main memory.
@@ -45,6 +32,23 @@ class TrainEngine(Protocol):
 
         Moments that they do not have start at zero, as at the first step.
         """
+        ...
+
+
+class TrainEngine(Saved, Protocol):
+    """Owns one trained module and its optimizer. Losses are already divided by their denominator."""
+
+    module: nn.Module
+    peak: float  # learning rate that the schedule reaches after its warm-up; may be changed between steps
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of one microbatch; last marks the final one of an optimizer step."""
+        ...
+
+    def step(self) -> StepInfo: ...
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight, whole, by name. Every rank calls it, in the same order."""
         ...
 
 
