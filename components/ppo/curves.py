@@ -31,10 +31,14 @@ ROLLOUT, VALIDATION, OBJECTIVE, KEPT, GUARD = "#2563eb", "#f97316", "#7c3aed", "
 
 
 def as_svg(history: Sequence[Row], outcome: Outcome | None = None) -> str:
-    """All panels over the iterations, as inline SVG. Metrics that a row does not have are gaps."""
+    """The panels of all metrics that there are over the iterations, as inline SVG. What a row does not have is a gap."""
     outcome = outcome or Outcome()
-    figure, axes = plt.subplots(3, 3, figsize=(12, 8), constrained_layout=True)
-    for axis, (name, title) in zip(axes.flat, PANELS, strict=True):
+    panels = [(name, title) for name, title in PANELS if any(name in row for row in history)]
+    num_rows = -(-len(panels) // 3)
+    figure, axes = plt.subplots(num_rows, 3, figsize=(12, 0.5 + 2.5 * num_rows), constrained_layout=True, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (name, title) in zip(axes.flat, panels, strict=False):
         xs, ys = [row["iteration"] for row in history], [row.get(name, math.nan) for row in history]
         axis.plot(xs, ys, color=ROLLOUT, linewidth=1.6, label="rollout")
         evals = [row for row in history if f"validation/{name}" in row]
@@ -46,7 +50,6 @@ def as_svg(history: Sequence[Row], outcome: Outcome | None = None) -> str:
         axis.grid(alpha=0.25)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[-1]:
         axis.set_xlabel("iteration", fontsize=8)
     labels = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if len(labels) > 1:

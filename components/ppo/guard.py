@@ -15,7 +15,7 @@ from components.rlhf.runtime.training import TrainingContext
 from components.rlhf.text.errors import InputError
 
 GOOD = "good"  # name of the kept state
-RATE_FACTOR = 0.5  # of the learning rates, at every rollback
+RATE_FACTOR = 0.5  # of the learning rates, at every rollback; Event says so too
 ENDS = 0.1  # least share of the SFT model's responses that end, below which their share is no sign of health
 MAX_SAMPLES = 256  # of one rollout: they are also part of every later checkpoint
 SAMPLES_FILE = "guard.jsonl"  # of the artifact
@@ -31,7 +31,7 @@ class Event:
     stops: bool  # or training went on with lower learning rates
 
     def __str__(self) -> str:
-        action = "training stopped" if self.stops else f"training went on at {RATE_FACTOR:g} times the learning rates"
+        action = "training stopped" if self.stops else "training went on with half the learning rates"
         return f"iteration {self.iteration}: {self.seen}; back to the policy after iteration {self.returned_to}, and {action}"
 
 

@@ -136,7 +136,9 @@ def is_better(new: Evaluation, kept: Evaluation | None, max_kl: float | None) ->
 def why_best(kept: Evaluation, evaluations: Sequence[Evaluation], max_kl: float | None) -> str:
     """Why a kept policy was chosen, as part of a sentence."""
     numbers = f"objective {kept.objective:.4g}, KL {kept.kl:.3g} nats per response"
-    if max_kl is not None and kept.kl > max_kl:
+    if max_kl is None:
+        return f"the best validation objective of {len(evaluations)} evaluations ({numbers})"
+    within = sum(evaluation.kl <= max_kl for evaluation in evaluations)
+    if kept.kl > max_kl:
         return f"none of {len(evaluations)} evaluations has a KL of at most {max_kl:g}, and this one has the smallest ({numbers})"
-    within = "" if max_kl is None else f" with a KL of at most {max_kl:g}"
-    return f"the best validation objective of {len(evaluations)} evaluations{within} ({numbers})"
+    return f"the best validation objective of the {within} of {len(evaluations)} evaluations with a KL of at most {max_kl:g} ({numbers})"

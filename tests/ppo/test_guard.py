@@ -122,8 +122,8 @@ def test_rollback_returns_to_the_last_good_state_with_half_the_rates(
     assert [row.get("actor/learning_rate") for row in history] == [1e-3, 1e-3, None, 5e-4, 5e-4]
     assert [row.get("critic/learning_rate") for row in history] == [4e-3, 4e-3, None, 2e-3, 2e-3]
     said = (
-        "guard, iteration 3: loss/policy is nan at step 3 (epoch 0); back to the policy after iteration 2, and training went on at "
-        "0.5 times the learning rates; guard.jsonl of the model will have the responses"
+        "guard, iteration 3: loss/policy is nan at step 3 (epoch 0); back to the policy after iteration 2, and training went on "
+        "with half the learning rates; guard.jsonl of the model will have the responses"
     )
     assert said in capsys.readouterr().err
     assert trainer.outcome.numbers() == {"kept_iteration": 5.0, "guard_events": 1.0}

@@ -191,9 +191,12 @@ def test_fixed_kl_coef_does_not_change(tiny_model: Path, reward_model: Path) -> 
     assert [row["kl/coef"] for row in history] == [0.3, 0.3]
 
 
+@pytest.mark.parametrize("per", ["sequence", "token"])
 @pytest.mark.parametrize("target", [1e-4, 1e4])
-def test_adaptive_kl_coef_moves_towards_its_target(tiny_model: Path, reward_model: Path, target: float) -> None:
-    stage = config_of(kl_coef=0.3, kl_target=target, kl_horizon=16.0, num_iterations=3)
+def test_adaptive_kl_coef_moves_towards_its_target(
+    tiny_model: Path, reward_model: Path, target: float, per: str
+) -> None:
+    stage = config_of(kl_coef=0.3, kl_target=target, kl_target_per=per, kl_horizon=16.0, num_iterations=3)
     trainer = trainer_of(stage, tiny_model, reward_model)
     history = trainer.train(PROMPTS, [])
     coefficients = [*(row["kl/coef"] for row in history), trainer.kl_coef]
@@ -201,10 +204,25 @@ def test_adaptive_kl_coef_moves_towards_its_target(tiny_model: Path, reward_mode
     # The first rollout has a KL of exactly 0: down by a fifth times 8 samples of a horizon of 16.
     assert coefficients[1] == pytest.approx(0.3 * (1 - 0.2 * 8 / 16))
     for (before, after), row in zip(itertools.pairwise(coefficients), history, strict=True):
-        expected = adapt_kl_coef(before, row["kl/sequence"], target=target, horizon=16.0, num_samples=8)
+        expected = adapt_kl_coef(before, row[f"kl/{per}"], target=target, horizon=16.0, num_samples=8)
         assert after == expected
     up = coefficients[3] > coefficients[2]
-    assert up == (history[2]["kl/sequence"] > target)
+    assert up == (history[2][f"kl/{per}"] > target)
+
+
+def test_target_per_token_and_target_per_sequence_of_one_run_differ(tiny_model: Path, reward_model: Path) -> None:
+    """Between the two KLs of the second rollout, the one target is exceeded and the other is not."""
+    options: dict[str, Any] = {"kl_coef": 0.3, "kl_horizon": 16.0, "training": {"learning_rate": 1e-2}}
+    row = trainer_of(config_of(**options), tiny_model, reward_model).train(PROMPTS, [])[1]
+    assert 0 < row["kl/token"] < row["kl/sequence"] / 2
+    target = (row["kl/token"] * row["kl/sequence"]) ** 0.5
+    last = {}
+    for per in ("sequence", "token"):
+        trainer = trainer_of(config_of(kl_target=target, kl_target_per=per, **options), tiny_model, reward_model)
+        trainer.train(PROMPTS, [])
+        last[per] = trainer.kl_coef
+    start = 0.3 * (1 - 0.2 * 8 / 16)  # after the first rollout, whose KL is 0
+    assert last == {"sequence": pytest.approx(start * 1.1), "token": pytest.approx(start * 0.9)}
 
 
 def evals(

@@ -10,7 +10,7 @@ from typing import Any
 from components.rlhf.checkpoints import files
 from components.rlhf.storage.store import Store
 from components.rlhf.text.errors import InputError
-from components.rlhf.text.strict_json import parse_json
+from components.rlhf.text.strict_json import NotJsonError, parse_json
 
 KEY = "kept"  # of the state of a checkpoint
 
@@ -29,14 +29,14 @@ class KeptStates:
 
     def read(self, store: Store, key: str, restored: dict[str, Any]) -> None:
         """Take over the states that a restored checkpoint names, and note what the other checkpoints need. Removes KEY from its state."""
-        found = restored.pop(KEY, {})
-        self.folders = {name: folder for name, folder in found.items() if is_folder_of(name, folder)}
+        self.folders = folders_in(restored)
+        restored.pop(KEY, None)
         for folder in files.list_checkpoints(store, key):
             try:
-                state: Any = parse_json(store.read(f"{folder}/{files.STATE}", limit=files.LIMIT) or b"{}")
-                self._pinned[folder.rpartition("/")[2]] = set(state.get(KEY, {}).values())
-            except (ValueError, AttributeError, InputError):  # a checkpoint that cannot be read needs nothing
+                state = parse_json(store.read(f"{folder}/{files.STATE}", limit=files.LIMIT) or b"{}")
+            except (NotJsonError, InputError):  # a checkpoint that cannot be read needs nothing
                 continue
+            self._pinned[folder.rpartition("/")[2]] = set(folders_in(state).values())
 
     def delete_unused(self, store: Store, key: str, *, written: str = "") -> None:
         """Delete what neither a checkpoint in the store nor the run needs. written is a state whose folder is complete now."""
@@ -49,9 +49,14 @@ class KeptStates:
                 store.delete(f"{key}/{name}")
 
 
-def is_folder_of(name: str, folder: object) -> bool:
-    """Whether this may be the folder of a kept state; a checkpoint's state is not trusted to stay below its key."""
-    return isinstance(folder, str) and bool(files.NAME.fullmatch(folder)) and slot_of(folder) == name
+def folders_in(state: Any) -> dict[str, str]:
+    """The kept states that the state of a checkpoint names. It is not trusted to name folders of their own below its key."""
+    found = state.get(KEY) if isinstance(state, dict) else None
+    return {
+        name: folder
+        for name, folder in (found.items() if isinstance(found, dict) else ())
+        if isinstance(folder, str) and files.NAME.fullmatch(folder) and slot_of(folder) == name
+    }
 
 
 def slot_of(folder: str) -> str:

@@ -72,8 +72,8 @@ def truncated_kl(
 def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, num_samples: int) -> float:
     """The next KL coefficient: raised when the KL is above target, lowered when below, by at most 20% x num_samples / horizon.
 
-    kl and target are in nats per SEQUENCE (summed over its response tokens), as in Ziegler et al. 2019, "Fine-Tuning
-    Language Models from Human Preferences", section 2.2; OpenRLHF and verl use a per-token mean instead, so their
+    kl and target are in the same unit: nats per sequence (summed over its response tokens), as in Ziegler et al. 2019, "Fine-Tuning
+    Language Models from Human Preferences", section 2.2, or nats per token (mean over all tokens), as in OpenRLHF and verl, whose
     targets are smaller by a factor of the response length.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
