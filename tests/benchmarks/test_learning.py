@@ -1,17 +1,21 @@
 """Curves, tables and settings of the comparison of learning with TRL."""
 
+import json
 import math
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import benchmarks.learning.__main__ as program
 from benchmarks.learning.arms import OURS_ARM, SFT, TRL, TRL_OWN, Plan, row_key, rows_of, settings_of
 from benchmarks.learning.curves import common_kl, compare, curve_of, read_at
 from benchmarks.learning.page import tables, write_page
-from benchmarks.record import ROOT
+from benchmarks.learning.runs import OUTPUTS, Artifacts
+from benchmarks.record import ROOT, read_rows
 
 PLAN = Plan(num_iterations=4, every=2, num_prompts=256)
 
@@ -133,3 +137,57 @@ def test_trl_gets_the_settings_of_the_params_file() -> None:
     assert (own["minibatch"], own["epochs"], own["learning_rate"], own["betas"]) == (64, 4, 3e-6, [0.9, 0.999])
     assert own["rate_factors"] == [1.0, 0.75, 0.5, 0.25]
     assert own["rollouts"] * own["iterations"] == job["rollouts"] * job["iterations"]
+
+
+class Programs:
+    """Stands in for the programs that train and measure: policies are empty folders. The first evaluation can die after one row."""
+
+    def __init__(self, *, dies: bool) -> None:
+        self.started: list[str] = []
+        self.dies = dies
+
+    def start(self, _python: Path, module: str, job: Path, _log: Path) -> Iterator[Any]:
+        self.started.append(module)
+        if module != "evaluate":
+            for iteration in (2, 4):
+                (job.parent / f"iteration-{iteration:02d}").mkdir(exist_ok=True)
+            return
+        names = ("kl", "reward", "judge", "win_rate", "distinct2", "judge_gain_error", "num_prompts")
+        for policy in json.loads(job.read_text())["policies"]:
+            yield policy | dict.fromkeys(names, 0.5)
+            if self.dies:
+                self.dies = False
+                raise KeyboardInterrupt
+
+
+def measure(programs: Programs, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """System and iteration of every row after one start of the program."""
+    artifacts = Artifacts(run="quick-3", folders={name: folder / name for name in OUTPUTS})
+    monkeypatch.setattr(program, "start", programs.start)
+    monkeypatch.setattr(program, "python_of", lambda _environment: Path("python"))
+    monkeypatch.setattr(program, "artifacts_of", lambda _seed, _runs: artifacts)
+    monkeypatch.setattr(program, "training_job", lambda arm, *_: {"arm": arm.name})
+    rows, work = folder / "rows.jsonl", folder / "work"
+    program.measure_seed(3, [OURS_ARM, TRL], PLAN, runs=folder, work=work, rows=rows, trains=True)
+    return [(row["system"], row["iteration"]) for row in read_rows(rows)]
+
+
+ALL_ROWS = [(SFT, 0), ("ours", 2), ("ours", 4), ("TRL", 2), ("TRL", 4)]
+
+
+def test_a_finished_row_is_never_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = Programs(dies=False)
+    assert measure(programs, tmp_path, monkeypatch) == ALL_ROWS
+    assert programs.started == ["ours_ppo", "evaluate", "trl_ppo", "evaluate"]
+    assert not list(tmp_path.glob("work/**/iteration-*"))  # the weights of measured policies are gone
+    assert measure(programs, tmp_path, monkeypatch) == ALL_ROWS
+    assert len(programs.started) == 4
+
+
+def test_a_killed_evaluation_goes_on_without_training_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = Programs(dies=True)
+    with pytest.raises(KeyboardInterrupt):
+        measure(programs, tmp_path, monkeypatch)
+    assert [row["system"] for row in read_rows(tmp_path / "rows.jsonl")] == [SFT]
+    assert measure(programs, tmp_path, monkeypatch) == ALL_ROWS
+    assert programs.started == ["ours_ppo", "evaluate", "evaluate", "trl_ppo", "evaluate"]
