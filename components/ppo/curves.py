@@ -17,7 +17,7 @@ from components.rlhf.config.ppo import PpoConfig
 
 Row = dict[str, float]
 PANELS = (
-    ("score/mean", "reward model score (mean of the rollout)"),
+    ("score/mean", "score (mean of the rollout)"),
     ("kl/sequence", "KL to SFT (nats per response)"),
     ("entropy", "entropy (nats per token)"),
     ("response/length", "response length (tokens)"),

@@ -119,5 +119,5 @@ class ValidationSample:
     response_ids: list[int]
     response: str
     truncated: bool
-    score: float  # normalized score of the reward model
+    score: float  # weighted sum of the scores of all rewards
     kl: float  # log-ratio to the reference in nats, summed over the response
