@@ -269,7 +269,12 @@ def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, j
     )
     if ppo.advantage == "gae" and ppo.critic.trains == "layers":
         critic = training_phases(
-            base, held, _unbuffered(copies.critic), run(job.critic_shape, tokens, 0, sampled=True), job, with_logits=False
+            base,
+            held,
+            _unbuffered(copies.critic),
+            run(job.critic_shape, tokens, 0, sampled=True),
+            job,
+            with_logits=False,
         )
         update = max(update, critic[0], key=lambda found: sum(found.device.values()))
     phases = [update, step]
