@@ -7,6 +7,7 @@ from components.evaluation.compare import Comparison, compare
 from components.evaluation.judge_curve import judge_curve
 from components.evaluation.judging import Judged, judge_all, judge_by_reward_models
 from components.evaluation.ranks import Ranks
+from components.rlhf.artifacts.code import open_code
 from components.rlhf.artifacts.manifest import Manifest
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.judge import as_list
@@ -32,7 +33,12 @@ def measure(
     config, entries = run.config, read_judges_of(as_list(run.config.judge), judge)
     heldout = load_records(prompts, "heldout", Prompt)[: config.evaluation.num_prompts]
     validation = load_records(policy, "validation", ValidationSample)
-    resources = JudgeResources(precision=config.model.precision, storage=run.storage, log=run.progress.log, code=code)
+    resources = JudgeResources(
+        precision=config.model.precision,
+        storage=run.storage,
+        log=run.progress.log,
+        code=open_code(code, config.code_digest),
+    )
     with join_process_group(timeout_minutes=config.evaluation.timeout_minutes) as group:
         run.require_agreement(group, *inputs.values())
         ranks = Ranks.of(config, group)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from components.ppo.models import load_models
 from components.ppo.trainer import PpoTrainer
+from components.rlhf.artifacts.code import open_code
 from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.data.records import Prompt
@@ -41,6 +42,6 @@ def create_trainer(
         max_new_tokens=config.ppo.rollout.sampling.max_new_tokens,
         storage=storage,
         log=log,
-        code=code,
+        code=open_code(code, config.code_digest),
     )
     return PpoTrainer(config, models, rewards, rollout, context, demonstrations=demonstrations)
