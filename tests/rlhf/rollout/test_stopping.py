@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.records import Completion, Prompt
@@ -145,3 +147,13 @@ def test_stop_string_with_a_special_token_is_refused(tmp_path: Path) -> None:
     ):
         require_reachable_stops(SamplingConfig(stop=("fine", "x<eos>")), TOKENIZER)
     require_reachable_stops(SamplingConfig(stop=("fine", "eos")), TOKENIZER)
+
+
+def test_text_of_a_response_is_decoded_after_its_prompt() -> None:
+    """SentencePiece drops the space that begins a text, but not one that a response begins with."""
+    backend = Tokenizer(models.BPE(vocab={"<eos>": 0, "▁a": 1, "▁END": 2}, merges=[]))
+    backend.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    text = ResponseText(tokenizer, [1], SamplingConfig(stop=(" END",)))
+    assert [text.append(token) for token in (1, 2)] == [False, True]
+    assert text.text == " a"
