@@ -1,10 +1,10 @@
 """The plan of the stage ppo: up to four models, a rollout engine, and the experience of a rollout."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.planner.activations import Pass, forward_workspace, logits, sampling_workspace
-from components.rlhf.planner.copies import NO_COPY, TrainedCopy, frozen_copy, shards_weights, trained_copy
+from components.rlhf.planner.copies import TrainedCopy
 from components.rlhf.planner.jobs import (
     Job,
     beside,
@@ -17,29 +17,16 @@ from components.rlhf.planner.jobs import (
     vllm_share,
 )
 from components.rlhf.planner.phases import Phase, StagePlan
+from components.rlhf.planner.ppo_models import Copies, ppo_copies
 from components.rlhf.planner.shape import ModelShape
 from components.rlhf.planner.training_stages import (
-    base_bytes,
     export_phase,
     load_peak,
     lost_in_loading,
-    model_copy,
     tokens_of_pass,
     training_phases,
     whole_weights,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Copies:
-    """The models of PPO in one process. Frozen layers are counted once, in the actor, if all models share them."""
-
-    actor: TrainedCopy
-    critic: TrainedCopy  # NO_COPY for estimators without one
-    critic_base: int  # frozen weights of a critic that it does not share with a reward model
-    reference: int
-    reward_model: int  # 0 in a run without one
-    rollout: int  # the copy that transformers samples from; 0 if it is the actor
 
 
 def plan_ppo(config: PpoStageConfig, job: Job) -> StagePlan:
@@ -83,6 +70,7 @@ def plan_ppo(config: PpoStageConfig, job: Job) -> StagePlan:
     )
 
 
+<<<<<<< HEAD
 def ppo_copies(config: PpoStageConfig, job: Job) -> Copies:
     """ppo/models.py: which models have weights of their own, and which share those of another."""
     training, model, numeric = config.ppo.training, config.model, job.numeric
@@ -156,6 +144,8 @@ def _reference(own: int, in_fp32: int, config: PpoStageConfig, job: Job) -> int:
     return frozen_copy(own, training, job.numeric)
 
 
+=======
+>>>>>>> maths
 def _rows(config: PpoStageConfig) -> int:
     rollout = config.ppo.rollout
     return -(-rollout.num_prompts * rollout.samples_per_prompt // config.ppo.training.num_processes)

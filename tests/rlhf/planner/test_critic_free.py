@@ -19,7 +19,8 @@ from components.rlhf.planner.jobs import Job
 from components.rlhf.planner.other_stages import plan_evaluation
 from components.rlhf.planner.phases import GIB, StagePlan
 from components.rlhf.planner.plan import Shapes, plan_run, reward_model_section, stages_of
-from components.rlhf.planner.ppo_stage import plan_ppo, ppo_copies
+from components.rlhf.planner.ppo_models import ppo_copies
+from components.rlhf.planner.ppo_stage import plan_ppo
 from components.rlhf.planner.sources import shape_of_folder
 from pipelines.plan import Options, make_plan, read_shapes
 from pipelines.settings import load_params
