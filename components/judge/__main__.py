@@ -48,12 +48,8 @@ def main(
     ratings = load_records(preferences, "ratings", RatedText)
     train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
     encoder, max_tokens = load_tokenizer(tokenizer), read_header(preferences).max_tokens
-    resources = JudgeResources(
-        precision=run.config.model.precision,
-        storage=run.storage,
-        log=run.progress.log,
-        code=open_code(code, run.config.code_digest),
-    )
+    precision, modules = run.config.model.precision, open_code(code, run.config.code_digest)
+    resources = JudgeResources(precision=precision, storage=run.storage, log=run.progress.log, code=modules)
     judges = build_panel(
         as_list(run.config.judge),
         heldout,

@@ -32,7 +32,10 @@ def ppo_copies(config: PpoStageConfig, job: Job) -> Copies:
     reward_held = 0 if reward is None else _frozen_scalar(reward, config, job, earlier=2)
     reference = 0
     if model.lora is None:
-        reference = _reference(shape.total - shared, shape.embeddings + shape.rest - shape.frozen(0), config, job)
+        own = shape.total - shared
+        reference = _reference(own, shape.embeddings + shape.rest - shape.frozen(0), config, job)
+        if config.ppo.reference.decay and numeric.bf16:
+            reference += 4 * own  # the moving average is in fp32
     samples_from_actor = (
         training.engine == "torch" and not training.gradient_checkpointing and model.lora is None and not numeric.bf16
     )
