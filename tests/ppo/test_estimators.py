@@ -158,7 +158,8 @@ def test_an_update_on_nothing_changes_nothing(tiny_model: Path, reward_model: Pa
     learner = learner_of(
         tiny_model, reward_model, **options_of("rloo", drop_equal_groups=True, kl_in="loss", kl_estimator="k2")
     )
-    learner = replace(learner, models=replace(learner.models, scorer=RewardFunction(lambda *_: 1.0)))
+    same = replace(learner.models, scorer=RewardFunction(lambda *_: 1.0))
+    learner = replace(learner, rewards=rewards_of(same))
     engine = Recorder(learner.models.actor)
     row = update(replace(learner, engines={"actor": engine}), experience_of(learner), seed=0, iteration=1)
     assert not any(g.any() for g in engine.gradients)

@@ -26,7 +26,7 @@ from components.rlhf.engine.group import SINGLE_PROCESS, join_process_group
 from components.rlhf.engine.protocol import Group
 from components.rlhf.storage.store import FolderStore
 from components.rlhf.text.errors import NonFiniteError
-from tests.support.ppo_runs import PROMPTS, VALIDATION, config_of
+from tests.support.ppo_runs import PROMPTS, VALIDATION, config_of, rewards_of
 from tests.support.training import NEVER, context_of
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -72,7 +72,7 @@ def evaluations(sft: Path, reward_model: Path, group: Group = SINGLE_PROCESS) ->
         sampling={"max_new_tokens": 8, "temperature": 2.0},
     )
     models, rollout = load_models(stage, sft, reward_model, dtype=FP32, prompts=[], group=group)
-    trainer = PpoTrainer(stage, models, rollout, replace(context_of("ppo"), group=group))
+    trainer = PpoTrainer(stage, models, rewards_of(models), rollout, replace(context_of("ppo"), group=group))
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for parameter in models.actor.parameters():
@@ -106,7 +106,7 @@ def trainer_of(
     models, rollout = load_models(stage, sft, reward_model, dtype=case.dtype, prompts=[], group=group)
     checkpoints = CheckpointManager(store, f"ppo/{case.name}", CheckpointConfig(every_minutes=0.0), group)
     context = replace(context_of("ppo", checkpoints=checkpoints, interrupt_at=interrupt_at), group=group)
-    return PpoTrainer(stage, models, rollout, context)
+    return PpoTrainer(stage, models, rewards_of(models), rollout, context)
 
 
 def weights_of(trainer: PpoTrainer) -> dict[str, Tensor]:
