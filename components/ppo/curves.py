@@ -2,7 +2,6 @@
 
 import html
 import io
-import math
 import re
 from collections.abc import Sequence
 
@@ -31,9 +30,7 @@ def as_svg(history: Sequence[Row]) -> str:
     """All panels over the iterations, as inline SVG."""
     figure, axes = plt.subplots(3, 3, figsize=(12, 7.5), constrained_layout=True)
     for axis, (name, title) in zip(axes.flat, PANELS, strict=True):
-        # An estimator without a critic has no value loss, and an actor that waits for its critic no clip fraction: a gap.
-        values = [row.get(name, math.nan) for row in history]
-        axis.plot([row["iteration"] for row in history], values, color="#2563eb", linewidth=1.6)
+        axis.plot([row["iteration"] for row in history], [row[name] for row in history], color="#2563eb", linewidth=1.6)
         evals = [row for row in history if f"validation/{name}" in row]
         if evals:
             xs, ys = [row["iteration"] for row in evals], [row[f"validation/{name}"] for row in evals]
