@@ -171,7 +171,6 @@ def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, j
             with_entropy=sampled and ppo.entropy_coef > 0,
         )
 
-    snapshot = {"checkpoint": copies.actor.snapshot + copies.critic.snapshot}
     if training.engine == "deepspeed" and not job.numeric.on_gpu:
         # In a heap the flat tensors of one engine do not take the place of those of the other.
         other = min((copies.actor, copies.critic), key=lambda copy: copy.weights)
@@ -195,7 +194,11 @@ def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, j
         )
         update = max(update, critic[0], key=lambda found: sum(found.device.values()))
     phases = [update, step]
-    return [*phases, phase("checkpoint", update, main=snapshot)] if job.checkpoints else phases
+    saved = copies.actor.snapshot + copies.critic.snapshot
+    # The best policy is kept without its moments; what the guard returns to has them.
+    kept = copies.actor.snapshot // 3 if ppo.keeps_best else 0
+    size = saved if job.checkpoints or ppo.guard.action != "off" else kept
+    return [*phases, phase("checkpoint", update, main={"checkpoint": size})] if size else phases
 
 
 def _unbuffered(copy: TrainedCopy) -> TrainedCopy:
