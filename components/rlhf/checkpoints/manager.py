@@ -108,8 +108,7 @@ class CheckpointManager:
     def _save(
         self, name: str, engines: Mapping[str, TrainEngine], state: Mapping[str, Any], *, moments: bool = True
     ) -> None:
-        """Copy the engines' tensors, and write them to a folder of this name in another thread."""
-        self.wait()
+        """Copy the engines' tensors, and write them to a folder of this name in another thread; the one before has ended."""
         store = self._store_of_kept()
         snapshots = {
             key: engine.snapshot() if moments else engine.snapshot(moments=False) for key, engine in engines.items()
@@ -177,6 +176,7 @@ class CheckpointManager:
 
         Without moments it has only what an export needs. A run without a store keeps it in a temporary folder.
         """
+        self.wait()  # before another rank can write to the new folder: the writer of rank 0 deletes what it does not know
         self._save(self._folder_name(name, step), engines, {"step": step, **facts}, moments=moments)
 
     def kept(self, name: str) -> int | None:
