@@ -42,7 +42,7 @@ class Outcome:
 
     def facts(self) -> dict[str, str]:
         """For the manifest, beside the numbers."""
-        guard = "; ".join(map(str, self.events))
+        guard = "; ".join(f"guard, {event}" for event in self.events)
         return {"kept_reason": self.sentence} | ({"guard": guard} if guard else {})
 
 

@@ -106,8 +106,7 @@ class CheckpointManager:
         return self.group.gather([f"{name}-{step:08d}-{uuid.uuid4().hex[:8]}"])[0]
 
     def _save(self, name: str, engines: Mapping[str, Saved], state: Mapping[str, Any], *, moments: bool = True) -> None:
-        """Copy the engines' tensors, and write them to a folder of this name in another thread."""
-        self.wait()
+        """Copy the engines' tensors, and write them to a folder of this name in another thread; the one before has ended."""
         store = self._store_of_kept()
         snapshots = {
             key: engine.snapshot() if moments else engine.snapshot(moments=False) for key, engine in engines.items()
@@ -175,6 +174,7 @@ class CheckpointManager:
 
         Without moments it has only what an export needs. A run without a store keeps it in a temporary folder.
         """
+        self.wait()  # before another rank can write to the new folder: the writer of rank 0 deletes what it does not know
         self._save(self._folder_name(name, step), engines, {"step": step, **facts}, moments=moments)
 
     def kept(self, name: str) -> int | None:

@@ -1,15 +1,20 @@
 """States that are kept beside checkpoints: one per name, found again by every checkpoint that names it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from components.rlhf.checkpoints.manager import CheckpointManager
 from components.rlhf.config.storage import CheckpointConfig
+from components.rlhf.engine.group import SingleProcess
+from components.rlhf.storage.store import FolderStore
 from components.rlhf.text.errors import InputError
 from tests.rlhf.checkpoints.test_manager import Broken, Counter, Saver, break_byte
+
+T = TypeVar("T")
 
 
 def keep(saver: Saver, step: int, name: str = "best", number: int | None = None) -> None:
@@ -134,6 +139,30 @@ def test_run_without_a_store_keeps_states_in_a_temporary_folder(
     assert len(list(tmp_path.iterdir())) == 1
     saver.folder.release()
     assert list(tmp_path.iterdir()) == []
+
+
+class Watching(SingleProcess):
+    """A group that notes whether a state is still being written whenever the ranks meet."""
+
+    def __init__(self) -> None:
+        self.manager: CheckpointManager | None = None
+        self.busy: list[bool] = []
+
+    def gather(self, items: Sequence[T]) -> list[T]:
+        assert self.manager is not None
+        self.busy.append(self.manager._writer is not None)
+        return list(items)
+
+
+def test_no_rank_writes_to_a_new_folder_while_rank_0_still_deletes(tmp_path: Path) -> None:
+    """Other ranks know the name of the next folder once all have met, and rank 0 deletes folders that it does not know."""
+    group = Watching()
+    group.manager = CheckpointManager(FolderStore(tmp_path), "ppo/abc", CheckpointConfig(), group)
+    for step in (1, 2, 3):
+        group.manager.keep("best", step, {"actor": Counter(step)}, {})
+        group.manager.save(step, {"actor": Counter(step)}, {})
+    group.manager.kept("best")
+    assert len(group.busy) == 7 and not any(group.busy)
 
 
 def test_kept_state_is_no_checkpoint(tmp_path: Path) -> None:
