@@ -6,6 +6,7 @@ from pathlib import Path
 from components.evaluation.compare import Comparison, compare
 from components.evaluation.judging import Judged, judge_all, judge_by_reward_models
 from components.evaluation.ranks import Ranks
+from components.rlhf.artifacts.code import open_code
 from components.rlhf.artifacts.manifest import Manifest
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.judge import as_list
@@ -29,7 +30,12 @@ def measure(
 ) -> tuple[Comparison, list[Judged]] | None:
     """The comparison on held-out prompts, and what the judges say about it and about PPO's validation samples; None after rank 0."""
     config, entries = run.config, read_judges_of(as_list(run.config.judge), judge)
-    resources = JudgeResources(precision=config.model.precision, storage=run.storage, log=run.progress.log, code=code)
+    resources = JudgeResources(
+        precision=config.model.precision,
+        storage=run.storage,
+        log=run.progress.log,
+        code=open_code(code, config.code_digest),
+    )
     with join_process_group(timeout_minutes=config.evaluation.timeout_minutes) as group:
         run.require_agreement(group, *inputs.values())
         ranks = Ranks.of(config, group)

@@ -35,6 +35,7 @@ def main(
 ) -> None:
     from components.judge.panel import TrainingData, build_panel, metrics_of, save_panel
     from components.judge.summary import as_markdown
+    from components.rlhf.artifacts.code import open_code
     from components.rlhf.artifacts.directory import open_artifact
     from components.rlhf.data.datasets import load_records, read_header
     from components.rlhf.data.records import PreferencePair, RatedText
@@ -52,7 +53,10 @@ def main(
     train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
     encoder, max_tokens = load_tokenizer(tokenizer), read_header(preferences).max_tokens
     resources = JudgeResources(
-        precision=run.config.model.precision, storage=run.storage, log=run.progress.log, code=code
+        precision=run.config.model.precision,
+        storage=run.storage,
+        log=run.progress.log,
+        code=open_code(code, run.config.code_digest),
     )
     judges = build_panel(
         as_list(run.config.judge),

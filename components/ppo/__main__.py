@@ -42,6 +42,7 @@ def main(
     from components.ppo.policy import save_policy
     from components.ppo.scoring import WeightedScorer
     from components.ppo.trainer import PpoTrainer
+    from components.rlhf.artifacts.code import open_code
     from components.rlhf.artifacts.directory import open_inputs
     from components.rlhf.data.datasets import load_records
     from components.rlhf.data.records import Prompt
@@ -64,7 +65,7 @@ def main(
             max_new_tokens=run.config.ppo.rollout.sampling.max_new_tokens,
             storage=run.storage,
             log=run.progress.log,
-            code=code,
+            code=open_code(code, run.config.code_digest),
         )
         rewards.check_prompts([*train, *validation])
         models = replace(models, scorer=WeightedScorer(rewards))

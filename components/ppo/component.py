@@ -38,6 +38,5 @@ def _ppo(
     return container_spec("ppo", "rollout", locals())
 
 
-_ppo.__name__ = "ppo"
 PPO = variants(_ppo, "reward_model", "code")
 ppo = PPO[frozenset({"reward_model"})]

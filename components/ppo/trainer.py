@@ -22,6 +22,7 @@ from components.rlhf.engine.protocol import Group, TrainEngine
 from components.rlhf.maths.kl import adapt_kl_coef
 from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.models.actor import SamplingDistribution
+from components.rlhf.rollout.controls import sampling_distribution
 from components.rlhf.rollout.probe import SyncCheck, probe_ids
 from components.rlhf.rollout.protocol import RolloutEngine
 from components.rlhf.runtime.memory import release_freed_memory
@@ -42,9 +43,7 @@ class PpoTrainer:
         self.learner = Learner(
             models=models,
             config=self.ppo,
-            distribution=SamplingDistribution(
-                temperature=sampling.temperature, min_new_tokens=sampling.min_new_tokens, stop_ids=rollout.stop_ids
-            ),
+            distribution=sampling_distribution(sampling, rollout.stop_ids),
             group=self.group,
             engines=create_engines(models, self.ppo, self.group),
         )

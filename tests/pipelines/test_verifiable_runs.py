@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from components.rlhf.artifacts.code import unpack_code
+from components.rlhf.artifacts.code import digest_of_code, unpack_code
 from components.rlhf.config.params import Params
 from components.rlhf.config.prepare_data import PrepareDataStageConfig
 from components.rlhf.text.errors import InputError
@@ -286,3 +286,6 @@ def test_settings_of_import_code_hold_the_folder(tmp_path: Path) -> None:
     settings = pipeline.tasks["import-code"]["inputs"]["parameters"]["settings"]["runtimeValue"]["constant"]
     unpack_code(json.loads(settings)["code"]["archive"], tmp_path / "copy")
     assert (tmp_path / "copy" / "mine.py").is_file()
+    for stage in ("judge", "ppo", "evaluation"):
+        own = pipeline.tasks[stage]["inputs"]["parameters"]["settings"]["runtimeValue"]["constant"]
+        assert json.loads(own)["code_digest"] == digest_of_code(tmp_path / "code")

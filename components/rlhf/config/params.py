@@ -252,6 +252,7 @@ class Params(BaseConfig):
         """The settings of one stage: only the sections that are fields of its config class."""
         sections: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
         sections["num_evaluation_prompts"] = self.evaluation.num_prompts
+        sections["code_digest"] = self.code.digest
         sections["data"] = self.data.model_copy(update={"weights": self._weights})
         # The reward model is calibrated on PPO's distribution, with its engine if there is something to sample.
         calibrates = self.reward_model.num_calibration_samples > 0

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from components.rlhf.config.base import BaseConfig, Count, Fraction, NonNegative, Positive, PositiveInt
 from components.rlhf.config.budget import BudgetConfig
+from components.rlhf.config.code import Digest
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, TrainingConfig, check_zero3_compatibility
 from components.rlhf.config.processes import Processes
 from components.rlhf.config.rewards import RewardModelReward, Rewards, check_rewards, uses_reward_model
@@ -283,6 +284,7 @@ class PpoStageConfig(BaseConfig):
     ppo: PpoConfig
     checkpoint: CheckpointConfig
     budget: BudgetConfig = BudgetConfig()
+    code_digest: Digest = ""
     seed: Seed
 
     @property

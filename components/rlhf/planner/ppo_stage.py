@@ -1,10 +1,10 @@
 """The plan of the stage ppo: up to four models, a rollout engine, and the experience of a rollout."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.planner.activations import Pass, forward_workspace, logits, sampling_workspace
-from components.rlhf.planner.copies import NO_COPY, TrainedCopy, frozen_copy, shards_weights, trained_copy
+from components.rlhf.planner.copies import TrainedCopy
 from components.rlhf.planner.jobs import (
     Job,
     beside,
@@ -17,29 +17,16 @@ from components.rlhf.planner.jobs import (
     vllm_share,
 )
 from components.rlhf.planner.phases import Phase, StagePlan
+from components.rlhf.planner.ppo_models import Copies, ppo_copies
 from components.rlhf.planner.shape import ModelShape
 from components.rlhf.planner.training_stages import (
-    base_bytes,
     export_phase,
     load_peak,
     lost_in_loading,
-    model_copy,
     tokens_of_pass,
     training_phases,
     whole_weights,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Copies:
-    """The models of PPO in one process. Frozen layers are counted once, in the actor, if all models share them."""
-
-    actor: TrainedCopy
-    critic: TrainedCopy  # NO_COPY for estimators without one
-    critic_base: int  # frozen weights of a critic that it does not share with a reward model
-    reference: int
-    reward_model: int  # 0 in a run without one
-    rollout: int  # the copy that transformers samples from; 0 if it is the actor
 
 
 def plan_ppo(config: PpoStageConfig, job: Job) -> StagePlan:
@@ -81,76 +68,6 @@ def plan_ppo(config: PpoStageConfig, job: Job) -> StagePlan:
         beside=beside(training.num_processes),
         problem=vllm_problem(job, ppo.rollout, ppo.rollout.sampling),
     )
-
-
-def ppo_copies(config: PpoStageConfig, job: Job) -> Copies:
-    """ppo/models.py: which models have weights of their own, and which share those of another."""
-    training, model, numeric = config.ppo.training, config.model, job.numeric
-    shape, reward = job.shape, job.reward_shape
-    shared = shape.frozen(model.num_frozen_layers)
-    # Adapters of the SFT model are below those of the actor, and those of the reward model above them, below the critic's.
-    actor = model_copy(shape, model, training, job, scalar=False, earlier=1)
-    critic, critic_base = _critic(config, job) if config.ppo.advantage == "gae" else (NO_COPY, 0)
-    reward_held = 0 if reward is None else _frozen_scalar(reward, config, job, earlier=2)
-    reference = 0
-    if model.lora is None:
-        reference = _reference(shape.total - shared, shape.embeddings + shape.rest - shape.frozen(0), config, job)
-    samples_from_actor = (
-        training.engine == "torch" and not training.gradient_checkpointing and model.lora is None and not numeric.bf16
-    )
-    needs_copy = config.ppo.rollout.engine == "hf" and not samples_from_actor
-    own_rollout = shape.total - (0 if shards_weights(training) or model.quantization else shared)
-    rollout = frozen_copy(own_rollout, None, numeric) if needs_copy else 0
-    return Copies(
-        actor=actor,
-        critic=critic,
-        critic_base=critic_base,
-        reference=reference,
-        reward_model=reward_held,
-        rollout=rollout,
-    )
-
-
-def _critic(config: PpoStageConfig, job: Job) -> tuple[TrainedCopy, int]:
-    """The critic, and the frozen weights below it that neither actor nor reward model hold.
-
-    One that starts from the reward model shares the weights below its adapters or its head with it.
-    """
-    training, model, shape = config.ppo.training, config.model, job.critic_shape
-    has_twin = shape is job.reward_shape
-    earlier = 2 if has_twin else 1
-    base = 0 if has_twin else _frozen_scalar(shape, config, job, earlier=earlier)
-    if config.ppo.critic.trains == "head":
-        return trained_copy(shape.hidden, 0, shape.hidden, training, job.numeric), base
-    critic = model_copy(shape, model, training, job, scalar=True, earlier=earlier)
-    if shards_weights(training):
-        return critic, 0
-    if model.lora:
-        held = base_bytes(shape, model, job, scalar=True, earlier=earlier)
-        return replace(critic, weights=critic.weights - held), base
-    shared = _frozen_like_actor(shape, config, job)
-    return replace(critic, weights=critic.weights - job.numeric.width * shared), 0
-
-
-def _frozen_scalar(shape: ModelShape, config: PpoStageConfig, job: Job, *, earlier: int) -> int:
-    """Bytes of a model with a scalar head that is not trained, without the frozen layers that it shares with the actor."""
-    if config.model.lora:
-        return base_bytes(shape, config.model, job, scalar=True, earlier=earlier)
-    own = shape.parameters(scalar=True) - _frozen_like_actor(shape, config, job)
-    return frozen_copy(own, config.ppo.training, job.numeric)
-
-
-def _frozen_like_actor(shape: ModelShape, config: PpoStageConfig, job: Job) -> int:
-    """Parameters of the frozen layers, if they are those of the actor."""
-    return shape.frozen(config.model.num_frozen_layers) if shape is job.shape else 0
-
-
-def _reference(own: int, in_fp32: int, config: PpoStageConfig, job: Job) -> int:
-    """The frozen copy of the actor; with torch and bf16 its embeddings stay in fp32, as the actor's are, unless they are frozen."""
-    training = config.ppo.training
-    if training.engine == "torch" and job.numeric.bf16 and not config.model.num_frozen_layers:
-        return 2 * own + 2 * in_fp32
-    return frozen_copy(own, training, job.numeric)
 
 
 def _rows(config: PpoStageConfig) -> int:
@@ -222,7 +139,7 @@ def _score(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, job
     tokens, answers = _tokens(config, job)
     work = {
         "activations": forward_workspace(job.shape, tokens, job.numeric),
-        "logits": logits(job.shape, answers, job.numeric),
+        "logits": logits(job.shape, answers, job.numeric, config.ppo.rollout.sampling),
         "cast weights": copies.actor.cast,
         "working weights": copies.actor.working,
     }
@@ -241,7 +158,7 @@ def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, j
     ppo, training, model = config.ppo, config.ppo.training, config.model
     tokens, answers = _tokens(config, job)
 
-    def run(shape: ModelShape, tokens: int, answer_tokens: int) -> Pass:
+    def run(shape: ModelShape, tokens: int, answer_tokens: int, *, sampled: bool) -> Pass:
         return Pass(
             shape=shape,
             tokens=tokens,
@@ -250,7 +167,8 @@ def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, j
             lora=model.lora,
             training=training,
             numeric=job.numeric,
-            with_entropy=ppo.entropy_coef > 0,
+            sampling=ppo.rollout.sampling if sampled else None,
+            with_entropy=sampled and ppo.entropy_coef > 0,
         )
 
     snapshot = {"checkpoint": copies.actor.snapshot + copies.critic.snapshot}
@@ -258,17 +176,22 @@ def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, j
         # In a heap the flat tensors of one engine do not take the place of those of the other.
         other = min((copies.actor, copies.critic), key=lambda copy: copy.weights)
         held = phase("", held, device={"the other engine": other.gradients + other.working + other.step})
-    runs = [run(job.shape, tokens, answers)]
+    runs = [run(job.shape, tokens, answers, sampled=True)]
     if ppo.ptx_coef:  # as many demonstrations as responses, of which every token may be learned
         texts = tokens_of_pass(training, ppo.minibatch, job.text_tokens)
-        runs.append(run(job.shape, texts, texts))
+        runs.append(run(job.shape, texts, texts, sampled=False))
     actors = [training_phases(base, held, _unbuffered(copies.actor), r, job, with_logits=True) for r in runs]
     update, step = (
         max(found, key=lambda p: sum(p.device.values())) for found in zip(*(a[:2] for a in actors), strict=True)
     )
     if ppo.advantage == "gae" and ppo.critic.trains == "layers":
         critic = training_phases(
-            base, held, _unbuffered(copies.critic), run(job.critic_shape, tokens, 0), job, with_logits=False
+            base,
+            held,
+            _unbuffered(copies.critic),
+            run(job.critic_shape, tokens, 0, sampled=True),
+            job,
+            with_logits=False,
         )
         update = max(update, critic[0], key=lambda found: sum(found.device.values()))
     phases = [update, step]

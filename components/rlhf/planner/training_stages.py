@@ -78,7 +78,7 @@ def update_parts(run: Pass, *, with_logits: bool) -> dict[str, int]:
             (m.inputs * m.outputs for m in run.shape.linears), default=0
         )
     if with_logits:
-        parts["logits"] = logits(run.shape, run.answer_tokens, run.numeric, with_entropy=run.with_entropy)
+        parts["logits"] = logits(run.shape, run.answer_tokens, run.numeric, run.sampling, with_entropy=run.with_entropy)
     return parts
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.rlhf.artifacts.code import code_files, copy_code, pack_code, unpack_code
+from components.rlhf.artifacts.code import code_files, copy_code, digest_of_code, open_code, pack_code, unpack_code
+from components.rlhf.artifacts.manifest import write_manifest
 from components.rlhf.text.errors import InputError
 
 
@@ -166,3 +167,31 @@ def test_bomb_is_refused_before_it_unpacks(tmp_path: Path) -> None:
 def test_archive_is_held_to_the_same_rules(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a pickle"):
         unpack_code(archive({"mine.py": "", "model.pkl": "x"}), tmp_path)
+
+
+# --- the digest in the settings ---
+
+
+def test_artifact_must_have_the_digest_of_the_settings(folder: Path, tmp_path: Path) -> None:
+    digest = digest_of_code(folder)
+    artifact = tmp_path / "artifact"
+    copy_code(folder, artifact)
+    write_manifest(artifact, kind="code")
+    assert open_code(artifact, digest) == artifact
+    (artifact / "mine.py").write_text("import os\n")
+    write_manifest(artifact, kind="code")  # a valid artifact with other code
+    with pytest.raises(InputError, match="is not the code of this run"):
+        open_code(artifact, digest)
+    assert open_code(artifact, "") == artifact  # code in S3
+    assert open_code(None, digest) is None
+
+
+@pytest.mark.parametrize("change", ["added.py", ".hidden.py", "package/mine.py"])
+def test_added_files_change_the_digest(change: str, folder: Path, tmp_path: Path) -> None:
+    digest = digest_of_code(folder)
+    artifact = tmp_path / "artifact"
+    copy_code(folder, artifact)
+    write(artifact, {change: "x = 1\n"})
+    write_manifest(artifact, kind="code")
+    with pytest.raises(InputError, match="is not the code of this run"):
+        open_code(artifact, digest)

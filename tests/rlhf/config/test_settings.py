@@ -101,6 +101,11 @@ def test_canonical_json_round_trips() -> None:
     assert parsed.canonical_json() == params.canonical_json()
 
 
+def test_stop_strings_may_have_line_breaks() -> None:
+    params = Params.model_validate(with_value("ppo.rollout.sampling.stop", ["\n\n", "END\t"]))
+    assert Params.from_json(params.canonical_json()).ppo.rollout.sampling.stop == ("\n\n", "END\t")
+
+
 def test_integers_stay_integers() -> None:
     content = json.loads(Params.model_validate(with_value("ppo.num_iterations", 7)).canonical_json())
     assert repr(content["ppo"]["num_iterations"]) == "7"
@@ -159,6 +164,23 @@ def test_unknown_key_gets_all_valid_keys() -> None:
         ("model.lora", {"target_modules": []}, "model.lora.target_modules is []: "),
         ("sft", None, "sft is None: "),
         ("preset", 3, "preset is 3: "),
+        ("ppo.rollout.sampling.top_p", 0, "ppo.rollout.sampling.top_p is 0: input should be greater than 0."),
+        ("ppo.rollout.sampling.top_p", 1.01, "ppo.rollout.sampling.top_p is 1.01: "),
+        ("ppo.rollout.sampling.top_p", float("nan"), "ppo.rollout.sampling.top_p is nan: "),
+        ("ppo.rollout.sampling.top_k", -1, "ppo.rollout.sampling.top_k is -1: "),
+        ("ppo.rollout.sampling.top_k", 1.5, "ppo.rollout.sampling.top_k is 1.5: "),
+        ("ppo.rollout.sampling.min_p", 1, "ppo.rollout.sampling.min_p is 1: input should be less than 1."),
+        ("ppo.rollout.sampling.min_p", -0.1, "ppo.rollout.sampling.min_p is -0.1: "),
+        ("evaluation.sampling.repetition_penalty", 0, "evaluation.sampling.repetition_penalty is 0: "),
+        ("evaluation.sampling.repetition_penalty", float("inf"), "evaluation.sampling.repetition_penalty is inf: "),
+        ("evaluation.sampling.stop", "END", "evaluation.sampling.stop is 'END': input should be a valid tuple."),
+        ("evaluation.sampling.stop", ["a", ""], "evaluation.sampling.stop.1 is '': "),
+        ("evaluation.sampling.stop", list("abcdefghi"), "evaluation.sampling.stop is ['a', 'b', "),
+        (
+            "evaluation.sampling.stop",
+            ["a\x00"],
+            "evaluation.sampling.stop: it contains the character '\\x00'; remove it.",
+        ),
     ],
 )
 def test_invalid_value_is_reported(path: str, value: object, message: str) -> None:
