@@ -4,11 +4,12 @@ import contextlib
 import json
 import math
 import os
-import resource
+import select
 import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,8 @@ from components.rlhf.data.records import Completion
 from components.rlhf.rewards.owner import Owner, require_few_failures
 from components.rlhf.rewards.protocol import ComputedStates
 
-MAX_OUTPUT_BYTES = 2**20
+MAX_OUTPUT_BYTES = 2**16  # the capacity of a pipe, so that one read is all that a process has left in it
+TICK_SECONDS = 0.02
 INHERITED = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")  # nothing that may be a secret
 
 
@@ -73,10 +75,9 @@ class CommandScorer:
                 raise self.owner.error(
                     f"needs the program {self.config.command[0]}, which is not on the PATH; correct {self.owner.key}.command"
                 )
-            with (folder / "response.txt").open("rb") as response, (folder / "output").open("wb+") as output:
-                code = self._wait(program, folder, environment, response, output)
-                output.seek(0)
-                printed = output.read(MAX_OUTPUT_BYTES).decode("utf-8", errors="replace")
+            with (folder / "response.txt").open("rb") as response:
+                code, output = self._execute(program, folder, environment, response)
+        printed = output.decode("utf-8", errors="replace")
         if code and not self._has_failed:
             self._has_failed = True
             self.log(
@@ -86,16 +87,16 @@ class CommandScorer:
             return None
         return float(code == 0) if self.config.score == "exit_code" else read_number(printed)
 
-    def _wait(
-        self, program: str, folder: Path, environment: dict[str, str], response: IO[bytes], output: IO[bytes]
-    ) -> int | None:
-        """Run the command; its exit code, or None if it is ended because it takes too long."""
+    def _execute(
+        self, program: str, folder: Path, environment: dict[str, str], response: IO[bytes]
+    ) -> tuple[int | None, bytes]:
+        """Run the command; its exit code, or None if it is ended because it takes too long, and the end of what it prints."""
         try:
             process = subprocess.Popen(
                 [program, *self.config.command[1:]],
                 stdin=response,
-                stdout=output,
-                stderr=output if self.config.score == "exit_code" else subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT if self.config.score == "exit_code" else subprocess.DEVNULL,
                 cwd=folder,
                 env=environment,
                 start_new_session=True,
@@ -104,16 +105,14 @@ class CommandScorer:
             raise self.owner.error(
                 f"cannot start {program} ({error.strerror}); correct {self.owner.key}.command"
             ) from None
-        with contextlib.suppress(ProcessLookupError, PermissionError, AttributeError):  # AttributeError: macOS
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (MAX_OUTPUT_BYTES, MAX_OUTPUT_BYTES))
         try:
-            return process.wait(self.config.timeout_seconds)
-        except subprocess.TimeoutExpired:
-            return None
+            return _read_until_end(process, self.config.timeout_seconds)
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
             process.wait()
+            assert process.stdout
+            process.stdout.close()
 
     def _environment(self, folder: Path) -> dict[str, str]:
         environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
@@ -124,6 +123,26 @@ class CommandScorer:
             path = f"{code}{os.pathsep}{environment['PATH']}"
             environment |= {"PATH": path, "PYTHONPATH": code, "CODE": code}
         return environment
+
+
+def _read_until_end(process: "subprocess.Popen[bytes]", seconds: float) -> tuple[int | None, bytes]:
+    """The exit code, or None if the process does not end in time, and the last MAX_OUTPUT_BYTES that it prints."""
+    assert process.stdout
+    pipe, deadline, output = process.stdout.fileno(), time.monotonic() + seconds, b""
+    os.set_blocking(pipe, False)
+    is_open, poller = True, select.poll()
+    poller.register(pipe, select.POLLIN)
+    while time.monotonic() < deadline:
+        # Before the last read, so that nothing is missed; what it has started may hold the pipe open, and go on printing.
+        code = process.poll()
+        if is_open and poller.poll(0 if code is not None else 1000 * TICK_SECONDS):
+            data = os.read(pipe, MAX_OUTPUT_BYTES)
+            output, is_open = (output + data)[-MAX_OUTPUT_BYTES:], bool(data)
+        elif not is_open and code is None:
+            time.sleep(TICK_SECONDS)
+        if code is not None:
+            return code, output
+    return None, output
 
 
 def read_number(printed: str) -> float | None:

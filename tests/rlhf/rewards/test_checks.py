@@ -4,6 +4,7 @@ import fractions
 import json
 import re
 import time
+import urllib.request
 from typing import Any
 
 import pytest
@@ -164,6 +165,8 @@ def test_unfenced_is_part_of_the_text(text: str) -> None:
 
 def test_schemas_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """References are not downloaded: that would be a request for each response."""
+    downloads: list[Any] = []
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **kwargs: downloads.append(args))
     for schema, problem in (
         ('{"type": "objec"}', "is no JSON schema"),
         ("{", "is no JSON schema"),
@@ -172,6 +175,7 @@ def test_schemas_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(BadAnswerError, match=problem):
             satisfies("{}", schema)
+    assert downloads == []
 
 
 # --- in processes ---

@@ -85,7 +85,9 @@ def test_parallelism_is_limited(tmp_path: Path) -> None:
     [
         ("kill -9 $$", {}, [0.0] * 3),
         ("exit 127", {}, [0.0] * 3),
-        ("yes", {"timeout_seconds": 20}, [0.0] * 3),  # ended by the limit of its output
+        ("seq 300000", {"score": "printed", "timeout_seconds": 30}, [300000.0] * 3),
+        ("sleep 60 & echo 3", {"score": "printed", "timeout_seconds": 30}, [3.0] * 3),
+        ("exec >&-; sleep 0.1; exit 0", {"timeout_seconds": 30}, [1.0] * 3),
         ("echo 0.25; exit 1", {"score": "printed"}, [0.25] * 3),
     ],
 )
