@@ -40,10 +40,5 @@ def _ppo(
     return container_spec("ppo", "rollout", locals())
 
 
-<<<<<<< HEAD
-_ppo.__name__ = "ppo"
 PPO = variants(_ppo, "reward_model", "code", "demonstrations")
-=======
-PPO = variants(_ppo, "reward_model", "code")
->>>>>>> rewards
 ppo = PPO[frozenset({"reward_model"})]
