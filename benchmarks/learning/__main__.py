@@ -58,6 +58,8 @@ def measure_seed(seed: int, arms: list[Arm], plan: Plan, *, runs: Path, work: Pa
             policies.insert(0, policy(SFT, 0, artifacts.folders["sft_model"]))
         if policies:
             evaluate(arm, plan, seed, artifacts, policies, folder, rows)
+        if not missing_iterations(arm, plan, seed, rows):
+            (folder / "state.pt").unlink(missing_ok=True)  # of TRL, to go on from
 
 
 def policy(system: str, iteration: int, folder: Path) -> Job:
@@ -74,7 +76,7 @@ def missing_iterations(arm: Arm, plan: Plan, seed: int, rows: Path) -> list[int]
 
 
 def train(arm: Arm, job: Job, folder: Path, policies: list[Job]) -> None:
-    """Train an arm, unless an earlier run with the same job has left all these policies. TRL goes on where it was killed."""
+    """Train an arm, unless an earlier run with the same job has left all these policies. One that was killed goes on."""
     path = folder / "job.json"
     if not (path.is_file() and json.loads(path.read_text()) == job):
         shutil.rmtree(folder, ignore_errors=True)

@@ -22,6 +22,7 @@ from components.rlhf.data.records import Prompt
 from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.models.saving import save_model
 from components.rlhf.runtime.training import TrainingContext
+from components.rlhf.storage.store import FolderStore
 from components.rlhf.text.progress import Progress
 from components.rlhf.tracking.mlflow import NullTracker
 
@@ -50,8 +51,11 @@ def main() -> None:
     job = json.loads(path.read_text(encoding="utf-8"))
     config = PpoStageConfig.model_validate_json(job["settings"])
     progress = SavingProgress(path.parent, job["every"])
+    # A killed run goes on from its last checkpoint.
+    store, minutes = FolderStore(path.parent / "checkpoints"), CheckpointConfig(every_minutes=1.0)
+    checkpoints = CheckpointManager(store, "ours", minutes, log=progress.log)
     context = TrainingContext(
-        checkpoints=CheckpointManager(None, "learning/none", CheckpointConfig()),
+        checkpoints=checkpoints,
         progress=progress,
         tracker=NullTracker(),
         group=SINGLE_PROCESS,
@@ -69,6 +73,7 @@ def main() -> None:
     )
     history = progress.trainer.train(prompts, [])
     (path.parent / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+    checkpoints.delete_all()
 
 
 if __name__ == "__main__":
