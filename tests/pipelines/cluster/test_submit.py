@@ -384,7 +384,10 @@ def test_invalid_local_data_is_found_before_the_first_request(
             ["storage.answers_uri=/home/me/answers"],
             "storage.answers_uri is /home/me/answers, a folder that pods do not have; set it to s3://BUCKET/PREFIX.",
         ),
-        (["judge.kind=gpt"], "kind is not one of linear, reward_model, endpoint, function; correct it."),
+        (
+            ["judge.kind=gpt"],
+            "kind is not one of linear, reward_model, endpoint, function, exact_match, regex, numeric, json_schema, command; correct it.",
+        ),
         (["judge.kind=reward_model", "judge.use=/home/me/none"], "judge.use: /home/me/none is not a folder"),
         (["judge=[{kind: reward_model, use: ./none}]"], "judge.0.use: none is not a folder"),
         (["tracking.uri=sqlite:////home/me/mlflow.db"], "which is on this machine; set it to the http(s) address"),
