@@ -464,7 +464,7 @@ INVALID_DATA: dict[str, tuple[Callable[[Path, dict[str, Any]], None], str]] = {
         "raise data.held_out, add prompts, or lower evaluation.num_prompts.",
     ),
     "a role without records": (
-        change_data(weights={"judge": 0, "reward_model": 1}),
+        change_data(weights={"judge": 1e-9, "reward_model": 1}),
         "No records are left for judge after splitting; raise data.weights.judge or add data.",
     ),
 }

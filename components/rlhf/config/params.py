@@ -84,6 +84,11 @@ class Params(BaseConfig):
         if self.data.preferences is None:
             for key, reason in self._needs_of_preferences():
                 raise ValueError(f"data.preferences is missing, and {key} {reason}; set it")
+        for role, is_needed in self._roles_of_preferences().items():
+            if is_needed and getattr(self.data.weights, role) == 0:
+                raise ValueError(
+                    f"data.weights.{role} is 0, which leaves no preferences for the {role.replace('_', ' ')} of this run; raise it"
+                )
         for key, section in self.keyed_rewards_and_judges().items():
             column = column_of(section)
             if column is not None and not self.data.keeps(column):
@@ -250,12 +255,13 @@ class Params(BaseConfig):
     @property
     def _weights(self) -> SplitWeights:
         """The shares of the roles, without those that nothing in this run is trained on."""
-        update: dict[str, float] = {}
-        if not self.uses_reward_model:
-            update["reward_model"] = 0.0
-        if all(isinstance(judge, VERIFIABLE) for judge in as_list(self.judge)):
-            update["judge"] = 0.0
+        update = {role: 0.0 for role, is_needed in self._roles_of_preferences().items() if not is_needed}
         return self.data.weights.model_copy(update=update)
+
+    def _roles_of_preferences(self) -> dict[str, bool]:
+        """Whether this run needs preferences for its reward model and for its judge, by the keys of data.weights."""
+        needs_pairs = any(not isinstance(judge, VERIFIABLE) for judge in as_list(self.judge))
+        return {"reward_model": self.uses_reward_model, "judge": needs_pairs}
 
     def stage(self, config_class: type[StageConfig]) -> StageConfig:
         """The settings of one stage: only the sections that are fields of its config class."""

@@ -302,9 +302,9 @@ SECTIONS = {
         "budget",
         "seed",
     },
-    JudgeStageConfig: {"model", "judge", "seed"},
-    PpoStageConfig: {"model", "ppo", "checkpoint", "budget", "max_kl", "seed"},
-    EvaluationStageConfig: {"model", "evaluation", "sampling", "rollout", "gate", "judge", "seed"},
+    JudgeStageConfig: {"model", "judge", "code_digest", "seed"},
+    PpoStageConfig: {"model", "ppo", "checkpoint", "budget", "max_kl", "code_digest", "seed"},
+    EvaluationStageConfig: {"model", "evaluation", "sampling", "rollout", "gate", "judge", "code_digest", "seed"},
 }
 
 

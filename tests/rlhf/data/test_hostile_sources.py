@@ -63,8 +63,8 @@ def mutate(data: st.DataObject, good: bytes) -> bytes:
 def test_arbitrary_bytes_in_jsonl(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(mutate(data, "".join(json.dumps(row) + "\n" for row in ROWS[:3]).encode()))
-    for location, row in read(path) or []:
-        assert location.startswith(f"{path}:") and isinstance(row, dict)
+    for found in read(path) or []:
+        assert found.location.startswith(f"{path}:") and isinstance(found.row, dict)
 
 
 @FUZZ
@@ -101,7 +101,7 @@ def test_arbitrary_bytes_in_arrays_tables_and_archives(tmp_path: Path, data: st.
     content = json.dumps(ROWS[:3]).encode() if ".json" in name else b'prompt,n\n"a, b",1\nc,2\n'
     path = tmp_path / name
     path.write_bytes(mutate(data, gzip.compress(content) if name.endswith(".gz") else content))
-    for _, row in read(path) or []:
+    for row in (found.row for found in read(path) or []):
         assert isinstance(row, dict)
 
 
