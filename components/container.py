@@ -28,9 +28,9 @@ def container_spec(stage: str, image: str, arguments: Mapping[str, Any]) -> dsl.
 
 
 def variants(function: Callable[..., dsl.ContainerSpec], *optional: str) -> dict[frozenset[str], Any]:
-    """The component of a function with every subset of its optional input artifacts, by the names of those that it has.
+    """The component of a function _NAME with every subset of its optional input artifacts, by the names of those that it has.
 
-    They are components of one name, and so are their tasks. Optional inputs of one component would do, but the backend of Kubeflow
+    All are named NAME, and so are their tasks. Optional inputs of one component would do, but the backend of Kubeflow
     Pipelines before 2.17.1 takes every optional input artifact for missing (kubeflow/pipelines#14175).
     """
     subsets = [frozenset(names) for size in range(len(optional) + 1) for names in combinations(optional, size)]
@@ -46,5 +46,6 @@ def _without(function: Callable[..., dsl.ContainerSpec], names: set[str]) -> Cal
     def shorter(*values: Any) -> dsl.ContainerSpec:
         return function(**signature.bind(*values).arguments, **dict.fromkeys(names))
 
+    shorter.__name__ = function.__name__.removeprefix("_")
     shorter.__signature__ = signature  # type: ignore[attr-defined]
     return shorter

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from components.rlhf.config.cluster import TRAINING_STAGES
 from components.rlhf.config.params import Params
+from components.rlhf.config.scoring import Endpoint, key_variable
 from components.rlhf.config.storage import StorageConfig
 from pipelines.sources import is_on_hub
 
 CHECKPOINT_PATH = "/checkpoints"
-JUDGING_STAGES = ("judge", "evaluation")  # the stages that ask judges
 S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 S3_OPTIONAL_KEYS = ("AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION")
 MLFLOW_KEYS = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
@@ -52,8 +52,8 @@ def secrets_of(stage: str, params: Params, sources: list[str]) -> Iterator[Secre
         yield _same_names(secrets.mlflow, MLFLOW_KEYS, optional=True)
     if secrets.hf_token and any(is_on_hub(source) for source in sources):
         yield _same_names(secrets.hf_token, ("HF_TOKEN",), optional=True)
-    if secrets.judge and stage in JUDGING_STAGES:
-        variables = sorted({judge.api_key_variable for judge in params.endpoint_judges if judge.api_key_variable})
+    if secrets.judge:
+        variables = sorted({variable for asked in params.asked_by(stage) if (variable := key_variable(asked))})
         if variables:
             yield _same_names(secrets.judge, tuple(variables), optional=True)
     if secrets.webhook and stage == "notify":
@@ -69,7 +69,7 @@ def s3_secrets_of(stage: str, params: Params, sources: list[str]) -> Iterator[Se
         uris += [storage.checkpoint_uri or ""]
     if stage in TRAINING_STAGES:
         uris += [storage.publish_uri or ""]
-    if stage in JUDGING_STAGES and params.endpoint_judges:
+    if any(isinstance(asked, Endpoint) for asked in params.asked_by(stage)):
         uris += [storage.answers_uri or ""]
     if name and not storage.anonymous and any(uri.startswith("s3://") for uri in uris):
         # Not optional: Kubernetes reports a pod whose Secret is missing, while the stage would only fail later.

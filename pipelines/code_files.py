@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from components.rlhf.artifacts.code import code_files, pack_code
+from components.rlhf.artifacts.code import code_files, digest_of_code, pack_code
 from components.rlhf.config.code import MAX_ARCHIVE_CHARS, CodeConfig
 from components.rlhf.config.params import Params
 from components.rlhf.text.errors import InputError
@@ -37,7 +37,8 @@ def read_code(params: Params, folder: Path | None) -> Params:
     _reject_secrets(folder)
     archive = pack_code(folder)
     small = len(archive) <= MAX_ARCHIVE_CHARS
-    code = CodeConfig(archive=archive) if small else CodeConfig(path=str(folder.resolve()))
+    place = {"archive": archive} if small else {"path": str(folder.resolve())}
+    code = CodeConfig.model_validate(place | {"digest": digest_of_code(folder)})
     return params.model_copy(update={"code": code})
 
 

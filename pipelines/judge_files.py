@@ -1,46 +1,64 @@
-"""Files that the settings of judges name: rubrics, and modules with functions. Their text travels in the settings."""
+"""Files that judges and rewards name: rubrics, schemas, and modules with functions. Their text travels in the settings."""
 
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
-from components.rlhf.config.judge import MAX_JUDGES_BYTES, EndpointJudge, FunctionJudge, as_list
+from components.rlhf.config.judge import MAX_JUDGES_BYTES
 from components.rlhf.config.params import Params, explain_validation_error
 from components.rlhf.text.errors import InputError
+from pipelines.code_files import code_folder
 
 # Line breaks other than \n, and characters that some programs take for one.
 LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+FILES = {"rubric_file": "rubric", "schema_file": "schema_text"}  # a setting with a file, and the one with its text
 
 
 def read_judge_files(params: Params, folder: Path) -> Params:
-    """The params with the text of rubric files and the source of functions, which the stages cannot read elsewhere.
+    """The params with the text of rubrics and schemas and the source of functions, which the stages cannot read elsewhere.
 
-    Relative paths are those of folder or of the working directory. Raises InputError.
+    Relative paths are those of folder or of the working directory. A module in the folder of code needs no source. Raises InputError.
     """
-    judges = []
-    for number, judge in enumerate(as_list(params.judge)):
-        key = f"judge.{number}" if isinstance(params.judge, tuple) else "judge"
-        content = judge.model_dump(mode="json")
-        if isinstance(judge, EndpointJudge) and judge.rubric_file:
-            content |= {"rubric": _read_text(f"{key}.rubric_file", judge.rubric_file, folder), "rubric_file": None}
-        if isinstance(judge, FunctionJudge) and not judge.source:
-            module = judge.function.partition(":")[0]
-            file = f"{module.replace('.', '/')}.py"
-            if any((parent / file).is_file() for parent in (folder, Path())):
-                content["source"] = _read_text(f"{key}.function", file, folder)
-            elif not _is_installed(module.partition(".")[0]):
-                raise InputError(
-                    f"{key}.function: there is neither {file} next to the params file or in the working directory, nor an installed "
-                    f"package {module.partition('.')[0]}; correct the name."
-                )
-        judges.append(content)
-    content = params.model_dump(mode="json") | {"judge": judges if isinstance(params.judge, tuple) else judges[0]}
+    code = code_folder(params, folder)
+    is_elsewhere = params.code.is_given and code is None
+    found = {
+        key: _with_texts(key, section.model_dump(mode="json"), folder, code=code, is_elsewhere=is_elsewhere)
+        for key, section in params.keyed_rewards_and_judges().items()
+    }
+    judges = [section for key, section in found.items() if key.startswith("judge")]
+    rewards = [section for key, section in found.items() if key.startswith("ppo.rewards.")]
+    content = params.model_dump(mode="json")
+    content["judge"] = judges if isinstance(params.judge, tuple) else judges[0]
+    content["ppo"]["rewards"] = rewards
     try:
         return Params.model_validate(content)
     except ValidationError as error:
         raise InputError(explain_validation_error(error, Params)) from None
+
+
+def _with_texts(
+    key: str, section: dict[str, Any], folder: Path, *, code: Path | None, is_elsewhere: bool
+) -> dict[str, Any]:
+    """The settings of one judge or reward, with texts instead of the names of files."""
+    for setting, text in FILES.items():
+        if section.get(setting):
+            section |= {text: _read_text(f"{key}.{setting}", section[setting], folder), setting: None}
+    if section["kind"] == "function" and not section["source"]:
+        module = section["function"].partition(":")[0]
+        file, package = f"{module.replace('.', '/')}.py", module.partition(".")[0]
+        if code and ((code / file).is_file() or (code / package / "__init__.py").is_file()):
+            return section
+        if any((parent / file).is_file() for parent in (folder, Path())):
+            section["source"] = _read_text(f"{key}.function", file, folder)
+        elif not is_elsewhere and not _is_installed(package):
+            raise InputError(
+                f"{key}.function: there is neither {file} next to the params file or in the working directory, nor an installed "
+                f"package {package}; correct the name."
+            )
+    return section
 
 
 def _is_installed(package: str) -> bool:

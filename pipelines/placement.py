@@ -18,7 +18,7 @@ from components.rlhf.config.params import Params
 from components.rlhf.config.trainjob import NAMESPACE_VARIABLE
 from components.rlhf.storage.pypi import PREFIX
 from components.rlhf.text.errors import InputError
-from pipelines.access import CHECKPOINT_PATH, JUDGING_STAGES, SecretVariables, cluster_storage, keeps_files, secrets_of
+from pipelines.access import CHECKPOINT_PATH, SecretVariables, cluster_storage, keeps_files, secrets_of
 from pipelines.sources import data_sources, is_remote, is_within
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ def configure_task(
 ) -> Any:
     """Set image, node, resources, secrets, volumes, retries and caching of a task.
 
-    source is what an import_model or import_code task reads. inputs are the pipeline's inputs, by name; those of node_inputs() replace the node
-    selector and tolerations of a profile. claim is the one that this run creates for its checkpoints.
+    source is what a task of import_model or import_code reads. inputs are the inputs of the pipeline by name; those of node_inputs()
+    replace the node selector and tolerations of a profile. claim is the one that this run creates for its checkpoints.
     """
     cluster, profile = params.cluster, params.cluster.profile(stage)
     sources = [source] if source else data_sources(params) if stage == "prepare_data" else []
@@ -189,10 +189,10 @@ def labels_of(stage: str, egress: Mapping[str, str]) -> dict[str, str]:
 
 
 def egress_of(stage: str, params: Params, sources: list[str]) -> dict[str, str]:
-    """The label that opens the network to the pods of a stage: to the hub and the index of packages, or to endpoint judges."""
+    """The label that opens the network to the pods of a stage: to the hub and the index of packages, or to endpoints."""
     if any(map(is_remote, sources)):
         return HUB_LABELS
-    return ENDPOINT_LABELS if stage in JUDGING_STAGES and params.endpoint_judges else {}
+    return ENDPOINT_LABELS if params.asked_by(stage) else {}
 
 
 def stage_label(stage: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from components.rlhf.planner.plan import (
     judge_plan,
     machine_of,
     plan_run,
+    reward_model_section,
     shortfall,
 )
 from components.rlhf.planner.processor import available_memory, has_bf16
@@ -88,7 +89,7 @@ def make_plan(params: Params, options: Options) -> RunPlan:
             params, shapes, stage, bytes_per_second=options.megabytes_per_second * 1e6, num_nodes=stages[stage].pods
         )
         for stage in TRAINING_STAGES
-        if stage in stages and not (stage == "reward_model" and params.reward_model.use)
+        if stage in stages and not (stage == "reward_model" and reward_model_section(params).use)
     ]
     return RunPlan(
         params=params,
@@ -115,7 +116,9 @@ def parse_records(text: str) -> dict[str, int]:
 def read_shapes(params: Params, shape: str | None = None) -> Shapes:
     """The shapes of the models of a run; shape is a model folder or config.json in place of model.source."""
     base = shape_of(shape or params.model.source, params.storage, revision=None if shape else params.model.revision)
-    reward = shape_of(params.reward_model.use, params.storage) if params.reward_model.use else base
+    reward = None
+    if params.uses_reward_model:
+        reward = shape_of(params.reward_model.use, params.storage) if params.reward_model.use else base
     judge = None
     if params.reward_model_judge is not None:
         used = params.reward_model_judge.use
@@ -165,7 +168,8 @@ def measured_seconds(run: Path, params: Params) -> dict[str, Seconds]:
         history = run / "model" / "history.jsonl"
         rows = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
         each = {
-            name: statistics.median(row[f"seconds/{name}"] for row in rows)
+            # Iterations in which PPO's guard turned back have none.
+            name: statistics.median(row[f"seconds/{name}"] for row in rows if f"seconds/{name}" in row)
             for name in ("generate", "score", "update", "sync")
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, statistics.StatisticsError) as error:

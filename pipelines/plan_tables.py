@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from components.rlhf.planner.durations import speed_of
 from components.rlhf.planner.phases import GIB
 from components.rlhf.planner.plan import shortfall
 from components.rlhf.planner.saving import lost_share
+from components.rlhf.planner.speeds import speed_of
 from components.rlhf.planner.suggest import suggest
 from components.rlhf.text.progress import format_duration
 from pipelines.plan import RunPlan

@@ -11,16 +11,15 @@ from pathlib import Path
 import torch
 from transformers import logging
 
-from components.ppo.models import load_models
+from components.ppo.setup import create_trainer
 from components.ppo.trainer import PpoTrainer
 from components.rlhf.artifacts.directory import atomic_directory
 from components.rlhf.checkpoints.manager import CheckpointManager
 from components.rlhf.config.ppo import PpoStageConfig
-from components.rlhf.config.storage import CheckpointConfig
+from components.rlhf.config.storage import CheckpointConfig, StorageConfig
 from components.rlhf.data.datasets import load_records
 from components.rlhf.data.records import Prompt
 from components.rlhf.engine.group import SINGLE_PROCESS
-from components.rlhf.models.precision import compute_dtype
 from components.rlhf.models.saving import save_model
 from components.rlhf.runtime.training import TrainingContext
 from components.rlhf.storage.store import FolderStore
@@ -62,14 +61,16 @@ def main() -> None:
         group=SINGLE_PROCESS,
     )
     prompts = load_records(Path(job["prompts"]), "train", Prompt)
-    models, rollout = load_models(
+    progress.trainer = create_trainer(
         config,
-        Path(job["sft_model"]),
-        Path(job["reward_model"]),
-        dtype=compute_dtype(config.model.precision),
-        prompts=prompts,
+        context,
+        StorageConfig(),
+        prompts,
+        sft_model=Path(job["sft_model"]),
+        reward_model=Path(job["reward_model"]),
+        code=None,
+        demonstrations=None,
     )
-    progress.trainer = PpoTrainer(config, models, rollout, context)
     history = progress.trainer.train(prompts, [])
     (path.parent / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
     checkpoints.delete_all()

@@ -13,16 +13,15 @@ from benchmarks.peers import chat_lengths
 from benchmarks.peers.inputs import MODEL, REWARD_MODEL, read_texts
 from benchmarks.peers.measure import Marks, print_result, read_job
 from components.ppo.experience import make_experience
-from components.ppo.models import load_models
+from components.ppo.setup import create_trainer
 from components.ppo.trainer import PpoTrainer
 from components.ppo.update import update
 from components.rlhf.checkpoints.manager import CheckpointManager
 from components.rlhf.config.model import ModelConfig, SamplingConfig, TrainingConfig
 from components.rlhf.config.ppo import CriticConfig, PpoConfig, PpoStageConfig, RolloutConfig
-from components.rlhf.config.storage import CheckpointConfig
+from components.rlhf.config.storage import CheckpointConfig, StorageConfig
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.engine.group import SINGLE_PROCESS
-from components.rlhf.models.precision import compute_dtype
 from components.rlhf.runtime.training import TrainingContext
 from components.rlhf.text.progress import Progress
 from components.rlhf.tracking.mlflow import NullTracker
@@ -82,9 +81,8 @@ def config_of(job: Mapping[str, Any], *, num_rows: int, iterations: int) -> PpoS
 
 
 def make_trainer(config: PpoStageConfig, model: Path, reward_model: Path, marks: Marks) -> PpoTrainer:
-    dtype = compute_dtype(config.model.precision)
-    models, rollout = load_models(config, model, reward_model, dtype=dtype, prompts=[])
-    return PpoTrainer(config, models, rollout, context_of(marks))
+    folders = dict(sft_model=model, reward_model=reward_model, code=None, demonstrations=None)
+    return create_trainer(config, context_of(marks), StorageConfig(), [], **folders)
 
 
 def measure_iterations(job: Mapping[str, Any], marks: Marks) -> tuple[int, int, dict[str, float]]:

@@ -52,6 +52,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     critic: dict[str, Any] = field(default_factory=dict)
+    ppo: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     rollout: dict[str, Any] = field(default_factory=dict)  # engine of the evaluation
     checkpoints: bool = False
@@ -85,7 +86,12 @@ class Case:
             )
         rollout = RolloutConfig(num_prompts=8, sampling=_sampling(NEW_TOKENS, 8))
         ppo = PpoConfig(
-            num_iterations=2, minibatch=8, rollout=rollout, training=training, critic=CriticConfig(**self.critic)
+            num_iterations=2,
+            minibatch=8,
+            rollout=rollout,
+            training=training,
+            critic=CriticConfig(**self.critic),
+            **self.ppo,
         )
         return PpoStageConfig(ppo=ppo, **shared)
 
@@ -122,6 +128,7 @@ BF16: dict[str, Any] = {"precision": "bf16"}
 LORA: dict[str, Any] = {"lora": {}}
 QLORA: dict[str, Any] = {"lora": {"quantization": "nf4"}}
 VLLM: dict[str, Any] = {"engine": "vllm", "vllm": {"kv_cache_gib": 0.5}}
+CRITIC_FREE: dict[str, Any] = {"advantage": "reinforce++"}
 CASES = (
     *(Case(stage="sft", size=size) for size in ("60M", "150M", "300M")),
     Case(stage="sft", size="60M", label="bf16", model=BF16),
@@ -159,6 +166,9 @@ CASES = (
     Case(stage="ppo", size="60M", label="ZeRO-2 x 2, bf16", model=BF16, training=_zero(2)),
     Case(stage="ppo", size="60M", label="ZeRO-3 x 2, bf16", model=BF16, training=_zero(3)),
     Case(stage="ppo", size="60M", label="QLoRA", model=QLORA),
+    Case(stage="ppo", size="60M", label="without a critic", ppo=CRITIC_FREE),
+    Case(stage="ppo", size="60M", label="without a critic, LoRA", model=LORA, ppo=CRITIC_FREE),
+    Case(stage="ppo", size="60M", label="without a critic, entropy bonus", ppo=CRITIC_FREE | {"entropy_coef": 0.01}),
     Case(stage="ppo", size="150M"),
     Case(stage="evaluation", size="60M"),
     Case(

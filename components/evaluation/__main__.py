@@ -1,6 +1,7 @@
 """Compare PPO with the fine-tuned model on held-out prompts, using judges that PPO never sees, and decide on promotion."""
 
 from pathlib import Path
+from typing import Any
 
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.runtime.stage import StageRun, stage_program
@@ -38,37 +39,23 @@ def main(
     code: Path | None,
     **writes: Path,
 ) -> None:
-    from components.evaluation.judge_curve import judge_curve
     from components.evaluation.measure import measure
     from components.evaluation.report import as_html, as_markdown
     from components.evaluation.samples import save_comparison
     from components.evaluation.verdict import decide, summarize
     from components.rlhf.artifacts.directory import open_inputs
-    from components.rlhf.data.datasets import load_records
-    from components.rlhf.data.records import Prompt, ValidationSample
     from components.rlhf.runtime.executor import write_parameter
 
-    config, folders = run.config, dict(sft_model=sft_model, reward_model=reward_model, judge=judge, code=code)
+    config = run.config
+    folders: Any = dict(sft_model=sft_model, reward_model=reward_model, judge=judge, code=code)
     inputs = open_inputs(**folders, policy_model=policy, prompts=prompts)
-    heldout = load_records(prompts, "heldout", Prompt)[: config.evaluation.num_prompts]
-    validation = load_records(policy, "validation", ValidationSample)
-    measured = measure(
-        run,
-        inputs,
-        heldout,
-        validation,
-        sft_model=sft_model,
-        policy=policy,
-        reward_model=reward_model,
-        judge=judge,
-        code=code,
-    )
+    measured = measure(run, inputs, policy=policy, prompts=prompts, **folders)
     if measured is None:  # rank 0 alone decides and writes
         return
-    comparison, judges = measured
+    comparison, judges, training = measured
     accuracy = inputs["reward_model"].facts.get("heldout_accuracy") if reward_model else None
     numbers = summarize(comparison, judges, config.evaluation, reward_accuracy=accuracy, seed=config.seed)
-    training, verdict = judge_curve(validation, judges), decide(numbers, judges[0], config.gate)
+    verdict = decide(numbers, judges[0], config.gate)
     run.write_artifact(
         "evaluation",
         writes["evaluation"],
@@ -77,9 +64,10 @@ def main(
         parents=inputs,
         facts={**numbers, "decision": verdict.decision, "reason": verdict.reason},
     )
-    page = as_html(comparison, judges, numbers, verdict, training, seed=config.seed, memory=run.memory_of(inputs))
+    facts, memory = inputs["policy_model"].facts, run.memory_of(inputs)
+    page = as_html(comparison, judges, numbers, verdict, training, seed=config.seed, memory=memory, policy=facts)
     run.write_report("report", writes["report"], page)
-    run.write_report("summary", writes["summary"], as_markdown(numbers, judges, verdict))
+    run.write_report("summary", writes["summary"], as_markdown(numbers, judges, verdict, facts))
     run.write_metrics(writes["metrics"], numbers)
     write_parameter(writes["decision"], verdict.decision)
     write_parameter(writes["reason"], verdict.reason)

@@ -17,12 +17,13 @@ from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.data.tokenizer import decode_response, load_tokenizer
 from components.rlhf.engine.factory import max_over_shards
 from components.rlhf.engine.shares import over_ranks
-from components.rlhf.maths.kl import exact_kl
+from components.rlhf.maths.kl import exact_kl, truncated_kl
 from components.rlhf.maths.logprobs import token_logprobs
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import share_trunk
 from components.rlhf.models.loading import load_stop_ids
 from components.rlhf.models.packing import plan_for
+from components.rlhf.rollout.controls import sampling_distribution
 from components.rlhf.rollout.probe import probe_ids, require_equal_logprobs, require_other_logprobs
 from components.rlhf.text.progress import Progress
 
@@ -73,9 +74,7 @@ def compare(
     folders = {"fine-tuned": sft_model, "PPO": policy}
     sampled = sample_models(config, [prompts[number] for number in groups], list(folders.items()), ranks, progress)
     sft, ppo = sampled["fine-tuned"].completions, sampled["PPO"].completions
-    distribution = SamplingDistribution(
-        temperature=config.sampling.temperature, min_new_tokens=config.sampling.min_new_tokens, stop_ids=stop_ids
-    )
+    distribution = sampling_distribution(config.sampling, stop_ids)
     ranks.group.watchdog("evaluation, KL")
     kl, exact = measure_kl(folders, sampled, distribution, ranks, num_frozen_layers=config.model.num_frozen_layers)
     ranks.release()
@@ -84,7 +83,7 @@ def compare(
         ranks.group.watchdog("evaluation, scores of the reward model")
         rewards = score(reward_model, [*sft, *ppo], ranks)
         ranks.release()
-    cut_sft, cut_ppo = cut_to_equal_length(sft, ppo, tokenizer)
+    cut_sft, cut_ppo = cut_to_equal_length(sft, ppo, tokenizer, stop_ids)
     return Comparison(
         groups=groups,
         sft=Responses(completions=sft, cut=cut_sft, rewards=rewards and rewards[: len(sft)]),
@@ -103,21 +102,40 @@ def score(reward_model: Path, completions: Sequence[Completion], ranks: Ranks) -
 
 
 def cut_to_equal_length(
-    first: Sequence[Completion], second: Sequence[Completion], tokenizer: PreTrainedTokenizerBase
+    first: Sequence[Completion],
+    second: Sequence[Completion],
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
 ) -> tuple[list[Completion], list[Completion]]:
-    """Cut both responses to each prompt to the tokens of the shorter one, without stop tokens."""
+    """Cut both responses to each prompt to the tokens of the shorter one, without stop tokens and stop strings."""
 
-    def ids_without_stop(completion: Completion) -> list[int]:
-        return completion.response_ids if completion.truncated else completion.response_ids[:-1]
-
-    def cut(completion: Completion, length: int) -> Completion:
-        ids = ids_without_stop(completion)[:length]
+    def cut(completion: Completion, ids: list[int]) -> Completion:
         text = decode_response(tokenizer, completion.prompt_ids, ids)
+        if _has_stop_string(completion, stop_ids):
+            text = text[: len(completion.response)]
         return replace(completion, response_ids=ids, response=text, logprobs=None, truncated=True)
 
-    lengths = [min(len(ids_without_stop(a)), len(ids_without_stop(b))) for a, b in zip(first, second, strict=True)]
-    cut_first, cut_second = ([cut(c, n) for c, n in zip(cs, lengths, strict=True)] for cs in (first, second))
+    cut_first, cut_second = [], []
+    for a, b in zip(first, second, strict=True):
+        ids_a, ids_b = (ids_without_stop(completion, tokenizer, stop_ids) for completion in (a, b))
+        length = min(len(ids_a), len(ids_b))
+        cut_first.append(cut(a, ids_a[:length]))
+        cut_second.append(cut(b, ids_b[:length]))
     return cut_first, cut_second
+
+
+def ids_without_stop(completion: Completion, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> list[int]:
+    """The ids of a response without its stop token, or without those that only belong to its stop string."""
+    ids = completion.response_ids
+    if not _has_stop_string(completion, stop_ids):
+        return ids if completion.truncated else ids[:-1]
+    while ids and decode_response(tokenizer, completion.prompt_ids, ids[:-1]).startswith(completion.response):
+        ids = ids[:-1]
+    return ids
+
+
+def _has_stop_string(completion: Completion, stop_ids: Sequence[int]) -> bool:
+    return not completion.truncated and completion.response_ids[-1] not in stop_ids
 
 
 @torch.no_grad()
@@ -171,8 +189,9 @@ def sequence_kl(
     """Two unbiased estimates of the KL per response, from responses sampled from pi, each summed over their tokens.
 
     The first is log pi(token) - log ref(token), the second the exact KL of the next-token distributions, which has less variance and
-    is never negative. Frozen layers must be the same in both models, and are computed once. max_over_ranks(n) is the largest n of the
-    ranks that shard the models, which run equally many passes.
+    is never negative; where sampling truncates them, it is the exact mean of the first (maths/kl.py, truncated_kl). Frozen layers must
+    be the same in both models, and are computed once. max_over_ranks(n) is the largest n of the ranks that shard the models, which run
+    equally many passes.
     """
     sampled, exact = torch.zeros(len(completions)), torch.zeros(len(completions))
     lengths = [len(c.prompt_ids) + len(c.response_ids) for c in completions]
@@ -188,10 +207,21 @@ def sequence_kl(
         ):
             piece = labels[done : done + len(logits)]
             done += len(logits)
-            logprobs, ref_logprobs = (token_logprobs(x, piece, distribution.temperature) for x in (logits, ref_logits))
+            logprobs, ref_logprobs = (
+                token_logprobs(distribution.truncate(x, piece), piece, distribution.temperature)
+                for x in (logits, ref_logits)
+            )
             sampled_parts.append(logprobs - ref_logprobs)
-            exact_parts.append(exact_kl(logits, ref_logits, distribution.temperature))
+            exact_parts.append(_exact_kl(logits, ref_logits, distribution))
         zeros = torch.zeros(mask.shape, device=device)
         sampled[group] = zeros.masked_scatter(mask, torch.cat(sampled_parts)).sum(dim=1).cpu()
         exact[group] = zeros.masked_scatter(mask, torch.cat(exact_parts)).sum(dim=1).cpu()
     return [float(x) for x in sampled], [float(x) for x in exact]
+
+
+def _exact_kl(logits: Tensor, ref_logits: Tensor, distribution: SamplingDistribution) -> Tensor:
+    """The KL of each next-token distribution: [n, V] -> [n]."""
+    if not distribution.truncates:
+        return exact_kl(logits, ref_logits, distribution.temperature)
+    kept = distribution.kept(logits), distribution.kept(ref_logits)
+    return truncated_kl(logits, ref_logits, *kept, distribution.temperature)

@@ -46,6 +46,5 @@ def _evaluation(
     return container_spec("evaluation", "rollout", locals())
 
 
-_evaluation.__name__ = "evaluation"
 EVALUATION = variants(_evaluation, "reward_model", "code")
 evaluation = EVALUATION[frozenset({"reward_model"})]

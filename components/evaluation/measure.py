@@ -1,14 +1,17 @@
 """The comparison and the answers of all judges, computed by all processes of the stage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from components.evaluation.compare import Comparison, compare
+from components.evaluation.judge_curve import judge_curve
 from components.evaluation.judging import Judged, judge_all, judge_by_reward_models
 from components.evaluation.ranks import Ranks
+from components.rlhf.artifacts.code import open_code
 from components.rlhf.artifacts.manifest import Manifest
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.judge import as_list
+from components.rlhf.data.datasets import load_records
 from components.rlhf.data.records import Prompt, ValidationSample
 from components.rlhf.engine.group import join_process_group
 from components.rlhf.rewards.judges import JudgeResources, read_judges_of
@@ -18,24 +21,30 @@ from components.rlhf.runtime.stage import StageRun
 def measure(
     run: StageRun[EvaluationStageConfig],
     inputs: Mapping[str, Manifest],
-    prompts: Sequence[Prompt],
-    validation: Sequence[ValidationSample],
     *,
     sft_model: Path,
     policy: Path,
     reward_model: Path | None,
     judge: Path,
     code: Path | None,
-) -> tuple[Comparison, list[Judged]] | None:
-    """The comparison on held-out prompts, and what the judges say about it and about PPO's validation samples; None after rank 0."""
+    prompts: Path,
+) -> tuple[Comparison, list[Judged], list[dict[str, float]]] | None:
+    """The comparison on held-out prompts, what the judges say about it, and their curve of PPO's training; None after rank 0."""
     config, entries = run.config, read_judges_of(as_list(run.config.judge), judge)
-    resources = JudgeResources(precision=config.model.precision, storage=run.storage, log=run.progress.log, code=code)
+    heldout = load_records(prompts, "heldout", Prompt)[: config.evaluation.num_prompts]
+    validation = load_records(policy, "validation", ValidationSample)
+    resources = JudgeResources(
+        precision=config.model.precision,
+        storage=run.storage,
+        log=run.progress.log,
+        code=open_code(code, config.code_digest),
+    )
     with join_process_group(timeout_minutes=config.evaluation.timeout_minutes) as group:
         run.require_agreement(group, *inputs.values())
         ranks = Ranks.of(config, group)
         comparison = compare(
             config,
-            prompts,
+            heldout,
             sft_model=sft_model,
             policy=policy,
             reward_model=reward_model,
@@ -45,4 +54,7 @@ def measure(
         asked = judge_by_reward_models(entries, judge, comparison, validation, resources, ranks)
         run.memory.observe(group)
     # The others, such as endpoints, are asked once, after all that ranks wait for each other in.
-    return None if group.rank > 0 else (comparison, judge_all(entries, judge, comparison, validation, resources, asked))
+    if group.rank > 0:
+        return None
+    judges = judge_all(entries, judge, comparison, validation, resources, asked)
+    return comparison, judges, judge_curve(validation, judges)

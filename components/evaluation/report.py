@@ -18,8 +18,11 @@ from components.evaluation.compare import Comparison
 from components.evaluation.judging import Judged
 from components.evaluation.samples import NUM_EXTREMES, NUM_RANDOM, choose_disagreements, choose_rows, gains_of
 from components.evaluation.verdict import Decision
+from components.rlhf.artifacts.manifest import Fact
 from components.rlhf.text.comparison_table import comparison_rows
 
+Facts = Mapping[str, Fact]
+NO_FACTS: Facts = MappingProxyType({})
 TRAINING_PANELS = (
     ("reward", "reward (what PPO raises)"),
     ("judge_score", "judge score (not seen by PPO)"),
@@ -28,8 +31,15 @@ TRAINING_PANELS = (
 )
 
 
-def as_markdown(numbers: Mapping[str, float], judges: Sequence[Judged], verdict: Decision) -> str:
-    lines = [f"# {verdict.decision.capitalize()}", "", f"{verdict.reason}.", "", "| | SFT | PPO |", "|---|---:|---:|"]
+def as_markdown(
+    numbers: Mapping[str, float], judges: Sequence[Judged], verdict: Decision, policy: Facts = NO_FACTS
+) -> str:
+    """policy are the facts of its manifest."""
+    lines = [f"# {verdict.decision.capitalize()}", "", f"{verdict.reason}.", ""]
+    lines += [line for sentence in policy_sentences(policy) for line in (sentence, "")] + [
+        "| | SFT | PPO |",
+        "|---|---:|---:|",
+    ]
     lines += [f"| {row['name']} | {row['sft']} | {row['ppo']} |" for row in comparison_rows(numbers)]
     lines += ["", "| judge | agreement with people | win rate |", "|---|---|---|"]
     for row in judge_rows(numbers, judges):
@@ -47,8 +57,12 @@ def as_html(
     *,
     seed: int,
     memory: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+    policy: Facts = NO_FACTS,
 ) -> str:
-    """A self-contained HTML page. training has one row per validation pass, and may be empty; memory has measurements by stage."""
+    """A self-contained HTML page. training has one row per validation pass, and may be empty; memory has measurements by stage.
+
+    policy are the facts of its manifest.
+    """
     template = jinja2.Environment(autoescape=True).from_string(
         (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     )
@@ -60,7 +74,8 @@ def as_html(
         judges=judge_rows(numbers, judges),
         kappas=[(*key.split("/")[1:], value) for key, value in numbers.items() if key.startswith("kappa/")],
         plot=_plot(comparison, judges[0]) if gives_scores else "",
-        training_plot=_training_plot(training) if training else "",
+        policy=policy_sentences(policy),
+        training_plot=_training_plot(training, policy.get("kept_iteration")) if training else "",
         groups=choose_samples(comparison, judges[0], seed=seed),
         gain="judge score gain" if gives_scores else "PPO preferred (1) or not (-1)",
         disagreements=choose_disagreement_samples(comparison, judges, seed=seed),
@@ -69,6 +84,12 @@ def as_html(
         num_random=NUM_RANDOM,
         memory=memory_rows(memory),
     )
+
+
+def policy_sentences(facts: Facts) -> list[str]:
+    """Which iteration of PPO the policy was exported after and why, and what the guard did, from the facts of its manifest."""
+    texts = [str(facts[name]) for name in ("kept_reason", "guard") if name in facts]
+    return [f"{text[0].upper()}{text[1:]}." for text in texts if text]
 
 
 def memory_rows(measurements: Mapping[str, Mapping[str, float]]) -> list[dict[str, str]]:
@@ -170,12 +191,14 @@ def _plot(comparison: Comparison, judge: Judged) -> str:
     return _as_svg(figure)
 
 
-def _training_plot(training: Sequence[Mapping[str, float]]) -> str:
-    """One plot of each metric in TRAINING_PANELS that was measured, over the iterations."""
+def _training_plot(training: Sequence[Mapping[str, float]], kept_iteration: Fact | None) -> str:
+    """One plot of each metric in TRAINING_PANELS that was measured, over the iterations; a dashed line is at the exported one."""
     panels = [(name, title) for name, title in TRAINING_PANELS if name in training[0]]
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 2.9), constrained_layout=True)
     for axis, (name, title) in zip(axes, panels, strict=True):
         axis.plot([r["iteration"] for r in training], [r[name] for r in training], "o-", color="#2563eb", markersize=4)
+        if kept_iteration is not None:
+            axis.axvline(float(kept_iteration), color="#15803d", linestyle="--", linewidth=1.2)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("iteration", fontsize=8)
         axis.grid(alpha=0.25)

@@ -35,6 +35,7 @@ def main(
 ) -> None:
     from components.judge.panel import TrainingData, build_panel, metrics_of, save_panel
     from components.judge.summary import as_markdown
+    from components.rlhf.artifacts.code import open_code
     from components.rlhf.artifacts.directory import open_artifact
     from components.rlhf.data.datasets import load_records, read_header
     from components.rlhf.data.records import PreferencePair, RatedText
@@ -42,18 +43,13 @@ def main(
     from components.rlhf.rewards.judges import JudgeResources
     from components.rlhf.rewards.reward_model import as_completion
 
-    parents = {
-        "tokenizer": open_artifact(tokenizer, "tokenizer"),
-        "preferences": open_artifact(preferences, "preferences"),
-    }
-    optional = {"reward_model": reward_model, "code": code}
-    parents |= {kind: open_artifact(folder, kind) for kind, folder in optional.items() if folder}
+    folders = dict(tokenizer=tokenizer, preferences=preferences, reward_model=reward_model, code=code)
+    parents = {kind: open_artifact(folder, kind) for kind, folder in folders.items() if folder}
     ratings = load_records(preferences, "ratings", RatedText)
     train, heldout = (load_records(preferences, split, PreferencePair) for split in ("train", "heldout"))
     encoder, max_tokens = load_tokenizer(tokenizer), read_header(preferences).max_tokens
-    resources = JudgeResources(
-        precision=run.config.model.precision, storage=run.storage, log=run.progress.log, code=code
-    )
+    precision, modules = run.config.model.precision, open_code(code, run.config.code_digest)
+    resources = JudgeResources(precision=precision, storage=run.storage, log=run.progress.log, code=modules)
     judges = build_panel(
         as_list(run.config.judge),
         heldout,

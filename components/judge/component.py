@@ -36,6 +36,5 @@ def _judge(
     return container_spec("judge", "trainer", locals())
 
 
-_judge.__name__ = "judge"
 JUDGE = variants(_judge, "reward_model", "code")
 judge = JUDGE[frozenset()]

@@ -32,53 +32,46 @@ def main(
     reward_model: Path | None,
     code: Path | None,
     demonstrations: Path | None,
-    model: Path,
-    manifest: Path,
-    metrics: Path,
-    curves: Path,
+    **writes: Path,
 ) -> None:
     from components.ppo.curves import as_html
+    from components.ppo.guard import SAMPLES_FILE
     from components.ppo.metrics import final_metrics
-    from components.ppo.models import load_models
     from components.ppo.policy import save_policy
-    from components.ppo.trainer import PpoTrainer
+    from components.ppo.setup import create_trainer
     from components.rlhf.artifacts.directory import open_inputs
     from components.rlhf.data.datasets import load_records
     from components.rlhf.data.records import Prompt
     from components.rlhf.engine.factory import engine_name
     from components.rlhf.engine.group import join_process_group
-    from components.rlhf.models.precision import compute_dtype
 
-    inputs = open_inputs(
-        sft_model=sft_model, reward_model=reward_model, prompts=prompts, code=code, demonstrations=demonstrations
-    )
-    dtype, training = compute_dtype(run.config.model.precision), run.config.ppo.training
+    config, training = run.config, run.config.ppo.training
+    folders = dict(sft_model=sft_model, reward_model=reward_model, code=code, demonstrations=demonstrations)
+    inputs = open_inputs(**folders, prompts=prompts)
     with join_process_group(timeout_minutes=training.timeout_minutes) as group:
-        context = run.training_context(run.config.checkpoint, group, *inputs.values())
+        context = run.training_context(config.checkpoint, group, *inputs.values())
         train, validation = (load_records(prompts, split, Prompt) for split in ("train", "validation"))
-        models, rollout = load_models(
-            run.config, sft_model, reward_model, prompts=[*train, *validation], dtype=dtype, group=group
-        )
-        run.progress.log(
-            "all models share the frozen layers" if models.shared_trunk else "each model has its own layers"
-        )
-        trainer = PpoTrainer(run.config, models, rollout, context, demonstrations=demonstrations)
+        trainer = create_trainer(config, context, run.storage, [*train, *validation], **folders)
         history = trainer.train(train, validation)
-        rollout.close()
-        numbers, weights = final_metrics(history), trainer.weights()
+        trainer.close()
+        outcome, weights = trainer.outcome, trainer.weights()
+        numbers = final_metrics(history) | outcome.numbers()
+        engines = {"training_engine": engine_name(training, group), "rollout_engine": trainer.rollout.name}
         run.write_artifact(
             "model",
-            model,
-            lambda draft: save_policy(trainer, rollout.tokenizer, weights, draft),
+            writes["model"],
+            lambda draft: save_policy(trainer, trainer.rollout.tokenizer, weights, draft),
             kind="policy_model",
             parents=inputs,
             tokenizer_of=inputs["sft_model"],
-            facts={**numbers, "training_engine": engine_name(training, group), "rollout_engine": rollout.name},
+            facts={**numbers, **outcome.facts(), **engines},
             streamed=weights,
         )
-    run.write_manifest("manifest", manifest, of="model", folder=model)
-    run.write_report("curves", curves, as_html(history, run.config.ppo))
-    run.write_metrics(metrics, numbers)
+    run.write_manifest("manifest", writes["manifest"], of="model", folder=writes["model"])
+    run.write_report("curves", writes["curves"], as_html(history, config.ppo, outcome))
+    if outcome.events and group.rank == 0:
+        run.tracker.log_file(writes["model"] / SAMPLES_FILE)
+    run.write_metrics(writes["metrics"], numbers)
 
 
 if __name__ == "__main__":

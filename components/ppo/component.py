@@ -40,6 +40,5 @@ def _ppo(
     return container_spec("ppo", "rollout", locals())
 
 
-_ppo.__name__ = "ppo"
 PPO = variants(_ppo, "reward_model", "code", "demonstrations")
 ppo = PPO[frozenset({"reward_model"})]

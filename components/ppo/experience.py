@@ -24,7 +24,8 @@ from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.packing import plan_for
 from components.rlhf.models.scalar import ScalarModel, at_last_token, before_actions
 from components.rlhf.rewards.protocol import ComputedStates, Scorer
-from components.rlhf.text.errors import InputError
+from components.rlhf.rewards.rewards import Rewards, weighted_sum
+from components.rlhf.text.errors import NonFiniteError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Learner:
     """What every iteration of PPO computes with."""
 
     models: Models
+    rewards: Rewards
     config: PpoConfig
     distribution: SamplingDistribution
     group: Group = SINGLE_PROCESS
@@ -63,6 +65,7 @@ class Experience:
     scores: (
         Tensor  # [B] weighted sum of the scores of all rewards; the reward model's are normalized if the config says so
     )
+    reward_parts: Mapping[str, Tensor]  # [B] scores of each reward by name
     rewards: Tensor  # [B] scores after missing_eos_penalty and reward_clip, of which the objective is the mean
     kl: Tensor  # [B, T] log-ratio to the reference (k1), whichever estimator is penalized
     entropy: Tensor  # [B, T]; without the trainer's log-probs an unbiased estimate, -old_logprobs
@@ -106,7 +109,8 @@ def make_experience(
     engine_logprobs = _engine_logprobs(completions, mask)
     found = _compute(learner, batch, passes, engine_logprobs)
     computed = ComputedStates(batch=batch, passes=passes, states=found.states, last_features=found.last_features)
-    scores = score(learner, completions, computed).to(mask.device)
+    scores, parts = score(learner, completions, computed)
+    scores = scores.to(mask.device)
     rewards, clipped = response_rewards(scores, truncated, config)
 
     compares = config.advantage in GROUP_ESTIMATORS and group_size > 1
@@ -139,6 +143,7 @@ def make_experience(
         engine_logprobs=engine_logprobs,
         old_values=found.old_values,
         scores=scores,
+        reward_parts=parts,
         rewards=rewards,
         kl=estimate_kl(found.old_logprobs, found.ref_logprobs, mask, "k1"),
         entropy=found.entropy,
@@ -157,13 +162,14 @@ def make_experience(
 
 
 @torch.no_grad()
-def score(learner: Learner, completions: Sequence[Completion], computed: ComputedStates | None = None) -> Tensor:
-    """Scores [B] of the responses. Raises InputError for one that is not finite."""
-    scorer = learner.models.scorer
-    assert scorer is not None, "the settings have a reward"
-    scores = scorer.score(completions, computed)
-    _require_finite_scores(scores, completions)
-    return scores
+def score(
+    learner: Learner, completions: Sequence[Completion], computed: ComputedStates | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores [B] of the responses, and those of each reward. Raises NonFiniteError on every rank if one is not finite."""
+    parts = learner.rewards.score_parts(completions, computed)
+    for name, scores in parts.items():
+        _require_finite_scores(name, scores, completions, learner.group)
+    return weighted_sum(parts, learner.rewards.weights), parts
 
 
 def response_rewards(scores: Tensor, truncated: Tensor, config: PpoConfig) -> tuple[Tensor, Tensor]:
@@ -260,12 +266,17 @@ def _engine_logprobs(completions: Sequence[Completion], mask: Tensor) -> Tensor:
     return padded.to(mask.device)
 
 
-def _require_finite_scores(scores: Tensor, completions: Sequence[Completion]) -> None:
+def _require_finite_scores(name: str, scores: Tensor, completions: Sequence[Completion], group: Group) -> None:
+    """Raise NonFiniteError on every rank if a score of any rank is nan or infinite."""
     bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if group.max_int(len(bad)) == 0:
+        return
+    problems = []
     if bad:
         first = completions[bad[0]]
-        raise InputError(
-            f"The reward model scored the response {first.response[:80]!r} to prompt "
+        problems.append(
+            f"The {'reward model' if name == 'reward_model' else f'reward {name}'} scored the response {first.response[:80]!r} to prompt "
             f"{first.prompt.id or first.prompt.prompt[:80]!r} as {float(scores[bad[0]])} ({len(bad)} of {len(scores)} scores are "
-            "not finite); train the reward model again."
+            "not finite)"
         )
+    raise NonFiniteError(group.gather(problems)[0])

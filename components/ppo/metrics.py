@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from components.ppo.experience import Experience
+from components.ppo.experience import Experience, Learner
+from components.ppo.reward_metrics import reward_metrics
 from components.rlhf.data.microbatches import computed_tokens
 from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.engine.protocol import Group
@@ -12,9 +13,13 @@ from components.rlhf.maths.masked import masked_moments
 History = list[dict[str, float]]
 
 
-def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, float]:
-    """Metrics of one rollout over all ranks; without engine_gap where the log-probs of the engine are the old ones."""
-    mask, every_row, ended = e.batch.response_mask, torch.ones_like(e.truncated), ~e.truncated
+def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS, counted: Tensor | None = None) -> dict[str, float]:
+    """Metrics of one rollout over all ranks; without engine_gap where the log-probs of the engine are the old ones.
+
+    counted [B] bool are the rows that are not repetitions of another rank's; None: all of them.
+    """
+    every_row = torch.ones_like(e.truncated) if counted is None else counted
+    mask, ended = e.batch.response_mask & every_row[:, None], every_row & ~e.truncated
     engine_gap = torch.where(mask, (e.old_logprobs - e.engine_logprobs).abs(), 0)
 
     def moments(x: Tensor, where: Tensor) -> tuple[float, float]:
@@ -46,6 +51,7 @@ def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, f
         "score/mean": score_mean,
         "score/std": score_variance**0.5,
         "score/mean_ended": mean(e.scores, ended),
+        "reward/mean": mean(e.rewards, every_row),
         "score/clipped_fraction": mean(e.clipped.float(), every_row),
         "kl/sequence": mean(e.kl.sum(dim=1), every_row),
         "kl/token": mean(e.kl, mask),
@@ -57,6 +63,20 @@ def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS) -> dict[str, f
         "tokens/computed_per_real": computed / real,
         **({} if e.old_logprobs is e.engine_logprobs else gaps),
     }
+
+
+def experience_metrics(learner: Learner, e: Experience, counted: Tensor | None = None) -> dict[str, float]:
+    """rollout_metrics and, if there are several rewards, those of each; and what the rewards have counted. Every rank calls it."""
+    counts = learner.rewards.take_counts()
+    parts = e.reward_parts if len(e.reward_parts) > 1 else {}
+    return rollout_metrics(e, learner.group, counted) | reward_metrics(
+        parts,
+        learner.rewards.weights,
+        reward_clip=learner.config.reward_clip,
+        counts=counts,
+        counted=counted,
+        group=learner.group,
+    )
 
 
 def final_metrics(history: History) -> dict[str, float]:

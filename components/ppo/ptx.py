@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.data.batching import collate, stream_slice
-from components.rlhf.data.microbatches import local_microbatches
 from components.rlhf.data.datasets import load_records, read_header
+from components.rlhf.data.microbatches import local_microbatches
 from components.rlhf.data.records import Demonstration
 from components.rlhf.data.token_files import PackedTexts, encode_all
 from components.rlhf.engine.protocol import Group

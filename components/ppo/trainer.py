@@ -1,5 +1,6 @@
-"""The PPO loop: sample, score and update, until the iterations are over or the validation objective has converged."""
+"""The PPO loop: sample, score and update, until the iterations are over, the validation objective has converged, or the guard stops."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -11,23 +12,29 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from components.ppo.experience import Experience, Learner, Models, make_experience, response_rewards, score
-from components.ppo.metrics import History, rollout_metrics
+from components.ppo.experience import Learner, Models, make_experience, response_rewards, score
+from components.ppo.guard import Guard
+from components.ppo.keep import Keeper, Outcome
+from components.ppo.metrics import History, experience_metrics
 from components.ppo.ptx import load_demonstrations
+from components.ppo.reference import MovingReference
+from components.ppo.sync import WeightSync
 from components.ppo.update import update
+from components.ppo.validation import Evaluation, objective_of, validate
 from components.rlhf.config.ppo import GROUP_ESTIMATORS, PpoConfig, PpoStageConfig
-from components.rlhf.data.batching import collate, stream_slice
+from components.rlhf.data.batching import stream_slice
 from components.rlhf.data.microbatches import deal_rows
 from components.rlhf.data.records import Completion, Prompt, ValidationSample
 from components.rlhf.engine.factory import create_engine
-from components.rlhf.engine.protocol import Group, TrainEngine
+from components.rlhf.engine.protocol import Group, Saved, TrainEngine
 from components.rlhf.maths.kl import adapt_kl_coef
 from components.rlhf.maths.seeds import derive_seed
-from components.rlhf.models.actor import SamplingDistribution
-from components.rlhf.rollout.probe import SyncCheck, probe_ids
+from components.rlhf.rewards.rewards import Rewards
+from components.rlhf.rollout.controls import sampling_distribution
 from components.rlhf.rollout.protocol import RolloutEngine
 from components.rlhf.runtime.memory import release_freed_memory
 from components.rlhf.runtime.training import TrainingContext
+from components.rlhf.text.errors import NonFiniteError
 
 
 class PpoTrainer:
@@ -37,6 +44,7 @@ class PpoTrainer:
         self,
         config: PpoStageConfig,
         models: Models,
+        rewards: Rewards,
         rollout: RolloutEngine,
         context: TrainingContext,
         *,
@@ -49,10 +57,9 @@ class PpoTrainer:
         self.rollout_batch = self.ppo.rollout.num_prompts * self.ppo.rollout.samples_per_prompt
         self.learner = Learner(
             models=models,
+            rewards=rewards,
             config=self.ppo,
-            distribution=SamplingDistribution(
-                temperature=sampling.temperature, min_new_tokens=sampling.min_new_tokens, stop_ids=rollout.stop_ids
-            ),
+            distribution=sampling_distribution(sampling, rollout.stop_ids),
             group=self.group,
             demonstrations=load_demonstrations(
                 demonstrations, config, models.actor, rollout.tokenizer, self.group, context.progress.log
@@ -60,50 +67,61 @@ class PpoTrainer:
             engines=create_engines(models, self.ppo, self.group),
         )
         self.varying_lengths = sampling.min_new_tokens < sampling.max_new_tokens
-        self.sync_check = SyncCheck(models.actor.dtype)
+        actor = self.learner.engines["actor"]
+        self.reference = MovingReference(models.reference, actor, self.ppo.reference, rank=self.group.rank)
+        self.saved: dict[str, Saved] = dict(self.learner.engines)  # parts of a checkpoint
+        if self.ppo.reference.update_every:
+            self.saved["reference"] = self.reference
+        self.sync = WeightSync(config, models.actor, actor, rollout)
         self.kl_coef = self.ppo.kl_coef
         self.history: History = []
         self.validation: list[ValidationSample] = []
-        self.evals_without_improvement = 0
-        self.best_objective = float("-inf")
+        self.guard = Guard(self.ppo.guard, context, self.learner.engines, max_kl=config.max_kl)
+        self.keeper = Keeper(config, context, actor)
+        self.outcome = Outcome()
 
     def train(self, prompts: Sequence[Prompt], validation: Sequence[Prompt]) -> History:
-        """Run every iteration that no checkpoint has; return one row of metrics per iteration.
-
-        Validation takes as many prompts as the ranks can share equally, because all of them run as many forward passes.
-        """
-        validation = validation[: len(validation) // self.group.world_size * self.group.world_size]
-        if self.ppo.eval_every and not validation:
-            self.progress.log(
-                f"no validation: there are fewer validation prompts than processes ({self.group.world_size})"
-            )
+        """Run every iteration that no checkpoint has, and load the policy to be exported; return one row of metrics per iteration."""
+        self.learner.rewards.check_prompts([*prompts, *validation])
+        self.keeper.start(validation)
         first = self._restore() + 1
         if self.config.model.lora:
             reason = self.rollout.merges_because
             self.progress.log(f"weight sync: {f'all weights, because {reason}' if reason else 'adapters only'}")
         if first == 1 and self.config.model.quantization:
-            self._sync()  # the rollout engine has loaded the artifact
-        self._check_sync()
-        if first == 1 and self.ppo.eval_every and validation:
-            self.tracker.log(self._validate(validation, 0), 0)  # the SFT model, before the first update
+            self.sync.send()  # the rollout engine has loaded the artifact
+        self.sync.check()
+        evaluates = self.ppo.eval_every > 0 and len(validation) > 0
+        if first == 1 and evaluates:
+            with self.checkpoints.named_on_failure():
+                self.tracker.log(self._evaluate(validation, 0), 0)  # the SFT model, before the first update
         for iteration in range(first, self.ppo.num_iterations + 1):
             # Checked before the iteration: a run that crashed after it had converged stays converged when it is resumed.
-            if self.ppo.patience and self.evals_without_improvement >= self.ppo.patience:
+            if self.keeper.has_converged:
                 self.progress.log(f"converged: no improvement in {self.ppo.patience} evaluations")
+            if self.keeper.has_converged or self.guard.stopped:
                 break
             with self.checkpoints.named_on_failure():
                 row = self._iterate(iteration, prompts)
-            if self.varying_lengths:
-                release_freed_memory()
-            if self.ppo.eval_every and iteration % self.ppo.eval_every == 0 and validation:
-                row |= self._validate(validation, iteration)
+                if self.varying_lengths:
+                    release_freed_memory()
+                if evaluates and iteration % self.ppo.eval_every == 0 and not self.guard.stopped:
+                    row |= self._evaluate(validation, iteration)
             self.history.append(row)
             self.tracker.log({name: value for name, value in row.items() if name != "iteration"}, iteration)
-            shown = {"score": row["score/mean"], "kl": row["kl/sequence"], "length": row["response/length"]}
+            names = {"score": "score/mean", "kl": "kl/sequence", "length": "response/length"}
+            shown = {name: row[key] for name, key in names.items() if key in row}
             self.progress.step(iteration, self.ppo.num_iterations, shown, unit="iteration")
             if self.checkpoints.should_save():
                 self._save(iteration)
+        self.outcome = self.keeper.load(len(self.history), self.guard)
+        self.progress.log(self.outcome.sentence)
         return self.history
+
+    def close(self) -> None:
+        """End the rewards and the rollout engine; the trained weights stay."""
+        self.learner.rewards.close()
+        self.rollout.close()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The actor's weights, one at a time. Every rank iterates over all of them."""
@@ -122,24 +140,41 @@ class PpoTrainer:
         completions = share_rollout(rows, completions, self.ppo.minibatch, self.group, group_size=group_size)
         generated = time.monotonic()
         self.group.watchdog(f"PPO iteration {iteration}, scoring")
-        experience = make_experience(self.learner, completions, kl_coef=self.kl_coef, group_size=group_size)
-        scored = time.monotonic()
-        self.group.watchdog(f"PPO iteration {iteration}, update")
-        losses = update(self.learner, experience, seed=self.config.seed, iteration=iteration)
+        row = {"iteration": float(iteration), "kl/coef": self.kl_coef}
+        experience, seen = None, ""
+        try:
+            experience = make_experience(self.learner, completions, kl_coef=self.kl_coef, group_size=group_size)
+            metrics = experience_metrics(self.learner, experience)
+            scored = time.monotonic()
+            row |= {name: value for name, value in metrics.items() if math.isfinite(value)}
+            seen = self.guard.look(iteration, metrics, kl_coef=self.kl_coef)
+            if not seen:
+                self.group.watchdog(f"PPO iteration {iteration}, update")
+                row |= update(self.learner, experience, seed=self.config.seed, iteration=iteration)
+        except NonFiniteError as error:
+            seen = str(error)
+            if not self.guard.can_turn_back():
+                raise
+        if seen:
+            self.group.watchdog(f"PPO iteration {iteration}, return to the last good state")
+            self.kl_coef = self.guard.turn_back(iteration, seen, completions, experience)
+            self.keeper.evals_without_improvement = 0
+            self.sync.send()
+            return row | {"guard/collapsed": 1.0}
         updated = time.monotonic()
         self.group.watchdog(f"PPO iteration {iteration}, weight sync")
-        self._sync()
-        metrics = rollout_metrics(experience, self.group)
-        row = {"iteration": float(iteration), **metrics, **losses, "kl/coef": self.kl_coef}
+        self.sync.send()
+        self.reference.follow(iteration)
         if self.ppo.kl_target is not None:
             self.kl_coef = adapt_kl_coef(
                 self.kl_coef,
-                row["kl/sequence"],
+                row[f"kl/{self.ppo.kl_target_per}"],
                 target=self.ppo.kl_target,
                 horizon=self.ppo.kl_horizon,
                 num_samples=len(batch),
             )
         return row | {
+            **({} if self.ppo.guard.action == "off" else {"guard/collapsed": 0.0}),
             "seconds/generate": generated - started,
             "seconds/score": scored - generated,
             "seconds/update": updated - scored,
@@ -153,7 +188,8 @@ class PpoTrainer:
             list(prompts.values()), self.ppo.rollout.sampling, [0] * len(prompts), greedy=True
         )
         truncated = torch.tensor([completion.truncated for completion in greedy])
-        rewards, _ = response_rewards(score(self.learner, greedy).cpu(), truncated, self.ppo)
+        scores, _ = score(self.learner, greedy)
+        rewards, _ = response_rewards(scores.cpu(), truncated, self.ppo)
         baselines = dict(zip(prompts, rewards.tolist(), strict=True))
         return [replace(c, baseline=baselines[tuple(c.prompt_ids)]) for c in completions]
 
@@ -163,87 +199,37 @@ class PpoTrainer:
         rows = stream_slice(len(prompts), (iteration - 1) * size, size, seed=self.config.seed)
         return [prompts[row] for row in rows]
 
-    def _validate(self, validation: Sequence[Prompt], iteration: int) -> dict[str, float]:
-        """Sample the validation prompts with the current policy. The objective is the mean score minus its KL cost."""
+    def _evaluate(self, validation: Sequence[Prompt], iteration: int) -> dict[str, float]:
+        """Metrics of the current policy on the validation prompts, and the objective, by which the keeper compares it with others."""
         self.group.watchdog(f"PPO evaluation after iteration {iteration}")
-        rows = range(self.group.rank, len(validation), self.group.world_size)
-        # The same draws in every evaluation of every run, so that only the policy differs.
-        seeds = [derive_seed("validation", 0, row) for row in rows]
-        completions = self.rollout.generate([validation[row] for row in rows], self.ppo.rollout.sampling, seeds)
-        experience = make_experience(self.learner, completions, kl_coef=0.0)
-        self.validation += self.group.gather(self._samples(iteration, completions, experience))
-        metrics = rollout_metrics(experience, self.group)
-        objective = metrics["score/mean"] - self.kl_coef * metrics["kl/sequence"]
-        self.evals_without_improvement = 0 if objective > self.best_objective else self.evals_without_improvement + 1
-        self.best_objective = max(objective, self.best_objective)
+        metrics, samples = validate(self.learner, self.rollout, validation, iteration=iteration)
+        self.validation += samples
+        kl = metrics["kl/sequence"]
+        objective = objective_of(metrics["reward/mean"], kl, kl_coef=self.ppo.kl_coef)
+        self.keeper.add(Evaluation(iteration=iteration, objective=objective, kl=kl))
         return {f"validation/{name}": value for name, value in metrics.items()} | {"validation/objective": objective}
-
-    def _samples(
-        self, iteration: int, completions: Sequence[Completion], experience: Experience
-    ) -> list[ValidationSample]:
-        return [
-            ValidationSample(
-                iteration=iteration,
-                num_rollouts=iteration * self.rollout_batch,
-                prompt=completion.prompt,
-                prompt_ids=completion.prompt_ids,
-                response_ids=completion.response_ids,
-                response=completion.response,
-                truncated=completion.truncated,
-                score=score,
-                kl=kl,
-            )
-            for completion, score, kl in zip(
-                completions, experience.scores.tolist(), experience.kl.sum(dim=1).tolist(), strict=True
-            )
-        ]
-
-    def _sync(self) -> None:
-        weights = self.learner.engines["actor"].full_weights()
-        actor = self.learner.models.actor
-        if self.rollout.merges_because or not self.config.model.lora:
-            stream = actor.export_weights(weights)
-        else:
-            # The engine has loaded the artifact, whose weights are those below the adapters unless they were quantized only now.
-            is_first = self.rollout.version == 0
-            stream = actor.export_adapters(weights, with_base=is_first and self.config.model.quantization is not None)
-        self.rollout.sync(self.sync_check.observe(stream))
-        self._check_sync()
-
-    @torch.no_grad()
-    def _check_sync(self) -> None:
-        """Compare weights, and log-probs of a fixed text, of trainer and rollout engine; only rounding may differ."""
-        actor, ids = self.learner.models.actor, probe_ids(self.rollout.tokenizer)
-        batch = collate([ids[:1]], [ids[1:]]).to(next(actor.parameters()).device)
-        trainer_logprobs, _ = actor(batch, SamplingDistribution())
-        self.sync_check.check(
-            self.rollout.weight_samples(),
-            self.rollout.prompt_logprobs(ids),
-            trainer_logprobs[0],
-            version=self.rollout.version,
-        )
 
     def _save(self, iteration: int) -> None:
         state: dict[str, Any] = {
             "kl_coef": self.kl_coef,
             "history": self.history,
             "validation": [asdict(sample) for sample in self.validation],
-            "evals_without_improvement": self.evals_without_improvement,
-            "best_objective": self.best_objective if self.history and self.best_objective > float("-inf") else None,
+            "evaluations": self.keeper.state(),
+            "guard": self.guard.state(),
         }
         self.tracker.flush()
-        self.checkpoints.save(iteration, self.learner.engines, state)
+        self.checkpoints.save(iteration, self.saved, state)
 
     def _restore(self) -> int:
         """Load the latest checkpoint, if there is one; return the last iteration that is done."""
-        state = self.checkpoints.restore(self.learner.engines)
+        state = self.checkpoints.restore(self.saved)
         if state is None:
             return 0
         self.kl_coef, self.history = state["kl_coef"], state["history"]
         self.validation = TypeAdapter(list[ValidationSample]).validate_python(state["validation"])
-        self.evals_without_improvement = state["evals_without_improvement"]
-        self.best_objective = float("-inf") if state["best_objective"] is None else state["best_objective"]
-        self._sync()
+        self.keeper.restore(state["evaluations"])
+        self.guard.restore(state["guard"])
+        self.sync.send()
         self.progress.log(f"resuming after iteration {state['step']} from {self.checkpoints.latest}")
         return int(state["step"])
 

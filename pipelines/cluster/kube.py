@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from components.rlhf.config.params import Params
+from components.rlhf.config.scoring import key_variable
 from components.rlhf.text.errors import InputError
 from pipelines.access import cluster_storage
 from pipelines.sources import is_on_hub, sources_of
@@ -61,7 +62,7 @@ def _optional_secrets(params: Params) -> Iterator[tuple[str, str]]:
     on_hub = [source for source in sources_of(params) if is_on_hub(source)]
     if cluster.secrets.hf_token and on_hub:
         yield cluster.secrets.hf_token, f"{', '.join(on_hub)} can be downloaded only if public"
-    with_key = [judge.url for judge in params.endpoint_judges if judge.api_key_variable]
+    with_key = [asked.url for asked in params.all_asked if key_variable(asked)]
     if cluster.secrets.judge and with_key:
         yield cluster.secrets.judge, f"{', '.join(with_key)} is asked without an API key"
 
@@ -85,7 +86,7 @@ def _required_objects(params: Params, core: Any) -> Iterator[tuple[str, str, Cal
         )
     uris: list[str | None] = [*sources_of(params)]
     uris += [storage.checkpoint_uri, storage.publish_uri]
-    uris += [storage.answers_uri] if params.endpoint_judges else []
+    uris += [storage.answers_uri] if params.keeps_answers else []
     if cluster.secrets.s3 and not storage.anonymous and any((uri or "").startswith("s3://") for uri in uris):
         yield (
             "Secret",

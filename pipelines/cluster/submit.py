@@ -91,9 +91,9 @@ def notes_on(params: Params) -> Iterator[str]:
             f"the stage judge loads the second reward model on the profile {profile} ({params.cluster.profile('judge').memory} of memory); "
             "set cluster.stages.judge to a profile with more if that is too little."
         )
-    if params.endpoint_judges and not storage.answers_uri:
+    if params.keeps_answers and not storage.answers_uri:
         yield (
-            "the judge's answers are not kept: a stage that is retried, and the next run, ask the endpoint again. Set storage.uri or "
+            "the answers of endpoints are not kept: a stage that is retried, and the next run, ask the endpoint again. Set storage.uri or "
             "storage.answers_uri to s3://BUCKET/PREFIX."
         )
 

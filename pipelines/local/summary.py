@@ -12,7 +12,8 @@ from pipelines.local.runner import StageRecord
 
 EVALUATION_METRICS = (
     "num_prompts", "pass_at_1_sft", "pass_at_1_sft_low", "pass_at_1_sft_high", "pass_at_1_ppo", "pass_at_1_ppo_low", "pass_at_1_ppo_high",
-    "pass_at_1_gain", "pass_at_1_gain_low", "pass_at_1_gain_high", "win_rate", "win_rate_low", "win_rate_high", "judge_score_sft", "judge_score_ppo", "reward_sft", "reward_ppo",
+    "pass_at_1_gain", "pass_at_1_gain_low", "pass_at_1_gain_high", "win_rate", "win_rate_low", "win_rate_high",
+    "judge_score_sft", "judge_score_ppo", "reward_sft", "reward_ppo",
     "kl", "length_sft", "length_ppo", "eos_rate_sft", "eos_rate_ppo", "distinct2_sft", "distinct2_ppo",
 )  # fmt: skip
 
@@ -50,6 +51,7 @@ def build_summary(
             }
             for stage in stages
         },
+        "policy": _policy(artifacts),
         "evaluation": {name: numbers[name] for name in EVALUATION_METRICS if name in numbers},
         "evaluation_all": numbers,
         "paths": paths,
@@ -62,6 +64,14 @@ def _engines(artifacts: Path, stage: str) -> dict[str, str]:
     manifest = find_output(artifacts, stage.replace("_", "-"), "model/manifest.json")
     facts = json.loads(manifest.read_text()).get("facts", {}) if manifest else {}
     return {kind: facts[f"{kind}_engine"] for kind in ("training", "rollout") if f"{kind}_engine" in facts}
+
+
+def _policy(artifacts: Path) -> dict[str, str | float]:
+    """Which policy PPO exported and why, and what its guard did, from the manifest of the policy; {} without one."""
+    manifest = find_output(artifacts, "ppo", "model/manifest.json")
+    facts = json.loads(manifest.read_text()).get("facts", {}) if manifest else {}
+    names = ("kept_iteration", "kept_objective", "kept_kl", "kept_reason", "guard_events", "guard")
+    return {name: facts[name] for name in names if name in facts}
 
 
 def _memory(artifacts: Path, stage: str) -> dict[str, float]:

@@ -19,8 +19,10 @@ from components.rlhf.models.saving import save_model
 from components.rlhf.rollout.hf import HfRolloutEngine
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.progress import Progress
+from tests.rlhf.rollout.test_controls import slow_probabilities
 from tests.support.evaluation_cases import make_trained
 from tests.support.tiny_model import make_tiny_model
+from tests.support.wordy_tokenizer import make_wordy_tokenizer
 
 PROMPTS = [Prompt(prompt=text, id=str(i)) for i, text in enumerate(["It is", "We", "A film that", "So", "It", "One"])]
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -141,11 +143,80 @@ def test_cut_to_equal_length_drops_stop_tokens(folders: dict[str, Path]) -> None
         completion([3, 0], truncated=False),
         completion([4, 5], truncated=True),
     ]
-    a, b = cut_to_equal_length(first, second, tokenizer)
+    a, b = cut_to_equal_length(first, second, tokenizer, (0,))
     assert ids(a) == [[7, 8, 9], [7], []]
     assert ids(b) == [[4, 5, 6], [3], []]
     assert [c.response for c in a] == [tokenizer.decode(x) for x in ([7, 8, 9], [7], [])]
     assert ids(first) == [[7, 8, 9, 0], [7, 8], [0]]
+
+
+def test_cut_to_equal_length_drops_stop_strings(folders: dict[str, Path]) -> None:
+    """Without the tokens that only belong to the stop string, and without the rest of one that the string begins in."""
+    tokenizer = AutoTokenizer.from_pretrained(folders["sft_model"])
+
+    def ended(text: str, response: str) -> Completion:
+        found = tokenizer(text)["input_ids"]
+        return Completion(
+            prompt=PROMPTS[0], prompt_ids=[5], response_ids=found, response=response, logprobs=None, truncated=False
+        )
+
+    first = [ended("good film###", "good film"), ended("good film###", "good film"), ended("###", "")]
+    second = [ended("a film of length##", "a film of length"), ended("so##", "so"), ended("so##", "so")]
+    a, b = cut_to_equal_length(first, second, tokenizer, (0,))
+    assert [c.response for c in a] == ["good film", "go", ""]
+    assert [c.response for c in b] == ["a film of", "so", ""]
+    assert [len(c.response_ids) for c in a] == [len(c.response_ids) for c in b] == [9, 2, 0]
+
+
+def test_cut_of_a_token_in_which_the_stop_string_begins() -> None:
+    tokenizer = make_wordy_tokenizer()
+    named = {tokenizer.decode([number]): number for number in range(len(tokenizer))}
+    response_ids = [named["a"], named["xENDy"]]
+    whole = Completion(
+        prompt=PROMPTS[0], prompt_ids=[5], response_ids=response_ids, response="ax", logprobs=None, truncated=False
+    )
+    a, b = cut_to_equal_length([whole], [whole], tokenizer, (0,))
+    assert ids(a) == ids(b) == [response_ids]
+    assert a[0].response == "ax"
+
+
+CONTROLS: list[dict[str, Any]] = [
+    {"top_p": 0.6, "temperature": 1.5},
+    {"top_k": 4},
+    {"min_p": 0.3},
+    {"repetition_penalty": 1.5},
+    {"top_p": 0.7, "top_k": 20, "min_p": 0.05, "repetition_penalty": 0.7, "min_new_tokens": 2},
+]
+
+
+@pytest.mark.parametrize("controls", CONTROLS, ids=lambda controls: " ".join(controls))
+def test_kl_of_controlled_sampling_sums_the_log_ratio_and_its_mean(
+    folders: dict[str, Path], controls: dict[str, Any]
+) -> None:
+    """The reference goes token by token, with plain transformers."""
+    comparison, how = run(folders, num_samples=2, **controls), SamplingConfig(max_new_tokens=5, **controls)
+    lms = [AutoModelForCausalLM.from_pretrained(folders[name]).eval() for name in ("policy", "sft_model")]
+    for c, kl, exact in zip(comparison.ppo.completions, comparison.kl, comparison.exact_kl, strict=True):
+        all_ids, start = c.prompt_ids + c.response_ids, len(c.prompt_ids)
+        with torch.no_grad():
+            rows = [lm(torch.tensor([all_ids])).logits[0] for lm in lms]
+        ratios, means = 0.0, 0.0
+        for t, token in enumerate(c.response_ids):
+            place = (all_ids[: start + t], t, how, (0,))
+            ours, theirs = (slow_probabilities(logits[start + t - 1], *place) for logits in rows)
+            plain = slow_probabilities(rows[1][start + t - 1], *place, truncate=False)
+            inside = plain[theirs > 0].sum()
+            of_token = torch.where(theirs > 0, theirs, plain / (inside + plain))
+            ratios += (ours[token] / of_token[token]).log().item()
+            means += torch.where(ours > 0, ours * (ours / of_token).log(), 0).sum().item()
+        assert kl == pytest.approx(ratios, abs=1e-3)
+        assert exact == pytest.approx(means, abs=1e-3)
+
+
+@pytest.mark.parametrize("controls", CONTROLS, ids=lambda controls: " ".join(controls))
+def test_kl_of_a_model_to_itself_is_0_with_controls(folders: dict[str, Path], controls: dict[str, Any]) -> None:
+    comparison = run(folders | {"policy": folders["sft_model"]}, **controls)
+    assert comparison.kl == comparison.exact_kl == [0.0] * len(PROMPTS)
 
 
 def test_rewards_are_normalized(folders: dict[str, Path]) -> None:
@@ -200,14 +271,15 @@ def test_kl_is_that_of_sampling_distribution(folders: dict[str, Path], min_new_t
     assert min(comparison.exact_kl) > 0
 
 
-def test_both_estimates_of_the_kl_have_the_same_mean(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("controls", [{}, {"top_p": 0.7}], ids=["plain", "top_p"])
+def test_both_estimates_of_the_kl_have_the_same_mean(folders: dict[str, Path], controls: dict[str, Any]) -> None:
     """Up to their sampling error: of 240 responses, whose exact KL varies less."""
-    comparison = run(folders, num_samples=40, batch_size=120)
+    comparison = run(folders, num_samples=40, batch_size=120, **controls)
     kl, exact = torch.tensor(comparison.kl), torch.tensor(comparison.exact_kl)
     gaps = kl - exact
     assert abs(gaps.mean().item()) < 4 * gaps.std().item() / len(gaps) ** 0.5
     assert exact.std() < kl.std()
-    assert exact.min() > 0
+    assert controls or exact.min() > 0
 
 
 def test_pieces_of_logits_do_not_change_the_kl(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

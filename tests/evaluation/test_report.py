@@ -213,6 +213,29 @@ def test_page_shows_the_number_of_samples() -> None:
     assert "both models answered each 3 times with the same seeds." in text_of(page)
 
 
+def test_reports_say_which_policy_was_exported_and_what_the_guard_did() -> None:
+    facts = {
+        "kept_iteration": 4.0,
+        "kept_reason": "the exported policy is the <best> one",
+        "guard": "guard, iteration 6: it collapsed",
+    }
+    c, judge = forty_prompts()
+    numbers = numbers_of(c, judge)
+    verdict = decide(numbers, judge, GateConfig())
+    plain, marked = (as_html(c, [judge], numbers, verdict, VALIDATION_PASSES, seed=0, policy=f) for f in ({}, facts))
+    assert "<p>The exported policy is the &lt;best&gt; one.</p>" in marked
+    assert "<p>Guard, iteration 6: it collapsed.</p>" in marked
+    assert "exported policy is" not in plain
+    lines = as_markdown(numbers, [judge], verdict, facts).splitlines()
+    assert lines[2:8:2] == [
+        f"{verdict.reason}.",
+        "The exported policy is the <best> one.",
+        "Guard, iteration 6: it collapsed.",
+    ]
+    green = "stroke-dasharray: 4.44,1.92; stroke-dashoffset: 0; stroke: #15803d"  # at the exported iteration, in all four panels
+    assert (plain.count(green), marked.count(green)) == (0, 4)
+
+
 def test_page_shows_training_curves_if_there_were_validation_passes() -> None:
     assert "Training curves" in page_of(*forty_prompts())
     assert page_of(*forty_prompts()).count("<svg") == 2

@@ -143,6 +143,9 @@ BASELINES: dict[str, GroupBaseline] = {
 def group_advantages(case: Case) -> dict[str, Any]:
     """Scores [P, N] of row p * N + s to advantages."""
     scores, mask, estimator = case.floats("scores"), case.mask(), case.params["estimator"]
+    case.params.ignore(
+        "index", "order", "permutation", "micro_batch_size"
+    )  # how the source cut the rows does not matter
     eps = case.params.get("epsilon", 1e-9)
     if case.params.get("norm_adv_by_std_in_grpo") is False and estimator == "grpo":
         estimator = "dr_grpo"

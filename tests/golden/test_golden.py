@@ -67,7 +67,7 @@ def example_case() -> Case:
 def test_packaged_vectors_are_complete() -> None:
     families = {case_id.split("/")[0] for case_id in CASES}
     assert families >= COMPOSITIONS.keys()
-    assert len(CASES) >= 342
+    assert len(CASES) >= 423
 
 
 def test_wrong_number_fails() -> None:

@@ -1,4 +1,4 @@
-"""The endpoint judge against vLLM's own OpenAI-compatible server, on a CPU with a small random model."""
+"""The endpoint judge and the endpoint reward against vLLM's own OpenAI-compatible server, on a CPU with a small random model."""
 
 import json
 import os
@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 
 from components.rlhf.config.judge import EndpointJudge as EndpointConfig
+from components.rlhf.config.rewards import EndpointReward
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.rewards.answers import open_answers
 from components.rlhf.rewards.endpoint import EndpointJudge
+from components.rlhf.rewards.grades import GradeScorer
+from components.rlhf.rewards.owner import Owner
 from components.rlhf.rewards.protocol import Preferences
 from components.rlhf.text.errors import InputError
 from tests.support.ppo_runs import completion
@@ -117,3 +120,31 @@ def test_wrong_key_and_wrong_model(url: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("OPENAI_API_KEY", "wrong-key")
     with pytest.raises(InputError, match=r"answers 401 .*; correct the API key in OPENAI_API_KEY"):
         compare(url, tmp_path)
+
+
+def grade(url: str, folder: Path, **config: Any) -> list[float]:
+    settings = EndpointReward(
+        kind="endpoint",
+        url=url,
+        model="judge",
+        max_tokens=8,
+        max_retries=1,
+        api_key_variable="OPENAI_API_KEY",
+        **config,
+    )
+    answers = open_answers(StorageConfig(answers_uri=str(folder)), "grades", print)
+    scorer = GradeScorer(settings, answers, print, Owner(title="reward grade", key="ppo.rewards.0"))
+    rows = [
+        replace(completion([1], [2], prompt=f"prompt {i}"), response=text) for i, text in enumerate(["fun", "dull", ""])
+    ]
+    scores: list[float] = scorer.score(rows).tolist()
+    scorer.close()
+    return scores
+
+
+def test_grades_of_a_server(url: str, tmp_path: Path) -> None:
+    choice = {"structured_outputs": {"choice": [f"[[{n}]]" for n in (0, 5, 10)]}}
+    scores = grade(url, tmp_path, extra_body=choice)
+    assert set(scores) <= {0.0, 0.5, 1.0} and grade(url, tmp_path, extra_body=choice) == scores
+    with pytest.raises(InputError, match=r"^The reward grade is of no use: 3 of 3 responses got no grade from judge"):
+        grade(url, tmp_path)

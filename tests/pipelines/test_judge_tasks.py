@@ -323,7 +323,7 @@ def test_place_of_answers_on_a_cluster(compile_with: Compile, overrides: tuple[s
     assert json.loads(default)["answers_uri"] == answers
     in_s3 = {s for s in ("judge", "evaluation") if "rlhf-s3" in compiled.secrets(s)}
     assert in_s3 == ({"judge", "evaluation"} if answers else set())
-    kept = [note for note in notes_on(params) if "the judge's answers are not kept" in note]
+    kept = [note for note in notes_on(params) if "the answers of endpoints are not kept" in note]
     assert len(kept) == (0 if answers else 1)
 
 

@@ -32,6 +32,7 @@ from tests.support.ppo_runs import (
     config_of,
     largest_gap,
     load,
+    rewards_of,
     share_of_low_ids,
     trainer_of,
     weights,
@@ -69,7 +70,7 @@ def learner_of(tiny_model: Path, reward_model: Path, **options: Any) -> Learner:
         for parameter in models.actor.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     models = replace(models, scorer=RewardFunction(lambda _prompt, response: SCORES[response[0]]))
-    return Learner(models=models, config=config.ppo, distribution=SamplingDistribution())
+    return Learner(models=models, rewards=rewards_of(models), config=config.ppo, distribution=SamplingDistribution())
 
 
 def experience_of(learner: Learner, completions: list[Completion] | None = None, *, kl_coef: float = 0.2) -> Experience:
@@ -157,7 +158,8 @@ def test_an_update_on_nothing_changes_nothing(tiny_model: Path, reward_model: Pa
     learner = learner_of(
         tiny_model, reward_model, **options_of("rloo", drop_equal_groups=True, kl_in="loss", kl_estimator="k2")
     )
-    learner = replace(learner, models=replace(learner.models, scorer=RewardFunction(lambda *_: 1.0)))
+    same = replace(learner.models, scorer=RewardFunction(lambda *_: 1.0))
+    learner = replace(learner, rewards=rewards_of(same))
     engine = Recorder(learner.models.actor)
     row = update(replace(learner, engines={"actor": engine}), experience_of(learner), seed=0, iteration=1)
     assert not any(g.any() for g in engine.gradients)

@@ -13,8 +13,8 @@ from components.rlhf.data.batching import collate
 from components.rlhf.data.records import Completion
 from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.models.actor import SamplingDistribution
-from components.rlhf.text.errors import InputError
-from tests.support.ppo_runs import RewardFunction, completion, config_of, load
+from components.rlhf.text.errors import NonFiniteError
+from tests.support.ppo_runs import RewardFunction, completion, config_of, load, rewards_of
 
 DISTRIBUTION = SamplingDistribution(temperature=0.8, min_new_tokens=1, stop_ids=(0,))
 COMPLETIONS = [
@@ -40,7 +40,7 @@ def experience_of(
     models: Models, completions: list[Completion] | None = None, *, kl_coef: float = 0.1, **ppo: Any
 ) -> Experience:
     settings = config_of(**ppo).ppo
-    learner = Learner(models=models, config=settings, distribution=DISTRIBUTION)
+    learner = Learner(models=models, rewards=rewards_of(models), config=settings, distribution=DISTRIBUTION)
     return make_experience(learner, completions or COMPLETIONS, kl_coef=kl_coef)
 
 
@@ -231,12 +231,12 @@ def test_non_finite_score_names_its_prompt(tiny_model: Path, reward_model: Path)
     models = replace(models, scorer=RewardFunction(lambda _prompt, response: math.nan if len(response) == 4 else 1.0))
     unnamed = [*COMPLETIONS[:3], completion([40, 41], [20, 21, 22, 23], prompt="what they asked")]
     with pytest.raises(
-        InputError, match="scored the response 'a response' to prompt 'what they asked' as nan"
+        NonFiniteError, match="scored the response 'a response' to prompt 'what they asked' as nan"
     ) as error:
         experience_of(models, unnamed)
     assert "(1 of 4 scores are not finite)" in str(error.value)
     named = replace(unnamed[3], prompt=replace(unnamed[3].prompt, id="prompt-17"))
-    with pytest.raises(InputError, match="to prompt 'prompt-17'"):
+    with pytest.raises(NonFiniteError, match="to prompt 'prompt-17'"):
         experience_of(models, [*unnamed[:3], named])
 
 
@@ -251,6 +251,7 @@ def by_hand() -> Experience:
         engine_logprobs=torch.tensor([[-1.0, -2.5, -3.0], [-0.25, 9.0, 9.0]]),
         old_values=torch.where(mask, torch.tensor([[1.0, 2.0, 3.0], [4.0, 99.0, 99.0]]), 0),
         scores=torch.tensor([3.0, -1.0]),
+        reward_parts={"reward_model": torch.tensor([3.0, -1.0])},
         rewards=torch.tensor([3.0, -1.0]),
         kl=torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.0, 0.0]]),
         entropy=torch.tensor([[1.0, 1.0, 2.0], [4.0, 0.0, 0.0]]),
@@ -274,6 +275,7 @@ def test_rollout_metrics_of_a_hand_computed_example() -> None:
         "score/mean": 1.0,
         "score/std": 2.0,
         "score/mean_ended": -1.0,
+        "reward/mean": 1.0,
         "score/clipped_fraction": 0.5,
         "kl/sequence": 0.5,
         "kl/token": 0.25,
@@ -288,6 +290,30 @@ def test_rollout_metrics_of_a_hand_computed_example() -> None:
         "tokens/computed_per_real": 8 / 6,  # two rows of 4 and 2 tokens in one pass
     }
     assert rollout_metrics(by_hand()) == pytest.approx(expected)
+
+
+def test_rows_that_do_not_count_change_no_mean() -> None:
+    first = rollout_metrics(by_hand(), counted=torch.tensor([True, False]))
+    expected = {
+        "score/mean": 3.0,
+        "score/std": 0.0,
+        "score/mean_ended": 0.0,
+        "reward/mean": 3.0,
+        "score/clipped_fraction": 1.0,
+        "kl/sequence": 0.6,
+        "kl/token": 0.2,
+        "entropy": 4 / 3,
+        "response/length": 3.0,
+        "response/eos_rate": 0.0,
+        "response/left_out": 0.0,
+        "value/mean": 2.0,
+        "value/explained_variance": 1.0,
+        "engine_gap/mean": 0.5 / 3,
+        "engine_gap/max": 0.5,
+        "tokens/computed_per_real": 8 / 6,
+    }
+    assert first == pytest.approx(expected, abs=1e-6)
+    assert rollout_metrics(by_hand(), counted=torch.tensor([False, True]))["engine_gap/max"] == 0.25
 
 
 def test_rollout_metrics_are_finite_when_no_response_ended_and_returns_are_constant() -> None:

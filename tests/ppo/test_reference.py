@@ -18,7 +18,7 @@ from components.rlhf.engine.factory import create_engine
 from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.rollout.hf import HfRolloutEngine
-from tests.support.ppo_runs import completion, config_of, make_reward_model
+from tests.support.ppo_runs import completion, config_of, make_reward_model, rewards_of
 from tests.support.tiny_model import make_tiny_model
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -73,7 +73,7 @@ def test_kl_is_exactly_0_before_the_first_update(
 ) -> None:
     config, models, _ = load_with_engines(folder, training, dtype, **VARIANTS[variant])
     distribution = SamplingDistribution(temperature=0.7, min_new_tokens=1, stop_ids=(0,))
-    learner = Learner(models=models, config=config.ppo, distribution=distribution)
+    learner = Learner(models=models, rewards=rewards_of(models), config=config.ppo, distribution=distribution)
     experience = make_experience(learner, COMPLETIONS, kl_coef=0.1)
     assert torch.equal(experience.old_logprobs, experience.ref_logprobs)
     assert torch.equal(experience.kl, torch.zeros(3, 9))

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from components.ppo import trainer as trainer_module
 from components.ppo.curves import PANELS
 from components.ppo.metrics import final_metrics
 from components.ppo.trainer import PpoTrainer, local_rows, share_rollout
+from components.rlhf.checkpoints.manager import CheckpointManager
+from components.rlhf.data import batching
 from components.rlhf.data.records import Prompt
 from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.engine.group import SingleProcess
@@ -33,7 +34,7 @@ from tests.support.ppo_runs import (
     weights,
     without_times,
 )
-from tests.support.training import checkpoints_every_step, context_of
+from tests.support.training import checkpoints_every_step
 
 
 def number_of(value: float) -> Any:
@@ -119,7 +120,7 @@ def test_samples_per_prompt_are_consecutive_rows(
 
 
 def test_same_seed_gives_the_same_run(tiny_model: Path, reward_model: Path) -> None:
-    runs = [trainer_of(config_of(eval_every=2), tiny_model, reward_model) for _ in range(2)]
+    runs = [trainer_of(config_of(eval_every=2, keep="last"), tiny_model, reward_model) for _ in range(2)]
     torch.manual_seed(1)
     first = runs[0].train(PROMPTS, VALIDATION)
     torch.manual_seed(2)  # torch's global generator has no effect
@@ -190,9 +191,12 @@ def test_fixed_kl_coef_does_not_change(tiny_model: Path, reward_model: Path) -> 
     assert [row["kl/coef"] for row in history] == [0.3, 0.3]
 
 
+@pytest.mark.parametrize("per", ["sequence", "token"])
 @pytest.mark.parametrize("target", [1e-4, 1e4])
-def test_adaptive_kl_coef_moves_towards_its_target(tiny_model: Path, reward_model: Path, target: float) -> None:
-    stage = config_of(kl_coef=0.3, kl_target=target, kl_horizon=16.0, num_iterations=3)
+def test_adaptive_kl_coef_moves_towards_its_target(
+    tiny_model: Path, reward_model: Path, target: float, per: str
+) -> None:
+    stage = config_of(kl_coef=0.3, kl_target=target, kl_target_per=per, kl_horizon=16.0, num_iterations=3)
     trainer = trainer_of(stage, tiny_model, reward_model)
     history = trainer.train(PROMPTS, [])
     coefficients = [*(row["kl/coef"] for row in history), trainer.kl_coef]
@@ -200,16 +204,38 @@ def test_adaptive_kl_coef_moves_towards_its_target(tiny_model: Path, reward_mode
     # The first rollout has a KL of exactly 0: down by a fifth times 8 samples of a horizon of 16.
     assert coefficients[1] == pytest.approx(0.3 * (1 - 0.2 * 8 / 16))
     for (before, after), row in zip(itertools.pairwise(coefficients), history, strict=True):
-        expected = adapt_kl_coef(before, row["kl/sequence"], target=target, horizon=16.0, num_samples=8)
+        expected = adapt_kl_coef(before, row[f"kl/{per}"], target=target, horizon=16.0, num_samples=8)
         assert after == expected
     up = coefficients[3] > coefficients[2]
-    assert up == (history[2]["kl/sequence"] > target)
+    assert up == (history[2][f"kl/{per}"] > target)
 
 
-def evals(tiny_model: Path, reward_model: Path, scores: list[float], **ppo: Any) -> PpoTrainer:
+def test_target_per_token_and_target_per_sequence_of_one_run_differ(tiny_model: Path, reward_model: Path) -> None:
+    """Between the two KLs of the second rollout, the one target is exceeded and the other is not."""
+    options: dict[str, Any] = {"kl_coef": 0.3, "kl_horizon": 16.0, "training": {"learning_rate": 1e-2}}
+    row = trainer_of(config_of(**options), tiny_model, reward_model).train(PROMPTS, [])[1]
+    assert 0 < row["kl/token"] < row["kl/sequence"] / 2
+    target = (row["kl/token"] * row["kl/sequence"]) ** 0.5
+    last = {}
+    for per in ("sequence", "token"):
+        trainer = trainer_of(config_of(kl_target=target, kl_target_per=per, **options), tiny_model, reward_model)
+        trainer.train(PROMPTS, [])
+        last[per] = trainer.kl_coef
+    start = 0.3 * (1 - 0.2 * 8 / 16)  # after the first rollout, whose KL is 0
+    assert last == {"sequence": pytest.approx(start * 1.1), "token": pytest.approx(start * 0.9)}
+
+
+def evals(
+    tiny_model: Path,
+    reward_model: Path,
+    scores: list[float],
+    *,
+    checkpoints: CheckpointManager | None = None,
+    **ppo: Any,
+) -> PpoTrainer:
     """A run whose validation scores are the given ones, one per evaluation."""
     stage = config_of(**({"num_iterations": 9, "eval_every": 1, "patience": 2, "kl_coef": 0.0} | ppo))
-    trainer = trainer_of(stage, tiny_model, reward_model)
+    trainer = trainer_of(stage, tiny_model, reward_model, checkpoints=checkpoints)
     follow(trainer, scores)
     return trainer
 
@@ -236,12 +262,10 @@ def test_run_interrupted_after_convergence_stays_converged(
     tiny_model: Path, reward_model: Path, tmp_path: Path
 ) -> None:
     scores = [0.0, 1.0, 0.5, 0.4, 99.0]
-    first = evals(tiny_model, reward_model, scores)
-    first.checkpoints = checkpoints_every_step(tmp_path, "ppo")
+    first = evals(tiny_model, reward_model, scores, checkpoints=checkpoints_every_step(tmp_path, "ppo"))
     history = first.train(PROMPTS, VALIDATION)  # interrupted before its artifact is written
     assert len(history) == 3
-    again = evals(tiny_model, reward_model, scores[4:])
-    again.checkpoints = checkpoints_every_step(tmp_path, "ppo")
+    again = evals(tiny_model, reward_model, scores[4:], checkpoints=checkpoints_every_step(tmp_path, "ppo"))
     assert again.train(PROMPTS, VALIDATION) == history
     assert largest_gap(weights(again), weights(first)) == 0.0
 
@@ -249,24 +273,6 @@ def test_run_interrupted_after_convergence_stays_converged(
 def test_model_that_never_improves_on_its_start_has_converged(tiny_model: Path, reward_model: Path) -> None:
     trainer = evals(tiny_model, reward_model, [5.0, 1.0, 2.0, 99.0])
     assert len(trainer.train(PROMPTS, VALIDATION)) == 2
-
-
-def test_validation_prompts_that_the_ranks_cannot_share_equally_are_left_out(
-    tiny_model: Path, reward_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Also if that is all of them. The other ranks are not there: this one works as the first of several."""
-    config = config_of(eval_every=1, minibatch=8)
-    used = {}
-    for world_size in (2, 8):
-        group = SingleProcess()
-        group.world_size = world_size
-        models, rollout = load(config, tiny_model, reward_model)
-        trainer = PpoTrainer(config, models, rollout, replace(context_of("ppo"), group=group))
-        history = trainer.train(PROMPTS, VALIDATION)
-        used[world_size] = [sample.prompt.prompt for sample in trainer.validation if sample.iteration == 1]
-        assert all(("validation/objective" in row) == (world_size == 2) for row in history)
-    assert used == {2: [VALIDATION[0].prompt], 8: []}
-    assert "no validation: there are fewer validation prompts than processes (8)" in capsys.readouterr().err
 
 
 def test_validation_objective_is_score_minus_kl_cost(tiny_model: Path, reward_model: Path) -> None:
@@ -324,12 +330,11 @@ def test_no_validation_samples_without_validation(tiny_model: Path, reward_model
 def test_validation_samples_survive_an_interruption(tiny_model: Path, reward_model: Path, tmp_path: Path) -> None:
     whole = trainer_of(config_of(num_iterations=3, eval_every=1), tiny_model, reward_model)
     whole.train(PROMPTS, VALIDATION)
-    first = trainer_of(config_of(num_iterations=3, eval_every=1), tiny_model, reward_model)
-    first.checkpoints = checkpoints_every_step(tmp_path, "ppo")
+    stage = config_of(num_iterations=3, eval_every=1)
+    first = trainer_of(stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path, "ppo"))
     first.ppo = first.ppo.model_copy(update={"num_iterations": 2})
     first.train(PROMPTS, VALIDATION)
-    again = trainer_of(config_of(num_iterations=3, eval_every=1), tiny_model, reward_model)
-    again.checkpoints = checkpoints_every_step(tmp_path, "ppo")
+    again = trainer_of(stage, tiny_model, reward_model, checkpoints=checkpoints_every_step(tmp_path, "ppo"))
     again.train(PROMPTS, VALIDATION)
     assert again.validation == whole.validation
 
@@ -358,6 +363,7 @@ OPTIONS: dict[str, Any] = {
     "num_iterations": 4,
     "num_epochs": 2,
     "eval_every": 2,
+    "keep": "last",
     "kl_target": 0.5,
     "kl_horizon": 16.0,
     "training": {"schedule": "cosine", "warmup_fraction": 0.3},
@@ -381,7 +387,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert without_times(resumed.train(PROMPTS, VALIDATION)) == without_times(expected)
     assert largest_gap(weights(resumed), weights(undisturbed)) == 0.0
     assert resumed.kl_coef == undisturbed.kl_coef
-    assert resumed.best_objective == undisturbed.best_objective
+    assert resumed.keeper.state() == undisturbed.keeper.state()
     assert set(resumed.tracker.rows) == set(range(interrupt_at, 5))
 
 
@@ -523,10 +529,8 @@ def test_order_of_the_prompts_is_computed_once_an_epoch(
     tiny_model: Path, reward_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    plain = trainer_module.epoch_order
-    monkeypatch.setattr(
-        trainer_module, "epoch_order", lambda *args, **at: calls.append(at["epoch"]) or plain(*args, **at)
-    )
+    plain = batching.epoch_order
+    monkeypatch.setattr(batching, "epoch_order", lambda *args, **at: calls.append(at["epoch"]) or plain(*args, **at))
     trainer = trainer_of(config_of(rollout={"num_prompts": 12}), tiny_model, reward_model)
     ids = [[p.id for p in trainer._prompts_of(iteration, PROMPTS)] for iteration in (1, 2)]
     assert calls == [0, 1, 2, 2, 3, 4]  # 5 prompts: positions 0 to 11 and 12 to 23

@@ -20,6 +20,7 @@ from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.models.loading import load_scalar_lm
 from components.rlhf.models.saving import save_model
 from components.rlhf.rewards.protocol import ComputedStates
+from components.rlhf.rewards.rewards import Rewards
 from components.rlhf.rollout.hf import HfRolloutEngine
 from tests.support.training import NEVER, context_of
 
@@ -37,6 +38,12 @@ class RewardFunction:
 
     def score(self, completions: Sequence[Completion], computed: ComputedStates | None = None) -> Tensor:
         return torch.tensor([self.function(c.prompt_ids, c.response_ids) for c in completions])
+
+
+def rewards_of(models: Models) -> Rewards:
+    """The scorer of the models as the only reward."""
+    assert models.scorer is not None
+    return Rewards(scorers={"reward_model": models.scorer}, weights={"reward_model": 1.0})
 
 
 def share_of_low_ids(prompt_ids: list[int], response_ids: list[int]) -> float:
@@ -87,8 +94,9 @@ def trainer_of(
     models, rollout = load(config, sft, reward_model)
     if reward is not None:
         models = replace(models, scorer=RewardFunction(reward))
+    rewards = rewards_of(models)
     context = context_of("ppo", checkpoints=checkpoints, interrupt_at=interrupt_at)
-    return PpoTrainer(config, models, rollout, context)
+    return PpoTrainer(config, models, rewards, rollout, context)
 
 
 def weights(trainer: PpoTrainer) -> dict[str, Tensor]:

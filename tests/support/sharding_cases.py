@@ -43,7 +43,7 @@ from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import enable_gradient_checkpointing
 from components.rlhf.models.loading import load_causal_lm
 from tests.support.engine_cases import BF16, FP32, Numbers, placed, training_of, whole_weights
-from tests.support.ppo_runs import completion, config_of, make_reward_model
+from tests.support.ppo_runs import completion, config_of, make_reward_model, rewards_of
 from tests.support.reward_model_runs import PAIRS
 from tests.support.reward_model_runs import config_of as reward_config_of
 from tests.support.tiny_model import make_tiny_tokenizer
@@ -262,6 +262,7 @@ def ppo_steps(
         require_shards(frozen, is_sharded=shards_weights(config.ppo.training))
     learner = Learner(
         models=models,
+        rewards=rewards_of(models),
         config=config.ppo,
         distribution=SamplingDistribution(temperature=0.7, min_new_tokens=1, stop_ids=(0,)),
         group=group,

@@ -2,12 +2,15 @@
 
 import base64
 import binascii
+import hashlib
 import io
 import os
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from components.rlhf.artifacts.manifest import list_files, sha256_of
 from components.rlhf.text.errors import InputError
 
 MAX_BYTES = 64 * 2**20  # of all files; code is smaller, data and models belong elsewhere
@@ -57,6 +60,30 @@ def _require_plain(path: Path) -> None:
         raise InputError(f"{path} is a pickle, which can run anything when it is read; save its content as JSON.")
     if path.suffix.lower() in KEYS:
         raise InputError(f"{path} looks like a key, and would be copied with the code; move it out of the folder.")
+
+
+def digest_of_code(folder: Path) -> str:
+    """SHA-256 of the names and contents of the files of a folder of code."""
+    return _digest_of(code_files(folder))
+
+
+def _digest_of(files: Mapping[str, Path]) -> str:
+    lines = "".join(f"{sha256_of(path)}  {name}\n" for name, path in files.items())
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def open_code(folder: Path | None, digest: str) -> Path | None:
+    """The folder of an artifact of code, as it is given.
+
+    Raises InputError if it has another digest than the settings of the run: whoever can write to the store of artifacts could put other
+    code into it. Without a digest, which code in S3 does not have, any is taken.
+    """
+    if folder is not None and digest and _digest_of(list_files(folder)) != digest:
+        raise InputError(
+            f"{folder} is not the code of this run (its digest is not code.digest of the settings); do not trust this artifact, or "
+            "import the code again."
+        )
+    return folder
 
 
 def pack_code(folder: Path) -> str:

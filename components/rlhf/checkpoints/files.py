@@ -28,7 +28,8 @@ from components.rlhf.text.strict_json import NotJsonError, parse_json, parse_jso
 
 COMPLETE, MANIFEST, STATE = ".complete", "manifest.json", "state.json"
 LIMIT = 256 * 2**20  # bytes of a manifest or a state; the history of a long run takes some MiB
-STEP = re.compile(r"step-(\d{8})-[0-9a-f]{8}")
+STEP = re.compile(r"step-\d{8}-[0-9a-f]{8}")  # a checkpoint
+NAME = re.compile(r"([a-z]+)-\d{8}-[0-9a-f]{8}")  # a checkpoint, or a kept state, such as best-00000012-4f1c09ab
 FILE = re.compile(r"[a-z_]+/engine-\d{5}\.safetensors|state\.json")
 OURS = re.compile(r"manifest\.json|\.complete|shards-\d{5}\.json")  # files that the manifest does not list
 WAIT_SECONDS = 600.0  # that rank 0 waits for the shards of the other ranks
@@ -73,8 +74,16 @@ def write_checkpoint(store: Store, folder: str, shards: Shards, state: str) -> N
 
 def list_checkpoints(store: Store, key: str) -> list[str]:
     """Folders of all checkpoints under a key, complete or not, latest first."""
-    names = {path.removeprefix(f"{key}/").split("/")[0] for path in store.list(key)}
-    return [f"{key}/{name}" for name in sorted(names, reverse=True) if STEP.fullmatch(name)]
+    return [f"{key}/{name}" for name in reversed(_names(store, key)) if STEP.fullmatch(name)]
+
+
+def list_kept(store: Store, key: str) -> list[str]:
+    """Names of the folders of all kept states under a key, complete or not."""
+    return [name for name in _names(store, key) if NAME.fullmatch(name) and not STEP.fullmatch(name)]
+
+
+def _names(store: Store, key: str) -> list[str]:
+    return sorted({path.removeprefix(f"{key}/").split("/")[0] for path in store.list(key)})
 
 
 def is_complete(store: Store, folder: str) -> bool:
@@ -87,8 +96,8 @@ def find_latest(store: Store, key: str) -> str | None:
 
 
 def step_of(folder: str) -> int:
-    """The step of a checkpoint, from the name of its folder."""
-    return int(folder.rpartition("/step-")[2].partition("-")[0])
+    """The step of a checkpoint or a kept state, from the name of its folder."""
+    return int(folder.rpartition("/")[2].split("-")[1])
 
 
 def fetch_checkpoint(store: Store, folder: str, into: Path) -> tuple[Path, dict[str, Any]]:

@@ -7,7 +7,7 @@ from components.rlhf.artifacts.manifest import Manifest
 from components.rlhf.artifacts.revision import code_revision
 from components.rlhf.config.base import BaseConfig
 
-STATE_FORMAT = 2  # raised when the state in a checkpoint gets other keys, which the package version may not show
+STATE_FORMAT = 3  # raised when the state in a checkpoint gets other keys, which the package version may not show
 
 
 def checkpoint_key(stage: str, config: BaseConfig, *inputs: Manifest) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import sys
 import tempfile
 import threading
@@ -11,16 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from safetensors import SafetensorError
-
 from components.rlhf.checkpoints import files
+from components.rlhf.checkpoints.kept import KEY, KeptStates, slot_of
 from components.rlhf.checkpoints.lease import Lease
+from components.rlhf.checkpoints.loading import load_folder, shared_folder
 from components.rlhf.checkpoints.spend import Ledger
 from components.rlhf.checkpoints.stop_signal import StopSignal
 from components.rlhf.config.storage import CheckpointConfig
-from components.rlhf.engine.group import SINGLE_PROCESS, local_rank, node_rank
-from components.rlhf.engine.protocol import Group, TrainEngine
-from components.rlhf.storage.store import Store
+from components.rlhf.engine.group import SINGLE_PROCESS, node_rank
+from components.rlhf.engine.protocol import Group, Saved
+from components.rlhf.storage.store import FolderStore, Store
 from components.rlhf.text.errors import InputError, NonFiniteError
 
 MAX_FAILURES = 3  # in a row, after which training ends
@@ -56,6 +57,8 @@ class CheckpointManager:
         self._failures = 0
         self._writer: threading.Thread | None = None
         self._outcome: str | Exception = ""
+        self._kept = KeptStates()
+        self._temporary: FolderStore | None = None  # of kept states, in a run without a store
 
     @property
     def latest(self) -> str | None:
@@ -77,7 +80,7 @@ class CheckpointManager:
         self._stopping, self._over_budget = decision >= 2, decision == 3
         return decision > 0
 
-    def save(self, step: int, engines: Mapping[str, TrainEngine], state: Mapping[str, Any]) -> None:
+    def save(self, step: int, engines: Mapping[str, Saved], state: Mapping[str, Any]) -> None:
         """Save every engine and a JSON state under this step. If the stage must end, wait until it is written and exit.
 
         A failed save is logged; raises InputError after MAX_FAILURES in a row, and when the budget is spent.
@@ -85,12 +88,8 @@ class CheckpointManager:
         if self.store is None:
             return
         self.wait()
-        name = self.group.gather([f"step-{step:08d}-{uuid.uuid4().hex[:8]}"])[0]
-        tensors = {engine_name: engine.snapshot() for engine_name, engine in engines.items()}
-        shards = files.Shards(self.group.rank, self.group.world_size, tensors)
-        text = json.dumps({"step": step, **state})
-        self._writer = threading.Thread(target=self._write, args=(name, shards, text), name="checkpoint", daemon=True)
-        self._writer.start()
+        name = self._folder_name("step", step)
+        self._save(name, engines, {"step": step, **self._kept.pin(name), **state})
         self._last = time.monotonic()
         self.num_saves += 1
         if self._stopping:
@@ -102,6 +101,20 @@ class CheckpointManager:
                 self._end_over_budget()
             self.log(f"saved step {step} and exiting on {self.stop.name}; the stage resumes from it when started again")
             sys.exit(self.stop.exit_code)
+
+    def _folder_name(self, name: str, step: int) -> str:
+        return self.group.gather([f"{name}-{step:08d}-{uuid.uuid4().hex[:8]}"])[0]
+
+    def _save(self, name: str, engines: Mapping[str, Saved], state: Mapping[str, Any], *, moments: bool = True) -> None:
+        """Copy the engines' tensors, and write them to a folder of this name in another thread; the one before has ended."""
+        store = self._store_of_kept()
+        snapshots = {
+            key: engine.snapshot() if moments else engine.snapshot(moments=False) for key, engine in engines.items()
+        }
+        shards = files.Shards(self.group.rank, self.group.world_size, snapshots)
+        arguments = (store, name, shards, json.dumps(state))
+        self._writer = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+        self._writer.start()
 
     def require_budget(self) -> None:
         """Raise InputError on every rank if earlier attempts and stages have spent the budget. Every rank calls it."""
@@ -120,7 +133,7 @@ class CheckpointManager:
             message = self.ledger.message(kept)
         raise InputError(self.group.gather([message])[0])
 
-    def restore(self, engines: Mapping[str, TrainEngine]) -> dict[str, Any] | None:
+    def restore(self, engines: Mapping[str, Saved]) -> dict[str, Any] | None:
         """Load the latest checkpoint that verifies into the engines; return its state with its step, or None if there is none.
 
         Takes the lease: raises InputError while another process writes under this key. Checkpoints that do not verify are
@@ -132,39 +145,75 @@ class CheckpointManager:
             self._lease.acquire()
         self.stop.defer()
         with tempfile.TemporaryDirectory(prefix="rlhf-checkpoint-") as own:
-            # All ranks of a machine use the folder of its first one, which downloads; another machine does not have that folder.
-            into = Path(next(path for node, path in self.group.gather([(node_rank(), own)]) if node == node_rank()))
-            found: str | None = None
-            for folder in self.group.gather(
-                files.list_checkpoints(self.store, self.key) if self.group.rank == 0 else []
-            ):
-                # Every rank loads the files; the first rank of each machine downloads and verifies them.
-                problem, local, state = self._fetch(folder, into / folder.rpartition("/")[2])
-                problems = [p for p in self.group.gather([problem]) if p]
-                if not problems:
-                    found = folder
+            into = shared_folder(own, self.group)
+            folders = files.list_checkpoints(self.store, self.key) if self.group.rank == 0 else []
+            for folder in self.group.gather(folders):
+                problem, state = load_folder(self.store, folder, engines, into, self.group)
+                if not problem:
                     break
-                self.log(f"checkpoint {folder.rpartition('/')[2]} is skipped: {problems[0]}")
-            if found is None:
+                self.log(f"checkpoint {folder.rpartition('/')[2]} is skipped: {problem}")
+            else:
                 return None
-            for name, engine in engines.items():
-                self._load(engine, local / name, found)
             self.group.barrier()
-        self._latest = f"{self.store.uri}/{found}"
-        shared: dict[str, Any] = self.group.gather([state])[0]  # of the rank that downloaded it
-        return shared
+        self._latest = f"{self.store.uri}/{folder}"
+        if self.group.rank == 0:
+            self._kept.read(self.store, self.key, state)
+        state.pop(KEY, None)
+        return state
 
-    def _load(self, engine: TrainEngine, directory: Path, folder: str) -> None:
-        """Raises InputError for files that match their manifest but are not a snapshot of this engine."""
-        try:
-            engine.load(directory)
-        except (SafetensorError, FileNotFoundError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and self.group.world_size > 1:
-                raise  # more likely that another rank died
+    def keep(
+        self,
+        name: str,
+        step: int,
+        engines: Mapping[str, Saved],
+        facts: Mapping[str, Any],
+        *,
+        moments: bool = True,
+    ) -> None:
+        """Save engines as the kept state of this name, in place of the one before, which stays if that fails. Every rank calls it.
+
+        Without moments it has only what an export needs. A run without a store keeps it in a temporary folder.
+        """
+        self.wait()  # before another rank can write to the new folder: the writer of rank 0 deletes what it does not know
+        self._save(self._folder_name(name, step), engines, {"step": step, **facts}, moments=moments)
+
+    def kept(self, name: str) -> int | None:
+        """The step of the kept state of this name, once it is written; None if there is none. Every rank calls it."""
+        folder = self._kept_folder(name)
+        return None if folder is None else files.step_of(folder)
+
+    def _kept_folder(self, name: str) -> str | None:
+        self.wait()
+        return self.group.gather([self._kept.folders.get(name)])[0]
+
+    def load_kept(self, name: str, engines: Mapping[str, Saved]) -> dict[str, Any]:
+        """Load a kept state into the engines; return its step and facts. Every rank calls it. Raises InputError if it is damaged."""
+        folder, store = self._kept_folder(name), self._store_of_kept()
+        if folder is None:
             raise InputError(
-                f"checkpoint {folder} verifies, but its {directory.name} cannot be loaded ({str(error)[:200] or type(error).__name__}); "
-                "delete it to use the previous one."
-            ) from error
+                f"{store.uri}/{self.key} has no kept state {name}; delete the folder to start the stage over."
+            )
+        with tempfile.TemporaryDirectory(prefix="rlhf-kept-") as own:
+            into = shared_folder(own, self.group)
+            problem, state = load_folder(store, f"{self.key}/{folder}", engines, into, self.group)
+            self.group.barrier()
+        if problem:
+            raise InputError(f"{store.uri}/{self.key}/{folder}: {problem}; delete {self.key} to start the stage over.")
+        return state
+
+    @property
+    def can_keep(self) -> bool:
+        """Whether states can be kept: there is a store, or all ranks are on one machine. Every rank asks."""
+        return self.store is not None or len(set(self.group.gather([node_rank()]))) == 1
+
+    def _store_of_kept(self) -> Store:
+        """The store, or without one a temporary folder of this machine, the same for all ranks."""
+        if self.store is not None:
+            return self.store
+        if self._temporary is None:
+            own = tempfile.mkdtemp(prefix="rlhf-kept-") if self.group.rank == 0 else ""
+            self._temporary = FolderStore(Path(self.group.gather([own])[0]))
+        return self._temporary
 
     @contextlib.contextmanager
     def named_on_failure(self) -> Iterator[None]:
@@ -188,25 +237,17 @@ class CheckpointManager:
         """Release the lease, so that another attempt need not wait until this process is known to be dead. Idempotent."""
         if self._lease:
             self._lease.release()
+        if self._temporary and self.group.rank == 0:
+            shutil.rmtree(self._temporary.folder, ignore_errors=True)
 
-    def _fetch(self, folder: str, into: Path) -> tuple[str, Path, dict[str, Any]]:
-        """The problem ("" if none), the local folder, and the state (on the rank that downloads)."""
-        assert self.store is not None
-        if local_rank() > 0:
-            return "", files.local_folder(self.store, folder, into), {}
-        try:
-            local, state = files.fetch_checkpoint(self.store, folder, into)
-        except InputError as error:
-            return str(error), into, {}
-        return "", local, state
-
-    def _write(self, name: str, shards: files.Shards, state: str) -> None:
+    def _write(self, store: Store, name: str, shards: files.Shards, state: str) -> None:
         """Runs in the writer thread."""
-        assert self.store is not None
         try:
-            files.write_checkpoint(self.store, f"{self.key}/{name}", shards, state)
+            files.write_checkpoint(store, f"{self.key}/{name}", shards, state)
             if shards.rank == 0:
-                self._prune(newest=name)
+                if slot_of(name) == "step":
+                    self._prune(newest=name)
+                self._kept.delete_unused(store, self.key, written=name)
             self._outcome = name
         except Exception as error:  # a store may raise anything; wait() reports it
             self._outcome = error
@@ -246,5 +287,7 @@ class CheckpointManager:
             self.log(f"a checkpoint could not be written; training continues without it ({reason})")
         else:
             self._failures = 0
-            assert self.store is not None
-            self._latest = f"{self.store.uri}/{self.key}/{self._outcome}"
+            if slot_of(self._outcome) != "step":
+                self._kept.folders[slot_of(self._outcome)] = self._outcome
+            elif self.store is not None:
+                self._latest = f"{self.store.uri}/{self.key}/{self._outcome}"

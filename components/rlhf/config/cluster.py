@@ -167,7 +167,7 @@ class Secrets(BaseConfig):
     webhook: str | None = "rlhf-webhook"
     """Optional Secret with WEBHOOK_URL, for notify."""
     judge: str | None = "rlhf-judge"
-    """Optional Secret with the API keys of endpoint judges, each under the name judge.api_key_variable, such as OPENAI_API_KEY."""
+    """Optional Secret with the keys of judges and rewards that are servers, each under its api_key_variable or token_variable."""
 
 
 class ClusterConfig(BaseConfig):

@@ -1,11 +1,16 @@
 """Settings of the user's own Python code."""
 
-from pydantic import model_validator
+from typing import Annotated
+
+from pydantic import Field, model_validator
 
 from components.rlhf.config.base import BaseConfig
 
 # Of the archive as base64: Linux allows 128 KiB for an argument, and notify gets the archive with all other settings.
 MAX_ARCHIVE_CHARS = 32 * 1024
+
+
+Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 
 
 class CodeConfig(BaseConfig):
@@ -15,6 +20,9 @@ class CodeConfig(BaseConfig):
     """Folder with the modules of your functions, relative to the params file, or s3://BUCKET/PREFIX; null is none."""
     archive: str = ""
     """The folder itself as a ZIP archive in base64. Loading a params file makes it of a small folder, in place of path."""
+
+    digest: Digest = ""
+    """SHA-256 of the folder, which its artifact must have in every stage. Loading a params file computes it of a folder that is here."""
 
     @property
     def is_given(self) -> bool:

@@ -3,6 +3,7 @@
 from pydantic import model_validator
 
 from components.rlhf.config.base import BaseConfig, Fraction, NonNegative, Positive, PositiveInt
+from components.rlhf.config.code import Digest
 from components.rlhf.config.judge import Judges, LinearJudge
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed
 from components.rlhf.config.ppo import EngineConfig, check_engine, ranks_per_engine
@@ -60,6 +61,7 @@ class EvaluationStageConfig(BaseConfig):
     rollout: EngineConfig = EngineConfig()
     gate: GateConfig
     judge: Judges = LinearJudge()
+    code_digest: Digest = ""
     seed: Seed
 
     @property

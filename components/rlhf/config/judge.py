@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from components.rlhf.config.base import BaseConfig, Positive, PositiveInt
+from components.rlhf.config.code import Digest
 from components.rlhf.config.model import ModelConfig, Seed
 from components.rlhf.config.scoring import (
     Command,
@@ -140,6 +141,7 @@ def as_list(judges: Any) -> tuple[Judge, ...]:
 class JudgeStageConfig(BaseConfig):
     model: ModelConfig
     judge: Judges
+    code_digest: Digest = ""
     seed: Seed
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
 """Settings of the base model, and the training and sampling settings that stages share."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -99,13 +99,28 @@ def check_zero3_compatibility(model: ModelConfig, training: TrainingConfig, *, h
         )
 
 
+StopString = Annotated[str, Field(min_length=1)]
+
+
 class SamplingConfig(BaseConfig):
     """How responses are sampled. Log-probs are computed under the same distribution."""
 
+    TEXTS: ClassVar[frozenset[str]] = frozenset({"stop"})
+
     temperature: Positive = 1.0
     """Sampling temperature; the logits are divided by it."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the fewest most probable tokens whose probabilities sum to at least top_p; 1 keeps all."""
+    top_k: Count = 0
+    """Sample from the top_k most probable tokens; 0 keeps all."""
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Sample from tokens whose probability is at least min_p times that of the most probable one; 0 keeps all."""
+    repetition_penalty: Positive = 1.0
+    """Logits of tokens that prompt or response contain are divided by it if positive, else multiplied; above 1 avoids repetition."""
+    stop: Annotated[tuple[StopString, ...], Field(max_length=8)] = ()
+    """Strings, such as "\\n\\n", that end a response; its text ends before them, its tokens include them. At most 8."""
     max_new_tokens: PositiveInt = 64
-    """Maximum length of a response in tokens; a response that reaches it without a stop token counts as truncated."""
+    """Maximum length of a response in tokens; one that reaches it without a stop token or string counts as truncated."""
     min_new_tokens: Count = 0
     """Minimum length of a response in tokens, before which stop tokens are suppressed."""
     batch_size: PositiveInt = 64

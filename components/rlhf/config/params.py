@@ -21,17 +21,19 @@ from components.rlhf.config.judge import (
     check_judges,
 )
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, check_zero3_compatibility
-from components.rlhf.config.ppo import EngineConfig, PpoConfig
+from components.rlhf.config.ppo import EngineConfig, PpoConfig, check_reference
 from components.rlhf.config.prepare_data import DataConfig, SplitWeights
 from components.rlhf.config.reward_model import RewardModelConfig, check_calibration
 from components.rlhf.config.rewards import SECTIONS as REWARDS
-from components.rlhf.config.scoring import RUNS_USER_CODE, VERIFIABLE, column_of
+from components.rlhf.config.rewards import EndpointReward, HttpReward
+from components.rlhf.config.scoring import RUNS_USER_CODE, VERIFIABLE, Endpoint, column_of
 from components.rlhf.config.sft import SftConfig
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
 
 StageConfig = TypeVar("StageConfig", bound=BaseConfig)
 KINDS = JUDGES | REWARDS  # sections by the tag that pydantic puts before their keys
 UNION_TAGS = ("one", "several")  # pydantic puts them between data.prompts and the keys of its source or sources
+JUDGING_STAGES = ("judge", "evaluation")  # the stages that ask judges
 MAX_ERRORS, MAX_VALUE_CHARS = 5, 120  # in one error message
 
 
@@ -64,12 +66,17 @@ class Params(BaseConfig):
         for section in (self.sft, self.reward_model, self.ppo):
             head_only = isinstance(section, PpoConfig) and section.critic.trains == "head"
             check_zero3_compatibility(self.model, section.training, head_only=head_only)
+        check_reference(self.model, self.ppo)
         if self.data.demonstrations is None and self.ppo.ptx_coef:
             raise ValueError(
                 "ppo.ptx_coef mixes in the loss on demonstrations, and there are none; set data.demonstrations"
             )
         if self.data.max_prompt_tokens >= self.data.max_tokens:
             raise ValueError("data.max_prompt_tokens leaves no tokens for a completion; raise data.max_tokens above it")
+        if self.ppo.keep == "best" and not self.data.num_validation_prompts:
+            raise ValueError(
+                "ppo.keep is best, which evaluations on the validation prompts find; set data.num_validation_prompts above 0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -84,6 +91,14 @@ class Params(BaseConfig):
                     f"{key} reads the column {column}, which data.prompts does not keep; add it to data.prompts.keep, or correct "
                     f"{key}.column"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _require_used_reward_model(self) -> "Params":
+        if self.reward_model.use and not self.uses_reward_model:
+            raise ValueError(
+                f"reward_model.use is {self.reward_model.use}, but ppo.rewards has no reward of kind reward_model; add one, or remove use"
+            )
         return self
 
     def _needs_of_preferences(self) -> Iterator[tuple[str, str]]:
@@ -215,6 +230,23 @@ class Params(BaseConfig):
         """The judges behind an API."""
         return tuple(judge for judge in as_list(self.judge) if isinstance(judge, EndpointJudge))
 
+    def asked_by(self, stage: str) -> tuple[EndpointJudge | EndpointReward | HttpReward, ...]:
+        """The judges or rewards that a stage asks over the network."""
+        if stage in JUDGING_STAGES:
+            return self.endpoint_judges
+        rewards = self.ppo.rewards if stage == "ppo" else ()
+        return tuple(reward for reward in rewards if isinstance(reward, EndpointReward | HttpReward))
+
+    @property
+    def all_asked(self) -> tuple[EndpointJudge | EndpointReward | HttpReward, ...]:
+        """All judges and rewards that are asked over the network."""
+        return self.endpoint_judges + self.asked_by("ppo")
+
+    @property
+    def keeps_answers(self) -> bool:
+        """Whether any of them keeps its answers in storage.answers_uri."""
+        return any(isinstance(asked, Endpoint) for asked in self.all_asked)
+
     @property
     def _weights(self) -> SplitWeights:
         """The shares of the roles, without those that nothing in this run is trained on."""
@@ -229,7 +261,9 @@ class Params(BaseConfig):
         """The settings of one stage: only the sections that are fields of its config class."""
         sections: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
         sections["num_evaluation_prompts"] = self.evaluation.num_prompts
+        sections["code_digest"] = self.code.digest
         sections["data"] = self.data.model_copy(update={"weights": self._weights})
+        sections["max_kl"] = self.gate.max_kl if self.ppo.has_kl_limit else None
         # The reward model is calibrated on PPO's distribution, with its engine if there is something to sample.
         calibrates = self.reward_model.num_calibration_samples > 0
         sections |= {

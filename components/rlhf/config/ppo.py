@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from components.rlhf.config.base import BaseConfig, Count, Fraction, NonNegative, Positive, PositiveInt
 from components.rlhf.config.budget import BudgetConfig
+from components.rlhf.config.code import Digest
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, TrainingConfig, check_zero3_compatibility
 from components.rlhf.config.processes import Processes
 from components.rlhf.config.rewards import RewardModelReward, Rewards, check_rewards, uses_reward_model
@@ -105,9 +106,35 @@ class RejectionConfig(BaseConfig):
         return self
 
 
+class ReferenceConfig(BaseConfig):
+    """The reference of the KL penalty: the SFT model, unless it follows the actor."""
+
+    update_every: Count = 0
+    """Iterations after which the reference is moved to the actor; 0 keeps the SFT model."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the old reference in the new one: 0 replaces it by the actor, above 0 it is a moving average (EMA)."""
+
+
 AdvantageEstimator = Literal["gae", "reinforce++", "reinforce++-baseline", "rloo", "group_norm", "dr_grpo", "remax"]
 GROUP_ESTIMATORS = ("reinforce++-baseline", "rloo", "group_norm", "dr_grpo")  # compare the responses to one prompt
 WHITENED_ESTIMATORS = ("gae", "reinforce++", "reinforce++-baseline")
+
+
+class GuardConfig(BaseConfig):
+    """What ends or turns back a run whose policy collapses, before the update on such a rollout."""
+
+    action: Literal["off", "stop", "rollback"] = "off"
+    """stop ends the run with its kept policy; rollback returns to the last good state with half the learning rates."""
+    max_kl: Positive | None = None
+    """Largest KL of a rollout to the SFT model, in nats per sequence; null is gate.max_kl."""
+    min_entropy: Fraction = 0.1
+    """Least entropy of a rollout, as a fraction of that of the first one; 0 disables it."""
+    min_eos_rate: Fraction = 0.5
+    """Least share of responses that end, as a fraction of the first rollout's, if a tenth of those ended; 0 disables it."""
+    keep_every: PositiveInt = 10
+    """Iterations between the states that rollback returns to, on disk like checkpoints."""
+    max_rollbacks: PositiveInt = 3
+    """Number of rollbacks after which the run stops."""
 
 
 class PpoConfig(BaseConfig):
@@ -126,6 +153,7 @@ class PpoConfig(BaseConfig):
     """What responses are rewarded for: one reward or a list, of which the weighted sum is maximized."""
     kl_coef: NonNegative = 0.05
     """Coefficient of the KL penalty in the reward; the initial value if kl_target is set."""
+    reference: ReferenceConfig = ReferenceConfig()
     kl_in: Literal["reward", "loss"] = "reward"
     """Whether the KL penalty is subtracted from the reward of every token, or added to the policy loss (GRPO)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
@@ -133,7 +161,9 @@ class PpoConfig(BaseConfig):
     kl_clamp: Positive | None = None
     """The KL penalty of a token is clamped to +-kl_clamp nats, such as 10; null does not clamp it."""
     kl_target: Positive | None = None
-    """Target of the adaptive KL controller, in nats per sequence; null keeps kl_coef constant."""
+    """Target of the adaptive KL controller, in nats per sequence or token; null keeps kl_coef constant."""
+    kl_target_per: Literal["sequence", "token"] = "sequence"
+    """Whether kl_target is the KL of a sequence (Ziegler et al. 2019), or the mean over its tokens (OpenRLHF, verl)."""
     kl_horizon: Positive = 10000
     """Horizon of the adaptive KL controller, in samples; larger values adapt kl_coef more slowly."""
     normalize_reward: bool = True
@@ -181,7 +211,20 @@ class PpoConfig(BaseConfig):
     eval_every: Count = 0
     """Iterations between evaluations on the validation prompts; 0 disables them."""
     patience: Count = 0
-    """Stop after this many evaluations without improvement of reward minus KL penalty; 0 disables early stopping."""
+    """Stop after this many evaluations without improvement of the validation objective; 0 disables early stopping."""
+    keep: Literal["best", "last"] | None = None
+    """Policy to export: best validation objective within gate.max_kl, or last; null is best with eval_every, otherwise last."""
+    guard: GuardConfig = GuardConfig()
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the exported policy is chosen by the evaluations on the validation prompts."""
+        return self.keep == "best" or (self.keep is None and self.eval_every > 0)
+
+    @property
+    def has_kl_limit(self) -> bool:
+        """Whether gate.max_kl affects the training."""
+        return self.keeps_best or self.guard.action != "off"
 
     @property
     def uses_reward_model(self) -> bool:
@@ -215,6 +258,12 @@ class PpoConfig(BaseConfig):
         )
         if self.patience and not self.eval_every:
             raise ValueError("patience counts evaluations on the validation prompts; set eval_every above 0")
+        if self.keep == "best" and not self.eval_every:
+            raise ValueError("keep is best, which evaluations on the validation prompts find; set eval_every above 0")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError(
+                "kl_target adapts kl_coef by factors, and kl_coef is 0; set it above 0, or kl_target to null"
+            )
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"dual_clip is {self.dual_clip}, but must be above 1")
         if self.clip_range_high is not None and self.clip_range_high < self.clip_range:
@@ -270,6 +319,20 @@ def check_algorithm(ppo: PpoConfig) -> None:
         )
     if ppo.policy_ratio == "cispo" and ppo.dual_clip is not None:
         raise ValueError("dual_clip does nothing with policy_ratio cispo, which clips every ratio; set it to null")
+    if ppo.reference.decay and not ppo.reference.update_every:
+        raise ValueError(
+            "reference.decay is set, but reference.update_every is 0, so the reference never moves; set it above 0"
+        )
+    if ppo.reference.update_every:
+        compared = {"keep": ppo.keeps_best, "patience": ppo.patience > 0, "guard": ppo.guard.action != "off"}
+        for name in (name for name, is_on in compared.items() if is_on):
+            advice = {"keep": "set keep to last", "patience": "set patience to 0", "guard": "set guard.action to off"}[
+                name
+            ]
+            raise ValueError(
+                f"{name} compares policies by their KL to the SFT model, which a reference that moves (reference.update_every) no longer "
+                f"measures; {advice}, or update_every to 0"
+            )
     if ppo.rejection is not None and ppo.old_logprobs == "engine":
         raise ValueError(
             "rejection compares the log-probs of trainer and engine; with old_logprobs engine they are the same, so set it to null"
@@ -278,12 +341,30 @@ def check_algorithm(ppo: PpoConfig) -> None:
         raise ValueError("importance_mode needs bounds; set importance_clip, such as [0.5, 5]")
 
 
+def check_reference(model: ModelConfig, ppo: PpoConfig) -> None:
+    """Raise ValueError for a reference that should move but has no weights of its own in every process."""
+    if not ppo.reference.update_every:
+        return
+    if model.lora is not None:
+        raise ValueError(
+            "ppo.reference.update_every moves the reference, which with model.lora is the actor without its adapters; set it to 0"
+        )
+    if ppo.training.engine == "deepspeed" and ppo.training.zero_stage == 3:
+        raise ValueError(
+            "ppo.reference.update_every needs the whole reference in every process, which zero_stage 3 shards; set it to 0, or "
+            "zero_stage to 2"
+        )
+
+
 class PpoStageConfig(BaseConfig):
     model: ModelConfig
     ppo: PpoConfig
     checkpoint: CheckpointConfig
     budget: BudgetConfig = BudgetConfig()
+    code_digest: Digest = ""
     seed: Seed
+    max_kl: NonNegative | None = None
+    """Largest KL of the exported policy to the SFT model, in nats per sequence (gate.max_kl); null is no limit."""
 
     @property
     def processes(self) -> Processes:
@@ -297,5 +378,6 @@ class PpoStageConfig(BaseConfig):
 
     @model_validator(mode="after")
     def _require_unshared_weights(self) -> "PpoStageConfig":
+        check_reference(self.model, self.ppo)
         check_zero3_compatibility(self.model, self.ppo.training, head_only=self.ppo.critic.trains == "head")
         return self

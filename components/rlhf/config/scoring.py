@@ -184,6 +184,12 @@ class Endpoint(BaseConfig):
         return self
 
 
+def key_variable(section: Any) -> str | None:
+    """The environment variable with the key of a server that a reward or judge asks; None if it needs none."""
+    variable: str | None = getattr(section, "api_key_variable", None) or getattr(section, "token_variable", None)
+    return variable
+
+
 VERIFIABLE = (ExactMatch, Regex, Numeric, JsonSchema, Command)
 RUNS_USER_CODE = (Function, Command)
 

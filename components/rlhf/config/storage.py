@@ -29,7 +29,7 @@ class StorageConfig(BaseConfig):
     publish_uri: str | None = None
     """Folder or s3://BUCKET/PREFIX for trained models, as RUN_ID/STAGE/model; null is nothing here, and URI/models on a cluster."""
     answers_uri: str | None = None
-    """Folder or s3://BUCKET/PREFIX for the answers of endpoint judges; null is ~/.cache/kfp-rlhf, and URI/answers on a cluster."""
+    """Folder or s3://BUCKET/PREFIX for the answers of endpoints; null is ~/.cache/kfp-rlhf, and URI/answers on a cluster."""
     endpoint_url: str | None = None
     """Endpoint of an S3 server other than AWS: http(s)://HOST:PORT."""
     region: str | None = None

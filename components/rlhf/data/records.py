@@ -101,9 +101,9 @@ class Completion:
     prompt: Prompt
     prompt_ids: list[int]
     response_ids: list[int]  # includes the stop token if the model generated one
-    response: str  # decoded text, without special tokens
+    response: str  # decoded text, without special tokens, to the stop string if there is one
     logprobs: Tensor | None  # [T] fp32, from the rollout engine; None for human-written texts
-    truncated: bool  # reached max_new_tokens without a stop token
+    truncated: bool  # reached max_new_tokens without a stop token or a stop string
     weight_version: int = 0  # number of weight syncs of the rollout engine before it sampled this
     baseline: float = 0.0  # reward of the greedy response to the same prompt (ReMax)
 
@@ -119,5 +119,5 @@ class ValidationSample:
     response_ids: list[int]
     response: str
     truncated: bool
-    score: float  # normalized score of the reward model
+    score: float  # weighted sum of the scores of all rewards
     kl: float  # log-ratio to the reference in nats, summed over the response

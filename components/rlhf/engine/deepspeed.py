@@ -89,13 +89,13 @@ class DeepSpeedEngine:
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from whole_weights(self.module)
 
-    def snapshot(self) -> dict[str, Tensor]:
+    def snapshot(self, *, moments: bool = True) -> dict[str, Tensor]:
         """Trained weights in fp32 and the optimizer's moments, of whole parameters: of each rank at most its share and one parameter."""
         tensors = {"steps_done": torch.tensor(self.steps_done)}
         sizes = {name: _whole_size(parameter) for name, parameter in self.parameters.items()}
         owners = split_evenly(sizes, self.group.world_size)
         for name, parameter in self.parameters.items():
-            for key in ("weight", *MOMENTS):
+            for key in ("weight", *MOMENTS) if moments else ("weight",):
                 value = self._read(parameter, key)
                 if owners[name] == self.group.rank:
                     tensors[f"{key}/{name}"] = value.to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -105,14 +105,22 @@ class DeepSpeedEngine:
         files: list[Any] = [safe_open(path, framework="pt") for path in sorted(directory.glob("engine*.safetensors"))]
         where = {key: file for file in files for key in file.keys()}  # noqa: SIM118
         self.steps_done = int(where.pop("steps_done").get_tensor("steps_done"))
-        if set(where) != {f"{key}/{name}" for key in ("weight", *MOMENTS) for name in self.parameters}:
+        weights, moments = (
+            {f"{key}/{name}" for key in keys for name in self.parameters} for keys in (("weight",), MOMENTS)
+        )
+        if set(where) not in (weights, weights | moments):
             raise InputError(
                 f"{directory} holds a different set of trained weights; delete the checkpoint or restore the settings."
             )
         for name, parameter in self.parameters.items():
-            for key in ("weight", *MOMENTS):
-                self._write(parameter, key, where[f"{key}/{name}"].get_tensor(f"{key}/{name}"))
-        self._set_adam_step(self.steps_done)
+            weight = where[f"weight/{name}"].get_tensor(f"weight/{name}")
+            self._write(parameter, "weight", weight)
+            for key in MOMENTS:
+                found = where.get(f"{key}/{name}")
+                self._write(
+                    parameter, key, found.get_tensor(f"{key}/{name}") if found is not None else torch.zeros_like(weight)
+                )
+        self._set_adam_step(self.steps_done if moments <= set(where) else 0)
 
     def _read(self, parameter: nn.Parameter, key: str) -> Tensor:
         """The whole fp32 weight or moment, on every rank."""

@@ -16,10 +16,30 @@ class StepInfo:
     learning_rate: float  # of this step
 
 
-class TrainEngine(Protocol):
+class Saved(Protocol):
+    """What a checkpoint has of one part of the training."""
+
+    def snapshot(self, *, moments: bool = True) -> dict[str, Tensor]:
+        """This rank's share of the training state (weights, moments, steps done), as copies in main memory.
+
+        Every rank calls it; it is empty if other ranks hold everything. The learning rate follows from the steps done and the peak,
+        which is not part of it. Without moments it has what an export needs.
+        """
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Load the snapshots of all ranks from `engine-RANK.safetensors`; the number of ranks may differ.
+
+        Moments that they do not have start at zero, as at the first step.
+        """
+        ...
+
+
+class TrainEngine(Saved, Protocol):
     """Owns one trained module and its optimizer. Losses are already divided by their denominator."""
 
     module: nn.Module
+    peak: float  # learning rate that the schedule reaches after its warm-up; may be changed between steps
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of one microbatch; last marks the final one of an optimizer step."""
@@ -29,17 +49,6 @@ class TrainEngine(Protocol):
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight, whole, by name. Every rank calls it, in the same order."""
-        ...
-
-    def snapshot(self) -> dict[str, Tensor]:
-        """This rank's share of the training state (weights, moments, steps done), as copies in main memory.
-
-        Every rank calls it; it is empty if other ranks hold everything. The learning rate follows from the steps done.
-        """
-        ...
-
-    def load(self, directory: Path) -> None:
-        """Load the snapshots of all ranks from `engine-RANK.safetensors`; the number of ranks may differ."""
         ...
 
 

@@ -77,12 +77,12 @@ class TorchEngine:
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, parameter.detach()) for name, parameter in self.module.named_parameters())
 
-    def snapshot(self) -> dict[str, Tensor]:
+    def snapshot(self, *, moments: bool = True) -> dict[str, Tensor]:
         """Trained weights and the optimizer's moments; all ranks hold the same, so rank 0 has all of it."""
         if self.group.rank > 0:
             return {}
         tensors = {f"weight/{name}": _copy_to_cpu(p) for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
+        for name, p in self.parameters.items() if moments else ():
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"{key}/{name}"] = _copy_to_cpu(value)
         tensors["steps_done"] = torch.tensor(self.steps_done)
@@ -99,6 +99,7 @@ class TorchEngine:
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(tensors.pop(f"weight/{name}"))
+        self.optimizer.state.clear()  # a snapshot before the first step has none
         for key, value in tensors.items():
             moment, name = key.split("/", 1)
             parameter = self.parameters[name]

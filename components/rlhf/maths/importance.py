@@ -5,7 +5,7 @@ before any update, so neither weights nor masks carry a gradient. All tensors ar
 """
 
 import math
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -87,6 +87,8 @@ def rejection_mask(
 
     Equal to verl b178a3cd rollout_corr_helper.py `compute_rollout_rejection_mask`; several statistics are combined with &.
     """
+    if statistic not in get_args(RejectionStatistic):
+        raise ValueError(f"unknown rejection statistic {statistic!r}")
     level, estimator = statistic.rsplit("_", 1)
     least, most = _rejection_bounds(estimator, low, high)
     gap = torch.where(mask, engine_logprobs - logprobs, 0).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
@@ -98,10 +100,8 @@ def rejection_mask(
             found = divergence.sum(dim=1, keepdim=True)
         case "seq_mean":
             found = divergence.sum(dim=1, keepdim=True) / _counts(mask)
-        case "seq_max" if estimator != "k1":
-            found = divergence.amax(dim=1, keepdim=True)  # padding has 0, the least value of k2 and k3
-        case _:
-            raise ValueError(f"unknown rejection statistic {statistic!r}")
+        case _:  # seq_max, of k2 and k3 only: padding has their least value, 0
+            found = divergence.amax(dim=1, keepdim=True)
     return mask & (found >= least) & (found <= most)
 
 

@@ -51,11 +51,29 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, temperature: float = 1.0) -> Te
     return (logprobs.exp() * gap).sum(-1)
 
 
+def truncated_kl(
+    logits: Tensor, ref_logits: Tensor, kept: Tensor, ref_kept: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Mean log-ratio in nats of a token sampled from the kept ones of softmax(logits / temperature): all [..., V] -> [...].
+
+    The reference gives each token its probability among its own kept ones and that token, as the log-probs of sampled tokens do
+    (truncation.keep_only), so this is the mean of their log-ratio. If both keep the same tokens it is the KL of the renormalized
+    distributions. Otherwise that KL would be infinite, and this is finite, but may be slightly negative, because the reference's
+    probabilities then sum to more than 1.
+    """
+    scaled, ref_scaled = ((x if x.dtype == torch.float64 else x.float()) / temperature for x in (logits, ref_logits))
+    logprobs = torch.log_softmax(scaled.masked_fill(~kept, float("-inf")), dim=-1)
+    ref_left = ref_scaled.masked_fill(~ref_kept, float("-inf"))
+    with_own = ref_scaled - torch.logaddexp(ref_left.logsumexp(dim=-1, keepdim=True), ref_scaled)
+    ref_logprobs = torch.where(ref_kept, torch.log_softmax(ref_left, dim=-1), with_own)
+    return (logprobs.exp() * torch.where(kept, logprobs - ref_logprobs, 0)).sum(-1)
+
+
 def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, num_samples: int) -> float:
     """The next KL coefficient: raised when the KL is above target, lowered when below, by at most 20% x num_samples / horizon.
 
-    kl and target are in nats per SEQUENCE (summed over its response tokens), as in Ziegler et al. 2019, "Fine-Tuning
-    Language Models from Human Preferences", section 2.2; OpenRLHF and verl use a per-token mean instead, so their
+    kl and target are in the same unit: nats per sequence (summed over its response tokens), as in Ziegler et al. 2019, "Fine-Tuning
+    Language Models from Human Preferences", section 2.2, or nats per token (mean over all tokens), as in OpenRLHF and verl, whose
     targets are smaller by a factor of the response length.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from components.rlhf.data.batching import TokenBatch
 from components.rlhf.maths.logprobs import entropy, token_logprobs
+from components.rlhf.maths.truncation import keep_only, kept_tokens, penalize_repetition, seen_tokens
 from components.rlhf.models.layers import apply_head, freeze_lower_layers
 from components.rlhf.models.lora import adapters_enabled, merged_weights, separate_weights
 from components.rlhf.models.packing import pack_limit, run_rows
@@ -25,11 +26,23 @@ MAX_LOGITS_ON_GPU = 2**26
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDistribution:
-    """The distribution that tokens are sampled from: logits / temperature, without stop tokens before min_new_tokens."""
+    """The distribution that tokens are sampled from, in rollout, reference and update alike.
+
+    Logits without stop tokens before min_new_tokens, after the repetition penalty, divided by the temperature; of their softmax
+    min_p, top_k and top_p keep some tokens (maths/truncation.py), whose probabilities are renormalized.
+    """
 
     temperature: float = 1.0
     min_new_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     def mask_early_stops(self, logits: Tensor, steps: Tensor) -> Tensor:
         """logits [N, V] with -inf at stop ids in rows whose step (steps [N], from 0) is below min_new_tokens."""
@@ -38,6 +51,46 @@ class SamplingDistribution:
         stops = torch.tensor(self.stop_ids, device=logits.device)
         early = (steps < self.min_new_tokens)[:, None]
         return logits.index_copy(1, stops, logits[:, stops].masked_fill(early, float("-inf")))
+
+    def penalize(self, logits: Tensor, seen: Tensor) -> Tensor:
+        """logits [N, V] after the repetition penalty on the tokens of seen [N, V] bool: those of the prompt and the response so far."""
+        return penalize_repetition(logits, seen, self.repetition_penalty)
+
+    def kept(self, logits: Tensor) -> Tensor:
+        """Whether each token of logits [N, V], before the division by the temperature, can be sampled: [N, V] bool."""
+        with torch.no_grad():
+            return kept_tokens(logits, self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+
+    def truncate(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """logits [N, V] with -inf at the tokens that cannot be sampled. The labels [N] always remain.
+
+        So a token that another model or an older policy sampled has a finite log-prob, also where this one would not keep it.
+        """
+        return keep_only(logits, self.kept(logits), labels) if self.truncates else logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """N response tokens of a batch: the row and the position in its response of each."""
+
+    batch: TokenBatch
+    rows: Tensor  # [N]
+    steps: Tensor  # [N], from 0
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def piece(self, start: int, stop: int) -> "Places":
+        return Places(batch=self.batch, rows=self.rows[start:stop], steps=self.steps[start:stop])
+
+    def adjust(self, logits: Tensor, distribution: SamplingDistribution) -> Tensor:
+        """logits [N, V] of these tokens without early stop tokens and after the repetition penalty."""
+        logits = distribution.mask_early_stops(logits, self.steps)
+        if distribution.repetition_penalty == 1:
+            return logits
+        lengths = self.batch.prompt_lengths[self.rows] + self.steps
+        seen = seen_tokens(self.batch.input_ids[self.rows], lengths, logits.shape[-1])
+        return distribution.penalize(logits, seen)
 
 
 class Actor(nn.Module):
@@ -91,12 +144,12 @@ class Actor(nn.Module):
         """
         mask = batch.response_mask
         with autocast_to(self.dtype, batch.input_ids.device):
-            states_before, steps = self._states_before(batch, states)
-            bounds = self._pieces(len(steps), batch)
+            states_before, places = self._states_before(batch, states)
+            bounds = self._pieces(len(places), batch)
             labels = batch.response_ids[mask]
             with adapters_enabled(self.lm, on=self.with_adapters):
                 pieces = [
-                    self._head(states_before[a:b], labels[a:b], steps[a:b], distribution, with_entropy)
+                    self._head(states_before[a:b], labels[a:b], places.piece(a, b), distribution, with_entropy)
                     for a, b in pairwise(bounds)
                 ]
         zeros = torch.zeros(mask.shape, device=mask.device)
@@ -107,16 +160,17 @@ class Actor(nn.Module):
     def logits(
         self, batch: TokenBatch, distribution: SamplingDistribution, states: Tensor | None = None
     ) -> Iterator[Tensor]:
-        """Logits [n, V] of the response tokens, -inf for masked stop tokens and not divided by the temperature, in pieces.
+        """Logits [n, V] of the response tokens, -inf for masked stop tokens and after the repetition penalty, in pieces.
 
-        Token by token in the order of the rows; models of one vocabulary give pieces of the same sizes.
+        They are neither divided by the temperature nor truncated. Token by token in the order of the rows; models of one vocabulary
+        give pieces of the same sizes.
         """
         with autocast_to(self.dtype, batch.input_ids.device):
-            states_before, steps = self._states_before(batch, states)
-        for a, b in pairwise(self._pieces(len(steps), batch)):
+            states_before, places = self._states_before(batch, states)
+        for a, b in pairwise(self._pieces(len(places), batch)):
             with autocast_to(self.dtype, batch.input_ids.device), adapters_enabled(self.lm, on=self.with_adapters):
                 logits = apply_head(self.lm, states_before[a:b])
-            yield distribution.mask_early_stops(logits, steps[a:b])
+            yield places.piece(a, b).adjust(logits, distribution)
 
     def export_weights(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Stream this module's weights under the names of its model folder, with adapters merged."""
@@ -141,8 +195,8 @@ class Actor(nn.Module):
     def _run(self, batch: TokenBatch, **options: Any) -> Any:
         return run_rows(self.lm, batch.input_ids, batch.lengths, pack_limit=self.pack_limit, **options)
 
-    def _states_before(self, batch: TokenBatch, states: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Hidden states [N, H] before each of the N response tokens of the batch, and the position of each in its response [N]."""
+    def _states_before(self, batch: TokenBatch, states: Tensor | None) -> tuple[Tensor, Places]:
+        """Hidden states [N, H] before each of the N response tokens of the batch, and the place of each."""
         if states is None:
             states = self.trunk(batch)
         with adapters_enabled(self.lm, on=self.with_adapters):
@@ -154,15 +208,16 @@ class Actor(nn.Module):
         hidden, mask = output.last_hidden_state, batch.response_mask
         rows = torch.arange(len(batch), device=hidden.device)[:, None]
         steps = torch.arange(mask.shape[1], device=hidden.device).expand_as(mask)[mask]
-        return hidden[rows, batch.state_positions()][mask], steps
+        places = Places(batch=batch, rows=rows.expand_as(mask)[mask], steps=steps)
+        return hidden[rows, batch.state_positions()][mask], places
 
     def _head(
-        self, hidden: Tensor, labels: Tensor, steps: Tensor, distribution: SamplingDistribution, with_entropy: bool
+        self, hidden: Tensor, labels: Tensor, places: Places, distribution: SamplingDistribution, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of one piece. The logits are recomputed in the backward pass to save memory."""
 
         def head(hidden: Tensor) -> tuple[Tensor, Tensor]:
-            logits = distribution.mask_early_stops(apply_head(self.lm, hidden), steps)
+            logits = distribution.truncate(places.adjust(apply_head(self.lm, hidden), distribution), labels)
             logprobs = token_logprobs(logits, labels, distribution.temperature)
             if not with_entropy:
                 return logprobs, torch.zeros_like(logprobs)

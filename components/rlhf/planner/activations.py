@@ -19,6 +19,8 @@ class Pass:
     lora: LoraConfig | None
     training: TrainingConfig
     numeric: Numeric
+    sampling: SamplingConfig | None = None  # of the answers, if they were sampled: its controls change the logits
+    with_entropy: bool = False  # whether the entropy of each answer token has a gradient
 
     @property
     def is_bf16_throughout(self) -> bool:
@@ -90,20 +92,41 @@ def lost_to_adapters(run: Pass) -> int:
     return once // layers if run.training.gradient_checkpointing else once
 
 
-def logits(shape: ModelShape, answer_tokens: int, numeric: Numeric) -> int:
-    """Bytes of the logits that exist at once: in the head's precision, their log-probs, and a gradient."""
+def logits(
+    shape: ModelShape,
+    answer_tokens: int,
+    numeric: Numeric,
+    sampling: SamplingConfig | None,
+    *,
+    with_entropy: bool = False,
+) -> int:
+    """Bytes of the logits that exist at once: in the head's precision, their log-probs, a gradient, and what sampling controls add.
+
+    An entropy with a gradient has log-probs and a gradient of its own.
+    """
     # On a GPU the logits are converted, divided by the temperature and normalized as a whole, on a CPU a few rows at a time.
-    each = 2 * numeric.width + (12 if numeric.on_gpu else 4)
+    each = 2 * numeric.width + (12 if numeric.on_gpu else 4) + _control_bytes(sampling, numeric.width)
+    each += 8 if with_entropy else 0
     return _num_logits(shape, answer_tokens, numeric) * each
 
 
-def kl_logits(shape: ModelShape, answer_tokens: int, numeric: Numeric, *, masked: bool) -> int:
+def kl_logits(shape: ModelShape, answer_tokens: int, numeric: Numeric, sampling: SamplingConfig) -> int:
     """Bytes of the logits of two models and of their exact KL (maths/kl.py), in which five tensors in fp32 exist at once.
 
-    masked: whether stop tokens are masked, which copies the logits.
+    Masked stop tokens and the controls of sampling copy the logits.
     """
-    each = 2 * numeric.width * (2 if masked else 1) + 5 * 4
+    each = (
+        2 * numeric.width * (2 if sampling.min_new_tokens else 1) + 5 * 4 + 2 * _control_bytes(sampling, numeric.width)
+    )
     return _num_logits(shape, answer_tokens, numeric) * each
+
+
+def _control_bytes(sampling: SamplingConfig | None, width: int) -> int:
+    """Bytes for each logit that sampling controls add: copies in the precision of the logits, and masks."""
+    if sampling is None:
+        return 0
+    truncates = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
+    return (width + 3 if truncates else 0) + (2 * width + 3 if sampling.repetition_penalty != 1 else 0)
 
 
 def _num_logits(shape: ModelShape, answer_tokens: int, numeric: Numeric) -> int:
@@ -132,5 +155,5 @@ def sampling_workspace(
     return {
         "KV cache": cache(shape, rows, length, numeric) * (shape.num_layers + 1) // shape.num_layers,
         "activations": forward_workspace(shape, rows * prompt, numeric),
-        "logits": rows * shape.vocab * (numeric.width + 12),
+        "logits": rows * shape.vocab * (numeric.width + 12 + _control_bytes(sampling, 4)),
     }

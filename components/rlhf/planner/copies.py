@@ -34,6 +34,9 @@ class TrainedCopy:
     gathers: bool = False  # whether the working weights are allocated and freed layer by layer
 
 
+NO_COPY = TrainedCopy(weights=0, cast=0, optimizer=0, gradients=0, buffers=0, working=0, step=0, snapshot=0)
+
+
 def shards_weights(training: TrainingConfig) -> bool:
     return training.engine == "deepspeed" and training.zero_stage == 3
 

@@ -7,54 +7,14 @@ from components.rlhf.config.cluster import bytes_of
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.model import SamplingConfig, TrainingConfig
 from components.rlhf.config.params import Params
-from components.rlhf.config.ppo import EngineConfig
+from components.rlhf.config.ppo import EngineConfig, PpoConfig
+from components.rlhf.config.reward_model import RewardModelConfig
+from components.rlhf.config.rewards import CommandReward, EndpointReward, FunctionReward, HttpReward
 from components.rlhf.planner.activations import cache
 from components.rlhf.planner.copies import Numeric, shards_weights
-from components.rlhf.planner.plan import Shapes, stages_of
+from components.rlhf.planner.plan import Shapes, job_of, machine_of, reward_model_section, stages_of
 from components.rlhf.planner.shape import ModelShape
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """Peaks of one device, and the shares of them that the stages are assumed to reach."""
-
-    name: str
-    flops: float  # per second, in bf16
-    bandwidth: float  # of its memory, in bytes per second
-    links: float  # to the other devices of its node
-    network: float  # to other nodes, its share of the node's
-    training_share: float = 0.40
-    forward_share: float = 0.50
-    bandwidth_share: float = 0.60
-    overhead_seconds: float = 60.0  # of starting a stage, loading and saving
-
-    def sentence(self) -> str:
-        return (
-            f"{self.name}: {self.training_share:.0%} of {self.flops / 1e12:.3g} TFLOP/s in training, {self.forward_share:.0%} in forward "
-            f"passes, {self.bandwidth_share:.0%} of {self.bandwidth / 1e12:.2g} TB/s in generation, {self.links / 1e9:.0f} GB/s "
-            f"between the devices of a node and {self.network / 1e9:.0f} GB/s of each to other nodes, "
-            f"{self.overhead_seconds:.0f} s to start"
-        )
-
-
-# Data sheets: dense bf16 without sparsity, by the memory of the device. Links and network: what collective operations reach, assumed.
-SPEEDS = {
-    24: Speed(name="24 GB (L4)", flops=121e12, bandwidth=0.3e12, links=20e9, network=10e9),
-    80: Speed(name="80 GB (H100 SXM)", flops=989e12, bandwidth=3.35e12, links=300e9, network=40e9),
-    141: Speed(name="141 GB (H200)", flops=989e12, bandwidth=4.8e12, links=300e9, network=40e9),
-}
-# Measured on two cores of a server (benchmarks/LOG.md); the bandwidth is that of its memory.
-CPU = Speed(
-    name="CPU, two cores",
-    flops=160e9,
-    bandwidth=15e9,
-    links=5e9,
-    network=1e9,
-    training_share=0.5,
-    forward_share=0.6,
-    bandwidth_share=0.4,
-    overhead_seconds=15,
-)
+from components.rlhf.planner.speeds import Speed, speed_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +27,6 @@ class Seconds:
     @property
     def total(self) -> float:
         return sum(self.parts.values())
-
-
-def speed_of(gpu_memory: int | None, *, on_gpu: bool) -> Speed:
-    """The speed of the smallest known device that has this much memory."""
-    if not on_gpu:
-        return CPU
-    size = (gpu_memory or 80 * 2**30) / 2**30
-    return next((speed for limit, speed in SPEEDS.items() if size <= limit), SPEEDS[141])
 
 
 def seconds_of_run(params: Params, shapes: Shapes, sizes: Mapping[str, int]) -> dict[str, Seconds]:
@@ -99,8 +51,8 @@ def _stage(params: Params, shapes: Shapes, stage: str, speed: Speed, sizes: Mapp
         tokens = steps * params.sft.batch_size * length
         return _trained(start, tokens, shapes.base, params, params.sft.training, speed, steps, pods)
     if stage == "reward_model":
-        section = params.reward_model
-        start["calibration"] = _calibration(params, shapes.base, speed)
+        section = reward_model_section(params)
+        start["calibration"] = _calibration(section, params, shapes.base, speed)
         if section.use:
             return Seconds(parts=start)
         steps = _steps(section.max_steps, section.num_epochs, section.batch_size, sizes.get("preferences", 0))
@@ -215,15 +167,15 @@ def generation_seconds(
     return prefill + rounds * new * max(read / (speed.bandwidth * speed.bandwidth_share), compute)
 
 
-def _calibration(params: Params, shape: ModelShape, speed: Speed) -> float:
+def _calibration(section: RewardModelConfig, params: Params, shape: ModelShape, speed: Speed) -> float:
     """Seconds in which the processes of the reward model stage sample the responses of its calibration."""
     return _sampled(
         shape,
-        params.reward_model.num_calibration_samples,
+        section.num_calibration_samples,
         params,
         params.ppo.rollout,
         params.ppo.rollout.sampling,
-        params.reward_model.training.num_processes,
+        section.training.num_processes,
         speed,
     )
 
@@ -252,33 +204,70 @@ def _sampled(
 
 
 def _ppo(start: dict[str, float], params: Params, shapes: Shapes, speed: Speed, pods: int) -> Seconds:
-    ppo, training, shape = params.ppo, params.ppo.training, shapes.base
+    ppo, processes = params.ppo, params.ppo.training.num_processes
     rollout, sampling = ppo.rollout, ppo.rollout.sampling
-    processes, numeric = training.num_processes, Numeric(bf16=params.model.precision != "fp32", on_gpu=False)
     sequences = rollout.num_prompts * rollout.samples_per_prompt
-    prompt, new = params.data.max_prompt_tokens, sampling.max_new_tokens
-    tokens = sequences * (prompt + new)
-    generate = _sampled(shape, sequences, params, rollout, sampling, processes, speed)
-    passes = (1 if ppo.old_logprobs == "engine" else 2) * shape.active + shapes.reward_model.active * 2
-    frozen = params.model.num_frozen_layers
-    passes -= 3 * sum(shape.layers[:frozen])  # once for all models
-    traffic = Traffic(shape=shape, params=params, training=training, speed=speed, pods=pods)
+    greedy = rollout.num_prompts if ppo.advantage == "remax" else 0  # a second call of the engine
+    length = params.data.max_prompt_tokens + sampling.max_new_tokens
     steps = ppo.num_epochs * -(-sequences // ppo.minibatch)
-    score = 2 * passes * tokens / (speed.flops * speed.forward_share) / processes
-    score = max(score, 4 * traffic.forward_seconds(tokens, steps))
-    update = training_flops(shape, tokens, params, training)
-    if frozen:
-        update -= tokens * 2 * sum(shape.layers[:frozen])
-    update = ppo.num_epochs * update / (speed.flops * speed.training_share) / processes
-    update = max(update, traffic.update_seconds(ppo.num_epochs * tokens, steps))
-    update *= 2 if ppo.critic.trains == "layers" else 1
-    sync = traffic.sync_seconds() + shape.total * numeric.width / 20e9 * (rollout.engine == "vllm")
-    each = {"generate": generate, "score": score, "update": update, "sync": sync}
+    critic = critic_of(params, shapes)
+
+    def traffic(shape: ModelShape) -> Traffic:
+        return Traffic(shape=shape, params=params, training=ppo.training, speed=speed, pods=pods)
+
+    def update(shape: ModelShape, tokens: int) -> float:
+        flops = training_flops(shape, tokens, params, ppo.training)
+        flops -= tokens * 2 * sum(shape.layers[: params.model.num_frozen_layers])  # computed once, before the epochs
+        compute = flops / (speed.flops * speed.training_share) / processes
+        return max(compute, traffic(shape).update_seconds(tokens, steps))
+
+    generate = sum(
+        _sampled(shapes.base, count, params, rollout, sampling, processes, speed) for count in (sequences, greedy)
+    )
+    passes, num_models = scoring_passes(params, shapes, critic)
+    flops = 2 * passes * sequences * length
+    flops += 2 * (shapes.reward_model.active if shapes.reward_model else 0) * greedy * length
+    score = flops / (speed.flops * speed.forward_share) / processes
+    score = max(score, num_models * traffic(shapes.base).forward_seconds(sequences * length, steps))
+    demonstrations = steps * ppo.minibatch * params.data.max_tokens if ppo.ptx_coef else 0
+    actor = update(shapes.base, ppo.num_epochs * sequences * length + demonstrations)
+    both = actor * (1 - ppo.critic.warmup_iterations / ppo.num_iterations)
+    if critic is not None and ppo.critic.trains == "layers":
+        both += update(critic, ppo.num_epochs * sequences * length)
+    width = 4 if params.model.precision == "fp32" else 2
+    sync = traffic(shapes.base).sync_seconds() + shapes.base.total * width / 20e9 * (rollout.engine == "vllm")
+    each = {"generate": generate, "score": score, "update": both, "sync": sync}
     validation = ppo.num_iterations // ppo.eval_every if ppo.eval_every else 0
     share = params.data.num_validation_prompts / sequences
     parts = {name: ppo.num_iterations * seconds for name, seconds in each.items()}
     parts["validation"] = validation * share * (generate + score)
-    return Seconds(parts=start | parts)
+    return Seconds(parts=start | parts, note=_uncounted_rewards(ppo))
+
+
+def critic_of(params: Params, shapes: Shapes) -> ModelShape | None:
+    """The shape of PPO's critic, if its estimator of advantages has one."""
+    if params.ppo.advantage != "gae":
+        return None
+    machine = machine_of(params.cluster.profile("ppo"), params.model.precision)
+    return job_of(params, shapes, machine).critic_shape
+
+
+def scoring_passes(params: Params, shapes: Shapes, critic: ModelShape | None) -> tuple[int, int]:
+    """Active parameters of all models that compute the tokens of a rollout, with the frozen layers once; and the number of models."""
+    computing = [shapes.base] * (1 if params.ppo.old_logprobs == "engine" else 2)  # reference, actor
+    computing += [shape for shape in (critic, shapes.reward_model) if shape is not None]
+    frozen = sum(shapes.base.layers[: params.model.num_frozen_layers])
+    return sum(shape.active for shape in computing) - (len(computing) - 1) * frozen, len(computing)
+
+
+def _uncounted_rewards(ppo: PpoConfig) -> str:
+    """A note on rewards whose time is not known before they run."""
+    names = [
+        reward.title
+        for reward in ppo.rewards
+        if isinstance(reward, (FunctionReward, CommandReward, HttpReward, EndpointReward))
+    ]
+    return f"without the time of the rewards {', '.join(names)}, which is not known" if names else ""
 
 
 def _evaluation(start: dict[str, float], params: Params, shapes: Shapes, speed: Speed) -> Seconds:
@@ -287,7 +276,8 @@ def _evaluation(start: dict[str, float], params: Params, shapes: Shapes, speed: 
     sequences = evaluation.num_prompts * evaluation.num_samples
     tokens = sequences * (params.data.max_prompt_tokens + config.sampling.max_new_tokens)
     generate = _sampled(shapes.base, sequences, params, config.rollout, config.sampling, processes, speed)
-    passes = 2 * (2 * shapes.base.active + 2 * shapes.reward_model.active) * tokens
+    scored = shapes.reward_model.active if shapes.reward_model else 0
+    passes = 2 * (2 * shapes.base.active + 2 * scored) * tokens
     return Seconds(
         parts=start | {"generate": 2 * generate, "score": passes / (speed.flops * speed.forward_share) / processes}
     )

@@ -30,13 +30,19 @@ class Job:
     """The models of a run, and the lengths of its texts. Lengths are in tokens."""
 
     shape: ModelShape  # of the base model, the fine-tuned model and the policy
-    reward_shape: ModelShape  # of the reward model
+    reward_shape: ModelShape | None  # of the reward model; None in a run without one
     numeric: Numeric
     prompt_tokens: int  # the longest prompt
     text_tokens: int  # the longest prompt and answer of the data together
     judge_shape: ModelShape | None = None  # of a judge that is a reward model
     gpu_memory: int | None = None  # bytes of one device
     checkpoints: bool = True  # whether checkpoints are saved
+
+    @property
+    def critic_shape(self) -> ModelShape:
+        """Of a critic, which reads the actor's ids: of a reward model with this vocabulary, or else of the fine-tuned model."""
+        reward = self.reward_shape
+        return reward if reward is not None and reward.vocab == self.shape.vocab else self.shape
 
 
 def libraries(job: Job, training: TrainingConfig | None, *, vllm: bool = False, lora: bool = False) -> Phase:

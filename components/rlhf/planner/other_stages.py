@@ -70,8 +70,9 @@ def plan_evaluation(config: EvaluationStageConfig, job: Job) -> StagePlan:
     phases = [
         sampling_alone(job, base, rollout, config.sampling, rows),
         *_kl(config, job, base, training, tokens=max(min(MICROBATCH_TOKENS, rows * length), length)),
-        _scorer("score", job.reward_shape, base, training, length, job),
     ]
+    if job.reward_shape is not None:
+        phases.append(_scorer("score", job.reward_shape, base, training, length, job))
     if job.judge_shape is not None:
         phases.append(_scorer("judge", job.judge_shape, base, training, length, job))
     return StagePlan(
@@ -102,8 +103,8 @@ def _kl(config: EvaluationStageConfig, job: Job, base: Phase, training: Training
         "working weights": 2 * gathered(shape.total, shape.largest, training, job.numeric),
     }
     # Pieces of logits have one size, so that a heap takes the same memory for all of them.
-    answers, masked = tokens * new // (job.prompt_tokens + new), config.sampling.min_new_tokens > 0
-    pieces = {"logits": kl_logits(shape, answers, job.numeric, masked=masked)}
+    answers = tokens * new // (job.prompt_tokens + new)
+    pieces = {"logits": kl_logits(shape, answers, job.numeric, config.sampling)}
     reading = {"a tensor": (2 + job.numeric.width) * shape.largest} | files(job, shape)
     return [
         phase("load", base, device={"both models": both} | reading),

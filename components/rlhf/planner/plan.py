@@ -7,7 +7,7 @@ from components.rlhf.config.cluster import Profile, bytes_of
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.params import Params
 from components.rlhf.config.ppo import PpoStageConfig
-from components.rlhf.config.reward_model import RewardModelStageConfig
+from components.rlhf.config.reward_model import RewardModelConfig, RewardModelStageConfig
 from components.rlhf.config.sft import SftStageConfig
 from components.rlhf.planner.copies import Numeric
 from components.rlhf.planner.jobs import Job
@@ -26,7 +26,7 @@ class Shapes:
     """The models of a run. Without an imported one, reward model and judge have the shape of the base model."""
 
     base: ModelShape
-    reward_model: ModelShape
+    reward_model: ModelShape | None  # None in a run without one
     judge: ModelShape | None = None  # of a judge of kind reward_model
 
 
@@ -88,7 +88,9 @@ def _plan(params: Params, shapes: Shapes, stage: str, job: Job) -> StagePlan:
     if stage == "sft":
         return plan_sft(params.stage(SftStageConfig), job)
     if stage == "reward_model":
-        return plan_reward_model(params.stage(RewardModelStageConfig), job)
+        own = params.model_copy(update={"reward_model": reward_model_section(params)})
+        job = replace(job, reward_shape=job.reward_shape or job.judge_shape)
+        return plan_reward_model(own.stage(RewardModelStageConfig), job)
     if stage == "judge":
         return plan_judge(params, job)
     if stage == "ppo":
@@ -98,7 +100,15 @@ def _plan(params: Params, shapes: Shapes, stage: str, job: Job) -> StagePlan:
 
 def stages_of(params: Params) -> tuple[str, ...]:
     """The stages that a run has."""
-    return tuple(stage for stage in STAGES if stage != "sft" or params.sft.use is None)
+    return tuple(stage for stage in STAGES if params.runs(stage))
+
+
+def reward_model_section(params: Params) -> RewardModelConfig:
+    """Settings of the stage reward_model: of the reward model that PPO is rewarded by, or in a run without one, of the judge's."""
+    judge = params.reward_model_judge
+    if params.uses_reward_model or judge is None:
+        return params.reward_model
+    return params.reward_model.model_copy(update={"use": judge.use, "num_calibration_samples": 0})
 
 
 def plan_run(params: Params, shapes: Shapes, machine: Machine | None = None) -> dict[str, StagePlan]:

@@ -1,10 +1,10 @@
-"""The plan of the stage ppo: four models, a rollout engine, and the experience of a rollout."""
+"""The plan of the stage ppo: up to four models, a rollout engine, and the experience of a rollout."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.planner.activations import Pass, forward_workspace, logits, sampling_workspace
-from components.rlhf.planner.copies import TrainedCopy, frozen_copy, shards_weights, trained_copy
+from components.rlhf.planner.copies import TrainedCopy
 from components.rlhf.planner.jobs import (
     Job,
     beside,
@@ -17,28 +17,16 @@ from components.rlhf.planner.jobs import (
     vllm_share,
 )
 from components.rlhf.planner.phases import Phase, StagePlan
+from components.rlhf.planner.ppo_models import Copies, ppo_copies
 from components.rlhf.planner.shape import ModelShape
 from components.rlhf.planner.training_stages import (
-    base_bytes,
     export_phase,
     load_peak,
     lost_in_loading,
-    model_copy,
     tokens_of_pass,
     training_phases,
     whole_weights,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Copies:
-    """The models of PPO in one process. Frozen layers are counted once, in the actor, if all models share them."""
-
-    actor: TrainedCopy
-    critic: TrainedCopy
-    reference: int
-    reward_model: int
-    rollout: int  # the copy that transformers samples from; 0 if it is the actor
 
 
 def plan_ppo(config: PpoStageConfig, job: Job) -> StagePlan:
@@ -55,6 +43,7 @@ def plan_ppo(config: PpoStageConfig, job: Job) -> StagePlan:
             "weights": copies.actor.weights + copies.critic.weights,
             "reference": copies.reference,
             "reward model": copies.reward_model,
+            "critic's base": copies.critic_base,
             "rollout copy": copies.rollout,
             "engine": copies.actor.buffers + copies.critic.buffers,
         }
@@ -81,46 +70,6 @@ def plan_ppo(config: PpoStageConfig, job: Job) -> StagePlan:
     )
 
 
-def ppo_copies(config: PpoStageConfig, job: Job) -> Copies:
-    """ppo/models.py: which models have weights of their own, and which share those of another."""
-    training, model, numeric = config.ppo.training, config.model, job.numeric
-    shape, reward = job.shape, job.reward_shape
-    shared = shape.frozen(model.num_frozen_layers)
-    reward_shared = reward.frozen(model.num_frozen_layers) if reward is shape else 0
-    # Adapters of the SFT model are below those of the actor, and those of the reward model above them, below the critic's.
-    actor = model_copy(shape, model, training, job, scalar=False, earlier=1)
-    reward_base = base_bytes(reward, model, job, scalar=True, earlier=2)
-    reward_own = reward.parameters(scalar=True) - reward_shared
-    head_only = config.ppo.critic.trains == "head"
-    if head_only:
-        critic = trained_copy(reward.hidden, 0, reward.hidden, training, numeric)
-    else:
-        critic = model_copy(reward, model, training, job, scalar=True, earlier=2)
-        # Its frozen weights are those of the reward model (with adapters) or of the actor (frozen layers).
-        frozen = reward_base if model.lora else numeric.width * reward_shared
-        critic = critic if shards_weights(training) else replace(critic, weights=critic.weights - frozen)
-    if model.lora:
-        reference, reward_held = 0, reward_base
-    else:
-        reference = _reference(shape.total - shared, shape.embeddings + shape.rest - shape.frozen(0), config, job)
-        reward_held = frozen_copy(reward_own, training, numeric)
-    samples_from_actor = (
-        training.engine == "torch" and not training.gradient_checkpointing and model.lora is None and not numeric.bf16
-    )
-    needs_copy = config.ppo.rollout.engine == "hf" and not samples_from_actor
-    own_rollout = shape.total - (0 if shards_weights(training) or model.quantization else shared)
-    rollout = frozen_copy(own_rollout, None, numeric) if needs_copy else 0
-    return Copies(actor=actor, critic=critic, reference=reference, reward_model=reward_held, rollout=rollout)
-
-
-def _reference(own: int, in_fp32: int, config: PpoStageConfig, job: Job) -> int:
-    """The frozen copy of the actor; with torch and bf16 its embeddings stay in fp32, as the actor's are, unless they are frozen."""
-    training = config.ppo.training
-    if training.engine == "torch" and job.numeric.bf16 and not config.model.num_frozen_layers:
-        return 2 * own + 2 * in_fp32
-    return frozen_copy(own, training, job.numeric)
-
-
 def _rows(config: PpoStageConfig) -> int:
     rollout = config.ppo.rollout
     return -(-rollout.num_prompts * rollout.samples_per_prompt // config.ppo.training.num_processes)
@@ -145,16 +94,23 @@ def _loading(config: PpoStageConfig, copies: Copies, job: Job) -> dict[str, int]
     """All models, each of them whole until the frozen layers are shared, and the engines while they take the weights over."""
     training, shape = config.ppo.training, job.shape
     parts = load_peak(copies.actor, shape, config.model, training, job)
-    if config.model.quantization and not job.numeric.on_gpu:  # the reward model comes second
+    second = copies.reward_model or copies.critic_base  # the reward model comes second, or a critic without one
+    if config.model.quantization and not job.numeric.on_gpu and second:
         parts["weights"] = copies.actor.weights
-        parts["weights before they are quantized"] = job.numeric.width * shape.total - copies.reward_model
+        parts["weights before they are quantized"] = job.numeric.width * shape.total - second
     parts["weights"] += copies.critic.weights
-    parts |= {"reference": copies.reference, "reward model": copies.reward_model, "rollout copy": copies.rollout}
+    parts |= {
+        "reference": copies.reference,
+        "reward model": copies.reward_model,
+        "critic's base": copies.critic_base,
+        "rollout copy": copies.rollout,
+    }
     if config.model.num_frozen_layers:
         shared = shape.frozen(config.model.num_frozen_layers) * job.numeric.width
         own = [
             copies.reference,
             copies.reward_model,
+            copies.critic_base,
             copies.rollout,
             0 if config.ppo.critic.trains == "head" else copies.critic.weights,
         ]
@@ -183,7 +139,7 @@ def _score(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, job
     tokens, answers = _tokens(config, job)
     work = {
         "activations": forward_workspace(job.shape, tokens, job.numeric),
-        "logits": logits(job.shape, answers, job.numeric),
+        "logits": logits(job.shape, answers, job.numeric, config.ppo.rollout.sampling),
         "cast weights": copies.actor.cast,
         "working weights": copies.actor.working,
     }
@@ -199,10 +155,10 @@ def _tokens(config: PpoStageConfig, job: Job) -> tuple[int, int]:
 
 def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, job: Job) -> list[Phase]:
     """The actor takes its step before the critic begins; a checkpoint of both may be on its way to the store meanwhile."""
-    training, model = config.ppo.training, config.model
+    ppo, training, model = config.ppo, config.ppo.training, config.model
     tokens, answers = _tokens(config, job)
 
-    def run(shape: ModelShape, answer_tokens: int) -> Pass:
+    def run(shape: ModelShape, tokens: int, answer_tokens: int, *, sampled: bool) -> Pass:
         return Pass(
             shape=shape,
             tokens=tokens,
@@ -211,22 +167,38 @@ def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, j
             lora=model.lora,
             training=training,
             numeric=job.numeric,
+            sampling=ppo.rollout.sampling if sampled else None,
+            with_entropy=sampled and ppo.entropy_coef > 0,
         )
 
-    snapshot = {"checkpoint": copies.actor.snapshot + copies.critic.snapshot}
     if training.engine == "deepspeed" and not job.numeric.on_gpu:
         # In a heap the flat tensors of one engine do not take the place of those of the other.
         other = min((copies.actor, copies.critic), key=lambda copy: copy.weights)
         held = phase("", held, device={"the other engine": other.gradients + other.working + other.step})
-    actor = training_phases(base, held, _unbuffered(copies.actor), run(job.shape, answers), job, with_logits=True)
-    update = actor[0]
-    if config.ppo.critic.trains == "layers":
+    runs = [run(job.shape, tokens, answers, sampled=True)]
+    if ppo.ptx_coef:  # as many demonstrations as responses, of which every token may be learned
+        texts = tokens_of_pass(training, ppo.minibatch, job.text_tokens)
+        runs.append(run(job.shape, texts, texts, sampled=False))
+    actors = [training_phases(base, held, _unbuffered(copies.actor), r, job, with_logits=True) for r in runs]
+    update, step = (
+        max(found, key=lambda p: sum(p.device.values())) for found in zip(*(a[:2] for a in actors), strict=True)
+    )
+    if ppo.advantage == "gae" and ppo.critic.trains == "layers":
         critic = training_phases(
-            base, held, _unbuffered(copies.critic), run(job.reward_shape, 0), job, with_logits=False
+            base,
+            held,
+            _unbuffered(copies.critic),
+            run(job.critic_shape, tokens, 0, sampled=True),
+            job,
+            with_logits=False,
         )
         update = max(update, critic[0], key=lambda found: sum(found.device.values()))
-    phases = [update, actor[1]]
-    return [*phases, phase("checkpoint", update, main=snapshot)] if job.checkpoints else phases
+    phases = [update, step]
+    saved = copies.actor.snapshot + copies.critic.snapshot
+    # The best policy is kept without its moments; what the guard returns to has them.
+    kept = copies.actor.snapshot // 3 if ppo.keeps_best else 0
+    size = saved if job.checkpoints or ppo.guard.action != "off" else kept
+    return [*phases, phase("checkpoint", update, main={"checkpoint": size})] if size else phases
 
 
 def _unbuffered(copy: TrainedCopy) -> TrainedCopy:

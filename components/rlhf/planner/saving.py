@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from components.rlhf.config.params import Params
 from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.planner.plan import Shapes, job_of, machine_of
-from components.rlhf.planner.ppo_stage import ppo_copies
+from components.rlhf.planner.ppo_models import ppo_copies
 from components.rlhf.planner.training_stages import model_copy
 
 HOST_COPY_BYTES_PER_SECOND = 5e9  # from a device to main memory, of one process

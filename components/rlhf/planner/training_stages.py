@@ -77,7 +77,9 @@ def update_parts(run: Pass, *, with_logits: bool) -> dict[str, int]:
         parts["dequantized weight"] = (4 + run.numeric.width) * max(
             (m.inputs * m.outputs for m in run.shape.linears), default=0
         )
-    return parts | ({"logits": logits(run.shape, run.answer_tokens, run.numeric)} if with_logits else {})
+    if with_logits:
+        parts["logits"] = logits(run.shape, run.answer_tokens, run.numeric, run.sampling, with_entropy=run.with_entropy)
+    return parts
 
 
 def load_peak(
@@ -166,7 +168,7 @@ def export_phase(base: Phase, resident: Phase, shape: ModelShape, model: ModelCo
 def plan_reward_model(config: RewardModelStageConfig, job: Job) -> StagePlan:
     """The fine-tuned model samples for the calibration before anything else is loaded; then the reward model is trained and scores."""
     section, model, training = config.reward_model, config.model, config.reward_model.training
-    shape = job.reward_shape if section.use else job.shape
+    shape = job.reward_shape if section.use and job.reward_shape else job.shape
     samples = section.num_calibration_samples
     vllm = samples > 0 and config.rollout.engine == "vllm"
     base = libraries(job, training, vllm=vllm, lora=model.lora is not None and not section.use)

@@ -1,4 +1,4 @@
-"""Answers of endpoint judges, kept by the digest of the request, so that none is paid for twice.
+"""Answers of endpoints to judges and rewards, kept by the digest of the request, so that none is paid for twice.
 
 A process writes its answers to a file of its own and reads those of all others, so that runs may share a location.
 """
@@ -22,6 +22,7 @@ from components.rlhf.text.errors import InputError
 from components.rlhf.text.strict_json import NotJsonError, parse_json_as
 
 MAX_FILE_BYTES = 2**30
+MAX_FILE_ANSWERS = 2000  # then a new file is begun, because a file is written as a whole
 FLUSH_SECONDS = 1.0  # at most this much of the answers is lost when the process is killed
 
 
@@ -63,7 +64,7 @@ class AnswerCache:
 
     def __init__(self, store: Store, folder: str, log: Callable[[str], None]) -> None:
         self.store, self.folder, self.log = store, folder, log
-        self._name = f"{folder}/{uuid.uuid4().hex}.jsonl"
+        self._name = self._new_name()
         self._lock = Lock()
         self._own: dict[str, Answer] = {}
         self._flushed, self._flushed_at, self._failed = 0, time.monotonic(), False
@@ -93,8 +94,14 @@ class AnswerCache:
         try:
             self.store.write(self._name, "".join(lines).encode())
             self._flushed, self._flushed_at = len(self._own), time.monotonic()
+            if self._flushed >= MAX_FILE_ANSWERS:
+                self._known |= self._own
+                self._own, self._flushed, self._name = {}, 0, self._new_name()
         except (InputError, OSError) as error:
             self._warn(error, "a rerun will ask the endpoint again")
+
+    def _new_name(self) -> str:
+        return f"{self.folder}/{uuid.uuid4().hex}.jsonl"
 
     def _read_all(self) -> dict[str, Answer]:
         known: dict[str, Answer] = {}
@@ -115,7 +122,7 @@ class AnswerCache:
         if self._warned:
             return
         self._warned = True
-        self.log(f"warning: the judge's answers cannot be kept in {self.store.uri} ({error}); {consequence}")
+        self.log(f"warning: the answers of endpoints cannot be kept in {self.store.uri} ({error}); {consequence}")
 
 
 def open_answers(storage: StorageConfig, folder: str, log: Callable[[str], None]) -> AnswerCache:

@@ -1,50 +1,52 @@
-"""A judge that is a Python function of the user, run in a process of its own, so that it can neither hang nor end the stage."""
+"""A Python function of the user, in a process of its own, so that it can neither hang nor end the stage."""
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from components.rlhf.config.judge import FunctionJudge
+from components.rlhf.config.scoring import Function
 from components.rlhf.data.records import Completion
+from components.rlhf.rewards.child import Child, ChildError, pod_memory
+from components.rlhf.rewards.owner import JUDGE, Owner
 from components.rlhf.rewards.protocol import ComputedStates
 from components.rlhf.text.errors import InputError
 
-CALL, RESULT, SOURCE = "call.json", "result.json", "source.py"
-PROGRAM = "components.rlhf.rewards.function_process"
+PROGRAM, SOURCE = "components.rlhf.rewards.function_process", "source.py"
+GIB = 2**30
 
 
 class FunctionScorer:
-    """Scores by FUNCTION(prompts, responses), two lists of strings. Implements Scorer."""
+    """Scores by FUNCTION(prompts, responses), two lists of strings, or with the columns of each prompt. Implements Scorer.
 
-    def __init__(self, config: FunctionJudge) -> None:
-        self.config = config
+    Its process lives until close, so that it imports and loads once. A call in which it crashes, hangs or takes too much memory is made
+    once more, in a new process.
+    """
+
+    def __init__(
+        self,
+        config: Function,
+        *,
+        owner: Owner = JUDGE,
+        code: Path | None = None,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """code is a folder with the module and what it imports, on sys.path of its process alone; the source of config wins over it."""
+        self.config, self.owner, self.code, self.log = config, owner, code, log
+        self.max_bytes = config.memory_gib * GIB if config.memory_gib else pod_memory() / 2
+        self._child: Child | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="function-")
+        if config.source:
+            (Path(self._folder.name) / SOURCE).write_text(config.source, encoding="utf-8")
 
     def score(self, completions: Sequence[Completion], computed: ComputedStates | None = None) -> Tensor:
         """Raises InputError if the function cannot be imported, raises, takes too long, or returns anything but B finite numbers."""
         if not completions:
             return torch.zeros(0)
-        module, _, name = self.config.function.partition(":")
-        with tempfile.TemporaryDirectory(prefix="judge-") as temporary:
-            folder = Path(temporary)
-            if self.config.source:
-                (folder / SOURCE).write_text(self.config.source, encoding="utf-8")
-            texts = {"prompts": [c.prompt.prompt for c in completions], "responses": [c.response for c in completions]}
-            (folder / CALL).write_text(json.dumps({"module": module, "function": name, **texts}), encoding="utf-8")
-            self._run(folder)
-            try:
-                result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                raise self._error("ended without a result; its output is above") from None
+        result = self._call(completions)
         if "error" in result:
             raise self._error(result["error"])
         scores = torch.tensor(result["scores"], dtype=torch.float32)
@@ -56,40 +58,44 @@ class FunctionScorer:
             raise self._error(f"scored the response {response!r} as {float(scores[bad[0]])}")
         return scores
 
-    def _run(self, folder: Path) -> None:
-        # The child ends when its standard input is closed: when this process ends, however it does.
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-m", PROGRAM, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        # Through this process, which redacts what it writes.
-        printer = threading.Thread(target=_print_lines, args=(process.stdout,), daemon=True)
-        printer.start()
-        try:
-            process.wait(timeout=self.config.timeout_seconds)
-        except subprocess.TimeoutExpired:
-            raise self._error(
-                f"did not return within {self.config.timeout_seconds:g} seconds; raise judge.timeout_seconds if it needs more"
-            ) from None
-        finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
-            process.wait()
-            printer.join(timeout=5.0)
-            for pipe in (process.stdin, process.stdout):
-                if pipe:
-                    pipe.close()
+    def close(self) -> None:
+        """End the process; the next call would start a new one."""
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+
+    def _call(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        module, _, name = self.config.function.partition(":")
+        request = {
+            "module": module,
+            "function": name,
+            "source": str(Path(self._folder.name) / SOURCE) if self.config.source else "",
+            "code": str(self.code or ""),
+            "prompts": [c.prompt.prompt for c in completions],
+            "responses": [c.response for c in completions],
+            "columns": [dict(c.prompt.columns) for c in completions],
+        }
+        for attempt in (1, 2):
+            self._child = self._child or Child(PROGRAM)
+            try:
+                return self._child.call(request, seconds=self.config.timeout_seconds, max_bytes=self.max_bytes)
+            except ChildError as error:
+                self.close()
+                problem = self._problem(error)
+                if attempt == 1:
+                    self.log(
+                        f"{self.owner.title}: {self.config.function} {problem}; it is called again in a new process"
+                    )
+        raise self._error(problem)
+
+    def _problem(self, error: ChildError) -> str:
+        if error.reason == "late":
+            limit = self.config.timeout_seconds
+            return f"did not return within {limit:g} seconds; raise {self.owner.key}.timeout_seconds if it needs more"
+        if error.reason == "memory":
+            limit = self.max_bytes / GIB
+            return f"took more than {limit:.3g} GiB of memory; raise {self.owner.key}.memory_gib if it needs more"
+        return "ended without a result; its output is above"
 
     def _error(self, problem: str) -> InputError:
-        return InputError(f"The judge's function {self.config.function} {problem}; correct the function.")
-
-
-def _print_lines(lines: Iterable[str] | None) -> None:
-    with contextlib.suppress(ValueError):  # closed while a grandchild still held the other end
-        for line in lines or ():
-            print(line.rstrip("\n"), file=sys.stderr, flush=True)
+        return InputError(f"The {self.owner.title}'s function {self.config.function} {problem}; correct the function.")

@@ -10,19 +10,19 @@ from pathlib import Path
 from pydantic import ConfigDict, TypeAdapter
 
 from components.rlhf.config.judge import EndpointJudge as EndpointConfig
-from components.rlhf.config.judge import FunctionJudge as FunctionConfig
-from components.rlhf.config.judge import Judge
+from components.rlhf.config.judge import Judge, RewardModelJudge
 from components.rlhf.config.judge import LinearJudge as LinearConfig
 from components.rlhf.config.model import Precision
-from components.rlhf.config.scoring import VERIFIABLE
+from components.rlhf.config.scoring import VERIFIABLE, Function
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.models.precision import compute_dtype, default_device
 from components.rlhf.rewards.agreement import MIN_ANSWERED, Agreement
 from components.rlhf.rewards.answers import open_answers
 from components.rlhf.rewards.endpoint import EndpointJudge
-from components.rlhf.rewards.function import FunctionScorer
+from components.rlhf.rewards.owner import JUDGE, Owner
 from components.rlhf.rewards.protocol import PairwiseJudge, ScoreJudge, Scorer
 from components.rlhf.rewards.reward_model import load_reward_scorer
+from components.rlhf.rewards.rewards import Resources, open_scorer
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.strict_json import NotJsonError, parse_json_as
 
@@ -70,8 +70,8 @@ class JudgeResources:
     precision: Precision
     storage: StorageConfig
     log: Callable[[str], None]
-    code: Path | None = None  # folder of the user's Python modules
     load_scorer: Callable[[Path], Scorer] | None = None  # of a reward model folder; None loads it whole in this process
+    code: Path | None = None  # folder with the modules and programs of the user
 
     def load_reward_scorer(self, folder: Path) -> Scorer:
         """The scorer of a reward model folder."""
@@ -130,12 +130,15 @@ def open_judge(entry: JudgeEntry, directory: Path, resources: JudgeResources) ->
         endpoint = EndpointJudge(config, open_answers(resources.storage, slug, resources.log), resources.log)
         return OpenJudge(entry=entry, pairwise=endpoint, scorer=None)
     scorer: Scorer
-    if isinstance(config, FunctionConfig):
-        scorer = FunctionScorer(config)
-    elif isinstance(config, LinearConfig):
+    if isinstance(config, LinearConfig):
         from components.rlhf.rewards.linear import load_linear_judge  # imports scikit-learn
 
         scorer = load_linear_judge(folder)
-    else:
+    elif isinstance(config, RewardModelJudge):
         scorer = resources.load_reward_scorer(folder)
+    else:
+        owner = JUDGE if isinstance(config, Function) else Owner(title=f"judge {config.title}", key="judge")
+        scorer = open_scorer(
+            config, owner, Resources(storage=resources.storage, log=resources.log, code=resources.code)
+        )
     return OpenJudge(entry=entry, pairwise=ScoreJudge(scorer), scorer=scorer)

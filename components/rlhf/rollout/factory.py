@@ -16,6 +16,7 @@ from components.rlhf.models.precision import default_device
 from components.rlhf.rollout.hf import HfRolloutEngine
 from components.rlhf.rollout.probe import PROBE_TOKENS
 from components.rlhf.rollout.protocol import RolloutEngine
+from components.rlhf.rollout.stopping import require_reachable_stops
 
 
 def create_rollout_engine(
@@ -35,6 +36,7 @@ def create_rollout_engine(
     With several processes every rank calls this with the same arguments.
     """
     tokenizer, stop_ids = load_tokenizer(folder), load_stop_ids(folder)
+    require_reachable_stops(sampling, tokenizer)
     if rollout.engine == "hf":
         if lm is None:
             lm = load_causal_lm(folder, num_frozen_layers=0, dtype=dtype, trainable=False, device=default_device())

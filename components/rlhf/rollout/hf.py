@@ -15,8 +15,10 @@ from components.rlhf.data.records import Completion, Prompt, is_chat
 from components.rlhf.data.tokenizer import decode_response, encode_prompt
 from components.rlhf.models.loading import load_causal_lm
 from components.rlhf.models.packing import attends_by_position
+from components.rlhf.rollout.controls import Controls
 from components.rlhf.rollout.decoding import Decoding
 from components.rlhf.rollout.probe import WeightSample
+from components.rlhf.rollout.stopping import ResponseText
 
 BLOCK = 256  # tokens of the vocabulary
 
@@ -40,19 +42,23 @@ class HfRolloutEngine:
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int], *, greedy: bool = False
     ) -> list[Completion]:
         prompt_ids = [encode_prompt(self.tokenizer, prompt.prompt, is_chat=is_chat(prompt)) for prompt in prompts]
-        samples = sample(self.model, prompt_ids, sampling, seeds, stop_ids=self.stop_ids, greedy=greedy)
-        return [
-            Completion(
-                prompt=prompt,
-                prompt_ids=ids,
-                response_ids=response,
-                response=decode_response(self.tokenizer, ids, response),
-                logprobs=torch.tensor(logprobs),
-                truncated=response[-1] not in self.stop_ids,
-                weight_version=self.version,
+        texts = [ResponseText(self.tokenizer, ids, sampling) for ids in prompt_ids] if sampling.stop else []
+        samples = sample(self.model, prompt_ids, sampling, seeds, stop_ids=self.stop_ids, texts=texts, greedy=greedy)
+        completions = []
+        for row, (prompt, ids, (response, logprobs)) in enumerate(zip(prompts, prompt_ids, samples, strict=True)):
+            is_stopped = bool(texts) and texts[row].stopped
+            completions.append(
+                Completion(
+                    prompt=prompt,
+                    prompt_ids=ids,
+                    response_ids=response,
+                    response=texts[row].text if is_stopped else decode_response(self.tokenizer, ids, response),
+                    logprobs=torch.tensor(logprobs),
+                    truncated=not is_stopped and response[-1] not in self.stop_ids,
+                    weight_version=self.version,
+                )
             )
-            for prompt, ids, (response, logprobs) in zip(prompts, prompt_ids, samples, strict=True)
-        ]
+        return completions
 
     def load(self, folder: Path) -> int:
         dtype, device = self.model.dtype, self.model.device
@@ -91,13 +97,25 @@ def sample(
     seeds: Sequence[int],
     *,
     stop_ids: tuple[int, ...],
+    texts: Sequence[ResponseText] = (),
     greedy: bool = False,
 ) -> list[Sample]:
-    """One response to each prompt. It depends on its prompt, its seed and the weights, not on the rest of the batch."""
+    """One response to each prompt. It depends on its prompt, its seed and the weights, not on the rest of the batch.
+
+    texts, one per prompt, decode the responses and end them at stop strings; without texts only stop ids do.
+    """
     samples: dict[int, Sample] = {}
     for rows in _batches(prompt_ids, sampling.batch_size, allows_padding=attends_by_position(model)):
         prompts = [prompt_ids[row] for row in rows]
-        batch = _sample_batch(model, prompts, sampling, [seeds[row] for row in rows], stop_ids, greedy=greedy)
+        batch = _sample_batch(
+            model,
+            prompts,
+            sampling,
+            [seeds[row] for row in rows],
+            stop_ids,
+            texts=[texts[row] for row in rows] if texts else None,
+            greedy=greedy,
+        )
         samples |= zip(rows, batch, strict=True)
     return [samples[row] for row in range(len(prompt_ids))]
 
@@ -121,6 +139,7 @@ def _sample_batch(
     seeds: Sequence[int],
     stop_ids: tuple[int, ...],
     *,
+    texts: Sequence[ResponseText] | None,
     greedy: bool,
 ) -> list[Sample]:
     device, size = model.device, (len(prompt_ids), sampling.max_new_tokens)
@@ -131,17 +150,21 @@ def _sample_batch(
     lengths = torch.full(size[:1], sampling.max_new_tokens, device=device)
     stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
     active = torch.arange(len(prompt_ids), device=device)  # rows of the batch that have not stopped
-    decoding = Decoding(model, prompt_ids)
+    controls, decoding = Controls(sampling, prompt_ids), Decoding(model, prompt_ids)
     for step in range(sampling.max_new_tokens):
         logits = decoding.advance().float()
         if step < sampling.min_new_tokens:
             logits[:, stops] = float("-inf")
+        logits = controls.penalize(logits, active)
         if greedy:
             chosen, tokens = torch.log_softmax(logits, dim=-1).max(dim=-1)
         else:
-            tokens, chosen = _draw(logits.div_(sampling.temperature), uniforms[active, step])
+            tokens, chosen = _draw(controls.truncate(logits.div_(sampling.temperature)), uniforms[active, step])
         responses[active, step], logprobs[active, step] = tokens, chosen
+        controls.observe(tokens, active)
         finished, kept = torch.isin(tokens, stops), None
+        if texts is not None:
+            finished |= _completes_stop(texts, active, tokens, finished)
         if finished.any():
             lengths[active[finished]] = step + 1
             kept = _unfinished(finished)
@@ -153,6 +176,14 @@ def _sample_batch(
         (ids[:length], values[:length])
         for ids, values, length in zip(responses.tolist(), logprobs.tolist(), lengths.tolist(), strict=True)
     ]
+
+
+def _completes_stop(texts: Sequence[ResponseText], active: Tensor, tokens: Tensor, finished: Tensor) -> Tensor:
+    """Whether each token [B] completes a stop string in the text of its row; a stop token has no text."""
+    rows = zip(active.tolist(), tokens.tolist(), finished.tolist(), strict=True)
+    return torch.tensor(
+        [not is_end and texts[row].append(token) for row, token, is_end in rows], device=finished.device
+    )
 
 
 def _unfinished(finished: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class VllmRolloutEngine:
         )
         self._options = dict(
             model=str(model_folder),
-            skip_tokenizer_init=True,  # input and output are ids
+            skip_tokenizer_init=True,  # see _start
             generation_config="vllm",  # ignore top-k, top-p and penalties of generation_config.json
             dtype=str(dtype).removeprefix("torch."),
             max_model_len=max_model_len,
@@ -155,6 +155,8 @@ class VllmRolloutEngine:
         # Even with generation_config="vllm", vLLM masks the EOS of generation_config.json before min_tokens; only
         # stop_ids must be masked, as in the trainer's log-probs.
         self._llm.llm_engine.input_processor.generation_config_fields = {}
+        # Input and output are ids; only responses with stop strings are decoded, and without a tokenizer vLLM would ignore the strings.
+        self._llm.llm_engine.output_processor.tokenizer = self.tokenizer
         # Unsupported kernels (e.g. of a head size) fail only at the first step, so run one.
         self.prompt_logprobs([0, 0])
 
@@ -175,6 +177,12 @@ class VllmRolloutEngine:
                     "temperature": 0.0 if greedy else sampling.temperature,
                     "max_tokens": sampling.max_new_tokens,
                     "min_tokens": sampling.min_new_tokens,
+                    "top_p": sampling.top_p,
+                    "top_k": sampling.top_k,
+                    "min_p": sampling.min_p,
+                    "repetition_penalty": sampling.repetition_penalty,
+                    "stop": list(sampling.stop),
+                    "detokenize": bool(sampling.stop),
                     "seed": seed,
                     "stop_token_ids": list(self.stop_ids),
                     "logprobs": 0,  # only of the sampled token
@@ -186,16 +194,16 @@ class VllmRolloutEngine:
         completions = []
         for prompt, ids, output in zip(prompts, prompt_ids, outputs, strict=True):
             sampled = output.outputs[0]
-            response = list(sampled.token_ids)
+            response, is_stopped = list(sampled.token_ids), isinstance(sampled.stop_reason, str)
             logprobs = [by_id[token].logprob for by_id, token in zip(sampled.logprobs, response, strict=True)]
             completions.append(
                 Completion(
                     prompt=prompt,
                     prompt_ids=ids,
                     response_ids=response,
-                    response=decode_response(self.tokenizer, ids, response),
+                    response=sampled.text if is_stopped else decode_response(self.tokenizer, ids, response),
                     logprobs=torch.tensor(logprobs),
-                    truncated=response[-1] not in self.stop_ids,
+                    truncated=not is_stopped and response[-1] not in self.stop_ids,
                     weight_version=self.version,
                 )
             )
@@ -317,7 +325,7 @@ class VllmRolloutEngine:
             return list(
                 self._llm.generate(
                     [{"prompt_token_ids": ids} for ids in prompt_ids],
-                    [SamplingParams(detokenize=False, ignore_eos=True, **request) for request in parameters],
+                    [SamplingParams(**{"detokenize": False, "ignore_eos": True} | request) for request in parameters],
                     use_tqdm=False,
                     lora_request=self._adapter,
                 )

@@ -104,7 +104,7 @@ def plan_here(stage: str, config: Any, paths: Mapping[str, Path], *, checkpoints
         config,
         Job(
             shape=shape,
-            reward_shape=shape_of_folder(reward_model) if reward_model else shape,
+            reward_shape=shape_of_folder(reward_model) if reward_model else None,
             judge_shape=_largest_judge(paths["judge"]) if "judge" in paths else None,
             numeric=Numeric(bf16=has_bf16(config.model.precision, on_gpu=on_gpu), on_gpu=on_gpu),
             prompt_tokens=_longest_prompt(paths["prompts"], paths[model]) if "prompts" in paths else text_tokens,

@@ -15,7 +15,7 @@ class InputError(Exception):
 
 
 class NonFiniteError(Exception):
-    """A loss or a gradient is nan or infinite. A trainer turns it into an InputError that names the latest checkpoint."""
+    """A loss, a gradient or a score is nan or infinite. A trainer turns it into an InputError that names the latest checkpoint."""
 
 
 def require_finite(value: float, *, what: str, step: int, batch: str) -> None:

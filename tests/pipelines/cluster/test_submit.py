@@ -600,9 +600,7 @@ def test_missing_secret_of_a_judge_is_only_a_note(submit: Submit, cluster: Kuber
 
 
 def test_answers_that_are_not_kept_are_a_note(submit: Submit, cluster: KubernetesApi) -> None:
-    note = (
-        "note     the judge's answers are not kept: a stage that is retried, and the next run, ask the endpoint again."
-    )
+    note = "note     the answers of endpoints are not kept: a stage that is retried, and the next run, ask the endpoint again."
     assert note in submit("--dry-run", *ENDPOINT).stdout
     assert "answers" not in submit("--dry-run").stdout
     for uri in ("storage.uri", "storage.answers_uri"):

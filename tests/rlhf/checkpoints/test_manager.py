@@ -25,6 +25,7 @@ class Counter:
     """An engine that keeps one number."""
 
     module = nn.Identity()
+    peak = 1.0
 
     def __init__(self, number: int = 0) -> None:
         self.number = torch.tensor(number)
@@ -37,7 +38,7 @@ class Counter:
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield "number", self.number
 
-    def snapshot(self) -> dict[str, Tensor]:
+    def snapshot(self, *, moments: bool = True) -> dict[str, Tensor]:
         return {"number": self.number.clone()}
 
     def load(self, directory: Path) -> None:

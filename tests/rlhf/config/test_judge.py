@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from components.rlhf.config.judge import KINDS, MAX_JUDGES_BYTES, JudgeStageConfig, LinearJudge, as_list
 from components.rlhf.config.params import Params, explain_validation_error
 
-DATA = {name: {"path": f"{name}.jsonl"} for name in ("demonstrations", "preferences", "prompts")}
+DATA: dict[str, Any] = {name: {"path": f"{name}.jsonl"} for name in ("demonstrations", "preferences", "prompts")}
+DATA["prompts"] |= {"keep": ["answer", "target", "solution"]}
 ENDPOINT = {"kind": "endpoint", "url": "https://api.example.com/v1", "model": "gpt"}
 FUNCTION = {"kind": "function", "function": "mine:score"}
 MINIMAL: dict[str, dict[str, Any]] = {

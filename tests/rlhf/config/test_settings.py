@@ -101,6 +101,11 @@ def test_canonical_json_round_trips() -> None:
     assert parsed.canonical_json() == params.canonical_json()
 
 
+def test_stop_strings_may_have_line_breaks() -> None:
+    params = Params.model_validate(with_value("ppo.rollout.sampling.stop", ["\n\n", "END\t"]))
+    assert Params.from_json(params.canonical_json()).ppo.rollout.sampling.stop == ("\n\n", "END\t")
+
+
 def test_integers_stay_integers() -> None:
     content = json.loads(Params.model_validate(with_value("ppo.num_iterations", 7)).canonical_json())
     assert repr(content["ppo"]["num_iterations"]) == "7"
@@ -159,6 +164,23 @@ def test_unknown_key_gets_all_valid_keys() -> None:
         ("model.lora", {"target_modules": []}, "model.lora.target_modules is []: "),
         ("sft", None, "sft is None: "),
         ("preset", 3, "preset is 3: "),
+        ("ppo.rollout.sampling.top_p", 0, "ppo.rollout.sampling.top_p is 0: input should be greater than 0."),
+        ("ppo.rollout.sampling.top_p", 1.01, "ppo.rollout.sampling.top_p is 1.01: "),
+        ("ppo.rollout.sampling.top_p", float("nan"), "ppo.rollout.sampling.top_p is nan: "),
+        ("ppo.rollout.sampling.top_k", -1, "ppo.rollout.sampling.top_k is -1: "),
+        ("ppo.rollout.sampling.top_k", 1.5, "ppo.rollout.sampling.top_k is 1.5: "),
+        ("ppo.rollout.sampling.min_p", 1, "ppo.rollout.sampling.min_p is 1: input should be less than 1."),
+        ("ppo.rollout.sampling.min_p", -0.1, "ppo.rollout.sampling.min_p is -0.1: "),
+        ("evaluation.sampling.repetition_penalty", 0, "evaluation.sampling.repetition_penalty is 0: "),
+        ("evaluation.sampling.repetition_penalty", float("inf"), "evaluation.sampling.repetition_penalty is inf: "),
+        ("evaluation.sampling.stop", "END", "evaluation.sampling.stop is 'END': input should be a valid tuple."),
+        ("evaluation.sampling.stop", ["a", ""], "evaluation.sampling.stop.1 is '': "),
+        ("evaluation.sampling.stop", list("abcdefghi"), "evaluation.sampling.stop is ['a', 'b', "),
+        (
+            "evaluation.sampling.stop",
+            ["a\x00"],
+            "evaluation.sampling.stop: it contains the character '\\x00'; remove it.",
+        ),
     ],
 )
 def test_invalid_value_is_reported(path: str, value: object, message: str) -> None:
@@ -170,6 +192,20 @@ def test_invalid_value_is_reported(path: str, value: object, message: str) -> No
     [
         ("ppo.minibatch", 24, "ppo: minibatch is 24, which does not divide the rollout batch of 64"),
         ("ppo.patience", 2, "ppo: patience counts evaluations on the validation prompts; set eval_every above 0."),
+        (
+            "ppo.keep",
+            "best",
+            "ppo: keep is best, which evaluations on the validation prompts find; set eval_every above 0.",
+        ),
+        (
+            "ppo",
+            {"kl_coef": 0, "kl_target": 6},
+            "ppo: kl_target adapts kl_coef by factors, and kl_coef is 0; set it above 0",
+        ),
+        ("ppo.kl_target_per", "tokens", "ppo.kl_target_per is 'tokens': "),
+        ("ppo.guard", "stop", "ppo.guard is 'stop': expected a section with the keys action, max_kl, "),
+        ("ppo.guard", {"action": "halt"}, "ppo.guard.action is 'halt': "),
+        ("ppo.guard", {"max_kl": 0}, "ppo.guard.max_kl is 0: "),
         ("ppo.dual_clip", 1.0, "ppo: dual_clip is 1.0, but must be above 1."),
         ("ppo.clip_range_high", 0.1, "ppo: clip_range_high is below clip_range"),
         ("ppo.importance_clip", [5, 0.5], "ppo: importance_clip is [5.0, 0.5], with the lower bound above the upper"),
@@ -267,7 +303,7 @@ SECTIONS = {
         "seed",
     },
     JudgeStageConfig: {"model", "judge", "seed"},
-    PpoStageConfig: {"model", "ppo", "checkpoint", "budget", "seed"},
+    PpoStageConfig: {"model", "ppo", "checkpoint", "budget", "max_kl", "seed"},
     EvaluationStageConfig: {"model", "evaluation", "sampling", "rollout", "gate", "judge", "seed"},
 }
 
@@ -309,3 +345,34 @@ def test_prepare_data_receives_number_of_evaluation_prompts() -> None:
 def test_default_learning_rate_of_actor_is_lower() -> None:
     assert PpoConfig().training.learning_rate == 1e-6
     assert TrainingConfig().learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("ppo", "keeps_best", "max_kl"),
+    [
+        ({}, False, None),
+        ({"eval_every": 5}, True, 7.5),
+        ({"eval_every": 5, "keep": "best"}, True, 7.5),
+        ({"eval_every": 5, "keep": "last"}, False, None),
+        ({"guard": {"action": "stop"}}, False, 7.5),
+        ({"eval_every": 5, "keep": "last", "guard": {"action": "rollback"}}, False, 7.5),
+    ],
+)
+def test_limit_of_the_gate_reaches_ppo_only_where_it_matters(
+    ppo: dict[str, object], keeps_best: bool, max_kl: float | None
+) -> None:
+    """So that another limit of the gate does not train again a policy that it could not change."""
+    params = Params.model_validate(with_value("ppo", ppo) | {"gate": {"max_kl": 7.5}})
+    stage = params.stage(PpoStageConfig)
+    assert (stage.ppo.keeps_best, stage.max_kl) == (keeps_best, max_kl)
+    assert PpoStageConfig.from_json(stage.canonical_json()) == stage
+
+
+def test_best_policy_needs_validation_prompts() -> None:
+    settings = with_value("ppo", {"eval_every": 5, "keep": "best"})
+    settings["data"]["num_validation_prompts"] = 0
+    assert error_message(settings).startswith(
+        "the parameters: ppo.keep is best, which evaluations on the validation prompts"
+    )
+    settings["ppo"]["keep"] = None
+    assert Params.model_validate(settings).ppo.keeps_best  # the stage exports the last policy, and says so

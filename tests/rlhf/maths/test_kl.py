@@ -71,6 +71,25 @@ def test_clamp_bounds_the_estimate_on_both_sides() -> None:
     assert estimate_kl(policy, reference, ragged(4), "k3").max().item() == pytest.approx(math.exp(30), rel=1e-6)
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("clamp", [0.5, 10.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_beyond_the_clamp_is_0_and_finite_everywhere(
+    estimator: KlEstimator, clamp: float, dtype: torch.dtype
+) -> None:
+    """exp() of 1,000 nats is infinite, and 0 * inf would be nan."""
+    d = torch.tensor([[-1e5, -1000, -100, -20, -3, -0.1, 0.1, 3, 20, 100, 1000, 1e5]], dtype=dtype)
+    policy = d.clone().requires_grad_()
+    kl = estimate_kl(policy, torch.zeros_like(d), ragged(12), estimator, clamp)
+    kl.sum().backward()
+    assert policy.grad is not None and bool(policy.grad.isfinite().all())
+    for gap, estimate, slope in zip(*(x[0].tolist() for x in (d, kl.detach(), policy.grad)), strict=True):
+        growth = math.exp(min(-gap, 700))
+        exact, derivative = {"k1": (gap, 1), "k2": (gap**2 / 2, gap), "k3": (growth - 1 + gap, 1 - growth)}[estimator]
+        assert estimate == pytest.approx(max(min(exact, clamp), -clamp), rel=1e-5, abs=1e-6)
+        assert slope == pytest.approx(derivative if abs(exact) < clamp else 0, rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_padding_changes_nothing(estimator: KlEstimator, garbage: float) -> None:

@@ -128,3 +128,39 @@ def test_second_backward_pass_is_an_error_and_not_a_wrong_gradient() -> None:
     logprobs.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         logprobs.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rows", [1, 5, 6, 11])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropy_has_the_gradient_of_torchs_own_operations(
+    dtype: torch.dtype, rows: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.rlhf.maths.logprobs.CACHED", 5 * 40)
+    logits = randn(rows, 40, seed=rows).to(dtype)
+    logits[0, 3:] = -math.inf  # masked tokens
+    weight, expected = randn(rows, seed=1), logits.double().clone().requires_grad_()
+    allowed = torch.where(logits.isneginf(), 0, torch.log_softmax(expected / temperature, dim=-1))
+    by_hand = -(torch.softmax(expected / temperature, dim=-1) * allowed).sum(-1)
+    (by_hand * weight).sum().backward()
+    got = logits.detach().clone().requires_grad_()
+    result = entropy(got, temperature)
+    (result * weight).sum().backward()
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert got.grad is not None and expected.grad is not None and got.grad.dtype == dtype
+    assert torch.allclose(result.detach().double(), by_hand.detach(), atol=tolerance)
+    assert torch.allclose(got.grad.double(), expected.grad, atol=tolerance)
+
+
+def test_second_backward_pass_of_the_entropy_is_an_error_and_not_a_wrong_gradient() -> None:
+    logits = randn(3, 4).requires_grad_()
+    found = entropy(logits).sum()
+    found.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.backward()
+
+
+def test_entropy_of_no_tokens_has_an_empty_gradient() -> None:
+    logits = torch.zeros(0, 7, requires_grad=True)
+    entropy(logits).sum().backward()
+    assert logits.grad is not None and logits.grad.shape == (0, 7)

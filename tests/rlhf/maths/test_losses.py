@@ -22,6 +22,11 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "policy, no clamp": lambda *tensors, **kwargs: (
         policy_loss(*tensors, clip_range=0.2, log_ratio_clamp=None, **kwargs).loss
     ),
+    "policy, gspo": lambda *tensors, **kwargs: policy_loss(*tensors, clip_range=0.2, ratio="gspo", **kwargs).loss,
+    "policy, gspo by token": lambda *tensors, **kwargs: (
+        policy_loss(*tensors, clip_range=0.2, dual_clip=1.5, ratio="gspo-token", **kwargs).loss
+    ),
+    "policy, cispo": lambda *tensors, **kwargs: policy_loss(*tensors, clip_range=0.2, ratio="cispo", **kwargs).loss,
     "value": lambda *tensors, **kwargs: value_loss(*tensors, value_clip_range=0.2, **kwargs),
     "value, no clip": lambda *tensors, **kwargs: value_loss(*tensors, value_clip_range=None, **kwargs),
 }
@@ -57,7 +62,11 @@ PER_TOKEN, ROWS = doubles([1, 3, 99, 99], [2, 2, 2, 6], [99] * 4), ragged(2, 4, 
     [
         ("token-mean", None, 16 / 6),
         ("sequence-mean", None, (2 + 3) / 2),  # the empty row is not counted
+        ("sequence-sum", None, (4 + 12) / 2),
+        ("sequence-sum-norm", None, 16 / 4),  # T is 4
         ("token-mean", 10.0, 1.6),
+        ("sequence-sum", 5, 16 / 5),
+        ("sequence-sum-norm", 3 * 8, 16 / 24),  # 3 rows of up to 8 tokens
         ("sequence-mean", torch.tensor(4), 5 / 4),
     ],
 )
@@ -65,9 +74,12 @@ def test_hand_computed_aggregation(aggregation: Aggregation, denominator: float 
     assert equal(aggregate(PER_TOKEN, ROWS, aggregation, denominator), expected)
 
 
-def test_denominator_counts_tokens_or_non_empty_rows() -> None:
+def test_denominators() -> None:
     assert denominator_of(ROWS) == denominator_of(ROWS, "token-mean") == 6
-    assert denominator_of(ROWS, "sequence-mean") == 2
+    assert denominator_of(ROWS, "sequence-mean") == denominator_of(ROWS, "sequence-sum") == 2
+    assert denominator_of(ROWS, "sequence-sum-norm") == 4
+    with pytest.raises(ValueError, match="token-sum"):
+        denominator_of(ROWS, "token-sum")  # type: ignore[arg-type]
 
 
 @EVERY_LOSS

@@ -80,10 +80,12 @@ def test_entropy_is_that_of_the_sampling_distribution(tiny_model: Path) -> None:
             assert entropy[row, t].item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-4)
 
 
-def test_entropy_is_optional_and_has_no_gradient(tiny_model: Path) -> None:
+def test_entropy_is_optional_and_has_a_gradient(tiny_model: Path) -> None:
     actor = actor_of(tiny_model)
     assert not actor(batch(), PLAIN)[1].any()
-    assert not actor(batch(), PLAIN, with_entropy=True)[1].requires_grad
+    actor(batch(), PLAIN, with_entropy=True)[1].sum().backward()
+    (head,) = [p.grad for name, p in actor.named_parameters() if name.endswith("embed_tokens.weight")]
+    assert head is not None and bool(head.isfinite().all()) and bool(head.any())
 
 
 def run_forward_and_backward(actor: Actor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

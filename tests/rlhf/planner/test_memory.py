@@ -18,7 +18,8 @@ from components.rlhf.planner.copies import Numeric, trained_copy
 from components.rlhf.planner.jobs import Job
 from components.rlhf.planner.other_stages import plan_evaluation
 from components.rlhf.planner.phases import GIB, StagePlan
-from components.rlhf.planner.ppo_stage import plan_ppo, ppo_copies
+from components.rlhf.planner.ppo_models import ppo_copies
+from components.rlhf.planner.ppo_stage import plan_ppo
 from components.rlhf.planner.sources import shape_of_folder
 from components.rlhf.planner.training_stages import base_bytes, plan_reward_model, plan_sft
 

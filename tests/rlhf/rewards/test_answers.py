@@ -38,7 +38,9 @@ def test_s3_that_is_down_is_one_warning_and_loses_no_answer_of_this_process() ->
     cache.flush()
     assert cache.get("key") == YES
     warnings = [
-        line for line in log if line.startswith("warning: the judge's answers cannot be kept in s3://bucket/answers")
+        line
+        for line in log
+        if line.startswith("warning: the answers of endpoints cannot be kept in s3://bucket/answers")
     ]
     assert len(warnings) == 1 and "all answers are asked for" in warnings[0]
 
@@ -52,6 +54,20 @@ def test_answers_are_written_while_a_process_runs(tmp_path: Path, monkeypatch: p
         running.put(str(number), YES)
     found = open_answers(storage, "gpt", print)
     assert [found.get(str(number)) for number in range(5)] == [YES] * 5
+
+
+def test_long_runs_write_new_files_instead_of_one_that_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr(module, "MAX_FILE_ANSWERS", 3)
+    storage = StorageConfig(answers_uri=str(tmp_path))
+    running = open_answers(storage, "gpt", print)
+    for number in range(8):
+        running.put(f"key {number}", YES)
+    running.flush()
+    assert sorted(len(path.read_text().splitlines()) for path in tmp_path.rglob("*.jsonl")) == [2, 3, 3]
+    later = open_answers(storage, "gpt", print)
+    for cache in (running, later):
+        assert all(cache.get(f"key {number}") == YES for number in range(8))
 
 
 def test_default_location_is_the_cache_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from components.rlhf.config.judge import EndpointJudge as EndpointConfig
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.data.records import Completion, Conversation, Message, Prompt
-from components.rlhf.rewards import endpoint as module
+from components.rlhf.rewards import posting as module
 from components.rlhf.rewards.answers import Answer, open_answers
 from components.rlhf.rewards.endpoint import EndpointJudge, read_verdict
 from components.rlhf.rewards.protocol import Preferences
@@ -320,7 +320,7 @@ def test_cache_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
         found = compare(judge_of(server, tmp_path / "file", log=log), ["a"], ["cc"])
     assert wins(found) == [0.0]
     warnings = [line for line in log if line.startswith("warning: ")]
-    assert len(warnings) == 1 and warnings[0].startswith("warning: the judge's answers cannot be kept in ")
+    assert len(warnings) == 1 and warnings[0].startswith("warning: the answers of endpoints cannot be kept in ")
     assert "asking stub 2 questions; 0 are answered in the cache" in log
 
 

@@ -13,6 +13,7 @@ from components.evaluation.report import memory_rows
 from components.rlhf.artifacts.manifest import read_manifest, write_manifest
 from components.rlhf.config.evaluation import EvaluationConfig, EvaluationStageConfig, GateConfig
 from components.rlhf.config.model import ModelConfig, SamplingConfig
+from components.rlhf.config.ppo import PpoConfig, PpoStageConfig
 from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.data.datasets import save_dataset
@@ -116,6 +117,35 @@ def test_plan_of_an_evaluation_has_the_judge_of_its_folder(inputs: dict[str, Pat
     plan = plan_here("evaluation", config, paths, checkpoints=False)
     assert plan is not None
     assert "judge" not in [phase.name for phase in plan.phases]
+    plan = plan_here("evaluation", config, paths | {"reward_model": None}, checkpoints=False)  # type: ignore[dict-item]
+    assert plan is not None
+    assert [phase.name for phase in plan.phases] == ["generate", "load", "KL"]
+
+
+@pytest.mark.parametrize(("advantage", "trained"), [("gae", 2), ("rloo", 1)])
+def test_plan_of_ppo_has_the_models_of_its_folders(
+    inputs: dict[str, Path], tmp_path: Path, advantage: str, trained: int
+) -> None:
+    (tmp_path / "prompts").mkdir()
+    prompts = [Prompt(prompt="It is", id=str(number)) for number in range(4)]
+    save_dataset(tmp_path / "prompts", {"train": prompts}, max_tokens=64, counts={})
+    ppo = {"advantage": advantage, "minibatch": 8, "rollout": {"num_prompts": 4, "samples_per_prompt": 2}}
+    config = PpoStageConfig(
+        model=ModelConfig(precision="fp32"),
+        ppo=PpoConfig.model_validate(ppo),
+        checkpoint=CheckpointConfig(),
+        seed=0,
+    )
+    model = inputs["base_model"]
+    found = []
+    for reward_model in (model, None):
+        paths = {"sft_model": model, "prompts": tmp_path / "prompts", "reward_model": reward_model}
+        plan = plan_here("ppo", config, paths, checkpoints=False)  # type: ignore[arg-type]
+        assert plan is not None
+        (update,) = [dict(phase.device) for phase in plan.phases if phase.name == "update"]
+        found.append((update["reward model"] > 0, round(update["optimizer"] / update["weights"], 3)))
+        assert update["weights"] == pytest.approx(trained * update["reference"], rel=0.1)  # the head has one output
+    assert found == [(True, 2.0), (False, 2.0)]  # two moments of every trained weight
 
 
 def test_peaks_are_the_largest_of_all_ranks() -> None:
