@@ -18,7 +18,6 @@ from components.rlhf.data.records import Prompt
 from components.rlhf.data.tokenizer import encode_prompt, load_tokenizer
 from components.rlhf.engine.schedule import learning_rate_at
 from components.rlhf.models.loading import load_stop_ids, reward_normalization
-from pipelines.settings import settings_of_stage
 
 Job = dict[str, Any]
 
@@ -110,7 +109,8 @@ def training_job(arm: Arm, plan: Plan, seed: int, artifacts: Artifacts) -> Job:
     job = settings_of(arm, plan, seed) | {"every": plan.every}
     job |= {"sft_model": str(sft_model), "reward_model": str(reward_model)}
     if arm == OURS_ARM:
-        return job | {"settings": settings_of_stage(plan.params(seed), "ppo"), "prompts": str(folders["prompts"])}
+        job |= {"prompts": str(folders["prompts"]), "seed": seed, "num_iterations": plan.num_iterations}
+        return job | {"settings_digest": settings_digest(plan.params(seed))}
     mean, std = reward_normalization(reward_model)
     tokenizer, prompts = load_tokenizer(sft_model), load_records(folders["prompts"], "train", Prompt)
     # The prompts of each iteration of our run; TRL shuffles those of an iteration.

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import logging
 
+from benchmarks.learning.runs import params_of
 from components.ppo.setup import create_trainer
 from components.ppo.trainer import PpoTrainer
 from components.rlhf.artifacts.directory import atomic_directory
@@ -25,6 +26,7 @@ from components.rlhf.runtime.training import TrainingContext
 from components.rlhf.storage.store import FolderStore
 from components.rlhf.text.progress import Progress
 from components.rlhf.tracking.mlflow import NullTracker
+from pipelines.settings import settings_of_stage
 
 
 class SavingProgress(Progress):
@@ -49,7 +51,8 @@ def main() -> None:
     logging.disable_progress_bar()
     path = Path(sys.argv[1])
     job = json.loads(path.read_text(encoding="utf-8"))
-    config = PpoStageConfig.model_validate_json(job["settings"])
+    params = params_of(job["seed"], job["num_iterations"])
+    config = PpoStageConfig.model_validate_json(settings_of_stage(params, "ppo"))
     progress = SavingProgress(path.parent, job["every"])
     # A killed run goes on from its last checkpoint.
     store, minutes = FolderStore(path.parent / "checkpoints"), CheckpointConfig(every_minutes=1.0)
@@ -73,6 +76,7 @@ def main() -> None:
     )
     history = progress.trainer.train(prompts, [])
     (path.parent / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+    progress.trainer.close()
     checkpoints.delete_all()
 
 

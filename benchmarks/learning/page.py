@@ -23,6 +23,8 @@ PANELS = (
     ("judge", "judge score\n(rating; seen by neither)"),
 )
 KL_TICKS = (0, 0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 32)
+HIGHER = "At equal KL our judge score is at least TRL's"
+FASTER = "What TRL reaches at its last rollout is reached with half the rollouts"
 MAX_SHARE = 0.5  # of TRL's rollouts
 Measured = Mapping[int, Sequence[Row]]  # by seed
 
@@ -39,8 +41,8 @@ def tables(measured: Measured, params: Params) -> str:
     """What is missing, the comparison of each seed, the goals, and all measured policies."""
     pairs = list(pairs_of(measured))
     parts = [missing_text(measured, params)]
-    if pairs:
-        parts += [pair_table(pairs), goals_text(pairs, len(measured))]
+    parts += [pair_table(pairs)] if pairs else []
+    parts.append(goals_text(pairs, len(measured)))
     rows = [row for seed in measured for row in measured[seed]]
     if rows:
         parts += [policy_table(measured), where(rows)]
@@ -95,6 +97,8 @@ def pair_table(pairs: Sequence[Pair]) -> str:
 
 def goals_text(pairs: Sequence[Pair], num_seeds: int) -> str:
     """The goals, each met or missed on the mean of the measured seeds."""
+    if not pairs:
+        return "\n".join(["Goals:", "", f"- {HIGHER}: not measured.", f"- {FASTER}: not measured."])
     gains, shares = [pair.gain for pair in pairs], [pair.share for pair in pairs]
     of = f"{len(pairs)} of {num_seeds} seeds measured"
     higher, faster = sum(gain >= 0 for gain in gains), sum(share <= MAX_SHARE for share in shares)
@@ -104,10 +108,9 @@ def goals_text(pairs: Sequence[Pair], num_seeds: int) -> str:
         [
             f"Goals, on the mean over the seeds ({of}):",
             "",
-            f"- At equal KL our judge score is at least TRL's: **{verdict(statistics.fmean(gains) >= 0)}** "
+            f"- {HIGHER}: **{verdict(statistics.fmean(gains) >= 0)}** "
             f"(difference {mean_and_spread(gains, '+.3f')}; on {higher} of {len(pairs)} seeds).",
-            f"- What TRL reaches at its last rollout is reached with half the rollouts: **{verdict(mean_share <= MAX_SHARE)}**"
-            f"{spread}; on {faster} of {len(pairs)} seeds.",
+            f"- {FASTER}: **{verdict(mean_share <= MAX_SHARE)}**{spread}; on {faster} of {len(pairs)} seeds.",
         ]
     )
 
