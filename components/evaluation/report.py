@@ -25,7 +25,7 @@ Facts = Mapping[str, Fact]
 NO_FACTS: Facts = MappingProxyType({})
 TRAINING_PANELS = (
     ("reward", "reward (what PPO raises)"),
-    ("judge_score", "judge score (not seen by PPO)"),
+    ("judge_score", "score of the first judge"),
     ("kl", "KL (nats per response)"),
     ("eos_rate", "EOS rate"),
 )

@@ -246,8 +246,8 @@ def test_training_curves_without_judge_scores() -> None:
     passes = [{name: value for name, value in row.items() if name != "judge_score"} for row in VALIDATION_PASSES]
     page = page_of(*forty_prompts(), training=passes)
     assert "Training curves" in page
-    assert "not seen by PPO" not in page
-    assert "not seen by PPO" in page_of(*forty_prompts())
+    assert "score of the first judge" not in page
+    assert "score of the first judge" in page_of(*forty_prompts())
 
 
 def test_responses_are_escaped() -> None:
