@@ -151,7 +151,7 @@ def test_stage_of_a_lost_pod_resumes_elsewhere_from_s3(toy: Path, whole: Path, t
 
         def saved() -> list[str]:
             found = client.list_objects_v2(Bucket=BUCKET, Prefix="checkpoints/").get("Contents", [])
-            return [item["Key"] for item in found if item["Key"].endswith("/.complete")]
+            return [item["Key"] for item in found if re.search(r"/step-[^/]*/\.complete$", item["Key"])]
 
         def in_pod(name: str) -> subprocess.Popen[str]:
             launcher = [sys.executable, "-c", LAUNCHER, *command]
