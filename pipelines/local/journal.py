@@ -95,15 +95,22 @@ def command_digest(command: list[str]) -> str:
 
 
 def _canonical(argument: str) -> str:
-    """The argument without what changes no result: the budget, and the order of keys, which in kfp's executor input varies."""
+    """The argument without what changes no result: the budget, what was measured of an input, and the order of keys in executor input."""
     try:
         content = json.loads(without_budget(argument))
     except ValueError:
         return argument
     inputs = content.get("inputs") if isinstance(content, dict) else None
-    values = inputs.get("parameterValues") if isinstance(inputs, dict) else None
+    if not isinstance(inputs, dict):
+        return json.dumps(content, sort_keys=True)
+    values = inputs.get("parameterValues")
     if isinstance(values, dict) and isinstance(values.get("settings"), str):
         values["settings"] = without_budget(values["settings"])
+    for listed in inputs.get("artifacts", {}).values():
+        for artifact in listed.get("artifacts", []):
+            # The digest covers everything but measurements, such as the memory of the process that wrote the artifact.
+            if "digest" in artifact.get("metadata", {}):
+                artifact["metadata"] = {"digest": artifact["metadata"]["digest"]}
     return json.dumps(content, sort_keys=True)
 
 

@@ -1,12 +1,13 @@
 """Finished stages are reused; stages with changed inputs or modified outputs run again."""
 
+import json
 from pathlib import Path
 
 import kfp.local
 import pytest
 from kfp import dsl
 
-from pipelines.local.journal import Journal
+from pipelines.local.journal import Journal, command_digest
 from pipelines.local.run import quiet_kfp
 from pipelines.local.runner import LocalRun, container_processes
 
@@ -143,3 +144,19 @@ def test_unreadable_record_means_not_finished(tmp_path: Path, content: str) -> N
     lines = words(execute(tmp_path, SAY_HELLO))
     assert lines.count(REUSED) == 1
     assert lines.count("ran") + lines.count("used hello") == 1
+
+
+def executor_input(**metadata: str | float) -> str:
+    artifact = {"name": "model", "uri": "/run/sft/model", "metadata": metadata}
+    return json.dumps({"inputs": {"artifacts": {"sft_model": {"artifacts": [artifact]}}}, "outputs": {}})
+
+
+def test_command_is_the_same_whatever_was_measured_of_its_inputs() -> None:
+    """A stage that is repeated yields the same artifact with other measurements; the stages after it are not repeated."""
+    first = executor_input(digest="a1", **{"memory/peak_gib": 0.471})
+    again = executor_input(digest="a1", **{"memory/peak_gib": 0.473})
+    other = executor_input(digest="b2", **{"memory/peak_gib": 0.471})
+    assert command_digest(["stage", first]) == command_digest(["stage", again])
+    assert command_digest(["stage", first]) != command_digest(["stage", other])
+    unknown = [executor_input(said=word) for word in ("hello", "goodbye")]  # not from one of our stages
+    assert command_digest(["stage", unknown[0]]) != command_digest(["stage", unknown[1]])
