@@ -105,7 +105,9 @@ class PpoTrainer:
                 row = self._iterate(iteration, prompts)
                 if self.varying_lengths:
                     release_freed_memory()
-                if evaluates and iteration % self.ppo.eval_every == 0 and not self.guard.stopped:
+                # While only the critic is trained, the policy is the SFT model, which has been evaluated.
+                is_warm = iteration > self.ppo.critic.warmup_iterations
+                if evaluates and is_warm and iteration % self.ppo.eval_every == 0 and not self.guard.stopped:
                     row |= self._evaluate(validation, iteration)
             self.history.append(row)
             self.tracker.log({name: value for name, value in row.items() if name != "iteration"}, iteration)

@@ -356,6 +356,14 @@ def test_only_the_critic_is_trained_in_its_warmup(tiny_model: Path, reward_model
     assert not all(torch.equal(after[n], p) for n, p in weights(trainer).items() if n.startswith("actor."))
 
 
+def test_the_warmup_of_the_critic_is_no_lack_of_improvement(tiny_model: Path, reward_model: Path) -> None:
+    stage = config_of(num_iterations=5, eval_every=1, patience=2, critic={"warmup_iterations": 3})
+    trainer = trainer_of(stage, tiny_model, reward_model, reward=share_of_low_ids)
+    history = trainer.train(PROMPTS, VALIDATION)
+    assert len(history) == 5
+    assert [evaluation.iteration for evaluation in trainer.outcome.evaluations] == [0, 4, 5]
+
+
 def test_a_critic_without_a_reward_model_starts_from_the_sft_model(tiny_model: Path) -> None:
     trainer = trainer_of(config_of(frozen=1), tiny_model, None, reward=share_of_low_ids)
     models = trainer.learner.models

@@ -77,7 +77,7 @@ class CriticConfig(BaseConfig):
     warmup_fraction: Fraction | None = None
     """Fraction of all steps in which the critic's learning rate rises linearly from 0; null uses that of training."""
     warmup_iterations: Count = 0
-    """First iterations in which only the critic is trained, and the actor stays as it is."""
+    """First iterations in which only the critic is trained; the actor stays as it is, and is not evaluated."""
     loss_coef: Positive = 1.0
     """Factor of the value loss; AdamW ignores it except for gradient clipping (max_grad_norm)."""
 

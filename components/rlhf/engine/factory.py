@@ -22,17 +22,16 @@ def create_engine(
     num_steps: int,
     group: Group,
     dtype: torch.dtype,
-    learning_rate: float | None = None,
 ) -> TrainEngine:
     """The engine named by training.engine, over the parameters of the module that require gradients.
 
-    learning_rate overrides the peak of the schedule, training.learning_rate. dtype is the precision that the model computes in.
+    dtype is the precision that the model computes in.
     """
     if training.engine == "torch":
-        return TorchEngine(module, training, num_steps=num_steps, group=group, learning_rate=learning_rate)
+        return TorchEngine(module, training, num_steps=num_steps, group=group)
     from components.rlhf.engine.deepspeed import DeepSpeedEngine  # takes seconds to import
 
-    return DeepSpeedEngine(module, training, num_steps=num_steps, group=group, dtype=dtype, learning_rate=learning_rate)
+    return DeepSpeedEngine(module, training, num_steps=num_steps, group=group, dtype=dtype)
 
 
 def prepare_frozen_model(module: nn.Module, training: TrainingConfig, *, group: Group, dtype: torch.dtype) -> None:

@@ -31,11 +31,10 @@ class TorchEngine:
         *,
         num_steps: int,
         group: Group = SINGLE_PROCESS,
-        learning_rate: float | None = None,
     ) -> None:
         self.module, self.training, self.group = module, training, group
         self.num_steps = num_steps
-        self.peak = training.learning_rate if learning_rate is None else learning_rate
+        self.peak = training.learning_rate
         self.steps_done = 0
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(

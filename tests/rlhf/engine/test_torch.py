@@ -209,9 +209,11 @@ def test_steps_follow_the_schedule_and_report_it() -> None:
     assert [one_step(engine, [6]).learning_rate for _ in range(5)] == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.0])
 
 
-def test_learning_rate_argument_replaces_the_peak() -> None:
+def test_the_peak_may_be_changed_between_steps() -> None:
     training = TrainingConfig(learning_rate=0.1, schedule="constant", warmup_fraction=0.0)
-    engine = TorchEngine(model(), training, num_steps=4, learning_rate=0.7)
+    engine = TorchEngine(model(), training, num_steps=4)
+    assert one_step(engine, [6]).learning_rate == 0.1
+    engine.peak = 0.7
     assert one_step(engine, [6]).learning_rate == 0.7
 
 
