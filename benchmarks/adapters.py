@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.checkpoints import SHAPE
 from benchmarks.record import describe_machine
 from components.rlhf.config.model import LoraConfig
-from components.rlhf.config.ppo import VllmConfig
+from components.rlhf.config.rollout import VllmConfig
 from components.rlhf.data.batching import collate
 from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.models.actor import Actor, SamplingDistribution

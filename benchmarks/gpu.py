@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from components.rlhf.config.model import SamplingConfig, TrainingConfig
-from components.rlhf.config.ppo import VllmConfig
+from components.rlhf.config.rollout import VllmConfig
 from components.rlhf.data.batching import TokenBatch, collate
 from components.rlhf.data.records import Prompt
 from components.rlhf.engine.factory import create_engine

@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from components.rlhf.config.explain import explain_validation_error
 from components.rlhf.config.judge import MAX_JUDGES_BYTES
-from components.rlhf.config.params import Params, explain_validation_error
+from components.rlhf.config.params import Params
 from components.rlhf.text.errors import InputError
 from pipelines.code_files import code_folder
 

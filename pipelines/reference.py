@@ -10,7 +10,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from components.rlhf.config.params import Params, sections_in
+from components.rlhf.config.explain import sections_in
+from components.rlhf.config.params import Params
 
 TARGET = Path(__file__).parent / "params" / "README.md"
 HEAD = """# Parameters

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.code import ImportCodeStageConfig
 from components.rlhf.config.evaluation import EvaluationStageConfig
+from components.rlhf.config.explain import explain_validation_error, short_repr
 from components.rlhf.config.import_model import ImportModelStageConfig
 from components.rlhf.config.judge import JudgeStageConfig
-from components.rlhf.config.params import Params, explain_validation_error, short_repr
+from components.rlhf.config.params import Params
 from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.config.prepare_data import PrepareDataStageConfig, PreviewConfig
 from components.rlhf.config.reward_model import RewardModelStageConfig

@@ -18,7 +18,8 @@ from components.ppo.trainer import PpoTrainer
 from components.ppo.update import update
 from components.rlhf.checkpoints.manager import CheckpointManager
 from components.rlhf.config.model import ModelConfig, SamplingConfig, TrainingConfig
-from components.rlhf.config.ppo import CriticConfig, PpoConfig, PpoStageConfig, RolloutConfig
+from components.rlhf.config.ppo import CriticConfig, PpoConfig, PpoStageConfig
+from components.rlhf.config.rollout import RolloutConfig
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.engine.group import SINGLE_PROCESS

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, logging
 from benchmarks.peers.inputs import MODEL, SEED, read_texts
 from benchmarks.peers.measure import Marks, print_result, read_job
 from components.rlhf.config.model import SamplingConfig
-from components.rlhf.config.ppo import VllmConfig
+from components.rlhf.config.rollout import VllmConfig
 from components.rlhf.data.records import Prompt
 from components.rlhf.models.loading import load_causal_lm
 from components.rlhf.rollout.hf import HfRolloutEngine

@@ -7,8 +7,9 @@ from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.evaluation import EvaluationConfig, EvaluationStageConfig, GateConfig
 from components.rlhf.config.judge import RewardModelJudge
 from components.rlhf.config.model import ModelConfig, SamplingConfig
-from components.rlhf.config.ppo import CriticConfig, EngineConfig, PpoConfig, PpoStageConfig, RolloutConfig
+from components.rlhf.config.ppo import CriticConfig, PpoConfig, PpoStageConfig
 from components.rlhf.config.reward_model import RewardModelConfig, RewardModelStageConfig
+from components.rlhf.config.rollout import EngineConfig, RolloutConfig
 from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.planner.copies import Numeric

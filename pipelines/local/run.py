@@ -19,7 +19,8 @@ import kfp.components
 import kfp.local
 from rich.console import Console
 
-from components.rlhf.config.params import Params, explain_validation_error
+from components.rlhf.config.explain import explain_validation_error
+from components.rlhf.config.params import Params
 from components.rlhf.config.storage import StorageConfig, TrackingConfig
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.redaction import redact

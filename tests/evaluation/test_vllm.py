@@ -17,7 +17,7 @@ from components.evaluation.compare import Comparison, compare
 from components.evaluation.ranks import Ranks
 from components.reward_model.calibration import sample_responses
 from components.rlhf.config.model import ModelConfig
-from components.rlhf.config.ppo import EngineConfig, VllmConfig
+from components.rlhf.config.rollout import EngineConfig, VllmConfig
 from components.rlhf.data.batching import collate
 from components.rlhf.data.records import Completion
 from components.rlhf.models.actor import Actor, SamplingDistribution
@@ -195,7 +195,7 @@ TWO_PROCESSES = """
 import json, sys
 from pathlib import Path
 from components.evaluation.ranks import Ranks
-from components.rlhf.config.ppo import EngineConfig, VllmConfig
+from components.rlhf.config.rollout import EngineConfig, VllmConfig
 from components.rlhf.engine.group import join_process_group
 from components.reward_model.calibration import sample_responses
 from tests.support.evaluation_cases import PROMPTS, compare_in_passes, config_of

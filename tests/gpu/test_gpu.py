@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu import SEQUENCES, Steps, make_model, train
 from components.rlhf.config.model import SamplingConfig, TrainingConfig
-from components.rlhf.config.ppo import VllmConfig
+from components.rlhf.config.rollout import VllmConfig
 from components.rlhf.data.records import Prompt
 from components.rlhf.models.loading import load_causal_lm
 

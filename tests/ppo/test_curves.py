@@ -7,7 +7,8 @@ from components.ppo.curves import PANELS, as_html, as_svg
 from components.ppo.guard import Event
 from components.ppo.keep import Outcome
 from components.ppo.validation import Evaluation
-from components.rlhf.config.ppo import PpoConfig, RolloutConfig
+from components.rlhf.config.ppo import PpoConfig
+from components.rlhf.config.rollout import RolloutConfig
 
 PPO = PpoConfig(rollout=RolloutConfig(num_prompts=16, samples_per_prompt=2))
 

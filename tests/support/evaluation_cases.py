@@ -21,7 +21,7 @@ from components.reward_model.imported import measure_imported
 from components.rlhf.config.evaluation import EvaluationConfig, EvaluationStageConfig, GateConfig
 from components.rlhf.config.judge import RewardModelJudge
 from components.rlhf.config.model import ModelConfig, SamplingConfig, TrainingConfig
-from components.rlhf.config.ppo import EngineConfig
+from components.rlhf.config.rollout import EngineConfig
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.data.records import Prompt, ValidationSample
 from components.rlhf.engine.group import SINGLE_PROCESS, join_process_group

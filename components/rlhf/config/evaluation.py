@@ -6,8 +6,8 @@ from components.rlhf.config.base import BaseConfig, Fraction, NonNegative, Posit
 from components.rlhf.config.code import Digest
 from components.rlhf.config.judge import Judges, LinearJudge
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed
-from components.rlhf.config.ppo import EngineConfig, check_engine, ranks_per_engine
 from components.rlhf.config.processes import Processes
+from components.rlhf.config.rollout import EngineConfig, check_engine, ranks_per_engine
 
 
 class EvaluationConfig(BaseConfig):

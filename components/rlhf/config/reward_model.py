@@ -7,8 +7,8 @@ from pydantic import model_validator
 from components.rlhf.config.base import BaseConfig, Count, Fraction, PositiveInt
 from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, TrainingConfig, check_zero3_compatibility
-from components.rlhf.config.ppo import EngineConfig, check_engine, ranks_per_engine
 from components.rlhf.config.processes import Processes
+from components.rlhf.config.rollout import EngineConfig, check_engine, ranks_per_engine
 from components.rlhf.config.storage import CheckpointConfig
 
 

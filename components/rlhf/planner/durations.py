@@ -7,9 +7,10 @@ from components.rlhf.config.cluster import bytes_of
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.model import SamplingConfig, TrainingConfig
 from components.rlhf.config.params import Params
-from components.rlhf.config.ppo import EngineConfig, PpoConfig
+from components.rlhf.config.ppo import PpoConfig
 from components.rlhf.config.reward_model import RewardModelConfig
 from components.rlhf.config.rewards import CommandReward, EndpointReward, FunctionReward, HttpReward
+from components.rlhf.config.rollout import EngineConfig
 from components.rlhf.planner.activations import cache
 from components.rlhf.planner.copies import Numeric, shards_weights
 from components.rlhf.planner.plan import Shapes, job_of, machine_of, reward_model_section, stages_of

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from components.rlhf.config.model import SamplingConfig, TrainingConfig
-from components.rlhf.config.ppo import EngineConfig, VllmConfig
+from components.rlhf.config.rollout import EngineConfig, VllmConfig
 from components.rlhf.planner.activations import cache, sampling_workspace
 from components.rlhf.planner.constants import (
     CUDA_CONTEXT,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from components.rlhf.config.model import SamplingConfig
-from components.rlhf.config.ppo import EngineConfig
+from components.rlhf.config.rollout import EngineConfig
 from components.rlhf.data.lengths import longest_prompt
 from components.rlhf.data.records import Prompt
 from components.rlhf.data.tokenizer import load_tokenizer

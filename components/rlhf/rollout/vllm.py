@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from components.rlhf.config.model import SamplingConfig
-from components.rlhf.config.ppo import VllmConfig
+from components.rlhf.config.rollout import VllmConfig
 from components.rlhf.data.records import Completion, Prompt, is_chat
 from components.rlhf.data.tokenizer import decode_response, encode_prompt, load_tokenizer
 from components.rlhf.models.loading import empty_causal_lm, require_same_architecture

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from components.rlhf.config.ppo import VllmConfig
+from components.rlhf.config.rollout import VllmConfig
 from components.rlhf.text.errors import InputError
 
 

@@ -21,7 +21,7 @@ from components.rlhf.artifacts.manifest import MANIFEST, Manifest, write_manifes
 from components.rlhf.checkpoints.stop_signal import StopSignal
 from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.budget import BudgetConfig, without_budget
-from components.rlhf.config.params import explain_validation_error
+from components.rlhf.config.explain import explain_validation_error
 from components.rlhf.config.processes import Processes
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
 from components.rlhf.runtime.accelerators import require_accelerators

@@ -8,8 +8,8 @@ from components.rlhf.checkpoints import key as key_module
 from components.rlhf.checkpoints.key import checkpoint_key
 from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.model import ModelConfig, SamplingConfig, TrainingConfig
-from components.rlhf.config.ppo import EngineConfig
 from components.rlhf.config.reward_model import RewardModelConfig, RewardModelStageConfig
+from components.rlhf.config.rollout import EngineConfig
 from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 

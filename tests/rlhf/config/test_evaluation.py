@@ -6,10 +6,12 @@ import pytest
 from pydantic import ValidationError
 
 from components.rlhf.config.evaluation import EvaluationConfig, EvaluationStageConfig, GateConfig
+from components.rlhf.config.explain import explain_validation_error
 from components.rlhf.config.model import ModelConfig, SamplingConfig
-from components.rlhf.config.params import Params, explain_validation_error
-from components.rlhf.config.ppo import EngineConfig, PpoStageConfig
+from components.rlhf.config.params import Params
+from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.config.reward_model import RewardModelStageConfig
+from components.rlhf.config.rollout import EngineConfig
 from components.rlhf.config.sft import SftStageConfig
 
 DATA = {name: {"path": f"{name}.jsonl"} for name in ("demonstrations", "preferences", "prompts")}

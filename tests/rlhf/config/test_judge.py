@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from components.rlhf.config.explain import explain_validation_error
 from components.rlhf.config.judge import KINDS, MAX_JUDGES_BYTES, JudgeStageConfig, LinearJudge, as_list
-from components.rlhf.config.params import Params, explain_validation_error
+from components.rlhf.config.params import Params
 
 DATA: dict[str, Any] = {name: {"path": f"{name}.jsonl"} for name in ("demonstrations", "preferences", "prompts")}
 DATA["prompts"] |= {"keep": ["answer", "target", "solution"]}

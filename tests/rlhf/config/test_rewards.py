@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from components.rlhf.config.params import Params, explain_validation_error
+from components.rlhf.config.explain import explain_validation_error
+from components.rlhf.config.params import Params
 from components.rlhf.config.ppo import PpoConfig, PpoStageConfig
 from components.rlhf.config.rewards import KINDS, MAX_REWARDS_BYTES, RewardModelReward
 from components.rlhf.config.scoring import RUNS_USER_CODE, VERIFIABLE, column_of

@@ -8,14 +8,16 @@ from pydantic import ValidationError
 
 from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.evaluation import EvaluationStageConfig
+from components.rlhf.config.explain import explain_validation_error
 from components.rlhf.config.import_model import ImportModelStageConfig
 from components.rlhf.config.judge import JudgeStageConfig
 from components.rlhf.config.model import SamplingConfig, TrainingConfig
 from components.rlhf.config.notify import NotifyStageConfig
-from components.rlhf.config.params import Params, explain_validation_error
-from components.rlhf.config.ppo import PpoConfig, PpoStageConfig, RolloutConfig
+from components.rlhf.config.params import Params
+from components.rlhf.config.ppo import PpoConfig, PpoStageConfig
 from components.rlhf.config.prepare_data import PrepareDataStageConfig
 from components.rlhf.config.reward_model import RewardModelStageConfig
+from components.rlhf.config.rollout import RolloutConfig
 from components.rlhf.config.sft import SftStageConfig
 from pipelines.profiles import resolve_profiles
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from components.rlhf.config.evaluation import EvaluationConfig, EvaluationStageConfig, GateConfig
 from components.rlhf.config.model import LoraConfig, ModelConfig, SamplingConfig, TrainingConfig
-from components.rlhf.config.ppo import CriticConfig, EngineConfig, PpoConfig, PpoStageConfig, RolloutConfig
+from components.rlhf.config.ppo import CriticConfig, PpoConfig, PpoStageConfig
 from components.rlhf.config.reward_model import RewardModelConfig, RewardModelStageConfig
+from components.rlhf.config.rollout import EngineConfig, RolloutConfig
 from components.rlhf.config.sft import SftConfig, SftStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.planner.copies import Numeric, trained_copy

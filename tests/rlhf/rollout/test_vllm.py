@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.rlhf.config.model import SamplingConfig
-from components.rlhf.config.ppo import VllmConfig
+from components.rlhf.config.rollout import VllmConfig
 from components.rlhf.data.batching import collate
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.models.actor import Actor, SamplingDistribution
@@ -482,7 +482,7 @@ TWO_PROCESSES = """
 import sys, time, torch
 from pathlib import Path
 torch.distributed.init_process_group("gloo")
-from components.rlhf.config.ppo import VllmConfig
+from components.rlhf.config.rollout import VllmConfig
 from components.rlhf.rollout.probe import SyncCheck, WeightSample, probe_ids
 from components.rlhf.rollout.vllm import VllmRolloutEngine
 from tests.rlhf.rollout.test_vllm import COLD, PROMPTS, hf, ids_of, model, probe, sampling, trained

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from components.rlhf.config.model import SamplingConfig
-from components.rlhf.config.ppo import VllmConfig
+from components.rlhf.config.rollout import VllmConfig
 from components.rlhf.data.records import Prompt
 from components.rlhf.models.loading import load_causal_lm
 from components.rlhf.rollout.probe import SyncCheck
@@ -104,7 +104,7 @@ def test_vllm_equals_transformers_before_and_after_a_sync(kind: str, tmp_path: P
 IN_A_NEW_PROCESS = """
 import sys, torch
 from pathlib import Path
-from components.rlhf.config.ppo import VllmConfig
+from components.rlhf.config.rollout import VllmConfig
 from components.rlhf.rollout.vllm import VllmRolloutEngine
 from components.rlhf.text.errors import InputError
 from tests.rlhf.rollout.test_vllm_architectures import make_folder

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from components.rlhf.config.model import LoraConfig, SamplingConfig
-from components.rlhf.config.ppo import VllmConfig
+from components.rlhf.config.rollout import VllmConfig
 from components.rlhf.data.batching import collate
 from components.rlhf.data.records import Prompt
 from components.rlhf.models.actor import Actor, SamplingDistribution
