@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,78 +53,33 @@ def load_models(
     adapters disabled, and the reward model is the critic with its adapters disabled and its own head, without copies of the
     weights, in 4 bits with model.lora.quantization. Under ZeRO-3 each weight of every model is sharded as soon as it is read.
     """
-    device, training = default_device(), config.ppo.training
-    frozen, lora, quantization = config.model.num_frozen_layers, config.model.lora, config.model.quantization
-    # Each model goes to its device, precision and shards before the next one is read.
-    place: dict[str, Any] = dict(dtype=dtype, device=device, shard=weight_shards(training, group=group, dtype=dtype))
-    trained = place | {"trained_dtype": trained_dtype(training, dtype)}
-    actor_lm = load_causal_lm(
-        sft_model, num_frozen_layers=frozen, trainable=lora is None, quantization=quantization, **trained
-    )
-    if lora:
-        reference_lm = actor_lm
-    elif training.engine == "torch":
-        reference_lm = load_reference_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, device=device)
-    else:
-        reference_lm = load_causal_lm(sft_model, num_frozen_layers=frozen, trainable=False, **place)
-    as_text = reward_model is not None and is_scored_as_text(reward_model)
-    reward_lm = None
-    if reward_model is not None:
-        reward_lm = load_scalar_lm(
-            reward_model,
-            num_frozen_layers=0 if as_text else frozen,
-            trainable=False,
-            quantization=quantization,
-            **place,
-        )
-    twin = None if as_text else reward_lm
-    critic_lm = None
-    if config.ppo.advantage == "gae":
-        # A critic reads the actor's ids: it cannot start from a reward model with other ids, so it gets the SFT model and a new head.
-        source, seed = (sft_model, config.seed) if twin is None or reward_model is None else (reward_model, None)
-        critic_lm = _load_critic(config, source, twin, seed=seed, place=place, trained=trained)
-    if lora:
-        add_adapters(actor_lm, lora, num_frozen_layers=frozen, seed=config.seed)
-        if critic_lm is not None and config.ppo.critic.trains == "layers":
-            add_adapters(critic_lm, lora, num_frozen_layers=frozen, seed=config.seed)
-    copies = [] if lora else [reference_lm]
-    rollout_lm = None
-    if config.ppo.rollout.engine == "hf":
-        rollout_lm = actor_lm if samples_from_actor(config, dtype) else None
-        if rollout_lm is None:
-            rollout_lm = load_causal_lm(sft_model, num_frozen_layers=0, dtype=dtype, trainable=False, device=device)
-            copies += [] if quantization else [rollout_lm]  # it samples from whole weights, which sync() copies
-    all_lms = [*copies] + ([] if twin is None else [twin])
-    if critic_lm is not None and (reward_lm is None or critic_lm.base_model is not reward_lm.base_model):
-        all_lms.append(critic_lm)
-    shared = share_trunk(actor_lm, all_lms, frozen)
-    if not shared and frozen:
-        share_trunk(actor_lm, copies, frozen)
+    training, max_over_ranks = config.ppo.training, max_over_shards(config.ppo.training, group)
+    lms = _load_language_models(config, sft_model, reward_model, dtype=dtype, group=group)
+    shared = _share_layers(lms, config)
     if training.gradient_checkpointing:
-        enable_gradient_checkpointing(actor_lm)
-        if critic_lm is not None and config.ppo.critic.trains == "layers":
-            enable_gradient_checkpointing(critic_lm)
-    normalization = _normalization(config, reward_model)
-    max_over_ranks = max_over_shards(training, group)
-    reward_scalar, scorer = None, None
-    if reward_lm is not None and reward_model is not None:
-        reward_scalar = ScalarModel(
-            reward_lm, num_frozen_layers=0 if as_text else frozen, with_adapters=False, dtype=dtype, **normalization
-        )
-        scorer = _scorer_of(reward_scalar, reward_model, config, max_over_ranks)
-    critic = None
-    if critic_lm is not None:
+        enable_gradient_checkpointing(lms.actor)
+        if lms.critic is not None and config.ppo.critic.trains == "layers":
+            enable_gradient_checkpointing(lms.critic)
+    frozen, normalization = config.model.num_frozen_layers, _normalization(config, reward_model)
+    actors: dict[str, Any] = dict(num_frozen_layers=frozen, dtype=dtype, max_over_ranks=max_over_ranks)
+    critic = reward_scalar = scorer = None
+    if lms.critic is not None:
         critic = ScalarModel(
-            critic_lm,
+            lms.critic,
             num_frozen_layers=frozen,
             trains=config.ppo.critic.trains,
             dtype=dtype,
-            **({} if twin is None else normalization),
+            **({} if lms.twin is None else normalization),
         )
-    actors: dict[str, Any] = dict(num_frozen_layers=frozen, dtype=dtype, max_over_ranks=max_over_ranks)
+    if lms.reward_model is not None and reward_model is not None:
+        own_layers = 0 if lms.twin is None else frozen
+        reward_scalar = ScalarModel(
+            lms.reward_model, num_frozen_layers=own_layers, with_adapters=False, dtype=dtype, **normalization
+        )
+        scorer = _scorer_of(reward_scalar, reward_model, config, max_over_ranks)
     models = Models(
-        actor=Actor(actor_lm, **actors),
-        reference=Actor(reference_lm, with_adapters=False, **actors),
+        actor=Actor(lms.actor, **actors),
+        reference=Actor(lms.reference, with_adapters=False, **actors),
         critic=critic,
         reward_model=reward_scalar,
         scorer=scorer,
@@ -138,11 +94,82 @@ def load_models(
         config.ppo.rollout.sampling,
         prompts,
         dtype=dtype,
-        lm=rollout_lm,
-        lora_rank=lora.rank if lora else 0,
-        adapted_modules=adapted_modules(actor_lm),
+        lm=lms.rollout,
+        lora_rank=config.model.lora.rank if config.model.lora else 0,
+        adapted_modules=adapted_modules(lms.actor),
     )
     return models, engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LanguageModels:
+    """The models of PPO as transformers has them."""
+
+    actor: Any
+    reference: Any  # the actor itself, with adapters
+    reward_model: Any | None
+    twin: Any | None  # the reward model, if the critic can start from it: it reads the actor's ids
+    critic: Any | None
+    rollout: Any | None  # what the engine hf samples from: the actor itself, or a copy
+
+
+def _load_language_models(
+    config: PpoStageConfig, sft_model: Path, reward_model: Path | None, *, dtype: torch.dtype, group: Group
+) -> _LanguageModels:
+    """Each model goes to its device, precision and shards before the next one is read."""
+    device, training = default_device(), config.ppo.training
+    frozen, lora, quantization = config.model.num_frozen_layers, config.model.lora, config.model.quantization
+    place: dict[str, Any] = dict(dtype=dtype, device=device, shard=weight_shards(training, group=group, dtype=dtype))
+    trained = place | {"trained_dtype": trained_dtype(training, dtype)}
+    actor = load_causal_lm(
+        sft_model, num_frozen_layers=frozen, trainable=lora is None, quantization=quantization, **trained
+    )
+    if lora:
+        reference = actor
+    elif training.engine == "torch":
+        reference = load_reference_lm(sft_model, num_frozen_layers=frozen, dtype=dtype, device=device)
+    else:
+        reference = load_causal_lm(sft_model, num_frozen_layers=frozen, trainable=False, **place)
+    reward = twin = critic = rollout = None
+    if reward_model is not None:
+        as_text = is_scored_as_text(reward_model)
+        layers = 0 if as_text else frozen
+        reward = load_scalar_lm(
+            reward_model, num_frozen_layers=layers, trainable=False, quantization=quantization, **place
+        )
+        twin = None if as_text else reward
+    if config.ppo.advantage == "gae":
+        # A critic that cannot start from the reward model gets the SFT model and a new head.
+        source, seed = (sft_model, config.seed) if twin is None or reward_model is None else (reward_model, None)
+        critic = _load_critic(config, source, twin, seed=seed, place=place, trained=trained)
+    if lora:
+        add_adapters(actor, lora, num_frozen_layers=frozen, seed=config.seed)
+        if critic is not None and config.ppo.critic.trains == "layers":
+            add_adapters(critic, lora, num_frozen_layers=frozen, seed=config.seed)
+    if config.ppo.rollout.engine == "hf":
+        rollout = actor
+        if not samples_from_actor(config, dtype):
+            rollout = load_causal_lm(sft_model, num_frozen_layers=0, dtype=dtype, trainable=False, device=device)
+    return _LanguageModels(
+        actor=actor, reference=reference, reward_model=reward, twin=twin, critic=critic, rollout=rollout
+    )
+
+
+def _share_layers(lms: _LanguageModels, config: PpoStageConfig) -> bool:
+    """Let all models that compute with the actor's ids hold its frozen layers, if they are equal; whether they do."""
+    frozen = config.model.num_frozen_layers
+    copies = [] if config.model.lora else [lms.reference]
+    if lms.rollout not in (None, lms.actor) and not config.model.quantization:
+        copies.append(lms.rollout)  # it samples from whole weights, which sync() copies
+    others = copies + ([] if lms.twin is None else [lms.twin])
+    if lms.critic is not None and (
+        lms.reward_model is None or lms.critic.base_model is not lms.reward_model.base_model
+    ):
+        others.append(lms.critic)
+    shared = share_trunk(lms.actor, others, frozen)
+    if not shared and frozen:
+        share_trunk(lms.actor, copies, frozen)  # they start from one artifact
+    return shared
 
 
 def _load_critic(
