@@ -19,8 +19,11 @@ STAGES = {"tools": ("register", "notify", "sft", "reward_model", "ppo"), "traine
 # What only training stages use, and what they import with it; the stages of the tools image have no torch.
 TRAINING = (
     "components.rlhf.checkpoints.manager",
+    "components.rlhf.engine.group",
     "components.rlhf.engine.protocol",
+    "components.rlhf.runtime.agreement",
     "components.rlhf.runtime.launcher",
+    "components.rlhf.runtime.planned",
     "components.rlhf.runtime.training",
 )
 # What only such tasks use; the images of the stages have no kubernetes.
@@ -66,6 +69,13 @@ def stages(image: str) -> list[str]:
     return [stage for stage in STAGES[image] if source_of(f"components.{stage}.__main__")]
 
 
+def modules_of(image: str) -> list[str]:
+    """Every module that the stages of an image can import there."""
+    excluded = TRAINING if image == "tools" else LAUNCHING
+    whole = [stage for stage in stages(image) if image != "tools" or stage not in LAUNCHED]
+    return sorted({module for stage in whole for module in reachable_modules(stage, excluded)})
+
+
 def unpinned_packages(constraints: Path) -> list[str]:
     """Installed packages whose version is not that of constraints.txt, ignoring local versions such as +cpu."""
     lines = [line for line in constraints.read_text(encoding="utf-8").splitlines() if "==" in line]
@@ -101,9 +111,7 @@ def main(image: str) -> None:
             sys.exit(
                 f"{image}: python -m components.{stage} --help failed with {result.returncode}: {result.stderr[-2000:]}"
             )
-    excluded = TRAINING if image == "tools" else LAUNCHING
-    whole = [stage for stage in stages(image) if image != "tools" or stage not in LAUNCHED]
-    modules = sorted({module for stage in whole for module in reachable_modules(stage, excluded)})
+    modules = modules_of(image)
     for module in modules:
         try:
             importlib.import_module(module)

@@ -7,6 +7,7 @@ Packages of job.py: torch.
 Packages of launcher.py: torch.
 Packages of measured.py: torch.
 Packages of memory.py: torch.
+Packages of planned.py: torch.
 Packages of training.py: torch.
 
 It is independent of models and losses.

@@ -27,7 +27,7 @@ from components.rlhf.config.storage import CheckpointConfig, StorageConfig, Trac
 from components.rlhf.runtime.accelerators import require_accelerators
 from components.rlhf.runtime.elsewhere import errors_as_lines, launch_stage, start_stage_worker
 from components.rlhf.runtime.executor import MODEL_URI, PUBLISHED_URI, output_uri, write_executor_output
-from components.rlhf.runtime.measured import StageMemory, plan_here, sentence
+from components.rlhf.runtime.measured import PLANNED_STAGES, StageMemory, sentence
 from components.rlhf.runtime.memory import collect_old_objects_rarely, keep_freed_memory
 from components.rlhf.runtime.nodes import STARTED, launch_processes
 from components.rlhf.runtime.process import die_with_parent, end_before_finalization
@@ -85,9 +85,11 @@ class StageRun(Generic[Config]):
 
     def plan_memory(self) -> None:
         """Plan what each process holds, for a comparison. A stage does not fail if its plan cannot be made."""
-        if self.memory.plan is None:
+        if self.memory.plan is None and self.program in PLANNED_STAGES:
             saves = self.storage.checkpoint_uri is not None
             try:
+                from components.rlhf.runtime.planned import plan_here  # with torch, which other stages do not need
+
                 self.memory.plan = plan_here(self.program, self.config, self.paths, checkpoints=saves)
             except Exception as error:  # whatever the planner cannot read
                 self.progress.log(f"memory is not planned ({error})")
