@@ -7,9 +7,9 @@ Hypothesis tries the same examples every time, so that only a change of the code
 others: make test HYPOTHESIS_PROFILE=search.
 """
 
-import functools
 import inspect
 import os
+import sys
 
 # Set before torch is imported: threads that spin on a busy core stall torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -25,11 +25,26 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from components.rlhf.checkpoints.lease import Lease
 from tests.support.resident import Resident
 from tests.support.tiny_model import make_tiny_model
 
-# kfp inspects the stack 50 times per pipeline to read a name; with torch loaded, finding the source lines takes seconds.
-inspect.stack = functools.partial(inspect.stack, context=0)
+
+def _stack(context: int = 1) -> list[inspect.FrameInfo]:
+    """inspect.stack without source lines and their files, which are looked for in all modules that are loaded.
+
+    kfp asks for it 50 times per pipeline, to read the name of a function.
+    """
+    frames, frame = [], sys._getframe(1)
+    while frame is not None:
+        frames.append(
+            inspect.FrameInfo(frame, frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, None, None)
+        )
+        frame = frame.f_back  # type: ignore[assignment]
+    return frames
+
+
+inspect.stack = _stack
 
 settings.register_profile("same", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("search", deadline=None, print_blob=True)
@@ -48,6 +63,17 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+@pytest.fixture(autouse=True)
+def heartbeats_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A lease that a test leaves behind stops beating, or its thread would slow down all later tests."""
+    leases: list[Lease] = []
+    acquire = Lease.acquire
+    monkeypatch.setattr(Lease, "acquire", lambda lease: (leases.append(lease), acquire(lease))[1])
+    yield
+    for lease in leases:
+        lease._stop.set()
 
 
 @pytest.fixture(scope="session")
