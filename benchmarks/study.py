@@ -1,10 +1,12 @@
 """Run the default task over several seeds and report the results: `python -m benchmarks.study --seeds 3` (`make study`).
 
 There are three arms: the presets quick and full on every seed, and one run of quick with a KL coefficient that is far too small,
-which the gate must reject. Each finished run appends one row to benchmarks/movie_study.jsonl. An interrupted study resumes with
+whose last policy the gate must reject. Each finished run appends one row to benchmarks/movie_study.jsonl. An interrupted study resumes with
 the runs that have no row of the same settings. A run that differs from a finished one only in PPO or evaluation reuses the
 artifacts of the earlier stages, and reports their original time and memory. At the end the tables and the plot are written into
 README.md, docs/results.md, components/README.md and components/ppo/README.md.
+
+--first-seed 3 --arm quick runs one arm on seeds that chose no setting; its table is written into docs/results.md alone.
 """
 
 import json
@@ -20,7 +22,7 @@ import click
 from benchmarks.record import ROOT, append_row, describe_machine, read_rows, settings_digest
 from benchmarks.report import write_tables
 from benchmarks.stages import rerun, stages_to_run
-from benchmarks.study_report import write_report
+from benchmarks.study_report import write_fresh_seeds, write_report
 from components.evaluation.samples import choose_rows
 from components.rlhf.artifacts.revision import code_revision
 from components.rlhf.config.params import Params
@@ -43,7 +45,11 @@ class Arm:
 
 ARMS = (
     Arm("quick", ("preset=quick",)),
-    Arm("small KL", ("preset=quick", "ppo.kl_coef=0.001", "ppo.num_iterations=24", "ppo.eval_every=4"), num_seeds=1),
+    Arm(
+        "small KL",
+        ("preset=quick", "ppo.kl_coef=0.001", "ppo.num_iterations=24", "ppo.eval_every=4", "ppo.keep=last"),
+        num_seeds=1,
+    ),
     Arm("full", ("preset=full",)),
 )
 
@@ -69,10 +75,12 @@ class Run:
         return next((row for row in read_rows(ROWS) if key.items() <= row.items()), None)
 
 
-def planned_runs(num_seeds: int) -> Iterator[Run]:
+def planned_runs(num_seeds: int, first_seed: int = 0, arms: Sequence[str] = ()) -> Iterator[Run]:
+    """The runs of the arms of these names, or of all, on num_seeds seeds from first_seed."""
     for arm in ARMS:
-        for seed in range(num_seeds if arm.num_seeds is None else min(arm.num_seeds, num_seeds)):
-            yield Run(arm, seed)
+        if not arms or arm.name in arms:
+            for seed in range(num_seeds if arm.num_seeds is None else min(arm.num_seeds, num_seeds)):
+                yield Run(arm, first_seed + seed)
 
 
 def execute(run: Run, folder: Path) -> dict[str, Any]:
@@ -140,14 +148,14 @@ def select_samples(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, list[
 
 
 @click.command(help=__doc__)
-@click.option(
-    "--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Number of seeds per arm, from 0."
-)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Number of seeds per arm.")
+@click.option("--first-seed", type=click.IntRange(min=0), default=0, show_default=True, help="The smallest seed.")
+@click.option("--arm", "arms", multiple=True, type=click.Choice([arm.name for arm in ARMS]), help="Run this arm alone.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=ROOT / "runs" / "study", help="Folder for the run directories."
 )
-def main(seeds: int, out: Path) -> None:
-    runs = list(planned_runs(seeds))
+def main(seeds: int, first_seed: int, arms: tuple[str, ...], out: Path) -> None:
+    runs = list(planned_runs(seeds, first_seed, arms))
     for number, run in enumerate(runs, start=1):
         row = run.row()
         if row is None:
@@ -161,6 +169,9 @@ def main(seeds: int, out: Path) -> None:
             flush=True,
         )
     rows = [row for run in runs if (row := run.row()) is not None]
+    if first_seed or arms:
+        write_fresh_seeds(rows)
+        return
     write_tables([row for row in rows if row["arm"] == "quick"])
     write_report(rows)
 

@@ -25,17 +25,46 @@ PANELS = (
 KL_TICKS = (0, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
 MIN_WIN_RATE, MAX_KL, MIN_DISTINCT, MAX_GIB = 0.6, 6.0, 0.85, 3.0  # bounds of the quick preset on every seed
 GOAL_WIN_RATE, GOAL_KL, GOAL_MINUTES = 0.75, 4.0, 6.0
+FRESH_WIN_RATE, FRESH_DISTINCT = 0.78, 0.9  # goal on seeds that chose no setting, with GOAL_KL
+HEALTH = (
+    ("reward", "reward model score, validation prompts\n(standard deviations of SFT)"),
+    ("judge_score", "judge score, validation prompts\n(rating; not seen by PPO)"),
+    ("kl/sequence", "KL to SFT\n(nats per response)"),
+    ("entropy", "entropy\n(nats per token)"),
+    ("value/explained_variance", "explained variance of the critic"),
+    ("actor/grad_norm", "gradient norm of the actor"),
+)
 
 
 def write_report(rows: Sequence[Row], root: Path = ROOT) -> None:
     """Rewrite the documents from one row per run. All seeds of an arm must have the same settings."""
     plot(rows, root / "benchmarks" / "movie_study.svg")
+    plot_health(rows, root / "benchmarks" / "movie_health.svg")
     results = root / "docs" / "results.md"
     replace_section(results, "study", f"{arm_table(rows)}\n\n{bounds_text(rows)}")
     replace_section(results, "samples", sample_tables(next(row for row in rows if row["arm"] == "quick")))
     replace_section(root / "components" / "ppo" / "README.md", "study", run_table(rows))
     headline = result_table(next(row for row in rows if row["arm"] == "full"), headline=True)
     replace_section(root / "README.md", "result", headline)
+
+
+def write_fresh_seeds(rows: Sequence[Row], root: Path = ROOT) -> None:
+    """Rewrite the table of the runs whose seeds chose no setting."""
+    replace_section(root / "docs" / "results.md", "fresh seeds", f"{run_table(rows)}\n\n{goal_text(rows)}")
+
+
+def goal_text(rows: Sequence[Row]) -> str:
+    """How many runs reach the goal for the quick preset on fresh seeds."""
+    met = [
+        n["win_rate"] >= FRESH_WIN_RATE
+        and n["kl"] <= GOAL_KL
+        and n["distinct2_ppo"] >= FRESH_DISTINCT * n["distinct2_sft"]
+        for n in map(metrics_of, rows)
+    ]
+    return (
+        f"Goal: win rate of at least {FRESH_WIN_RATE:g} at a KL of at most {GOAL_KL:g}, with distinct-2 at least {FRESH_DISTINCT:.0%} "
+        f"of SFT: **met on {sum(met)} of {len(met)}**."
+    )
 
 
 def arm_table(rows: Sequence[Row]) -> str:
@@ -158,6 +187,30 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes[0][0].legend(frameon=False)
     axes[-1][0].set_xlabel("KL to SFT (nats per response; square-root scale)")
     axes[-1][1].set_xlabel("rollouts (responses trained on)")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+@matplotlib.rc_context({"svg.hashsalt": "study", "svg.fonttype": "none"})
+def plot_health(rows: Sequence[Row], path: Path) -> None:
+    """A healthy run of the quick preset and the one with a KL coefficient that is far too small, metric by metric over iterations."""
+    healthy = next(row for row in rows if row["arm"] == "quick")
+    sick = next(row for row in rows if row["arm"] == "small KL")
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.2), constrained_layout=True)
+    for axis, (name, title) in zip(axes.flat, HEALTH, strict=True):
+        for row, style in ((healthy, "-"), (sick, "--")):
+            points = row["training"] if name in row["training"][0] else row["history"]
+            xs, ys = [point["iteration"] for point in points], [point[name] for point in points]
+            axis.plot(
+                xs, ys, style, color=COLORS[row["arm"]], linewidth=1.6, marker="o", markersize=3, label=row["arm"]
+            )
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("iteration", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    labels = [f"{kind}: {row['arm']}, seed {row['seed']}" for kind, row in (("healthy", healthy), ("sick", sick))]
+    figure.legend(axes.flat[0].get_lines(), labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 

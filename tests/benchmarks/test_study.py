@@ -109,6 +109,20 @@ def test_study_runs_every_preset_on_every_seed_and_the_rejected_arm_once() -> No
     assert found == [("quick", 0), ("quick", 1), ("small KL", 0), ("full", 0), ("full", 1)]
 
 
+def test_fresh_seeds_of_one_arm() -> None:
+    found = [(run.arm.name, run.seed) for run in planned_runs(2, first_seed=3, arms=("quick",))]
+    assert found == [("quick", 3), ("quick", 4)]
+
+
+def test_goal_on_fresh_seeds_needs_win_rate_kl_and_diversity() -> None:
+    def with_numbers(win_rate: float, kl: float, distinct: float) -> dict[str, Any]:
+        numbers = {"win_rate": win_rate, "kl": kl, "distinct2_sft": 0.8, "distinct2_ppo": 0.8 * distinct}
+        return row("quick") | {"evaluation_all": row("quick")["evaluation_all"] | numbers}
+
+    rows = [with_numbers(*n) for n in ((0.78, 4.0, 0.91), (0.77, 3.0, 0.95), (0.9, 4.1, 0.95), (0.9, 3.0, 0.89))]
+    assert report.goal_text(rows).endswith("**met on 1 of 4**.")
+
+
 def test_run_is_finished_when_a_row_has_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "ROWS", tmp_path / "rows.jsonl")
     first, second = (Run(study.ARMS[0], seed) for seed in (0, 1))
@@ -169,7 +183,8 @@ def test_replace_section_fails_without_the_markers(tmp_path: Path) -> None:
 
 def test_documents_hold_the_tables_and_the_plot_of_the_measured_rows(tmp_path: Path) -> None:
     pages = ("README.md", "docs/results.md", "components/README.md", "components/ppo/README.md")
-    for name in (*pages, "benchmarks/movie_study.svg"):
+    pictures = ("movie_study.svg", "movie_health.svg")
+    for name in (*pages, *(f"benchmarks/{picture}" for picture in pictures)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
     rows = [row for run in planned_runs(3) if (row := run.row()) is not None]
@@ -178,9 +193,10 @@ def test_documents_hold_the_tables_and_the_plot_of_the_measured_rows(tmp_path: P
     report.write_report(rows, tmp_path)
     for name in pages:
         assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / name).read_text(encoding="utf-8"), name
-    committed, drawn = (
-        re.findall(r">([^<]+)</text>", (root / "benchmarks" / "movie_study.svg").read_text(encoding="utf-8"))
-        for root in (ROOT, tmp_path)
-    )
-    assert len(drawn) > 20
-    assert committed == drawn
+    for picture in pictures:
+        committed, drawn = (
+            re.findall(r">([^<]+)</text>", (root / "benchmarks" / picture).read_text(encoding="utf-8"))
+            for root in (ROOT, tmp_path)
+        )
+        assert len(drawn) > 20
+        assert committed == drawn
