@@ -31,7 +31,7 @@ REFUSED = {
     "vllm-across-nodes": "ppo.rollout.vllm.tensor_parallel_size is 2, but must divide the 1 processes of each node",
 }
 TRAINED = [case for case in SETTINGS if case not in REFUSED]
-FOUR = ["sft-torch", "ppo-zero3"]  # with two processes on each node
+FOUR = ["ppo-zero3"]  # with two processes on each node
 FOLDERS = ("inputs", "out", "checkpoints")
 
 

@@ -1,9 +1,13 @@
-"""Tuning of memory: glibc's malloc, and Python's garbage collection."""
+"""Tuning of memory: glibc's malloc, Python's garbage collection, and the kernels that are kept."""
 
 import ctypes
 import gc
+import os
 import platform
 
+# Kernels that oneDNN, and torch's layer above it, keep for reuse: 1,024 by default, up to a MiB each.
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+NUM_KERNELS = 64  # several times the shapes of one pass
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
@@ -17,6 +21,15 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def keep_few_kernels() -> None:
+    """Bound the kernels for bf16 on a CPU, which are made for every number of tokens; otherwise memory grows for hundreds of steps.
+
+    Call it before torch computes anything. Variables that are set already stay as they are.
+    """
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, str(NUM_KERNELS))
 
 
 def release_freed_memory() -> None:

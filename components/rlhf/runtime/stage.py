@@ -28,7 +28,7 @@ from components.rlhf.runtime.accelerators import require_accelerators
 from components.rlhf.runtime.elsewhere import errors_as_lines, launch_stage, start_stage_worker
 from components.rlhf.runtime.executor import MODEL_URI, PUBLISHED_URI, output_uri, write_executor_output
 from components.rlhf.runtime.measured import PLANNED_STAGES, StageMemory, sentence
-from components.rlhf.runtime.memory import collect_old_objects_rarely, keep_freed_memory
+from components.rlhf.runtime.memory import collect_old_objects_rarely, keep_few_kernels, keep_freed_memory
 from components.rlhf.runtime.nodes import STARTED, launch_processes
 from components.rlhf.runtime.process import die_with_parent, end_before_finalization
 from components.rlhf.runtime.termination import message_of, tell_launcher, write_termination_message
@@ -349,6 +349,7 @@ def stage_run(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin on a busy core stall torch
     keep_freed_memory()
+    keep_few_kernels()
     collect_old_objects_rarely()
     die_with_parent()
     stop = StopSignal()

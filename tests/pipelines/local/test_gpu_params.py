@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from components.rlhf.config.params import Params
 from pipelines.settings import load_params
 from tests.support.chat_models import HIDDEN_SIZE, make_chat_model, write_chat_data
+from tests.support.resident import Resident
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.deepspeed]
 ROOT = Path(__file__).resolve().parents[3]
@@ -68,14 +68,16 @@ def sizes(params: Params, folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=FILES, ids=[path.stem for path in FILES])
-def dry_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Path]:
+def dry_run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, resident: Resident
+) -> tuple[Params, Path]:
     """The settings of the file with other sizes, and the run directory."""
     folder = tmp_path_factory.mktemp("gpu")
     changes = sizes(load_params(request.param), folder)
     settings = [f"{key}={yaml.safe_dump(value).splitlines()[0]}" for key, value in changes.items()]
     options = [part for setting in settings for part in ("--set", setting)]
     command = [sys.executable, "-m", "pipelines", "run", str(request.param), "--out", str(folder / "run"), *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    result = resident.run(command, timeout=900)
     logs = "".join(path.read_text()[-4000:] for path in sorted(folder.glob("run/logs/*.log")))
     assert result.returncode == 0, result.stdout + result.stderr + logs
     return load_params(request.param, settings), folder / "run"

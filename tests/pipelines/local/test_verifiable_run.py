@@ -1,8 +1,6 @@
 """Whole runs without preferences and a reward model on a tiny model: rewarded and judged by exact match, and by code of the user."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 from components.rlhf.artifacts.directory import open_artifact
 from components.rlhf.data.datasets import load_records
 from components.rlhf.data.records import PreferencePair, Prompt, ValidationSample
+from tests.support.resident import Resident
 from tests.support.toy_pipeline import write_params
 from tests.support.verifiable import verifiable_params
 
@@ -26,10 +25,10 @@ def score(prompts, responses, columns):
 STAGES = {"import_model", "prepare_data", "sft", "judge", "ppo", "evaluation", "register", "notify"}
 
 
-def run(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+def run(resident: Resident, folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     params = write_params(folder / "params.yaml", content)
     command = [sys.executable, "-m", "pipelines", "run", str(params), "--out", str(folder / "run")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=dict(os.environ), check=False)
+    result = resident.run(command, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     summary: dict[str, Any] = json.loads((folder / "run" / "summary.json").read_text())
     return summary | {"terminal": result.stdout}
@@ -41,7 +40,9 @@ def output(folder: Path, name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def critic_free(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, dict[str, Any]]:
+def critic_free(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, resident: Resident
+) -> tuple[Path, dict[str, Any]]:
     """A run with rloo, exact match and a function in a folder of code."""
     folder = tmp_path_factory.mktemp("verifiable")
     (folder / "mycode").mkdir()
@@ -54,7 +55,7 @@ def critic_free(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> t
     ]  # fmt: skip
     content["ppo"]["rollout"]["samples_per_prompt"] = 2
     content["evaluation"] |= {"num_samples": 2}
-    return folder, run(folder, content)
+    return folder, run(resident, folder, content)
 
 
 def test_run_has_no_reward_model_and_succeeds(critic_free: tuple[Path, dict[str, Any]]) -> None:
@@ -98,8 +99,10 @@ def test_report_speaks_of_no_reward_model(critic_free: tuple[Path, dict[str, Any
     assert "pass@1 (judge)" in page and "needs none" in page and "reward model" not in page
 
 
-def test_critic_without_a_reward_model_starts_from_the_sft_model(tmp_path: Path, tiny_model: Path) -> None:
-    summary = run(tmp_path, verifiable_params(tiny_model, tmp_path))  # gae
+def test_critic_without_a_reward_model_starts_from_the_sft_model(
+    tmp_path: Path, tiny_model: Path, resident: Resident
+) -> None:
+    summary = run(resident, tmp_path, verifiable_params(tiny_model, tmp_path))  # gae
     assert set(summary["stages"]) == STAGES
     policy = open_artifact(output(tmp_path, "ppo/model"), "policy_model")
     assert set(policy.parents) == {"sft_model", "prompts"}

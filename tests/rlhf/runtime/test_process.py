@@ -46,6 +46,31 @@ print(before - resident())
     assert int(process.stdout.read()) > 150 * 2**20
 
 
+def test_memory_does_not_grow_with_the_number_of_shapes() -> None:
+    """Against the same program with unbounded caches, where the processor has kernels for bf16."""
+    code = """
+import os, sys, torch
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+torch.set_num_threads(1)
+layer = torch.nn.Linear(64, 256, bias=False, dtype=torch.bfloat16)
+for tokens in (400, *range(1, 150)):
+    layer(torch.zeros(tokens, 64, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    before = resident() if tokens == 400 else before
+print(resident() - before)
+"""
+
+    def growth(code: str, **environment: str) -> int:
+        process = start(code, **environment)
+        assert process.stdout is not None
+        return int(process.stdout.read())
+
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    unbounded = growth(code, **dict.fromkeys(names, "1024"))
+    if unbounded < 30 * 2**20:
+        pytest.skip("this processor makes no kernels for bf16")
+    assert growth(f"keep_few_kernels()\n{code}") < unbounded / 2
+
+
 def test_memory_functions_do_nothing_without_glibc() -> None:
     code = "platform.libc_ver = lambda: ('', ''); ctypes.CDLL = None; keep_freed_memory(); release_freed_memory()"
     assert start(code).wait() == 0

@@ -56,7 +56,7 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
     monkeypatch.setattr(stage_module, "start_tracking_process", recorder.start)
     # Their effect on this process could not be undone.
-    for name in ("keep_freed_memory", "collect_old_objects_rarely", "die_with_parent"):
+    for name in ("keep_freed_memory", "keep_few_kernels", "collect_old_objects_rarely", "die_with_parent"):
         monkeypatch.setattr(stage_module, name, lambda: None)
     return recorder
 
