@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from components.rlhf.config.params import Params
+from pipelines.placement import role_of_image
 from tests.support.compiled_pipelines import CompiledPipeline
 from tests.support.launcher import Platform, TaskResult
 from tests.support.pod_runs import run_dag
@@ -23,8 +24,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(missing()), reason=f"NO IMAGE WAS BUILT OR RUN: {missing()}"),
 ]
-TOOLS_STAGES = ("register", "register-2", "notify")
-ROLLOUT_STAGES = ("ppo", "evaluation")
 SERVERS = """
 /weed server -dir=/data -ip=127.0.0.1 -ip.bind=127.0.0.1 -s3 -s3.port=8333 -s3.config=/data/identities.json -volume.max=50 \
     -master.volumeSizeLimitMB=1024 -s3.port.iceberg=0 -s3.port.lance=0 >/data/weed.log 2>&1 &
@@ -120,10 +119,10 @@ def platform(folder: Path, images: dict[str, str], servers: str, **sections: Any
         **sections,
     )
     params["ppo"]["rollout"]["engine"] = "vllm"
-    compiled = CompiledPipeline(Params.model_validate(params), folder / "compiled")
+    checked = Params.model_validate(params)
+    compiled = CompiledPipeline(checked, folder / "compiled")
     by_stage = {
-        stage: images["tools" if stage in TOOLS_STAGES else "rollout" if stage in ROLLOUT_STAGES else "trainer"]
-        for stage in compiled.pods
+        task: images[role_of_image(checked, task.removesuffix("-2").replace("-", "_"))] for task in compiled.pods
     }
     secrets = {
         "rlhf-s3": {
