@@ -1,12 +1,12 @@
 """Run the default task over several seeds and report the results: `python -m benchmarks.study --seeds 3` (`make study`).
 
 There are three arms: the presets quick and full on every seed, and one run of quick with a KL coefficient that is far too small,
-whose last policy the gate must reject. Each finished run appends one row to benchmarks/movie_study.jsonl. An interrupted study resumes with
-the runs that have no row of the same settings. A run that differs from a finished one only in PPO or evaluation reuses the
-artifacts of the earlier stages, and reports their original time and memory. At the end the tables and the plot are written into
-README.md, docs/results.md, components/README.md and components/ppo/README.md.
+whose last policy the gate must reject. Each finished run appends one row to benchmarks/movie_study.jsonl. An interrupted study
+resumes with the runs that have no row of the same settings. A run that differs from a finished one only in PPO or evaluation
+reuses the artifacts of the earlier stages, and reports their original time and memory. At the end the tables and the plots are
+written into README.md, docs/results.md, components/README.md and components/ppo/README.md.
 
---first-seed 3 --arm quick runs one arm on seeds that chose no setting; its table is written into docs/results.md alone.
+--fresh runs quick alone, on seeds from 3, which chose no setting; its table is a section of its own in docs/results.md.
 """
 
 import json
@@ -75,12 +75,18 @@ class Run:
         return next((row for row in read_rows(ROWS) if key.items() <= row.items()), None)
 
 
-def planned_runs(num_seeds: int, first_seed: int = 0, arms: Sequence[str] = ()) -> Iterator[Run]:
-    """The runs of the arms of these names, or of all, on num_seeds seeds from first_seed."""
+FIRST_FRESH_SEED = 3  # settings were chosen on those before it
+
+
+def planned_runs(num_seeds: int) -> Iterator[Run]:
     for arm in ARMS:
-        if not arms or arm.name in arms:
-            for seed in range(num_seeds if arm.num_seeds is None else min(arm.num_seeds, num_seeds)):
-                yield Run(arm, first_seed + seed)
+        for seed in range(num_seeds if arm.num_seeds is None else min(arm.num_seeds, num_seeds)):
+            yield Run(arm, seed)
+
+
+def fresh_runs(num_seeds: int) -> Iterator[Run]:
+    for seed in range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + num_seeds):
+        yield Run(ARMS[0], seed)
 
 
 def execute(run: Run, folder: Path) -> dict[str, Any]:
@@ -149,13 +155,12 @@ def select_samples(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, list[
 
 @click.command(help=__doc__)
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Number of seeds per arm.")
-@click.option("--first-seed", type=click.IntRange(min=0), default=0, show_default=True, help="The smallest seed.")
-@click.option("--arm", "arms", multiple=True, type=click.Choice([arm.name for arm in ARMS]), help="Run this arm alone.")
+@click.option("--fresh", is_flag=True, help=f"Run quick alone, on seeds from {FIRST_FRESH_SEED}.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=ROOT / "runs" / "study", help="Folder for the run directories."
 )
-def main(seeds: int, first_seed: int, arms: tuple[str, ...], out: Path) -> None:
-    runs = list(planned_runs(seeds, first_seed, arms))
+def main(seeds: int, fresh: bool, out: Path) -> None:
+    runs = list(fresh_runs(seeds) if fresh else planned_runs(seeds))
     for number, run in enumerate(runs, start=1):
         row = run.row()
         if row is None:
@@ -169,7 +174,7 @@ def main(seeds: int, first_seed: int, arms: tuple[str, ...], out: Path) -> None:
             flush=True,
         )
     rows = [row for run in runs if (row := run.row()) is not None]
-    if first_seed or arms:
+    if fresh:
         write_fresh_seeds(rows)
         return
     write_tables([row for row in rows if row["arm"] == "quick"])

@@ -70,7 +70,12 @@ def heartbeats_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A lease that a test leaves behind stops beating, or its thread would slow down all later tests."""
     leases: list[Lease] = []
     acquire = Lease.acquire
-    monkeypatch.setattr(Lease, "acquire", lambda lease: (leases.append(lease), acquire(lease))[1])
+
+    def remember(lease: Lease) -> None:
+        leases.append(lease)
+        acquire(lease)
+
+    monkeypatch.setattr(Lease, "acquire", remember)
     yield
     for lease in leases:
         lease._stop.set()

@@ -12,7 +12,7 @@ import benchmarks.study as study
 import benchmarks.study_report as report
 from benchmarks.record import ROOT, append_row, read_rows, replace_section, settings_digest
 from benchmarks.report import write_tables
-from benchmarks.study import Run, planned_runs, select_samples
+from benchmarks.study import Run, fresh_runs, planned_runs, select_samples
 from pipelines.settings import dump_yaml, load_params
 
 
@@ -109,9 +109,17 @@ def test_study_runs_every_preset_on_every_seed_and_the_rejected_arm_once() -> No
     assert found == [("quick", 0), ("quick", 1), ("small KL", 0), ("full", 0), ("full", 1)]
 
 
-def test_fresh_seeds_of_one_arm() -> None:
-    found = [(run.arm.name, run.seed) for run in planned_runs(2, first_seed=3, arms=("quick",))]
-    assert found == [("quick", 3), ("quick", 4)]
+def test_fresh_seeds_are_those_after_the_ones_that_chose_settings(tmp_path: Path) -> None:
+    """Their table has a place in the document, which has no other rows than theirs."""
+    assert [(run.arm.name, run.seed) for run in fresh_runs(2)] == [("quick", 3), ("quick", 4)]
+    assert not {run.seed for run in planned_runs(3)} & {run.seed for run in fresh_runs(3)}
+    (tmp_path / "docs").mkdir()
+    shutil.copyfile(ROOT / "docs" / "results.md", tmp_path / "docs" / "results.md")
+    report.write_fresh_seeds([row("quick", 3)], tmp_path)
+    before, written = ((root / "docs" / "results.md").read_text(encoding="utf-8") for root in (ROOT, tmp_path))
+    table = report.run_table([row("quick", 3)])
+    assert table in written and table not in before
+    assert written.split("<!-- fresh seeds -->")[0] == before.split("<!-- fresh seeds -->")[0]
 
 
 def test_goal_on_fresh_seeds_needs_win_rate_kl_and_diversity() -> None:

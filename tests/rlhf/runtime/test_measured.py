@@ -19,8 +19,8 @@ from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.data.datasets import save_dataset
 from components.rlhf.data.records import Demonstration, Prompt, Turn
 from components.rlhf.planner.phases import GIB, Phase, StagePlan
-from components.rlhf.runtime.measured import StageMemory, main_peak, sentence
-from components.rlhf.runtime.planned import plan_here
+from components.rlhf.runtime.measured import PLANNED_STAGES, StageMemory, main_peak, sentence
+from components.rlhf.runtime.planned import READS, plan_here
 from pipelines.local.summary import _memory
 from tests.support.tiny_model import make_tiny_model
 
@@ -86,6 +86,10 @@ def test_manifest_of_an_earlier_version_has_no_measurements(inputs: dict[str, Pa
     del content["measurements"]
     path.write_text(json.dumps(content))
     assert read_manifest(inputs["demonstrations"]).measurements == {}
+
+
+def test_every_stage_that_has_a_plan_is_known_before_the_planner_is_loaded() -> None:
+    assert set(PLANNED_STAGES) == set(READS)
 
 
 def test_plan_is_made_from_the_folders_of_the_stage(inputs: dict[str, Path]) -> None:

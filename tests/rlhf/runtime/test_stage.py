@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Recorder:
     def __init__(self) -> None:
         self.start_arguments: dict[str, Any] = {}
         self.calls: list[Any] = []
+        self.tuned: list[str] = []  # functions that tune the process
 
     def start(self, config: TrackingConfig, **arguments: Any) -> "Recorder":
         self.start_arguments = {"config": config, **arguments}
@@ -57,7 +59,7 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr(stage_module, "start_tracking_process", recorder.start)
     # Their effect on this process could not be undone.
     for name in ("keep_freed_memory", "keep_few_kernels", "collect_old_objects_rarely", "die_with_parent"):
-        monkeypatch.setattr(stage_module, name, lambda: None)
+        monkeypatch.setattr(stage_module, name, partial(recorder.tuned.append, name))
     return recorder
 
 
@@ -80,6 +82,20 @@ def refusal(capsys: pytest.CaptureFixture[str], **options: Any) -> str:
 def executor_input(folder: Path, *names: str) -> str:
     artifacts = {name: {"artifacts": [{"name": name, "uri": f"file:///{name}"}]} for name in names}
     return json.dumps({"outputs": {"artifacts": artifacts, "outputFile": str(folder / "executor_output.json")}})
+
+
+def test_stage_tunes_its_process_before_its_body(tracker: Recorder) -> None:
+    with run():
+        assert tracker.tuned == [
+            "keep_freed_memory", "keep_few_kernels", "collect_old_objects_rarely", "die_with_parent"
+        ]  # fmt: skip
+
+
+def test_stage_that_has_no_plan_does_not_speak_of_one(tracker: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    with run() as stage:
+        stage.plan_memory()
+        assert stage.memory.plan is None
+    assert "planned" not in capsys.readouterr().out
 
 
 # --- success and failure ---
