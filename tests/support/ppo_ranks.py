@@ -56,7 +56,7 @@ class Case:
 
 CASES = [
     Case(engine="torch", zero_stage=2, dtype=FP32, lora=True),
-    Case(engine="deepspeed", zero_stage=1, dtype=FP32),
+    *(Case(engine="deepspeed", zero_stage=stage, dtype=FP32) for stage in (1, 2)),
     Case(engine="deepspeed", zero_stage=3, dtype=BF16),
     Case(engine="deepspeed", zero_stage=2, dtype=FP32, lora=True),
 ]
