@@ -21,6 +21,7 @@ LIBRARY = "components.rlhf"
 ROOMS = sorted(path.parent.name for path in ROOT.glob("components/rlhf/*/__init__.py"))
 # What the KFP definitions of the stages may import.
 DEFINITIONS = ("components.container", "components.artifact_types")
+PIPELINES = ("pipelines", "pipelines/commands", "pipelines/local", "pipelines/cluster")
 STAGES = sorted(path.parent.name for path in ROOT.glob("components/*/__main__.py"))
 # Standard library that the rules of a package forbid: files, the environment, the log.
 FORBIDDEN_STDLIB = {
@@ -133,7 +134,7 @@ def check_imports(path: Path, rules: Rules, *, own: str, more: tuple[str, ...] =
 
 
 def test_rules_name_nothing_that_is_not_imported() -> None:
-    folders = [f"components/rlhf/{room}" for room in ROOMS] + ["pipelines", "pipelines/local", "pipelines/cluster"]
+    folders = [f"components/rlhf/{room}" for room in ROOMS] + list(PIPELINES)
     for folder in folders:
         rules = rules_of(folder)
         by_file = {path.stem: imports(path) for path in files(f"{folder}/*.py")}
@@ -204,7 +205,7 @@ def test_component_definition_imports_only_kfp_and_the_modules_of_definitions(st
 
 def test_pipelines_import_component_definitions_and_what_their_docstring_names() -> None:
     definitions = (*(f"components.{stage}.component" for stage in STAGES), "components.artifact_types")
-    for folder in ("pipelines", "pipelines/local", "pipelines/cluster"):
+    for folder in PIPELINES:
         for path in files(f"{folder}/*.py"):
             check_imports(path, rules_of(folder), own="pipelines", more=definitions)
 

@@ -11,9 +11,14 @@ from rich.text import Text
 
 from components.rlhf.text.comparison_table import comparison_rows
 from components.rlhf.text.progress import format_duration
+from pipelines.local.compare import Comparison, sections
 from pipelines.local.runner import StageRecord
+from pipelines.run_state import RunState
 
-MARKS = {"running": ("…", "cyan"), "succeeded": ("✓", "green"), "failed": ("✗", "red")}
+MARKS = {
+    "running": ("…", "cyan"), "succeeded": ("✓", "green"), "failed": ("✗", "red"), "stopped": ("■", "yellow"),
+    "waiting": ("·", "dim"), "skipped": ("-", "dim"),
+}  # fmt: skip
 
 
 class Display:
@@ -59,6 +64,24 @@ class Display:
         return table
 
 
+def state_table(state: RunState) -> Table:
+    """The tasks of a run, with their states, times and last lines."""
+    title = Text(f"{state.run}: ").append(state.state, style=f"bold {MARKS[state.state][1]}")
+    if state.reason:
+        title.append(f" ({state.reason})")
+    table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False)
+    for task in state.tasks:
+        mark, color = MARKS[task.state]
+        table.add_row(
+            Text(mark, style=color),
+            task.name,
+            task.state,
+            Text(format_duration(task.seconds) if task.seconds else "", style="dim"),
+            Text(task.line, overflow="ellipsis", no_wrap=True),
+        )
+    return table
+
+
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """Print time and memory of each stage, the comparison of SFT and PPO, the gate's decision, and how to open the results."""
     stages = Table(title="Stages", title_justify="left")
@@ -94,3 +117,15 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     )
     for name, command in summary["open"].items():
         console.print(Text(f"{name:<9}", style="dim").append(command, style="bold"), soft_wrap=True)
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print runs side by side."""
+    for title, rows in sections(comparison):
+        table = Table(title=title, title_justify="left")
+        table.add_column("")
+        for name in comparison.runs:
+            table.add_column(Text(name), overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table)

@@ -29,13 +29,13 @@ from components.rlhf.tracking.parent import open_parent
 from pipelines.compile import compile_pipeline, require_literal_values
 from pipelines.local.display import Display
 from pipelines.local.journal import Journal, write_json_atomic
+from pipelines.local.run_dir import IDENTITY_FILE, LOCK_FILE, PARAMS_FILE
 from pipelines.local.runner import LocalRun, container_processes
 from pipelines.local.summary import build_summary
 from pipelines.plan import refuse_what_cannot_fit, this_machine
 from pipelines.preflight import check_inputs, check_stores
 from pipelines.settings import dump_yaml, load_params
 
-PARAMS_FILE, IDENTITY_FILE, LOCK_FILE = "params.yaml", "run.json", ".lock"
 RESUME_KEYS = {"cluster.budget"}  # parameters that change no result
 STARTUP_FILES = {PARAMS_FILE, LOCK_FILE, f".{IDENTITY_FILE}.writing"}  # left by a run that was killed while starting
 MIN_FREE_BYTES = 3 * 2**30  # five models of the default size, and working space

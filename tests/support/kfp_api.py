@@ -49,6 +49,7 @@ class KfpApi:
         self.runs: dict[str, Json] = {}
         self.recurring_runs: dict[str, Json] = {}
         self.states: list[str] = ["PENDING", "RUNNING", "SUCCEEDED"]  # of a run, one per poll
+        self.task_details: list[Json] = []  # of every run
         self.num_failing_polls = 0  # polls of a run that fail with 503 before the next one succeeds
         self.requests: list[str] = []
         self.clock = datetime(2026, 1, 1, tzinfo=UTC)
@@ -165,7 +166,9 @@ class KfpApi:
             raise HttpError(404, f"Run {run_id} not found.")
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         error = {"error": {"code": 13, "message": "Workflow failed: task ppo"}} if state == "FAILED" else {}
-        return validate_response("V2beta1Run", self.runs[run_id] | {"state": state} | error)
+        details = [validate_response("V2beta1PipelineTaskDetail", detail) for detail in self.task_details]
+        run = self.runs[run_id] | {"state": state, "run_details": {"task_details": details}}
+        return validate_response("V2beta1Run", run | error)
 
     def create_recurring_run(self, query: Json, headers: Any, body: bytes) -> Json:
         request = self._run_request("V2beta1RecurringRun", body)

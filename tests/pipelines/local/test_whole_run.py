@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from components.rlhf.artifacts.directory import open_artifact
+from pipelines.__main__ import cli
 from tests.support.planted_secrets import PLANTED, files_with_secrets
 from tests.support.resident import Resident
 from tests.support.toy_pipeline import toy_params, write_data, write_params
@@ -103,6 +105,22 @@ def test_mlflow_has_a_parent_run_and_a_finished_run_per_stage(promoted: Path) ->
     assert set(runs.values()) == {"FINISHED"}
     assert curve == 2
     assert aliases == [("champion", 1)]
+
+
+def test_commands_show_a_finished_run(promoted: Path) -> None:
+    def shown(*arguments: str) -> str:
+        result = CliRunner().invoke(cli, list(arguments))
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    run = str(promoted)
+    state = json.loads(shown("status", run, "--follow", "--json"))
+    assert state["state"] == "succeeded"
+    assert {task["name"]: task["state"] for task in state["tasks"]} == dict.fromkeys(STAGES, "succeeded")
+    assert "[ppo] " in shown("logs", run, "ppo")
+    assert shown("report", run, "--no-open").strip() == f"{run}/report.html"
+    comparison = json.loads(shown("compare", run, run, "--json"))
+    assert comparison["parameters"] == [] and ["decision", "promoted", "promoted"] in comparison["results"]
 
 
 def test_no_file_of_a_run_contains_a_secret_of_the_environment(promoted: Path) -> None:
