@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from components.rlhf.artifacts.directory import open_artifact
 from pipelines.__main__ import cli
+from pipelines.local.chat import chat_with_run
 from tests.support.planted_secrets import PLANTED, files_with_secrets
 from tests.support.resident import Resident
 from tests.support.toy_pipeline import toy_params, write_data, write_params
@@ -121,6 +122,15 @@ def test_commands_show_a_finished_run(promoted: Path) -> None:
     assert shown("report", run, "--no-open").strip() == f"{run}/report.html"
     comparison = json.loads(shown("compare", run, run, "--json"))
     assert comparison["parameters"] == [] and ["decision", "promoted", "promoted"] in comparison["results"]
+
+
+def test_chat_finds_the_models_of_a_run(promoted: Path) -> None:
+    config = chat_with_run(promoted)
+    assert [(model.name, Path(model.folder)) for model in config.models] == [
+        ("SFT", output(promoted, "sft", "model")), ("PPO", output(promoted, "ppo", "model")),
+    ]  # fmt: skip
+    assert config.reward_model == str(output(promoted, "reward-model", "model"))
+    assert config.prompts == str(output(promoted, "prepare-data", "heldout_prompts"))
 
 
 def test_no_file_of_a_run_contains_a_secret_of_the_environment(promoted: Path) -> None:
