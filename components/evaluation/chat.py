@@ -47,8 +47,11 @@ def main(settings: str) -> None:
 
 def chat(config: ChatConfig, console: Console) -> None:
     """Answer one line after the other until standard input ends."""
+    prompts = heldout_prompts(config)
+    if config.is_chat is None:
+        config = config.model_copy(update={"is_chat": bool(prompts) and prompts[0].conversation is not None})
     speakers = [Speaker.load(model.name, Path(model.folder), config) for model in config.models]
-    scorer, prompts = load_scorer(config), heldout_prompts(config)
+    scorer = load_scorer(config)
     kind = "A message" if config.is_chat else "The beginning of a text"
     hint = "; an empty line takes a held-out prompt" if prompts else ""
     console.print(Text(f"{kind}{hint}. Ctrl-D ends.", style="dim"))
@@ -108,7 +111,7 @@ class Speaker:
         lm = load_causal_lm(
             folder, num_frozen_layers=0, dtype=compute_dtype(config.precision), trainable=False, device=default_device()
         )
-        return cls(name, lm.eval(), tokenizer, load_stop_ids(folder), config.is_chat)
+        return cls(name, lm.eval(), tokenizer, load_stop_ids(folder), bool(config.is_chat))
 
     def hear(self, line: str, prompt: "Prompt | None") -> None:
         """Take a message, or a prompt of a data set, which begins a new conversation."""

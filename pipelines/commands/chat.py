@@ -49,7 +49,7 @@ def chat_command(
     config = chat_with_folders(folders) if folders else chat_with_run(run)
     changes = {"temperature": temperature, "max_new_tokens": max_tokens}
     sampling = config.sampling.model_copy(update={key: value for key, value in changes.items() if value is not None})
-    more = {"sampling": sampling, "seed": seed, "greedy": greedy, "is_chat": config.is_chat and not plain}
+    more = {"sampling": sampling, "seed": seed, "greedy": greedy, "is_chat": False if plain else config.is_chat}
     settings = config.model_copy(update=more).canonical_json()
     # Models are loaded by a program of its own; this process imports no torch.
     command = [sys.executable, "-m", "components.evaluation.chat", settings]

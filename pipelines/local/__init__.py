@@ -1,7 +1,7 @@
 """Running the compiled pipeline on this machine, through kfp.local.
 
-Imports: artifacts, config, runtime, text, tracking.
-Packages: jinja2, kfp, rich, yaml.
+Imports: artifacts, config, runtime, storage, text, tracking.
+Packages: huggingface_hub, jinja2, kfp, rich, yaml.
 
 Nothing here imports torch.
 """

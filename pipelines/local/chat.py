@@ -1,14 +1,13 @@
 """What `kfp-rlhf chat` loads: the models of a run, or model folders."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from components.rlhf.artifacts.manifest import MANIFEST, read_manifest
 from components.rlhf.config.chat import ChatConfig, ChatModel
 from components.rlhf.config.model import SamplingConfig
 from components.rlhf.text.errors import InputError
-from pipelines.local.run_dir import find_run, read_params
+from pipelines.local.run_dir import artifacts, find_run, read_params
 
 
 def chat_with_run(run: Path | None) -> ChatConfig:
@@ -33,7 +32,6 @@ def chat_with_run(run: Path | None) -> ChatConfig:
         models=tuple(models),
         reward_model=reward_model,
         prompts=prompts,
-        is_chat=params["data"]["template"] == "chat",
         sampling=SamplingConfig.model_validate(sampling),
         precision=params["model"]["precision"],
     )
@@ -43,12 +41,6 @@ def chat_with_folders(folders: Sequence[Path]) -> ChatConfig:
     """Model folders; those with a chat template get messages."""
     models = tuple(ChatModel(name=folder.resolve().name, folder=str(folder)) for folder in folders)
     return ChatConfig(models=models, is_chat=all(map(_has_chat_template, folders)))
-
-
-def artifacts(run: Path) -> Iterator[tuple[Path, str]]:
-    """Folder and kind of each complete artifact of a run, in the order of their tasks."""
-    for path in sorted((run / "artifacts").glob(f"*/*/*/{MANIFEST}")):
-        yield path.parent, read_manifest(path.parent).kind
 
 
 def _has_chat_template(folder: Path) -> bool:

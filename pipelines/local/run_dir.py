@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from components.rlhf.artifacts.manifest import MANIFEST, read_manifest
 from components.rlhf.text.errors import InputError
 from pipelines.run_state import RunState, TaskState
 
@@ -72,6 +73,17 @@ def _latest_summary(run: Path) -> dict[str, Any]:
     if path.is_file() and path.stat().st_mtime < max(begun, default=0.0):
         return {}
     return read_json(path)
+
+
+def artifacts(run: Path) -> Iterator[tuple[Path, str]]:
+    """Folder and kind of each complete artifact of a run, in the order of their names."""
+    for path in sorted((run / "artifacts").glob(f"*/*/*/{MANIFEST}")):
+        yield path.parent, read_manifest(path.parent).kind
+
+
+def artifacts_of(run: Path, kind: str) -> list[Path]:
+    """Folders of the complete artifacts of a kind."""
+    return [path for path, found in artifacts(run) if found == kind]
 
 
 def is_running(run: Path) -> bool:

@@ -26,8 +26,8 @@ class ChatConfig(BaseConfig):
     """Folder of a reward model that scores the answers while they are written."""
     prompts: str | None = None
     """Folder of held-out prompts, one of which an empty line takes."""
-    is_chat: bool = False
-    """Whether the chat template renders the messages; else each line is a text that the models continue."""
+    is_chat: bool | None = None
+    """Whether the chat template renders the messages, or each line is a text to continue; null as for the held-out prompts."""
     sampling: SamplingConfig = SamplingConfig()
     """How the models sample."""
     greedy: bool = False
