@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pipelines.commands.options import PARAMS_ARGUMENT, SET_OPTION
+from pipelines.commands.options import JSON_OPTION, PARAMS_ARGUMENT, SET_OPTION, server_options
 
 
 @click.command("plan")
@@ -158,15 +159,38 @@ def check_model_command(
 
 
 @click.command("doctor")
-def doctor_command() -> None:
-    """Show what this machine can run: torch and its GPUs, the NVIDIA driver, disk, memory, and programs for a cluster."""
-    from pipelines.local.doctor import checks
+@click.argument("params_file", metavar="[PARAMS]", type=click.Path(path_type=Path), required=False)
+@SET_OPTION
+@JSON_OPTION
+@server_options
+def doctor_command(
+    params_file: Path | None, overrides: tuple[str, ...], server: Callable[[], Any] | None, *, as_json: bool
+) -> None:
+    """Show what this machine can run: torch and its GPUs, the NVIDIA driver, disk, memory, and programs for a cluster.
 
-    found = []
-    for check in checks(Path.cwd()):
-        click.echo(f"{check.status:8} {check.name:10} {check.text}")
-        found.append(check.status)
-    sys.exit(1 if "problem" in found else 0)
+    With a params file also whether its data, S3 and its MLflow server can be reached, and with --host Kubeflow Pipelines. Exits with 1
+    if there is a problem.
+
+    \b
+      kfp-rlhf doctor my.yaml --host http://localhost:8080
+    """
+    import json
+    from dataclasses import asdict
+
+    from pipelines.local.doctor import check_server, checks, checks_of_run
+    from pipelines.settings import load_params
+
+    found = list(checks(Path.cwd()))
+    if params_file:
+        found += checks_of_run(load_params(params_file, overrides))
+    if server:
+        found.append(check_server(server))
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in found], indent=2))
+    else:
+        for check in found:
+            click.echo(f"{check.status:8} {check.name:10} {check.text}")
+    sys.exit(1 if "problem" in {check.status for check in found} else 0)
 
 
 COMMANDS = (plan_command, data_command, check_model_command, doctor_command)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from components.rlhf.text.errors import InputError
-from pipelines.commands.options import PARAMS_ARGUMENT, SET_OPTION, server_options
+from pipelines.commands.options import PARAMS_ARGUMENT, SET_OPTION, access_to, server_options
 
 
 @click.command("compile")
@@ -68,7 +68,7 @@ def compile_command(
 def submit_command(
     params_file: Path,
     overrides: tuple[str, ...],
-    server: Callable[[], Any],
+    server: Callable[[], Any] | None,
     *,
     wait: bool,
     dry_run: bool,
@@ -86,7 +86,7 @@ def submit_command(
     from pipelines.cluster import submit
     from pipelines.settings import load_params
 
-    access = server()
+    access = access_to(server)
     params, options = load_params(params_file, overrides), submit.SubmitOptions(**run_options)
     if wait and options.cron:
         raise InputError("--wait cannot be used with --recurring, which has no end to wait for; remove one of them.")

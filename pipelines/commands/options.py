@@ -56,7 +56,7 @@ OF_SERVER = (
 
 
 def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that name a Kubeflow Pipelines server; they reach the command as `server`, a function that returns its ServerAccess."""
+    """Options that name a Kubeflow Pipelines server; they reach the command as `server`, for access_to."""
 
     @functools.wraps(command)
     def with_access(
@@ -71,18 +71,23 @@ def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
         def server() -> Any:
             from pipelines.cluster.server import ServerAccess, read_secret_file
 
-            if host is None:
-                raise InputError("Pass the address of Kubeflow Pipelines with --host, or set KF_PIPELINES_ENDPOINT.")
             return ServerAccess(
-                host=host,
+                host=str(host),
                 namespace=namespace,
                 token=read_secret_file(token_file, "--token-file") or os.environ.get("KFP_TOKEN"),
                 cookies=read_secret_file(cookies_file, "--cookies-file") or os.environ.get("KFP_COOKIES"),
                 ca_bundle=ca_bundle,
             )
 
-        return command(server=server, **others)
+        return command(server=server if host else None, **others)
 
     for option in reversed(OF_SERVER):
         with_access = option(with_access)
     return with_access
+
+
+def access_to(server: Callable[[], Any] | None) -> Any:
+    """The ServerAccess of server_options. Raises InputError without --host, and for a file with a secret that cannot be read."""
+    if server is None:
+        raise InputError("Pass the address of Kubeflow Pipelines with --host, or set KF_PIPELINES_ENDPOINT.")
+    return server()

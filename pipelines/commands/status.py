@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from components.rlhf.text.errors import InputError
-from pipelines.commands.options import JSON_OPTION, server_options
+from pipelines.commands.options import JSON_OPTION, access_to, server_options
 
 RUN_OR_ID = click.argument("run", metavar="[RUN]", required=False)
 KUBE_CONTEXT = click.option(
@@ -24,7 +24,7 @@ FOLLOW_SECONDS = 1.0
 @click.option("--follow", "-f", is_flag=True, help="Show it until the run ends; exit with 1 unless it succeeded.")
 @JSON_OPTION
 @server_options
-def status_command(run: str | None, server: Callable[[], Any], *, follow: bool, as_json: bool) -> None:
+def status_command(run: str | None, server: Callable[[], Any] | None, *, follow: bool, as_json: bool) -> None:
     """Show the tasks of a run, what they are doing, and how long they have taken.
 
     RUN is a run directory, or with --host the id of a run in Kubeflow Pipelines; the default is the newest run below runs/.
@@ -72,7 +72,7 @@ def logs_command(
     task: str | None,
     num_lines: int | None,
     kube_context: str | None,
-    server: Callable[[], Any],
+    server: Callable[[], Any] | None,
     *,
     follow: bool,
 ) -> None:
@@ -90,7 +90,7 @@ def logs_command(
 
         if task is None:
             raise InputError(f"Name the task of run {run} whose log you want, such as ppo.")
-        for text in pod_logs(server().namespace or DEFAULT_NAMESPACE, run, task, kube_context):
+        for text in pod_logs(access_to(server).namespace or DEFAULT_NAMESPACE, run, task, kube_context):
             click.echo("\n".join(text.splitlines()[-(num_lines or 0) :]))
         return
     from pipelines.local.run_dir import find_run, follow_log, log_of, tail_lines
@@ -104,7 +104,7 @@ def logs_command(
             click.echo(line, nl=False)
 
 
-def state_reader(run: str | None, server: Callable[[], Any]) -> Callable[[], Any]:
+def state_reader(run: str | None, server: Callable[[], Any] | None) -> Callable[[], Any]:
     """A function that reads the state of a run: of a directory, or by the id of a run on a cluster."""
     from pipelines.local.run_dir import find_run, read_state
 
@@ -115,7 +115,7 @@ def state_reader(run: str | None, server: Callable[[], Any]) -> Callable[[], Any
     from pipelines.cluster.state import read_cluster_state
     from pipelines.compile import stage_names
 
-    access = server()
+    access = access_to(server)
     connected, stages = connect(access), stage_names()
     return lambda: read_cluster_state(connected, access, run, stages)
 

@@ -6,12 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from components.rlhf.config.params import Params
 from components.rlhf.runtime.accelerators import MIN_DRIVER, driver_version
+from components.rlhf.text.errors import InputError
 from pipelines.local.run import MIN_FREE_BYTES
+from pipelines.preflight import check_inputs, check_stores
+
+REACH_SECONDS = 10.0
 
 # In a process of its own: nothing here imports torch.
 PROBE = """
@@ -77,3 +85,49 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def checks_of_run(params: Params) -> Iterator[Check]:
+    """What a run with these parameters reads and reaches: its data and models on this machine, S3, and the MLflow server."""
+    yield _tried("inputs", lambda: check_inputs(params), "the local data and models can be read")
+    stores = [uri for uri in _store_uris(params) if uri.startswith("s3://")]
+    if stores:
+        yield _tried("S3", lambda: check_stores(params), f"{', '.join(stores)} can be reached")
+    uri = params.tracking.uri or ""
+    if params.tracking.enabled and uri.startswith(("http://", "https://")):
+        yield _tried("MLflow", lambda: _reach(uri), f"{uri} answers")
+
+
+def check_server(access: Callable[[], Any]) -> Check:
+    """Whether the API of Kubeflow Pipelines answers, and is new enough."""
+    from pipelines.cluster.server import connect  # kfp's client is slow to import
+
+    found: list[str] = []
+    check = _tried("KFP", lambda: found.append(connect(access()).version), "")
+    return check if check.status == "problem" else Check("ok", "KFP", f"version {found[0]}")
+
+
+def _store_uris(params: Params) -> list[str]:
+    storage = params.storage
+    return [uri for uri in (storage.uri, storage.checkpoint_uri, storage.publish_uri, storage.answers_uri) if uri]
+
+
+def _tried(name: str, action: Callable[[], Any], success: str) -> Check:
+    try:
+        action()
+    except InputError as error:
+        return Check("problem", name, str(error))
+    return Check("ok", name, success)
+
+
+def _reach(uri: str) -> None:
+    """Ask an MLflow server for its health. One that wants credentials has answered."""
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=REACH_SECONDS):
+            return
+    except urllib.error.HTTPError as error:
+        if error.code not in (401, 403):
+            raise InputError(f"{uri} is no MLflow server (error {error.code}); correct tracking.uri.") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise InputError(f"{uri} cannot be reached ({reason}); correct tracking.uri, or start the server.") from None
