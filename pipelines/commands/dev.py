@@ -14,7 +14,8 @@ def dev() -> None:
 
 @dev.command()
 def components() -> None:
-    """Write the component.yaml of every stage, pipelines/compiled, and the parameter reference."""
+    """Write the component.yaml of every stage, pipelines/compiled, and the references of parameters and commands."""
+    from pipelines.commands import reference
     from pipelines.compile import COMMITTED, EXAMPLES, ROOT, compile_component, compile_example, stage_names
     from pipelines.reference import TARGET, as_markdown
 
@@ -26,8 +27,11 @@ def components() -> None:
         target = COMMITTED / f"{name}.yaml"
         compile_example(name, target)
         click.echo(f"wrote {target.relative_to(ROOT)}")
-    TARGET.write_text(as_markdown(), encoding="utf-8")
-    click.echo(f"wrote {TARGET.relative_to(ROOT)}")
+    group = click.get_current_context().find_root().command
+    assert isinstance(group, click.Group)
+    for page, text in ((TARGET, as_markdown()), (reference.TARGET, reference.as_markdown(group))):
+        page.write_text(text, encoding="utf-8")
+        click.echo(f"wrote {page.relative_to(ROOT)}")
 
 
 @dev.command()
