@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.columns import Columns
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 from components.rlhf.config.chat import ChatConfig
@@ -220,8 +220,12 @@ def columns(speakers: Sequence[Speaker]) -> Any:
     for speaker in speakers:
         score = "" if speaker.score is None else f"reward {speaker.score:+.2f}, "
         below = f"{score}{speaker.num_tokens} tokens"
-        panels.append(Panel(Text(speaker.text.strip()), title=speaker.name, subtitle=below, expand=True))
-    return Columns(panels, equal=True, expand=True) if len(panels) > 1 else Group(*panels)
+        panels.append(Panel(Text(speaker.text.strip()), title=speaker.name, subtitle=below))
+    grid = Table.grid(expand=True)
+    for _ in panels:
+        grid.add_column(ratio=1)
+    grid.add_row(*panels)
+    return grid
 
 
 def load_scorer(config: ChatConfig) -> "Scorer | None":

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def read_params(run: Path) -> dict[str, Any]:
 def read_state(run: Path) -> RunState:
     """The state of a run and of its tasks. Raises InputError for files that cannot be read."""
     running, summary = is_running(run), _latest_summary(run)
-    tasks = list(_tasks(run, running=running, ended=bool(summary)))
+    tasks = list(_tasks(run, running=running, of_summary=summary.get("stages", {}), ended=bool(summary)))
     if running:
         return RunState(run=str(run), state="running", tasks=tasks)
     state, reason = summary.get("status", "stopped"), str(summary.get("reason", ""))
@@ -76,9 +76,11 @@ def _latest_summary(run: Path) -> dict[str, Any]:
 
 
 def artifacts(run: Path) -> Iterator[tuple[Path, str]]:
-    """Folder and kind of each complete artifact of a run, in the order of their names."""
+    """Folder and kind of each complete artifact of a run, in the order of their names. Copies of a manifest alone are left out."""
     for path in sorted((run / "artifacts").glob(f"*/*/*/{MANIFEST}")):
-        yield path.parent, read_manifest(path.parent).kind
+        manifest = read_manifest(path.parent)
+        if all((path.parent / name).is_file() for name in manifest.files):
+            yield path.parent, manifest.kind
 
 
 def artifacts_of(run: Path, kind: str) -> list[Path]:
@@ -98,7 +100,9 @@ def is_running(run: Path) -> bool:
     return False
 
 
-def _tasks(run: Path, *, running: bool, ended: bool) -> Iterator[TaskState]:
+def _tasks(
+    run: Path, *, running: bool, ended: bool, of_summary: Mapping[str, Mapping[str, Any]]
+) -> Iterator[TaskState]:
     """The tasks that have begun, in the order of their start, and those that wait, in the order of the pipeline."""
     started = sorted((run / "finished").glob("*.begun"), key=lambda path: path.stat().st_mtime)
     names = [path.stem for path in started]
@@ -121,6 +125,9 @@ def _tasks(run: Path, *, running: bool, ended: bool) -> Iterator[TaskState]:
     if any(name.startswith("register") for name in names):
         rest = [name for name in rest if name != "register"]
     for name in rest:
+        if not running and name in of_summary:  # notify, which has no outputs to keep
+            yield TaskState(name=name, state=of_summary[name]["status"], seconds=of_summary[name]["seconds"])
+            continue
         yield TaskState(name=name, state="skipped" if ended and not running else "waiting")
 
 
