@@ -45,20 +45,20 @@ SEEDS = (3, 4, 5)  # never used to choose a setting
 def measure_seed(seed: int, arms: list[Arm], plan: Plan, *, runs: Path, work: Path, rows: Path, trains: bool) -> None:
     """Train and measure what has no row yet."""
     for arm in arms:
-        missing = missing_iterations(arm, plan, seed, rows)
-        if not missing:
+        if not missing_iterations(arm, plan, seed, rows):
             continue
         artifacts = artifacts_of(seed, runs)
+        missing = missing_iterations(arm, plan, seed, rows, artifacts.start)
         folder = work / f"seed-{seed}" / arm.folder
         policies = [policy(arm.name, number, folder / f"iteration-{number:02d}") for number in missing]
         if trains:
             train(arm, training_job(arm, plan, seed, artifacts), folder, policies)
         policies = [each for each in policies if Path(each["folder"]).is_dir()]
-        if policies and not has_row(row_key(SFT, plan, seed) | {"iteration": 0}, rows):
+        if policies and not any(row["system"] == SFT for row in rows_of(read_rows(rows), plan, seed, artifacts.start)):
             policies.insert(0, policy(SFT, 0, artifacts.folders["sft_model"]))
         if policies:
             evaluate(arm, plan, seed, artifacts, policies, folder, rows)
-        if not missing_iterations(arm, plan, seed, rows):
+        if not missing_iterations(arm, plan, seed, rows, artifacts.start):
             (folder / "state.pt").unlink(missing_ok=True)  # of TRL, to go on from
 
 
@@ -66,13 +66,11 @@ def policy(system: str, iteration: int, folder: Path) -> Job:
     return {"system": system, "iteration": iteration, "folder": str(folder)}
 
 
-def has_row(key: Job, rows: Path) -> bool:
-    return any(key.items() <= row.items() for row in read_rows(rows))
-
-
-def missing_iterations(arm: Arm, plan: Plan, seed: int, rows: Path) -> list[int]:
-    key = row_key(arm.name, plan, seed)
-    return [number for number in plan.iterations(seed) if not has_row(key | {"iteration": number}, rows)]
+def missing_iterations(arm: Arm, plan: Plan, seed: int, rows: Path, start: str | None = None) -> list[int]:
+    """The iterations without a row, of the same models as the newest row, or of start."""
+    measured = rows_of(read_rows(rows), plan, seed, start)
+    done = {row["iteration"] for row in measured if row["system"] == arm.name}
+    return [number for number in plan.iterations(seed) if number not in done]
 
 
 def train(arm: Arm, job: Job, folder: Path, policies: list[Job]) -> None:
@@ -102,7 +100,12 @@ def evaluate(
     for found in start(python_of(OURS), "evaluate", path, folder / "evaluate.log"):
         weights = Path(found.pop("folder"))
         row = row_key(found["system"], plan, seed) | found | {"num_rollouts": rollouts * found["iteration"]}
-        row |= {"run": artifacts.run, "revision": code_revision(), "machine": describe_machine()}
+        row |= {
+            "run": artifacts.run,
+            "start": artifacts.start,
+            "revision": code_revision(),
+            "machine": describe_machine(),
+        }
         append_row(rows, row)
         shown = {name: round(row[name], 3) for name in ("kl", "reward", "judge", "win_rate", "distinct2")}
         print(f"[learning] seed {seed}, {row['system']}, iteration {row['iteration']}: {shown}", flush=True)
@@ -166,7 +169,7 @@ def main(
     for number, seed in enumerate([] if only_tables else numbers):
         arms = [OURS_ARM, TRL] + ([TRL_OWN] if trl_defaults and number == 0 else [])
         measure_seed(seed, arms, plan, runs=runs, work=work, rows=rows, trains=not measure_only)
-    measured = {seed: list(rows_of(read_rows(rows), plan, seed)) for seed in numbers}
+    measured = {seed: rows_of(read_rows(rows), plan, seed) for seed in numbers}
     if rows == ROWS:
         write_page(measured, plan.params(numbers[0]))
     else:

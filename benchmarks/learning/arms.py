@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,7 +147,13 @@ def row_key(system: str, plan: Plan, seed: int) -> Job:
     return {"seed": seed, "system": system, "settings_digest": digest}
 
 
-def rows_of(rows: list[Job], plan: Plan, seed: int) -> Iterator[Job]:
-    """The rows of a seed that have these settings."""
+def rows_of(rows: list[Job], plan: Plan, seed: int, start: str | None = None) -> list[Job]:
+    """The rows of a seed that have these settings and started from the same models: those of start, or else of the newest row.
+
+    A run that is made again on another machine has other models, whose rows cannot be compared with the earlier ones.
+    """
     keys = [row_key(system, plan, seed) for system in (SFT, OURS_ARM.name, TRL.name, TRL_OWN.name)]
-    return (row for row in rows if any(key.items() <= row.items() for key in keys))
+    found = [row for row in rows if any(key.items() <= row.items() for key in keys)]
+    if start is None and found:
+        start = found[-1].get("start")
+    return [row for row in found if row.get("start") == start]

@@ -1,5 +1,6 @@
 """The pipeline run of a seed, from whose artifacts both systems start."""
 
+import hashlib
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Artifacts:
 
     run: str  # its name
     folders: dict[str, Path]  # by the names of OUTPUTS
+    start: str  # digest of the models that both systems start from
 
 
 def params_of(seed: int, num_iterations: int | None = None) -> Params:
@@ -60,7 +62,7 @@ def find_run(seed: int, runs: Path) -> Artifacts | None:
             outputs = {name: find_output(run / "artifacts", *where[:2]) for name, where in OUTPUTS.items()}
             folders = {name: folder for name, folder in outputs.items() if folder is not None}
             if len(folders) == len(OUTPUTS):
-                for name, folder in folders.items():
-                    open_artifact(folder, OUTPUTS[name][2])
-                return Artifacts(run=run.name, folders=folders)
+                digests = {name: open_artifact(folder, OUTPUTS[name][2]).digest for name, folder in folders.items()}
+                models = digests["sft_model"] + digests["reward_model"]
+                return Artifacts(run=run.name, folders=folders, start=hashlib.sha256(models.encode()).hexdigest()[:16])
     return None

@@ -121,9 +121,16 @@ def test_page_and_plot_are_written(tmp_path: Path) -> None:
 
 def test_rows_of_other_settings_are_not_taken() -> None:
     rows = seed_rows(OURS, PEER) + seed_rows(OURS, PEER, seed=4)
-    assert list(rows_of(rows, PLAN, 3)) == rows[:5]
-    assert list(rows_of(rows, Plan(num_iterations=6, every=2, num_prompts=256), 3)) == []
-    assert list(rows_of(rows, Plan(num_iterations=4, every=1, num_prompts=256), 3)) == rows[:5]
+    assert rows_of(rows, PLAN, 3) == rows[:5]
+    assert rows_of(rows, Plan(num_iterations=6, every=2, num_prompts=256), 3) == []
+    assert rows_of(rows, Plan(num_iterations=4, every=1, num_prompts=256), 3) == rows[:5]
+
+
+def test_rows_of_other_models_are_not_mixed_in() -> None:
+    old, new = ([each | {"start": start} for each in seed_rows(OURS, PEER)] for start in ("old", "new"))
+    assert rows_of([*old, *new[:2]], PLAN, 3) == new[:2]
+    assert rows_of([*old, *new[:2]], PLAN, 3, "old") == old
+    assert rows_of(old, PLAN, 3, "new") == []
 
 
 def test_trl_gets_the_settings_of_the_params_file() -> None:
@@ -162,7 +169,7 @@ class Programs:
 
 def measure(programs: Programs, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """System and iteration of every row after one start of the program."""
-    artifacts = Artifacts(run="quick-3", folders={name: folder / name for name in OUTPUTS})
+    artifacts = Artifacts(run="quick-3", folders={name: folder / name for name in OUTPUTS}, start="s")
     monkeypatch.setattr(program, "start", programs.start)
     monkeypatch.setattr(program, "python_of", lambda _environment: Path("python"))
     monkeypatch.setattr(program, "artifacts_of", lambda _seed, _runs: artifacts)
