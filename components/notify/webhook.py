@@ -8,7 +8,7 @@ import urllib.request
 from components.notify.result import RunResult, warn
 from components.rlhf.config.notify import NotifyStageConfig
 from components.rlhf.text.redaction import redact
-from components.rlhf.tracking.mlflow import warn as warn_of_mlflow
+from components.rlhf.tracking.answers import warn as warn_of_mlflow
 from components.rlhf.tracking.parent import Parent
 
 ATTEMPTS, TIMEOUT_SECONDS = 3, 10.0

@@ -52,6 +52,14 @@ def output_uri(executor_input: str, name: str) -> str:
     return _string(_artifact(_section(executor_input, "outputs"), name), "uri")
 
 
+def input_uri(executor_input: str, name: str) -> str:
+    """KFP's URI of an input artifact; "" if there is none."""
+    try:
+        return _string(_artifact(_section(executor_input, "inputs"), name), "uri")
+    except InputError:
+        return ""
+
+
 def input_metadata(executor_input: str, name: str, key: str) -> str:
     """A string in the metadata of an input artifact; "" if there is none."""
     metadata = _artifact(_section(executor_input, "inputs"), name).get("metadata")

@@ -27,8 +27,9 @@ from components.rlhf.runtime.termination import message_of, tell_launcher, write
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.progress import Progress
 from components.rlhf.text.redaction import redact_output
-from components.rlhf.tracking.mlflow import MANUAL_RUN_ID, Tracker, start_tracking, with_environment_uri
+from components.rlhf.tracking.mlflow import Tracker, start_tracking, with_environment_uri
 from components.rlhf.tracking.process import start_tracking_process
+from components.rlhf.tracking.runs import MANUAL_RUN_ID
 from components.rlhf.trainjob.worker import is_launcher, is_worker
 
 PEER_ERROR_GRACE_SECONDS = 5.0
@@ -81,6 +82,7 @@ def stage_program(
             ) as run:
                 given = worker.paths if worker else {key: Path(path) if path else None for key, path in paths.items()}
                 run.program, run.paths = name, {key: path for key, path in given.items() if path is not None}
+                run.log_inputs([*reads, *may_read])
                 function(run, **given)
             succeed()
 

@@ -17,7 +17,7 @@ from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.processes import Processes
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
-from components.rlhf.runtime.executor import MODEL_URI, PUBLISHED_URI, output_uri
+from components.rlhf.runtime.executor import MODEL_URI, PUBLISHED_URI, input_uri, output_uri
 from components.rlhf.runtime.measured import PLANNED_STAGES, StageMemory, sentence
 from components.rlhf.storage.copy import upload_folder
 from components.rlhf.storage.store import Store, open_store
@@ -25,6 +25,7 @@ from components.rlhf.text.errors import InputError
 from components.rlhf.text.progress import Progress
 from components.rlhf.text.redaction import redact
 from components.rlhf.tracking.mlflow import Tracker
+from components.rlhf.tracking.tables import SAMPLES, data_sets_of, sample_rows
 
 if TYPE_CHECKING:  # register and notify run where torch is not installed
     from components.rlhf.checkpoints.manager import CheckpointManager
@@ -66,6 +67,14 @@ class StageRun(Generic[Config]):
     program: str = ""  # the stage whose program this is; another name may be that of a second task of it
     paths: Mapping[str, Path] = field(default_factory=dict)  # of inputs and outputs
     measurements: Mapping[str, float] = field(default_factory=dict)  # of the last artifact that was written
+
+    def log_inputs(self, names: Iterable[str]) -> None:
+        """Log the data sets among the inputs of these names."""
+        folders = {name: self.paths[name] for name in names if name in self.paths}
+        uris = {name: input_uri(self.executor_input, name) for name in folders} if self.executor_input else {}
+        data_sets = data_sets_of(folders, uris)
+        if data_sets:
+            self.tracker.log_inputs(data_sets)
 
     def plan_memory(self) -> None:
         """Plan what each process holds, for a comparison. A stage does not fail if its plan cannot be made."""
@@ -192,6 +201,9 @@ class StageRun(Generic[Config]):
         self.report_output(output, manifest)
         if kind.endswith("_model"):
             self._publish(output, path)
+        samples = path / SAMPLES
+        if kind == "evaluation" and samples.is_file():
+            self.tracker.log_table("samples", list(sample_rows(samples)))
 
     def write_manifest(self, output: str, path: Path, *, of: str, folder: Path) -> None:
         """Write an output that is the manifest of another output in folder; its metadata says where that is. Only rank 0 writes."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from components.rlhf.config.storage import TrackingConfig
-from components.rlhf.tracking.mlflow import ERROR_TAG, PARENT_TAG, STAGE_TAG, ParentRun, connect, find_parent_run, warn
+from components.rlhf.tracking.answers import warn
+from components.rlhf.tracking.runs import ERROR_TAG, PARENT_TAG, STAGE_TAG, ParentRun, connect, find_parent_run
 
 FINAL = "final/"  # prefix of the final metrics of a stage in its nested run
 SUMMARIZED_STAGE = "evaluation"  # its metrics and reports are those of the run

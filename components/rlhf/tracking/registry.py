@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from components.rlhf.config.storage import TrackingConfig
 from components.rlhf.text.redaction import redact
-from components.rlhf.tracking.mlflow import RUN_ID_TAG, connect, warn
+from components.rlhf.tracking.answers import warn
+from components.rlhf.tracking.runs import RUN_ID_TAG, connect
 
 ALIAS = "champion"
 

@@ -6,15 +6,9 @@ import pytest
 from mlflow import MlflowClient
 
 from components.rlhf.config.storage import TrackingConfig
-from components.rlhf.tracking.mlflow import (
-    MlflowTracker,
-    NullTracker,
-    OpenRun,
-    Tracker,
-    flatten,
-    start_tracking,
-)
+from components.rlhf.tracking.mlflow import MlflowTracker, NullTracker, Tracker, start_tracking
 from components.rlhf.tracking.parent import open_parent
+from components.rlhf.tracking.runs import OpenRun, flatten
 
 EXPERIMENT = "tests"
 
