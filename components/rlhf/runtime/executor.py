@@ -15,7 +15,8 @@ from components.rlhf.text.redaction import redact
 from components.rlhf.text.strict_json import NotJsonError, parse_json
 
 Metadata = Mapping[str, str | int | float]
-MODEL_URI, PUBLISHED_URI = "model_uri", "published_uri"  # in the metadata of a manifest: where the model is
+# In the metadata of a manifest: where the model is, and the S3 server of the published one if it is not AWS.
+MODEL_URI, PUBLISHED_URI, PUBLISHED_ENDPOINT = "model_uri", "published_uri", "published_endpoint"
 
 
 def write_executor_output(executor_input: str, metadata: Mapping[str, Metadata]) -> None:

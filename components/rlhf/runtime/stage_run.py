@@ -17,7 +17,7 @@ from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.processes import Processes
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
-from components.rlhf.runtime.executor import MODEL_URI, PUBLISHED_URI, input_uri, output_uri
+from components.rlhf.runtime.executor import MODEL_URI, PUBLISHED_ENDPOINT, PUBLISHED_URI, input_uri, output_uri
 from components.rlhf.runtime.measured import PLANNED_STAGES, StageMemory, sentence
 from components.rlhf.storage.copy import upload_folder
 from components.rlhf.storage.store import Store, open_store
@@ -222,7 +222,8 @@ class StageRun(Generic[Config]):
         uri = f"{self.storage.publish_uri.rstrip('/')}/{key}"
         upload_folder(open_store(self.storage.publish_uri, self.storage, self.progress.log), path, key, last=MANIFEST)
         self.progress.log(f"published as {uri}")
-        self.outputs[output] = {**self.outputs[output], PUBLISHED_URI: uri}
+        endpoint = {PUBLISHED_ENDPOINT: self.storage.endpoint_url} if self.storage.endpoint_url else {}
+        self.outputs[output] = {**self.outputs[output], PUBLISHED_URI: uri, **endpoint}
 
     def write_metrics(self, path: Path, metrics: Mapping[str, float]) -> None:
         """Write the output `metrics`: a JSON file, the metadata of KFP's Metrics artifact, and final/* in MLflow."""

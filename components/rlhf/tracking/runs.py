@@ -26,6 +26,7 @@ EXPERIMENT_NOTE = (
     "RLHF runs: SFT, reward model, PPO, and a comparison with SFT that decides on promotion. A parent run is a run of the pipeline and has "
     "its settings, data sets, costs and result; the runs nested in it are its stages, with their curves."
 )
+UNFINISHED_NOTE = "Not finished: see its nested runs."
 STAGE_NOTES = {
     "import_model": "Imports and checks the base model.",
     "prepare_data": "Cleans, splits and pairs the data.",
@@ -150,7 +151,7 @@ def find_parent_run(client: Any, config: TrackingConfig, run_id: str) -> ParentR
     experiment_id = _experiment_id(client, config)
     for run in find_runs(client, experiment_id, run_id):
         return ParentRun(str(run.info.run_id), experiment_id)
-    run = client.create_run(experiment_id, run_name=run_id, tags={RUN_ID_TAG: run_id})
+    run = client.create_run(experiment_id, run_name=run_id, tags={RUN_ID_TAG: run_id, NOTE_TAG: UNFINISHED_NOTE})
     return ParentRun(str(run.info.run_id), experiment_id)
 
 

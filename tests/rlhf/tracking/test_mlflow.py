@@ -9,14 +9,17 @@ from components.rlhf.config.storage import TrackingConfig
 from components.rlhf.tracking.mlflow import MlflowTracker, NullTracker, Tracker, start_tracking
 from components.rlhf.tracking.parent import open_parent
 from components.rlhf.tracking.runs import OpenRun, flatten
+from tests.support.mlflow_database import new_database
 
 EXPERIMENT = "tests"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one database for all tests, because MLflow takes seconds to create its tables."""
-    return tmp_path_factory.mktemp("mlflow")
+    """A folder with one database for all tests."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    new_database(folder)
+    return folder
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from components.rlhf.config.storage import TrackingConfig
 from components.rlhf.tracking import process as process_module
 from components.rlhf.tracking.mlflow import MlflowTracker, NullTracker
 from components.rlhf.tracking.process import ProcessTracker, start_tracking_process
+from components.rlhf.tracking.texts import database_uri
+from tests.support.mlflow_database import new_database
 
 ROOT = Path(__file__).resolve().parents[3]
 RECORDING = """
@@ -61,7 +63,7 @@ def record(monkeypatch: pytest.MonkeyPatch, trackers: list[ProcessTracker], *, d
 
 
 def test_run_is_tracked(tmp_path: Path, trackers: list[ProcessTracker]) -> None:
-    config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    config = TrackingConfig(uri=database_uri(new_database(tmp_path)))
     tracker = start_tracking_process(config, run_id="r", stage="sft", params={"seed": 3})
     assert isinstance(tracker, ProcessTracker)
     trackers.append(tracker)
@@ -224,7 +226,7 @@ def test_without_a_second_process_the_stage_tracks_itself(monkeypatch: pytest.Mo
         raise BlockingIOError("Resource temporarily unavailable")
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    config = TrackingConfig(uri=database_uri(new_database(tmp_path)))
     tracker = start_tracking_process(config, run_id="r", stage="sft", params={})
     assert isinstance(tracker, MlflowTracker)
 
