@@ -17,14 +17,16 @@ from components.rlhf.checkpoints.run import mark_run, run_prefix
 from components.rlhf.config.storage import StorageConfig, TrackingConfig
 from components.rlhf.storage.s3 import S3Store
 from components.rlhf.tracking.mlflow import start_tracking
+from components.rlhf.tracking.texts import database_uri
 from tests.support.limited_s3 import LimitedS3
+from tests.support.mlflow_database import new_database
 
 SUCCEEDED = {"state": "SUCCEEDED", "pipelineJobResourceName": "job-1"}
 
 
 @pytest.fixture(scope="module")
 def tracking(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
-    return TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}")
+    return TrackingConfig(uri=database_uri(new_database(tmp_path_factory.mktemp("mlflow"))))
 
 
 @pytest.fixture
@@ -158,7 +160,11 @@ def test_parent_run_gets_metrics_and_files(tracking: TrackingConfig) -> None:
     experiment = client.get_experiment_by_name(tracking.experiment)
     assert experiment
     (parent,) = client.search_runs([experiment.experiment_id], filter_string="tags.`rlhf.run_id` = 'r4'")
-    assert parent.data.metrics == {"win_rate": 0.75} and parent.info.status == "FINISHED"
+    assert (
+        parent.data.metrics["win_rate"] == 0.75
+        and parent.data.metrics["cost/hours"] > 0
+        and parent.info.status == "FINISHED"
+    )
     assert {f.path for f in client.list_artifacts(parent.info.run_id)} == {"params.yaml", "summary.json"}
 
 

@@ -34,16 +34,20 @@ def is_permanent(error: Exception, *, has_worked: bool = False) -> bool:
     code, message = code_of(error), str(error)
     if code in NOT_MLFLOW or NOT_JSON in message:
         return not has_worked
-    return (
-        code in FORBIDDEN | UNKNOWN_USER | GONE | INVALID
-        or OLD_SCHEMA in message
-        or isinstance(error, UnusableFileError)
-    )
+    known = code in FORBIDDEN | UNKNOWN_USER | GONE | INVALID or OLD_SCHEMA in message
+    return known or isinstance(error, UnusableFileError) or is_unsendable(error)
 
 
 def concerns_content(error: Exception) -> bool:
     """Whether a permanent answer is about what was sent, so that something else may be accepted."""
-    return code_of(error) in INVALID and NOT_ACTIVE not in str(error)
+    return (code_of(error) in INVALID and NOT_ACTIVE not in str(error)) or is_unsendable(error)
+
+
+def is_unsendable(error: Exception) -> bool:
+    """Whether the client itself has refused what was to be sent, such as a text that is not UTF-8. Errors of networks are OSErrors."""
+    return type(error) is Exception or (
+        isinstance(error, ValueError | TypeError | LookupError) and not isinstance(error, OSError)
+    )
 
 
 def warn(error: Exception, config: TrackingConfig | None = None, *, has_worked: bool = False) -> None:
@@ -51,7 +55,7 @@ def warn(error: Exception, config: TrackingConfig | None = None, *, has_worked: 
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     text = f"MLflow could not be used, continuing without it ({reason})"
     if is_permanent(error, has_worked=has_worked):
-        text += f"; {remedy(error, config or TrackingConfig())}"
+        text = "; ".join(filter(None, [text, remedy(error, config or TrackingConfig())]))
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -73,7 +77,7 @@ def remedy(error: Exception, config: TrackingConfig) -> str:
         return "correct tracking.uri: what answers there is no MLflow server, or asks for a login"
     if NOT_ACTIVE in message or code in GONE:
         return f"restore what was deleted, or set tracking.experiment to another name than {config.experiment}"
-    return "correct tracking.uri, tracking.experiment or tracking.registered_model"
+    return "correct tracking.uri, tracking.experiment or tracking.registered_model" if code in INVALID else ""
 
 
 class UnusableFileError(Exception):
