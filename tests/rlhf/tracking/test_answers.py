@@ -17,6 +17,7 @@ from components.rlhf.tracking import mlflow as tracking_module
 from components.rlhf.tracking.mlflow import MlflowTracker, start_tracking
 from components.rlhf.tracking.parent import open_parent
 from components.rlhf.tracking.registry import register_version
+from components.rlhf.tracking.tables import DataSet
 from components.rlhf.tracking.texts import database_uri
 from tests.support.mlflow_database import new_database
 
@@ -171,7 +172,7 @@ def test_refused_value_does_not_block_the_rest(
     tracker = start_tracking(config, run_id="partly", stage="sft", params={})
     assert isinstance(tracker, MlflowTracker) and tracker._run
     (tmp_path / "report.md").write_text("# x\n", encoding="utf-8")
-    tracker.log_file(tmp_path / "report.md", "../outside.md")  # which the server refuses
+    tracker.log_inputs([DataSet("prompts", "train", "", 1, "")])  # without a digest, which MLflow refuses
     (tmp_path / "latin.md").write_bytes(b"\xe4")
     tracker.log_file(tmp_path / "latin.md")  # no UTF-8
     tracker.log_file(tmp_path / "report.md")
