@@ -1,5 +1,6 @@
 """Data sets and tables in the forms that MLflow shows."""
 
+import itertools
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ CONTEXTS = {"train": "training", "ratings": "training", "validation": "validatio
 LOGGED_TABLES_TAG = "mlflow.loggedArtifacts"  # lists the tables that the UI opens under "Evaluation"
 MAX_DIGEST_CHARS = 36  # of a data set in MLflow
 SAMPLES = "samples.jsonl"  # of an evaluation
+NUM_SHOWN_PROMPTS = 16
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,24 @@ def _read_table(run: OpenRun, file: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rlhf-mlflow-") as folder:
         path = Path(run.client.download_artifacts(run.id, file, folder))
         return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def response_rows(samples: Iterable[Any]) -> list[dict[str, Cell]]:
+    """The responses to the first validation prompts as rows of a table, which shows how they change from one evaluation to the next.
+
+    samples are ValidationSamples of one evaluation of PPO, in the order of the prompts.
+    """
+    return [
+        {
+            "iteration": sample.iteration,
+            "prompt": sample.prompt.prompt,
+            "response": sample.response,
+            "score": sample.score,
+            "KL": sample.kl,
+            "tokens": len(sample.response_ids),
+        }
+        for sample in itertools.islice(samples, NUM_SHOWN_PROMPTS)
+    ]
 
 
 def sample_rows(file: Path) -> Iterator[dict[str, Cell]]:
