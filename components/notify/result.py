@@ -11,9 +11,10 @@ from components.rlhf.config.storage import StorageConfig, TrackingConfig
 from components.rlhf.config.trainjob import NAMESPACE_VARIABLE
 from components.rlhf.storage.store import open_store
 from components.rlhf.text.errors import InputError
-from components.rlhf.tracking.mlflow import RUN_ID_TAG, connect
-from components.rlhf.tracking.mlflow import warn as warn_of_mlflow
+from components.rlhf.tracking.answers import warn as warn_of_mlflow
 from components.rlhf.tracking.parent import Parent, StageResult
+from components.rlhf.tracking.registry import find_version
+from components.rlhf.tracking.runs import connect
 
 OUTAGE_SECONDS = 60.0
 # The states of a run in kfp.local and in the cluster's metadata store.
@@ -74,9 +75,9 @@ def find_decision(tracking: TrackingConfig, run_id: str) -> tuple[str, str]:
     if not tracking.enabled or not tracking.uri or not run_id:
         return "", ""
     try:
-        for version in connect(tracking.uri).search_model_versions(f"name = '{tracking.registered_model}'"):
-            if version.tags.get(RUN_ID_TAG) == run_id:
-                return version.tags.get("decision", ""), version.tags.get("reason", "")
+        version = find_version(connect(tracking.uri), tracking.registered_model, run_id)
+        if version is not None:
+            return version.tags.get("decision", ""), version.tags.get("reason", "")
     except Exception as error:  # MLflow must not fail a run
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         warn(f"the model registry could not be queried ({reason})")

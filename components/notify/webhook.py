@@ -1,14 +1,16 @@
 """The message about the end of a run, and its delivery to a webhook."""
 
 import json
+import re
 import time
 import urllib.error
 import urllib.request
+from urllib.parse import quote
 
 from components.notify.result import RunResult, warn
 from components.rlhf.config.notify import NotifyStageConfig
 from components.rlhf.text.redaction import redact
-from components.rlhf.tracking.mlflow import warn as warn_of_mlflow
+from components.rlhf.tracking.answers import warn as warn_of_mlflow
 from components.rlhf.tracking.parent import Parent
 
 ATTEMPTS, TIMEOUT_SECONDS = 3, 10.0
@@ -20,14 +22,14 @@ def as_message(config: NotifyStageConfig, result: RunResult, *, mlflow_link: str
     Its links are those that stay: Kubeflow Pipelines deletes workflows and pods some time after the end of a run, but keeps the run
     and its archived logs, and MLflow keeps the reports.
     """
-    link = f"{config.ui_url.rstrip('/')}/#/runs/details/{result.run_id}" if config.ui_url else ""
+    link = f"{config.ui_url.rstrip('/')}/#/runs/details/{quote(result.run_id, safe='')}" if config.ui_url else ""
     text = f"RLHF run {config.preset} ({result.run_id or 'started manually'}) {result.status}"
     if result.failed_stage:
         text += f" in {result.failed_stage}" + (f": {result.error.rstrip('.')}" if result.error else "")
     elif result.decision:
         text += f": {'promoted' if result.decision == 'promote' else 'rejected'}, {result.reason}"
     return {
-        "text": " ".join(filter(None, [f"{text}.", link, mlflow_link])),
+        "text": " ".join(filter(None, [f"{as_plain_text(text)}.", link, mlflow_link])),
         "status": result.status,
         "preset": config.preset,
         "run_id": result.run_id,
@@ -39,6 +41,11 @@ def as_message(config: NotifyStageConfig, result: RunResult, *, mlflow_link: str
         "link": link,
         "mlflow_link": mlflow_link,
     }
+
+
+def as_plain_text(text: str) -> str:
+    """Text without what Slack and Mattermost take for a mention or a link, such as <!channel>, which would call everybody."""
+    return re.sub(r"<(?=[!@#a-z])", "< ", text)
 
 
 def post(url: str, message: dict[str, str], parent: Parent | None) -> None:

@@ -35,6 +35,7 @@ from components.rlhf.rollout.protocol import RolloutEngine
 from components.rlhf.runtime.memory import release_freed_memory
 from components.rlhf.runtime.training import TrainingContext
 from components.rlhf.text.errors import NonFiniteError
+from components.rlhf.tracking.tables import response_rows
 
 
 class PpoTrainer:
@@ -206,6 +207,7 @@ class PpoTrainer:
         self.group.watchdog(f"PPO evaluation after iteration {iteration}")
         metrics, samples = validate(self.learner, self.rollout, validation, iteration=iteration)
         self.validation += samples
+        self.tracker.log_table("validation_samples", response_rows(samples))
         kl = metrics["kl/sequence"]
         objective = objective_of(metrics["reward/mean"], kl, kl_coef=self.ppo.kl_coef)
         self.keeper.add(Evaluation(iteration=iteration, objective=objective, kl=kl))

@@ -17,11 +17,15 @@ from components.rlhf.runtime.stage import StageRun, stage_program
     uses_mlflow=True,
 )
 def main(run: StageRun[RegisterStageConfig], policy: Path, evaluation: Path, summary: Path) -> None:
+    import tempfile
+
+    from components.register.describe import as_description, as_report, lineage_of
+    from components.register.model_folder import example_of, link_to, write_model_folder
     from components.register.source import source_of
     from components.rlhf.artifacts.directory import open_artifact
     from components.rlhf.artifacts.manifest import read_manifest
     from components.rlhf.text.errors import InputError
-    from components.rlhf.tracking.registry import ALIAS, register_version
+    from components.rlhf.tracking.registry import register_version
 
     # Only the manifest: the evaluation has verified the weights against it.
     model, verdict = read_manifest(policy), open_artifact(evaluation, "evaluation")
@@ -32,30 +36,23 @@ def main(run: StageRun[RegisterStageConfig], policy: Path, evaluation: Path, sum
         raise InputError(
             f"The decision of the evaluation is {decision}, but the settings expect {run.config.decision}; correct the settings."
         )
-    lineage = {f"parent_{role}": digest for role, digest in model.parents.items()}
-    lineage |= {"digest": model.digest, "code_revision": model.code_revision, "evaluation": verdict.digest}
-    source, note = source_of(run.executor_input, policy)
-    version = register_version(
-        run.tracking,
-        source=source,
-        run_id=run.run_id,
-        decision=decision,
-        reason=reason,
-        lineage=lineage,
-    )
+    source = source_of(run.executor_input, policy)
+    prompt, longest = example_of(evaluation / "samples.jsonl")
+    with tempfile.TemporaryDirectory(prefix="rlhf-model-") as folder:
+        write_model_folder(Path(folder), link_to(source, model, example=prompt), max_new_tokens=longest)
+        version = register_version(
+            run.tracking,
+            folder=Path(folder),
+            run_id=run.run_id,
+            decision=decision,
+            reason=reason,
+            lineage=lineage_of(model, verdict) | {"weights": source.uri},
+            description=as_description(model, verdict, uri=source.uri),
+        )
     registration = f"version {version} of the registered model" if version else "not registered (no MLflow registry)"
-    title = f"# Promoted to {ALIAS}" if decision == "promote" else "# Rejected"
-    lines = [
-        title,
-        "",
-        f"{reason}.",
-        "",
-        f"- {registration}",
-        f"- model digest {model.digest}",
-        f"- model at {source}{note}",
-    ]
-    lines += [f"- parent {role.replace('_', ' ')} {digest}" for role, digest in model.parents.items()]
-    run.write_report("summary", summary, "\n".join(lines) + "\n")
+    name = f"{run.tracking.registered_model}/{version}" if version else ""
+    report = as_report(model, verdict, registration=registration, uri=source.uri, note=source.note, name=name)
+    run.write_report("summary", summary, report)
     run.progress.log(f"{decision}: {registration}")
 
 

@@ -1,6 +1,7 @@
 """Submission to Kubeflow Pipelines: check everything, upload a version of the pipeline, and start a run of it."""
 
 import re
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from urllib3.exceptions import HTTPError
 
 from components.rlhf.config.params import Params
 from components.rlhf.text.errors import InputError
+from components.rlhf.tracking.texts import equals
 from pipelines.access import CHECKPOINT_PATH, cluster_storage
 from pipelines.cluster import versions
 from pipelines.cluster.kube import check_cluster
@@ -162,7 +164,8 @@ def submit(params: Params, access: ServerAccess, options: SubmitOptions, log: Lo
         log(f"schedule {ui}/#/recurringrun/details/{run_id}")
     else:
         log(f"run      {ui}/#/runs/details/{run_id}")
-        log(f"pods     kubectl -n {access.namespace or DEFAULT_NAMESPACE} get pods -l pipeline/runid={run_id}")
+        namespace = shlex.quote(access.namespace or DEFAULT_NAMESPACE)
+        log(f"pods     kubectl -n {namespace} get pods -l {shlex.quote(f'pipeline/runid={run_id}')}")
     log(f"mlflow   {mlflow_link(params, None if options.cron else run_id)}")
     return server, run_id
 
@@ -171,7 +174,9 @@ def mlflow_link(params: Params, run_id: str | None) -> str:
     """Where the run is in MLflow."""
     if not params.tracking.enabled:
         return "off (tracking.enabled is false)"
-    search = f"experiment {params.tracking.experiment}" + (f", tags.`rlhf.run_id` = '{run_id}'" if run_id else "")
+    search = f"experiment {params.tracking.experiment}" + (
+        f", {equals('tags.`rlhf.run_id`', run_id)}" if run_id else ""
+    )
     if params.tracking.uri:
         return f"{params.tracking.uri.rstrip('/')}/#/experiments: {search}"
     if not params.cluster.secrets.mlflow:

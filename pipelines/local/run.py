@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import shutil
 import time
 import uuid
@@ -24,8 +25,8 @@ from components.rlhf.config.params import Params
 from components.rlhf.config.storage import StorageConfig, TrackingConfig
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.redaction import redact
-from components.rlhf.tracking.mlflow import SQLITE
 from components.rlhf.tracking.parent import open_parent
+from components.rlhf.tracking.texts import database_uri
 from pipelines.compile import compile_pipeline, require_literal_values
 from pipelines.local.display import Display
 from pipelines.local.journal import Journal, write_json_atomic
@@ -167,7 +168,7 @@ def disk_space_errors(run: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(
-            f"{run}: no space left on the disk; free some and resume with: kfp-rlhf run --resume {run}"
+            f"{run}: no space left on the disk; free some and resume with: kfp-rlhf run --resume {shlex.quote(str(run))}"
         ) from error
 
 
@@ -198,7 +199,7 @@ def default_run_dir(params: Params) -> Path:
 def default_tracking_uri(run: Path, *, in_run_dir: bool) -> str:
     """A SQLite file in the run directory, or next to it, where all runs can be compared."""
     folder = run.resolve() if in_run_dir else run.resolve().parent
-    return f"{SQLITE}{folder / 'mlflow.db'}"
+    return database_uri(folder / "mlflow.db")
 
 
 @contextlib.contextmanager

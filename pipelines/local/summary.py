@@ -1,6 +1,7 @@
 """summary.json: the machine-readable result of a run. No number in it is null."""
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from components.rlhf.config.params import Params
+from components.rlhf.tracking.texts import database_file
 from pipelines.local.runner import StageRecord
 
 EVALUATION_METRICS = (
@@ -31,8 +33,11 @@ def build_summary(
     folder = find_output(artifacts, "evaluation", "evaluation")
     numbers: dict[str, float] = json.loads((folder / "evaluation.json").read_text()) if folder and not error else {}
     facts = json.loads((folder / "manifest.json").read_text())["facts"] if numbers and folder else {}
-    database = tracking_uri.removeprefix("sqlite:///")
-    paths = {"run": str(run), **_link_outputs(run, artifacts), "tracking": database}
+    paths = {
+        "run": str(run),
+        **_link_outputs(run, artifacts),
+        "tracking": str(database_file(tracking_uri) or tracking_uri),
+    }
     return {
         "status": "failed" if error else "succeeded",
         "promoted": facts.get("decision") == "promote",
@@ -99,13 +104,12 @@ def _link_outputs(run: Path, artifacts: Path) -> dict[str, str]:
 
 
 def _commands(paths: dict[str, str], tracking_uri: str) -> dict[str, str]:
-    """A command that opens each result."""
-    python = sys.executable
-    code = f"from transformers import pipeline; print(pipeline('text-generation', '{paths['model']}')('This movie'))"
+    """A command that opens each result, for a shell."""
+    code = f"from transformers import pipeline; print(pipeline('text-generation', {paths['model']!r})('This movie'))"
     commands = {
-        "report": f"{'open' if sys.platform == 'darwin' else 'xdg-open'} {paths['report']}",
-        "model": f'{python} -c "{code}"',
+        "report": ["open" if sys.platform == "darwin" else "xdg-open", paths["report"]],
+        "model": [sys.executable, "-c", code],
     }
     if tracking_uri:
-        commands["tracking"] = f"{python} -m mlflow ui --backend-store-uri {tracking_uri}"
-    return commands
+        commands["tracking"] = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri]
+    return {name: shlex.join(words) for name, words in commands.items()}

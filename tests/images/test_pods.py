@@ -66,7 +66,7 @@ print(json.dumps({
     "status": parent.info.status, "metrics": sorted(parent.data.metrics),
     "files": sorted(f.path for f in client.list_artifacts(parent.info.run_id)),
     "stages": {r.data.tags["rlhf.stage"]: r.info.status for r in runs if "mlflow.parentRunId" in r.data.tags},
-    "source": version.source, "decision": version.tags["decision"],
+    "weights": version.tags["weights"], "decision": version.tags["decision"],
 }))
 """
 
@@ -175,7 +175,7 @@ def test_mlflow_has_the_run_its_reports_and_the_published_model(
     assert tracked["status"] == "FINISHED" and set(tracked["stages"].values()) == {"FINISHED"}
     assert {"win_rate", "kl", "judge/heldout_accuracy", "sft/heldout_loss"} <= set(tracked["metrics"])
     assert {"params.yaml", "summary.json", "report.html"} <= set(tracked["files"])
-    assert tracked["source"] == f"s3://rlhf/models/{pods.run_id}/ppo/model"
+    assert tracked["weights"] == f"s3://rlhf/models/{pods.run_id}/ppo/model"
     assert tracked["decision"] == results["evaluation"].parameters["decision"].strip()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,18 +14,23 @@ from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 
 from components.notify.__main__ import main
+from components.notify.result import RunResult
+from components.notify.webhook import as_message
 from components.rlhf.checkpoints.run import mark_run, run_prefix
+from components.rlhf.config.notify import NotifyStageConfig
 from components.rlhf.config.storage import StorageConfig, TrackingConfig
 from components.rlhf.storage.s3 import S3Store
 from components.rlhf.tracking.mlflow import start_tracking
+from components.rlhf.tracking.texts import database_uri
 from tests.support.limited_s3 import LimitedS3
+from tests.support.mlflow_database import new_database
 
 SUCCEEDED = {"state": "SUCCEEDED", "pipelineJobResourceName": "job-1"}
 
 
 @pytest.fixture(scope="module")
 def tracking(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
-    return TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}")
+    return TrackingConfig(uri=database_uri(new_database(tmp_path_factory.mktemp("mlflow"))))
 
 
 @pytest.fixture
@@ -158,7 +164,11 @@ def test_parent_run_gets_metrics_and_files(tracking: TrackingConfig) -> None:
     experiment = client.get_experiment_by_name(tracking.experiment)
     assert experiment
     (parent,) = client.search_runs([experiment.experiment_id], filter_string="tags.`rlhf.run_id` = 'r4'")
-    assert parent.data.metrics == {"win_rate": 0.75} and parent.info.status == "FINISHED"
+    assert (
+        parent.data.metrics["win_rate"] == 0.75
+        and parent.data.metrics["cost/hours"] > 0
+        and parent.info.status == "FINISHED"
+    )
     assert {f.path for f in client.list_artifacts(parent.info.run_id)} == {"params.yaml", "summary.json"}
 
 
@@ -168,3 +178,11 @@ def test_unreachable_services_are_warnings(webhook: list[dict[str, Any]], monkey
     result = notify("r5", SUCCEEDED, TrackingConfig(uri="http://127.0.0.1:9"), storage)
     assert "the checkpoints of this run could not be deleted" in result.stderr
     assert "the message could not be posted to the webhook" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["<!channel>", "<@U123>", "<https://evil.example|here>", "a < b"])
+def test_message_mentions_nobody_and_hides_no_link(text: str) -> None:
+    result = RunResult("failed", "a/b?c#d", failed_stage="sft", error=text)
+    message = as_message(NotifyStageConfig(preset="x", ui_url="https://kfp.example.com/"), result)
+    assert not re.search(r"<[!@#a-z]", message["text"]) and message["error"] == text
+    assert message["link"] == "https://kfp.example.com/#/runs/details/a%2Fb%3Fc%23d"

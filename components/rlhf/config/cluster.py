@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from components.rlhf.config.base import BaseConfig, Count, NonNegative, Positive, PositiveInt
+from components.rlhf.config.kubernetes import Image, LabelKey, LabelValue, ObjectName, Text, VariableName
 from components.rlhf.text.credentials import is_secret_name
 
 STAGES = (
@@ -25,16 +26,8 @@ def _quantity(pattern: str, example: str) -> Callable[[object], str]:
     return check
 
 
-def _label_value(value: object) -> object:
-    """Convert booleans and numbers, as which YAML parses labels such as true and 22000, to strings."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value) if isinstance(value, int | float) else value
-
-
 Cpu = Annotated[str, BeforeValidator(_quantity(r"[1-9][0-9]*m?|[0-9]+\.[0-9]+", "4 or 500m"))]
 Memory = Annotated[str, BeforeValidator(_quantity(r"[1-9][0-9]*(Mi|Gi|Ti)", "64Gi"))]
-Label = Annotated[str, BeforeValidator(_label_value)]
 UNITS = {"Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")
 
@@ -42,11 +35,11 @@ DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")
 class MatchExpression(BaseConfig):
     """One condition on a node label."""
 
-    key: str
+    key: LabelKey
     """Node label."""
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = "In"
     """How the label is compared with values; Gt and Lt compare integers."""
-    values: tuple[Label, ...] = ()
+    values: tuple[LabelValue, ...] = ()
     """Values that the label is compared with."""
 
 
@@ -61,11 +54,11 @@ class NodeAffinity(BaseConfig):
 class Toleration(BaseConfig):
     """A taint that a stage tolerates."""
 
-    key: str | None = None
+    key: LabelKey | None = None
     """Key of the taint; null matches every key."""
     operator: Literal["Exists", "Equal"] = "Exists"
     """Exists matches any value of the taint, Equal only value."""
-    value: Label | None = None
+    value: LabelValue | None = None
     """Value of the taint, for the operator Equal."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     """Effect of the taint; null matches every effect."""
@@ -84,14 +77,14 @@ class Scratch(BaseConfig):
 
     size: Memory
     """Size of the volume; a pod that writes more to the node's disk is evicted."""
-    storage_class: str | None = None
+    storage_class: ObjectName | None = None
     """StorageClass of a volume of its own, to which all users must be able to write; null is a folder on the node's disk."""
 
 
 class CheckpointVolume(BaseConfig):
     """A PersistentVolumeClaim that each run creates for its checkpoints, and deletes when it succeeds."""
 
-    storage_class: str
+    storage_class: ObjectName
     """StorageClass of the claim; Kubeflow Pipelines cannot use the default one of the cluster."""
     size: Memory = "100Gi"
     """Size of the claim: about 2 x 12 bytes per trained parameter for each model in training."""
@@ -100,7 +93,7 @@ class CheckpointVolume(BaseConfig):
 class Profile(BaseConfig):
     """Resources and scheduling of a stage's pod."""
 
-    accelerator: str = "nvidia.com/gpu"
+    accelerator: LabelKey = "nvidia.com/gpu"
     """Resource name of the accelerators."""
     price_per_hour: NonNegative | None = None
     """Price of one pod of this profile per hour, in any currency; null is unknown."""
@@ -117,13 +110,13 @@ class Profile(BaseConfig):
     shared_memory: Memory | None = None
     """Size of /dev/shm, which is added to the pod's memory request and limit; null leaves the container runtime's 64 MiB."""
     scratch: Scratch | None = None
-    node_selector: dict[str, Label] = Field(default_factory=dict)
+    node_selector: dict[LabelKey, LabelValue] = Field(default_factory=dict)
     """Labels that the node must have."""
     node_affinity: tuple[NodeAffinity, ...] = ()
     tolerations: tuple[Toleration, ...] = ()
-    queue: str | None = None
+    queue: ObjectName | None = None
     """Kueue LocalQueue of the pod."""
-    labels: dict[str, Label] = Field(default_factory=dict)
+    labels: dict[LabelKey, LabelValue] = Field(default_factory=dict)
     """Additional labels of the pod."""
 
     @property
@@ -136,11 +129,11 @@ class Profile(BaseConfig):
 class Images(BaseConfig):
     """Container images by role, each NAME:TAG or NAME@sha256:DIGEST."""
 
-    trainer: str = "kfp-rlhf/trainer:0.1.0"
+    trainer: Image = "kfp-rlhf/trainer:0.1.0"
     """Image of import_model, prepare_data, sft, reward_model and judge: torch, transformers and DeepSpeed, without vLLM."""
-    rollout: str = "kfp-rlhf/rollout:0.1.0"
+    rollout: Image = "kfp-rlhf/rollout:0.1.0"
     """Image of ppo and evaluation, and of reward_model if it calibrates with vLLM: the trainer's packages and vLLM."""
-    tools: str = "kfp-rlhf/tools:0.1.0"
+    tools: Image = "kfp-rlhf/tools:0.1.0"
     """Image of register and notify, without torch."""
 
 
@@ -158,15 +151,15 @@ class Mirrors(BaseConfig):
 class Secrets(BaseConfig):
     """Names of Kubernetes Secrets in the namespace of the runs; null uses none."""
 
-    s3: str | None = "rlhf-s3"
+    s3: ObjectName | None = "rlhf-s3"
     """Secret for s3://: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, optional AWS_SESSION_TOKEN, AWS_ENDPOINT_URL_S3, AWS_REGION."""
-    mlflow: str | None = "rlhf-mlflow"
+    mlflow: ObjectName | None = "rlhf-mlflow"
     """Optional Secret with MLFLOW_TRACKING_URI and optional MLFLOW_TRACKING_USERNAME, _PASSWORD, _TOKEN."""
-    hf_token: str | None = "rlhf-hf-token"
+    hf_token: ObjectName | None = "rlhf-hf-token"
     """Optional Secret with HF_TOKEN, for the tasks that read a model or a data set of the Hugging Face hub."""
-    webhook: str | None = "rlhf-webhook"
+    webhook: ObjectName | None = "rlhf-webhook"
     """Optional Secret with WEBHOOK_URL, for notify."""
-    judge: str | None = "rlhf-judge"
+    judge: ObjectName | None = "rlhf-judge"
     """Optional Secret with the keys of judges and rewards that are servers, each under its api_key_variable or token_variable."""
 
 
@@ -175,7 +168,7 @@ class ClusterConfig(BaseConfig):
 
     launcher: Literal["local", "trainjob"] = "local"
     """local: a stage starts its processes itself, on one node; trainjob: sft, reward_model, ppo and evaluation are TrainJobs."""
-    runtime: str = "rlhf"
+    runtime: ObjectName = "rlhf"
     """TrainingRuntime of the TrainJobs, in the namespace of the runs (manifests/components/trainjob)."""
     stages: dict[str, str] = Field(default_factory=dict)
     """Profile of each stage that does not use default_profile: {ppo: gpu-80gb}."""
@@ -189,21 +182,21 @@ class ClusterConfig(BaseConfig):
     """Reject images without @sha256 digest."""
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
     """imagePullPolicy of the pods."""
-    image_pull_secrets: tuple[str, ...] = ()
+    image_pull_secrets: tuple[ObjectName, ...] = ()
     """Secrets with credentials of the image registry."""
     mirrors: Mirrors = Mirrors()
-    environment: dict[str, Label] = Field(default_factory=dict)
+    environment: dict[VariableName, Text] = Field(default_factory=dict)
     """Environment variables of every stage, such as proxies and NCCL settings; local runs use them too."""
     secrets: Secrets = Secrets()
-    service_account: str | None = "rlhf-runner"
+    service_account: ObjectName | None = "rlhf-runner"
     """Service account of the runs; null is the default of Kubeflow Pipelines."""
     run_as_user: Count | None = 1000
     """User and group id of the containers; null leaves them to the image and the cluster (OpenShift)."""
-    checkpoint_claim: str | None = None
+    checkpoint_claim: ObjectName | None = None
     """Existing PersistentVolumeClaim (ReadWriteMany) for the checkpoints of all runs, instead of storage.checkpoint_uri."""
     checkpoint_volume: CheckpointVolume | None = None
     """A claim per run instead. Without any of the three, nothing is saved, and a retry starts from the beginning."""
-    claims: dict[str, str] = Field(default_factory=dict)
+    claims: dict[str, ObjectName] = Field(default_factory=dict)
     """PersistentVolumeClaims with models and data by mount path in import_model and prepare_data: {/data: team-data}."""
     num_retries: Annotated[Count, Field(le=10)] = 3
     """Number of retries of a stage, with waits of 1, 2, 4... minutes; what is retried is a setting of Argo (manifests/README.md)."""

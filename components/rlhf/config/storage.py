@@ -3,7 +3,7 @@
 import posixpath
 from itertools import combinations
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from components.rlhf.config.base import BaseConfig, NonNegative, PositiveInt
 
@@ -97,3 +97,29 @@ class TrackingConfig(BaseConfig):
     """MLflow experiment of the runs."""
     registered_model: str = "kfp-rlhf"
     """Name of the registered model in MLflow."""
+
+    @field_validator("experiment", "registered_model")
+    @classmethod
+    def _require_name(cls, value: str, info: ValidationInfo) -> str:
+        is_model = info.field_name == "registered_model"
+        limit = 256 if is_model else 500  # MLflow's
+        bad = (
+            next((c for c in "/:?" if c in value), "") if is_model else ""
+        )  # they would end the name in models:/NAME@ALIAS
+        if bad or not value.strip() or len(value) > limit or (is_model and value in (".", "..")):
+            what = (
+                f"it contains {bad}"
+                if bad
+                else "it is empty"
+                if not value.strip()
+                else f"MLflow refuses {value[:40]!r}"
+            )
+            raise ValueError(f"{what}; choose another name, of at most {limit} characters")
+        return value
+
+    @field_validator("ui_url")
+    @classmethod
+    def _require_web_address(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("write it as http(s)://HOST, the address at which people open MLflow")
+        return value

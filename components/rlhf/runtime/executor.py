@@ -15,7 +15,8 @@ from components.rlhf.text.redaction import redact
 from components.rlhf.text.strict_json import NotJsonError, parse_json
 
 Metadata = Mapping[str, str | int | float]
-MODEL_URI, PUBLISHED_URI = "model_uri", "published_uri"  # in the metadata of a manifest: where the model is
+# In the metadata of a manifest: where the model is, and the S3 server of the published one if it is not AWS.
+MODEL_URI, PUBLISHED_URI, PUBLISHED_ENDPOINT = "model_uri", "published_uri", "published_endpoint"
 
 
 def write_executor_output(executor_input: str, metadata: Mapping[str, Metadata]) -> None:
@@ -50,6 +51,14 @@ def write_executor_output(executor_input: str, metadata: Mapping[str, Metadata])
 def output_uri(executor_input: str, name: str) -> str:
     """KFP's URI of an output artifact: s3:// or minio:// on a cluster, a path in a local run."""
     return _string(_artifact(_section(executor_input, "outputs"), name), "uri")
+
+
+def input_uri(executor_input: str, name: str) -> str:
+    """KFP's URI of an input artifact; "" if there is none."""
+    try:
+        return _string(_artifact(_section(executor_input, "inputs"), name), "uri")
+    except InputError:
+        return ""
 
 
 def input_metadata(executor_input: str, name: str, key: str) -> str:

@@ -1,7 +1,8 @@
 """Experiment tracking and model registry in MLflow.
 
-Imports: config, text.
+Imports: artifacts, config, text.
 Packages: mlflow.
 
 Failures of MLflow are warnings and never fail a run.
+Texts become filters, keys and URIs only in texts.py.
 """

@@ -4,15 +4,32 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from components.rlhf.config.storage import TrackingConfig
-from components.rlhf.tracking.mlflow import ERROR_TAG, PARENT_TAG, STAGE_TAG, ParentRun, connect, find_parent_run, warn
+from components.rlhf.tracking.answers import warn
+from components.rlhf.tracking.registry import find_version
+from components.rlhf.tracking.runs import (
+    ERROR_TAG,
+    NOTE_TAG,
+    PARENT_TAG,
+    STAGE_TAG,
+    ParentRun,
+    connect,
+    find_parent_run,
+    flatten,
+    log_params,
+    set_tags,
+)
+from components.rlhf.tracking.summary import Cost, cost_of, name_of, note_of, parse_settings, tags_of
+from components.rlhf.tracking.tables import LOGGED_TABLES_TAG
+from components.rlhf.tracking.texts import equals, key_of
 
 FINAL = "final/"  # prefix of the final metrics of a stage in its nested run
 SUMMARIZED_STAGE = "evaluation"  # its metrics and reports are those of the run
 NOTIFIED_TAG = "rlhf.notified"
+COST_LINE = "Cost of the run: "  # in the description of a version
 STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "canceled": "KILLED"}  # of a run -> of its parent run
 
 
@@ -38,17 +55,11 @@ class Parent:
     def link(self) -> str:
         """Where people look at the run, or "" if MLflow has no web address."""
         uri = self._config.ui_url or self._config.uri or ""
-        path = f"#/experiments/{self._run.experiment_id}/runs/{self._run.id}"
+        path = f"#/experiments/{quote(self._run.experiment_id)}/runs/{quote(self._run.id)}"
         return f"{uri.rstrip('/')}/{path}" if uri.startswith("http") else ""
 
     def stages(self) -> list[StageResult]:
         """The nested runs, in the order of their start."""
-        runs = self._client.search_runs(
-            [self._run.experiment_id],
-            filter_string=f"tags.`{PARENT_TAG}` = '{self._run.id}'",
-            order_by=["attributes.start_time ASC"],
-            max_results=1000,
-        )
         return [
             StageResult(
                 name=run.data.tags[STAGE_TAG],
@@ -58,49 +69,116 @@ class Parent:
                 metrics={n.removeprefix(FINAL): v for n, v in run.data.metrics.items() if n.startswith(FINAL)},
                 mlflow_run_id=run.info.run_id,
             )
-            for run in runs
-            if STAGE_TAG in run.data.tags
+            for run in self._nested_runs()
         ]
 
+    def _nested_runs(self) -> list[Any]:
+        runs = self._client.search_runs(
+            [self._run.experiment_id],
+            filter_string=equals(f"tags.`{PARENT_TAG}`", self._run.id),
+            order_by=["attributes.start_time ASC"],
+            max_results=1000,
+        )
+        return [run for run in runs if STAGE_TAG in run.data.tags]
+
     def finish(self, *, status: str, stages: Sequence[StageResult], facts: Mapping[str, str], params: str) -> None:
-        """End the parent run with the final metrics of its stages, params.yaml, summary.json and the reports of the evaluation.
+        """End the parent run with the final metrics of its stages, its settings, data sets, costs, description and reports.
 
         The metrics of the evaluation keep their names; those of other stages are STAGE/NAME. facts are added to summary.json.
         """
         self._log_metrics(stages)
         evaluation = next((s for s in reversed(stages) if s.name == SUMMARIZED_STAGE), None)
+        numbers = dict(evaluation.metrics) if evaluation else {}
         summary = {
             "status": status,
             **facts,
             "stages": [{k: v for k, v in asdict(stage).items() if k != "metrics"} for stage in stages],
-            SUMMARIZED_STAGE: dict(evaluation.metrics) if evaluation else {},
+            SUMMARIZED_STAGE: numbers,
         }
         self._client.log_text(self._run.id, json.dumps(summary, indent=2) + "\n", "summary.json")
         if params:
             self._client.log_text(self._run.id, params, "params.yaml")
         if evaluation:
             self._copy_files(evaluation.mlflow_run_id)
+        try:
+            self._describe(status, stages, facts, numbers, parse_settings(params))
+        except Exception as error:  # the run must end
+            warn(error, self._config)
         if self._run.plugin_run is None:  # else Kubeflow Pipelines ends the run that it started
             self._client.set_terminated(self._run.id, STATUS[status])
+
+    def _describe(
+        self,
+        status: str,
+        stages: Sequence[StageResult],
+        facts: Mapping[str, str],
+        numbers: Mapping[str, float],
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Log what answers without looking at the stages: settings, data sets, costs, tags, name and description."""
+        run, nested = self._client.get_run(self._run.id), self._nested_runs()
+        # The server accepts no other value for a param, such as of a setting that has been changed for a resumed run.
+        log_params(
+            self._client, self._run.id, {k: v for k, v in flatten(settings).items() if key_of(k) not in run.data.params}
+        )
+        self._copy_inputs(run, nested)
+        seconds: dict[str, float] = {}
+        for stage in stages:
+            seconds[stage.name] = seconds.get(stage.name, 0.0) + stage.seconds
+        cost = cost_of(seconds, settings)
+        self._log_values(cost.metrics(), run.info.start_time)
+        tables = next((s.data.tags[LOGGED_TABLES_TAG] for s in nested if LOGGED_TABLES_TAG in s.data.tags), "")
+        tags = {**tags_of(settings, nested, facts), LOGGED_TABLES_TAG: tables}
+        set_tags(self._client, self._run.id, {**tags, NOTE_TAG: note_of(status, facts, numbers, cost)})
+        name = name_of(settings, run.info.start_time)
+        if name and self._run.plugin_run is None and run.info.run_name == facts.get("run_id"):
+            self._client.update_run(self._run.id, name=name)
+        self._price_version(facts.get("run_id", ""), cost)
+
+    def _copy_inputs(self, run: Any, nested: Sequence[Any]) -> None:
+        """Log the data sets of all stages, each once."""
+
+        def key(found: Any) -> tuple[str, str]:
+            return found.dataset.name, found.dataset.digest
+
+        known = {key(found) for found in run.inputs.dataset_inputs}
+        inputs = {key(found): found for stage in nested for found in stage.inputs.dataset_inputs}
+        new = [found for name, found in inputs.items() if name not in known]
+        if new:
+            self._client.log_inputs(self._run.id, new)
+
+    def _price_version(self, run_id: str, cost: Cost) -> None:
+        """Add the cost of the run to the version that it has registered."""
+        name = self._config.registered_model
+        version = find_version(self._client, name, run_id) if run_id else None
+        if version is None:
+            return
+        tags = {"hours": f"{cost.hours:.3f}"} | ({} if cost.price is None else {"price": f"{cost.price:.2f}"})
+        for tag, value in tags.items():
+            self._client.set_model_version_tag(name, version.version, tag, value)
+        text = (version.description or "").partition(COST_LINE)[0].rstrip()
+        self._client.update_model_version(name, version.version, f"{text}\n\n{COST_LINE}{cost}.")
 
     def cancel(self) -> None:
         """End the parent run of an interrupted run. Errors are warnings."""
         try:
             self._client.set_terminated(self._run.id, STATUS["canceled"])
         except Exception as error:  # MLflow must not fail a run
-            warn(error)
+            warn(error, self._config)
 
     def _log_metrics(self, stages: Sequence[StageResult]) -> None:
-        from mlflow.entities import Metric
-
-        # One time for all attempts of notify: MLflow ignores a point that it has.
-        time = self._client.get_run(self._run.id).info.start_time
         values = {
             name if stage.name == SUMMARIZED_STAGE else f"{stage.name}/{name}": value
             for stage in stages
             for name, value in stage.metrics.items()
         }
-        points = [Metric(name, value, time, 0) for name, value in values.items()]
+        # One time for all attempts of notify: MLflow ignores a point that it has.
+        self._log_values(values, self._client.get_run(self._run.id).info.start_time)
+
+    def _log_values(self, values: Mapping[str, float], milliseconds: int) -> None:
+        from mlflow.entities import Metric
+
+        points = [Metric(key_of(name), value, milliseconds, 0) for name, value in values.items()]
         for start in range(0, len(points), 1000):  # the server's limit for one request
             self._client.log_batch(self._run.id, metrics=points[start : start + 1000])
 
@@ -108,8 +186,8 @@ class Parent:
         with tempfile.TemporaryDirectory(prefix="rlhf-mlflow-") as folder:
             for file in self._client.list_artifacts(mlflow_run_id):
                 if not file.is_dir:
-                    path = Path(self._client.download_artifacts(mlflow_run_id, file.path, folder))
-                    self._client.log_text(self._run.id, path.read_text(encoding="utf-8"), file.path)
+                    path = self._client.download_artifacts(mlflow_run_id, file.path, folder)
+                    self._client.log_artifact(self._run.id, path)
 
     def was_notified(self, status: str) -> bool:
         return str(self._client.get_run(self._run.id).data.tags.get(NOTIFIED_TAG)) == status
@@ -127,5 +205,5 @@ def open_parent(config: TrackingConfig, run_id: str) -> Parent | None:
         client = connect(config.uri)
         return Parent(client, config, find_parent_run(client, config, run_id))
     except Exception as error:  # MLflow must not fail a run
-        warn(error)
+        warn(error, config)
         return None

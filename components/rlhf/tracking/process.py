@@ -12,14 +12,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from components.rlhf.config.storage import TrackingConfig
 from components.rlhf.text.redaction import redact_output
-from components.rlhf.tracking.mlflow import NullTracker, Tracker, start_tracking, warn
+from components.rlhf.tracking.answers import warn
+from components.rlhf.tracking.machine import SAMPLE_SECONDS, MachineSampler
+from components.rlhf.tracking.mlflow import NullTracker, Tracker, start_tracking
+from components.rlhf.tracking.tables import Cell, DataSet, as_json, from_json
 
+FIRST_SAMPLE_SECONDS = 2.0  # so that a short stage has one
 COMMAND = (sys.executable, "-m", "components.rlhf.tracking.process")
 
 
@@ -40,6 +44,12 @@ class ProcessTracker:
 
     def log_file(self, path: Path, name: str = "") -> None:
         self._request("log_file", path=str(path), name=name)
+
+    def log_inputs(self, data_sets: Sequence[DataSet]) -> None:
+        self._request("log_inputs", data_sets=as_json(data_sets))
+
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Cell]]) -> None:
+        self._request("log_table", name=name, rows=[dict(row) for row in rows])
 
     def flush(self) -> None:
         self._request("flush")
@@ -108,14 +118,24 @@ def main() -> None:
 
 def _serve(requests: "queue.SimpleQueue[dict[str, Any]]", answers: Any) -> None:
     tracker: Any = None
+    sampler = MachineSampler(os.getppid())
+    sampled, pause = time.monotonic(), FIRST_SAMPLE_SECONDS
     call = ""
     while call != "finish":
-        request = requests.get()
+        if time.monotonic() > sampled + pause:
+            tracker.log_system(sampler.sample())
+            sampled, pause = time.monotonic(), SAMPLE_SECONDS
+        try:
+            request = requests.get(timeout=max(0.0, sampled + pause - time.monotonic()) if tracker else None)
+        except queue.Empty:
+            continue
         call, arguments = request["call"], request["arguments"]
         if call == "start":
             tracker = start_tracking(TrackingConfig.from_json(arguments.pop("config")), **arguments)
         elif call == "log_file":
             tracker.log_file(Path(arguments["path"]), arguments["name"])
+        elif call == "log_inputs":
+            tracker.log_inputs(from_json(arguments["data_sets"]))
         else:
             getattr(tracker, call)(**arguments)
         if call in ("flush", "finish"):

@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlflow.pyfunc
 import pytest
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from components.rlhf.artifacts.directory import open_artifact
+from components.rlhf.tracking.texts import database_uri
 from pipelines.__main__ import cli
 from pipelines.local.chat import chat_with_run
 from tests.support.planted_secrets import PLANTED, files_with_secrets
@@ -102,10 +104,25 @@ def test_mlflow_has_a_parent_run_and_a_finished_run_per_stage(promoted: Path) ->
         runs = dict(database.execute("select name, status from runs").fetchall())
         (curve,) = database.execute("select count(*) from metrics where key = 'score/mean'").fetchone()
         aliases = database.execute("select alias, version from registered_model_aliases").fetchall()
-    assert set(runs) == {*TRACKED, summary_of(promoted)["run_id"]}
+        parents = database.execute(
+            "select r.name from runs r join tags t on r.run_uuid = t.run_uuid where t.key = 'rlhf.run_id' and t.value = ?",
+            (summary_of(promoted)["run_id"],),
+        ).fetchall()
+    ((parent,),) = parents
+    assert parent.startswith("custom, seed ") and set(runs) == {*TRACKED, parent}
     assert set(runs.values()) == {"FINISHED"}
     assert curve == 2
-    assert aliases == [("champion", 1)]
+    assert sorted(aliases) == [("candidate", 1), ("champion", 1)]
+
+
+def test_champion_of_the_run_answers_a_prompt(promoted: Path) -> None:
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(database_uri(promoted / "mlflow.db"))
+    try:
+        (answer,) = mlflow.pyfunc.load_model("models:/kfp-rlhf@champion").predict("The film", {"max_new_tokens": 3})
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert isinstance(answer, str)
 
 
 def test_commands_show_a_finished_run(promoted: Path) -> None:
@@ -184,7 +201,10 @@ def test_own_models_replace_their_stages_and_a_rejected_run_succeeds(
     assert "sft" not in summary["stages"]
     assert {"import_model", "import_sft_model", "import_reward_model"} < set(summary["stages"])
     with sqlite3.connect(promoted / "mlflow.db") as database:
-        assert database.execute("select alias, version from registered_model_aliases").fetchall() == [("champion", 1)]
+        assert database.execute("select alias, version from registered_model_aliases order by alias").fetchall() == [
+            ("candidate", 2),
+            ("champion", 1),
+        ]
         assert database.execute("select count(*) from model_versions").fetchone() == (2,)
 
 

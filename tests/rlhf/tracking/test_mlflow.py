@@ -1,28 +1,37 @@
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 
+from components.rlhf.artifacts.manifest import write_manifest
 from components.rlhf.config.storage import TrackingConfig
-from components.rlhf.tracking.mlflow import (
-    MlflowTracker,
-    NullTracker,
-    OpenRun,
-    Tracker,
-    flatten,
-    start_tracking,
-)
+from components.rlhf.tracking.machine import MachineSampler
+from components.rlhf.tracking.mlflow import MlflowTracker, NullTracker, Tracker, start_tracking
 from components.rlhf.tracking.parent import open_parent
+from components.rlhf.tracking.runs import OpenRun, flatten
+from components.rlhf.tracking.tables import DataSet, data_sets_of
+from tests.support.mlflow_database import new_database
 
 EXPERIMENT = "tests"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one database for all tests, because MLflow takes seconds to create its tables."""
-    return tmp_path_factory.mktemp("mlflow")
+    """A folder with one database for all tests."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    new_database(folder)
+    return folder
 
 
 @pytest.fixture
@@ -328,3 +337,96 @@ def test_second_attempt_resumes_curves_of_the_first(tracking: TrackingConfig, cl
     third = start_tracking(tracking, run_id="resumed", stage="ppo", params={})
     third.finish("FINISHED")
     assert len(runs_of(client, "resumed")[1]) == 2  # a finished run is not resumed
+
+
+# --- data sets, tables and the machine ---
+
+
+@contextlib.contextmanager
+def default_uri(tracking: TrackingConfig) -> Iterator[None]:
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(tracking.uri)
+    yield
+    mlflow.set_tracking_uri(before)
+
+
+def test_tables_grow_and_repeat_no_row(tracking: TrackingConfig, client: MlflowClient, tmp_path: Path) -> None:
+    """By two attempts, the second of which repeats an evaluation."""
+    rows = [{"iteration": step, "response": f"it's {step}", "score": step / 2, "none": None} for step in range(3)]
+    for part in (rows[:2], rows[1:]):
+        tracker = start_tracking(tracking, run_id="table", stage="ppo", params={})
+        tracker.log({"loss": 1.0}, 1)
+        tracker.log_table("samples", part)
+        tracker.log_table("others", [{"x": 1.0}])
+        tracker.flush()
+    (run,) = runs_of(client, "table")[1]
+    path = Path(client.download_artifacts(run.info.run_id, "samples.json", str(tmp_path)))
+    assert json.loads(path.read_text(encoding="utf-8")) == {
+        "columns": ["iteration", "response", "score", "none"],
+        "data": [[0, "it's 0", 0.0, None], [1, "it's 1", 0.5, None], [2, "it's 2", 1.0, None]],
+    }
+    tables = [{"path": "samples.json", "type": "table"}, {"path": "others.json", "type": "table"}]
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == tables
+    with default_uri(tracking):
+        table = client.load_table(run.info.experiment_id, "samples.json", run_ids=[run.info.run_id])
+    assert list(table["score"]) == [0.0, 0.5, 1.0]
+
+
+def test_images_are_logged_as_they_are(tracking: TrackingConfig, client: MlflowClient, tmp_path: Path) -> None:
+    image = bytes(range(256))
+    (tmp_path / "curves").write_bytes(image)
+    tracker = start_tracking(tracking, run_id="image", stage="ppo", params={})
+    tracker.log_file(tmp_path / "curves", "curves.png")
+    tracker.finish("FINISHED")
+    (run,) = runs_of(client, "image")[1]
+    assert Path(client.download_artifacts(run.info.run_id, "curves.png", str(tmp_path))).read_bytes() == image
+
+
+def test_only_data_sets_among_the_inputs_are_logged(tmp_path: Path) -> None:
+    for name, kind in (("model", "sft_model"), ("data", "preferences")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("{}\n", encoding="utf-8")
+        write_manifest(tmp_path / name, kind=kind, facts={"num_train": 1, "num_heldout": 2, "loss": 0.5})
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "manifest.json").write_text("{", encoding="utf-8")
+    paths = {name: tmp_path / name for name in ("model", "data", "broken", "missing")}
+    (found,) = data_sets_of(paths, {"data": "s3://bucket/data"})
+    digest = hashlib.sha256(b"{}\n").hexdigest()
+    assert found == DataSet("data", "train", digest, 1, "s3://bucket/data/train.jsonl")
+
+
+def test_stage_run_says_what_it_runs_on(tracking: TrackingConfig, client: MlflowClient) -> None:
+    start_tracking(tracking, run_id="machine", stage="ppo", params={}).finish("FINISHED")
+    (run,) = runs_of(client, "machine")[1]
+    tags = run.data.tags
+    assert f"torch {importlib.metadata.version('torch')}" in tags["rlhf.packages"]
+    assert tags["rlhf.cpu"].endswith(f"{os.cpu_count()} cores") and tags["rlhf.memory"].endswith("GiB")
+    assert tags["rlhf.code_revision"].startswith(tags["mlflow.source.git.commit"])
+    assert "PPO" in tags["mlflow.note.content"] or "README" in tags["mlflow.note.content"]
+
+
+def test_system_metrics_continue_those_of_an_earlier_attempt(tracking: TrackingConfig, client: MlflowClient) -> None:
+    for values in ((1.0, 2.0), (3.0,)):
+        tracker = start_tracking(tracking, run_id="system", stage="ppo", params={})
+        assert isinstance(tracker, MlflowTracker)
+        for value in values:
+            tracker.log_system({"system/cpu_utilization_percentage": value})
+        tracker.flush()
+    (run,) = runs_of(client, "system")[1]
+    history = client.get_metric_history(run.info.run_id, "system/cpu_utilization_percentage")
+    assert [(point.step, point.value) for point in history] == [(0, 1.0), (1, 2.0), (2, 3.0)]
+
+
+def test_machine_is_sampled_with_the_processes_of_the_stage() -> None:
+    psutil = pytest.importorskip("psutil")
+    size = 200 * 2**20
+    code = f"data = b'x' * {size}; input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as child:
+        deadline = time.monotonic() + 20
+        while psutil.Process(child.pid).memory_info().rss < size and time.monotonic() < deadline:
+            time.sleep(0.02)
+        found = MachineSampler(child.pid).sample()
+        child.kill()
+    assert 200 < found["system/stage_memory_megabytes"] < 300
+    assert 0 <= found["system/cpu_utilization_percentage"] <= 100
+    assert not any("gpu" in name for name in found) or Path("/proc/driver/nvidia").exists()

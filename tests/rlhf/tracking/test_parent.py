@@ -1,22 +1,28 @@
 """The parent run of a pipeline run: what it shows at the end, and the runs of Kubeflow Pipelines' own MLflow plugin."""
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
+from components.rlhf.artifacts.manifest import write_manifest
 from components.rlhf.config.storage import TrackingConfig
 from components.rlhf.tracking.mlflow import start_tracking
 from components.rlhf.tracking.parent import Parent, open_parent
+from components.rlhf.tracking.tables import data_sets_of
+from components.rlhf.tracking.texts import database_uri
+from tests.support.mlflow_database import new_database
 
 EXPERIMENT = "parents"
 
 
 @pytest.fixture(scope="module")
 def tracking(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
-    return TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}", experiment=EXPERIMENT)
+    return TrackingConfig(uri=database_uri(new_database(tmp_path_factory.mktemp("mlflow"))), experiment=EXPERIMENT)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +52,10 @@ def parent_of(client: MlflowClient, run_id: str) -> Any:
     return run
 
 
+def without_cost(run: Any) -> dict[str, float]:
+    return {name: value for name, value in run.data.metrics.items() if not name.startswith("cost/")}
+
+
 def finish(tracking: TrackingConfig, run_id: str, status: str) -> None:
     parent = opened(tracking, run_id)
     facts = {"run_id": run_id, "decision": "", "reason": ""}
@@ -62,7 +72,7 @@ def test_parent_shows_final_metrics_and_reports_of_its_stages(
     run_stage(tracking, "other", "evaluation", {"win_rate": 0.1})
     finish(tracking, "good", "succeeded")
     parent = parent_of(client, "good")
-    assert parent.data.metrics == {"win_rate": 0.75, "kl": 3.0, "sft/loss": 0.5}
+    assert without_cost(parent) == {"win_rate": 0.75, "kl": 3.0, "sft/loss": 0.5}
     assert parent.info.status == "FINISHED"
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert files == {"params.yaml", "summary.json", "report.html"}
@@ -78,6 +88,67 @@ def test_parent_shows_final_metrics_and_reports_of_its_stages(
     finish(tracking, "good", "succeeded")  # by another attempt of notify
     history = client.get_metric_history(parent.info.run_id, "win_rate")
     assert [point.value for point in history] == [0.75]
+
+
+PARAMS = """
+preset: quick
+seed: 7
+ppo: {kl_coef: 0.05}
+cluster:
+  profiles: {cpu: {price_per_hour: 2.0}, gpu: {price_per_hour: 30.0}}
+  stages: {ppo: gpu}
+"""
+
+
+def test_parent_answers_what_a_run_was_made_of(tracking: TrackingConfig, client: MlflowClient, tmp_path: Path) -> None:
+    """Settings, data sets, code, cost, and the table of samples are those of its stages."""
+    (tmp_path / "prompts").mkdir()
+    for split, line in (("train", "a"), ("validation", "b")):
+        (tmp_path / "prompts" / f"{split}.jsonl").write_text(line, encoding="utf-8")
+    write_manifest(tmp_path / "prompts", kind="prompts", facts={"num_train": 3, "num_validation": 1})
+    for stage in ("reward_model", "ppo"):
+        tracker = start_tracking(tracking, run_id="whole", stage=stage, params={})
+        tracker.log_inputs(data_sets_of({"prompts": tmp_path / "prompts"}, {}))
+        tracker.finish("FINISHED")
+    tracker = start_tracking(tracking, run_id="whole", stage="evaluation", params={})
+    tracker.log_table("samples", [{"prompt": "it's", "gain": 0.5}])
+    tracker.finish("FINISHED")
+    parent = opened(tracking, "whole")
+    hours = {"reward_model": 0.5, "ppo": 2.0, "evaluation": 0.25}
+    stages = [replace(stage, seconds=3600 * hours[stage.name]) for stage in parent.stages()]
+    facts = {"run_id": "whole", "decision": "promote", "reason": "it is better"}
+    for _ in range(2):  # by two attempts of notify
+        parent.finish(status="succeeded", stages=stages, facts=facts, params=PARAMS)
+    run = parent_of(client, "whole")
+    assert run.data.params["ppo.kl_coef"] == "0.05" and run.data.params["cluster.stages.ppo"] == "gpu"
+    inputs = {found.dataset.name: found for found in run.inputs.dataset_inputs}
+    assert set(inputs) == {"prompts.train", "prompts.validation"}
+    digest = hashlib.sha256(b"a").hexdigest()
+    assert inputs["prompts.train"].dataset.digest == digest[:36]
+    assert json.loads(inputs["prompts.train"].dataset.profile) == {"num_rows": 3, "sha256": digest}
+    assert [tag.value for tag in inputs["prompts.validation"].tags] == ["validation"]
+    assert run.data.metrics["cost/hours"] == 2.75
+    assert run.data.metrics["cost/price"] == pytest.approx(0.5 * 2 + 2.0 * 30 + 0.25 * 2)
+    assert run.data.tags["rlhf.preset"] == "quick" and "torch" in run.data.tags["rlhf.packages"]
+    assert run.data.tags["mlflow.note.content"].startswith("**Promoted**: it is better.")
+    assert "price 61.50" in run.data.tags["mlflow.note.content"]
+    assert run.info.run_name.startswith("quick, seed 7, 20")
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "samples.json", "type": "table"}]
+    table = Path(client.download_artifacts(run.info.run_id, "samples.json", str(tmp_path)))
+    assert json.loads(table.read_text(encoding="utf-8")) == {"columns": ["prompt", "gain"], "data": [["it's", 0.5]]}
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment and experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_setting_that_was_changed_for_a_resumed_run_does_not_stop_its_end(
+    tracking: TrackingConfig, client: MlflowClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_stage(tracking, "budget", "sft", {"loss": 0.5})
+    parent, facts = opened(tracking, "budget"), {"run_id": "budget", "decision": "", "reason": ""}
+    for params in ("preset: a\ncluster: {budget: 5.0}", "preset: a\ncluster: {budget: 9.0}", "no: [yaml"):
+        parent.finish(status="failed", stages=parent.stages(), facts=facts, params=params)
+    assert parent_of(client, "budget").data.params == {"preset": "a", "cluster.budget": "5.0"}
+    assert parent_of(client, "budget").info.status == "FAILED" and capsys.readouterr().err == ""
 
 
 def test_parent_of_a_failed_run_names_the_error(tracking: TrackingConfig, client: MlflowClient) -> None:
@@ -144,7 +215,7 @@ def test_runs_of_the_kfp_plugin_are_joined(tracking: TrackingConfig, client: Mlf
     assert joined.data.metrics == {"train/loss": 3.0, "final/loss": 0.5} and joined.data.params == {"seed": "1"}
     start_task("notify")
     finish(tracking, "kfp-1", "succeeded")
-    assert client.get_run(parent_id).data.metrics == {"win_rate": 0.75, "sft/loss": 0.5}
+    assert without_cost(client.get_run(parent_id)) == {"win_rate": 0.75, "sft/loss": 0.5}
     assert client.get_run(parent_id).info.status == "RUNNING"  # Kubeflow Pipelines ends its own run
     assert len(client.search_runs([experiment])) == 4 and client.get_run(evaluation).info.status == "FINISHED"
     experiments = [client.get_experiment_by_name(name) for name in (EXPERIMENT,)]

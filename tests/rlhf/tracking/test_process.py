@@ -15,6 +15,8 @@ from components.rlhf.config.storage import TrackingConfig
 from components.rlhf.tracking import process as process_module
 from components.rlhf.tracking.mlflow import MlflowTracker, NullTracker
 from components.rlhf.tracking.process import ProcessTracker, start_tracking_process
+from components.rlhf.tracking.texts import database_uri
+from tests.support.mlflow_database import new_database
 
 ROOT = Path(__file__).resolve().parents[3]
 RECORDING = """
@@ -27,6 +29,7 @@ class Recorder:
     def note(self, *what): print(*what, file=sys.stderr, flush=True)
     def log(self, *what, **more): self.note("log", *what, more)
     def log_file(self, path, name): self.note("log_file", path, name); time.sleep(DELAY)
+    def log_system(self, metrics): pass
     def flush(self): print("printed by a library", flush=True); self.note("flush")
     def finish(self, *what, **more): self.note("finish", *what, more)
 
@@ -60,7 +63,7 @@ def record(monkeypatch: pytest.MonkeyPatch, trackers: list[ProcessTracker], *, d
 
 
 def test_run_is_tracked(tmp_path: Path, trackers: list[ProcessTracker]) -> None:
-    config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    config = TrackingConfig(uri=database_uri(new_database(tmp_path)))
     tracker = start_tracking_process(config, run_id="r", stage="sft", params={"seed": 3})
     assert isinstance(tracker, ProcessTracker)
     trackers.append(tracker)
@@ -223,7 +226,7 @@ def test_without_a_second_process_the_stage_tracks_itself(monkeypatch: pytest.Mo
         raise BlockingIOError("Resource temporarily unavailable")
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    config = TrackingConfig(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    config = TrackingConfig(uri=database_uri(new_database(tmp_path)))
     tracker = start_tracking_process(config, run_id="r", stage="sft", params={})
     assert isinstance(tracker, MlflowTracker)
 

@@ -1,0 +1,44 @@
+"""What a registered version says about itself: the description in Markdown, and the report of the stage."""
+
+from collections.abc import Mapping
+
+from components.rlhf.artifacts.manifest import Fact, Manifest
+from components.rlhf.text.comparison_table import comparison_rows
+from components.rlhf.tracking.registry import CHAMPION
+
+
+def lineage_of(model: Manifest, verdict: Manifest) -> dict[str, str]:
+    """Digests of the model, of what it was made from, and of its evaluation."""
+    lineage = {f"parent_{role}": digest for role, digest in model.parents.items()}
+    return lineage | {"digest": model.digest, "code_revision": model.code_revision, "evaluation": verdict.digest}
+
+
+def as_description(model: Manifest, verdict: Manifest, *, uri: str) -> str:
+    """The description of a version: verdict, comparison with SFT, and lineage."""
+    lines = [f"**{_title(verdict)}**: {verdict.facts['reason']}.", "", *_table(verdict.facts), ""]
+    lines += [f"Weights: `{uri}`, digest `{model.digest}`. Code: `{model.code_revision}`.", ""]
+    lines += [f"- parent {role.replace('_', ' ')}: `{digest}`" for role, digest in model.parents.items()]
+    lines += [f"- evaluation: `{verdict.digest}`"]
+    return "\n".join(lines) + "\n"
+
+
+def as_report(model: Manifest, verdict: Manifest, *, registration: str, uri: str, note: str, name: str) -> str:
+    """The summary of the stage in Markdown."""
+    lines = [f"# {_title(verdict)}", "", f"{verdict.facts['reason']}.", "", f"- {registration}"]
+    lines += [f"- model digest {model.digest}", f"- model at {uri}{note}"]
+    lines += [f"- parent {role.replace('_', ' ')} {digest}" for role, digest in model.parents.items()]
+    if name:
+        lines += ["", f"Load it with `mlflow.pyfunc.load_model({f'models:/{name}'!r})`."]
+    return "\n".join(lines) + "\n"
+
+
+def _title(verdict: Manifest) -> str:
+    return f"Promoted to {CHAMPION}" if verdict.facts["decision"] == "promote" else "Rejected"
+
+
+def _table(facts: Mapping[str, Fact]) -> list[str]:
+    """The comparison of PPO with SFT as a table."""
+    numbers = {name: float(value) for name, value in facts.items() if isinstance(value, int | float)}
+    rows = comparison_rows(numbers) if "confidence" in numbers else []
+    lines = [f"| {row['name']} | {row['sft']} | {row['ppo']} |" for row in rows]
+    return ["| | SFT | PPO |", "|---|---:|---:|", *lines] if lines else []
