@@ -1,6 +1,7 @@
 """`kfp-rlhf sweep` on this machine: points that share their equal stages bit for bit, and nothing else."""
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -209,6 +210,8 @@ def test_resume_takes_no_other_plan(tmp_path: Path, arguments: list[str]) -> Non
 
 # --- a whole sweep ---
 
+ENVIRONMENT = os.environ | {"RLHF_CODE_REVISION": "one"}  # also if somebody commits meanwhile
+
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, resident: Resident) -> tuple[Path, list[Any]]:
@@ -233,14 +236,14 @@ def swept(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, resident: 
         str(folder / "out"),
     ]
     with (folder / "log").open("w") as log:
-        first = resident.popen([*command, str(params), *plan], stdout=log, stderr=log)
+        first = resident.popen([*command, str(params), *plan], stdout=log, stderr=log, env=ENVIRONMENT)
         while not any((folder / "out").glob("2-*/finished/ppo.begun")):
             assert first.poll() is None, (folder / "log").read_text()
             time.sleep(0.02)
         first.kill()
     assert first.wait(timeout=30) == -signal.SIGKILL
     finished = {path: path.read_bytes() for path in (folder / "out").glob("1-*/**/*") if path.is_file()}
-    second = resident.run([*command, "--resume", str(folder / "out"), "--json"], timeout=300)
+    second = resident.run([*command, "--resume", str(folder / "out"), "--json"], timeout=300, env=ENVIRONMENT)
     assert second.returncode == 0, second.stdout + second.stderr
     assert {path: path.read_bytes() for path in (folder / "out").glob("1-*/**/*") if path.is_file()} == finished
     return folder / "out", json.loads(second.stdout)["points"]
@@ -315,7 +318,8 @@ def test_rerun_of_a_shared_stage_in_one_point_changes_no_other_point(
     shutil.copytree(two, run, symlinks=True, copy_function=lambda source, target: Path(target).hardlink_to(source))
     (manifest,) = run.glob("artifacts/*/sft/model/manifest.json")
     manifest.unlink()  # so that sft runs again
-    result = resident.run([sys.executable, "-m", "pipelines", "run", "--resume", str(run)], timeout=300)
+    command = [sys.executable, "-m", "pipelines", "run", "--resume", str(run)]
+    result = resident.run(command, timeout=300, env=ENVIRONMENT)
     assert result.returncode == 0, result.stdout + result.stderr
     stages = json.loads((run / "summary.json").read_text())["stages"]
     assert {name for name, stage in stages.items() if not stage["reused"]} == {"sft", "notify"}
