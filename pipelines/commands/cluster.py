@@ -95,7 +95,12 @@ def submit_command(
         return
     connected, run_id = submit.submit(params, access, options, click.echo)
     if wait:
-        sys.exit(submit.wait(connected, access, run_id, options, click.echo))
+        from pipelines.cluster.evaluation import metric_lines
+
+        code = submit.wait(connected, access, run_id, options, click.echo)
+        for line in metric_lines(params, run_id):
+            click.echo(line)
+        sys.exit(code)
 
 
 @click.command("budget")

@@ -30,6 +30,7 @@ from components.rlhf.tracking.texts import database_uri
 from pipelines.compile import compile_pipeline, require_literal_values
 from pipelines.local.display import Display
 from pipelines.local.journal import Journal, write_json_atomic
+from pipelines.local.location import moved
 from pipelines.local.run_dir import IDENTITY_FILE, LOCK_FILE, PARAMS_FILE
 from pipelines.local.runner import LocalRun, container_processes
 from pipelines.local.summary import build_summary
@@ -42,16 +43,24 @@ STARTUP_FILES = {PARAMS_FILE, LOCK_FILE, f".{IDENTITY_FILE}.writing"}  # left by
 MIN_FREE_BYTES = 3 * 2**30  # five models of the default size, and working space
 
 
-def run_pipeline(params: Params, run: Path, *, tracking_uri: str, console: Console) -> dict[str, Any]:
-    """Run the pipeline in a new run directory; return its summary (also in summary.json).
-
-    Raises InputError before anything is written if an input or the directory cannot be used.
-    """
+def check_run(params: Params, run: Path) -> str:
+    """Raise InputError if an input cannot be used, or this machine is too small; return a note on what could not be planned, or ""."""
     require_literal_values(params)
     local_storage(params, run)
     check_inputs(params)
     check_stores(params)
-    note = refuse_what_cannot_fit(params, this_machine(params.model.precision))
+    return refuse_what_cannot_fit(params, this_machine(params.model.precision)) or ""
+
+
+def run_pipeline(
+    params: Params, run: Path, *, tracking_uri: str, console: Console, donors: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Run the pipeline in a new run directory; return its summary (also in summary.json).
+
+    Finished stages of donors, which are other run directories, are shared where they have the same settings, inputs and code.
+    Raises InputError before anything is written if an input or the directory cannot be used.
+    """
+    note = check_run(params, run)
     if note:
         console.print(note, soft_wrap=True, markup=False)
     create_run_dir(run)
@@ -59,12 +68,15 @@ def run_pipeline(params: Params, run: Path, *, tracking_uri: str, console: Conso
         tracking = params.tracking.model_copy(update={"uri": params.tracking.uri or tracking_uri})
         (run / PARAMS_FILE).write_text(dump_yaml(params), encoding="utf-8")
         # The suffix distinguishes directories of the same name. Written last: a directory without it has no run.
-        identity = {"run_id": f"{run.name}-{uuid.uuid4().hex[:8]}", "tracking_uri": tracking.uri}
+        run_id = f"{run.name}-{uuid.uuid4().hex[:8]}"
+        identity = {"run_id": run_id, "tracking_uri": tracking.uri, "directory": str(run.resolve())}
         write_json_atomic(run / IDENTITY_FILE, identity)
-        return _execute(params, run.resolve(), tracking, identity["run_id"] or "", console)
+        return _execute(params, run.resolve(), tracking, run_id, console, donors)
 
 
-def resume_pipeline(run: Path, *, console: Console, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def resume_pipeline(
+    run: Path, *, console: Console, overrides: Sequence[str] = (), donors: Sequence[Path] = ()
+) -> dict[str, Any]:
     """Resume the run of a directory: verify and reuse finished stages, and run the others; return its summary.
 
     overrides change parameters that change no result; they are written into the directory. Raises InputError for others, if the
@@ -80,20 +92,32 @@ def resume_pipeline(run: Path, *, console: Console, overrides: Sequence[str] = (
         raise InputError(f"{run} contains no run (no {IDENTITY_FILE}); start one with --out, or correct the path.")
     with run_lock(run), disk_space_errors(run):
         params = load_params(run / PARAMS_FILE, overrides)
-        try:
-            identity = json.loads((run / IDENTITY_FILE).read_text(encoding="utf-8"))
-            run_id, uri = str(identity["run_id"]), identity["tracking_uri"]
-        except (ValueError, TypeError, KeyError):
-            raise InputError(f"{run / IDENTITY_FILE} cannot be read; start a new run.") from None
+        run_id, uri = _read_identity(run)
         if overrides:
             temporary = run / f".{PARAMS_FILE}.writing"
             temporary.write_text(dump_yaml(params), encoding="utf-8")
             temporary.replace(run / PARAMS_FILE)
         tracking = params.tracking.model_copy(update={"uri": uri})
-        return _execute(params, run.resolve(), tracking, run_id, console)
+        return _execute(params, run.resolve(), tracking, run_id, console, donors)
 
 
-def _execute(params: Params, run: Path, tracking: TrackingConfig, run_id: str, console: Console) -> dict[str, Any]:
+def _read_identity(run: Path) -> tuple[str, str | None]:
+    """The id and the tracking URI of a run; if its directory was moved, a database in it is where it is now. Raises InputError."""
+    try:
+        identity = json.loads((run / IDENTITY_FILE).read_text(encoding="utf-8"))
+        run_id, uri, old = str(identity["run_id"]), identity["tracking_uri"], identity.get("directory")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{run / IDENTITY_FILE} cannot be read; start a new run.") from None
+    directory = str(run.resolve())
+    if isinstance(old, str) and old != directory:
+        uri = moved(uri, Path(old), Path(directory))
+        write_json_atomic(run / IDENTITY_FILE, {"run_id": run_id, "tracking_uri": uri, "directory": directory})
+    return run_id, uri
+
+
+def _execute(
+    params: Params, run: Path, tracking: TrackingConfig, run_id: str, console: Console, donors: Sequence[Path]
+) -> dict[str, Any]:
     """Compile the pipeline into the run directory, run the stages that have not finished, and write the summary."""
     console.print(f"Run directory: {run}", soft_wrap=True)
     # A local run reports a failure immediately, without retries, keeps its checkpoints in a folder, and starts all processes itself.
@@ -104,7 +128,7 @@ def _execute(params: Params, run: Path, tracking: TrackingConfig, run_id: str, c
         folder=run / "logs",
         environment={"RLHF_RUN_ID": run_id},
         on_line=display.show_line,
-        journal=Journal(run / "finished"),
+        journal=Journal(run, [donor.resolve() for donor in donors]),
     )
     error = ""
     try:

@@ -41,7 +41,8 @@ class StageRecord:
     seconds: float = 0.0
     peak_memory_bytes: int = 0  # resident set; at least that of this program, which Linux counts before exec
     error: str = ""
-    reused: bool = False  # it finished before the run was resumed, and its outputs verify
+    reused: bool = False  # it finished before the run was resumed or in another run, and its outputs verify
+    shared_with: str = ""  # the name of that other run, whose outputs it has
 
 
 @dataclass
@@ -102,7 +103,8 @@ def run_unless_finished(local_run: LocalRun, command: list[str], environment: di
     finished, reason = local_run.journal.find_finished(record.name, command)
     if finished is not None:
         local_run.stages[-1] = finished
-        local_run.on_line(finished, f"[{finished.name}] finished earlier, verified")
+        where = f"shared with {finished.shared_with}" if finished.shared_with else "finished earlier"
+        local_run.on_line(finished, f"[{finished.name}] {where}, verified")
         return finished
     if reason:
         local_run.on_line(record, f"[{record.name}] runs again: {reason}")

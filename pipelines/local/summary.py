@@ -51,6 +51,7 @@ def build_summary(
                 "seconds": round(stage.seconds, 3),
                 "peak_memory_bytes": stage.peak_memory_bytes,
                 "reused": stage.reused,
+                "shared_with": stage.shared_with,
                 "engines": _engines(artifacts, stage.name),
                 "memory": _memory(artifacts, stage.name),
             }

@@ -75,7 +75,7 @@ def test_finished_stage_is_reused_with_another_budget_only(file: Path) -> None:
         settings = settings_of_stage(load_params(file, overrides), "sft")
         executor_input = json.dumps({"inputs": {"parameterValues": {"settings": settings, "storage": "{}"}}})
         return command_digest(
-            ["python", "-m", "components.sft", "--settings", settings, "--executor-input", executor_input]
+            ["python", "-m", "components.sft", "--settings", settings, "--executor-input", executor_input], Path("/run")
         )
 
     assert digest("cluster.budget=900") == digest()
