@@ -75,7 +75,7 @@ def _response_row(responses: Responses, number: int) -> dict[str, str | float | 
     completion = responses.completions[number]
     return {
         "response": completion.response,
-        "num_tokens": len(completion.response_ids),
+        "num_tokens": completion.num_model_tokens,
         "truncated": completion.truncated,
         **({} if responses.rewards is None else {"reward": responses.rewards[number]}),
     }

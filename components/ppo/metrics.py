@@ -16,9 +16,10 @@ History = list[dict[str, float]]
 def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS, counted: Tensor | None = None) -> dict[str, float]:
     """Metrics of one rollout over all ranks; without engine_gap where the log-probs of the engine are the old ones.
 
-    counted [B] bool are the rows that are not repetitions of another rank's; None: all of them.
+    counted [B] bool are the rows that are not repetitions of another rank's; None: all of them. Responses whose environment failed do
+    not count either.
     """
-    every_row = torch.ones_like(e.truncated) if counted is None else counted
+    every_row = ~e.failed if counted is None else counted & ~e.failed
     mask, ended = e.batch.response_mask & every_row[:, None], every_row & ~e.truncated
     engine_gap = torch.where(mask, (e.old_logprobs - e.engine_logprobs).abs(), 0)
 
@@ -56,7 +57,7 @@ def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS, counted: Tenso
         "kl/sequence": mean(e.kl.sum(dim=1), every_row),
         "kl/token": mean(e.kl, mask),
         "entropy": mean(e.entropy, mask),
-        "response/length": mean(e.batch.response_lengths.float(), every_row),
+        "response/length": mean(e.batch.response_mask.sum(dim=1).float(), every_row),
         "response/eos_rate": mean(ended.float(), every_row),
         **values,
         "response/left_out": left_out,

@@ -192,8 +192,10 @@ class PpoTrainer:
         truncated = torch.tensor([completion.truncated for completion in greedy])
         scores, _ = score(self.learner, greedy)
         rewards, _ = response_rewards(scores.cpu(), truncated, self.ppo)
-        baselines = dict(zip(prompts, rewards.tolist(), strict=True))
-        return [replace(c, baseline=baselines[tuple(c.prompt_ids)]) for c in completions]
+        baselines = dict(zip(prompts, zip(rewards.tolist(), greedy, strict=True), strict=True))
+        found = [(c, *baselines[tuple(c.prompt_ids)]) for c in completions]
+        # Without its baseline a response cannot be learned from either.
+        return [replace(c, baseline=baseline, failure=c.failure or of.failure) for c, baseline, of in found]
 
     def _prompts_of(self, iteration: int, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts of one iteration: consecutive slices of a stream of shuffled epochs."""

@@ -75,6 +75,10 @@ def _samples(
             truncated=completion.truncated,
             score=score,
             kl=kl,
+            response_mask=completion.response_mask,
+            turns=completion.turns,
+            environment_reward=completion.environment_reward,
+            failure=completion.failure,
         )
         for completion, score, kl in zip(
             completions, experience.scores.tolist(), experience.kl.sum(dim=1).tolist(), strict=True

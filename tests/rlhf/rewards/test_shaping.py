@@ -39,7 +39,7 @@ def test_repeated_fraction_is_that_of_a_slow_version(ids: list[int], ngram: int)
         total += 1
         current = ids[end - ngram : end]
         repeated += any(ids[start : start + ngram] == current for start in range(end - ngram))
-    assert repeated_fraction(ids, ngram) == pytest.approx(repeated / total if total else 0.0)
+    assert repeated_fraction([ids], ngram) == pytest.approx(repeated / total if total else 0.0)
 
 
 def test_repetition_by_hand() -> None:
