@@ -25,6 +25,7 @@ from components.rlhf.models.loading import load_stop_ids
 from components.rlhf.models.packing import plan_for
 from components.rlhf.rollout.controls import sampling_distribution
 from components.rlhf.rollout.probe import probe_ids, require_equal_logprobs, require_other_logprobs
+from components.rlhf.text.errors import InputError
 from components.rlhf.text.progress import Progress
 
 MICROBATCH_TOKENS = 4096
@@ -48,6 +49,7 @@ class Comparison:
     ppo: Responses
     kl: list[float]  # log-ratio of PPO to fine-tuned model in nats, summed over the model's tokens of each PPO response
     exact_kl: list[float]  # KL of the next-token distributions in nats, summed over the same tokens
+    num_failed: int = 0  # rows that were left out, because the environment failed
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -63,6 +65,7 @@ def compare(
     reward_model: Path | None,
     progress: Progress,
     ranks: Ranks | None = None,
+    code: Path | None = None,
 ) -> Comparison:
     """Sample both models, measure the KL, and score the responses. Every rank gets the whole comparison.
 
@@ -72,7 +75,13 @@ def compare(
     tokenizer, stop_ids = load_tokenizer(sft_model), load_stop_ids(sft_model)
     groups = [number for number in range(len(prompts)) for _ in range(config.evaluation.num_samples)]
     folders = {"fine-tuned": sft_model, "PPO": policy}
-    sampled = sample_models(config, [prompts[number] for number in groups], list(folders.items()), ranks, progress)
+    rows = [prompts[number] for number in groups]
+    sampled = sample_models(config, rows, list(folders.items()), ranks, progress, code=code)
+    kept = rows_without_failures(sampled)
+    groups = [groups[row] for row in kept]
+    sampled = {
+        name: replace(each, completions=[each.completions[row] for row in kept]) for name, each in sampled.items()
+    }
     sft, ppo = sampled["fine-tuned"].completions, sampled["PPO"].completions
     distribution = sampling_distribution(config.sampling, stop_ids)
     ranks.group.watchdog("evaluation, KL")
@@ -90,7 +99,17 @@ def compare(
         ppo=Responses(completions=ppo, cut=cut_ppo, rewards=rewards and rewards[len(sft) :]),
         kl=kl,
         exact_kl=exact,
+        num_failed=len(rows) - len(kept),
     )
+
+
+def rows_without_failures(sampled: Mapping[str, Sampled]) -> list[int]:
+    """Rows in which the environment failed for neither model: the others say nothing about the models. Raises InputError if none is left."""
+    pairs = zip(*(each.completions for each in sampled.values()), strict=True)
+    kept = [row for row, completions in enumerate(pairs) if not any(c.failure for c in completions)]
+    if not kept:
+        raise InputError("The environment fails for every held-out prompt; correct it.")
+    return kept
 
 
 def score(reward_model: Path, completions: Sequence[Completion], ranks: Ranks) -> list[float]:

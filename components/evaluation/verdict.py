@@ -47,6 +47,7 @@ def summarize(
     groups, sft, ppo = comparison.groups, comparison.sft, comparison.ppo
     numbers: dict[str, float] = {
         "num_prompts": len(set(groups)),
+        **({"num_failed": comparison.num_failed} if comparison.num_failed else {}),
         "num_samples": config.num_samples,
         "confidence": config.confidence,
     }

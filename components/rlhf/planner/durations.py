@@ -206,7 +206,7 @@ def _sampled(
 
 def _ppo(start: dict[str, float], params: Params, shapes: Shapes, speed: Speed, pods: int) -> Seconds:
     ppo, processes = params.ppo, params.ppo.training.num_processes
-    rollout, sampling = ppo.rollout, ppo.rollout.sampling
+    rollout, sampling = ppo.rollout, ppo.longest_sampling
     sequences = rollout.num_prompts * rollout.samples_per_prompt
     greedy = rollout.num_prompts if ppo.advantage == "remax" else 0  # a second call of the engine
     length = params.data.max_prompt_tokens + sampling.max_new_tokens
@@ -275,7 +275,7 @@ def _evaluation(start: dict[str, float], params: Params, shapes: Shapes, speed: 
     config = params.stage(EvaluationStageConfig)
     evaluation, processes = config.evaluation, config.evaluation.num_processes
     sequences = evaluation.num_prompts * evaluation.num_samples
-    tokens = sequences * (params.data.max_prompt_tokens + config.sampling.max_new_tokens)
+    tokens = sequences * (params.data.max_prompt_tokens + config.longest_sampling.max_new_tokens)
     generate = _sampled(shapes.base, sequences, params, config.rollout, config.sampling, processes, speed)
     scored = shapes.reward_model.active if shapes.reward_model else 0
     passes = 2 * (2 * shapes.base.active + 2 * scored) * tokens
