@@ -104,7 +104,7 @@ def compare(
 
 
 def rows_without_failures(sampled: Mapping[str, Sampled]) -> list[int]:
-    """Rows in which the environment failed for neither model: the others say nothing about the models. Raises InputError if none is left."""
+    """Rows in which the environment failed for neither model: the others say nothing. Raises InputError if none is left."""
     pairs = zip(*(each.completions for each in sampled.values()), strict=True)
     kept = [row for row, completions in enumerate(pairs) if not any(c.failure for c in completions)]
     if not kept:

@@ -8,7 +8,7 @@ from components.rlhf.data.records import Prompt
 from components.rlhf.environments.protocol import Step
 
 CALL = re.compile(r"<calc>((?:(?!<calc>).)*)</calc>[^\S\n]*\Z", re.DOTALL)
-TOKEN = re.compile(r"\s*(?:(\d+(?:\.\d+)?)|([-+*/()]))")
+TOKEN = re.compile(r"\s*(?:([0-9]+(?:\.[0-9]+)?)|([-+*/()]))")
 MAX_CHARS = 200  # of an expression, so that values stay small and nesting shallow
 DECIMALS = 6  # of a value that is no integer
 ERROR = "error"

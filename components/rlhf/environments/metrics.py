@@ -26,6 +26,6 @@ def turn_metrics(completions: Sequence[Completion], reduce: Callable[[Tensor], T
         "environment/turns": turns / max(num_kept, 1),
         "environment/tokens": tokens / max(num_kept, 1),
         "environment/reward": reward / max(num_kept, 1),
-        "environment/failed": 1 - num_kept / max(total, 1),
+        "environment/failed": (total - num_kept) / max(total, 1),
         "environment/timed_out": num_late / max(total, 1),
     }
