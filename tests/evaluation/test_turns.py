@@ -1,5 +1,6 @@
 """Responses of several turns in the evaluation: only what the model says is measured."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,12 +8,21 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from components.evaluation.compare import cut_to_equal_length, sequence_kl
+from components.evaluation.compare import compare, cut_to_equal_length, rows_without_failures, sequence_kl
 from components.evaluation.judge_curve import judge_curve
-from components.rlhf.data.records import ResponseTurn, ValidationSample
+from components.evaluation.report import as_html
+from components.evaluation.samples import save_comparison
+from components.evaluation.sampling import Sampled
+from components.evaluation.verdict import Decision, summarize
+from components.rlhf.config.evaluation import EvaluationStageConfig
+from components.rlhf.data.records import Prompt, ResponseTurn, ValidationSample
 from components.rlhf.models.actor import Actor, SamplingDistribution
-from components.rlhf.models.loading import load_causal_lm
+from components.rlhf.models.loading import load_causal_lm, load_stop_ids
+from components.rlhf.text.errors import InputError
+from components.rlhf.text.progress import Progress
+from tests.support.comparisons import judged_of
 from tests.support.ppo_runs import completion
+from tests.support.tiny_model import make_tiny_model
 
 FP32 = torch.float32
 ROWS = [
@@ -69,3 +79,68 @@ def test_curve_of_validation_counts_tokens_of_the_model_and_leaves_failures_out(
     failed = replace(one, score=-9.0, kl=7.0, truncated=True, failure="timed out")
     (row,) = judge_curve([one, failed], [])
     assert (row["length"], row["reward"], row["kl"], row["eos_rate"]) == (2.0, 1.0, 0.5, 1.0)
+
+
+GAME = """
+class Game:
+    def reset(self, prompt, columns):
+        self.turns, self.prompt = 0, prompt
+
+    def step(self, text):
+        self.turns += 1
+        if self.prompt == "So" and len(text) > 1:
+            raise ValueError("no game")
+        return f" [{self.turns}] ", 1.0, self.turns == 3
+"""
+
+
+def test_both_models_play_and_rows_with_a_failure_are_left_out(tiny_model: Path, tmp_path: Path) -> None:
+    """With the same seeds and a model of its own each; the report shows who says what."""
+    texts = ["It is", "We", "A film that", "So", "It", "One"]
+    prompts = [Prompt(prompt=text, id=str(i)) for i, text in enumerate(texts)]
+    policy = make_tiny_model(tmp_path / "policy", seed=5)
+    for folder in (tiny_model, policy):
+        assert load_stop_ids(folder) == (0,)
+    game = {"kind": "function", "function": "mine:Game", "source": GAME, "stop": [*"aeiost "], "max_turns": 3}
+    stage = EvaluationStageConfig.model_validate(
+        {
+            "model": {"precision": "fp32"},
+            "evaluation": {},
+            "sampling": {"max_new_tokens": 60, "batch_size": 4},
+            "gate": {},
+            "environment": game,
+            "seed": 0,
+        }
+    )
+    comparison = compare(
+        stage, prompts, sft_model=tiny_model, policy=policy, reward_model=None, progress=Progress("evaluation")
+    )
+    assert comparison.num_failed == 1 and comparison.groups == [0, 1, 2, 4, 5]
+    assert [p.id for p in comparison.prompts] == ["0", "1", "2", "4", "5"]
+    for responses in (comparison.sft, comparison.ppo):
+        assert any(len(c.turns) > 1 for c in responses.completions)
+        for c in responses.completions:
+            assert not c.failure and c.environment_reward is not None
+            assert [turn.text for turn in c.turns if turn.speaker == "environment"] == [" [1] ", " [2] "][
+                : len(c.turns) // 2
+            ]
+    assert comparison.sft.completions[0].response != comparison.ppo.completions[0].response
+    assert all(kl > 0 for kl in comparison.exact_kl)
+
+    judge = replace(judged_of([0.0] * 5, [1.0] * 5), consistent=[True] * 5)
+    numbers = summarize(comparison, [judge], stage.evaluation, reward_accuracy=None, seed=0)
+    assert numbers["num_failed"] == 1 and numbers["num_prompts"] == 5
+    page = as_html(comparison, [judge], numbers, Decision(decision="promote", reason="good"), [], seed=0)
+    assert "because the environment failed for one of the models: 1." in page
+    assert '<div class="turn environment"><span>environment:</span>  [1] </div>' in page
+    assert page.count('<div class="turn model">') > 5
+    save_comparison(comparison, [judge], numbers, [], tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [turn["speaker"] for turn in rows[0]["ppo"]["turns"]][:2] == ["model", "environment"]
+    assert rows[0]["ppo"]["num_tokens"] == comparison.ppo.completions[0].num_model_tokens
+
+
+def test_no_verdict_where_the_environment_fails_for_every_prompt(tiny_model: Path) -> None:
+    failed = Sampled(completions=[replace(c, failure="timed out") for c in ROWS], probe=torch.zeros(1))
+    with pytest.raises(InputError, match="The environment fails for every held-out prompt"):
+        rows_without_failures({"fine-tuned": failed, "PPO": failed})
