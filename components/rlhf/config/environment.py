@@ -1,5 +1,6 @@
 """Settings of the environment that answers the turns of a response: a tool, a game, a user."""
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -10,6 +11,7 @@ from components.rlhf.config.rollout import EngineConfig
 from components.rlhf.config.scoring import Function
 
 MAX_STOPS = 8  # of one request
+MAX_ENVIRONMENT_BYTES = 12 * 1024  # as JSON: settings are arguments of programs, beside those of rewards or judges
 
 
 class EnvironmentBase(BaseConfig):
@@ -101,6 +103,12 @@ def check_environment(
         raise ValueError(
             f"{rollout_key}.vllm.tensor_parallel_size is {rollout.vllm.tensor_parallel_size}, but with an environment ranks have "
             "different numbers of turns, and those that share an engine must call it equally often; set it to 1"
+        )
+    size = len(json.dumps(environment.canonical_json()))
+    if size > MAX_ENVIRONMENT_BYTES:
+        raise ValueError(
+            f"the environment takes {size:,} bytes as JSON, and {MAX_ENVIRONMENT_BYTES:,} are possible; put its module into the folder of "
+            "code.path"
         )
     stops = len(sampling.stop) + len(environment.stops)
     if stops > MAX_STOPS:

@@ -51,7 +51,11 @@ class Player:
     """Samples responses that an environment answers. Implements Sampler."""
 
     def __init__(
-        self, engine: RolloutEngine, environment: Environment, host: Host, log: Callable[[str], None] = print
+        self,
+        engine: RolloutEngine,
+        environment: Environment,
+        host: Host,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.engine, self.environment, self.host, self.log = engine, environment, host, log
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from components.rlhf.config.cluster import bytes_of
+from components.rlhf.config.environment import FunctionEnvironment
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.model import SamplingConfig, TrainingConfig
 from components.rlhf.config.params import Params
@@ -262,13 +263,15 @@ def scoring_passes(params: Params, shapes: Shapes, critic: ModelShape | None) ->
 
 
 def _uncounted_rewards(ppo: PpoConfig) -> str:
-    """A note on rewards whose time is not known before they run."""
+    """A note on rewards and an environment whose time is not known before they run."""
     names = [
         reward.title
         for reward in ppo.rewards
         if isinstance(reward, (FunctionReward, CommandReward, HttpReward, EndpointReward))
     ]
-    return f"without the time of the rewards {', '.join(names)}, which is not known" if names else ""
+    parts = [f"the rewards {', '.join(names)}"] if names else []
+    parts += ["the environment"] if isinstance(ppo.environment, FunctionEnvironment) else []
+    return f"without the time of {' and '.join(parts)}, which is not known" if parts else ""
 
 
 def _evaluation(start: dict[str, float], params: Params, shapes: Shapes, speed: Speed) -> Seconds:

@@ -88,6 +88,11 @@ VLLM_2 = {"engine": "vllm", "vllm": {"tensor_parallel_size": 2}}
             {"sections": {"evaluation": {"rollout": VLLM_2, "num_processes": 2}}},
             "evaluation.rollout.vllm.tensor_parallel_size is 2, but with an environment",
         ),
+        (
+            {"kind": "function", "function": "mine:Game", "source": "#" * 13_000},
+            {},
+            "the environment takes 13,191 bytes as JSON, and 12,288 are possible; put its module into the folder of code.path",
+        ),
         (CALCULATOR, {"rollout": {"sampling": {"stop": [*"abcdefgh"]}}}, "have 9 stop strings together, and 8 are possible"),
         (
             CALCULATOR,
