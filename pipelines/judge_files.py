@@ -1,4 +1,4 @@
-"""Files that judges and rewards name: rubrics, schemas, and modules with functions. Their text travels in the settings."""
+"""Files that judges, rewards and the environment name: rubrics, schemas, and modules. Their text travels in the settings."""
 
 import re
 from importlib.util import find_spec
@@ -34,6 +34,7 @@ def read_judge_files(params: Params, folder: Path) -> Params:
     content = params.model_dump(mode="json")
     content["judge"] = judges if isinstance(params.judge, tuple) else judges[0]
     content["ppo"]["rewards"] = rewards
+    content["ppo"]["environment"] = found.get("ppo.environment")
     try:
         return Params.model_validate(content)
     except ValidationError as error:
@@ -43,7 +44,7 @@ def read_judge_files(params: Params, folder: Path) -> Params:
 def _with_texts(
     key: str, section: dict[str, Any], folder: Path, *, code: Path | None, is_elsewhere: bool
 ) -> dict[str, Any]:
-    """The settings of one judge or reward, with texts instead of the names of files."""
+    """The settings of one judge, reward or environment, with texts instead of the names of files."""
     for setting, text in FILES.items():
         if section.get(setting):
             section |= {text: _read_text(f"{key}.{setting}", section[setting], folder), setting: None}

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.code import ImportCodeStageConfig
+from components.rlhf.config.environment import with_observations
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.explain import explain_validation_error, short_repr
 from components.rlhf.config.import_model import ImportModelStageConfig
@@ -195,7 +196,10 @@ def import_settings(
     params: Params, kind: Literal["base_model", "sft_model", "reward_model"], source: str, revision: str | None = None
 ) -> str:
     """The canonical JSON of one import: the source, and what the run needs of the model."""
-    samplings = [params.ppo.rollout.sampling, params.evaluation.sampling or params.ppo.rollout.sampling]
+    environment = params.ppo.environment
+    samplings = [
+        with_observations(each, environment) for each in (params.ppo.rollout.sampling, params.evaluation_sampling)
+    ]
     longest_response = max(sampling.max_new_tokens for sampling in samplings)
     is_language_model = kind != "reward_model"
     return ImportModelStageConfig(

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from components.evaluation.ranks import Ranks
 from components.evaluation.sampling import Sampled, sample_models
 from components.rlhf.config.evaluation import EvaluationStageConfig
-from components.rlhf.data.batching import collate
+from components.rlhf.data.batching import collate, collate_completions
 from components.rlhf.data.microbatches import equal_passes
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.data.tokenizer import decode_response, load_tokenizer
@@ -25,6 +25,7 @@ from components.rlhf.models.loading import load_stop_ids
 from components.rlhf.models.packing import plan_for
 from components.rlhf.rollout.controls import sampling_distribution
 from components.rlhf.rollout.probe import probe_ids, require_equal_logprobs, require_other_logprobs
+from components.rlhf.text.errors import InputError
 from components.rlhf.text.progress import Progress
 
 MICROBATCH_TOKENS = 4096
@@ -46,8 +47,9 @@ class Comparison:
     groups: list[int]  # number of the prompt of each row
     sft: Responses
     ppo: Responses
-    kl: list[float]  # log-ratio of PPO to fine-tuned model in nats, summed over the tokens of each PPO response
+    kl: list[float]  # log-ratio of PPO to fine-tuned model in nats, summed over the model's tokens of each PPO response
     exact_kl: list[float]  # KL of the next-token distributions in nats, summed over the same tokens
+    num_failed: int = 0  # rows that were left out, because the environment failed
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -63,6 +65,7 @@ def compare(
     reward_model: Path | None,
     progress: Progress,
     ranks: Ranks | None = None,
+    code: Path | None = None,
 ) -> Comparison:
     """Sample both models, measure the KL, and score the responses. Every rank gets the whole comparison.
 
@@ -72,7 +75,13 @@ def compare(
     tokenizer, stop_ids = load_tokenizer(sft_model), load_stop_ids(sft_model)
     groups = [number for number in range(len(prompts)) for _ in range(config.evaluation.num_samples)]
     folders = {"fine-tuned": sft_model, "PPO": policy}
-    sampled = sample_models(config, [prompts[number] for number in groups], list(folders.items()), ranks, progress)
+    rows = [prompts[number] for number in groups]
+    sampled = sample_models(config, rows, list(folders.items()), ranks, progress, code=code)
+    kept = rows_without_failures(sampled)
+    groups = [groups[row] for row in kept]
+    sampled = {
+        name: replace(each, completions=[each.completions[row] for row in kept]) for name, each in sampled.items()
+    }
     sft, ppo = sampled["fine-tuned"].completions, sampled["PPO"].completions
     distribution = sampling_distribution(config.sampling, stop_ids)
     ranks.group.watchdog("evaluation, KL")
@@ -90,7 +99,17 @@ def compare(
         ppo=Responses(completions=ppo, cut=cut_ppo, rewards=rewards and rewards[len(sft) :]),
         kl=kl,
         exact_kl=exact,
+        num_failed=len(rows) - len(kept),
     )
+
+
+def rows_without_failures(sampled: Mapping[str, Sampled]) -> list[int]:
+    """Rows in which the environment failed for neither model: the others say nothing. Raises InputError if none is left."""
+    pairs = zip(*(each.completions for each in sampled.values()), strict=True)
+    kept = [row for row, completions in enumerate(pairs) if not any(c.failure for c in completions)]
+    if not kept:
+        raise InputError("The environment fails for every held-out prompt; correct it.")
+    return kept
 
 
 def score(reward_model: Path, completions: Sequence[Completion], ranks: Ranks) -> list[float]:
@@ -107,21 +126,34 @@ def cut_to_equal_length(
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Sequence[int],
 ) -> tuple[list[Completion], list[Completion]]:
-    """Cut both responses to each prompt to the tokens of the shorter one, without stop tokens and stop strings."""
+    """Cut both responses to each prompt to the tokens of the shorter one, without stop tokens and stop strings.
 
-    def cut(completion: Completion, ids: list[int]) -> Completion:
+    Only tokens of the model count; those of an environment before the cut stay.
+    """
+
+    def cut(completion: Completion, size: int) -> Completion:
+        ids = completion.response_ids[:size]
         text = decode_response(tokenizer, completion.prompt_ids, ids)
         if _has_stop_string(completion, stop_ids):
             text = text[: len(completion.response)]
-        return replace(completion, response_ids=ids, response=text, logprobs=None, truncated=True)
+        mask = completion.response_mask and completion.response_mask[:size]
+        return replace(
+            completion, response_ids=ids, response=text, logprobs=None, truncated=True, response_mask=mask, turns=()
+        )
 
     cut_first, cut_second = [], []
     for a, b in zip(first, second, strict=True):
-        ids_a, ids_b = (ids_without_stop(completion, tokenizer, stop_ids) for completion in (a, b))
-        length = min(len(ids_a), len(ids_b))
-        cut_first.append(cut(a, ids_a[:length]))
-        cut_second.append(cut(b, ids_b[:length]))
+        own_a, own_b = (_model_positions(c, len(ids_without_stop(c, tokenizer, stop_ids))) for c in (a, b))
+        length = min(len(own_a), len(own_b))
+        cut_first.append(cut(a, own_a[length - 1] + 1 if length else 0))
+        cut_second.append(cut(b, own_b[length - 1] + 1 if length else 0))
     return cut_first, cut_second
+
+
+def _model_positions(completion: Completion, size: int) -> list[int]:
+    """Positions of the model's tokens among the first `size` of the response."""
+    mask = completion.response_mask or [True] * size
+    return [position for position in range(size) if mask[position]]
 
 
 def ids_without_stop(completion: Completion, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> list[int]:
@@ -197,7 +229,7 @@ def sequence_kl(
     lengths = [len(c.prompt_ids) + len(c.response_ids) for c in completions]
     for group, _ in equal_passes(lengths, MICROBATCH_TOKENS, max_over_ranks, plan_for(actor, reference)):
         rows = [completions[i] for i in group]
-        batch = collate([c.prompt_ids for c in rows], [c.response_ids for c in rows]).to(device)
+        batch = collate_completions(rows).to(device)
         states, mask = reference.trunk(batch), batch.response_mask
         labels, done = batch.response_ids[mask], 0
         sampled_parts: list[Tensor] = []

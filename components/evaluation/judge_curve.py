@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
-from components.evaluation.judging import Judged
+from components.evaluation.judging import Judged, as_completion
 from components.rlhf.data.records import ValidationSample
 
 
@@ -13,10 +13,13 @@ def judge_curve(samples: Sequence[ValidationSample], judges: Sequence[Judged]) -
 
     PPO optimizes the reward model's score and never sees the judge's: if only the first rises, it over-optimizes the reward
     model (Gao et al. 2022). judge_score is that of the first judge that gives scores and can tell; without one it is missing.
+    Responses whose environment failed do not count.
     """
     scores = next((j.validation_scores for j in judges if j.validation_scores is not None and not j.cannot_tell), None)
     passes: dict[int, list[int]] = defaultdict(list)
     for number, sample in enumerate(samples):
+        if sample.failure:
+            continue
         passes[sample.iteration].append(number)
     rows = []
     for iteration, numbers in sorted(passes.items()):
@@ -28,7 +31,7 @@ def judge_curve(samples: Sequence[ValidationSample], judges: Sequence[Judged]) -
                 "reward": fmean(s.score for s in validation_pass),
                 **({} if scores is None else {"judge_score": fmean(scores[i] for i in numbers)}),
                 "kl": fmean(s.kl for s in validation_pass),
-                "length": fmean(len(s.response_ids) for s in validation_pass),
+                "length": fmean(as_completion(s).num_model_tokens for s in validation_pass),
                 "eos_rate": fmean(not s.truncated for s in validation_pass),
             }
         )

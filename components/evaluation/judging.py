@@ -165,4 +165,8 @@ def as_completion(sample: ValidationSample) -> Completion:
         response=sample.response,
         logprobs=None,
         truncated=sample.truncated,
+        response_mask=sample.response_mask,
+        turns=sample.turns,
+        environment_reward=sample.environment_reward,
+        failure=sample.failure,
     )

@@ -50,6 +50,7 @@ def measure(
             reward_model=reward_model,
             progress=run.progress,
             ranks=ranks,
+            code=resources.code,
         )
         asked = judge_by_reward_models(entries, judge, comparison, validation, resources, ranks)
         run.memory.observe(group)

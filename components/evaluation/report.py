@@ -16,7 +16,14 @@ from matplotlib.figure import Figure
 
 from components.evaluation.compare import Comparison
 from components.evaluation.judging import Judged
-from components.evaluation.samples import NUM_EXTREMES, NUM_RANDOM, choose_disagreements, choose_rows, gains_of
+from components.evaluation.samples import (
+    NUM_EXTREMES,
+    NUM_RANDOM,
+    choose_disagreements,
+    choose_rows,
+    gains_of,
+    turns_of,
+)
 from components.evaluation.verdict import Decision
 from components.rlhf.artifacts.manifest import Fact
 from components.rlhf.text.comparison_table import comparison_rows
@@ -75,6 +82,7 @@ def as_html(
         kappas=[(*key.split("/")[1:], value) for key, value in numbers.items() if key.startswith("kappa/")],
         plot=_plot(comparison, judges[0]) if gives_scores else "",
         policy=policy_sentences(policy),
+        num_failed=comparison.num_failed,
         training_plot=_training_plot(training, policy.get("kept_iteration")) if training else "",
         groups=choose_samples(comparison, judges[0], seed=seed),
         gain="judge score gain" if gives_scores else "PPO preferred (1) or not (-1)",
@@ -161,10 +169,13 @@ def choose_disagreement_samples(comparison: Comparison, judges: Sequence[Judged]
 
 
 def _sample(comparison: Comparison, row: int) -> dict[str, Any]:
+    sft, ppo = comparison.sft.completions[row], comparison.ppo.completions[row]
     return {
         "prompt": comparison.prompts[row].prompt,
-        "sft": comparison.sft.completions[row].response,
-        "ppo": comparison.ppo.completions[row].response,
+        "sft": sft.response,
+        "ppo": ppo.response,
+        "sft_turns": turns_of(sft),
+        "ppo_turns": turns_of(ppo),
     }
 
 

@@ -4,11 +4,13 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from components.evaluation.compare import Comparison, Responses
 from components.evaluation.judging import Judged
+from components.rlhf.data.records import Completion
 
 NUM_EXTREMES, NUM_RANDOM = 5, 10
 
@@ -71,11 +73,17 @@ def _scores(judges: Sequence[Judged], side: str, number: int) -> dict[str, float
     return {name: values[number] for name, values in scores if values is not None}
 
 
-def _response_row(responses: Responses, number: int) -> dict[str, str | float | bool]:
+def turns_of(completion: Completion) -> list[dict[str, str]]:
+    """Who says what, turn by turn; empty for a response of a single turn."""
+    return [{"speaker": turn.speaker, "text": turn.text} for turn in completion.turns]
+
+
+def _response_row(responses: Responses, number: int) -> dict[str, Any]:
     completion = responses.completions[number]
     return {
         "response": completion.response,
-        "num_tokens": len(completion.response_ids),
+        "num_tokens": completion.num_model_tokens,
         "truncated": completion.truncated,
+        **({"turns": turns_of(completion)} if completion.turns else {}),
         **({} if responses.rewards is None else {"reward": responses.rewards[number]}),
     }

@@ -10,10 +10,11 @@ from components.evaluation.ranks import Ranks
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.engine.shares import over_ranks
+from components.rlhf.environments.factory import open_player
 from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.rollout.factory import create_rollout_engine
 from components.rlhf.rollout.probe import probe_ids
-from components.rlhf.rollout.protocol import RolloutEngine
+from components.rlhf.rollout.protocol import Sampler
 from components.rlhf.runtime.memory import release_models
 from components.rlhf.text.progress import Progress
 
@@ -34,15 +35,19 @@ def sample_models(
     folders: Sequence[tuple[str, Path]],
     ranks: Ranks,
     progress: Progress,
+    *,
+    code: Path | None = None,
 ) -> dict[str, Sampled]:
     """The responses of each model (name, folder) to the prompts, of which there is one for each row. The engine is freed afterwards.
 
+    Both models play the same environment, if there is one, whose modules may be in the folder code.
     Each rank samples a share of the rows. One engine serves all models, which have the same architecture and tokenizer.
     """
     # All models get the same seed for a row, so that they differ only in their weights.
     rows = [(prompt, derive_seed("evaluation", config.seed, row)) for row, prompt in enumerate(prompts)]
     (_, first), *_ = folders
-    engine = create_rollout_engine(first, config.rollout, config.sampling, prompts, dtype=ranks.dtype)
+    engine = create_rollout_engine(first, config.rollout, config.longest_sampling, prompts, dtype=ranks.dtype)
+    sampler: Sampler = open_player(engine, config.environment, log=progress.log, code=code) or engine
     sampled: dict[str, Sampled] = {}
     try:
         for name, folder in folders:
@@ -50,16 +55,17 @@ def sample_models(
             if sampled:
                 engine.load(folder)
             probe = engine.prompt_logprobs(probe_ids(engine.tokenizer))
-            completions = _sample(engine, name, rows, config, ranks, progress)
+            completions = _sample(sampler, name, rows, config, ranks, progress)
             sampled[name] = Sampled(completions=completions, probe=probe)
     finally:
+        sampler.close()
         engine.close()
         release_models()
     return sampled
 
 
 def _sample(
-    engine: RolloutEngine,
+    sampler: Sampler,
     name: str,
     rows: Sequence[Row],
     config: EvaluationStageConfig,
@@ -74,7 +80,7 @@ def _sample(
         for start in range(0, len(own), size):
             ranks.group.watchdog(f"evaluation, responses of the {name} model")
             batch = own[start : start + size]
-            found += engine.generate([prompt for prompt, _ in batch], config.sampling, [seed for _, seed in batch])
+            found += sampler.generate([prompt for prompt, _ in batch], config.sampling, [seed for _, seed in batch])
             progress.step(len(found), len(own), {}, unit=f"{name} model responses")
         return found
 

@@ -47,6 +47,7 @@ def summarize(
     groups, sft, ppo = comparison.groups, comparison.sft, comparison.ppo
     numbers: dict[str, float] = {
         "num_prompts": len(set(groups)),
+        **({"num_failed": comparison.num_failed} if comparison.num_failed else {}),
         "num_samples": config.num_samples,
         "confidence": config.confidence,
     }
@@ -68,7 +69,7 @@ def summarize(
     for name, responses, distinct2 in (("sft", sft, distinct[0]), ("ppo", ppo, distinct[1])):
         numbers |= {} if responses.rewards is None else {f"reward_{name}": float(np.mean(responses.rewards))}
         numbers |= {
-            f"length_{name}": float(np.mean([len(c.response_ids) for c in responses.completions])),
+            f"length_{name}": float(np.mean([c.num_model_tokens for c in responses.completions])),
             f"eos_rate_{name}": float(np.mean([not c.truncated for c in responses.completions])),
             f"distinct2_{name}": distinct2,
         }
@@ -98,9 +99,7 @@ def judge_numbers(judge: Judged, comparison: Comparison, bootstrap: Bootstrap) -
     if judge.cannot_tell:
         return numbers
     matched = matching_rows(sft, ppo)
-    gaps = np.array(
-        [len(b.response_ids) - len(a.response_ids) for a, b in zip(sft, ppo, strict=True)], dtype=np.float64
-    )
+    gaps = np.array([b.num_model_tokens - a.num_model_tokens for a, b in zip(sft, ppo, strict=True)], dtype=np.float64)
     rates = {
         "win_rate": bootstrap_mean(judge.wins, groups, bootstrap),
         "win_rate_length_controlled": length_controlled(judge.wins, gaps, groups, bootstrap),
@@ -137,7 +136,7 @@ def matching_rows(sft: Sequence[Completion], ppo: Sequence[Completion]) -> NDArr
     rows = [
         number
         for number, (a, b) in enumerate(zip(sft, ppo, strict=True))
-        if len(a.response_ids) == len(b.response_ids) and a.truncated == b.truncated
+        if a.num_model_tokens == b.num_model_tokens and a.truncated == b.truncated
     ]
     return np.array(rows, dtype=np.int64)
 

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from components.ppo.ptx import DemonstrationLoss
 from components.rlhf.config.ppo import GROUP_ESTIMATORS, WHITENED_ESTIMATORS, PpoConfig
-from components.rlhf.data.batching import TokenBatch, collate
+from components.rlhf.data.batching import TokenBatch, collate_completions
 from components.rlhf.data.microbatches import equal_passes
 from components.rlhf.data.ragged import Ragged
 from components.rlhf.data.records import Completion
 from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.engine.protocol import Group, TrainEngine
-from components.rlhf.maths.advantages import equal_groups, estimate_advantages, reward_to_go, shape_group_scores
+from components.rlhf.maths.advantages import equal_groups, estimate_advantages, reward_to_go, shape_valid_scores
 from components.rlhf.maths.importance import rejection_mask
 from components.rlhf.maths.kl import estimate_kl
 from components.rlhf.maths.masked import whiten
@@ -55,7 +55,10 @@ class Learner:
 
 @dataclass(frozen=True, kw_only=True)
 class Experience:
-    """One rollout batch, ready for any number of epochs. B responses, T the longest one, all rows right-padded."""
+    """One rollout batch, ready for any number of epochs. B responses, T the longest one, all rows right-padded.
+
+    The [B, T] of floats are 0 where batch.response_mask is False: at padding, and at tokens of an environment.
+    """
 
     batch: TokenBatch
     old_logprobs: Tensor  # [B, T] of the sampling policy, computed by the trainer or the rollout engine (old_logprobs)
@@ -71,12 +74,13 @@ class Experience:
     entropy: Tensor  # [B, T]; without the trainer's log-probs an unbiased estimate, -old_logprobs
     advantages: Tensor  # [B, T], whitened for the estimators that do so
     returns: Tensor  # [B, T]
-    loss_mask: Tensor  # [B, T] bool: the response tokens that are trained on
+    loss_mask: Tensor  # [B, T] bool: the tokens of the model that are trained on
     equal_groups: (
         Tensor | None
     )  # [P] bool: all responses to a prompt have the same reward; None unless they are compared
     kl_coef: float  # coefficient of the KL penalty, in the reward or in the loss
     truncated: Tensor  # [B] bool
+    failed: Tensor  # [B] bool: the environment failed, so the response is in no loss, baseline and statistic
     clipped: Tensor  # [B] bool, score beyond reward_clip
     states: Ragged | None  # [S, H] of each row above the frozen layers, computed once for all models and epochs
     features: Ragged | None  # [T, H] of each row before each action, of a critic of which only the head is trained
@@ -100,10 +104,13 @@ def make_experience(
     """
     models, config = learner.models, learner.config
     # A truncated response stays as it was sampled; no EOS is appended.
-    batch = collate([c.prompt_ids for c in completions], [c.response_ids for c in completions])
+    batch = collate_completions(completions)
     batch = batch.to(next(models.actor.parameters()).device)
     mask = batch.response_mask
-    truncated = torch.tensor([c.truncated for c in completions], device=mask.device)
+    truncated, failed = (
+        torch.tensor(flags, device=mask.device)
+        for flags in ([c.truncated for c in completions], [bool(c.failure) for c in completions])
+    )
     minibatches = plan_minibatches(range(len(batch)), batch, learner)
     passes = [rows for minibatch in minibatches for rows in minibatch]
     engine_logprobs = _engine_logprobs(completions, mask)
@@ -114,8 +121,8 @@ def make_experience(
     rewards, clipped = response_rewards(scores, truncated, config)
 
     compares = config.advantage in GROUP_ESTIMATORS and group_size > 1
-    groups = equal_groups(rewards.view(-1, group_size)) if compares else None
-    loss_mask = mask & _trained_rows(truncated, groups, group_size, config)[:, None]
+    groups = equal_groups(rewards.view(-1, group_size), ~failed.view(-1, group_size)) if compares else None
+    loss_mask = mask & (~failed & _trained_rows(truncated, groups, group_size, config))[:, None]
     if config.rejection is not None:
         limits = config.rejection
         loss_mask &= rejection_mask(
@@ -123,7 +130,9 @@ def make_experience(
         )
     shaped = rewards
     if compares:
-        shaped = shape_group_scores(rewards.view(-1, group_size), config.advantage).flatten()
+        shaped = shape_valid_scores(
+            rewards.view(-1, group_size), ~failed.view(-1, group_size), config.advantage
+        ).flatten()
     elif config.advantage == "remax":
         shaped = rewards - torch.tensor([c.baseline for c in completions], device=mask.device)
     penalty = estimate_kl(found.old_logprobs, found.ref_logprobs, mask, config.kl_estimator, config.kl_clamp)
@@ -153,6 +162,7 @@ def make_experience(
         equal_groups=groups,
         kl_coef=kl_coef,
         truncated=truncated,
+        failed=failed,
         clipped=clipped,
         states=found.states,
         features=found.features,

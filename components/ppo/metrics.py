@@ -1,13 +1,17 @@
 """Metrics of a rollout and of a whole run; components/ppo/README.md explains each name."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from components.ppo.experience import Experience, Learner
 from components.ppo.reward_metrics import reward_metrics
 from components.rlhf.data.microbatches import computed_tokens
+from components.rlhf.data.records import Completion
 from components.rlhf.engine.group import SINGLE_PROCESS
 from components.rlhf.engine.protocol import Group
+from components.rlhf.environments.metrics import turn_metrics
 from components.rlhf.maths.masked import masked_moments
 
 History = list[dict[str, float]]
@@ -16,9 +20,10 @@ History = list[dict[str, float]]
 def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS, counted: Tensor | None = None) -> dict[str, float]:
     """Metrics of one rollout over all ranks; without engine_gap where the log-probs of the engine are the old ones.
 
-    counted [B] bool are the rows that are not repetitions of another rank's; None: all of them.
+    counted [B] bool are the rows that are not repetitions of another rank's; None: all of them. Responses whose environment failed do
+    not count either.
     """
-    every_row = torch.ones_like(e.truncated) if counted is None else counted
+    every_row = ~e.failed if counted is None else counted & ~e.failed
     mask, ended = e.batch.response_mask & every_row[:, None], every_row & ~e.truncated
     engine_gap = torch.where(mask, (e.old_logprobs - e.engine_logprobs).abs(), 0)
 
@@ -56,7 +61,7 @@ def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS, counted: Tenso
         "kl/sequence": mean(e.kl.sum(dim=1), every_row),
         "kl/token": mean(e.kl, mask),
         "entropy": mean(e.entropy, mask),
-        "response/length": mean(e.batch.response_lengths.float(), every_row),
+        "response/length": mean(e.batch.response_mask.sum(dim=1).float(), every_row),
         "response/eos_rate": mean(ended.float(), every_row),
         **values,
         "response/left_out": left_out,
@@ -65,17 +70,31 @@ def rollout_metrics(e: Experience, group: Group = SINGLE_PROCESS, counted: Tenso
     }
 
 
-def experience_metrics(learner: Learner, e: Experience, counted: Tensor | None = None) -> dict[str, float]:
-    """rollout_metrics and, if there are several rewards, those of each; and what the rewards have counted. Every rank calls it."""
+def experience_metrics(
+    learner: Learner, e: Experience, completions: Sequence[Completion], counted: Tensor | None = None
+) -> dict[str, float]:
+    """rollout_metrics and, if there are several rewards, those of each; what the rewards have counted; and those of the environment.
+
+    completions are those of the experience. Every rank calls it.
+    """
     counts = learner.rewards.take_counts()
     parts = e.reward_parts if len(e.reward_parts) > 1 else {}
-    return rollout_metrics(e, learner.group, counted) | reward_metrics(
-        parts,
-        learner.rewards.weights,
-        reward_clip=learner.config.reward_clip,
-        counts=counts,
-        counted=counted,
-        group=learner.group,
+    turns = {}
+    if learner.config.environment is not None:
+        rows = range(len(completions)) if counted is None else counted.nonzero().flatten().tolist()
+        turns = turn_metrics([completions[row] for row in rows], learner.group.sum)
+    valid = ~e.failed if counted is None else counted & ~e.failed
+    return (
+        rollout_metrics(e, learner.group, counted)
+        | turns
+        | reward_metrics(
+            parts,
+            learner.rewards.weights,
+            reward_clip=learner.config.reward_clip,
+            counts=counts,
+            counted=valid,
+            group=learner.group,
+        )
     )
 
 

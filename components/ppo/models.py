@@ -91,7 +91,7 @@ def load_models(
     engine = create_rollout_engine(
         sft_model,
         config.ppo.rollout,
-        config.ppo.rollout.sampling,
+        config.ppo.longest_sampling,
         prompts,
         dtype=dtype,
         lm=lms.rollout,

@@ -1,4 +1,4 @@
-"""Everything that PPO computes with: models, rewards and the rollout engine, put together into a trainer."""
+"""Everything that PPO computes with: models, rewards, the rollout engine and the environment, put together into a trainer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +9,7 @@ from components.rlhf.artifacts.code import open_code
 from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.data.records import Prompt
+from components.rlhf.environments.factory import open_player
 from components.rlhf.models.precision import compute_dtype
 from components.rlhf.rewards.rewards import open_rewards
 from components.rlhf.runtime.training import TrainingContext
@@ -36,12 +37,14 @@ def create_trainer(
         group=context.group,
     )
     log("all models share the frozen layers" if models.shared_trunk else "each model has its own layers")
+    modules = open_code(code, config.code_digest)
     rewards = open_rewards(
         config.ppo.rewards,
         models.scorer,
         max_new_tokens=config.ppo.rollout.sampling.max_new_tokens,
         storage=storage,
         log=log,
-        code=open_code(code, config.code_digest),
+        code=modules,
     )
-    return PpoTrainer(config, models, rewards, rollout, context, demonstrations=demonstrations)
+    player = open_player(rollout, config.ppo.environment, log=log, code=modules)
+    return PpoTrainer(config, models, rewards, rollout, context, demonstrations=demonstrations, player=player)

@@ -27,11 +27,12 @@ from components.rlhf.data.microbatches import deal_rows
 from components.rlhf.data.records import Completion, Prompt, ValidationSample
 from components.rlhf.engine.factory import create_engine
 from components.rlhf.engine.protocol import Group, Saved, TrainEngine
+from components.rlhf.environments.play import Player
 from components.rlhf.maths.kl import adapt_kl_coef
 from components.rlhf.maths.seeds import derive_seed
 from components.rlhf.rewards.rewards import Rewards
 from components.rlhf.rollout.controls import sampling_distribution
-from components.rlhf.rollout.protocol import RolloutEngine
+from components.rlhf.rollout.protocol import RolloutEngine, Sampler
 from components.rlhf.runtime.memory import release_freed_memory
 from components.rlhf.runtime.training import TrainingContext
 from components.rlhf.text.errors import NonFiniteError
@@ -50,8 +51,11 @@ class PpoTrainer:
         context: TrainingContext,
         *,
         demonstrations: Path | None = None,
+        player: Player | None = None,
     ) -> None:
+        """player samples responses of several turns from rollout; None for those of a single turn."""
         self.config, self.ppo, self.rollout = config, config.ppo, rollout
+        self.sampler: Sampler = player or rollout
         self.context, self.group, self.checkpoints = context, context.group, context.checkpoints
         self.progress, self.tracker = context.progress, context.tracker
         sampling = self.ppo.rollout.sampling
@@ -122,8 +126,9 @@ class PpoTrainer:
         return self.history
 
     def close(self) -> None:
-        """End the rewards and the rollout engine; the trained weights stay."""
+        """End the rewards, the environment and the rollout engine; the trained weights stay."""
         self.learner.rewards.close()
+        self.sampler.close()
         self.rollout.close()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -136,7 +141,7 @@ class PpoTrainer:
         rows = local_rows(len(batch), self.ppo.minibatch, self.group)
         self.group.watchdog(f"PPO iteration {iteration}, rollout")
         seeds = [derive_seed("rollout", self.config.seed, iteration, row) for row in rows]
-        completions = self.rollout.generate([batch[row] for row in rows], self.ppo.rollout.sampling, seeds)
+        completions = self.sampler.generate([batch[row] for row in rows], self.ppo.rollout.sampling, seeds)
         if self.ppo.advantage == "remax":
             completions = self._with_baselines(completions)
         group_size = self.ppo.rollout.samples_per_prompt if self.ppo.advantage in GROUP_ESTIMATORS else 1
@@ -147,7 +152,7 @@ class PpoTrainer:
         experience, seen = None, ""
         try:
             experience = make_experience(self.learner, completions, kl_coef=self.kl_coef, group_size=group_size)
-            metrics = experience_metrics(self.learner, experience)
+            metrics = experience_metrics(self.learner, experience, completions)
             scored = time.monotonic()
             row |= {name: value for name, value in metrics.items() if math.isfinite(value)}
             seen = self.guard.look(iteration, metrics, kl_coef=self.kl_coef)
@@ -187,14 +192,16 @@ class PpoTrainer:
     def _with_baselines(self, completions: Sequence[Completion]) -> list[Completion]:
         """The completions with the reward of the greedy response to each of their prompts (Li et al. 2023, ReMax)."""
         prompts = {tuple(completion.prompt_ids): completion.prompt for completion in completions}
-        greedy = self.rollout.generate(
+        greedy = self.sampler.generate(
             list(prompts.values()), self.ppo.rollout.sampling, [0] * len(prompts), greedy=True
         )
         truncated = torch.tensor([completion.truncated for completion in greedy])
         scores, _ = score(self.learner, greedy)
         rewards, _ = response_rewards(scores.cpu(), truncated, self.ppo)
-        baselines = dict(zip(prompts, rewards.tolist(), strict=True))
-        return [replace(c, baseline=baselines[tuple(c.prompt_ids)]) for c in completions]
+        baselines = dict(zip(prompts, zip(rewards.tolist(), greedy, strict=True), strict=True))
+        found = [(c, *baselines[tuple(c.prompt_ids)]) for c in completions]
+        # Without its baseline a response cannot be learned from either.
+        return [replace(c, baseline=baseline, failure=c.failure or of.failure) for c, baseline, of in found]
 
     def _prompts_of(self, iteration: int, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts of one iteration: consecutive slices of a stream of shuffled epochs."""
@@ -205,7 +212,7 @@ class PpoTrainer:
     def _evaluate(self, validation: Sequence[Prompt], iteration: int) -> dict[str, float]:
         """Metrics of the current policy on the validation prompts, and the objective, by which the keeper compares it with others."""
         self.group.watchdog(f"PPO evaluation after iteration {iteration}")
-        metrics, samples = validate(self.learner, self.rollout, validation, iteration=iteration)
+        metrics, samples = validate(self.learner, self.sampler, validation, iteration=iteration)
         self.validation += samples
         self.tracker.log_table("validation_samples", response_rows(samples))
         kl = metrics["kl/sequence"]

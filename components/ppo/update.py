@@ -188,7 +188,7 @@ def _importance(learner: Learner, e: Experience) -> tuple[Tensor | None, dict[st
     if learner.config.importance_clip is None:
         return None, {}
     low, high = learner.config.importance_clip
-    mask, reduce = e.batch.response_mask, learner.group.sum
+    mask, reduce = e.batch.response_mask & ~e.failed[:, None], learner.group.sum
     weights, outside = importance_weights(
         e.old_logprobs, e.engine_logprobs, mask, mode=learner.config.importance_mode, low=low, high=high
     )

@@ -11,7 +11,7 @@ from components.ppo.metrics import experience_metrics
 from components.rlhf.data.records import Completion, Prompt, ValidationSample
 from components.rlhf.engine.protocol import Group
 from components.rlhf.maths.seeds import derive_seed
-from components.rlhf.rollout.protocol import RolloutEngine
+from components.rlhf.rollout.protocol import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ def objective_of(reward: float, kl: float, *, kl_coef: float) -> float:
 
 
 def validate(
-    learner: Learner, rollout: RolloutEngine, prompts: Sequence[Prompt], *, iteration: int
+    learner: Learner, sampler: Sampler, prompts: Sequence[Prompt], *, iteration: int
 ) -> tuple[dict[str, float], list[ValidationSample]]:
     """Sample a response to every prompt with the current policy; metrics and samples of all ranks, in the order of the prompts.
 
@@ -44,10 +44,10 @@ def validate(
     rows, num_own = shared_rows(len(prompts), group)
     # The same draws in every evaluation of every run, so that only the policy differs.
     seeds = [derive_seed("validation", 0, row) for row in rows]
-    completions = rollout.generate([prompts[row] for row in rows], config.rollout.sampling, seeds)
+    completions = sampler.generate([prompts[row] for row in rows], config.rollout.sampling, seeds)
     experience = make_experience(learner, completions, kl_coef=0.0)
     counted = torch.arange(len(rows), device=experience.truncated.device) < num_own
-    metrics = experience_metrics(learner, experience, counted)
+    metrics = experience_metrics(learner, experience, completions, counted)
     num_rollouts = iteration * config.rollout.num_prompts * config.rollout.samples_per_prompt
     samples = _samples(completions, experience, iteration=iteration, num_rollouts=num_rollouts)[:num_own]
     found = group.gather(list(zip(rows[:num_own], samples, strict=True)))
@@ -75,6 +75,10 @@ def _samples(
             truncated=completion.truncated,
             score=score,
             kl=kl,
+            response_mask=completion.response_mask,
+            turns=completion.turns,
+            environment_reward=completion.environment_reward,
+            failure=completion.failure,
         )
         for completion, score, kl in zip(
             completions, experience.scores.tolist(), experience.kl.sum(dim=1).tolist(), strict=True

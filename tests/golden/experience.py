@@ -100,33 +100,21 @@ def gae(case: Case) -> dict[str, Any]:
     if "values" not in case.inputs:
         return {"returns": reward_to_go(case.floats("rewards"), mask, gamma=gamma)}
     values, gae_lambda = case.floats("values"), case.params["lam"]
-    if case.origin == "verl":
-        return gae_without_gaps(values, case.floats("rewards"), mask, gamma=gamma, gae_lambda=gae_lambda)
     if case.origin == "openrlhf_head":
         token_reward = token_rewards(
             case.floats("score"), case.floats("kl"), mask, kl_coef=case.params["kl_coef"], reward_clip=reward_clip(case)
         )
     else:
         token_reward = case.floats("rewards")
-    advantages, returns = estimate_advantages(values, token_reward, mask, gamma=gamma, gae_lambda=gae_lambda)
-    return {"advantages_raw": advantages, "advantages_whitened": whiten(advantages, mask), "returns": returns}
-
-
-def gae_without_gaps(
-    values: Tensor, reward: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float
-) -> dict[str, Any]:
-    """verl skips gaps: remove them, estimate, and insert them again."""
-    order = torch.argsort(~mask, dim=1, stable=True)
-    packed_advantages, packed_returns = estimate_advantages(
-        values.gather(1, order), reward.gather(1, order), mask.gather(1, order), gamma=gamma, gae_lambda=gae_lambda
-    )
-    advantages = torch.zeros_like(values).scatter(1, order, packed_advantages)
-    returns = torch.zeros_like(values).scatter(1, order, packed_returns)
-    return {
-        "advantages_raw": advantages,
-        "advantages_whitened": whiten_plus_eps(advantages, mask, bessel=True),
-        "returns": returns,
-    }
+    steps = mask
+    if case.origin == "openrlhf_v0.5.5" and case.name.startswith(
+        "gap"
+    ):  # a gap is a step, with a value and a reward of 0
+        values, token_reward, steps = values * mask, token_reward * mask, torch.ones_like(mask)
+    advantages, returns = estimate_advantages(values, token_reward, steps, gamma=gamma, gae_lambda=gae_lambda)
+    advantages, returns = (torch.where(mask, x, 0) for x in (advantages, returns))
+    whitened = whiten_plus_eps(advantages, mask, bessel=True) if case.origin == "verl" else whiten(advantages, mask)
+    return {"advantages_raw": advantages, "advantages_whitened": whitened, "returns": returns}
 
 
 BASELINES: dict[str, GroupBaseline] = {

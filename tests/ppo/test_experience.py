@@ -261,6 +261,7 @@ def by_hand() -> Experience:
         equal_groups=None,
         kl_coef=0.1,
         truncated=torch.tensor([True, False]),
+        failed=torch.tensor([False, False]),
         clipped=torch.tensor([True, False]),
         states=None,
         features=None,

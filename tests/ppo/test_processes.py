@@ -14,7 +14,8 @@ from torch import Tensor
 
 from components.ppo.validation import shared_rows
 from components.rlhf.engine.group import SingleProcess
-from tests.support.ppo_ranks import BEST, CASES, MANY, SICK, evaluations
+from tests.support.ppo_ranks import BEST, CASES, MANY, SICK, evaluations, turns
+from tests.support.ppo_runs import without_times
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,6 +73,26 @@ def test_evaluation_in_several_processes_equals_that_of_one(
                 assert theirs_sample["kl"] == pytest.approx(ours_sample["kl"], abs=1e-4)
     assert alone[4]["metrics"]["kl/sequence"] > 0.01
     assert len({len(sample["response_ids"]) for sample in alone[4]["samples"]}) > 1
+
+
+@pytest.mark.deepspeed
+def test_run_with_an_environment_in_two_processes_equals_that_of_one(
+    tiny_model: Path, reward_model: Path, tmp_path: Path
+) -> None:
+    launch(2, "turns", tmp_path, tiny_model, reward_model)
+    both = [json.loads((tmp_path / f"2-{rank}.json").read_text()) for rank in range(2)]
+    alone = json.loads(json.dumps(turns(tiny_model, reward_model)))
+    for ours, theirs, other in zip(*(without_times(each["history"]) for each in (alone, *both)), strict=True):
+        assert theirs == other
+        names = ours.keys() - {"tokens/computed_per_real", "validation/tokens/computed_per_real"}
+        assert {name: theirs[name] for name in names} == pytest.approx(
+            {name: ours[name] for name in names}, rel=1e-3, abs=1e-4
+        )
+        assert 0 < ours["environment/failed"] < 0.3 and ours["environment/turns"] > 1
+    assert both[0]["samples"] == both[1]["samples"]
+    for ours, theirs in zip(alone["samples"], both[0]["samples"], strict=True):
+        for name in ("prompt", "response_ids", "response_mask", "turns", "environment_reward", "failure"):
+            assert theirs[name] == ours[name]
 
 
 @pytest.fixture(scope="module")

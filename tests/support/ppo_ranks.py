@@ -24,6 +24,7 @@ from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.data.records import Prompt
 from components.rlhf.engine.group import SINGLE_PROCESS, join_process_group
 from components.rlhf.engine.protocol import Group
+from components.rlhf.environments.factory import open_player
 from components.rlhf.storage.store import FolderStore
 from components.rlhf.text.errors import NonFiniteError
 from tests.support.ppo_runs import PROMPTS, VALIDATION, config_of, rewards_of
@@ -84,6 +85,39 @@ def evaluations(sft: Path, reward_model: Path, group: Group = SINGLE_PROCESS) ->
         metrics, samples = validate(learner, rollout, MANY[:count], iteration=0)
         found.append({"metrics": metrics, "samples": [asdict(sample) for sample in samples]})
     return found
+
+
+GAME = """
+class Game:
+    def reset(self, prompt, columns):
+        self.turns = 0
+        if prompt == "So":
+            raise ValueError("no game")
+
+    def step(self, text):
+        self.turns += 1
+        return f" [{len(text)}] ", len(text) / 8, self.turns == 3
+"""
+ENVIRONMENT = {"kind": "function", "function": "mine:Game", "source": GAME, "max_turns": 3, "stop": ["e", "t"]}
+
+
+def turns(sft: Path, reward_model: Path, group: Group = SINGLE_PROCESS) -> dict[str, Any]:
+    """The metrics of a run with an environment that fails for one of the prompts, and its samples of the validation prompts."""
+    stage = config_of(
+        eval_every=1,
+        keep="last",
+        environment=ENVIRONMENT,
+        training={"num_processes": group.world_size},
+        sampling={"max_new_tokens": 12, "temperature": 2.0},
+    )
+    models, rollout = load_models(stage, sft, reward_model, dtype=FP32, prompts=[], group=group)
+    rollout.stop_ids = (0, *range(1, 20))
+    context = replace(context_of("ppo"), group=group)
+    player = open_player(rollout, stage.ppo.environment, log=context.progress.log)
+    trainer = PpoTrainer(stage, models, rewards_of(models), rollout, context, player=player)
+    history = trainer.train(PROMPTS, VALIDATION)
+    trainer.close()
+    return {"history": history, "samples": [asdict(sample) for sample in trainer.validation]}
 
 
 def stage_of(case: Case, world_size: int) -> PpoStageConfig:
@@ -174,8 +208,8 @@ def keep(case: Case, sft: Path, reward_model: Path, group: Group, folder: Path) 
 
 def main(what: str, folder: Path, sft: Path, reward_model: Path) -> None:
     with join_process_group(timeout_minutes=5) as group:
-        if what == "validation":
-            found = evaluations(sft, reward_model, group)
+        if what in ("validation", "turns"):
+            found: Any = (turns if what == "turns" else evaluations)(sft, reward_model, group)
             (folder / f"{group.world_size}-{group.rank}.json").write_text(json.dumps(found))
             return
         for case in CASES:

@@ -17,6 +17,7 @@ from components.rlhf.config.model import LoraConfig, ModelConfig
 from components.rlhf.config.ppo import PpoConfig, PpoStageConfig
 from components.rlhf.config.storage import CheckpointConfig
 from components.rlhf.data.records import Completion, Prompt
+from components.rlhf.environments.factory import open_player
 from components.rlhf.models.loading import load_scalar_lm
 from components.rlhf.models.saving import save_model
 from components.rlhf.rewards.protocol import ComputedStates
@@ -96,7 +97,8 @@ def trainer_of(
         models = replace(models, scorer=RewardFunction(reward))
     rewards = rewards_of(models)
     context = context_of("ppo", checkpoints=checkpoints, interrupt_at=interrupt_at)
-    return PpoTrainer(config, models, rewards, rollout, context)
+    player = open_player(rollout, config.ppo.environment, log=context.progress.log)
+    return PpoTrainer(config, models, rewards, rollout, context, player=player)
 
 
 def weights(trainer: PpoTrainer) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from pydantic import model_validator
 
 from components.rlhf.config.base import BaseConfig, Fraction, NonNegative, Positive, PositiveInt
 from components.rlhf.config.code import Digest
+from components.rlhf.config.environment import Environment, check_environment, with_observations
 from components.rlhf.config.judge import Judges, LinearJudge
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed
 from components.rlhf.config.processes import Processes
@@ -61,6 +62,8 @@ class EvaluationStageConfig(BaseConfig):
     rollout: EngineConfig = EngineConfig()
     gate: GateConfig
     judge: Judges = LinearJudge()
+    environment: Environment | None = None
+    """That of ppo, which both models play."""
     code_digest: Digest = ""
     seed: Seed
 
@@ -77,7 +80,13 @@ class EvaluationStageConfig(BaseConfig):
     def _require_able_engine(self) -> "EvaluationStageConfig":
         keys = ("rollout", "sampling", "evaluation.num_processes")
         check_evaluation(self.evaluation, self.rollout, self.sampling, keys=keys)
+        check_environment(self.environment, self.rollout, self.sampling, keys=keys[:2])
         return self
+
+    @property
+    def longest_sampling(self) -> SamplingConfig:
+        """The sampling settings with max_new_tokens of the longest response, tokens of the environment included."""
+        return with_observations(self.sampling, self.environment)
 
 
 def check_evaluation(

@@ -6,10 +6,15 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from components.rlhf.config.environment import SECTIONS as ENVIRONMENTS
 from components.rlhf.config.judge import SECTIONS as JUDGES
 from components.rlhf.config.rewards import SECTIONS as REWARDS
 
-KINDS = JUDGES | REWARDS  # sections by the tag that pydantic puts before their keys
+KINDS: dict[str, type[BaseModel]] = {
+    **JUDGES,
+    **REWARDS,
+    **ENVIRONMENTS,
+}  # sections by the tag that pydantic puts before their keys
 UNION_TAGS = ("one", "several")  # pydantic puts them between data.prompts and the keys of its source or sources
 MAX_ERRORS, MAX_VALUE_CHARS = 5, 120  # in one error message
 

@@ -9,6 +9,7 @@ from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.cluster import PROCESS_STAGES, TRAINING_STAGES, ClusterConfig
 from components.rlhf.config.code import CodeConfig
+from components.rlhf.config.environment import check_environment
 from components.rlhf.config.evaluation import EvaluationConfig, GateConfig, check_evaluation
 from components.rlhf.config.judge import (
     EndpointJudge,
@@ -19,7 +20,8 @@ from components.rlhf.config.judge import (
     check_judges,
 )
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, check_zero3_compatibility
-from components.rlhf.config.ppo import PpoConfig, check_reference
+from components.rlhf.config.ppo import PpoConfig
+from components.rlhf.config.ppo_checks import check_reference
 from components.rlhf.config.prepare_data import DataConfig, SplitWeights
 from components.rlhf.config.reward_model import RewardModelConfig, check_calibration
 from components.rlhf.config.rewards import EndpointReward, HttpReward
@@ -122,6 +124,12 @@ class Params(BaseConfig):
         sampling_key = "evaluation.sampling" if self.evaluation.sampling else "ppo.rollout.sampling"
         keys = (rollout_key, sampling_key, "evaluation.num_processes")
         check_evaluation(self.evaluation, self.evaluation_rollout, self.evaluation_sampling, keys=keys)
+        check_environment(self.ppo.environment, self.evaluation_rollout, self.evaluation_sampling, keys=keys[:2])
+        if self.ppo.environment and self.uses_reward_model and self.reward_model.num_calibration_samples:
+            raise ValueError(
+                "reward_model.num_calibration_samples measures the rewards of responses without the environment (ppo.environment); "
+                "set it to 0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -196,9 +204,10 @@ class Params(BaseConfig):
         return dict(zip(keys, as_list(self.judge), strict=True))
 
     def keyed_rewards_and_judges(self) -> dict[str, Any]:
-        """The rewards and the judges by their keys in a params file."""
-        rewards = {f"ppo.rewards.{number}": reward for number, reward in enumerate(self.ppo.rewards)}
-        return rewards | self.keyed_judges()
+        """The rewards, the environment if there is one, and the judges, by their keys in a params file."""
+        rewards: dict[str, Any] = {f"ppo.rewards.{number}": reward for number, reward in enumerate(self.ppo.rewards)}
+        environment = {"ppo.environment": self.ppo.environment} if self.ppo.environment else {}
+        return rewards | environment | self.keyed_judges()
 
     @property
     def evaluation_rollout(self) -> EngineConfig:
@@ -262,6 +271,7 @@ class Params(BaseConfig):
         """The settings of one stage: only the sections that are fields of its config class."""
         sections: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
         sections["num_evaluation_prompts"] = self.evaluation.num_prompts
+        sections["environment"] = self.ppo.environment
         sections["code_digest"] = self.code.digest
         sections["data"] = self.data.model_copy(update={"weights": self._weights})
         sections["max_kl"] = self.gate.max_kl if self.ppo.has_kl_limit else None

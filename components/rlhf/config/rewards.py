@@ -121,6 +121,13 @@ class RepetitionReward(RewardBase):
     """Length of the n-grams, in tokens."""
 
 
+class EnvironmentReward(RewardBase):
+    """The sum of the rewards that the environment (ppo.environment) gives in the turns of a response."""
+
+    kind: Literal["environment"]
+    """environment: the sum of the rewards of the environment's steps."""
+
+
 KINDS: dict[str, type[RewardBase]] = {
     "reward_model": RewardModelReward,
     "function": FunctionReward,
@@ -133,6 +140,7 @@ KINDS: dict[str, type[RewardBase]] = {
     "length": LengthReward,
     "repetition": RepetitionReward,
     "endpoint": EndpointReward,
+    "environment": EnvironmentReward,
 }
 KIND_TAG = (
     "reward of kind "  # pydantic puts it between rewards.NUMBER and its keys; no key of a params file looks like it
@@ -160,7 +168,8 @@ Reward = Annotated[
     | Annotated[CommandReward, Tag(f"{KIND_TAG}command")]
     | Annotated[LengthReward, Tag(f"{KIND_TAG}length")]
     | Annotated[RepetitionReward, Tag(f"{KIND_TAG}repetition")]
-    | Annotated[EndpointReward, Tag(f"{KIND_TAG}endpoint")],
+    | Annotated[EndpointReward, Tag(f"{KIND_TAG}endpoint")]
+    | Annotated[EnvironmentReward, Tag(f"{KIND_TAG}environment")],
     Discriminator(
         _kind,
         custom_error_type="reward_kind",
@@ -175,8 +184,8 @@ def uses_reward_model(rewards: tuple[Reward, ...]) -> bool:
     return any(isinstance(reward, RewardModelReward) for reward in rewards)
 
 
-def check_rewards(rewards: tuple[Reward, ...], max_new_tokens: int) -> None:
-    """Raise ValueError for rewards that contradict each other or the longest response; keys are those below ppo."""
+def check_rewards(rewards: tuple[Reward, ...], max_new_tokens: int, *, has_environment: bool) -> None:
+    """Raise ValueError for rewards that contradict each other, the longest response or the environment; keys are those below ppo."""
     names = [reward.title for reward in rewards]
     if not rewards:
         raise ValueError("rewards is an empty list; name a reward, or remove it for the trained reward model")
@@ -188,6 +197,10 @@ def check_rewards(rewards: tuple[Reward, ...], max_new_tokens: int) -> None:
     if all(reward.weight == 0 for reward in rewards):
         raise ValueError("every reward has the weight 0, so nothing is learned; raise a weight")
     for number, reward in enumerate(rewards):
+        if isinstance(reward, EnvironmentReward) and not has_environment:
+            raise ValueError(
+                f"rewards.{number} is the reward of the environment, and there is none; set environment, or remove the reward"
+            )
         if isinstance(reward, LengthReward):
             _check_length(f"rewards.{number}", reward, max_new_tokens)
     size = sum(len(json.dumps(reward.canonical_json())) for reward in rewards)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from components.rlhf.data.records import Completion
 from components.rlhf.maths.masks import length_mask, state_positions
 
 
@@ -25,16 +26,14 @@ class TokenBatch:
     input_ids: Tensor  # [B, S] int64
     prompt_lengths: Tensor  # [B] int64
     response_ids: Tensor  # [B, T] int64, 0 at padding
-    response_mask: (
-        Tensor  # [B, T] bool, True = token of an answer, including its end; the turns between answers are False
-    )
+    response_mask: Tensor  # [B, T] bool, True = token of an answer, including its end; padding and the turns between answers are False
     lengths: Tensor  # [B] int64, real tokens of each row: prompt and response
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     @property
-    def response_lengths(self) -> Tensor:  # [B] int64
+    def response_lengths(self) -> Tensor:  # [B] int64, with the turns between answers
         return self.lengths - self.prompt_lengths
 
     def state_positions(self) -> Tensor:
@@ -75,11 +74,11 @@ class TokenBatch:
 def collate(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
-    masks: Sequence[Sequence[bool]] | None = None,
+    masks: Sequence[Sequence[bool] | None] | None = None,
 ) -> TokenBatch:
     """Pad B prompts and their responses (ids) into one batch. Each prompt has at least one token.
 
-    masks say which tokens of each response belong to answers; without masks all do.
+    masks say which tokens of each response belong to answers of the model; None, for all responses or one, is all of its tokens.
     """
     prompt_lengths = torch.tensor([len(p) for p in prompts])
     response_lengths = torch.tensor([len(r) for r in responses])
@@ -94,13 +93,23 @@ def collate(
         response_ids[row, : len(response)] = torch.tensor(response, dtype=torch.int64)
     response_mask = length_mask(response_lengths, num_actions)
     for row, mask in enumerate(masks or ()):
-        response_mask[row, : len(mask)] = torch.tensor(mask, dtype=torch.bool)
+        if mask is not None:
+            response_mask[row, : len(mask)] = torch.tensor(mask, dtype=torch.bool)
     return TokenBatch(
         input_ids=input_ids,
         prompt_lengths=prompt_lengths,
         response_ids=response_ids,
         response_mask=response_mask,
         lengths=prompt_lengths + response_lengths,
+    )
+
+
+def collate_completions(completions: Sequence[Completion]) -> TokenBatch:
+    """collate() of responses: the tokens of an environment are in the sequence, where attention sees them, but not in the mask."""
+    return collate(
+        [c.prompt_ids for c in completions],
+        [c.response_ids for c in completions],
+        [c.response_mask for c in completions],
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # torch may be missing: the data is also checked on the machine that submits a run
     from torch import Tensor
@@ -95,17 +98,53 @@ def is_chat(record: Demonstration | PreferencePair | RatedText | Prompt) -> bool
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResponseTurn:
+    """What the model or the environment says in a response of several turns: the tokens [start, stop) of the response, and their text."""
+
+    speaker: Literal["model", "environment"]
+    start: int
+    stop: int
+    text: str  # of the environment: its observation; of the model: with the stop string that ends the turn, except for the last turn
+
+
+@dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One sampled response with its token ids, so that text is never tokenized again."""
+    """One sampled response with its token ids, so that text is never tokenized again.
+
+    A response of several turns (components/rlhf/environments) has the tokens of the environment among those of the model.
+    """
 
     prompt: Prompt
     prompt_ids: list[int]
     response_ids: list[int]  # includes the stop token if the model generated one
     response: str  # decoded text, without special tokens, to the stop string if there is one
-    logprobs: Tensor | None  # [T] fp32, from the rollout engine; None for human-written texts
+    logprobs: (
+        Tensor | None
+    )  # [T] fp32, from the rollout engine; None for human-written texts; 0 at tokens of the environment
     truncated: bool  # reached max_new_tokens without a stop token or a stop string
     weight_version: int = 0  # number of weight syncs of the rollout engine before it sampled this
     baseline: float = 0.0  # reward of the greedy response to the same prompt (ReMax)
+    response_mask: Sequence[bool] | None = None  # [T], False at tokens of the environment; None: all are the model's
+    turns: tuple[ResponseTurn, ...] = ()  # in their order; empty for a response of a single turn
+    environment_reward: float | None = None  # sum of the rewards of all steps; None without an environment
+    failure: str = ""  # why the environment failed, as part of a sentence; such a response is not learned from
+
+    @property
+    def model_runs(self) -> list[list[int]]:
+        """The ids of the model, in runs between which the environment speaks."""
+        if self.response_mask is None:
+            return [list(self.response_ids)]
+        runs = groupby(zip(self.response_ids, self.response_mask, strict=True), key=itemgetter(1))
+        return [[token for token, _ in run] for is_model, run in runs if is_model]
+
+    @property
+    def num_model_tokens(self) -> int:
+        return len(self.response_ids) if self.response_mask is None else sum(self.response_mask)
+
+    @property
+    def answer(self) -> str:
+        """The text of the model's last turn, which answers the prompt."""
+        return self.turns[-1].text if self.turns else self.response
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,4 +159,8 @@ class ValidationSample:
     response: str
     truncated: bool
     score: float  # weighted sum of the scores of all rewards
-    kl: float  # log-ratio to the reference in nats, summed over the response
+    kl: float  # log-ratio to the reference in nats, summed over the tokens of the model
+    response_mask: Sequence[bool] | None = None  # as in Completion, like the next three
+    turns: tuple[ResponseTurn, ...] = ()
+    environment_reward: float | None = None
+    failure: str = ""

@@ -11,10 +11,13 @@ GroupBaseline = Literal["rloo", "group_norm", "dr_grpo", "reinforce++-baseline",
 def estimate_advantages(
     values: Tensor, rewards: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """GAE (Schulman et al. 2015, equation 16). All [B, T] -> (advantages, returns), both [B, T] and 0 at padding.
+    """GAE (Schulman et al. 2015, equation 16). All [B, T] -> (advantages, returns), both [B, T] and 0 where mask is False.
 
     values[t] is the value of the state before action t. The advantages are not whitened, and
     returns = advantages + values. Equal to OpenRLHF v0.5.5 experience_maker.py `get_advantages_and_returns`.
+
+    Where mask is False between two actions, no time passes: the state after an action is the one before the next action, as if
+    each row had only its True columns (verl b178a3cd core_algos.py `compute_gae_advantage_return`).
     """
     values = torch.where(mask, values, 0)
     rewards = torch.where(mask, rewards, 0)
@@ -23,15 +26,19 @@ def estimate_advantages(
     columns = []
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]  # delta_t = r_t + gamma V_{t+1} - V_t
-        advantage = delta + gamma * gae_lambda * advantage  # A_t = delta_t + gamma lambda A_{t+1}
-        next_value = values[:, t]
+        # A_t = delta_t + gamma lambda A_{t+1}
+        advantage = torch.where(mask[:, t], delta + gamma * gae_lambda * advantage, advantage)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
         columns.append(advantage)
     advantages = torch.stack(columns[::-1], dim=1)
     return torch.where(mask, advantages, 0), torch.where(mask, advantages + values, 0)
 
 
 def reward_to_go(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
-    """Discounted sum of the rewards from each token to the end. [B, T] -> [B, T]. Equal to GAE with zero values and lambda 1."""
+    """Discounted sum of the rewards from each token to the end. [B, T] -> [B, T]. Equal to GAE with zero values and lambda 1.
+
+    Columns where mask is False are 0 and discount nothing.
+    """
     advantages, _ = estimate_advantages(torch.zeros_like(rewards), rewards, mask, gamma=gamma, gae_lambda=1.0)
     return advantages
 
@@ -76,6 +83,25 @@ def shape_group_scores(
     return torch.where(equal_groups(scores)[:, None], 0, shaped)
 
 
-def equal_groups(scores: Tensor) -> Tensor:
-    """Prompts whose samples all have exactly the same score, and so teach nothing. scores [P, N] -> [P] bool; nan equals nothing."""
-    return (scores == scores[:, :1]).all(dim=1)
+def shape_valid_scores(scores: Tensor, valid: Tensor, method: GroupBaseline) -> Tensor:
+    """shape_group_scores() of the samples that are valid [P, N] bool, as if the others had not been drawn. Returns [P, N].
+
+    The others are 0, and so is a sample without a valid other one, which has no baseline.
+    """
+    shaped = shape_group_scores(scores, method)
+    for group in (~valid).any(dim=1).nonzero().flatten().tolist():
+        kept, shaped[group] = valid[group], 0
+        if kept.sum() > 1:
+            shaped[group, kept] = shape_group_scores(scores[group, kept][None], method)[0]
+    return shaped
+
+
+def equal_groups(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Prompts whose samples all have exactly the same score, and so teach nothing. scores [P, N] -> [P] bool; nan equals nothing.
+
+    Samples that are not valid [P, N] bool do not count.
+    """
+    if valid is None:
+        return (scores == scores[:, :1]).all(dim=1)
+    first = scores.gather(1, valid.int().argmax(dim=1, keepdim=True))
+    return ((scores == first) | ~valid).all(dim=1)

@@ -12,7 +12,7 @@ def token_rewards(
     kl_coef: float,
     reward_clip: tuple[float, float] | None = None,
 ) -> Tensor:
-    """-kl_coef * kl at every response token, plus the clipped score at the last one; 0 at padding.
+    """-kl_coef * kl at every response token, plus the clipped score at the last one; 0 where the mask is False.
 
     scores [B], kl [B, T], response_mask [B, T] (right-padded, or with gaps) -> [B, T]. Only the score is clipped, not its
     sum with the KL penalty. A negative kl_coef counts as 0. Equal to OpenRLHF v0.5.5 models/utils.py `compute_reward`.

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-Purpose = Literal["rollout", "validation", "epoch order", "calibration", "evaluation"]
+Purpose = Literal["rollout", "validation", "epoch order", "calibration", "evaluation", "turn"]
 STRIDE = 1_000_003  # a prime, so that neighbouring positions of neighbouring seeds do not meet
 # Per purpose: the stride of the last position, and what is added to the result.
 _STREAMS: dict[Purpose, tuple[int, int]] = {
@@ -11,6 +11,7 @@ _STREAMS: dict[Purpose, tuple[int, int]] = {
     "epoch order": (1_009, 0),
     "calibration": (STRIDE, 0),
     "evaluation": (STRIDE, 500_009),
+    "turn": (STRIDE, 300_007),  # after the first turn of a response, whose seed is that of the response
 }
 
 

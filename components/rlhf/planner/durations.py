@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from components.rlhf.config.cluster import bytes_of
+from components.rlhf.config.environment import FunctionEnvironment
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.model import SamplingConfig, TrainingConfig
 from components.rlhf.config.params import Params
@@ -206,7 +207,7 @@ def _sampled(
 
 def _ppo(start: dict[str, float], params: Params, shapes: Shapes, speed: Speed, pods: int) -> Seconds:
     ppo, processes = params.ppo, params.ppo.training.num_processes
-    rollout, sampling = ppo.rollout, ppo.rollout.sampling
+    rollout, sampling = ppo.rollout, ppo.longest_sampling
     sequences = rollout.num_prompts * rollout.samples_per_prompt
     greedy = rollout.num_prompts if ppo.advantage == "remax" else 0  # a second call of the engine
     length = params.data.max_prompt_tokens + sampling.max_new_tokens
@@ -262,20 +263,22 @@ def scoring_passes(params: Params, shapes: Shapes, critic: ModelShape | None) ->
 
 
 def _uncounted_rewards(ppo: PpoConfig) -> str:
-    """A note on rewards whose time is not known before they run."""
+    """A note on rewards and an environment whose time is not known before they run."""
     names = [
         reward.title
         for reward in ppo.rewards
         if isinstance(reward, (FunctionReward, CommandReward, HttpReward, EndpointReward))
     ]
-    return f"without the time of the rewards {', '.join(names)}, which is not known" if names else ""
+    parts = [f"the rewards {', '.join(names)}"] if names else []
+    parts += ["the environment"] if isinstance(ppo.environment, FunctionEnvironment) else []
+    return f"without the time of {' and '.join(parts)}, which is not known" if parts else ""
 
 
 def _evaluation(start: dict[str, float], params: Params, shapes: Shapes, speed: Speed) -> Seconds:
     config = params.stage(EvaluationStageConfig)
     evaluation, processes = config.evaluation, config.evaluation.num_processes
     sequences = evaluation.num_prompts * evaluation.num_samples
-    tokens = sequences * (params.data.max_prompt_tokens + config.sampling.max_new_tokens)
+    tokens = sequences * (params.data.max_prompt_tokens + config.longest_sampling.max_new_tokens)
     generate = _sampled(shapes.base, sequences, params, config.rollout, config.sampling, processes, speed)
     scored = shapes.reward_model.active if shapes.reward_model else 0
     passes = 2 * (2 * shapes.base.active + 2 * scored) * tokens

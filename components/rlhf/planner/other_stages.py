@@ -66,9 +66,9 @@ def plan_evaluation(config: EvaluationStageConfig, job: Job) -> StagePlan:
     vllm = rollout.engine == "vllm"
     base = phase("", libraries(job, training, vllm=vllm), main={"libraries": EVALUATION})
     rows = -(-evaluation.num_prompts * evaluation.num_samples // evaluation.num_processes)
-    length = job.prompt_tokens + config.sampling.max_new_tokens
+    length = job.prompt_tokens + config.longest_sampling.max_new_tokens
     phases = [
-        sampling_alone(job, base, rollout, config.sampling, rows),
+        sampling_alone(job, base, rollout, config.longest_sampling, rows),
         *_kl(config, job, base, training, tokens=max(min(MICROBATCH_TOKENS, rows * length), length)),
     ]
     if job.reward_shape is not None:
@@ -81,7 +81,7 @@ def plan_evaluation(config: EvaluationStageConfig, job: Job) -> StagePlan:
         on_gpu=job.numeric.on_gpu,
         phases=tuple(phases),
         beside=beside(evaluation.num_processes),
-        problem=vllm_problem(job, rollout, config.sampling),
+        problem=vllm_problem(job, rollout, config.longest_sampling),
     )
 
 
@@ -95,7 +95,7 @@ def _frozen_training(config: EvaluationStageConfig) -> TrainingConfig:
 
 def _kl(config: EvaluationStageConfig, job: Job, base: Phase, training: TrainingConfig, *, tokens: int) -> list[Phase]:
     """Both models are loaded, share their frozen layers unless they are sharded, and compute logits of the same tokens."""
-    shape, new = job.shape, config.sampling.max_new_tokens
+    shape, new = job.shape, config.longest_sampling.max_new_tokens
     both = 2 * frozen_copy(shape.total, training, job.numeric)
     shared = 0 if shards_weights(training) else job.numeric.width * shape.frozen(config.model.num_frozen_layers)
     work = {
@@ -104,7 +104,7 @@ def _kl(config: EvaluationStageConfig, job: Job, base: Phase, training: Training
     }
     # Pieces of logits have one size, so that a heap takes the same memory for all of them.
     answers = tokens * new // (job.prompt_tokens + new)
-    pieces = {"logits": kl_logits(shape, answers, job.numeric, config.sampling)}
+    pieces = {"logits": kl_logits(shape, answers, job.numeric, config.longest_sampling)}
     reading = {"a tensor": (2 + job.numeric.width) * shape.largest} | files(job, shape)
     return [
         phase("load", base, device={"both models": both} | reading),

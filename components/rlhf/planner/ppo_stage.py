@@ -66,7 +66,7 @@ def plan_ppo(config: PpoStageConfig, job: Job) -> StagePlan:
         on_gpu=job.numeric.on_gpu,
         phases=tuple(phases),
         beside=beside(training.num_processes),
-        problem=vllm_problem(job, ppo.rollout, ppo.rollout.sampling),
+        problem=vllm_problem(job, ppo.rollout, ppo.longest_sampling),
     )
 
 
@@ -76,12 +76,12 @@ def _rows(config: PpoStageConfig) -> int:
 
 
 def _length(config: PpoStageConfig, job: Job) -> int:
-    return job.prompt_tokens + config.ppo.rollout.sampling.max_new_tokens
+    return job.prompt_tokens + config.ppo.longest_sampling.max_new_tokens
 
 
 def _experience(config: PpoStageConfig, job: Job) -> int:
     """ppo/experience.py: a dozen numbers for each response token, ids, and states that are kept for all models and epochs."""
-    rows, length, new = _rows(config), _length(config, job), config.ppo.rollout.sampling.max_new_tokens
+    rows, length, new = _rows(config), _length(config, job), config.ppo.longest_sampling.max_new_tokens
     size = rows * (new * 13 * 4 + length * 16)
     if config.model.num_frozen_layers:
         size += rows * length * job.shape.hidden * job.numeric.width
@@ -131,7 +131,7 @@ def _generate(config: PpoStageConfig, base: Phase, resident: Phase, job: Job) ->
             device={"vLLM": share},
             main={"vLLM, asleep": weights if job.numeric.on_gpu else 0},
         )
-    work = sampling_workspace(job.shape, _rows(config), prompt, rollout.sampling, job.numeric)
+    work = sampling_workspace(job.shape, _rows(config), prompt, config.ppo.longest_sampling, job.numeric)
     return phase("generate", base, resident, device=temporary(job, work))
 
 
@@ -139,7 +139,7 @@ def _score(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, job
     tokens, answers = _tokens(config, job)
     work = {
         "activations": forward_workspace(job.shape, tokens, job.numeric),
-        "logits": logits(job.shape, answers, job.numeric, config.ppo.rollout.sampling),
+        "logits": logits(job.shape, answers, job.numeric, config.ppo.longest_sampling),
         "cast weights": copies.actor.cast,
         "working weights": copies.actor.working,
     }
@@ -148,7 +148,7 @@ def _score(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, job
 
 def _tokens(config: PpoStageConfig, job: Job) -> tuple[int, int]:
     """Tokens of the largest pass of a minibatch, and how many of them are responses."""
-    length, new = _length(config, job), config.ppo.rollout.sampling.max_new_tokens
+    length, new = _length(config, job), config.ppo.longest_sampling.max_new_tokens
     tokens = tokens_of_pass(config.ppo.training, config.ppo.minibatch, length)
     return tokens, tokens * new // length
 
@@ -167,7 +167,7 @@ def _updates(config: PpoStageConfig, base: Phase, held: Phase, copies: Copies, j
             lora=model.lora,
             training=training,
             numeric=job.numeric,
-            sampling=ppo.rollout.sampling if sampled else None,
+            sampling=ppo.longest_sampling if sampled else None,
             with_entropy=sampled and ppo.entropy_coef > 0,
         )
 

@@ -84,7 +84,7 @@ def _training(params: Params, stage: str) -> Iterator[Changes]:
     training, key = getattr(params, stage).training, f"{stage}.training"
     if not training.gradient_checkpointing:
         yield {f"{key}.gradient_checkpointing": True}
-    longest = max(params.data.max_tokens, params.data.max_prompt_tokens + params.ppo.rollout.sampling.max_new_tokens)
+    longest = max(params.data.max_tokens, params.data.max_prompt_tokens + params.ppo.longest_sampling.max_new_tokens)
     tokens = training.microbatch_tokens // 2
     while tokens >= longest:
         yield {f"{key}.microbatch_tokens": tokens}

@@ -1,6 +1,6 @@
 """Rewards and judges of responses: the reward model, Python functions, servers, checks against the data, and pairwise judges.
 
-Imports: config, data, models, storage, text.
+Imports: config, data, models, storage, subprocesses, text.
 Packages: pydantic, torch, transformers.
 Packages of agreement.py: numpy, scipy.
 Packages of checks.py: jsonschema, math_verify, referencing.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from components.rlhf.rewards.child import Child, ChildError
+from components.rlhf.subprocesses.child import Child, ChildError
 from components.rlhf.text.errors import InputError
 
 PROGRAM = "components.rlhf.rewards.check_process"

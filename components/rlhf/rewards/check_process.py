@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from components.rlhf.rewards.checks import BadAnswerError, matches, same_value, satisfies
-from components.rlhf.rewards.serving import serve
+from components.rlhf.subprocesses.serving import serve
 
 CHECKS: dict[str, Callable[..., bool]] = {"regex": matches, "numeric": same_value, "json_schema": satisfies}
 LIBRARIES = {"numeric": ("math_verify",), "json_schema": ("jsonschema", "referencing")}

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from components.rlhf.config.scoring import Function
 from components.rlhf.data.records import Completion
-from components.rlhf.rewards.child import Child, ChildError, pod_memory
 from components.rlhf.rewards.owner import JUDGE, Owner
 from components.rlhf.rewards.protocol import ComputedStates
+from components.rlhf.subprocesses.child import Child, ChildError, pod_memory
 from components.rlhf.text.errors import InputError
 
 PROGRAM, SOURCE = "components.rlhf.rewards.function_process", "source.py"

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from components.rlhf.config.rewards import (
+    EnvironmentReward,
     HttpReward,
     LengthReward,
     RepetitionReward,
@@ -20,6 +21,7 @@ from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.rewards.answers import open_answers
 from components.rlhf.rewards.check_pool import CheckPool
 from components.rlhf.rewards.command import CommandScorer
+from components.rlhf.rewards.environment import EnvironmentScorer
 from components.rlhf.rewards.function import FunctionScorer
 from components.rlhf.rewards.owner import Owner
 from components.rlhf.rewards.protocol import ComputedStates, Scorer
@@ -118,6 +120,8 @@ def open_rewards(
         elif isinstance(reward, LengthReward):
             longest = reward.max_tokens or max_new_tokens
             scorers[reward.title] = LengthScorer(min_tokens=reward.min_tokens, max_tokens=longest, buffer=reward.buffer)
+        elif isinstance(reward, EnvironmentReward):
+            scorers[reward.title] = EnvironmentScorer(owner)
         elif isinstance(reward, RepetitionReward):
             scorers[reward.title] = RepetitionScorer(ngram=reward.ngram)
         elif isinstance(reward, HttpReward):

@@ -1,4 +1,4 @@
-"""Rewards of the form of a response: its length, and how much it repeats itself. Both count tokens, so they work in any script."""
+"""Rewards of the form of a response: its length, and how much it repeats itself. Both count tokens of the model, in any script."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ class LengthScorer:
         self.min_tokens, self.max_tokens, self.buffer = min_tokens, max_tokens, buffer
 
     def score(self, completions: Sequence[Completion], computed: ComputedStates | None = None) -> Tensor:
-        lengths = torch.tensor([len(c.response_ids) for c in completions], dtype=torch.float32)
+        lengths = torch.tensor([c.num_model_tokens for c in completions], dtype=torch.float32)
         return length_penalty(lengths, min_tokens=self.min_tokens, max_tokens=self.max_tokens, buffer=self.buffer)
 
 
@@ -27,7 +27,7 @@ class RepetitionScorer:
         self.ngram = ngram
 
     def score(self, completions: Sequence[Completion], computed: ComputedStates | None = None) -> Tensor:
-        return torch.tensor([-repeated_fraction(c.response_ids, self.ngram) for c in completions], dtype=torch.float32)
+        return torch.tensor([-repeated_fraction(c.model_runs, self.ngram) for c in completions], dtype=torch.float32)
 
 
 def length_penalty(lengths: Tensor, *, min_tokens: int, max_tokens: int, buffer: int) -> Tensor:
@@ -40,7 +40,10 @@ def length_penalty(lengths: Tensor, *, min_tokens: int, max_tokens: int, buffer:
     return -(distance / buffer).clamp(max=1)
 
 
-def repeated_fraction(ids: Sequence[int], ngram: int) -> float:
-    """1 - (number of different n-grams / number of n-grams), the complement of distinct-n (Li et al. 2016); 0 without an n-gram."""
-    ngrams = [tuple(ids[i : i + ngram]) for i in range(len(ids) - ngram + 1)]
+def repeated_fraction(runs: Sequence[Sequence[int]], ngram: int) -> float:
+    """1 - (number of different n-grams / number of n-grams), the complement of distinct-n (Li et al. 2016); 0 without an n-gram.
+
+    An n-gram lies within one run of ids: what a model says in several turns is not adjacent.
+    """
+    ngrams = [tuple(ids[i : i + ngram]) for ids in runs for i in range(len(ids) - ngram + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0

@@ -44,4 +44,4 @@ def reencode(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> Comp
         ids = encode_prompt(tokenizer, completion.prompt.prompt + response)
         if not completion.truncated:
             ids = [*ids, int(tokenizer.eos_token_id)]
-    return replace(completion, prompt_ids=ids[:1], response_ids=ids[1:], logprobs=None)
+    return replace(completion, prompt_ids=ids[:1], response_ids=ids[1:], logprobs=None, response_mask=None, turns=())

@@ -1,4 +1,7 @@
-"""Rewards that are computed from the response and the data alone: exact match, regular expression, value, JSON schema."""
+"""Rewards that are computed from the response and the data alone: exact match, regular expression, value, JSON schema.
+
+Of a response of several turns they read the answer, which is the model's last turn.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,7 +29,7 @@ class ExactMatchScorer:
         config = self.config
         answers = column_values(self.owner, [c.prompt for c in completions], config.column)
         scores = [
-            float(equal_text(c.response, answer, after=config.after, ignore_case=config.ignore_case))
+            float(equal_text(c.answer, answer, after=config.after, ignore_case=config.ignore_case))
             for c, answer in zip(completions, answers, strict=True)
         ]
         return torch.tensor(scores, dtype=torch.float32)
@@ -53,7 +56,7 @@ class CheckScorer:
         if not completions:
             return torch.zeros(0)
         prompts = [completion.prompt for completion in completions]
-        results = self._check(prompts, [completion.response for completion in completions])
+        results = self._check(prompts, [completion.answer for completion in completions])
         failed = [completion for completion, result in zip(completions, results, strict=True) if not result]
         self.counts["failed"] += len(failed)
         require_few_failures(

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from components.rlhf.config.model import SamplingConfig
-from components.rlhf.data.records import Completion, Prompt, is_chat
-from components.rlhf.data.tokenizer import decode_response, encode_prompt
+from components.rlhf.data.records import Completion, Prompt
+from components.rlhf.data.tokenizer import decode_response
 from components.rlhf.models.loading import load_causal_lm
 from components.rlhf.models.packing import attends_by_position
+from components.rlhf.rollout.contexts import encode_contexts
 from components.rlhf.rollout.controls import Controls
 from components.rlhf.rollout.decoding import Decoding
 from components.rlhf.rollout.probe import WeightSample
@@ -39,11 +40,20 @@ class HfRolloutEngine:
         self._parameters = dict(model.named_parameters())
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int], *, greedy: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        *,
+        greedy: bool = False,
+        after: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[Completion]:
-        prompt_ids = [encode_prompt(self.tokenizer, prompt.prompt, is_chat=is_chat(prompt)) for prompt in prompts]
+        prompt_ids = encode_contexts(self.tokenizer, prompts, after)
         texts = [ResponseText(self.tokenizer, ids, sampling) for ids in prompt_ids] if sampling.stop else []
-        samples = sample(self.model, prompt_ids, sampling, seeds, stop_ids=self.stop_ids, texts=texts, greedy=greedy)
+        samples = sample(
+            self.model, prompt_ids, sampling, seeds, stop_ids=self.stop_ids, texts=texts, greedy=greedy, limits=limits
+        )
         completions = []
         for row, (prompt, ids, (response, logprobs)) in enumerate(zip(prompts, prompt_ids, samples, strict=True)):
             is_stopped = bool(texts) and texts[row].stopped
@@ -99,11 +109,14 @@ def sample(
     stop_ids: tuple[int, ...],
     texts: Sequence[ResponseText] = (),
     greedy: bool = False,
+    limits: Sequence[int] | None = None,
 ) -> list[Sample]:
     """One response to each prompt. It depends on its prompt, its seed and the weights, not on the rest of the batch.
 
-    texts, one per prompt, decode the responses and end them at stop strings; without texts only stop ids do.
+    texts, one per prompt, decode the responses and end them at stop strings; without texts only stop ids do. limits are the maximum
+    lengths of the responses; None is max_new_tokens for all.
     """
+    limits = [sampling.max_new_tokens] * len(prompt_ids) if limits is None else limits
     samples: dict[int, Sample] = {}
     for rows in _batches(prompt_ids, sampling.batch_size, allows_padding=attends_by_position(model)):
         prompts = [prompt_ids[row] for row in rows]
@@ -115,6 +128,7 @@ def sample(
             stop_ids,
             texts=[texts[row] for row in rows] if texts else None,
             greedy=greedy,
+            limits=[limits[row] for row in rows],
         )
         samples |= zip(rows, batch, strict=True)
     return [samples[row] for row in range(len(prompt_ids))]
@@ -141,17 +155,19 @@ def _sample_batch(
     *,
     texts: Sequence[ResponseText] | None,
     greedy: bool,
+    limits: Sequence[int],
 ) -> list[Sample]:
     device, size = model.device, (len(prompt_ids), sampling.max_new_tokens)
     # One uniform number per token from a generator per row: the same seed gives the same draws in any batch.
     uniforms = torch.stack([torch.rand(size[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     uniforms = uniforms.to(device)
     responses, logprobs = torch.zeros(size, dtype=torch.int64, device=device), torch.zeros(size, device=device)
-    lengths = torch.full(size[:1], sampling.max_new_tokens, device=device)
+    longest = torch.tensor(limits, device=device)
+    lengths = longest.clone()
     stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
     active = torch.arange(len(prompt_ids), device=device)  # rows of the batch that have not stopped
     controls, decoding = Controls(sampling, prompt_ids), Decoding(model, prompt_ids)
-    for step in range(sampling.max_new_tokens):
+    for step in range(max(limits)):
         logits = decoding.advance().float()
         if step < sampling.min_new_tokens:
             logits[:, stops] = float("-inf")
@@ -165,11 +181,12 @@ def _sample_batch(
         finished, kept = torch.isin(tokens, stops), None
         if texts is not None:
             finished |= _completes_stop(texts, active, tokens, finished)
+        finished |= longest[active] == step + 1
         if finished.any():
             lengths[active[finished]] = step + 1
             kept = _unfinished(finished)
             active = active[kept]
-        if len(active) == 0 or step + 1 == sampling.max_new_tokens:
+        if len(active) == 0:
             break
         decoding.append(tokens, kept)
     return [

@@ -12,6 +12,18 @@ from components.rlhf.data.records import Completion, Prompt
 from components.rlhf.rollout.probe import WeightSample
 
 
+class Sampler(Protocol):
+    """What samples responses: an engine, or an engine that plays with an environment (components/rlhf/environments)."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int], *, greedy: bool = False
+    ) -> list[Completion]:
+        """One response to each prompt. It depends on its prompt, its seed and the weights, not on the rest of the batch."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class RolloutEngine(Protocol):
     name: str  # library and its version
     tokenizer: PreTrainedTokenizerBase
@@ -20,11 +32,20 @@ class RolloutEngine(Protocol):
     merges_because: str  # why sync() needs adapters merged into the weights; empty if it takes adapters by themselves
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int], *, greedy: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        *,
+        greedy: bool = False,
+        after: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[Completion]:
         """Sample one completion per prompt. It depends on its prompt, its seed and the weights, not on the rest of the batch.
 
-        greedy takes the most probable token in every step, whatever the seed; its log-prob is that at temperature 1.
+        greedy takes the most probable token in every step, whatever the seed; its log-prob is that at temperature 1. after are ids that
+        follow each prompt: completions continue them, and have them at the end of their prompt_ids. limits are numbers of new tokens,
+        1 to max_new_tokens, of each prompt; None is max_new_tokens for all.
         """
         ...
 

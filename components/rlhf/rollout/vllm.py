@@ -19,10 +19,11 @@ from torch import Tensor
 
 from components.rlhf.config.model import SamplingConfig
 from components.rlhf.config.rollout import VllmConfig
-from components.rlhf.data.records import Completion, Prompt, is_chat
-from components.rlhf.data.tokenizer import decode_response, encode_prompt, load_tokenizer
+from components.rlhf.data.records import Completion, Prompt
+from components.rlhf.data.tokenizer import decode_response, load_tokenizer
 from components.rlhf.models.loading import empty_causal_lm, require_same_architecture
 from components.rlhf.models.stored import StoredForm
+from components.rlhf.rollout.contexts import encode_contexts
 from components.rlhf.rollout.probe import WeightSample, require_weights_of
 from components.rlhf.rollout.vllm_errors import load_error, start_error
 from components.rlhf.rollout.vllm_lora import (
@@ -161,21 +162,29 @@ class VllmRolloutEngine:
         self.prompt_logprobs([0, 0])
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seeds: Sequence[int], *, greedy: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        *,
+        greedy: bool = False,
+        after: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[Completion]:
         """sampling.batch_size is ignored in favor of num_sequences. On a GPU the engine sleeps afterwards.
 
         With tensor_parallel_size above 1 this is collective over the ranks that share the engine; each passes its prompts.
         """
-        prompt_ids = [encode_prompt(self.tokenizer, prompt.prompt, is_chat=is_chat(prompt)) for prompt in prompts]
-        self._check_request(prompt_ids, sampling, greedy=greedy)
-        offset, requests = self._gather(list(zip(prompt_ids, seeds, strict=True)))
+        prompt_ids = encode_contexts(self.tokenizer, prompts, after)
+        limits = [sampling.max_new_tokens] * len(prompt_ids) if limits is None else limits
+        self._check_request(prompt_ids, limits, sampling, greedy=greedy)
+        offset, requests = self._gather(list(zip(prompt_ids, seeds, limits, strict=True)))
         outputs = self._run(
-            [ids for ids, _ in requests],
+            [ids for ids, _, _ in requests],
             [
                 {
                     "temperature": 0.0 if greedy else sampling.temperature,
-                    "max_tokens": sampling.max_new_tokens,
+                    "max_tokens": limit,
                     "min_tokens": sampling.min_new_tokens,
                     "top_p": sampling.top_p,
                     "top_k": sampling.top_k,
@@ -187,7 +196,7 @@ class VllmRolloutEngine:
                     "stop_token_ids": list(self.stop_ids),
                     "logprobs": 0,  # only of the sampled token
                 }
-                for _, seed in requests
+                for _, seed, limit in requests
             ],
         )[offset : offset + len(prompts)]
         self._sleep()
@@ -331,11 +340,14 @@ class VllmRolloutEngine:
                 )
             )
 
-    def _check_request(self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, *, greedy: bool) -> None:
-        longest = max((len(ids) for ids in prompt_ids), default=0)
-        if longest + sampling.max_new_tokens > self.max_model_len:
+    def _check_request(
+        self, prompt_ids: Sequence[Sequence[int]], limits: Sequence[int], sampling: SamplingConfig, *, greedy: bool
+    ) -> None:
+        rows = [(len(ids), limit) for ids, limit in zip(prompt_ids, limits, strict=True)]
+        longest, limit = max(rows, key=sum, default=(0, 0))
+        if longest + limit > self.max_model_len:
             raise InputError(
-                f"A prompt of {longest} tokens and a response of up to {sampling.max_new_tokens} (max_new_tokens) exceed "
+                f"A prompt of {longest} tokens and a response of up to {limit} (max_new_tokens) exceed "
                 f"the max_model_len of {self.max_model_len} that vLLM was started with; lower max_new_tokens or shorten the prompts."
             )
         if not greedy and not TEMPERATURES[0] <= sampling.temperature <= TEMPERATURES[1]:
@@ -344,7 +356,7 @@ class VllmRolloutEngine:
                 "change it, or set ppo.rollout.engine to hf."
             )
 
-    def _gather(self, rows: list[tuple[list[int], int]]) -> tuple[int, list[tuple[list[int], int]]]:
+    def _gather(self, rows: list[tuple[list[int], int, int]]) -> tuple[int, list[tuple[list[int], int, int]]]:
         """The rows of all ranks that share this engine, in rank order, and the offset of this rank's rows."""
         if self.tensor_parallel_size == 1:
             return 0, rows

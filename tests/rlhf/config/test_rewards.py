@@ -26,11 +26,19 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "length": {"kind": "length", "buffer": 8},
     "repetition": {"kind": "repetition"},
     "endpoint": {"kind": "endpoint", "url": "http://vllm:8000/v1", "model": "m"},
+    "environment": {"kind": "environment"},
 }
+ENVIRONMENT = {"kind": "calculator"}  # that the reward of this kind needs
 
 
 def params_with(rewards: Any, **sampling: Any) -> Params:
     ppo = {"rewards": rewards, "rollout": {"sampling": sampling}}
+    kinds = [
+        reward.get("kind")
+        for reward in (rewards if isinstance(rewards, list) else [rewards])
+        if isinstance(reward, dict)
+    ]
+    ppo |= {"environment": ENVIRONMENT} if "environment" in kinds else {}
     return Params.model_validate({"data": DATA, "ppo": ppo, "cluster": {"allow_user_code": True}})
 
 

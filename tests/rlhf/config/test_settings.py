@@ -306,7 +306,17 @@ SECTIONS = {
     },
     JudgeStageConfig: {"model", "judge", "code_digest", "seed"},
     PpoStageConfig: {"model", "ppo", "checkpoint", "budget", "max_kl", "code_digest", "seed"},
-    EvaluationStageConfig: {"model", "evaluation", "sampling", "rollout", "gate", "judge", "code_digest", "seed"},
+    EvaluationStageConfig: {
+        "model",
+        "evaluation",
+        "sampling",
+        "rollout",
+        "gate",
+        "judge",
+        "environment",
+        "code_digest",
+        "seed",
+    },
 }
 
 

@@ -64,12 +64,12 @@ def test_lambda_0_is_the_one_step_td_error() -> None:
     assert equal(advantages, torch.where(MASK, REWARDS + 0.9 * next_values - VALUES, 0))
 
 
-def test_gap_in_mask_is_a_step_with_zero_value_and_reward() -> None:
-    # t = 2: A = 5 - 6 = -1; t = 1 (gap): 0.5 * 6 + 0.4 * -1 = 2.6; t = 0: 1 + 0 - 2 + 0.4 * 2.6 = 0.04
+def test_gap_in_mask_is_no_step() -> None:
+    # t = 2: A = 5 - 6 = -1; t = 0: 1 + 0.5 * 6 - 2 + 0.4 * -1 = 1.6
     mask = torch.tensor([[True, False, True]])
     advantages, returns = estimate_advantages(doubles([2, 99, 6]), doubles([1, 99, 5]), mask, gamma=0.5, gae_lambda=0.8)
-    assert equal(advantages, [[0.04, 0, -1]])
-    assert equal(returns, [[2.04, 0, 5]])
+    assert equal(advantages, [[1.6, 0, -1]])
+    assert equal(returns, [[3.6, 0, 5]])
 
 
 def test_hand_computed_reward_to_go() -> None:

@@ -321,3 +321,21 @@ def test_draw_from_logits_that_are_not_finite_is_no_crash(size: int, bad: float)
     tokens, logprobs = _draw(logits, torch.tensor([0.999, 0.5]))
     assert ((tokens >= 0) & (tokens < size)).all()
     assert logprobs[0] == pytest.approx(-math.log(size), abs=1e-4) and logprobs[1].isnan()
+
+
+def test_responses_that_continue_ids_within_limits_of_their_own(tiny_model: Path) -> None:
+    """As if each had been the only prompt: the ids before are never decoded, and a limit only cuts."""
+    engine, how = engine_of(tiny_model), sampling(batch_size=3)
+    after = [[5, 6, 7], [], [200, 201], [128], [9] * 6, []]
+    limits, seeds = [8, 3, 1, 5, 8, 2], list(range(6))
+    found = engine.generate(PROMPTS, how, seeds, after=after, limits=limits)
+    whole = engine.generate(PROMPTS, how, seeds, after=after)
+    plain = engine.generate(PROMPTS, how, seeds)
+    for row, (c, long) in enumerate(zip(found, whole, strict=True)):
+        assert c.prompt_ids == plain[row].prompt_ids + after[row]
+        assert c.response_ids == long.response_ids[: limits[row]]
+        assert c.truncated == (c.response_ids[-1] not in engine.stop_ids)
+        (alone,) = engine.generate([PROMPTS[row]], how, [row], after=[after[row]], limits=[limits[row]])
+        assert alone.response_ids == c.response_ids
+        assert torch.allclose(alone.logprobs, c.logprobs, atol=1e-5)  # type: ignore[arg-type]
+    assert found[1].response_ids == plain[1].response_ids[:3] and found[0].response_ids != plain[0].response_ids
