@@ -12,6 +12,8 @@ from components.rlhf.tracking.mlflow import ERROR_TAG, PARENT_TAG, STAGE_TAG, Pa
 
 FINAL = "final/"  # prefix of the final metrics of a stage in its nested run
 SUMMARIZED_STAGE = "evaluation"  # its metrics and reports are those of the run
+SECOND_EVALUATION = "dpo_evaluation"  # of a run with two policies; its report shows both
+GOES_TO_GATE = "goes_to_gate"  # metric of a second evaluation: 1 if the gate takes its policy, 0 if that of the first
 NOTIFIED_TAG = "rlhf.notified"
 STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "canceled": "KILLED"}  # of a run -> of its parent run
 
@@ -65,10 +67,11 @@ class Parent:
     def finish(self, *, status: str, stages: Sequence[StageResult], facts: Mapping[str, str], params: str) -> None:
         """End the parent run with the final metrics of its stages, params.yaml, summary.json and the reports of the evaluation.
 
-        The metrics of the evaluation keep their names; those of other stages are STAGE/NAME. facts are added to summary.json.
+        The metrics of the evaluation keep their names, in a run with two policies those of the one that goes to the gate; those of other
+        stages are STAGE/NAME. facts are added to summary.json.
         """
-        self._log_metrics(stages)
-        evaluation = next((s for s in reversed(stages) if s.name == SUMMARIZED_STAGE), None)
+        evaluation = deciding_evaluation(stages)
+        self._log_metrics(stages, evaluation)
         summary = {
             "status": status,
             **facts,
@@ -79,7 +82,8 @@ class Parent:
         if params:
             self._client.log_text(self._run.id, params, "params.yaml")
         if evaluation:
-            self._copy_files(evaluation.mlflow_run_id)
+            second = _last(stages, SECOND_EVALUATION)
+            self._copy_files((second if second and second.metrics else evaluation).mlflow_run_id)
         if self._run.plugin_run is None:  # else Kubeflow Pipelines ends the run that it started
             self._client.set_terminated(self._run.id, STATUS[status])
 
@@ -90,13 +94,13 @@ class Parent:
         except Exception as error:  # MLflow must not fail a run
             warn(error)
 
-    def _log_metrics(self, stages: Sequence[StageResult]) -> None:
+    def _log_metrics(self, stages: Sequence[StageResult], evaluation: StageResult | None) -> None:
         from mlflow.entities import Metric
 
         # One time for all attempts of notify: MLflow ignores a point that it has.
         time = self._client.get_run(self._run.id).info.start_time
         values = {
-            name if stage.name == SUMMARIZED_STAGE else f"{stage.name}/{name}": value
+            name if evaluation and stage.name == evaluation.name else f"{stage.name}/{name}": value
             for stage in stages
             for name, value in stage.metrics.items()
         }
@@ -117,6 +121,19 @@ class Parent:
     def set_notified(self, status: str) -> None:
         """Remember that this status was announced, so that another attempt of notify does not announce it again."""
         self._client.set_tag(self._run.id, NOTIFIED_TAG, status)
+
+
+def deciding_evaluation(stages: Sequence[StageResult]) -> StageResult | None:
+    """The evaluation of the policy that goes to the gate, or the first one until the second one has decided; None without any."""
+    second = _last(stages, SECOND_EVALUATION)
+    if second and second.metrics.get(GOES_TO_GATE):
+        return second
+    return _last(stages, SUMMARIZED_STAGE)
+
+
+def _last(stages: Sequence[StageResult], name: str) -> StageResult | None:
+    """The last attempt of a stage."""
+    return next((stage for stage in reversed(stages) if stage.name == name), None)
 
 
 def open_parent(config: TrackingConfig, run_id: str) -> Parent | None:
