@@ -20,6 +20,7 @@ def main(run: StageRun[RegisterStageConfig], policy: Path, evaluation: Path, sum
     from components.register.source import source_of
     from components.rlhf.artifacts.directory import open_artifact
     from components.rlhf.artifacts.manifest import read_manifest
+    from components.rlhf.config.policy import TITLES
     from components.rlhf.text.errors import InputError
     from components.rlhf.tracking.registry import ALIAS, register_version
 
@@ -34,6 +35,7 @@ def main(run: StageRun[RegisterStageConfig], policy: Path, evaluation: Path, sum
         )
     lineage = {f"parent_{role}": digest for role, digest in model.parents.items()}
     lineage |= {"digest": model.digest, "code_revision": model.code_revision, "evaluation": verdict.digest}
+    lineage |= {"method": str(verdict.facts.get("method", "ppo"))}
     source, note = source_of(run.executor_input, policy)
     version = register_version(
         run.tracking,
@@ -51,6 +53,7 @@ def main(run: StageRun[RegisterStageConfig], policy: Path, evaluation: Path, sum
         f"{reason}.",
         "",
         f"- {registration}",
+        f"- trained by {TITLES[lineage['method']]}",
         f"- model digest {model.digest}",
         f"- model at {source}{note}",
     ]

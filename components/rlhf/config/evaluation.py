@@ -58,7 +58,7 @@ class GateConfig(BaseConfig):
 
 
 class EvaluationStageConfig(BaseConfig):
-    stage_name: Literal["evaluation", "dpo_evaluation"] = "evaluation"  # of two tasks in one run
+    stage_name: Literal["evaluation", "ppo_evaluation"] = "evaluation"  # of two tasks in one run, the last one
     method: Method = "ppo"  # that has trained the policy
     model: ModelConfig
     evaluation: EvaluationConfig

@@ -12,8 +12,8 @@ from components.rlhf.tracking.mlflow import ERROR_TAG, PARENT_TAG, STAGE_TAG, Pa
 
 FINAL = "final/"  # prefix of the final metrics of a stage in its nested run
 SUMMARIZED_STAGE = "evaluation"  # its metrics and reports are those of the run
-SECOND_EVALUATION = "dpo_evaluation"  # of a run with two policies; its report shows both
-GOES_TO_GATE = "goes_to_gate"  # metric of a second evaluation: 1 if the gate takes its policy, 0 if that of the first
+FIRST_EVALUATION = "ppo_evaluation"  # of a run with two policies
+GOES_TO_GATE = "goes_to_gate"  # metric of the second evaluation: 1 if the gate takes its policy, 0 if that of the first
 NOTIFIED_TAG = "rlhf.notified"
 STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "canceled": "KILLED"}  # of a run -> of its parent run
 
@@ -82,8 +82,8 @@ class Parent:
         if params:
             self._client.log_text(self._run.id, params, "params.yaml")
         if evaluation:
-            second = _last(stages, SECOND_EVALUATION)
-            self._copy_files((second if second and second.metrics else evaluation).mlflow_run_id)
+            last = _last(stages, SUMMARIZED_STAGE) or evaluation  # whose report shows both policies of a run with two
+            self._copy_files(last.mlflow_run_id)
         if self._run.plugin_run is None:  # else Kubeflow Pipelines ends the run that it started
             self._client.set_terminated(self._run.id, STATUS[status])
 
@@ -124,11 +124,11 @@ class Parent:
 
 
 def deciding_evaluation(stages: Sequence[StageResult]) -> StageResult | None:
-    """The evaluation of the policy that goes to the gate, or the first one until the second one has decided; None without any."""
-    second = _last(stages, SECOND_EVALUATION)
-    if second and second.metrics.get(GOES_TO_GATE):
-        return second
-    return _last(stages, SUMMARIZED_STAGE)
+    """The evaluation of the policy that goes to the gate; None without any."""
+    last = _last(stages, SUMMARIZED_STAGE)
+    if last is None or last.metrics.get(GOES_TO_GATE) == 0.0:
+        return _last(stages, FIRST_EVALUATION) or last
+    return last
 
 
 def _last(stages: Sequence[StageResult], name: str) -> StageResult | None:
