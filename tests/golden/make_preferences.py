@@ -179,7 +179,8 @@ SOURCES = {
 PARAMS = [
     *({"loss": "dpo", "beta": beta} for beta in (0.01, 0.1, 1.0)),
     *({"loss": "ipo", "beta": beta} for beta in (0.05, 0.5)),
-    *({"loss": loss, "beta": beta, "label_smoothing": e} for loss in ("cdpo", "robust") for beta, e in ((0.1, 0.1), (0.5, 0.3), (1.0, 0.49))),
+    *({"loss": loss, "beta": beta, "label_smoothing": e}
+      for loss in ("cdpo", "robust") for beta, e in ((0.1, 0.1), (0.5, 0.3), (1.0, 0.49))),
     *({"loss": "simpo", "beta": beta, "gamma": gamma} for beta, gamma in ((2.0, 1.0), (10.0, 0.0), (2.5, 3.0))),
 ]  # fmt: skip
 KTO_PARAMS = [
