@@ -13,11 +13,13 @@ from components.rlhf.artifacts.code import open_code
 from components.rlhf.artifacts.manifest import Manifest
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.judge import as_list
+from components.rlhf.config.policy import TITLES, Method
 from components.rlhf.data.datasets import load_records
 from components.rlhf.data.records import Prompt, ValidationSample
 from components.rlhf.engine.group import join_process_group
 from components.rlhf.rewards.judges import JudgeResources, read_judges_of
 from components.rlhf.runtime.stage import StageRun
+from components.rlhf.text.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,16 @@ class Measured:
     judges: list[Judged]
     training: list[dict[str, float]]  # the judges' curve of PPO's training
     rival: Rival | None  # the evaluation of the run's other policy
+
+
+def require_method(method: Method, manifest: Manifest, policy: Path) -> None:
+    """Raise InputError for a policy that another method has trained: only DPO reads preferences."""
+    found = "dpo" if "preferences" in manifest.parents else "ppo"
+    if found != method:
+        raise InputError(
+            f"{policy} was trained by {TITLES[found]}, and the settings say {TITLES[method]} (method); pass the other policy, or "
+            "correct method."
+        )
 
 
 def measure(
@@ -44,6 +56,7 @@ def measure(
 ) -> Measured | None:
     """The comparison on held-out prompts, and what the judges say about it; None after rank 0."""
     config, entries = run.config, read_judges_of(as_list(run.config.judge), judge)
+    require_method(config.method, inputs["policy_model"], policy)
     heldout = load_records(prompts, "heldout", Prompt)[: config.evaluation.num_prompts]
     # DPO samples nothing.
     validation = load_records(policy, "validation", ValidationSample) if config.method == "ppo" else []

@@ -209,12 +209,12 @@ def _sampled(
 def _dpo(
     start: dict[str, float], params: Params, shapes: Shapes, speed: Speed, sizes: Mapping[str, int], pods: int
 ) -> Seconds:
-    """The reference computes each text once, whatever the number of epochs."""
+    """The reference computes each text once, whatever the number of epochs; kto also compares it on a mismatched answer in each step."""
     dpo, texts = params.dpo, 2 if params.dpo.is_paired else 1
     steps = _steps(dpo.max_steps, dpo.num_epochs, dpo.batch_size, sizes.get("preferences", 0))
     tokens = texts * steps * dpo.batch_size * params.data.max_tokens
     if dpo.has_reference:
-        flops = 2 * shapes.base.active * tokens / dpo.num_epochs
+        flops = 2 * shapes.base.active * tokens * (1 / dpo.num_epochs + (0 if dpo.is_paired else 2))
         start["reference"] = flops / (speed.flops * speed.forward_share) / dpo.training.num_processes
     return _trained(start, tokens, shapes.base, params, dpo.training, speed, steps, pods)
 
