@@ -178,11 +178,17 @@ CASES = (
     Case(stage="ppo", size="150M"),
     *(Case(stage="dpo", size=size) for size in ("60M", "150M")),
     Case(stage="dpo", size="60M", label="bf16", model=BF16),
+    Case(stage="dpo", size="60M", label="frozen", model={"num_frozen_layers": 12}),
     Case(stage="dpo", size="60M", label="LoRA", model=LORA),
     Case(stage="dpo", size="60M", label="QLoRA", model=QLORA),
     Case(stage="dpo", size="60M", label="ZeRO-2 x 2", training=_zero(2)),
     Case(stage="dpo", size="60M", label="ZeRO-3 x 2, bf16", model=BF16, training=_zero(3)),
-    Case(stage="dpo", size="60M", label="passes of the reference of 4,096 tokens", dpo={"reference_microbatch_tokens": 4096}),
+    Case(
+        stage="dpo",
+        size="60M",
+        label="passes of the reference of 4,096 tokens",
+        dpo={"reference_microbatch_tokens": 4096},
+    ),
     Case(stage="evaluation", size="60M"),
     Case(
         stage="evaluation",

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.dpo.examples import Examples, Mismatches, batch_of
+from components.dpo.examples import Examples, Mismatches, Texts, batch_of
 from components.dpo.losses import Answers, answer_losses, pair_losses, rewards_of
 from components.dpo.metrics import History, answer_metrics, heldout_metrics, pair_metrics
-from components.dpo.reference import Reference, Texts
+from components.dpo.reference import Reference
+from components.dpo.states import FrozenStates
 from components.rlhf.config.dpo import DpoStageConfig
 from components.rlhf.data.batching import step_batches
-from components.rlhf.data.microbatches import equal_passes, fill_microbatches
+from components.rlhf.data.microbatches import deal_rows, equal_passes, fill_microbatches
 from components.rlhf.engine.factory import create_engine, max_over_shards, trained_dtype, weight_shards
 from components.rlhf.engine.protocol import TrainEngine
 from components.rlhf.maths.kl import estimate_kl
@@ -51,6 +52,7 @@ class DpoTrainer:
             enable_gradient_checkpointing(lm)
         self.max_over_ranks = max_over_shards(training, context.group)
         self.actor = Actor(lm, num_frozen_layers=frozen, dtype=self.dtype, max_over_ranks=self.max_over_ranks)
+        self.states = FrozenStates(self.actor, self.device)
         self.engine: TrainEngine | None = None
         self.reference: Reference | None = None
         self.history: History = []
@@ -66,13 +68,8 @@ class DpoTrainer:
         self.engine = create_engine(
             self.actor, dpo.training, num_steps=len(steps), group=self.context.group, dtype=self.dtype
         )
-        lists: dict[str, Texts] = {"train": examples.texts}
-        mismatches = None
-        if not dpo.is_paired:
-            lists["mismatched"] = mismatches = Mismatches(examples.texts, steps, max_tokens=max_tokens)
-        if heldout is not None:
-            lists["heldout"] = heldout.texts
-        self.reference = Reference(lists, self.context) if dpo.has_reference else None
+        mismatches = None if dpo.is_paired else Mismatches(examples.texts, steps, max_tokens=max_tokens)
+        self._prepare(examples, steps, mismatches, heldout)
         steps_of_run = _Steps(self, examples, mismatches)
         batches = Batches(
             records="pairs" if dpo.is_paired else "labeled answers",
@@ -97,6 +94,37 @@ class DpoTrainer:
         assert self.engine is not None, "train() comes first"
         return self.context.export(self.engine)
 
+    def _prepare(
+        self,
+        examples: Examples,
+        steps: Sequence[Sequence[int]],
+        mismatches: Mismatches | None,
+        heldout: Examples | None,
+    ) -> None:
+        """Compute the frozen layers, and name the texts of which the reference will be computed."""
+        lists: dict[str, Texts] = {"train": examples.texts}
+        # What is computed together, by all ranks: records of a step, and the texts of each record.
+        parts: dict[str, list[list[list[int]]]] = {"train": [[examples.texts_of([i]) for i in step] for step in steps]}
+        if mismatches is not None:
+            lists["mismatched"] = mismatches
+            parts["mismatched"] = [[[row] for row in mismatches.of_step(n)] for n in range(1, len(steps) + 1)]
+        if heldout is not None:
+            lists["heldout"] = heldout.texts
+            parts["heldout"] = [[heldout.texts_of([record]) for record in range(len(heldout))]]
+        own: dict[str, list[int]] = {}
+        for name, texts in lists.items():
+            found: set[int] = set()
+            for part in parts[name]:
+                lengths = [sum(texts.num_tokens[row] for row in record) for record in part]
+                dealt = deal_rows(lengths, self.context.group.world_size)[self.context.group.rank]
+                found.update(row for index in dealt for row in part[index])
+            own[name] = sorted(found)
+        tokens = self.dpo.training.microbatch_tokens
+        self.states.compute(lists, own, self.context, max_tokens=tokens)
+        if self.dpo.has_reference:
+            used = {name: sorted({r for part in parts[name] for record in part for r in record}) for name in lists}
+            self.reference = Reference(lists, used, self.context)
+
     def answers(
         self, name: str, texts: Texts, rows: Sequence[int]
     ) -> tuple[Answers, Tensor, Tensor | None, list[list[int]]]:
@@ -114,7 +142,7 @@ class DpoTrainer:
         for indices, weight in passes:
             batch = batch_of([own[i] for i in indices]).to(self.device)
             places, mask = torch.tensor(indices, device=self.device), batch.response_mask
-            found, _ = self.actor(batch, SamplingDistribution())
+            found, _ = self.actor(batch, SamplingDistribution(), self.states.of(name, [rows[i] for i in indices]))
             logprobs = logprobs.index_put((places,), weight * found.sum(1), accumulate=True)
             if self.reference is not None and weight:
                 ref = self.reference.of(name, [rows[i] for i in indices], mask)
@@ -130,7 +158,7 @@ class DpoTrainer:
     def _initial_state(self) -> dict[str, Any]:
         if self.reference is not None:
             max_tokens = self.dpo.reference_microbatch_tokens or self.dpo.training.microbatch_tokens
-            self.reference.compute(self.actor, self.device, max_tokens=max_tokens)
+            self.reference.compute(self.actor, self.states, self.device, max_tokens=max_tokens)
         return {"history": []}
 
     @torch.no_grad()

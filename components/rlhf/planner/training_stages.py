@@ -14,7 +14,7 @@ from components.rlhf.planner.activations import (
     lost_to_adapters,
     saved_activations,
 )
-from components.rlhf.planner.constants import HEAP_LOSS, NF4_BYTES
+from components.rlhf.planner.constants import FROZEN_STATES, HEAP_LOSS, NF4_BYTES
 from components.rlhf.planner.copies import TrainedCopy, frozen_copy, gathered, trained_copy
 from components.rlhf.planner.jobs import (
     Job,
@@ -146,7 +146,8 @@ def plan_dpo(config: DpoStageConfig, job: Job) -> StagePlan:
     dpo, training = config.dpo, config.dpo.training
     tokens = tokens_of_pass(training, dpo.batch_size, job.text_tokens, unit=2 if dpo.is_paired else 1)
     copy = model_copy(job.shape, config.model, training, job, scalar=False, earlier=1)
-    phases = _language_model_phases(config.model, training, copy, tokens, job)
+    kept = _frozen_states(config, job)
+    phases = _language_model_phases(config.model, training, copy, tokens, job, kept=kept)
     if dpo.has_reference:
         own = dpo.reference_microbatch_tokens or training.microbatch_tokens
         work = {
@@ -156,15 +157,31 @@ def plan_dpo(config: DpoStageConfig, job: Job) -> StagePlan:
             "working weights": copy.working,
         }
         base = libraries(job, training, lora=config.model.lora is not None)
-        held = phase("", optimizer_of(copy, training), device={"weights": copy.weights, "engine": copy.buffers})
+        held = phase("", optimizer_of(copy, training), device={"weights": copy.weights, "engine": copy.buffers} | kept)
         phases.insert(1, phase("reference", base, held, device=temporary(job, work)))
     return _plan("dpo", training, phases, job)
 
 
+def _frozen_states(config: DpoStageConfig, job: Job) -> dict[str, int]:
+    """Output of the frozen layers for the texts of all steps (dpo/states.py), or as much as is ever kept if max_steps does not say."""
+    if config.model.num_frozen_layers == 0:
+        return {}
+    dpo = config.dpo
+    texts = dpo.max_steps * dpo.batch_size * (2 if dpo.is_paired else 1)
+    own = -(-texts // dpo.training.num_processes) * job.text_tokens * job.shape.hidden * job.numeric.width
+    return {"frozen layers' output": min(own or FROZEN_STATES, FROZEN_STATES)}
+
+
 def _language_model_phases(
-    model: ModelConfig, training: TrainingConfig, copy: TrainedCopy, tokens: int, job: Job
+    model: ModelConfig,
+    training: TrainingConfig,
+    copy: TrainedCopy,
+    tokens: int,
+    job: Job,
+    *,
+    kept: dict[str, int] | None = None,
 ) -> list[Phase]:
-    """The phases of a stage that trains a language model on texts, in passes of at most this many tokens."""
+    """The phases of a stage that trains a language model on texts, in passes of at most this many tokens; kept is there in all of them."""
     shape, base = job.shape, libraries(job, training, lora=model.lora is not None)
     run = Pass(
         shape=shape,
@@ -175,7 +192,7 @@ def _language_model_phases(
         training=training,
         numeric=job.numeric,
     )
-    held = {"weights": copy.weights} | lost_in_loading(shape, model, job)
+    held = {"weights": copy.weights} | lost_in_loading(shape, model, job) | (kept or {})
     resident = phase("", optimizer_of(copy, training), device=held)
     return [
         phase("load", base, device=load_peak(copy, shape, model, training, job), main=whole_weights(shape, model, job)),
