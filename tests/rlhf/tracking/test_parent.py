@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from components.rlhf.config.storage import TrackingConfig
 from components.rlhf.tracking.mlflow import start_tracking
-from components.rlhf.tracking.parent import Parent, open_parent
+from components.rlhf.tracking.parent import GOES_TO_GATE, Parent, open_parent
 
 EXPERIMENT = "parents"
 
@@ -78,6 +78,27 @@ def test_parent_shows_final_metrics_and_reports_of_its_stages(
     finish(tracking, "good", "succeeded")  # by another attempt of notify
     history = client.get_metric_history(parent.info.run_id, "win_rate")
     assert [point.value for point in history] == [0.75]
+
+
+@pytest.mark.parametrize("better", ["ppo", "dpo"])
+def test_parent_of_two_policies_shows_the_metrics_of_the_better_one_and_the_report_of_both(
+    tracking: TrackingConfig, client: MlflowClient, tmp_path: Path, better: str
+) -> None:
+    reports = {name: tmp_path / name / "report.html" for name in ("ppo", "both")}
+    for name, path in reports.items():
+        path.parent.mkdir()
+        path.write_text(f"<!doctype html>{name}", encoding="utf-8")
+    run_id, to_gate = f"better-{better}", float(better == "dpo")
+    run_stage(tracking, run_id, "ppo_evaluation", {"win_rate": 0.75}, reports["ppo"])
+    run_stage(tracking, run_id, "evaluation", {"win_rate": 0.25, GOES_TO_GATE: to_gate}, reports["both"])
+    finish(tracking, run_id, "succeeded")
+    parent = parent_of(client, run_id)
+    ppo, dpo = {"win_rate": 0.75}, {"win_rate": 0.25, GOES_TO_GATE: to_gate}
+    own, (other, name) = (ppo, (dpo, "evaluation")) if better == "ppo" else (dpo, (ppo, "ppo_evaluation"))
+    assert parent.data.metrics == own | {f"{name}/{key}": value for key, value in other.items()}
+    folder = Path(client.download_artifacts(parent.info.run_id, "", str(tmp_path)))
+    assert (folder / "report.html").read_text(encoding="utf-8") == "<!doctype html>both"
+    assert json.loads((folder / "summary.json").read_text())["evaluation"] == own
 
 
 def test_parent_of_a_failed_run_names_the_error(tracking: TrackingConfig, client: MlflowClient) -> None:
