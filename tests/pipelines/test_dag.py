@@ -148,20 +148,21 @@ def test_gate_of_two_policies_takes_one(other: dict[str, Any], method: str) -> N
             assert gate["inputs"]["artifacts"][artifact]["componentInputArtifact"].endswith(f"{name}_{artifact}")
 
 
-def test_ppo_and_the_judge_never_see_the_same_data(spec: dict[str, Any]) -> None:
+def test_ppo_and_the_judge_never_see_the_same_data(spec: dict[str, Any], other: dict[str, Any]) -> None:
     """The judge's preferences and the held-out prompts are not inputs of a stage that trains."""
-    tasks = stages_of(spec)["tasks"]
+    tasks = stages_of(other)["tasks"] | stages_of(spec)["tasks"]
 
     def datasets_of(task: str) -> set[str]:
         artifacts = tasks[task]["inputs"].get("artifacts", {}).values()
         outputs = (a["taskOutputArtifact"] for a in artifacts)
         return {o["outputArtifactKey"] for o in outputs if o["producerTask"] == "prepare-data"}
 
-    assert {task: datasets_of(task) for task in ("sft", "reward-model", "judge", "ppo", "evaluation")} == {
+    assert {task: datasets_of(task) for task in ("sft", "reward-model", "judge", "ppo", "dpo", "evaluation")} == {
         "sft": {"demonstrations"},
         "reward-model": {"preferences", "prompts"},
         "judge": {"judge_preferences"},
         "ppo": {"prompts"},
+        "dpo": {"preferences"},
         "evaluation": {"heldout_prompts"},
     }
 
