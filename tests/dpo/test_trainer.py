@@ -142,7 +142,8 @@ def test_microbatches_do_not_change_training(tiny_model: Path, loss: str, microb
     first, second = map(weights, runs)
     moved = max((first[name] - start[name]).abs().max() for name in start)
     assert max((first[name] - second[name]).abs().max() for name in start) < 0.02 * moved
-    rows = [{name: value for name, value in run.history[0].items() if "computed" not in name} for run in runs]
+    other = ("computed_per_real_token", "accuracy")  # in the first step all rewards are 0, but for rounding
+    rows = [{name: value for name, value in run.history[0].items() if name not in other} for run in runs]
     assert rows[1] == pytest.approx(rows[0], rel=1e-4, abs=1e-5)
 
 
