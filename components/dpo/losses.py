@@ -25,7 +25,7 @@ class Answers:
 def pair_losses(config: DpoConfig, answers: Answers) -> Tensor:
     """The loss of each of N pairs, whose answers are the N chosen and then the N rejected ones: [N]."""
     beta, smoothing = config.strength, config.label_smoothing
-    whole, mean = answers.log_ratios.chunk(2), (answers.log_ratios / answers.lengths).chunk(2)
+    whole = answers.log_ratios.chunk(2)
     match config.loss:
         case "dpo":
             return dpo_loss(*whole, beta=beta)
@@ -34,9 +34,9 @@ def pair_losses(config: DpoConfig, answers: Answers) -> Tensor:
         case "robust":
             return robust_loss(*whole, beta=beta, label_smoothing=smoothing)
         case "ipo":
-            return ipo_loss(*mean, beta=beta)
+            return ipo_loss(*(answers.log_ratios / answers.lengths).chunk(2), beta=beta)
         case "simpo":
-            return simpo_loss(*mean, beta=beta, gamma=config.simpo_gamma)
+            return simpo_loss(*(answers.logprobs / answers.lengths).chunk(2), beta=beta, gamma=config.simpo_gamma)
     raise ValueError(f"loss {config.loss} is not one of pairs")
 
 

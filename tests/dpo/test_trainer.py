@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from components.dpo.trainer import DpoTrainer
 from components.rlhf.config.model import LoraConfig
+from components.rlhf.data.batching import epoch_order
 from components.rlhf.data.datasets import save_records
 from components.rlhf.data.token_files import pack, save_tokens
 from components.rlhf.data.tokenizer import encode_record, load_tokenizer
@@ -22,10 +23,6 @@ EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES)
 
 def weights(trainer: DpoTrainer) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in trainer.actor.named_parameters()}
-
-
-def logsigmoid(x: float) -> float:
-    return -math.log1p(math.exp(-x)) if x > -30 else x
 
 
 class SlowModel:
@@ -88,7 +85,6 @@ def test_step_takes_the_mean_over_its_records(tiny_model: Path, loss: str, micro
         training={"microbatch_tokens": microbatch_tokens, "max_grad_norm": 0.0, "warmup_fraction": 0.0},
     )
     before, now = SlowModel(tiny_model), SlowModel(tiny_model)
-    orders, gradients = [], {}
     step = trainer.context.tracker.log
 
     def look(metrics: Any, number: int) -> None:
@@ -99,11 +95,8 @@ def test_step_takes_the_mean_over_its_records(tiny_model: Path, loss: str, micro
     trainer.context.tracker.log = look  # type: ignore[method-assign]
     numbers = trainer.train(*examples_of(tiny_model, loss), max_tokens=64)
     assert numbers["num_steps"] == 2
-    from components.rlhf.data.batching import epoch_order
-
-    size = len(LABELED if loss == "kto" else PAIRS)
-    orders = epoch_order(size, seed=3, epoch=1)
-    expected = torch.stack(slow_losses(loss, now, before, orders)).mean()
+    order = epoch_order(len(LABELED if loss == "kto" else PAIRS), seed=3, epoch=1)
+    expected = torch.stack(slow_losses(loss, now, before, order)).mean()
     gradients = torch.autograd.grad(expected, list(now.lm.parameters()))
     row = trainer.history[1]
     assert row["loss"] == pytest.approx(expected.item(), rel=2e-4, abs=1e-5)
@@ -137,25 +130,24 @@ def test_first_step_starts_at_the_reference(tiny_model: Path, loss: str) -> None
     assert row["loss"] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "simpo", "kto"])
-@pytest.mark.parametrize("changes", [{"microbatch_tokens": 30}, {"microbatch_tokens": 1}])
-def test_microbatches_do_not_change_training(tiny_model: Path, loss: str, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("loss", "microbatch_tokens"), [("dpo", 1), ("ipo", 40), ("kto", 30)])
+def test_microbatches_do_not_change_training(tiny_model: Path, loss: str, microbatch_tokens: int) -> None:
     runs = []
-    for training in ({"microbatch_tokens": 4096}, changes):
-        trainer = trainer_of(tiny_model, loss, training=training | {"learning_rate": 1e-3})
+    for limit in (4096, microbatch_tokens):
+        training = {"microbatch_tokens": limit, "learning_rate": 1e-3}
+        trainer = trainer_of(tiny_model, loss, num_epochs=1, training=training)
         train(trainer, tiny_model)
         runs.append(trainer)
     start = weights(trainer_of(tiny_model))
     first, second = map(weights, runs)
     moved = max((first[name] - start[name]).abs().max() for name in start)
     assert max((first[name] - second[name]).abs().max() for name in start) < 0.02 * moved
-    rows = [{name: value for name, value in run.history[0].items() if "computed" not in name} for run in runs]
+    other = ("computed_per_real_token", "accuracy")  # in the first step all rewards are 0, but for rounding
+    rows = [{name: value for name, value in run.history[0].items() if name not in other} for run in runs]
     assert rows[1] == pytest.approx(rows[0], rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"frozen": 1}, {"lora": LoraConfig(rank=4)}, {"frozen": 1, "lora": LoraConfig()}]
-)
+@pytest.mark.parametrize("settings", [{}, {"frozen": 1}, {"lora": LoraConfig(rank=4)}])
 def test_rows_that_are_not_packed_train_alike(tiny_model: Path, settings: dict[str, Any]) -> None:
     runs = []
     for limit in (None, 0):
@@ -201,8 +193,10 @@ def test_adapters_learn_and_leave_the_model_unchanged(tiny_model: Path) -> None:
     assert moved == {name for name in before if ".lora_" in name}
 
 
-@EVERY_LOSS
-@pytest.mark.parametrize("settings", [{}, {"frozen": 1, "lora": LoraConfig(rank=4)}], ids=["all", "adapters"])
+@pytest.mark.parametrize(
+    ("loss", "settings"),
+    [*((loss, {}) for loss in LOSSES), *((loss, {"frozen": 1, "lora": LoraConfig(rank=4)}) for loss in ("dpo", "kto"))],
+)
 def test_resumed_run_equals_an_uninterrupted_one(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, settings: dict[str, Any]
 ) -> None:
