@@ -167,6 +167,16 @@ def main(folder: Path, models: Path) -> None:
         one_row = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"num_samples": 1})})
         comparison = compare(one_row, PROMPTS[:1], **folders, progress=Progress("evaluation", silent=True), ranks=few)
         results["one row"] = numbers_of(comparison)
+        given = comparison.sft.completions
+        again = compare(
+            one_row,
+            PROMPTS[:1],
+            **folders,
+            progress=Progress("evaluation", silent=True),
+            ranks=few,
+            sft_completions=given,
+        )
+        results["one row, its SFT response given"] = numbers_of(again)
         if group.rank == 0:
             (folder / "results.json").write_text(json.dumps(results))
 
