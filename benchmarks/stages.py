@@ -59,7 +59,7 @@ STAGE_IO: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...]]] = {
             "judge": ("judge", "judge"),
             "prompts": ("prepare_data", "heldout-prompts"),
         },
-        ("evaluation", "metrics", "report", "summary", "decision", "reason"),
+        ("evaluation", "metrics", "report", "summary", "decision", "reason", "better"),
     ),
 }
 

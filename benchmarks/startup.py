@@ -44,6 +44,7 @@ NEED_OF_STAGE = {
     "reward_model": "models",
     "judge": "judges",
     "ppo": "models",
+    "dpo": "models",
     "evaluation": "judges",
     "register": "mlflow",
     "notify": "mlflow",

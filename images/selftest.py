@@ -13,9 +13,24 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ALL_STAGES = ("import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation", "register", "notify")
-# The tasks of sft, reward_model and ppo may run in the tools image, to launch these stages as TrainJobs.
-STAGES = {"tools": ("register", "notify", "sft", "reward_model", "ppo"), "trainer": ALL_STAGES, "rollout": ALL_STAGES}
+ALL_STAGES = (
+    "import_model",
+    "prepare_data",
+    "sft",
+    "reward_model",
+    "judge",
+    "ppo",
+    "dpo",
+    "evaluation",
+    "register",
+    "notify",
+)
+# The tasks of sft, reward_model, ppo and dpo may run in the tools image, to launch these stages as TrainJobs.
+STAGES = {
+    "tools": ("register", "notify", "sft", "reward_model", "ppo", "dpo"),
+    "trainer": ALL_STAGES,
+    "rollout": ALL_STAGES,
+}
 # What only training stages use, and what they import with it; the stages of the tools image have no torch.
 TRAINING = (
     "components.rlhf.checkpoints.manager",
@@ -28,7 +43,7 @@ TRAINING = (
 )
 # What only such tasks use; the images of the stages have no kubernetes.
 LAUNCHING = ("components.rlhf.trainjob.api", "components.rlhf.trainjob.jobs", "components.rlhf.trainjob.launch")
-LAUNCHED = ("sft", "reward_model", "ppo")
+LAUNCHED = ("sft", "reward_model", "ppo", "dpo")
 FORBIDDEN = {"tools": ("kfp", "torch", "transformers"), "trainer": ("kfp", "vllm"), "rollout": ("kfp",)}
 REQUIRED = {"rollout": ("vllm",)}
 LOAD = "import ctypes, sys, torch; ctypes.CDLL(sys.argv[1])"

@@ -1,9 +1,9 @@
-"""A volume for the checkpoints of one run: a claim that the run creates, and deletes when PPO has succeeded.
+"""A volume for the checkpoints of one run: a claim that the run creates, and deletes when the policies are trained.
 
 A run that fails keeps its claim, so that Kubeflow Pipelines can retry it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,9 @@ class CheckpointClaim:
     def name(self) -> Any:
         return self.created.outputs["name"]
 
-    def delete(self, *, after: Any) -> None:
+    def delete(self, *, after: Sequence[Any]) -> None:
         """Add the task that deletes the claim."""
-        deleted = kubernetes.DeletePVC(pvc_name=self.name).after(after)
+        deleted = kubernetes.DeletePVC(pvc_name=self.name).after(*after)
         deleted.set_caching_options(False).set_display_name("delete checkpoint volume")
 
 
@@ -55,8 +55,8 @@ def create_checkpoint_claim(params: Params, inputs: Mapping[str, Any]) -> Checkp
     opened.set_caching_options(False).set_display_name("open checkpoint volume")
     opened.set_cpu_request("50m").set_cpu_limit("500m").set_memory_request("128Mi").set_memory_limit("128Mi")
     kubernetes.mount_pvc(opened, created.outputs["name"], CHECKPOINT_PATH)
-    # On the nodes of PPO, because a volume is often created in the zone of its first pod.
-    set_node(opened, "ppo", params, inputs)
+    # On the nodes of PPO or DPO, because a volume is often created in the zone of its first pod.
+    set_node(opened, params.policy.methods[0], params, inputs)
     # The owner of a folder needs no capability to change its mode.
     kubernetes.set_security_context(opened, run_as_user=0, run_as_group=0, run_as_non_root=False)
     kubernetes.set_image_pull_policy(opened, params.cluster.image_pull_policy)

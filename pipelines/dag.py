@@ -2,8 +2,11 @@
 
 import_model -> prepare_data -> sft -> reward_model -> ppo -> evaluation -> gate -> register
                             \\-> judge ----------------------/
-and notify at the end, whether the run succeeds or fails. Without a reward model among its rewards, a run has no reward_model task; with
-code of the user it has import_code, for judge, ppo and evaluation. placement.py sets the image, node and resources of each task.
+and notify at the end, whether the run succeeds or fails. With policy.method dpo, sft -> dpo -> evaluation replace reward_model and ppo;
+with both, the two branches are side by side, the evaluation of DPO follows that of PPO, and the gate takes the better one.
+
+Without a reward model among its rewards, a run has no reward_model task; with code of the user it has import_code, for judge, ppo and
+evaluation. placement.py sets the image, node and resources of each task.
 """
 
 import inspect
@@ -14,6 +17,7 @@ from kfp import dsl
 from kfp.dsl import Input
 
 from components.artifact_types import Evaluation, PolicyManifest
+from components.dpo.component import dpo
 from components.evaluation.component import EVALUATION
 from components.import_code.component import import_code
 from components.import_model.component import import_model, import_reward_model, import_sft_model
@@ -25,12 +29,19 @@ from components.register.component import register
 from components.reward_model.component import reward_model
 from components.rlhf.config.notify import NotifyStageConfig
 from components.rlhf.config.params import Params
+from components.rlhf.config.policy import TITLES
 from components.rlhf.config.register import RegisterStageConfig
 from components.sft.component import sft
 from pipelines import placement
 from pipelines.access import cluster_storage
 from pipelines.claim import create_checkpoint_claim
-from pipelines.settings import dump_yaml, import_settings, judge_reward_model_settings, settings_of_stage
+from pipelines.settings import (
+    dump_yaml,
+    evaluation_settings,
+    import_settings,
+    judge_reward_model_settings,
+    settings_of_stage,
+)
 from pipelines.trainjob import configure_launcher
 
 NAME = "rlhf"
@@ -50,6 +61,22 @@ def build_pipeline(params: Params) -> Any:
                 settings = RegisterStageConfig.model_validate({"decision": branch}).canonical_json()
                 task = register(policy=policy, evaluation=verdict, settings=settings, tracking=tracking)
                 placement.configure_task(task, "register", params)
+
+    @dsl.pipeline(name="better", description="Takes the better one of two policies to the gate.")
+    def better_gate(
+        better: str,
+        ppo_decision: str,
+        ppo_policy: Input[PolicyManifest],
+        ppo_verdict: Input[Evaluation],
+        dpo_decision: str,
+        dpo_policy: Input[PolicyManifest],
+        dpo_verdict: Input[Evaluation],
+        tracking: str,
+    ) -> None:
+        with dsl.If(better == "ppo", name="ppo"):
+            gate(decision=ppo_decision, policy=ppo_policy, verdict=ppo_verdict, tracking=tracking)
+        with dsl.If(better == "dpo", name="dpo"):
+            gate(decision=dpo_decision, policy=dpo_policy, verdict=dpo_verdict, tracking=tracking)
 
     defaults = {
         "tracking": params.tracking.canonical_json(),
@@ -157,39 +184,63 @@ def build_pipeline(params: Params) -> Any:
             )
             configure(judge_task, "judge")
 
-            mixed = {"demonstrations": datasets["demonstrations"]} if params.ppo.ptx_coef else {}
-            ppo_task = PPO[frozenset(first_model | code | mixed)](
-                sft_model=sft_model,
-                prompts=datasets["prompts"],
-                settings=settings_of_stage(params, "ppo"),
-                **first_model,
-                **code,
-                **mixed,
-                **shared,
-            )
-            configure(ppo_task, "ppo", "PPO")
-            ppo_task.after(judge_task)  # a judge that fails or cannot tell is known before the hours of PPO
+            # By method: its training task, and the task that evaluates its policy.
+            policies: dict[str, Any] = {}
+            if params.runs("ppo"):
+                mixed = {"demonstrations": datasets["demonstrations"]} if params.ppo.ptx_coef else {}
+                policies["ppo"] = PPO[frozenset(first_model | code | mixed)](
+                    sft_model=sft_model,
+                    prompts=datasets["prompts"],
+                    settings=settings_of_stage(params, "ppo"),
+                    **first_model,
+                    **code,
+                    **mixed,
+                    **shared,
+                )
+            if params.runs("dpo"):
+                policies["dpo"] = dpo(
+                    sft_model=sft_model,
+                    preferences=datasets["preferences"],
+                    settings=settings_of_stage(params, "dpo"),
+                    **shared,
+                )
+            evaluations: dict[str, Any] = {}
+            rival: dict[str, Any] = {}
+            for method, task in policies.items():
+                configure(task, method, TITLES[method])
+                task.after(judge_task)  # a judge that fails or cannot tell is known before the hours of training
+                evaluation_task = EVALUATION[frozenset(first_model | code | rival)](
+                    sft_model=sft_model,
+                    policy=task.outputs["model"],
+                    judge=judge_task.outputs["judge"],
+                    prompts=datasets["heldout_prompts"],
+                    settings=evaluation_settings(params, method),
+                    **first_model,
+                    **code,
+                    **rival,
+                    **shared,
+                )
+                configure(evaluation_task, "evaluation", f"{TITLES[method]} evaluation" if len(policies) > 1 else "")
+                evaluations[method] = evaluation_task
+                rival = {"rival": evaluation_task.outputs["evaluation"]}
+            if claim and len(policies) > 1:  # only one node at a time can mount the volume of the checkpoints
+                policies["dpo"].after(policies["ppo"])
 
-            evaluation_task = EVALUATION[frozenset(first_model | code)](
-                sft_model=sft_model,
-                policy=ppo_task.outputs["model"],
-                judge=judge_task.outputs["judge"],
-                prompts=datasets["heldout_prompts"],
-                settings=settings_of_stage(params, "evaluation"),
-                **first_model,
-                **code,
-                **shared,
-            )
-            configure(evaluation_task, "evaluation")
-
-            gate(
-                decision=evaluation_task.outputs["decision"],
-                policy=ppo_task.outputs["manifest"],
-                verdict=evaluation_task.outputs["evaluation"],
-                tracking=tracking,
-            )
+            verdicts = {
+                method: {
+                    "decision": evaluations[method].outputs["decision"],
+                    "policy": task.outputs["manifest"],
+                    "verdict": evaluations[method].outputs["evaluation"],
+                }
+                for method, task in policies.items()
+            }
+            if len(policies) > 1:
+                given = {f"{method}_{name}": value for method, own in verdicts.items() for name, value in own.items()}
+                better_gate(better=evaluations["dpo"].outputs["better"], tracking=tracking, **given)
+            else:
+                gate(tracking=tracking, **next(iter(verdicts.values())))
             if claim:
-                claim.delete(after=ppo_task)
+                claim.delete(after=list(policies.values()))
 
     return dsl.pipeline(name=NAME, description="RLHF: SFT, reward model, PPO, held-out comparison, gate.")(
         with_inputs(rlhf, defaults)

@@ -33,7 +33,8 @@ def read_judge_files(params: Params, folder: Path) -> Params:
     rewards = [section for key, section in found.items() if key.startswith("ppo.rewards.")]
     content = params.model_dump(mode="json")
     content["judge"] = judges if isinstance(params.judge, tuple) else judges[0]
-    content["ppo"]["rewards"] = rewards
+    if rewards:  # a run without PPO has none
+        content["ppo"]["rewards"] = rewards
     content["ppo"]["environment"] = found.get("ppo.environment")
     try:
         return Params.model_validate(content)

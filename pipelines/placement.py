@@ -32,6 +32,7 @@ IMAGE_OF = {
     "reward_model": "trainer",
     "judge": "trainer",
     "ppo": "rollout",
+    "dpo": "trainer",
     "evaluation": "rollout",
     "register": "tools",
     "notify": "tools",

@@ -29,6 +29,7 @@ from components.rlhf.planner.suggest import suggest
 from components.rlhf.runtime.accelerators import driver_version
 from components.rlhf.text.errors import InputError
 
+SECOND_EVALUATION = "evaluation-2"  # the task of a run with two policies
 DEFAULT_MTBF_HOURS = 3000.0  # of one node: a few losses a year
 DEFAULT_MEGABYTES = 300.0  # a second that a node writes to the store
 
@@ -160,12 +161,16 @@ def measured_seconds(run: Path, params: Params) -> dict[str, Seconds]:
     """Seconds of the stages of a finished run, those of PPO scaled to the iterations of params. Raises InputError."""
     try:
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        found = {
-            stage: Seconds(parts={"measured": float(record["seconds"])}, note="measured")
-            for stage, record in summary["stages"].items()
-            if stage in STAGES and not record["reused"]
-        }
-        history = run / "model" / "history.jsonl"
+        seconds: dict[str, float] = {}
+        for stage, record in summary["stages"].items():
+            name = "evaluation" if stage == SECOND_EVALUATION else stage
+            if name in STAGES and not record["reused"]:
+                seconds[name] = seconds.get(name, 0.0) + float(record["seconds"])
+        found = {stage: Seconds(parts={"measured": value}, note="measured") for stage, value in seconds.items()}
+        if "ppo" not in found:
+            return found
+        # In a run with two policies the model may be DPO's.
+        history = next((run / "artifacts").glob("*/ppo/model/history.jsonl"), run / "model" / "history.jsonl")
         rows = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
         each = {
             # Iterations in which PPO's guard turned back have none.
@@ -176,9 +181,8 @@ def measured_seconds(run: Path, params: Params) -> dict[str, Seconds]:
         raise InputError(
             f"{run} has no summary.json and model/history.jsonl of a finished run ({error}); name the folder of one."
         ) from None
-    if "ppo" in found:
-        start = max(found["ppo"].total - len(rows) * sum(each.values()), 0.0)
-        parts = {name: params.ppo.num_iterations * seconds for name, seconds in each.items()}
-        note = f"{params.ppo.num_iterations} iterations as measured"
-        found["ppo"] = Seconds(parts={"start and validation": start} | parts, note=note)
+    start = max(found["ppo"].total - len(rows) * sum(each.values()), 0.0)
+    parts = {name: params.ppo.num_iterations * seconds for name, seconds in each.items()}
+    note = f"{params.ppo.num_iterations} iterations as measured"
+    found["ppo"] = Seconds(parts={"start and validation": start} | parts, note=note)
     return found

@@ -44,9 +44,16 @@ def resolve_profiles(content: YamlDict) -> YamlDict:
         profiles.setdefault(name, _resolve_profile(str(name), custom, (), key))
     content = content | {"cluster": cluster | {"profiles": profiles}}
     for stage in PROCESS_STAGES:
+        if stage == "dpo" and not _runs_dpo(content):  # else the section would be there without having been given
+            continue
         profile = profiles[stages.get(stage, used["cluster.default_profile"])]
         _set_processes(content, stage, _num_processes(profile) if isinstance(profile, dict) else 0)
     return content
+
+
+def _runs_dpo(content: YamlDict) -> bool:
+    policy = content.get("policy")
+    return isinstance(policy, dict) and policy.get("method") in ("dpo", "both")
 
 
 def _resolve_profile(name: str, custom: YamlDict, path: tuple[str, ...], key: str = "") -> Any:

@@ -12,12 +12,14 @@ from pydantic import ValidationError
 
 from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.code import ImportCodeStageConfig
+from components.rlhf.config.dpo import DpoStageConfig
 from components.rlhf.config.environment import with_observations
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.explain import explain_validation_error, short_repr
 from components.rlhf.config.import_model import ImportModelStageConfig
 from components.rlhf.config.judge import JudgeStageConfig
 from components.rlhf.config.params import Params
+from components.rlhf.config.policy import Method
 from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.config.prepare_data import PrepareDataStageConfig, PreviewConfig
 from components.rlhf.config.reward_model import RewardModelStageConfig
@@ -163,6 +165,7 @@ def settings_of_stage(params: Params, stage: str) -> str:
         "reward_model": RewardModelStageConfig,
         "judge": JudgeStageConfig,
         "ppo": PpoStageConfig,
+        "dpo": DpoStageConfig,
         "evaluation": EvaluationStageConfig,
         "import_code": ImportCodeStageConfig,
     }
@@ -171,6 +174,14 @@ def settings_of_stage(params: Params, stage: str) -> str:
     if stage not in stages:
         raise InputError(f"{stage} is not a stage with settings; stages: {', '.join(['import_model', *stages])}.")
     return params.stage(stages[stage]).canonical_json()
+
+
+def evaluation_settings(params: Params, method: Method) -> str:
+    """The canonical JSON of the task that evaluates the policy of a method."""
+    stage = params.stage(EvaluationStageConfig)
+    is_last = method == params.policy.methods[-1]
+    update = {"method": method, "stage_name": "evaluation" if is_last else f"{method}_evaluation"}
+    return stage.model_copy(update=update).canonical_json()
 
 
 def judge_reward_model_settings(params: Params) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from components.rlhf.config.base import BaseConfig
+from components.rlhf.config.dpo import DpoConfig, DpoStageConfig
 from components.rlhf.config.evaluation import EvaluationConfig, EvaluationStageConfig, GateConfig
 from components.rlhf.config.judge import RewardModelJudge
 from components.rlhf.config.model import ModelConfig, SamplingConfig
@@ -18,7 +19,7 @@ from components.rlhf.planner.other_stages import plan_evaluation
 from components.rlhf.planner.phases import StagePlan
 from components.rlhf.planner.ppo_stage import plan_ppo
 from components.rlhf.planner.sources import shape_from
-from components.rlhf.planner.training_stages import plan_reward_model, plan_sft
+from components.rlhf.planner.training_stages import plan_dpo, plan_reward_model, plan_sft
 
 PROMPT_TOKENS, MAX_TOKENS, NEW_TOKENS = 32, 256, 96  # one token per character
 JUDGE = RewardModelJudge(kind="reward_model")
@@ -54,6 +55,7 @@ class Case:
     training: dict[str, Any] = field(default_factory=dict)
     critic: dict[str, Any] = field(default_factory=dict)
     ppo: dict[str, Any] = field(default_factory=dict)
+    dpo: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     rollout: dict[str, Any] = field(default_factory=dict)  # engine of the evaluation
     checkpoints: bool = False
@@ -72,6 +74,8 @@ class Case:
         }
         if self.stage == "sft":
             return SftStageConfig(sft=SftConfig(max_steps=2, batch_size=4, training=training), **shared)
+        if self.stage == "dpo":
+            return DpoStageConfig(dpo=DpoConfig(max_steps=2, batch_size=2, training=training, **self.dpo), **shared)
         if self.stage == "reward_model":
             section = RewardModelConfig(max_steps=2, batch_size=2, num_calibration_samples=4, training=training)
             return RewardModelStageConfig(reward_model=section, sampling=_sampling(16, 4), **shared)
@@ -111,6 +115,7 @@ class Case:
             "sft": plan_sft,
             "reward_model": plan_reward_model,
             "ppo": plan_ppo,
+            "dpo": plan_dpo,
             "evaluation": plan_evaluation,
         }
         found: StagePlan = plans[self.stage](self.config(), job)
@@ -171,6 +176,19 @@ CASES = (
     Case(stage="ppo", size="60M", label="without a critic, LoRA", model=LORA, ppo=CRITIC_FREE),
     Case(stage="ppo", size="60M", label="without a critic, entropy bonus", ppo=CRITIC_FREE | {"entropy_coef": 0.01}),
     Case(stage="ppo", size="150M"),
+    *(Case(stage="dpo", size=size) for size in ("60M", "150M")),
+    Case(stage="dpo", size="60M", label="bf16", model=BF16),
+    Case(stage="dpo", size="60M", label="frozen", model={"num_frozen_layers": 12}),
+    Case(stage="dpo", size="60M", label="LoRA", model=LORA),
+    Case(stage="dpo", size="60M", label="QLoRA", model=QLORA),
+    Case(stage="dpo", size="60M", label="ZeRO-2 x 2", training=_zero(2)),
+    Case(stage="dpo", size="60M", label="ZeRO-3 x 2, bf16", model=BF16, training=_zero(3)),
+    Case(
+        stage="dpo",
+        size="60M",
+        label="passes of the reference of 4,096 tokens",
+        dpo={"reference_microbatch_tokens": 4096},
+    ),
     Case(stage="evaluation", size="60M"),
     Case(
         stage="evaluation",

@@ -14,13 +14,15 @@ READS = {
     "sft": ("base_model", "demonstrations"),
     "reward_model": ("base_model", "sft_model", "preferences", "prompts"),
     "ppo": ("sft_model", "reward_model", "prompts"),
+    "dpo": ("sft_model", "preferences"),
     "evaluation": ("sft_model", "policy", "reward_model", "judge", "prompts"),
 }
 WRITES = {
     "sft": ("model", "metrics", "summary"),
     "reward_model": ("model", "metrics", "summary"),
     "ppo": ("model", "manifest", "metrics", "curves"),
-    "evaluation": ("evaluation", "metrics", "report", "summary", "decision", "reason"),
+    "dpo": ("model", "manifest", "metrics", "report"),
+    "evaluation": ("evaluation", "metrics", "report", "summary", "decision", "reason", "better"),
 }
 
 

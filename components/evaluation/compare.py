@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from components.evaluation.ranks import Ranks
 from components.evaluation.sampling import Sampled, sample_models
 from components.rlhf.config.evaluation import EvaluationStageConfig
+from components.rlhf.config.policy import TITLES, Method
 from components.rlhf.data.batching import collate, collate_completions
 from components.rlhf.data.microbatches import equal_passes
 from components.rlhf.data.records import Completion, Prompt
@@ -29,6 +30,7 @@ from components.rlhf.text.errors import InputError
 from components.rlhf.text.progress import Progress
 
 MICROBATCH_TOKENS = 4096
+SFT = "fine-tuned"  # name of the SFT model in messages; that of the policy is its method's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +48,17 @@ class Comparison:
 
     groups: list[int]  # number of the prompt of each row
     sft: Responses
-    ppo: Responses
-    kl: list[float]  # log-ratio of PPO to fine-tuned model in nats, summed over the model's tokens of each PPO response
+    policy: Responses
+    kl: list[
+        float
+    ]  # log-ratio of policy to fine-tuned model in nats, summed over the model's tokens of each response of the policy
     exact_kl: list[float]  # KL of the next-token distributions in nats, summed over the same tokens
+    method: Method = "ppo"  # that has trained the policy
     num_failed: int = 0  # rows that were left out, because the environment failed
 
     @property
     def prompts(self) -> list[Prompt]:
-        return [completion.prompt for completion in self.ppo.completions]
+        return [completion.prompt for completion in self.policy.completions]
 
 
 def compare(
@@ -66,23 +71,29 @@ def compare(
     progress: Progress,
     ranks: Ranks | None = None,
     code: Path | None = None,
+    sft_completions: Sequence[Completion] | None = None,
 ) -> Comparison:
     """Sample both models, measure the KL, and score the responses. Every rank gets the whole comparison.
 
     The sampled model, the two models of the KL, and the reward model, if there is one, are in memory one after the other.
+    sft_completions are responses of the fine-tuned model to the same rows, which then is not sampled again.
     """
     ranks = ranks or Ranks.of(config)
     tokenizer, stop_ids = load_tokenizer(sft_model), load_stop_ids(sft_model)
     groups = [number for number in range(len(prompts)) for _ in range(config.evaluation.num_samples)]
-    folders = {"fine-tuned": sft_model, "PPO": policy}
+    name = TITLES[config.method]
+    folders = {SFT: sft_model, name: policy}
+    to_sample = [(name, policy)] if sft_completions is not None else list(folders.items())
     rows = [prompts[number] for number in groups]
-    sampled = sample_models(config, rows, list(folders.items()), ranks, progress, code=code)
+    sampled = sample_models(config, rows, to_sample, ranks, progress, code=code)
+    # Responses of a rival's evaluation come without an environment, so that none of its rows has failed.
     kept = rows_without_failures(sampled)
     groups = [groups[row] for row in kept]
     sampled = {
-        name: replace(each, completions=[each.completions[row] for row in kept]) for name, each in sampled.items()
+        each: replace(found, completions=[found.completions[row] for row in kept]) for each, found in sampled.items()
     }
-    sft, ppo = sampled["fine-tuned"].completions, sampled["PPO"].completions
+    sft = list(sft_completions) if sft_completions is not None else sampled[SFT].completions
+    own = sampled[name].completions
     distribution = sampling_distribution(config.sampling, stop_ids)
     ranks.group.watchdog("evaluation, KL")
     kl, exact = measure_kl(folders, sampled, distribution, ranks, num_frozen_layers=config.model.num_frozen_layers)
@@ -90,15 +101,16 @@ def compare(
     rewards = None
     if reward_model is not None:
         ranks.group.watchdog("evaluation, scores of the reward model")
-        rewards = score(reward_model, [*sft, *ppo], ranks)
+        rewards = score(reward_model, [*sft, *own], ranks)
         ranks.release()
-    cut_sft, cut_ppo = cut_to_equal_length(sft, ppo, tokenizer, stop_ids)
+    cut_sft, cut_own = cut_to_equal_length(sft, own, tokenizer, stop_ids)
     return Comparison(
         groups=groups,
         sft=Responses(completions=sft, cut=cut_sft, rewards=rewards and rewards[: len(sft)]),
-        ppo=Responses(completions=ppo, cut=cut_ppo, rewards=rewards and rewards[len(sft) :]),
+        policy=Responses(completions=own, cut=cut_own, rewards=rewards and rewards[len(sft) :]),
         kl=kl,
         exact_kl=exact,
+        method=config.method,
         num_failed=len(rows) - len(kept),
     )
 
@@ -179,32 +191,32 @@ def measure_kl(
     *,
     num_frozen_layers: int,
 ) -> tuple[list[float], list[float]]:
-    """Both estimates of sequence_kl() for PPO's responses.
+    """Both estimates of sequence_kl() for the policy's responses; folders has the fine-tuned model first, then the policy.
 
     Raises InputError if the engine that sampled computes other log-probs than these models.
     """
+    _, policy = folders
     lms = {name: ranks.load_lm(folder) for name, folder in folders.items()}
     frozen = 0 if ranks.shards_weights else num_frozen_layers
-    if not share_trunk(lms["fine-tuned"], [lms["PPO"]], frozen):
+    if not share_trunk(lms[SFT], [lms[policy]], frozen):
         frozen = 0
     actors = {name: ranks.actor(lm, num_frozen_layers=frozen) for name, lm in lms.items()}
-    ids = probe_ids(load_tokenizer(folders["fine-tuned"]))
+    ids = probe_ids(load_tokenizer(folders[SFT]))
     probe = collate([ids[:1]], [ids[1:]]).to(ranks.device)
-    states = actors["fine-tuned"].trunk(probe)
+    states = actors[SFT].trunk(probe)
     own = {name: actor(probe, SamplingDistribution(), states)[0][0] for name, actor in actors.items()}
-    for name, logprobs in own.items():
-        require_equal_logprobs(sampled[name].probe, logprobs, ranks.dtype, model=f"{name} model")
-    engine = sampled["fine-tuned"].probe, sampled["PPO"].probe
-    require_other_logprobs(engine, (own["fine-tuned"], own["PPO"]), model="PPO model")
+    for name, responses in sampled.items():
+        require_equal_logprobs(responses.probe, own[name], ranks.dtype, model=f"{name} model")
+    if SFT in sampled:  # else the engine was started with the policy
+        engine = sampled[SFT].probe, sampled[policy].probe
+        require_other_logprobs(engine, (own[SFT], own[policy]), model=f"{policy} model")
     most = max_over_shards(ranks.training, ranks.group)
 
     def measure(own: list[Completion]) -> list[tuple[float, float]]:
-        estimates = sequence_kl(
-            actors["PPO"], actors["fine-tuned"], own, distribution, ranks.device, max_over_ranks=most
-        )
+        estimates = sequence_kl(actors[policy], actors[SFT], own, distribution, ranks.device, max_over_ranks=most)
         return list(zip(*estimates, strict=True))
 
-    kl = over_ranks(ranks.group, sampled["PPO"].completions, measure)
+    kl = over_ranks(ranks.group, sampled[policy].completions, measure)
     return [sampled for sampled, _ in kl], [exact for _, exact in kl]
 
 

@@ -1,4 +1,4 @@
-"""KFP components of the stage evaluation, with and without a reward model and code of the user."""
+"""KFP components of the stage evaluation, with and without a reward model, code of the user, and the evaluation of another policy."""
 
 from kfp import dsl
 from kfp.dsl import HTML, Input, Markdown, Metrics, Output
@@ -12,6 +12,7 @@ def _evaluation(
     policy: Input[Policy],
     reward_model: Input[RewardModel],
     code: Input[Code],
+    rival: Input[Evaluation],
     judge: Input[Judge],
     prompts: Input[Prompts],
     evaluation: Output[Evaluation],
@@ -20,17 +21,19 @@ def _evaluation(
     summary: Output[Markdown],
     decision: dsl.OutputPath(str),
     reason: dsl.OutputPath(str),
+    better: dsl.OutputPath(str),
     settings: str,
     tracking: str = "{}",
     storage: str = "{}",
 ) -> dsl.ContainerSpec:
-    """Compare PPO with the fine-tuned model on held-out prompts, using judges that PPO never sees, and decide on promotion.
+    """Compare a policy with the fine-tuned model on held-out prompts, using judges that it never sees, and decide on promotion.
 
     Args:
         sft_model: Fine-tuned model, the baseline of the comparison.
-        policy: Model trained by PPO.
+        policy: Model trained by PPO or DPO.
         reward_model: Reward model that PPO was trained with.
         code: Folder with the Python functions of judges.
+        rival: Evaluation of the other policy of a run with two; the responses of the fine-tuned model are taken from it.
         judge: Judges that compare the responses; the first one decides.
         prompts: Held-out prompts.
         evaluation: All numbers and responses of the comparison.
@@ -39,6 +42,7 @@ def _evaluation(
         summary: Markdown summary of the decision and the metrics.
         decision: Decision of the gate, "promote" or "reject".
         reason: Reason for the decision.
+        better: Method whose policy goes to the gate, "ppo" or "dpo".
         settings: Canonical JSON of EvaluationStageConfig.
         tracking: Canonical JSON of TrackingConfig.
         storage: Canonical JSON of StorageConfig: answers of endpoint judges, and access to S3.
@@ -46,5 +50,5 @@ def _evaluation(
     return container_spec("evaluation", "rollout", locals())
 
 
-EVALUATION = variants(_evaluation, "reward_model", "code")
+EVALUATION = variants(_evaluation, "reward_model", "code", "rival")
 evaluation = EVALUATION[frozenset({"reward_model"})]

@@ -24,10 +24,10 @@ class Judged:
     """What one judge says about the rows of a comparison."""
 
     entry: JudgeEntry
-    wins: Floats  # [R] of PPO over the fine-tuned model: 1, 0, 0.5 for a tie; nan without an answer
+    wins: Floats  # [R] of the policy over the fine-tuned model: 1, 0, 0.5 for a tie; nan without an answer
     consistent: list[bool]  # [R]: the same answer in both orders
     sft_scores: list[float] | None = None  # None for a judge that gives no scores, and in the next four
-    ppo_scores: list[float] | None = None
+    policy_scores: list[float] | None = None
     cut_wins: Floats | None = None  # of the responses that are cut to equal length
     validation_scores: list[float] | None = None  # of the samples of PPO's validation passes
     counts: dict[str, float] = field(default_factory=dict)  # requests, tokens and cost of an endpoint
@@ -45,7 +45,7 @@ class Judged:
     @property
     def is_pairwise(self) -> bool:
         """Whether the judge read two responses at a time, in both orders."""
-        return not self.error and self.ppo_scores is None
+        return not self.error and self.policy_scores is None
 
     @property
     def cannot_tell(self) -> str:
@@ -125,9 +125,9 @@ def judge_one(
 
 
 def _ask(judge: OpenJudge, comparison: Comparison, validation: Sequence[ValidationSample]) -> Judged:
-    sft, ppo = comparison.sft, comparison.ppo
+    sft, policy = comparison.sft, comparison.policy
     if judge.scorer is None:
-        preferences = judge.pairwise.compare(ppo.completions, sft.completions)
+        preferences = judge.pairwise.compare(policy.completions, sft.completions)
         return Judged(
             entry=judge.entry,
             wins=preferences.wins.double().numpy(),
@@ -135,19 +135,19 @@ def _ask(judge: OpenJudge, comparison: Comparison, validation: Sequence[Validati
             counts=preferences.counts,
         )
     verifies = isinstance(judge.entry.settings, VERIFIABLE)
-    cut_parts = [[], []] if verifies else [sft.cut, ppo.cut]  # a cut response may have lost its answer
+    cut_parts = [[], []] if verifies else [sft.cut, policy.cut]  # a cut response may have lost its answer
     # In one call, because a call may start a process.
-    parts = [sft.completions, ppo.completions, *cut_parts, [as_completion(sample) for sample in validation]]
+    parts = [sft.completions, policy.completions, *cut_parts, [as_completion(sample) for sample in validation]]
     scores = judge.scorer.score([completion for part in parts for completion in part]).tolist()
     take = _taker(scores)
-    sft_scores, ppo_scores, cut_sft, cut_ppo, validation_scores = (take(len(part)) for part in parts)
+    sft_scores, policy_scores, cut_sft, cut_policy, validation_scores = (take(len(part)) for part in parts)
     return Judged(
         entry=judge.entry,
-        wins=pairwise_wins(ppo_scores, sft_scores),
-        consistent=[True] * len(ppo_scores),
+        wins=pairwise_wins(policy_scores, sft_scores),
+        consistent=[True] * len(policy_scores),
         sft_scores=sft_scores,
-        ppo_scores=ppo_scores,
-        cut_wins=None if verifies else pairwise_wins(cut_ppo, cut_sft),
+        policy_scores=policy_scores,
+        cut_wins=None if verifies else pairwise_wins(cut_policy, cut_sft),
         validation_scores=validation_scores,
     )
 

@@ -24,9 +24,11 @@ from components.evaluation.samples import (
     gains_of,
     turns_of,
 )
+from components.evaluation.side_by_side import SideBySide
 from components.evaluation.verdict import Decision
 from components.rlhf.artifacts.manifest import Fact
-from components.rlhf.text.comparison_table import comparison_rows
+from components.rlhf.config.policy import TITLES
+from components.rlhf.text.comparison_table import comparison_rows, method_of
 
 Facts = Mapping[str, Fact]
 NO_FACTS: Facts = MappingProxyType({})
@@ -39,19 +41,27 @@ TRAINING_PANELS = (
 
 
 def as_markdown(
-    numbers: Mapping[str, float], judges: Sequence[Judged], verdict: Decision, policy: Facts = NO_FACTS
+    numbers: Mapping[str, float],
+    judges: Sequence[Judged],
+    verdict: Decision,
+    policy: Facts = NO_FACTS,
+    both: SideBySide | None = None,
 ) -> str:
-    """policy are the facts of its manifest."""
+    """policy are the facts of its manifest; both has it beside the other policy of the run."""
     lines = [f"# {verdict.decision.capitalize()}", "", f"{verdict.reason}.", ""]
     lines += [line for sentence in policy_sentences(policy) for line in (sentence, "")] + [
-        "| | SFT | PPO |",
+        f"| | SFT | {TITLES[method_of(numbers)]} |",
         "|---|---:|---:|",
     ]
-    lines += [f"| {row['name']} | {row['sft']} | {row['ppo']} |" for row in comparison_rows(numbers)]
+    lines += [f"| {row['name']} | {row['sft']} | {row['policy']} |" for row in comparison_rows(numbers)]
     lines += ["", "| judge | agreement with people | win rate |", "|---|---|---|"]
     for row in judge_rows(numbers, judges):
         cells = [row[name].replace("|", "\\|") for name in ("name", "agreement", "win_rate")]
         lines.append(f"| {' | '.join(cells)} |")
+    if both:
+        lines += ["", f"## {' and '.join(both.head[1:])} side by side", "", both.reason, ""]
+        lines += [f"| | {' | '.join(both.head)} |", "|---" + "|---:" * len(both.head) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in both.rows]
     return "\n".join(lines) + "\n"
 
 
@@ -65,16 +75,20 @@ def as_html(
     seed: int,
     memory: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
     policy: Facts = NO_FACTS,
+    both: SideBySide | None = None,
 ) -> str:
     """A self-contained HTML page. training has one row per validation pass, and may be empty; memory has measurements by stage.
 
-    policy are the facts of its manifest.
+    policy are the facts of its manifest; both has it beside the other policy of the run.
     """
     template = jinja2.Environment(autoescape=True).from_string(
         (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     )
-    gives_scores = judges[0].ppo_scores is not None and not judges[0].cannot_tell
+    gives_scores = judges[0].policy_scores is not None and not judges[0].cannot_tell
+    title = TITLES[comparison.method]
     return template.render(
+        method=title,
+        both=both,
         numbers=numbers,
         verdict=verdict,
         rows=comparison_rows(numbers),
@@ -85,7 +99,7 @@ def as_html(
         num_failed=comparison.num_failed,
         training_plot=_training_plot(training, policy.get("kept_iteration")) if training else "",
         groups=choose_samples(comparison, judges[0], seed=seed),
-        gain="judge score gain" if gives_scores else "PPO preferred (1) or not (-1)",
+        gain="judge score gain" if gives_scores else f"{title} preferred (1) or not (-1)",
         disagreements=choose_disagreement_samples(comparison, judges, seed=seed),
         names=[judge.name for judge in judges],
         samples_each=NUM_EXTREMES,
@@ -155,12 +169,13 @@ def choose_samples(comparison: Comparison, judge: Judged, *, seed: int) -> dict[
 
 def choose_disagreement_samples(comparison: Comparison, judges: Sequence[Judged], *, seed: int) -> list[dict[str, Any]]:
     """Pairs of responses on which judges disagree, with the verdict of each judge."""
-    words = {1.0: "PPO", 0.0: "SFT", 0.5: "tie"}
+    title = TITLES[comparison.method]
+    words = {1.0: title, 0.0: "SFT", 0.5: "tie"}
     return [
         _sample(comparison, i)
         | {
             "verdicts": [
-                words.get(float(j.wins[i]), "PPO" if j.wins[i] > 0.5 else "SFT" if j.wins[i] < 0.5 else "")
+                words.get(float(j.wins[i]), title if j.wins[i] > 0.5 else "SFT" if j.wins[i] < 0.5 else "")
                 for j in judges
             ]
         }
@@ -169,13 +184,13 @@ def choose_disagreement_samples(comparison: Comparison, judges: Sequence[Judged]
 
 
 def _sample(comparison: Comparison, row: int) -> dict[str, Any]:
-    sft, ppo = comparison.sft.completions[row], comparison.ppo.completions[row]
+    sft, policy = comparison.sft.completions[row], comparison.policy.completions[row]
     return {
         "prompt": comparison.prompts[row].prompt,
         "sft": sft.response,
-        "ppo": ppo.response,
+        "policy": policy.response,
         "sft_turns": turns_of(sft),
-        "ppo_turns": turns_of(ppo),
+        "policy_turns": turns_of(policy),
     }
 
 
@@ -186,7 +201,7 @@ def _plot(comparison: Comparison, judge: Judged) -> str:
     left, right = axes[0][0], axes[0][-1]
     for responses, scores, color, label in (
         (comparison.sft, judge.sft_scores, "#9ca3af", "SFT"),
-        (comparison.ppo, judge.ppo_scores, "#2563eb", "PPO"),
+        (comparison.policy, judge.policy_scores, "#2563eb", TITLES[comparison.method]),
     ):
         left.hist(scores, bins=30, alpha=0.65, color=color, label=label)
         if with_rewards:

@@ -27,7 +27,7 @@ def choose_rows(gains: Sequence[float], *, seed: int) -> dict[str, list[int]]:
 
 
 def choose_disagreements(judges: Sequence[Judged], *, seed: int) -> list[int]:
-    """Rows on which one judge that can tell prefers PPO's response and another one SFT's: a seeded sample of them."""
+    """Rows on which one judge that can tell prefers the policy's response and another one SFT's: a seeded sample of them."""
     wins = np.array([judge.wins for judge in judges if not judge.cannot_tell])
     if len(wins) < 2:
         return []
@@ -37,8 +37,8 @@ def choose_disagreements(judges: Sequence[Judged], *, seed: int) -> list[int]:
 
 def gains_of(judge: Judged) -> list[float]:
     """Gain in judge score of each row, or the win (1, 0 or -1) of a judge that gives no scores; 0 without an answer."""
-    if judge.ppo_scores is not None and judge.sft_scores is not None:
-        return [p - s for p, s in zip(judge.ppo_scores, judge.sft_scores, strict=True)]
+    if judge.policy_scores is not None and judge.sft_scores is not None:
+        return [p - s for p, s in zip(judge.policy_scores, judge.sft_scores, strict=True)]
     return [0.0 if np.isnan(win) else 2 * win - 1 for win in judge.wins.tolist()]
 
 
@@ -58,8 +58,8 @@ def save_comparison(
                 "id": prompt.id,
                 "prompt": prompt.prompt,
                 "sft": _response_row(comparison.sft, number) | _scores(judges, "sft_scores", number),
-                "ppo": _response_row(comparison.ppo, number)
-                | _scores(judges, "ppo_scores", number)
+                comparison.method: _response_row(comparison.policy, number)
+                | _scores(judges, "policy_scores", number)
                 | {"kl": comparison.kl[number], "kl_exact": comparison.exact_kl[number]},
                 "wins": {j.name: None if np.isnan(j.wins[number]) else float(j.wins[number]) for j in judges},
                 "consistent": {j.name: j.consistent[number] for j in judges if j.is_pairwise},

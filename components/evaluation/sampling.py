@@ -29,6 +29,11 @@ class Sampled:
     probe: Tensor  # [T] log-probs of the text of rollout/probe.py in the engine
 
 
+def row_seed(seed: int, row: int) -> int:
+    """The seed of the responses of all models in a row."""
+    return derive_seed("evaluation", seed, row)
+
+
 def sample_models(
     config: EvaluationStageConfig,
     prompts: Sequence[Prompt],
@@ -44,7 +49,7 @@ def sample_models(
     Each rank samples a share of the rows. One engine serves all models, which have the same architecture and tokenizer.
     """
     # All models get the same seed for a row, so that they differ only in their weights.
-    rows = [(prompt, derive_seed("evaluation", config.seed, row)) for row, prompt in enumerate(prompts)]
+    rows = [(prompt, row_seed(config.seed, row)) for row, prompt in enumerate(prompts)]
     (_, first), *_ = folders
     engine = create_rollout_engine(first, config.rollout, config.longest_sampling, prompts, dtype=ranks.dtype)
     sampler: Sampler = open_player(engine, config.environment, log=progress.log, code=code) or engine

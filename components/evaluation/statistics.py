@@ -133,14 +133,14 @@ def _win_rate_at_equal_length(wins: Floats, features: Floats, weights: Floats) -
     return rate
 
 
-def distinct_2(first: Sequence[str], second: Sequence[str]) -> tuple[float, float]:
-    """distinct-2 (Li et al. 2016) of two sets of texts: unique bigrams of words over all of them. Low values are repetitive.
+def distinct_2(*sets: Sequence[str]) -> tuple[float, ...]:
+    """distinct-2 (Li et al. 2016) of sets of texts: unique bigrams of words over all of a set. Low values are repetitive.
 
-    It falls with the amount of text, so that both texts of a row are cut to the number of words of the shorter one.
+    It falls with the amount of text, so that the texts of a row, one of each set, are cut to the number of words of the shortest one.
     """
-    words = [(split_words(a), split_words(b)) for a, b in zip(first, second, strict=True)]
-    cut = [(a[: min(len(a), len(b))], b[: min(len(a), len(b))]) for a, b in words]
-    return _distinct_2([a for a, _ in cut]), _distinct_2([b for _, b in cut])
+    rows = [[split_words(text) for text in row] for row in zip(*sets, strict=True)]
+    cut = [[words[: min(map(len, row))] for words in row] for row in rows]
+    return tuple(_distinct_2([row[number] for row in cut]) for number in range(len(sets)))
 
 
 def _distinct_2(texts: Sequence[Sequence[str]]) -> float:

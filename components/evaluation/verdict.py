@@ -20,6 +20,7 @@ from components.evaluation.statistics import (
 )
 from components.rlhf.config.evaluation import EvaluationConfig, GateConfig
 from components.rlhf.data.records import Completion
+from components.rlhf.text.comparison_table import method_of
 
 PASS = 1.0  # the score of a right response
 
@@ -44,7 +45,7 @@ def summarize(
     win rate and no scores. reward_accuracy is the reward model's accuracy on held-out human pairs, if it was measured.
     """
     bootstrap = Bootstrap(num_resamples=config.num_bootstrap, confidence=config.confidence, seed=seed)
-    groups, sft, ppo = comparison.groups, comparison.sft, comparison.ppo
+    groups, sft, policy = comparison.groups, comparison.sft, comparison.policy
     numbers: dict[str, float] = {
         "num_prompts": len(set(groups)),
         **({"num_failed": comparison.num_failed} if comparison.num_failed else {}),
@@ -61,12 +62,12 @@ def summarize(
     for name, values in (("kl", comparison.kl), ("kl_exact", comparison.exact_kl)):
         interval = bootstrap_mean(np.array(values), groups, bootstrap)
         numbers |= interval.named(name) if interval else {}
-    if ppo.rewards is not None and sft.rewards is not None:
-        numbers["reward_win_rate"] = float(pairwise_wins(ppo.rewards, sft.rewards).mean())
+    if policy.rewards is not None and sft.rewards is not None:
+        numbers["reward_win_rate"] = float(pairwise_wins(policy.rewards, sft.rewards).mean())
     if reward_accuracy is not None:
         numbers["reward_model_accuracy"] = float(reward_accuracy)
-    distinct = distinct_2([c.response for c in sft.completions], [c.response for c in ppo.completions])
-    for name, responses, distinct2 in (("sft", sft, distinct[0]), ("ppo", ppo, distinct[1])):
+    distinct = distinct_2([c.response for c in sft.completions], [c.response for c in policy.completions])
+    for name, responses, distinct2 in (("sft", sft, distinct[0]), (comparison.method, policy, distinct[1])):
         numbers |= {} if responses.rewards is None else {f"reward_{name}": float(np.mean(responses.rewards))}
         numbers |= {
             f"length_{name}": float(np.mean([c.num_model_tokens for c in responses.completions])),
@@ -78,7 +79,7 @@ def summarize(
 
 def judge_numbers(judge: Judged, comparison: Comparison, bootstrap: Bootstrap) -> dict[str, float]:
     """Win rates and scores of one judge, if it can tell; its agreement with people and what it took in any case."""
-    groups, sft, ppo = comparison.groups, comparison.sft.completions, comparison.ppo.completions
+    groups, sft, policy = comparison.groups, comparison.sft.completions, comparison.policy.completions
     answered = ~np.isnan(judge.wins)
     numbers: dict[str, float] = {
         "num_compared": len({group for group, known in zip(groups, answered, strict=True) if known}),
@@ -93,13 +94,15 @@ def judge_numbers(judge: Judged, comparison: Comparison, bootstrap: Bootstrap) -
             "judge_accuracy_high": agreement.high,
             "judge_accuracy_longer": agreement.longer_wins,
         }
-    asked = answered & np.array([a.response != b.response for a, b in zip(sft, ppo, strict=True)])
+    asked = answered & np.array([a.response != b.response for a, b in zip(sft, policy, strict=True)])
     if judge.is_pairwise and asked.any():
         numbers["judge_consistency"] = float(np.array(judge.consistent)[asked].mean())
     if judge.cannot_tell:
         return numbers
-    matched = matching_rows(sft, ppo)
-    gaps = np.array([b.num_model_tokens - a.num_model_tokens for a, b in zip(sft, ppo, strict=True)], dtype=np.float64)
+    matched = matching_rows(sft, policy)
+    gaps = np.array(
+        [b.num_model_tokens - a.num_model_tokens for a, b in zip(sft, policy, strict=True)], dtype=np.float64
+    )
     rates = {
         "win_rate": bootstrap_mean(judge.wins, groups, bootstrap),
         "win_rate_length_controlled": length_controlled(judge.wins, gaps, groups, bootstrap),
@@ -109,33 +112,34 @@ def judge_numbers(judge: Judged, comparison: Comparison, bootstrap: Bootstrap) -
     for name, interval in rates.items():
         numbers |= interval.named(name) if interval else {}
     numbers["num_matched"] = len(matched)
-    if judge.sft_scores is not None and judge.ppo_scores is not None:
+    if judge.sft_scores is not None and judge.policy_scores is not None:
         numbers["judge_score_sft"] = float(np.mean(judge.sft_scores))
-        numbers["judge_score_ppo"] = float(np.mean(judge.ppo_scores))
+        numbers[f"judge_score_{comparison.method}"] = float(np.mean(judge.policy_scores))
         if judge.verifies:
-            numbers |= pass_numbers(judge.sft_scores, judge.ppo_scores, groups, bootstrap)
+            numbers |= pass_numbers(judge.sft_scores, judge.policy_scores, comparison, bootstrap)
     return numbers
 
 
 def pass_numbers(
-    sft_scores: Sequence[float], ppo_scores: Sequence[float], groups: Sequence[int], bootstrap: Bootstrap
+    sft_scores: Sequence[float], policy_scores: Sequence[float], comparison: Comparison, bootstrap: Bootstrap
 ) -> dict[str, float]:
     """pass@1 of both models and their difference, with intervals. A response passes with a score of at least 1."""
-    sft, ppo = (np.array(scores) >= PASS for scores in (sft_scores, ppo_scores))
-    gain = bootstrap_mean(ppo.astype(np.float64) - sft.astype(np.float64), groups, bootstrap)
+    groups = comparison.groups
+    sft, policy = (np.array(scores) >= PASS for scores in (sft_scores, policy_scores))
+    gain = bootstrap_mean(policy.astype(np.float64) - sft.astype(np.float64), groups, bootstrap)
     assert gain is not None
     return {
         **pass_rate(sft.astype(np.float64), groups, bootstrap).named("pass_at_1_sft"),
-        **pass_rate(ppo.astype(np.float64), groups, bootstrap).named("pass_at_1_ppo"),
+        **pass_rate(policy.astype(np.float64), groups, bootstrap).named(f"pass_at_1_{comparison.method}"),
         **gain.named("pass_at_1_gain"),
     }
 
 
-def matching_rows(sft: Sequence[Completion], ppo: Sequence[Completion]) -> NDArray[np.int64]:
+def matching_rows(sft: Sequence[Completion], policy: Sequence[Completion]) -> NDArray[np.int64]:
     """Indices of rows whose two responses have the same number of tokens and the same ending (EOS or truncated)."""
     rows = [
         number
-        for number, (a, b) in enumerate(zip(sft, ppo, strict=True))
+        for number, (a, b) in enumerate(zip(sft, policy, strict=True))
         if a.num_model_tokens == b.num_model_tokens and a.truncated == b.truncated
     ]
     return np.array(rows, dtype=np.int64)
@@ -158,8 +162,8 @@ def decide(numbers: Mapping[str, float], judge: Judged, gate: GateConfig) -> Dec
         )
     low, kl = numbers["win_rate_low"], numbers["kl"]
     rate = f"win rate {numbers['win_rate']:.3f} [{low:.3f}, {numbers['win_rate_high']:.3f}]"
-    if "pass_at_1_ppo" in numbers:
-        rate += f" (pass@1 {numbers['pass_at_1_sft']:.3f} to {numbers['pass_at_1_ppo']:.3f})"
+    if "pass_at_1_sft" in numbers:
+        rate += f" (pass@1 {numbers['pass_at_1_sft']:.3f} to {numbers[f'pass_at_1_{method_of(numbers)}']:.3f})"
     reasons = []
     if not low > gate.min_win_rate:
         reasons.append(f"{rate}: lower end of the interval is not above {gate.min_win_rate:g}")

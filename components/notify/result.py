@@ -30,13 +30,14 @@ STATUS_OF_STATE = {
 
 @dataclass(frozen=True)
 class RunResult:
-    """The result of one run. decision is promote or reject, or empty if no model was registered."""
+    """The result of one run. decision is promote or reject, or empty if no model was registered, of which method is ppo or dpo."""
 
     status: str  # succeeded, failed or canceled
     run_id: str
     job: str = ""
     decision: str = ""
     reason: str = ""
+    method: str = ""
     failed_stage: str = ""
     error: str = ""  # of the failed stage
     stages: Sequence[StageResult] = ()
@@ -53,13 +54,13 @@ def get_result(status: str, tracking: TrackingConfig, run_id: str, parent: Paren
     except (ValueError, AttributeError):
         warn(f"the final status {status!r} cannot be parsed")
         state, job = "", ""
-    decision, reason = find_decision(tracking, run_id)
+    decision, reason, method = find_decision(tracking, run_id)
     result = STATUS_OF_STATE.get(state.upper(), "succeeded" if decision else "failed")
     stages = _stages(parent)
     failed = next((stage for stage in reversed(stages) if stage.status == "FAILED"), None)
     if failed is None or result == "succeeded":
-        return RunResult(result, run_id, job, decision, reason, stages=stages)
-    return RunResult(result, run_id, job, decision, reason, failed.name, failed.error, stages)
+        return RunResult(result, run_id, job, decision, reason, method, stages=stages)
+    return RunResult(result, run_id, job, decision, reason, method, failed.name, failed.error, stages)
 
 
 def _stages(parent: Parent | None) -> list[StageResult]:
@@ -70,18 +71,19 @@ def _stages(parent: Parent | None) -> list[StageResult]:
         return []
 
 
-def find_decision(tracking: TrackingConfig, run_id: str) -> tuple[str, str]:
-    """Decision and reason of the model version that this run has registered; empty if there is none."""
+def find_decision(tracking: TrackingConfig, run_id: str) -> tuple[str, str, str]:
+    """Decision, reason and method of the model version that this run has registered; empty if there is none."""
     if not tracking.enabled or not tracking.uri or not run_id:
-        return "", ""
+        return "", "", ""
     try:
         version = find_version(connect(tracking.uri), tracking.registered_model, run_id)
         if version is not None:
-            return version.tags.get("decision", ""), version.tags.get("reason", "")
+            decision, reason, method = (version.tags.get(name, "") for name in ("decision", "reason", "method"))
+            return decision, reason, method
     except Exception as error:  # MLflow must not fail a run
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         warn(f"the model registry could not be queried ({reason})")
-    return "", ""
+    return "", "", ""
 
 
 def finish_tracking(parent: Parent | None, result: RunResult, *, params: str) -> bool:
@@ -89,6 +91,7 @@ def finish_tracking(parent: Parent | None, result: RunResult, *, params: str) ->
     if parent is None:
         return False
     facts = {"run_id": result.run_id, "decision": result.decision, "reason": result.reason or result.error}
+    facts |= {"method": result.method} if result.method else {}
     try:
         parent.finish(status=result.status, stages=result.stages, facts=facts, params=params)
         return parent.was_notified(result.status)

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from components.notify.result import RunResult, warn
 from components.rlhf.config.notify import NotifyStageConfig
+from components.rlhf.config.policy import TITLES
 from components.rlhf.text.redaction import redact
 from components.rlhf.tracking.answers import warn as warn_of_mlflow
 from components.rlhf.tracking.parent import Parent
@@ -27,7 +28,8 @@ def as_message(config: NotifyStageConfig, result: RunResult, *, mlflow_link: str
     if result.failed_stage:
         text += f" in {result.failed_stage}" + (f": {result.error.rstrip('.')}" if result.error else "")
     elif result.decision:
-        text += f": {'promoted' if result.decision == 'promote' else 'rejected'}, {result.reason}"
+        by = f" ({TITLES[result.method]})" if result.method in TITLES else ""
+        text += f": {'promoted' if result.decision == 'promote' else 'rejected'}{by}, {result.reason}"
     return {
         "text": " ".join(filter(None, [f"{as_plain_text(text)}.", link, mlflow_link])),
         "status": result.status,
@@ -36,6 +38,7 @@ def as_message(config: NotifyStageConfig, result: RunResult, *, mlflow_link: str
         "job": result.job,
         "decision": result.decision,
         "reason": result.reason,
+        "method": result.method,
         "failed_stage": result.failed_stage,
         "error": result.error,
         "link": link,

@@ -16,7 +16,7 @@ from components.rlhf.data.lengths import Lengths, fit_into_limits
 from components.rlhf.data.near_duplicates import Overlap, group_near_duplicates, overlap
 from components.rlhf.data.pairs import cap_per_prompt, pairs_from_ratings, pairs_per_prompt
 from components.rlhf.data.reading import uses_chat_template
-from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText
+from components.rlhf.data.records import Demonstration, LabeledText, PreferencePair, Prompt, RatedText
 from components.rlhf.data.render import Renderer
 from components.rlhf.data.split import HELD_OUT, assign_role, split_key
 from components.rlhf.data.tally import Tally
@@ -25,7 +25,10 @@ from components.rlhf.data.tokenizer import Record
 from components.rlhf.text.errors import InputError
 
 FROM_RATINGS = "pairs from ratings"
-TRAINED_ON = {"demonstrations": ("train", "heldout"), "preferences": ("train",)}  # splits whose ids a stage reads
+TRAINED_ON = {
+    "demonstrations": ("train", "heldout"),
+    "preferences": ("train", "labeled"),
+}  # splits whose ids a stage reads
 
 
 @dataclass
@@ -36,6 +39,9 @@ class PreparedData:
     demonstrations: list[Demonstration] = field(default_factory=list)
     heldout_demonstrations: list[Demonstration] = field(default_factory=list)
     pairs: list[PreferencePair] = field(default_factory=list)
+    labeled: list[LabeledText] = field(
+        default_factory=list
+    )  # rated answers of the pairs' prompts, with data.desirable_rating
     judge_pairs: list[PreferencePair] = field(default_factory=list)
     judge_ratings: list[RatedText] = field(default_factory=list)
     heldout_pairs: list[PreferencePair] = field(default_factory=list)
@@ -56,7 +62,11 @@ class PreparedData:
                 "demonstrations",
                 {"train": self.demonstrations, "heldout": self.heldout_demonstrations},
             ),
-            "preferences": ("preferences", {"train": self.pairs, "heldout": self.heldout_pairs}),
+            "preferences": (
+                "preferences",
+                {"train": self.pairs, "heldout": self.heldout_pairs}
+                | ({"labeled": self.labeled} if self.labeled else {}),
+            ),
             "judge_preferences": (
                 "preferences",
                 {"train": self.judge_pairs, "ratings": self.judge_ratings, "heldout": self.heldout_pairs},
@@ -77,7 +87,7 @@ class PreparedData:
         """Write a data set into the empty folder, with the ids of the splits that a stage trains on."""
         _, splits = self.data_sets()[data_set]
         save_dataset(folder, splits, max_tokens=max_tokens, counts=counts)
-        for split in TRAINED_ON.get(data_set, ()):
+        for split in splits.keys() & set(TRAINED_ON.get(data_set, ())):
             texts = [text for record in splits[split] for text in self.encoded[texts_of(record)]]
             save_tokens(folder, split, texts, tokenizer, max_tokens=max_tokens)
 
@@ -85,7 +95,7 @@ class PreparedData:
         """The normalized prompts of all records of each role, or for movie snippets, of which prompts are the first words, the texts."""
         roles: dict[str, Sequence[Record]] = {
             "sft": self.demonstrations,
-            "reward model": self.pairs,
+            "reward model": [*self.pairs, *self.labeled],
             "judge": [*self.judge_pairs, *self.judge_ratings],
             "ppo": [*self.prompts, *self.validation_prompts],
             "held out": [*self.heldout_demonstrations, *self.heldout_pairs, *self.heldout_prompts],
@@ -101,7 +111,7 @@ def _compared_texts(record: Record, *, of_snippets: bool) -> list[str]:
     match record:
         case PreferencePair() if of_snippets:
             texts = [record.prompt + record.chosen, record.prompt + record.rejected]
-        case RatedText() if of_snippets:
+        case RatedText() | LabeledText() if of_snippets:
             texts = [record.prompt + record.completion]
         case Demonstration() if of_snippets:
             texts = [record.prompt + record.turns[0].answer]
@@ -146,6 +156,8 @@ def prepare(
     out.heldout_demonstrations = [d for d in _records(demonstrations[HELD_OUT]) if isinstance(d, Demonstration)]
     pairing = Tally(name=FROM_RATINGS)
     out.pairs = _build_pairs(preferences["reward_model"], data, tokenizer, seed, pairing, out.encoded)
+    if data.desirable_rating is not None:
+        out.labeled = _label(_records(preferences["reward_model"]), data.desirable_rating, seed=seed)
     out.judge_pairs = _build_pairs(preferences["judge"], data, tokenizer, seed, pairing, out.encoded)
     out.judge_ratings = [r for r in _records(preferences["judge"]) if isinstance(r, RatedText)]
     out.heldout_pairs = _build_pairs(preferences[HELD_OUT], data, tokenizer, seed, pairing, out.encoded)
@@ -228,6 +240,30 @@ def _build_pairs(
     return cap_per_prompt(pairs, data.max_pairs_per_prompt, seed=seed)
 
 
+def _label(records: Sequence[object], desirable_rating: float, *, seed: int) -> list[LabeledText]:
+    """The rated answers as desirable or not, shuffled with the seed. Raises InputError if there are none of one kind."""
+    rated = [record for record in records if isinstance(record, RatedText)]
+    random.Random(seed).shuffle(rated)
+    labeled = [
+        LabeledText(
+            prompt=text.prompt,
+            completion=text.completion,
+            is_desirable=text.rating >= desirable_rating,
+            conversation=text.conversation,
+        )
+        for text in rated
+    ]
+    found = {text.is_desirable for text in labeled}
+    if len(found) == 1:
+        ratings = [text.rating for text in rated]
+        kind = "desirable" if True in found else "undesirable"
+        raise InputError(
+            f"data.desirable_rating is {desirable_rating:g}, which labels all {len(rated)} answers as {kind}: their ratings are from "
+            f"{min(ratings):g} to {max(ratings):g}; set it between them."
+        )
+    return labeled
+
+
 def _split_prompts(out: PreparedData, prompts: dict[str, list[Sourced]], data: DataConfig, seed: int) -> None:
     train, held_out = ([p for p in _records(prompts[role]) if isinstance(p, Prompt)] for role in ("prompts", HELD_OUT))
     random.Random(seed).shuffle(train)
@@ -240,7 +276,18 @@ def _split_prompts(out: PreparedData, prompts: dict[str, list[Sourced]], data: D
 
 def _require_enough(out: PreparedData, data: DataConfig, num_evaluation_prompts: int) -> None:
     rated = out.tallies.get(FROM_RATINGS)
-    if not out.pairs and not out.judge_pairs and not out.heldout_pairs and (rated or out.judge_ratings):
+    if data.desirable_rating is not None and not out.labeled:
+        raise InputError(
+            "data.desirable_rating labels rated answers, and no answer of data.preferences is left with a rating or a label; give rows of "
+            "prompt, completion and rating (or label), or set data.desirable_rating to null."
+        )
+    if (
+        not out.labeled
+        and not out.pairs
+        and not out.judge_pairs
+        and not out.heldout_pairs
+        and (rated or out.judge_ratings)
+    ):
         raise InputError(
             "No prompt of data.preferences has two answers whose ratings differ by data.min_rating_gap "
             f"({data.min_rating_gap}) and that fit into data.max_tokens; a reward model learns from pairs, so give at least a good "
@@ -251,7 +298,7 @@ def _require_enough(out: PreparedData, data: DataConfig, num_evaluation_prompts:
         judged = out.judge_ratings or out.judge_pairs
         needed |= {
             role: records
-            for role, records in (("reward_model", out.pairs), ("judge", judged))
+            for role, records in (("reward_model", out.pairs or out.labeled), ("judge", judged))
             if getattr(data.weights, role) > 0  # 0: the run trains none
         }
     if data.demonstrations:
@@ -272,5 +319,7 @@ def _require_enough(out: PreparedData, data: DataConfig, num_evaluation_prompts:
             f"Only {len(out.heldout_prompts)} prompts are held out, but evaluation.num_prompts is {num_evaluation_prompts}; "
             "raise data.held_out, add prompts, or lower evaluation.num_prompts."
         )
-    if data.preferences and len(out.heldout_pairs) == 0:
+    # Labeled answers may have no partners; only a judge is then measured on pairs.
+    needs_pairs = not out.labeled or data.weights.judge > 0
+    if data.preferences and needs_pairs and len(out.heldout_pairs) == 0:
         raise InputError("No preference pairs are held out to measure accuracy on; raise data.held_out or add pairs.")

@@ -50,6 +50,7 @@ def sizes(prepared: PreparedData) -> dict[str, int]:
     return {
         "sft": len(prepared.demonstrations),
         "reward model pairs": len(prepared.pairs),
+        **({"labeled answers": len(prepared.labeled)} if prepared.labeled else {}),
         "judge ratings": len(prepared.judge_ratings),
         "judge pairs": len(prepared.judge_pairs),
         "ppo prompts": len(prepared.prompts),

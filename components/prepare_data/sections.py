@@ -11,7 +11,7 @@ from components.rlhf.data.examples import Answer, Example, Unusable, as_text
 from components.rlhf.data.lengths import Lengths, fit_into_limits
 from components.rlhf.data.movie_ratings import read_movie_ratings
 from components.rlhf.data.reading import read_examples, section_of, source_name
-from components.rlhf.data.records import Conversation, Demonstration, PreferencePair, Prompt, RatedText
+from components.rlhf.data.records import Conversation, Demonstration, LabeledText, PreferencePair, Prompt, RatedText
 from components.rlhf.data.render import SPLIT, Renderer
 from components.rlhf.data.split import hash_to_unit_interval, opening_words, split_key
 from components.rlhf.data.tally import Tally
@@ -31,7 +31,7 @@ class Sourced:
     source: DataSource
     key: str  # records with the same key get the same role
     lengths: Lengths
-    encoded: tuple[PackedText, ...] = ()  # of a demonstration or a pair, as training encodes it
+    encoded: tuple[PackedText, ...] = ()  # of a demonstration, a pair or a labeled answer, as training encodes it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,8 @@ class SectionReader:
             key = opening_words(record.prompt, NUM_OPENING_WORDS)
         else:
             key = split_key(record.prompt, record.conversation)
-        trained = encoded if isinstance(record, Demonstration | PreferencePair) else ()
+        is_labeled = isinstance(record, RatedText) and self.data.desirable_rating is not None
+        trained = encoded if is_labeled or isinstance(record, Demonstration | PreferencePair) else ()
         return Sourced(record=record, source=source, key=key, lengths=lengths, encoded=trained)
 
 
@@ -124,7 +125,7 @@ def texts_of(record: Record) -> tuple[str, ...]:
     match record:
         case PreferencePair():
             return record.prompt, record.chosen, record.rejected
-        case RatedText():
+        case RatedText() | LabeledText():
             return record.prompt, record.completion
         case Demonstration():
             return tuple(text for turn in record.turns for text in (turn.context, turn.answer))

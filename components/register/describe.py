@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 
 from components.rlhf.artifacts.manifest import Fact, Manifest
-from components.rlhf.text.comparison_table import comparison_rows
+from components.rlhf.config.policy import TITLES
+from components.rlhf.text.comparison_table import comparison_rows, method_of
 from components.rlhf.tracking.registry import CHAMPION
 
 
 def lineage_of(model: Manifest, verdict: Manifest) -> dict[str, str]:
-    """Digests of the model, of what it was made from, and of its evaluation."""
+    """The method, and digests of the model, of what it was made from, and of its evaluation."""
     lineage = {f"parent_{role}": digest for role, digest in model.parents.items()}
+    lineage |= {"method": str(verdict.facts.get("method", "ppo"))}
     return lineage | {"digest": model.digest, "code_revision": model.code_revision, "evaluation": verdict.digest}
 
 
@@ -25,6 +27,7 @@ def as_description(model: Manifest, verdict: Manifest, *, uri: str) -> str:
 def as_report(model: Manifest, verdict: Manifest, *, registration: str, uri: str, note: str, name: str) -> str:
     """The summary of the stage in Markdown."""
     lines = [f"# {_title(verdict)}", "", f"{verdict.facts['reason']}.", "", f"- {registration}"]
+    lines += [f"- trained by {TITLES[lineage_of(model, verdict)['method']]}"]
     lines += [f"- model digest {model.digest}", f"- model at {uri}{note}"]
     lines += [f"- parent {role.replace('_', ' ')} {digest}" for role, digest in model.parents.items()]
     if name:
@@ -37,8 +40,8 @@ def _title(verdict: Manifest) -> str:
 
 
 def _table(facts: Mapping[str, Fact]) -> list[str]:
-    """The comparison of PPO with SFT as a table."""
+    """The comparison of the policy with SFT as a table."""
     numbers = {name: float(value) for name, value in facts.items() if isinstance(value, int | float)}
     rows = comparison_rows(numbers) if "confidence" in numbers else []
-    lines = [f"| {row['name']} | {row['sft']} | {row['ppo']} |" for row in rows]
-    return ["| | SFT | PPO |", "|---|---:|---:|", *lines] if lines else []
+    lines = [f"| {row['name']} | {row['sft']} | {row['policy']} |" for row in rows]
+    return [f"| | SFT | {TITLES[method_of(numbers)]} |", "|---|---:|---:|", *lines] if lines else []

@@ -17,6 +17,7 @@ from typing import Any
 from components.register import served_model
 from components.register.source import Source
 from components.rlhf.artifacts.manifest import Manifest
+from components.rlhf.config.policy import TITLES
 from components.rlhf.text.redaction import redact
 
 DEFAULT_NEW_TOKENS = 128  # without an evaluation whose responses have a length
@@ -127,5 +128,6 @@ def example_of(samples: Path) -> tuple[str, int]:
                 text = str(row["prompt"])
                 if len(text) <= MAX_EXAMPLE_CHARS and (not prompt or len(text) < len(prompt)):
                     prompt = text
-                length = max(length, int(row["ppo"]["num_tokens"]))
+                policy = next(row[name] for name in TITLES if name in row)
+                length = max(length, int(policy["num_tokens"]))
     return prompt, length or DEFAULT_NEW_TOKENS

@@ -70,7 +70,9 @@ def _differences(parameters: Sequence[Mapping[str, str]]) -> Iterator[list[str]]
 
 
 def _results(summaries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    columns = [{row["name"]: row["ppo"] for row in comparison_rows(summary["evaluation_all"])} for summary in summaries]
+    columns = [
+        {row["name"]: row["policy"] for row in comparison_rows(summary["evaluation_all"])} for summary in summaries
+    ]
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [[name, *(column.get(name, MISSING) for column in columns)] for name in names]
     decisions = ["promoted" if summary["promoted"] else "rejected" for summary in summaries]

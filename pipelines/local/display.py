@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from components.rlhf.config.policy import TITLES
 from components.rlhf.text.comparison_table import comparison_rows
 from components.rlhf.text.progress import format_duration
 from pipelines.local.compare import Comparison, sections
@@ -83,7 +84,7 @@ def state_table(state: RunState) -> Table:
 
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
-    """Print time and memory of each stage, the comparison of SFT and PPO, the gate's decision, and how to open the results."""
+    """Print time and memory of each stage, the comparison of SFT and the policy, the gate's decision, and how to open the results."""
     stages = Table(title="Stages", title_justify="left")
     stages.add_column("stage")
     stages.add_column("status")
@@ -102,15 +103,25 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     if summary["status"] == "failed":
         console.print(Text(f"error: {summary['reason']}", style="red"), soft_wrap=True)
         return
+    title = TITLES[summary.get("method", "ppo")]
     table = Table(
-        title=f"PPO against SFT on {summary['evaluation']['num_prompts']:.0f} held-out prompts", title_justify="left"
+        title=f"{title} against SFT on {summary['evaluation']['num_prompts']:.0f} held-out prompts",
+        title_justify="left",
     )
     table.add_column("")
     table.add_column("SFT", justify="right")
-    table.add_column("PPO", justify="right")
+    table.add_column(title, justify="right")
     for row in comparison_rows(summary["evaluation_all"]):
-        table.add_row(row["name"], row["sft"], row["ppo"])
+        table.add_row(row["name"], row["sft"], row["policy"])
     console.print(table)
+    for name, policy in summary.get("policies", {}).items():
+        if name != summary.get("method", name):
+            console.print(
+                Text(
+                    f"{TITLES[name]} does not go to the gate, which would {policy['decision']} it: {policy['reason']}."
+                ),
+                soft_wrap=True,
+            )
     decision, color = ("Promoted", "green") if summary["promoted"] else ("Rejected", "yellow")
     console.print(
         Text(f"{decision}: ", style=f"bold {color}").append(f"{summary['reason']}.", style="default"), soft_wrap=True

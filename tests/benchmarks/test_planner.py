@@ -9,7 +9,7 @@ from benchmarks.planner.cases import CASES, Case
 from benchmarks.planner.inputs import make_inputs
 
 pytestmark = [pytest.mark.slow, pytest.mark.deepspeed]
-CHOSEN = ("sft 60M plain", "sft 60M LoRA", "sft 60M frozen", "sft 60M ZeRO-2 x 2")
+CHOSEN = ("sft 60M plain", "sft 60M LoRA", "sft 60M frozen", "sft 60M ZeRO-2 x 2", "dpo 60M plain", "dpo 60M frozen")
 
 
 @pytest.fixture(scope="module")
@@ -27,4 +27,4 @@ def test_plan_is_within_15_percent_of_what_a_stage_holds(case: Case, folder: Pat
 
 def test_every_kind_of_case_is_measured() -> None:
     assert {case.name for case in CASES} >= set(CHOSEN)
-    assert {case.stage for case in CASES} == {"sft", "reward_model", "ppo", "evaluation"}
+    assert {case.stage for case in CASES} == {"sft", "reward_model", "ppo", "dpo", "evaluation"}

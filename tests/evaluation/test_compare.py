@@ -69,11 +69,11 @@ def test_both_models_answer_every_prompt(folders: dict[str, Path]) -> None:
     comparison = run(folders)
     assert comparison.prompts == PROMPTS
     assert comparison.groups == list(range(len(PROMPTS)))
-    for responses in (comparison.sft, comparison.ppo):
+    for responses in (comparison.sft, comparison.policy):
         assert [c.prompt for c in responses.completions] == [c.prompt for c in responses.cut] == PROMPTS
         assert len(responses.rewards) == len(PROMPTS)
     assert len(comparison.kl) == len(comparison.exact_kl) == len(PROMPTS)
-    assert ids(comparison.sft.completions) != ids(comparison.ppo.completions)
+    assert ids(comparison.sft.completions) != ids(comparison.policy.completions)
 
 
 def test_several_samples_of_a_prompt_are_consecutive_rows(folders: dict[str, Path]) -> None:
@@ -81,11 +81,11 @@ def test_several_samples_of_a_prompt_are_consecutive_rows(folders: dict[str, Pat
     assert comparison.groups == [i for i in range(len(PROMPTS)) for _ in range(3)]
     expected = [prompt for prompt in PROMPTS for _ in range(3)]
     assert comparison.prompts == expected
-    for responses in (comparison.sft, comparison.ppo):
+    for responses in (comparison.sft, comparison.policy):
         assert [c.prompt for c in responses.completions] == [c.prompt for c in responses.cut] == expected
         texts = [tuple(c.response_ids) for c in responses.completions]
         assert all(len(set(texts[i : i + 3])) == 3 for i in range(0, len(texts), 3))
-    assert len(comparison.kl) == len(comparison.exact_kl) == len(comparison.ppo.rewards) == 3 * len(PROMPTS)
+    assert len(comparison.kl) == len(comparison.exact_kl) == len(comparison.policy.rewards) == 3 * len(PROMPTS)
 
 
 def test_both_models_get_the_same_seed_for_a_row_and_rows_different_ones(
@@ -114,11 +114,11 @@ def test_cut_responses_have_the_shorter_length(folders: dict[str, Path]) -> None
     comparison = run(folders, max_new_tokens=100, temperature=0.7, num_samples=10, batch_size=64)
     tokenizer = AutoTokenizer.from_pretrained(folders["sft_model"])
     stop, different = 0, 0
-    for i, (a, b) in enumerate(zip(comparison.sft.completions, comparison.ppo.completions, strict=True)):
+    for i, (a, b) in enumerate(zip(comparison.sft.completions, comparison.policy.completions, strict=True)):
         response_ids = [[x for x in c.response_ids if x != stop] for c in (a, b)]  # a stop token is only at the end
         length = min(map(len, response_ids))
         different += max(map(len, response_ids)) > length
-        for responses, own_ids in ((comparison.sft, response_ids[0]), (comparison.ppo, response_ids[1])):
+        for responses, own_ids in ((comparison.sft, response_ids[0]), (comparison.policy, response_ids[1])):
             assert responses.cut[i].response_ids == own_ids[:length]
             assert responses.cut[i].response == tokenizer.decode(own_ids[:length])
     assert different
@@ -196,7 +196,7 @@ def test_kl_of_controlled_sampling_sums_the_log_ratio_and_its_mean(
     """The reference goes token by token, with plain transformers."""
     comparison, how = run(folders, num_samples=2, **controls), SamplingConfig(max_new_tokens=5, **controls)
     lms = [AutoModelForCausalLM.from_pretrained(folders[name]).eval() for name in ("policy", "sft_model")]
-    for c, kl, exact in zip(comparison.ppo.completions, comparison.kl, comparison.exact_kl, strict=True):
+    for c, kl, exact in zip(comparison.policy.completions, comparison.kl, comparison.exact_kl, strict=True):
         all_ids, start = c.prompt_ids + c.response_ids, len(c.prompt_ids)
         with torch.no_grad():
             rows = [lm(torch.tensor([all_ids])).logits[0] for lm in lms]
@@ -222,7 +222,7 @@ def test_kl_of_a_model_to_itself_is_0_with_controls(folders: dict[str, Path], co
 def test_rewards_are_normalized(folders: dict[str, Path]) -> None:
     comparison = run(folders)
     lm = load_scalar_lm(folders["reward_model"], num_frozen_layers=0, dtype=FP32)
-    for scored in (comparison.sft, comparison.ppo):
+    for scored in (comparison.sft, comparison.policy):
         for c, reward in zip(scored.completions, scored.rewards, strict=True):
             hidden = lm.model(torch.tensor([c.prompt_ids + c.response_ids])).last_hidden_state[0, -1]
             raw = (hidden @ lm.score.weight[0]).item()
@@ -231,21 +231,21 @@ def test_rewards_are_normalized(folders: dict[str, Path]) -> None:
 
 def test_model_compared_with_itself_gives_identical_responses(folders: dict[str, Path]) -> None:
     comparison = run(folders | {"policy": folders["sft_model"]})
-    assert ids(comparison.sft.completions) == ids(comparison.ppo.completions)
-    assert comparison.sft.rewards == comparison.ppo.rewards
+    assert ids(comparison.sft.completions) == ids(comparison.policy.completions)
+    assert comparison.sft.rewards == comparison.policy.rewards
     assert comparison.kl == comparison.exact_kl == [0.0] * len(PROMPTS)
 
 
 def test_same_seed_gives_same_comparison(folders: dict[str, Path]) -> None:
     a, b, c = (run(folders, seed=seed) for seed in (1, 1, 2))
-    assert ids(a.ppo.completions) == ids(b.ppo.completions) != ids(c.ppo.completions)
+    assert ids(a.policy.completions) == ids(b.policy.completions) != ids(c.policy.completions)
     assert a.kl == b.kl
     assert a.exact_kl == b.exact_kl
 
 
 def test_results_do_not_depend_on_batch_size(folders: dict[str, Path]) -> None:
     a, b = run(folders, batch_size=2), run(folders, batch_size=64)
-    assert ids(a.ppo.completions) == ids(b.ppo.completions)
+    assert ids(a.policy.completions) == ids(b.policy.completions)
     assert a.kl == pytest.approx(b.kl, abs=1e-4)
     assert a.exact_kl == pytest.approx(b.exact_kl, abs=1e-4)
 
@@ -256,7 +256,7 @@ def test_kl_is_that_of_sampling_distribution(folders: dict[str, Path], min_new_t
     comparison = run(folders, num_samples=3, temperature=0.5, min_new_tokens=min_new_tokens)
     lms = [AutoModelForCausalLM.from_pretrained(folders[name]).eval() for name in ("policy", "sft_model")]
     stop = 0
-    for c, kl, exact in zip(comparison.ppo.completions, comparison.kl, comparison.exact_kl, strict=True):
+    for c, kl, exact in zip(comparison.policy.completions, comparison.kl, comparison.exact_kl, strict=True):
         logprobs = []
         for lm in lms:
             with torch.no_grad():
@@ -298,7 +298,7 @@ def test_rows_keep_their_order_in_several_batches(folders: dict[str, Path], monk
     small = run(folders, max_new_tokens=12, temperature=3.0)
     assert small.kl == pytest.approx(plain.kl, abs=1e-4)
     assert small.exact_kl == pytest.approx(plain.exact_kl, abs=1e-4)
-    assert small.ppo.rewards == pytest.approx(plain.ppo.rewards, abs=1e-2)
+    assert small.policy.rewards == pytest.approx(plain.policy.rewards, abs=1e-2)
 
 
 def test_frozen_layers_are_computed_once_with_same_kl(
@@ -330,7 +330,7 @@ def test_kl_excludes_masked_stop_tokens(folders: dict[str, Path]) -> None:
         Actor(load_causal_lm(folders[name], num_frozen_layers=0, dtype=FP32), num_frozen_layers=0, dtype=FP32)
         for name in ("policy", "sft_model")
     ]
-    completions = run(folders, min_new_tokens=5).ppo.completions
+    completions = run(folders, min_new_tokens=5).policy.completions
     unmasked, masked = (
         sequence_kl(*actors, completions, distribution, CPU)
         for distribution in (SamplingDistribution(), SamplingDistribution(min_new_tokens=5, stop_ids=(0,)))

@@ -74,7 +74,7 @@ def rows_of(sft: list[str], ppo: list[str]) -> Comparison:
         whole = [replace(x, response=text) for x, text in zip(responses.completions, texts, strict=True)]
         return replace(responses, completions=whole, cut=[replace(x, response=x.response[:2]) for x in whole])
 
-    return replace(c, sft=with_texts(c.sft, sft), ppo=with_texts(c.ppo, ppo))
+    return replace(c, sft=with_texts(c.sft, sft), policy=with_texts(c.policy, ppo))
 
 
 def samples_of(*responses: str) -> list[ValidationSample]:
@@ -137,7 +137,7 @@ def test_scorer_scores_everything_in_one_call(tmp_path: Path, monkeypatch: pytes
         tmp_path, monkeypatch, {"a": (entry_of("a"), scorer)}, comparison, samples_of("so", "so it is", "")
     )
     assert judged.sft_scores == [0, 6, 1, 2]
-    assert judged.ppo_scores == [2, 2, 1, 4]
+    assert judged.policy_scores == [2, 2, 1, 4]
     assert judged.wins.tolist() == [1, 0, 0.5, 1]
     assert judged.cut_wins is not None
     assert judged.cut_wins.tolist() == [1, 0.5, 0.5, 0.5]  # "" and "it", then "it" and "it", x and y, aa and bb
@@ -170,7 +170,7 @@ def test_pairwise_judge_gives_no_scores(tmp_path: Path, monkeypatch: pytest.Monk
     assert judged.consistent == [True, False, True]
     assert judged.counts == {"requests": 4.0}
     assert judged.is_pairwise
-    assert (judged.sft_scores, judged.ppo_scores, judged.cut_wins, judged.validation_scores) == (None,) * 4
+    assert (judged.sft_scores, judged.policy_scores, judged.cut_wins, judged.validation_scores) == (None,) * 4
 
 
 def test_validation_sample_as_completion() -> None:
@@ -234,7 +234,7 @@ def test_judge_that_could_not_be_asked_has_no_answers(tmp_path: Path, monkeypatc
     assert np.isnan(judged.wins).all()
     assert len(judged.wins) == len(judged.consistent) == 40
     assert not judged.is_pairwise
-    assert (judged.sft_scores, judged.ppo_scores, judged.cut_wins, judged.validation_scores) == (None,) * 4
+    assert (judged.sft_scores, judged.policy_scores, judged.cut_wins, judged.validation_scores) == (None,) * 4
 
 
 def test_other_errors_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +280,7 @@ def test_linear_judge_of_an_artifact(tmp_path: Path) -> None:
     (judged,) = judge_all(read_judges(tmp_path), tmp_path, comparison, samples_of("so", "we"), resources_of(log))
     scorer = load_linear_judge(tmp_path / "words")
     assert judged.sft_scores == scorer.score(comparison.sft.completions).tolist()
-    assert judged.ppo_scores == scorer.score(comparison.ppo.completions).tolist()
+    assert judged.policy_scores == scorer.score(comparison.policy.completions).tolist()
     assert judged.validation_scores == scorer.score_texts(["Itso", "Itwe"]).tolist()
     assert judged.wins[1] == 0.5
     assert judged.entry.agreement == GOOD

@@ -36,7 +36,9 @@ def verifying(sft: list[float], ppo: list[float]) -> Judged:
 
 
 def without_rewards(comparison: Comparison) -> Comparison:
-    return replace(comparison, sft=replace(comparison.sft, rewards=None), ppo=replace(comparison.ppo, rewards=None))
+    return replace(
+        comparison, sft=replace(comparison.sft, rewards=None), policy=replace(comparison.policy, rewards=None)
+    )
 
 
 def numbers_of(sft: list[float], ppo: list[float], **options: Any) -> dict[str, float]:

@@ -90,6 +90,7 @@ def test_a_process_without_a_row_changes_nothing(two: Path, models: Path) -> Non
     assert found["ppo_ids"] == expected["ppo_ids"] and len(found["kl"]) == 1
     assert found["kl"] == pytest.approx(expected["kl"], abs=1e-5)
     assert found["ppo_rewards"] == pytest.approx(expected["ppo_rewards"], rel=1e-5)
+    assert results_of(two)["one row, its SFT response given"] == found  # as for a second policy
 
 
 def test_sharded_weights_are_a_share_and_free_after_the_release(two: Path) -> None:

@@ -66,7 +66,7 @@ def test_random_samples_depend_on_seed() -> None:
 def test_sample_has_prompt_and_both_responses() -> None:
     best = choose_samples(*forty_prompts(), seed=0)["Largest gains"][0]
     i = GAINS.index(19.0)
-    assert best == {"prompt": f"prompt {i}", "sft": f"sft response {i}", "ppo": f"ppo response {i}", "gain": 19.0}
+    assert best == {"prompt": f"prompt {i}", "sft": f"sft response {i}", "policy": f"ppo response {i}", "gain": 19.0}
 
 
 @pytest.mark.parametrize("size", [1, 4, 10, 11])
@@ -94,7 +94,7 @@ def test_disagreements_are_rows_with_wins_and_losses() -> None:
     assert rows[0] == {
         "prompt": "prompt 0",
         "sft": "sft response 0",
-        "ppo": "ppo response 0",
+        "policy": "ppo response 0",
         "verdicts": ["PPO", "SFT", "tie"],
     }
     assert [row["verdicts"] for row in rows[1:]] == [["tie", "SFT", "PPO"], ["SFT", "PPO", ""], ["PPO", "SFT", "tie"]]
@@ -252,7 +252,7 @@ def test_training_curves_without_judge_scores() -> None:
 
 def test_responses_are_escaped() -> None:
     c, judge = both_of([0.0], [1.0])
-    object.__setattr__(c.ppo.completions[0], "response", "<script>alert('& you')</script>")
+    object.__setattr__(c.policy.completions[0], "response", "<script>alert('& you')</script>")
     page = page_of(c, judge)
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
@@ -348,7 +348,7 @@ def test_rows_of_judges() -> None:
 def test_comparison_rows() -> None:
     c, judge = both_of([0.0, 1.0], [1.0, 1.0], kl=[2.0, 4.0], exact_kl=[1.0, 2.0])
     rows = comparison_rows(numbers_of(c, judge))
-    by_name = {row["name"]: (row["sft"], row["ppo"]) for row in rows}
+    by_name = {row["name"]: (row["sft"], row["policy"]) for row in rows}
     assert by_name["win rate (judge), [95% interval]"] == ("", "0.750 [0.500, 1.000]")
     assert by_name["win rate at equal length and ending (2 responses)"] == ("", "0.750 [0.500, 1.000]")
     assert by_name["win rate, both cut to equal length"] == ("", "0.750 [0.500, 1.000]")
@@ -366,7 +366,7 @@ def test_comparison_rows() -> None:
 def test_comparison_rows_of_other_judges() -> None:
     c, judge = both_of([0.0] * 4, [1.0] * 4)
     judges = [judge, pairwise_of([1.0, 0.0, 1.0, 1.0]), judged_of([0.0] * 4, [1.0] * 4, name="c", agreement=CHANCE)]
-    by_name = {row["name"]: row["ppo"] for row in comparison_rows(numbers_of(c, *judges))}
+    by_name = {row["name"]: row["policy"] for row in comparison_rows(numbers_of(c, *judges))}
     assert by_name["win rate (gpt)"].startswith("0.750 [")
     assert by_name["gpt agreement with people"] == "0.811 [0.750, 0.860]"
     assert by_name["c agreement with people"] == "0.520 [0.450, 0.590]"
@@ -376,9 +376,11 @@ def test_comparison_rows_of_other_judges() -> None:
 def test_comparison_rows_leave_out_what_was_not_measured() -> None:
     assert comparison_rows({"confidence": 0.9}) == []
     kl = {"confidence": 0.9, "kl": 3.0, "kl_low": 2.0, "kl_high": 4.0}
-    assert comparison_rows(kl) == [{"name": "KL to SFT (nats per response)", "sft": "0", "ppo": "3.000 [2.000, 4.000]"}]
+    assert comparison_rows(kl) == [
+        {"name": "KL to SFT (nats per response)", "sft": "0", "policy": "3.000 [2.000, 4.000]"}
+    ]
     without_interval = {"confidence": 0.9, "judge_accuracy": 0.75}  # as earlier versions wrote it
-    assert [row["ppo"] for row in comparison_rows(without_interval)] == ["0.750"]
+    assert [row["policy"] for row in comparison_rows(without_interval)] == ["0.750"]
     c = comparison_of([0.0] * 4, [1.0] * 4)
     cannot_tell = pairwise_of([NAN] * 4, agreement=None, error="it is down")
     names = [row["name"] for row in comparison_rows(numbers_of(c, cannot_tell))]

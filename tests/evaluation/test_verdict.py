@@ -179,12 +179,12 @@ def test_matching_rows_have_same_length_and_ending() -> None:
         sft_ends=[(3, False), (3, False), (3, True), (4, False), (8, True)],
         ppo_ends=[(3, False), (4, False), (3, False), (4, False), (8, True)],
     )
-    assert matching_rows(c.sft.completions, c.ppo.completions).tolist() == [0, 3, 4]
+    assert matching_rows(c.sft.completions, c.policy.completions).tolist() == [0, 3, 4]
 
 
 def test_no_matching_rows() -> None:
     c = comparison_of([0.0], [0.0], sft_ends=[(3, False)], ppo_ends=[(4, False)])
-    assert matching_rows(c.sft.completions, c.ppo.completions).tolist() == []
+    assert matching_rows(c.sft.completions, c.policy.completions).tolist() == []
 
 
 # The numbers.

@@ -88,16 +88,16 @@ def test_each_model_samples_with_its_own_weights(compared: tuple[Comparison, Any
         < gap(folders["policy"], comparison.sft.completions)
     )
     assert (
-        gap(folders["policy"], comparison.ppo.completions)
+        gap(folders["policy"], comparison.policy.completions)
         < 1e-4
-        < gap(folders["sft_model"], comparison.ppo.completions)
+        < gap(folders["sft_model"], comparison.policy.completions)
     )
 
 
 def test_kl_is_that_of_the_sampled_tokens(compared: tuple[Comparison, Any], folders: dict[str, Path]) -> None:
     comparison, _ = compared
-    reference = logprobs_of(folders["sft_model"], comparison.ppo.completions)
-    for c, kl, ref in zip(comparison.ppo.completions, comparison.kl, reference, strict=True):
+    reference = logprobs_of(folders["sft_model"], comparison.policy.completions)
+    for c, kl, ref in zip(comparison.policy.completions, comparison.kl, reference, strict=True):
         assert kl == pytest.approx(float(c.logprobs.sum() - ref.sum()), abs=1e-3)
 
 

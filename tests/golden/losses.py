@@ -15,6 +15,7 @@ from components.rlhf.maths.importance import (
 )
 from components.rlhf.maths.losses import Aggregation, PolicyRatio, pairwise_loss, policy_loss, value_loss
 from components.rlhf.maths.masked import masked_mean
+from components.rlhf.maths.preferences import dpo_loss, ipo_loss, kl_of_mismatches, kto_loss, robust_loss, simpo_loss
 from tests.golden.cases import Case, Params, UnknownVariant
 
 
@@ -158,4 +159,58 @@ def reward_model(case: Case) -> dict[str, Any]:
         "grad_rejected": rejected.grad,
         "accuracy": (chosen > rejected).double().mean(),
         "mean_margin": (chosen - rejected).mean(),
+    }
+
+
+def preferences(case: Case) -> dict[str, Any]:
+    """Losses of TRL on preferences, their gradients by token, and the rewards."""
+    p, mask = case.params, case.mask()
+    logp = case.floats("logp").requires_grad_()
+    sums, lengths = torch.where(mask, logp, 0).sum(1), mask.sum(1)
+    log_ratios = sums - torch.where(mask, case.floats("ref_logp"), 0).sum(1)
+    beta = p["beta"]
+    if p["loss"] == "kto":
+        return _answers(case, logp, log_ratios)
+    by_token = sums / lengths if p["loss"] == "simpo" else log_ratios / lengths
+    (chosen, rejected), (mean_chosen, mean_rejected) = log_ratios.chunk(2), by_token.chunk(2)
+    match p["loss"]:
+        case "dpo":
+            losses = dpo_loss(chosen, rejected, beta=beta)
+        case "cdpo":
+            losses = dpo_loss(chosen, rejected, beta=beta, label_smoothing=p["label_smoothing"])
+        case "robust":
+            losses = robust_loss(chosen, rejected, beta=beta, label_smoothing=p["label_smoothing"])
+        case "ipo":
+            losses = ipo_loss(mean_chosen, mean_rejected, beta=beta)
+        case "simpo":
+            losses = simpo_loss(mean_chosen, mean_rejected, beta=beta, gamma=p["gamma"])
+        case other:
+            raise UnknownVariant(f"loss {other}")
+    losses.mean().backward()
+    rewards = beta * (by_token if p["loss"] == "simpo" else log_ratios)
+    good, bad = rewards.chunk(2)
+    return {
+        "loss": losses.mean(),
+        "losses": losses,
+        "grad": logp.grad,
+        "rewards_chosen": good.mean(),
+        "rewards_rejected": bad.mean(),
+        "rewards_accuracies": (good > bad).double().mean(),
+    }
+
+
+def _answers(case: Case, logp: Tensor, log_ratios: Tensor) -> dict[str, Any]:
+    p, is_desirable = case.params, case.mask("label")
+    mismatched = case.floats("mismatched_logp") - case.floats("mismatched_ref_logp")
+    kl = kl_of_mismatches(mismatched.sum(), len(mismatched))
+    weights = {name: p[name] for name in ("desirable_weight", "undesirable_weight")}
+    loss = kto_loss(log_ratios, is_desirable, kl, beta=p["beta"], **weights).mean()
+    loss.backward()
+    rewards = p["beta"] * log_ratios
+    return {
+        "loss": loss,
+        "kl": kl,
+        "grad": logp.grad,
+        "rewards_chosen": rewards[is_desirable].mean(),
+        "rewards_rejected": rewards[~is_desirable].mean(),
     }

@@ -32,6 +32,7 @@ COMPOSITIONS: dict[str, tuple[Compose, set[str]]] = {
     "policy_loss": (losses.policy, {"openrlhf_v0.5.5", "openrlhf_head", "verl", "trl"}),
     "value_loss": (losses.value, {"openrlhf_v0.5.5", "openrlhf_head", "verl", "trl"}),
     "reward_model_loss": (losses.reward_model, {"openrlhf_v0.5.5", "trl"}),
+    "preferences": (losses.preferences, {"trl"}),
     "logprobs": (tokens.logprobs, {"openrlhf_v0.5.5", "openrlhf_head", "trl"}),
     "masks": (tokens.masks, {"openrlhf_v0.8.0", "openrlhf_head", "trl", "verl"}),
 }
@@ -133,7 +134,7 @@ def example_case() -> Case:
 def test_packaged_vectors_are_complete() -> None:
     families = {case_id.split("/")[0] for case_id in CASES}
     assert families >= COMPOSITIONS.keys()
-    assert len(CASES) >= 423
+    assert len(CASES) >= 525
 
 
 def test_wrong_number_fails() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from components.rlhf.config.cluster import PROCESS_STAGES
 from components.rlhf.config.params import Params
 from components.rlhf.config.trainjob import TrainJobPlan
 from components.rlhf.text.errors import InputError
+from components.rlhf.trainjob.launch import LAST_STAGE
 from components.rlhf.trainjob.manifest import StageCall, trainjob
 from pipelines.compile import compile_pipeline
 from pipelines.settings import load_params
@@ -146,6 +148,31 @@ def test_task_of_a_launched_stage_is_small_and_has_no_accelerators(two_nodes: Co
         assert int(pod["activeDeadlineSeconds"]) > 365 * 24 * 3600, "the time in a queue has no limit"
     assert set(two_nodes.secrets("evaluation")) == {"rlhf-s3", "rlhf-s3?"}, "MLflow is for the pods of the job"
     assert not [key for key in two_nodes.spec["root"]["inputDefinitions"]["parameters"] if "8x80gb" in key]
+
+
+def test_two_policies_are_trained_and_evaluated_in_jobs_of_their_own(tmp_path: Path) -> None:
+    overrides = ("policy.method=both", "cluster.stages={dpo: gpu-8x80gb, evaluation: gpu-8x80gb}")
+    params = load(*overrides)
+    assert (params.dpo.training.num_processes, params.cluster.launches("dpo")) == (16, True)
+    compiled = CompiledPipeline(params, tmp_path)
+    for stage, module in (("dpo", "dpo"), ("evaluation", "evaluation"), ("evaluation-2", "evaluation")):
+        assert compiled.containers[stage]["image"] == "kfp-rlhf/tools:0.1.0"
+        assert compiled.containers[stage]["command"] == ["python", "-m", f"components.{module}"]
+        plan = plan_in(compiled, stage)
+        assert (plan.num_nodes, plan.resources["nvidia.com/gpu"]) == (2, "8")
+        TRAINJOB.validate(trainjob(plan, CALL))
+    assert plan_in(compiled, "dpo").image == "kfp-rlhf/trainer:0.1.0"
+    settings = [
+        json.loads(compiled.tasks[task]["inputs"]["parameters"]["settings"]["runtimeValue"]["constant"])["stage_name"]
+        for task in ("evaluation", "evaluation-2")
+    ]
+    jobs = [
+        trainjob(plan_in(compiled, "evaluation"), replace(CALL, stage=name, module="components.evaluation"))
+        for name in settings
+    ]
+    # The exchange on a shared claim is deleted after the stage of this name, which is the last one that is launched.
+    assert settings == ["ppo_evaluation", LAST_STAGE]
+    assert jobs[0]["metadata"]["name"] != jobs[1]["metadata"]["name"]
 
 
 def test_launcher_changes_no_settings(two_nodes: CompiledPipeline, tmp_path: Path) -> None:

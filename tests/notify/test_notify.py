@@ -21,6 +21,7 @@ from components.rlhf.config.notify import NotifyStageConfig
 from components.rlhf.config.storage import StorageConfig, TrackingConfig
 from components.rlhf.storage.s3 import S3Store
 from components.rlhf.tracking.mlflow import start_tracking
+from components.rlhf.tracking.registry import register_version
 from components.rlhf.tracking.texts import database_uri
 from tests.support.limited_s3 import LimitedS3
 from tests.support.mlflow_database import new_database
@@ -153,6 +154,21 @@ def test_failed_run_is_announced_with_its_error_once(tracking: TrackingConfig, w
     start_tracking(tracking, run_id="r3", stage="sft", params={}).finish("FINISHED")
     notify("r3", SUCCEEDED, tracking)  # the run was retried
     assert [m["status"] for m in webhook] == ["failed", "succeeded"] and webhook[1]["failed_stage"] == ""
+
+
+@pytest.mark.parametrize(("method", "by"), [("ppo", " (PPO)"), ("dpo", " (DPO)"), ("", "")])
+def test_message_names_the_method_of_the_registered_policy(
+    tracking: TrackingConfig, webhook: list[dict[str, Any]], method: str, by: str
+) -> None:
+    run_id = f"by-{method or 'an earlier version'}"
+    start_tracking(tracking, run_id=run_id, stage="register", params={}).finish("FINISHED")
+    lineage = {"method": method} if method else {}
+    register_version(
+        tracking, source="/model", run_id=run_id, decision="promote", reason="win rate 0.7", lineage=lineage
+    )
+    notify(run_id, SUCCEEDED, tracking)
+    (message,) = webhook
+    assert f"succeeded: promoted{by}, win rate 0.7." in message["text"] and message["method"] == method
 
 
 def test_parent_run_gets_metrics_and_files(tracking: TrackingConfig) -> None:

@@ -1,5 +1,6 @@
 """Tasks, edges and settings of the compiled pipeline; every reference in it resolves."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +56,113 @@ def test_tasks_and_edges(spec: dict[str, Any]) -> None:
     }
 
 
-def test_ppo_and_the_judge_never_see_the_same_data(spec: dict[str, Any]) -> None:
+DPO_EDGES = {
+    "import-model": set(),
+    "prepare-data": {"import-model"},
+    "sft": {"import-model", "prepare-data"},
+    "judge": {"import-model", "prepare-data"},
+    "dpo": {"prepare-data", "sft"},
+    "evaluation": {"prepare-data", "sft", "judge", "dpo"},
+    "gate": {"dpo", "evaluation"},
+}
+BOTH_EDGES = {
+    **DPO_EDGES,
+    "reward-model": {"import-model", "prepare-data", "sft"},
+    "ppo": {"prepare-data", "sft", "reward-model"},
+    "evaluation": {"prepare-data", "sft", "reward-model", "judge", "ppo"},
+    "evaluation-2": {"prepare-data", "sft", "reward-model", "judge", "dpo", "evaluation"},
+    "better": {"ppo", "dpo", "evaluation", "evaluation-2"},
+}
+del BOTH_EDGES["gate"]
+
+
+@pytest.fixture(scope="module", params=["dpo", "both"])
+def method(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def other(method: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The pipeline of a run with DPO, or with PPO and DPO."""
+    target = tmp_path_factory.mktemp(method) / "pipeline.yaml"
+    params = load_params(MOVIES, [f"policy.method={method}"])
+    return next(yaml.safe_load_all(compile_pipeline(params, target).read_text()))
+
+
+def settings_in(dag: dict[str, Any], task: str) -> dict[str, Any]:
+    constant = dag["tasks"][task]["inputs"]["parameters"]["settings"]["runtimeValue"]["constant"]
+    return dict(json.loads(constant))
+
+
+def test_tasks_and_edges_of_a_run_with_dpo(other: dict[str, Any], method: str) -> None:
+    dag = stages_of(other)
+    assert edges(dag) == (DPO_EDGES if method == "dpo" else BOTH_EDGES)
+    tasks = dag["tasks"]
+    assert "judge" in tasks["dpo"]["dependentTasks"]  # as PPO: what is wrong with it is known first
+    artifacts = tasks["dpo"]["inputs"]["artifacts"]
+    assert artifacts["preferences"]["taskOutputArtifact"]["outputArtifactKey"] == "preferences"
+    json_format.ParseDict(other, pipeline_spec_pb2.PipelineSpec(), ignore_unknown_fields=False)
+
+
+def test_each_policy_has_an_evaluation_that_knows_its_method(other: dict[str, Any], method: str) -> None:
+    dag = stages_of(other)
+    tasks = {"dpo": {"evaluation": "dpo"}, "both": {"evaluation": "ppo", "evaluation-2": "dpo"}}[method]
+    found = {task: settings_in(dag, task)["method"] for task in tasks}
+    assert found == tasks
+    for task, name in tasks.items():
+        policy = dag["tasks"][task]["inputs"]["artifacts"]["policy"]["taskOutputArtifact"]
+        assert policy == {"outputArtifactKey": "model", "producerTask": name}
+    names = [settings_in(dag, task)["stage_name"] for task in tasks]
+    assert names == (["evaluation"] if method == "dpo" else ["ppo_evaluation", "evaluation"])
+    # Only the method differs, so that both sample alike.
+    settings = [{k: v for k, v in settings_in(dag, t).items() if k not in ("method", "stage_name")} for t in tasks]
+    assert settings[0] == settings[-1]
+
+
+def test_gate_of_two_policies_takes_one(other: dict[str, Any], method: str) -> None:
+    """Every path to a register task has a condition on the method and one on that method's own decision."""
+    if method == "dpo":
+        test_gate_branches_on_its_input_parameter(other)
+        return
+    dag = stages_of(other)
+    inputs = dag["tasks"]["better"]["inputs"]
+    better = inputs["parameters"]["better"]["taskOutputParameter"]
+    assert better == {"outputParameterKey": "better", "producerTask": "evaluation-2"}
+    branches = other["components"][dag["tasks"]["better"]["componentRef"]["name"]]["dag"]["tasks"]
+    assert {task["triggerPolicy"]["condition"].rpartition("==")[2].strip() for task in branches.values()} == {
+        "'ppo'",
+        "'dpo'",
+    }
+    for name, evaluation in (("ppo", "evaluation"), ("dpo", "evaluation-2")):
+        decision = inputs["parameters"][f"{name}_decision"]["taskOutputParameter"]
+        assert decision == {"outputParameterKey": "decision", "producerTask": evaluation}
+        verdict = inputs["artifacts"][f"{name}_verdict"]["taskOutputArtifact"]
+        assert verdict == {"outputArtifactKey": "evaluation", "producerTask": evaluation}
+        assert inputs["artifacts"][f"{name}_policy"]["taskOutputArtifact"]["producerTask"] == name
+        (branch,) = (task for task in branches.values() if f"'{name}'" in task["triggerPolicy"]["condition"])
+        inner = other["components"][branch["componentRef"]["name"]]["dag"]["tasks"]
+        (gate,) = inner.values()
+        passed = gate["inputs"]["parameters"]["decision"]["componentInputParameter"]
+        assert passed.endswith(f"{name}_decision")
+        for artifact in ("policy", "verdict"):
+            assert gate["inputs"]["artifacts"][artifact]["componentInputArtifact"].endswith(f"{name}_{artifact}")
+
+
+def test_ppo_and_the_judge_never_see_the_same_data(spec: dict[str, Any], other: dict[str, Any]) -> None:
     """The judge's preferences and the held-out prompts are not inputs of a stage that trains."""
-    tasks = stages_of(spec)["tasks"]
+    tasks = stages_of(other)["tasks"] | stages_of(spec)["tasks"]
 
     def datasets_of(task: str) -> set[str]:
         artifacts = tasks[task]["inputs"].get("artifacts", {}).values()
         outputs = (a["taskOutputArtifact"] for a in artifacts)
         return {o["outputArtifactKey"] for o in outputs if o["producerTask"] == "prepare-data"}
 
-    assert {task: datasets_of(task) for task in ("sft", "reward-model", "judge", "ppo", "evaluation")} == {
+    assert {task: datasets_of(task) for task in ("sft", "reward-model", "judge", "ppo", "dpo", "evaluation")} == {
         "sft": {"demonstrations"},
         "reward-model": {"preferences", "prompts"},
         "judge": {"judge_preferences"},
         "ppo": {"prompts"},
+        "dpo": {"preferences"},
         "evaluation": {"heldout_prompts"},
     }
 

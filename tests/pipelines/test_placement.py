@@ -237,6 +237,46 @@ def test_claim_per_run_is_created_opened_and_deleted(tmp_path: Path) -> None:
     assert "open-volume" not in in_s3.containers
 
 
+@pytest.mark.parametrize("method", ["dpo", "both"])
+def test_dpo_is_placed_as_a_training_stage_without_rollouts(method: str, tmp_path: Path) -> None:
+    compiled = tiny(
+        tmp_path, f"policy.method={method}", "cluster.stages={dpo: gke-gpu-24gb}", "storage.checkpoint_uri=s3://b/c"
+    )
+    policies = {"dpo"} if method == "dpo" else {"ppo", "dpo"}
+    assert set(compiled.pods) & {"ppo", "dpo"} == policies
+    pod, container = compiled.pods["dpo"], compiled.containers["dpo"]
+    assert container["image"].startswith("kfp-rlhf/trainer:") and container["command"][2] == "components.dpo"
+    assert container["resources"]["accelerator"]["resourceCount"] == "1"
+    selector = {"nodeSelectorJson": {"componentInputParameter": "pipelinechannel--node_selector_gke_gpu_24gb"}}
+    assert pod["nodeSelector"] == selector
+    labels = pod["podMetadata"]["labels"]
+    assert (labels["kfp-rlhf/stage"], labels["kfp-rlhf/process-group"]) == ("dpo", "true")
+    assert "kfp-rlhf/egress" not in labels
+    assert {"rlhf-s3", "rlhf-s3?"} <= set(compiled.secrets("dpo"))
+    assert not compiled.tasks["dpo"]["cachingOptions"].get("enableCache")
+    registers = {name for name in compiled.containers if name.startswith("register")}
+    assert len(registers) == 2 * len(policies)  # of which the conditions leave one
+    evaluations = {name for name in compiled.containers if name.startswith("evaluation")}
+    assert {compiled.containers[name]["command"][2] for name in evaluations} == {"components.evaluation"}
+    assert len(evaluations) == len(policies)
+
+
+@pytest.mark.parametrize("method", ["dpo", "both"])
+def test_policies_share_the_claim_of_a_run_one_after_the_other(method: str, tmp_path: Path) -> None:
+    """Only one node at a time can mount it; it is deleted when both are trained."""
+    compiled = tiny(tmp_path, f"policy.method={method}", "cluster.checkpoint_volume={storage_class: fast}")
+    (dag,) = [dag for dag in compiled.dags if "createpvc" in dag["tasks"]]
+    policies = {"dpo"} if method == "dpo" else {"ppo", "dpo"}
+    mounting = {stage for stage, pod in compiled.pods.items() if "pvcMount" in pod}
+    assert mounting == {"sft", "open-volume"} | policies | ({"reward-model"} if method == "both" else set())
+    assert set(dag["tasks"]["deletepvc"]["dependentTasks"]) == {"createpvc", *policies}
+    upstream = set(dag["tasks"]["dpo"]["dependentTasks"])
+    assert {"createpvc", "open-volume"} < upstream and ("ppo" in upstream) == (method == "both")
+    free = tiny(tmp_path / "free", "policy.method=both")
+    (dag,) = [dag for dag in free.dags if "dpo" in dag["tasks"]]
+    assert "ppo" not in dag["tasks"]["dpo"]["dependentTasks"]  # else both are trained at the same time
+
+
 def test_notify_mounts_no_volume(tmp_path: Path) -> None:
     """It would be pending for ever where the volume is on nodes that it does not tolerate."""
     for number, override in enumerate(

@@ -37,7 +37,7 @@ TOO_SMALL = {  # a params file, and overrides with which a stage does not fit
         f"cluster.profiles.small={{like: gpu-24gb, gpu_memory: {gib}Gi}}",
         f"cluster.stages.{stage}=small",
     )
-    for stage, gib in {"sft": 11, "reward_model": 11, "ppo": 18}.items()
+    for stage, gib in {"sft": 11, "reward_model": 11, "ppo": 18, "dpo": 9}.items()
 } | {"evaluation": ("llama3_70b_4node", "evaluation.shard_weights=false")}
 TWO_NODES = (
     "cluster.launcher=trainjob",
@@ -53,13 +53,24 @@ def load(name: str, *overrides: str) -> Params:
     return load_params(PARAMS / f"{name}.yaml", [*overrides, *([f"model.source={shape}"] if shape else [])])
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in PARAMS.glob("*.yaml")))
-def test_every_params_file_fits_its_profiles(name: str) -> None:
-    plan = make_plan(load(name), Options(records={"demonstrations": 1000, "preferences": 1000}))
+def methods_of(name: str) -> tuple[str, ...]:
+    """What can train the policy: without pairs only PPO."""
+    return ("ppo",) if name == "arithmetic" else ("ppo", "dpo", "both")
+
+
+FILES = [(path.stem, method) for path in sorted(PARAMS.glob("*.yaml")) for method in methods_of(path.stem)]
+
+
+@pytest.mark.parametrize(("name", "method"), FILES)
+def test_every_params_file_fits_its_profiles(name: str, method: str) -> None:
+    params = load(name, f"policy.method={method}")
+    plan = make_plan(params, Options(records={"demonstrations": 1000, "preferences": 1000}))
+    assert {stage for stage in ("ppo", "dpo") if stage in plan.stages} == set(params.policy.methods)
+    assert {saves.stage for saves in plan.saves} & {"ppo", "dpo"} == set(params.policy.methods)
     assert {stage: verdict.text for stage, verdict in plan.verdicts.items()} == {
         stage: verdict.text for stage, verdict in plan.verdicts.items() if verdict.text in ("fits", "tight")
     }
-    assert refuse_what_cannot_fit(load(name)) is None
+    assert refuse_what_cannot_fit(params) is None
     assert all(plan.seconds[stage].total > 0 for stage in plan.stages)
 
 
@@ -119,7 +130,7 @@ def test_model_whose_size_is_unknown_is_not_checked(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("stage", TOO_SMALL)
 def test_suggestions_fit_by_the_planner_itself(stage: str) -> None:
-    params = load(*TOO_SMALL[stage])
+    params = load(*TOO_SMALL[stage], f"policy.method={'dpo' if stage == 'dpo' else 'ppo'}")
     shapes = planning.read_shapes(params)
     machine = machine_of(params.cluster.profile(stage), params.model.precision)
     assert judge_plan(plan_stage(params, shapes, stage, machine), machine).text == "does not fit"
@@ -167,8 +178,39 @@ def test_measured_times_replace_estimates(tmp_path: Path) -> None:
     assert found["sft"].total == 9.0
     # 40 s - 4 x 6.5 s to start, and 100 iterations of 6.5 s.
     assert found["ppo"].total == pytest.approx(14 + 650)
+    (tmp_path / "model" / "history.jsonl").unlink()  # a run with two policies, of which DPO's went to the gate
+    history = tmp_path / "artifacts" / "rlhf" / "ppo" / "model"
+    history.mkdir(parents=True)
+    (history / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stages |= {name: {"seconds": seconds, "reused": False} for name, seconds in
+               (("dpo", 30.0), ("evaluation", 10.0), ("evaluation-2", 7.0))}  # fmt: skip
+    (tmp_path / "summary.json").write_text(json.dumps({"stages": stages}))
+    found = measured_seconds(tmp_path, params)
+    assert (found["dpo"].total, found["evaluation"].total) == (30.0, 17.0)
+    assert found["ppo"].total == pytest.approx(14 + 650)
+    del stages["ppo"]
+    (tmp_path / "summary.json").write_text(json.dumps({"stages": stages}))
+    assert "ppo" not in measured_seconds(tmp_path, params)
     with pytest.raises(InputError, match=r"has no summary\.json and model/history\.jsonl of a finished run"):
         measured_seconds(tmp_path / "model", params)
+
+
+def test_times_of_dpo_grow_with_its_pairs_and_a_second_evaluation_samples_one_model() -> None:
+    def seconds(*overrides: str, pairs: int = 1000) -> Any:
+        plan = make_plan(
+            load("llama3_8b_8gpu", *overrides), Options(records={"demonstrations": 9, "preferences": pairs})
+        )
+        return plan.seconds
+
+    one, more = (seconds("policy.method=dpo", pairs=pairs)["dpo"].parts for pairs in (1280, 12800))
+    assert more["update"] == pytest.approx(10 * one["update"]) and more["reference"] == pytest.approx(
+        10 * one["reference"]
+    )
+    twice = seconds("policy.method=dpo", "dpo.num_epochs=2", pairs=1280)["dpo"].parts
+    assert (twice["update"], twice["reference"]) == pytest.approx((2 * one["update"], one["reference"]))
+    assert "reference" not in seconds("policy.method=dpo", "dpo.loss=simpo")["dpo"].parts
+    ppo, both = seconds()["evaluation"].parts, seconds("policy.method=both")["evaluation"].parts
+    assert both["generate"] == pytest.approx(1.5 * ppo["generate"]) and both["score"] == pytest.approx(2 * ppo["score"])
 
 
 def test_records_are_two_numbers() -> None:

@@ -71,7 +71,7 @@ def comparison_of(
     return Comparison(
         groups=groups,
         sft=responses("sft", sft, sft_ends),
-        ppo=responses("ppo", ppo, ppo_ends),
+        policy=responses("ppo", ppo, ppo_ends),
         kl=kl or [1.0] * len(sft),
         exact_kl=exact_kl or [0.5] * len(sft),
     )
@@ -98,7 +98,7 @@ def judged_of(
             wins=pairwise_wins(ppo, sft),
             consistent=[True] * len(sft),
             sft_scores=list(sft),
-            ppo_scores=list(ppo),
+            policy_scores=list(ppo),
             cut_wins=pairwise_wins(ppo if cut_ppo is None else cut_ppo, sft if cut_sft is None else cut_sft),
         ),
         **changes,

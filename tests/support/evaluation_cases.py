@@ -97,7 +97,7 @@ def config_of(*, rollout: EngineConfig | None = None, frozen: int = 0, **changes
 
 def numbers_of(comparison: Comparison) -> dict[str, Any]:
     found: dict[str, Any] = {"kl": comparison.kl, "exact_kl": comparison.exact_kl, "groups": comparison.groups}
-    for name, responses in (("sft", comparison.sft), ("ppo", comparison.ppo)):
+    for name, responses in (("sft", comparison.sft), ("ppo", comparison.policy)):
         found[f"{name}_ids"] = [c.response_ids for c in responses.completions]
         found[f"{name}_cut"] = [c.response_ids for c in responses.cut]
         found[f"{name}_rewards"] = responses.rewards
@@ -119,7 +119,7 @@ def compare_in_passes(models: Path, ranks: Ranks, **changes: Any) -> dict[str, A
     entry = JudgeEntry(settings=RewardModelJudge(kind="reward_model", name="reward_model"), agreement=GOOD)
     resources = JudgeResources(precision="fp32", storage=StorageConfig(), log=lambda _: None)
     (judged,) = judge_by_reward_models([entry], models, comparison, VALIDATION, resources, ranks)
-    judge = {"wins": judged.wins.tolist(), "scores": judged.ppo_scores, "validation": judged.validation_scores}
+    judge = {"wins": judged.wins.tolist(), "scores": judged.policy_scores, "validation": judged.validation_scores}
     return numbers_of(comparison) | {f"judge_{name}": value for name, value in judge.items()}
 
 
@@ -167,6 +167,16 @@ def main(folder: Path, models: Path) -> None:
         one_row = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"num_samples": 1})})
         comparison = compare(one_row, PROMPTS[:1], **folders, progress=Progress("evaluation", silent=True), ranks=few)
         results["one row"] = numbers_of(comparison)
+        given = comparison.sft.completions
+        again = compare(
+            one_row,
+            PROMPTS[:1],
+            **folders,
+            progress=Progress("evaluation", silent=True),
+            ranks=few,
+            sft_completions=given,
+        )
+        results["one row, its SFT response given"] = numbers_of(again)
         if group.rank == 0:
             (folder / "results.json").write_text(json.dumps(results))
 

@@ -23,7 +23,7 @@ OUTPUTS = {
     "ppo": ("model", "manifest", "metrics", "curves"),
     "evaluation": ("evaluation", "metrics", "report", "summary"),
 }
-PARAMETERS = {"evaluation": ("decision", "reason")}
+PARAMETERS = {"evaluation": ("decision", "reason", "better")}
 INPUTS = {
     "sft": ("base_model", "demonstrations"),
     "ppo": ("sft_model", "reward_model", "prompts"),

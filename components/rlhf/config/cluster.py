@@ -11,9 +11,10 @@ from components.rlhf.config.kubernetes import Image, LabelKey, LabelValue, Objec
 from components.rlhf.text.credentials import is_secret_name
 
 STAGES = (
-    "import_model", "prepare_data", "import_code", "sft", "reward_model", "judge", "ppo", "evaluation", "register", "notify",
+    "import_model", "prepare_data", "import_code", "sft", "reward_model", "judge", "ppo", "dpo", "evaluation", "register",
+    "notify",
 )  # fmt: skip
-TRAINING_STAGES = ("sft", "reward_model", "ppo")
+TRAINING_STAGES = ("sft", "reward_model", "ppo", "dpo")
 PROCESS_STAGES = (*TRAINING_STAGES, "evaluation")  # the stages that can run in several processes
 
 
@@ -102,7 +103,7 @@ class Profile(BaseConfig):
     gpu_memory: Memory | None = None
     """Memory of one accelerator, which plans are compared with; null is unknown."""
     num_nodes: PositiveInt = 1
-    """Number of nodes of sft, reward_model, ppo and evaluation, each with these resources; above one needs cluster.launcher trainjob."""
+    """Number of nodes of the training stages and evaluation, each with these resources; above one needs cluster.launcher trainjob."""
     cpu: Cpu = "2"
     """CPU request and limit."""
     memory: Memory = "8Gi"
@@ -130,7 +131,7 @@ class Images(BaseConfig):
     """Container images by role, each NAME:TAG or NAME@sha256:DIGEST."""
 
     trainer: Image = "kfp-rlhf/trainer:0.1.0"
-    """Image of import_model, prepare_data, sft, reward_model and judge: torch, transformers and DeepSpeed, without vLLM."""
+    """Image of import_model, prepare_data, sft, reward_model, dpo and judge: torch, transformers and DeepSpeed, without vLLM."""
     rollout: Image = "kfp-rlhf/rollout:0.1.0"
     """Image of ppo and evaluation, and of reward_model if it calibrates with vLLM: the trainer's packages and vLLM."""
     tools: Image = "kfp-rlhf/tools:0.1.0"
@@ -167,7 +168,7 @@ class ClusterConfig(BaseConfig):
     """Settings of runs on a cluster; of these, local runs use only environment, budget and prices."""
 
     launcher: Literal["local", "trainjob"] = "local"
-    """local: a stage starts its processes itself, on one node; trainjob: sft, reward_model, ppo and evaluation are TrainJobs."""
+    """local: a stage starts its processes itself, on one node; trainjob: sft, reward_model, ppo, dpo and evaluation are TrainJobs."""
     runtime: ObjectName = "rlhf"
     """TrainingRuntime of the TrainJobs, in the namespace of the runs (manifests/components/trainjob)."""
     stages: dict[str, str] = Field(default_factory=dict)
@@ -203,7 +204,7 @@ class ClusterConfig(BaseConfig):
     timeout_hours: Annotated[Positive, Field(le=24 * 365)] = 24.0
     """Time limit of one attempt of a stage, in hours."""
     budget: Positive | None = None
-    """Most that sft, reward_model and ppo may cost together, in the currency of price_per_hour; at the limit a stage saves and ends."""
+    """Most that the training stages may cost together, in the currency of price_per_hour; at the limit a stage saves and ends."""
     allow_user_code: bool = False
     """Allow Python functions and commands of the params file in submitted and compiled runs; a run on this machine needs no permission."""
     pipeline: str = "rlhf"

@@ -1,5 +1,7 @@
 """Settings of the evaluation on held-out prompts and of the promotion gate."""
 
+from typing import Literal
+
 from pydantic import model_validator
 
 from components.rlhf.config.base import BaseConfig, Fraction, NonNegative, Positive, PositiveInt
@@ -7,12 +9,13 @@ from components.rlhf.config.code import Digest
 from components.rlhf.config.environment import Environment, check_environment, with_observations
 from components.rlhf.config.judge import Judges, LinearJudge
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed
+from components.rlhf.config.policy import Method
 from components.rlhf.config.processes import Processes
 from components.rlhf.config.rollout import EngineConfig, check_engine, ranks_per_engine
 
 
 class EvaluationConfig(BaseConfig):
-    """Comparison of the PPO policy with the SFT model on held-out prompts."""
+    """Comparison of the policy with the SFT model on held-out prompts."""
 
     num_prompts: PositiveInt = 256
     """Number of held-out prompts."""
@@ -56,6 +59,8 @@ class GateConfig(BaseConfig):
 
 
 class EvaluationStageConfig(BaseConfig):
+    stage_name: Literal["evaluation", "ppo_evaluation"] = "evaluation"  # of two tasks in one run, the last one
+    method: Method = "ppo"  # that has trained the policy
     model: ModelConfig
     evaluation: EvaluationConfig
     sampling: SamplingConfig

@@ -9,6 +9,7 @@ from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.cluster import PROCESS_STAGES, TRAINING_STAGES, ClusterConfig
 from components.rlhf.config.code import CodeConfig
+from components.rlhf.config.dpo import DpoConfig, check_dpo
 from components.rlhf.config.environment import check_environment
 from components.rlhf.config.evaluation import EvaluationConfig, GateConfig, check_evaluation
 from components.rlhf.config.judge import (
@@ -20,11 +21,12 @@ from components.rlhf.config.judge import (
     check_judges,
 )
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed, check_zero3_compatibility
+from components.rlhf.config.policy import PolicyConfig
 from components.rlhf.config.ppo import PpoConfig
 from components.rlhf.config.ppo_checks import check_reference
 from components.rlhf.config.prepare_data import DataConfig, SplitWeights
 from components.rlhf.config.reward_model import RewardModelConfig, check_calibration
-from components.rlhf.config.rewards import EndpointReward, HttpReward
+from components.rlhf.config.rewards import EndpointReward, HttpReward, Rewards
 from components.rlhf.config.rollout import EngineConfig
 from components.rlhf.config.scoring import RUNS_USER_CODE, VERIFIABLE, Endpoint, column_of
 from components.rlhf.config.sft import SftConfig
@@ -45,7 +47,9 @@ class Params(BaseConfig):
     reward_model: RewardModelConfig = RewardModelConfig()
     judge: Judges = LinearJudge()
     """One judge or a list of judges; the first one decides at the gate."""
+    policy: PolicyConfig = PolicyConfig()
     ppo: PpoConfig = PpoConfig()
+    dpo: DpoConfig = DpoConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
     code: CodeConfig = CodeConfig()
@@ -60,19 +64,42 @@ class Params(BaseConfig):
     def _require_consistent_stages(self) -> "Params":
         if self.data.demonstrations is None and self.sft.use is None:
             raise ValueError("data.demonstrations is missing; set it, or set sft.use to your own model")
-        for section in (self.sft, self.reward_model, self.ppo):
-            head_only = isinstance(section, PpoConfig) and section.critic.trains == "head"
-            check_zero3_compatibility(self.model, section.training, head_only=head_only)
+        for section in (self.sft, self.reward_model):
+            check_zero3_compatibility(self.model, section.training)
+        if self.data.max_prompt_tokens >= self.data.max_tokens:
+            raise ValueError("data.max_prompt_tokens leaves no tokens for a completion; raise data.max_tokens above it")
+        return self
+
+    @model_validator(mode="after")
+    def _require_consistent_ppo(self) -> "Params":
+        if not self.runs("ppo"):
+            return self
+        check_zero3_compatibility(self.model, self.ppo.training, head_only=self.ppo.critic.trains == "head")
         check_reference(self.model, self.ppo)
         if self.data.demonstrations is None and self.ppo.ptx_coef:
             raise ValueError(
                 "ppo.ptx_coef mixes in the loss on demonstrations, and there are none; set data.demonstrations"
             )
-        if self.data.max_prompt_tokens >= self.data.max_tokens:
-            raise ValueError("data.max_prompt_tokens leaves no tokens for a completion; raise data.max_tokens above it")
         if self.ppo.keep == "best" and not self.data.num_validation_prompts:
             raise ValueError(
                 "ppo.keep is best, which evaluations on the validation prompts find; set data.num_validation_prompts above 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _require_consistent_dpo(self) -> "Params":
+        if self.runs("dpo"):
+            check_zero3_compatibility(self.model, self.dpo.training)
+            check_dpo(self.dpo, self.data)
+            if self.ppo.environment:
+                raise ValueError(
+                    f"ppo.environment plays turns, which DPO does not learn, and policy.method is {self.policy.method}; set it to ppo, or "
+                    "remove ppo.environment"
+                )
+        elif self.dpo != DpoConfig() and "policy" not in self.model_fields_set:
+            raise ValueError(
+                "dpo has settings, but the policy is trained by PPO unless policy.method says otherwise; set policy.method to dpo or both, "
+                "or to ppo to keep the settings for later"
             )
         return self
 
@@ -83,8 +110,11 @@ class Params(BaseConfig):
                 raise ValueError(f"data.preferences is missing, and {key} {reason}; set it")
         for role, is_needed in self._roles_of_preferences().items():
             if is_needed and getattr(self.data.weights, role) == 0:
+                reader = (
+                    "stage dpo" if role == "reward_model" and not self.uses_reward_model else role.replace("_", " ")
+                )
                 raise ValueError(
-                    f"data.weights.{role} is 0, which leaves no preferences for the {role.replace('_', ' ')} of this run; raise it"
+                    f"data.weights.{role} is 0, which leaves no preferences for the {reader} of this run; raise it"
                 )
         for key, section in self.keyed_rewards_and_judges().items():
             column = column_of(section)
@@ -98,9 +128,10 @@ class Params(BaseConfig):
     @model_validator(mode="after")
     def _require_used_reward_model(self) -> "Params":
         if self.reward_model.use and not self.uses_reward_model:
-            raise ValueError(
-                f"reward_model.use is {self.reward_model.use}, but ppo.rewards has no reward of kind reward_model; add one, or remove use"
-            )
+            reason = "ppo.rewards has no reward of kind reward_model; add one"
+            if not self.runs("ppo"):
+                reason = "policy.method is dpo, which learns without a reward model; set it to ppo or both"
+            raise ValueError(f"reward_model.use is {self.reward_model.use}, but {reason}, or remove use")
         return self
 
     def _needs_of_preferences(self) -> Iterator[tuple[str, str]]:
@@ -177,8 +208,8 @@ class Params(BaseConfig):
 
     @property
     def uses_reward_model(self) -> bool:
-        """Whether the stage reward_model is part of the run: whether PPO is rewarded by the reward model."""
-        return self.ppo.uses_reward_model
+        """Whether PPO is part of the run and is rewarded by the reward model."""
+        return "ppo" in self.policy.methods and self.ppo.uses_reward_model
 
     def runs(self, stage: str) -> bool:
         """Whether a stage of training is part of the run."""
@@ -186,6 +217,8 @@ class Params(BaseConfig):
         return {
             "sft": self.sft.use is None,
             "reward_model": self.uses_reward_model or trains_judge,
+            "ppo": "ppo" in self.policy.methods,
+            "dpo": "dpo" in self.policy.methods,
         }.get(stage, True)
 
     @property
@@ -205,9 +238,14 @@ class Params(BaseConfig):
 
     def keyed_rewards_and_judges(self) -> dict[str, Any]:
         """The rewards, the environment if there is one, and the judges, by their keys in a params file."""
-        rewards: dict[str, Any] = {f"ppo.rewards.{number}": reward for number, reward in enumerate(self.ppo.rewards)}
+        rewards: dict[str, Any] = {f"ppo.rewards.{number}": reward for number, reward in enumerate(self.rewards)}
         environment = {"ppo.environment": self.ppo.environment} if self.ppo.environment else {}
         return rewards | environment | self.keyed_judges()
+
+    @property
+    def rewards(self) -> Rewards:
+        """The rewards of the run; without PPO it has none."""
+        return self.ppo.rewards if self.runs("ppo") else ()
 
     @property
     def evaluation_rollout(self) -> EngineConfig:
@@ -243,7 +281,7 @@ class Params(BaseConfig):
         """The judges or rewards that a stage asks over the network."""
         if stage in JUDGING_STAGES:
             return self.endpoint_judges
-        rewards = self.ppo.rewards if stage == "ppo" else ()
+        rewards = self.rewards if stage == "ppo" else ()
         return tuple(reward for reward in rewards if isinstance(reward, EndpointReward | HttpReward))
 
     @property
@@ -263,9 +301,9 @@ class Params(BaseConfig):
         return self.data.weights.model_copy(update=update)
 
     def _roles_of_preferences(self) -> dict[str, bool]:
-        """Whether this run needs preferences for its reward model and for its judge, by the keys of data.weights."""
+        """Whether this run needs preferences for its reward model or DPO, and for its judge, by the keys of data.weights."""
         needs_pairs = any(not isinstance(judge, VERIFIABLE) for judge in as_list(self.judge))
-        return {"reward_model": self.uses_reward_model, "judge": needs_pairs}
+        return {"reward_model": self.uses_reward_model or self.runs("dpo"), "judge": needs_pairs}
 
     def stage(self, config_class: type[StageConfig]) -> StageConfig:
         """The settings of one stage: only the sections that are fields of its config class."""
@@ -274,6 +312,7 @@ class Params(BaseConfig):
         sections["environment"] = self.ppo.environment
         sections["code_digest"] = self.code.digest
         sections["data"] = self.data.model_copy(update={"weights": self._weights})
+        sections["method"] = self.policy.methods[0]
         sections["max_kl"] = self.gate.max_kl if self.ppo.has_kl_limit else None
         # The reward model is calibrated on PPO's distribution, with its engine if there is something to sample.
         calibrates = self.reward_model.num_calibration_samples > 0

@@ -133,6 +133,8 @@ class DataConfig(BaseConfig):
     """Maximum number of preference pairs per prompt; a random subset is kept."""
     min_rating_gap: NonNegative = 1.0
     """Minimum difference of the ratings of two texts that form a pair."""
+    desirable_rating: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Labels rated answers for dpo.loss kto: desirable from this rating on, undesirable below (0.5 for labels); null labels none."""
 
     @model_validator(mode="after")
     def _require_comparable_weights(self) -> "DataConfig":

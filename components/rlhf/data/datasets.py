@@ -9,11 +9,11 @@ from typing import Annotated, Any, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from components.rlhf.data.files import read_jsonl
-from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText, ValidationSample
+from components.rlhf.data.records import Demonstration, LabeledText, PreferencePair, Prompt, RatedText, ValidationSample
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.strict_json import NotJsonError, parse_json_as
 
-R = TypeVar("R", Demonstration, PreferencePair, Prompt, RatedText, ValidationSample)
+R = TypeVar("R", Demonstration, LabeledText, PreferencePair, Prompt, RatedText, ValidationSample)
 Count = Annotated[int, Field(ge=0)]
 HEADER = "dataset.json"
 COLUMNS = "columns"  # the only field that a row may lack
@@ -22,7 +22,7 @@ MAX_HEADER_BYTES = 2**20
 
 def save_dataset(
     directory: Path,
-    splits: Mapping[str, Iterable[Demonstration | PreferencePair | Prompt | RatedText]],
+    splits: Mapping[str, Iterable[Demonstration | LabeledText | PreferencePair | Prompt | RatedText]],
     *,
     max_tokens: int,
     counts: Mapping[str, int],
@@ -38,7 +38,7 @@ def save_dataset(
 def save_records(
     directory: Path,
     split: str,
-    records: Iterable[Demonstration | PreferencePair | Prompt | RatedText | ValidationSample],
+    records: Iterable[Demonstration | LabeledText | PreferencePair | Prompt | RatedText | ValidationSample],
 ) -> int:
     """Write SPLIT.jsonl and return the number of records."""
     lines = [json.dumps(as_row(record), ensure_ascii=False) + "\n" for record in records]

@@ -85,6 +85,16 @@ class RatedText:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabeledText:
+    """An answer that is desirable or not, without another one to compare it with."""
+
+    prompt: str
+    completion: str
+    is_desirable: bool
+    conversation: Conversation | None = None  # that a chat template rendered as the prompt; None for plain text
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     prompt: str
     id: str = ""  # identifies the prompt in reports; unique within its data set
@@ -92,7 +102,7 @@ class Prompt:
     columns: dict[str, str] = field(default_factory=dict, hash=False)  # of the source, such as answer (DataSource.keep)
 
 
-def is_chat(record: Demonstration | PreferencePair | RatedText | Prompt) -> bool:
+def is_chat(record: Demonstration | PreferencePair | RatedText | LabeledText | Prompt) -> bool:
     """Whether a chat template rendered the text, with all special tokens that it needs."""
     return record.conversation is not None
 

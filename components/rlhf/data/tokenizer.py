@@ -11,10 +11,10 @@ from weakref import WeakKeyDictionary
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from components.rlhf.data.chat import turn_end_id
-from components.rlhf.data.records import Demonstration, PreferencePair, Prompt, RatedText, Turn, is_chat
+from components.rlhf.data.records import Demonstration, LabeledText, PreferencePair, Prompt, RatedText, Turn, is_chat
 from components.rlhf.text.errors import InputError
 
-Record = Demonstration | PreferencePair | Prompt | RatedText
+Record = Demonstration | PreferencePair | Prompt | RatedText | LabeledText
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -166,7 +166,7 @@ def encode_record(record: Record, tokenizer: PreTrainedTokenizerBase, *, max_tok
                 encode_text(tokenizer, record.prompt, text, max_tokens=max_tokens, is_chat=is_chat(record))
                 for text in (record.chosen, record.rejected)
             ]
-        case RatedText():
+        case RatedText() | LabeledText():
             return [
                 encode_text(tokenizer, record.prompt, record.completion, max_tokens=max_tokens, is_chat=is_chat(record))
             ]

@@ -21,6 +21,7 @@ MAX_LOGITS, MAX_LOGITS_ON_GPU = 2**24, 2**26
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256  # of a 4-bit weight, with the scales of its blocks
 REDUCE_BUCKET = 2**24  # values (engine/torch.py)
 CACHE_ROOM = 64  # tokens by which transformers' cache grows (rollout/cache.py)
+FROZEN_STATES = 2**30  # bytes at most (components/dpo/states.py)
 
 # DeepSpeed's defaults, in values (zero/config.py); on a CPU only the part that is used takes memory.
 DEEPSPEED_BUCKET = 500_000_000

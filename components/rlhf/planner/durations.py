@@ -60,6 +60,8 @@ def _stage(params: Params, shapes: Shapes, stage: str, speed: Speed, sizes: Mapp
         steps = _steps(section.max_steps, section.num_epochs, section.batch_size, sizes.get("preferences", 0))
         tokens = 2 * steps * section.batch_size * length
         return _trained(start, tokens, shapes.base, params, section.training, speed, steps, pods)
+    if stage == "dpo":
+        return _dpo(start, params, shapes, speed, sizes, pods)
     if stage == "ppo":
         return _ppo(start, params, shapes, speed, pods)
     if stage == "evaluation":
@@ -205,6 +207,19 @@ def _sampled(
     )
 
 
+def _dpo(
+    start: dict[str, float], params: Params, shapes: Shapes, speed: Speed, sizes: Mapping[str, int], pods: int
+) -> Seconds:
+    """The reference computes each text once, whatever the number of epochs; kto also compares it on a mismatched answer in each step."""
+    dpo, texts = params.dpo, 2 if params.dpo.is_paired else 1
+    steps = _steps(dpo.max_steps, dpo.num_epochs, dpo.batch_size, sizes.get("preferences", 0))
+    tokens = texts * steps * dpo.batch_size * params.data.max_tokens
+    if dpo.has_reference:
+        flops = 2 * shapes.base.active * tokens * (1 / dpo.num_epochs + (0 if dpo.is_paired else 2))
+        start["reference"] = flops / (speed.flops * speed.forward_share) / dpo.training.num_processes
+    return _trained(start, tokens, shapes.base, params, dpo.training, speed, steps, pods)
+
+
 def _ppo(start: dict[str, float], params: Params, shapes: Shapes, speed: Speed, pods: int) -> Seconds:
     ppo, processes = params.ppo, params.ppo.training.num_processes
     rollout, sampling = ppo.rollout, ppo.longest_sampling
@@ -275,13 +290,14 @@ def _uncounted_rewards(ppo: PpoConfig) -> str:
 
 
 def _evaluation(start: dict[str, float], params: Params, shapes: Shapes, speed: Speed) -> Seconds:
-    config = params.stage(EvaluationStageConfig)
+    """Of both policies in a run with two, the second time without the responses of the SFT model."""
+    config, policies = params.stage(EvaluationStageConfig), len(params.policy.methods)
     evaluation, processes = config.evaluation, config.evaluation.num_processes
     sequences = evaluation.num_prompts * evaluation.num_samples
     tokens = sequences * (params.data.max_prompt_tokens + config.longest_sampling.max_new_tokens)
     generate = _sampled(shapes.base, sequences, params, config.rollout, config.sampling, processes, speed)
     scored = shapes.reward_model.active if shapes.reward_model else 0
     passes = 2 * (2 * shapes.base.active + 2 * scored) * tokens
-    return Seconds(
-        parts=start | {"generate": 2 * generate, "score": passes / (speed.flops * speed.forward_share) / processes}
-    )
+    score = passes / (speed.flops * speed.forward_share) / processes
+    starts = {name: policies * seconds for name, seconds in start.items()}
+    return Seconds(parts=starts | {"generate": (1 + policies) * generate, "score": policies * score})

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from components.rlhf.config.cluster import Profile, bytes_of
+from components.rlhf.config.dpo import DpoStageConfig
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.params import Params
 from components.rlhf.config.ppo import PpoStageConfig
@@ -15,9 +16,9 @@ from components.rlhf.planner.other_stages import plan_evaluation, plan_import, p
 from components.rlhf.planner.phases import GIB, StagePlan
 from components.rlhf.planner.ppo_stage import plan_ppo
 from components.rlhf.planner.shape import ModelShape
-from components.rlhf.planner.training_stages import plan_reward_model, plan_sft
+from components.rlhf.planner.training_stages import plan_dpo, plan_reward_model, plan_sft
 
-STAGES = ("import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "evaluation")
+STAGES = ("import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "dpo", "evaluation")
 TIGHT = 0.9  # of what a profile has
 
 
@@ -95,6 +96,8 @@ def _plan(params: Params, shapes: Shapes, stage: str, job: Job) -> StagePlan:
         return plan_judge(params, job)
     if stage == "ppo":
         return plan_ppo(params.stage(PpoStageConfig), job)
+    if stage == "dpo":
+        return plan_dpo(params.stage(DpoStageConfig), job)
     return plan_evaluation(params.stage(EvaluationStageConfig), job)
 
 

@@ -1,7 +1,8 @@
-"""Plans of the stages sft and reward_model."""
+"""Plans of the stages sft, dpo and reward_model."""
 
 from dataclasses import replace
 
+from components.rlhf.config.dpo import DpoStageConfig
 from components.rlhf.config.model import ModelConfig, TrainingConfig
 from components.rlhf.config.reward_model import RewardModelStageConfig
 from components.rlhf.config.sft import SftStageConfig
@@ -13,7 +14,7 @@ from components.rlhf.planner.activations import (
     lost_to_adapters,
     saved_activations,
 )
-from components.rlhf.planner.constants import HEAP_LOSS, NF4_BYTES
+from components.rlhf.planner.constants import FROZEN_STATES, HEAP_LOSS, NF4_BYTES
 from components.rlhf.planner.copies import TrainedCopy, frozen_copy, gathered, trained_copy
 from components.rlhf.planner.jobs import (
     Job,
@@ -134,10 +135,54 @@ def training_phases(
 
 
 def plan_sft(config: SftStageConfig, job: Job) -> StagePlan:
-    training, model, shape = config.sft.training, config.model, job.shape
-    base = libraries(job, training, lora=model.lora is not None)
-    copy = model_copy(shape, model, training, job, scalar=False)
+    training = config.sft.training
     tokens = tokens_of_pass(training, config.sft.batch_size, job.text_tokens)
+    copy = model_copy(job.shape, config.model, training, job, scalar=False)
+    return _plan("sft", training, _language_model_phases(config.model, training, copy, tokens, job), job)
+
+
+def plan_dpo(config: DpoStageConfig, job: Job) -> StagePlan:
+    """As sft, with the texts of a pair in one pass. The log-probs of the reference are computed before the policy is trained, by itself."""
+    dpo, training = config.dpo, config.dpo.training
+    tokens = tokens_of_pass(training, dpo.batch_size, job.text_tokens, unit=2 if dpo.is_paired else 1)
+    copy = model_copy(job.shape, config.model, training, job, scalar=False, earlier=1)
+    kept = _frozen_states(config, job)
+    phases = _language_model_phases(config.model, training, copy, tokens, job, kept=kept)
+    if dpo.has_reference:
+        own = dpo.reference_microbatch_tokens or training.microbatch_tokens
+        work = {
+            "activations": forward_workspace(job.shape, max(own, job.text_tokens), job.numeric),
+            "logits": logits(job.shape, own, job.numeric, None),
+            "cast weights": copy.cast,
+            "working weights": copy.working,
+        }
+        base = libraries(job, training, lora=config.model.lora is not None)
+        held = phase("", optimizer_of(copy, training), device={"weights": copy.weights, "engine": copy.buffers} | kept)
+        phases.insert(1, phase("reference", base, held, device=temporary(job, work)))
+    return _plan("dpo", training, phases, job)
+
+
+def _frozen_states(config: DpoStageConfig, job: Job) -> dict[str, int]:
+    """Output of the frozen layers for the texts of all steps (dpo/states.py), or as much as is ever kept if max_steps does not say."""
+    if config.model.num_frozen_layers == 0:
+        return {}
+    dpo = config.dpo
+    texts = dpo.max_steps * dpo.batch_size * (2 if dpo.is_paired else 1)
+    own = -(-texts // dpo.training.num_processes) * job.text_tokens * job.shape.hidden * job.numeric.width
+    return {"frozen layers' output": min(own or FROZEN_STATES, FROZEN_STATES)}
+
+
+def _language_model_phases(
+    model: ModelConfig,
+    training: TrainingConfig,
+    copy: TrainedCopy,
+    tokens: int,
+    job: Job,
+    *,
+    kept: dict[str, int] | None = None,
+) -> list[Phase]:
+    """The phases of a stage that trains a language model on texts, in passes of at most this many tokens; kept is there in all of them."""
+    shape, base = job.shape, libraries(job, training, lora=model.lora is not None)
     run = Pass(
         shape=shape,
         tokens=tokens,
@@ -147,14 +192,13 @@ def plan_sft(config: SftStageConfig, job: Job) -> StagePlan:
         training=training,
         numeric=job.numeric,
     )
-    held = {"weights": copy.weights} | lost_in_loading(shape, model, job)
+    held = {"weights": copy.weights} | lost_in_loading(shape, model, job) | (kept or {})
     resident = phase("", optimizer_of(copy, training), device=held)
-    phases = [
+    return [
         phase("load", base, device=load_peak(copy, shape, model, training, job), main=whole_weights(shape, model, job)),
         *training_phases(base, resident, copy, run, job, with_logits=True),
         export_phase(base, resident, shape, model, job),
     ]
-    return _plan("sft", training, phases, job)
 
 
 def export_phase(base: Phase, resident: Phase, shape: ModelShape, model: ModelConfig, job: Job) -> Phase:

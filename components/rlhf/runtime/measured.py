@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # register and notify run where torch is not installed
     from components.rlhf.engine.protocol import Group
 
 STATUS = Path("/proc/self/status")
-PLANNED_STAGES = ("sft", "reward_model", "ppo", "evaluation")
+PLANNED_STAGES = ("sft", "reward_model", "ppo", "dpo", "evaluation")
 
 
 @dataclass

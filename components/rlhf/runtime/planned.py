@@ -20,7 +20,7 @@ from components.rlhf.planner.ppo_stage import plan_ppo
 from components.rlhf.planner.processor import has_bf16
 from components.rlhf.planner.shape import ModelShape
 from components.rlhf.planner.sources import shape_of_folder
-from components.rlhf.planner.training_stages import plan_reward_model, plan_sft
+from components.rlhf.planner.training_stages import plan_dpo, plan_reward_model, plan_sft
 
 
 def plan_here(stage: str, config: Any, paths: Mapping[str, Path], *, checkpoints: bool) -> StagePlan:
@@ -64,5 +64,6 @@ READS: dict[str, tuple[Callable[[Any, Job], StagePlan], str, str]] = {
     "sft": (plan_sft, "base_model", "demonstrations"),
     "reward_model": (plan_reward_model, "sft_model", "preferences"),
     "ppo": (plan_ppo, "sft_model", "prompts"),
+    "dpo": (plan_dpo, "sft_model", "preferences"),
     "evaluation": (plan_evaluation, "sft_model", "prompts"),
 }

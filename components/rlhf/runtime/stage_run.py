@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from components.rlhf.artifacts.directory import atomic_directory
@@ -169,11 +170,13 @@ class StageRun(Generic[Config]):
         facts: Mapping[str, str | int | float],
         tokenizer_of: Manifest | None = None,
         streamed: Iterable[object] = (),
+        measurements: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Write an artifact atomically: fill(folder) writes its files, then the manifest is added. Only rank 0 writes.
 
         parents are the input artifacts by role; tokenizer_of is the input whose tokenizer the artifact uses. streamed is what fill
-        reads that takes every rank (an engine's weights, gathered one by one): the other ranks read it too.
+        reads that takes every rank (an engine's weights, gathered one by one): the other ranks read it too. measurements are kept beside
+        those of this stage, its time in seconds and its memory.
         """
         if rank() > 0:
             deque(streamed, maxlen=0)  # keeps none of it
@@ -184,7 +187,8 @@ class StageRun(Generic[Config]):
             fill(folder)
             self.memory.observe(self.group)
             saved = self.checkpoints is not None and self.checkpoints.num_saves > 0
-            self.measurements = self.memory.numbers(saved=saved)
+            seconds = round(time.monotonic() - self.started, 3)
+            self.measurements = {**self.memory.numbers(saved=saved), "seconds": seconds, **measurements}
             manifest = write_manifest(
                 folder,
                 kind=kind,
@@ -196,8 +200,9 @@ class StageRun(Generic[Config]):
                 measurements=self.measurements,
             )
         if self.memory.plan is not None:
-            self.progress.log(sentence(self.measurements))
-            self.tracker.log(self.measurements, step=0)
+            memory = self.memory.numbers(saved=saved)
+            self.progress.log(sentence(memory))
+            self.tracker.log(memory, step=0)
         self.report_output(output, manifest)
         if kind.endswith("_model"):
             self._publish(output, path)

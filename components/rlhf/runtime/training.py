@@ -1,7 +1,7 @@
-"""What supervised fine-tuning and reward-model training share: optimizer steps over batches, resumed from checkpoints."""
+"""What training on a fixed data set has in common (sft, reward_model, dpo): optimizer steps over batches, resumed from checkpoints."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from components.rlhf.checkpoints.manager import CheckpointManager
 from components.rlhf.data.microbatches import Plan, computed_tokens, local_microbatches, plan_passes
-from components.rlhf.engine.protocol import Group, TrainEngine
+from components.rlhf.engine.protocol import Group, Saved, TrainEngine
 from components.rlhf.text.errors import require_finite
 from components.rlhf.text.progress import Progress
 from components.rlhf.tracking.mlflow import Tracker
@@ -53,6 +53,20 @@ class Batches:
     plan: Plan = plan_passes  # how the records of a step are grouped into microbatches
 
 
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What a stage does around each optimizer step, on every rank, and what its checkpoints have beside the engine.
+
+    With more than the engine, the first checkpoint is saved before the first step, so that nothing of it is computed twice.
+    """
+
+    before: Callable[[int], None]  # of a step, from 1
+    after: Callable[
+        [int, dict[str, float], dict[str, Any]], None
+    ]  # of a step with its metrics and the state, before that is saved
+    saved: Mapping[str, Saved] = field(default_factory=dict)  # which initial_state fills
+
+
 def train_on_batches(
     context: TrainingContext,
     name: str,
@@ -60,6 +74,7 @@ def train_on_batches(
     batches: Batches,
     shares_of: Callable[[Sequence[int], Sequence[int]], dict[str, Tensor]],
     initial_state: Callable[[], dict[str, Any]] = dict,
+    extras: Extras | None = None,
 ) -> dict[str, Any]:
     """Take every optimizer step that the latest checkpoint of model `name` has not; return the state kept in checkpoints.
 
@@ -68,24 +83,31 @@ def train_on_batches(
     when there is no checkpoint, before the first step.
     """
     checkpoints, progress = context.checkpoints, context.progress
-    state = checkpoints.restore({name: engine})
+    saved: dict[str, Saved] = {name: engine, **(extras.saved if extras else {})}
+    state = checkpoints.restore(saved)
     if state is None:
         steps_done, state = 0, initial_state()
+        if len(saved) > 1:
+            checkpoints.save(0, saved, state)
     else:
         steps_done = int(state.pop("step"))
         progress.log(f"resuming after step {steps_done} from {checkpoints.latest}")
     for step, batch in enumerate(batches.steps[steps_done:], start=steps_done + 1):
         context.group.watchdog(f"{name} step {step}")
+        if extras:
+            extras.before(step)
         values = _optimizer_step(context, engine, batches, batch, shares_of)
         with checkpoints.named_on_failure():
             for what in ("loss", "grad_norm"):
                 require_finite(values[what], what=what, step=step, batch=f"{batches.records} {list(batch)}")
         context.tracker.log({f"train/{metric}": value for metric, value in values.items()}, step)
-        shown = {metric: value for metric, value in values.items() if metric not in NOT_SHOWN}
+        if extras:
+            extras.after(step, values, state)
+        shown = {metric: value for metric, value in values.items() if metric not in NOT_SHOWN and "/" not in metric}
         progress.step(step, len(batches.steps), shown)
         if checkpoints.should_save():
             context.tracker.flush()
-            checkpoints.save(step, {name: engine}, state)
+            checkpoints.save(step, saved, state)
     return state
 
 

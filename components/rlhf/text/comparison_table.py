@@ -1,16 +1,24 @@
-"""The comparison of SFT and PPO that ends a run and opens its report."""
+"""The comparison of the SFT model and a policy that ends a run and opens its report."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 OTHER_JUDGE = "judges/"
 
 
+def method_of(numbers: Mapping[str, float]) -> Literal["ppo", "dpo"]:
+    """The method that has trained the policy whose numbers these are, which is in their names: length_ppo or length_dpo."""
+    return "dpo" if "length_dpo" in numbers else "ppo"
+
+
 def comparison_rows(numbers: Mapping[str, float]) -> list[dict[str, str]]:
-    """The rows of the table, each with a name and the formatted values of SFT and PPO.
+    """The rows of the table, each with a name and the formatted values of sft and policy.
 
     Args:
         numbers: The content of evaluation.json. What was not measured is left out of the table.
     """
+
+    own = method_of(numbers)
 
     def interval(key: str) -> str:
         if f"{key}_low" not in numbers:
@@ -21,17 +29,19 @@ def comparison_rows(numbers: Mapping[str, float]) -> list[dict[str, str]]:
         """A number of the comparison: with its interval, or in a form."""
         if key not in numbers:
             return []
-        return [{"name": name, "sft": "", "ppo": format(numbers[key], form) if form else interval(key)}]
+        return [{"name": name, "sft": "", "policy": format(numbers[key], form) if form else interval(key)}]
 
     def both(name: str, key: str, form: str) -> list[dict[str, str]]:
         if f"{key}_sft" not in numbers:
             return []
-        return [{"name": name, "sft": format(numbers[f"{key}_sft"], form), "ppo": format(numbers[f"{key}_ppo"], form)}]
+        return [
+            {"name": name, "sft": format(numbers[f"{key}_sft"], form), "policy": format(numbers[f"{key}_{own}"], form)}
+        ]
 
     def both_with_intervals(name: str, key: str) -> list[dict[str, str]]:
         if f"{key}_sft" not in numbers:
             return []
-        return [{"name": name, "sft": interval(f"{key}_sft"), "ppo": interval(f"{key}_ppo")}]
+        return [{"name": name, "sft": interval(f"{key}_sft"), "policy": interval(f"{key}_{own}")}]
 
     ends = f", [{100 * numbers['confidence']:g}% interval]"
     others = [key.split("/")[1] for key in numbers if key.startswith(OTHER_JUDGE) and key.endswith("/num_compared")]

@@ -28,6 +28,8 @@ from components.rlhf.tracking.texts import equals, key_of
 
 FINAL = "final/"  # prefix of the final metrics of a stage in its nested run
 SUMMARIZED_STAGE = "evaluation"  # its metrics and reports are those of the run
+FIRST_EVALUATION = "ppo_evaluation"  # of a run with two policies
+GOES_TO_GATE = "goes_to_gate"  # metric of the second evaluation: 1 if the gate takes its policy, 0 if that of the first
 NOTIFIED_TAG = "rlhf.notified"
 COST_LINE = "Cost of the run: "  # in the description of a version
 STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "canceled": "KILLED"}  # of a run -> of its parent run
@@ -84,10 +86,11 @@ class Parent:
     def finish(self, *, status: str, stages: Sequence[StageResult], facts: Mapping[str, str], params: str) -> None:
         """End the parent run with the final metrics of its stages, its settings, data sets, costs, description and reports.
 
-        The metrics of the evaluation keep their names; those of other stages are STAGE/NAME. facts are added to summary.json.
+        The metrics of the evaluation keep their names, in a run with two policies those of the one that goes to the gate; those of other
+        stages are STAGE/NAME. facts are added to summary.json.
         """
-        self._log_metrics(stages)
-        evaluation = next((s for s in reversed(stages) if s.name == SUMMARIZED_STAGE), None)
+        evaluation = deciding_evaluation(stages)
+        self._log_metrics(stages, evaluation)
         numbers = dict(evaluation.metrics) if evaluation else {}
         summary = {
             "status": status,
@@ -99,7 +102,8 @@ class Parent:
         if params:
             self._client.log_text(self._run.id, params, "params.yaml")
         if evaluation:
-            self._copy_files(evaluation.mlflow_run_id)
+            last = _last(stages, SUMMARIZED_STAGE) or evaluation  # whose report shows both policies of a run with two
+            self._copy_files(last.mlflow_run_id)
         try:
             self._describe(status, stages, facts, numbers, parse_settings(params))
         except Exception as error:  # the run must end
@@ -166,9 +170,9 @@ class Parent:
         except Exception as error:  # MLflow must not fail a run
             warn(error, self._config)
 
-    def _log_metrics(self, stages: Sequence[StageResult]) -> None:
+    def _log_metrics(self, stages: Sequence[StageResult], evaluation: StageResult | None) -> None:
         values = {
-            name if stage.name == SUMMARIZED_STAGE else f"{stage.name}/{name}": value
+            name if evaluation and stage.name == evaluation.name else f"{stage.name}/{name}": value
             for stage in stages
             for name, value in stage.metrics.items()
         }
@@ -195,6 +199,19 @@ class Parent:
     def set_notified(self, status: str) -> None:
         """Remember that this status was announced, so that another attempt of notify does not announce it again."""
         self._client.set_tag(self._run.id, NOTIFIED_TAG, status)
+
+
+def deciding_evaluation(stages: Sequence[StageResult]) -> StageResult | None:
+    """The evaluation of the policy that goes to the gate; None without any."""
+    last = _last(stages, SUMMARIZED_STAGE)
+    if last is None or last.metrics.get(GOES_TO_GATE) == 0.0:
+        return _last(stages, FIRST_EVALUATION) or last
+    return last
+
+
+def _last(stages: Sequence[StageResult], name: str) -> StageResult | None:
+    """The last attempt of a stage."""
+    return next((stage for stage in reversed(stages) if stage.name == name), None)
 
 
 def open_parent(config: TrackingConfig, run_id: str) -> Parent | None:

@@ -23,8 +23,8 @@ TRAINING_KIND = (
 MANUAL_RUN_ID = "manual"  # of stages without RLHF_RUN_ID; they are unrelated to each other
 MAX_PARAM_CHARS, MAX_TAG_CHARS = 6000, 5000  # the server's limits
 EXPERIMENT_NOTE = (
-    "RLHF runs: SFT, reward model, PPO, and a comparison with SFT that decides on promotion. A parent run is a run of the pipeline and has "
-    "its settings, data sets, costs and result; the runs nested in it are its stages, with their curves."
+    "RLHF runs: SFT, reward model, PPO or DPO, and a comparison with SFT that decides on promotion. A parent run is a run of the pipeline and "
+    "has its settings, data sets, costs and result; the runs nested in it are its stages, with their curves."
 )
 UNFINISHED_NOTE = "Not finished: see its nested runs."
 STAGE_NOTES = {
@@ -32,9 +32,11 @@ STAGE_NOTES = {
     "prepare_data": "Cleans, splits and pairs the data.",
     "sft": "Fine-tunes the base model on demonstrations. final/heldout_loss is the loss on held-out ones, in nats per token.",
     "reward_model": "Trains a model of human preferences. final/heldout_accuracy is the share of held-out pairs ordered as people did.",
-    "judge": "Prepares the judges of the evaluation, which PPO never sees.",
+    "judge": "Prepares the judges of the evaluation, which training never sees.",
     "ppo": "Trains the SFT model against its rewards. See components/ppo/README.md for what each curve means, and what to do about it.",
-    "evaluation": "Compares PPO with SFT on held-out prompts. win_rate is the share of prompts on which the judge prefers PPO.",
+    "dpo": "Trains the SFT model on preferences. See components/dpo/README.md for what each curve means, and what to do about it.",
+    "evaluation": "Compares the policy with SFT on held-out prompts. win_rate is the share of prompts on which the judge prefers it.",
+    "ppo_evaluation": "Compares PPO with SFT on held-out prompts; evaluation does so with DPO, and says which one goes to the gate.",
     "register": "Registers the policy in the model registry.",
 }
 

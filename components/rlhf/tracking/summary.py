@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from components.rlhf.config.cluster import ClusterConfig
-from components.rlhf.text.comparison_table import comparison_rows
+from components.rlhf.config.policy import TITLES
+from components.rlhf.text.comparison_table import comparison_rows, method_of
 from components.rlhf.text.progress import format_duration
 from components.rlhf.text.strict_yaml import NotYamlError, parse_yaml
 
@@ -95,9 +96,9 @@ def note_of(status: str, facts: Mapping[str, str], numbers: Mapping[str, float],
     rows = comparison_rows(numbers) if "confidence" in numbers else []  # else it is not that of an evaluation
     if rows:
         lines += [
-            "| | SFT | PPO |",
+            f"| | SFT | {TITLES[method_of(numbers)]} |",
             "|---|---:|---:|",
-            *(f"| {r['name']} | {r['sft']} | {r['ppo']} |" for r in rows),
+            *(f"| {r['name']} | {r['sft']} | {r['policy']} |" for r in rows),
             "",
         ]
     lines += [f"It took {cost}: " + ", ".join(f"{s} {format_duration(t)}" for s, t in cost.seconds.items()) + "."]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from components.rlhf.artifacts.manifest import MANIFEST, read_manifest
+from components.rlhf.config.policy import TITLES
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.redaction import redact
 from components.rlhf.tracking.runs import OpenRun
@@ -134,19 +135,20 @@ def sample_rows(file: Path) -> Iterator[dict[str, Cell]]:
     with file.open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
-            sft, ppo = row["sft"], row["ppo"]
-            scores = [side.get("judge_score") for side in (sft, ppo)]
+            method = next(name for name in TITLES if name in row)
+            sft, policy, title = row["sft"], row[method], TITLES[method]
+            scores = [side.get("judge_score") for side in (sft, policy)]
             gain = None if None in scores else scores[1] - scores[0]
             yield {
                 "prompt": row["prompt"],
                 "SFT response": sft["response"],
-                "PPO response": ppo["response"],
+                f"{title} response": policy["response"],
                 "SFT judge score": scores[0],
-                "PPO judge score": scores[1],
+                f"{title} judge score": scores[1],
                 "gain in judge score": gain,
                 "SFT reward": sft.get("reward"),
-                "PPO reward": ppo.get("reward"),
-                "KL": ppo.get("kl"),
+                f"{title} reward": policy.get("reward"),
+                "KL": policy.get("kl"),
                 "SFT tokens": sft["num_tokens"],
-                "PPO tokens": ppo["num_tokens"],
+                f"{title} tokens": policy["num_tokens"],
             }

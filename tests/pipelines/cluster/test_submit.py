@@ -130,6 +130,24 @@ def test_same_content_reuses_the_version_and_dry_run_shows_differences(api: KfpA
     assert api.num_created == num_created
 
 
+@pytest.mark.parametrize(("method", "tasks"), [("dpo", {"dpo"}), ("both", {"ppo", "dpo"})])
+def test_method_of_the_policy_is_submitted(api: KfpApi, submit: Submit, method: str, tasks: set[str]) -> None:
+    result = submit("--set", f"policy.method={method}")
+    assert result.returncode == 0, result.stderr
+    assert len(api.runs) == 1
+    changed = submit("--dry-run", "--set", f"policy.method={method}", "--set", "dpo.beta=0.3").stdout
+    lines = [line for line in changed.splitlines() if line[:2] in ("~ ", "+ ", "- ")]
+    assert lines == ["~ dpo: settings.dpo.beta: null -> 0.3"]
+    removed = submit("--dry-run", "--set", "policy.method=ppo").stdout
+    assert ("+ ppo" in removed) == (method == "dpo") and "- dpo" in removed
+
+
+def test_dpo_without_its_data_is_refused_before_the_first_request(api: KfpApi, submit: Submit) -> None:
+    error = error_of(submit("--set", "policy.method=both", "--set", "dpo.loss=kto"))
+    assert "dpo.loss is kto, which learns from single answers labeled as desirable or not" in error
+    assert api.num_created == 0
+
+
 @pytest.mark.parametrize(("states", "code"), [(["SUCCEEDED"], 0), (["RUNNING", "FAILED"], 1), (["CANCELED"], 1)])
 def test_exit_code_of_wait_follows_the_state_of_the_run(
     api: KfpApi, submit: Submit, states: list[str], code: int

@@ -42,7 +42,7 @@ class Run:
         command = [sys.executable, "-m", "components.evaluation", "--settings", settings_of_stage(params, "evaluation")]
         for option, source in inputs.items():
             command += [f"--{option}", str(output(self.folder, *source))]
-        for name in ("evaluation", "metrics", "report", "summary", "decision", "reason"):
+        for name in ("evaluation", "metrics", "report", "summary", "decision", "reason", "better"):
             command += [f"--{name}", str(target / name)]
         command += [
             "--storage",

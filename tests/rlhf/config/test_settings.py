@@ -7,6 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from components.rlhf.config.base import BaseConfig
+from components.rlhf.config.dpo import DpoStageConfig
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.explain import explain_validation_error
 from components.rlhf.config.import_model import ImportModelStageConfig
@@ -306,7 +307,10 @@ SECTIONS = {
     },
     JudgeStageConfig: {"model", "judge", "code_digest", "seed"},
     PpoStageConfig: {"model", "ppo", "checkpoint", "budget", "max_kl", "code_digest", "seed"},
+    DpoStageConfig: {"model", "dpo", "checkpoint", "budget", "seed"},
     EvaluationStageConfig: {
+        "stage_name",
+        "method",
         "model",
         "evaluation",
         "sampling",

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from components.rlhf.config.dpo import DpoConfig, DpoStageConfig
 from components.rlhf.config.evaluation import EvaluationConfig, EvaluationStageConfig, GateConfig
 from components.rlhf.config.model import LoraConfig, ModelConfig, SamplingConfig, TrainingConfig
 from components.rlhf.config.ppo import CriticConfig, PpoConfig, PpoStageConfig
@@ -22,7 +23,7 @@ from components.rlhf.planner.phases import GIB, StagePlan
 from components.rlhf.planner.ppo_models import ppo_copies
 from components.rlhf.planner.ppo_stage import plan_ppo
 from components.rlhf.planner.sources import shape_of_folder
-from components.rlhf.planner.training_stages import base_bytes, plan_reward_model, plan_sft
+from components.rlhf.planner.training_stages import base_bytes, plan_dpo, plan_reward_model, plan_sft
 
 SHAPES = Path(__file__).resolve().parents[3] / "docs" / "shapes"
 LLAMA = shape_of_folder(SHAPES / "llama-3.1-8b.json")
@@ -57,6 +58,13 @@ def ppo(
         ),
         checkpoint=CheckpointConfig(),
         seed=0,
+    )
+
+
+def dpo(model: ModelConfig | None = None, training: dict[str, Any] | None = None, **section: Any) -> DpoStageConfig:
+    known: dict[str, Any] = {"batch_size": 128, "training": TrainingConfig(**(training or {}))}
+    return DpoStageConfig(
+        model=model or ModelConfig(), dpo=DpoConfig(**(known | section)), checkpoint=CheckpointConfig(), seed=0
     )
 
 
@@ -232,6 +240,42 @@ def test_quantized_base_is_4_bits_and_its_scales() -> None:
     # The updates of two earlier stages stay beside the 4 bits, in fp32.
     assert base_bytes(LLAMA, quantized, job(), scalar=False, earlier=2) == pytest.approx(size + 8 * adapters, abs=2)
     assert base_bytes(LLAMA, plain, job(), scalar=False, earlier=2) == 2 * P
+
+
+def test_dpo_holds_one_model_which_computes_the_reference_before_it_is_trained() -> None:
+    training = {"engine": "deepspeed", "zero_stage": 3, "num_processes": 8}
+    plan = plan_dpo(dpo(training=training), job())
+    assert [phase.name for phase in plan.phases] == ["load", "reference", "update", "step", "checkpoint", "export"]
+    for name in ("reference", "update"):
+        assert phase_of(plan, name)["weights"] == pytest.approx(2 * P / 8, abs=8)
+    assert "gradients" not in phase_of(plan, "reference")
+    without = plan_dpo(dpo(training=training, loss="simpo"), job())
+    assert "reference" not in [phase.name for phase in without.phases]
+    assert phase_of(without, "update") == phase_of(plan, "update")
+
+
+def test_pair_of_dpo_is_in_one_pass_however_long_and_labeled_answers_are_not() -> None:
+    """Two texts of 2,048 tokens, where a pass has 1,000: as sft with passes of 4,096, and for kto as sft with 2,048."""
+    small = {"microbatch_tokens": 1000}
+    for loss, tokens in (("dpo", 4096), ("kto", 2048)):
+        found = phase_of(plan_dpo(dpo(training=small, loss=loss), job()), "update")
+        assert found == phase_of(plan_sft(sft(microbatch_tokens=tokens), job()), "update")
+
+
+@pytest.mark.parametrize(
+    ("section", "size"),
+    [
+        ({"max_steps": 1}, 2 * 128 * 2048 * 4096 * 2),  # 128 pairs, each value in bf16: 4 GiB, of which 1 is the limit
+        ({"max_steps": 1, "batch_size": 16}, 2 * 16 * 2048 * 4096 * 2),
+        ({"max_steps": 1, "batch_size": 16, "loss": "kto"}, 16 * 2048 * 4096 * 2),
+        ({"max_steps": 0}, 2**30),
+    ],
+)
+def test_output_of_frozen_layers_is_kept_for_the_texts_of_dpo(section: dict[str, Any], size: int) -> None:
+    plan = plan_dpo(dpo(ModelConfig(num_frozen_layers=24), **section), job())
+    for name in ("reference", "update", "step"):
+        assert phase_of(plan, name)["frozen layers' output"] == min(size, 2**30)
+    assert "frozen layers' output" not in phase_of(plan_dpo(dpo(), job()), "update")
 
 
 def reward_model(rollout: str = "hf", **section: Any) -> RewardModelStageConfig:

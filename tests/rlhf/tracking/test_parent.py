@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from components.rlhf.artifacts.manifest import write_manifest
 from components.rlhf.config.storage import TrackingConfig
 from components.rlhf.tracking.mlflow import start_tracking
-from components.rlhf.tracking.parent import Parent, open_parent
+from components.rlhf.tracking.parent import GOES_TO_GATE, Parent, open_parent
 from components.rlhf.tracking.tables import data_sets_of
 from components.rlhf.tracking.texts import database_uri
 from tests.support.mlflow_database import new_database
@@ -149,6 +149,27 @@ def test_setting_that_was_changed_for_a_resumed_run_does_not_stop_its_end(
         parent.finish(status="failed", stages=parent.stages(), facts=facts, params=params)
     assert parent_of(client, "budget").data.params == {"preset": "a", "cluster.budget": "5.0"}
     assert parent_of(client, "budget").info.status == "FAILED" and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("better", ["ppo", "dpo"])
+def test_parent_of_two_policies_shows_the_metrics_of_the_better_one_and_the_report_of_both(
+    tracking: TrackingConfig, client: MlflowClient, tmp_path: Path, better: str
+) -> None:
+    reports = {name: tmp_path / name / "report.html" for name in ("ppo", "both")}
+    for name, path in reports.items():
+        path.parent.mkdir()
+        path.write_text(f"<!doctype html>{name}", encoding="utf-8")
+    run_id, to_gate = f"better-{better}", float(better == "dpo")
+    run_stage(tracking, run_id, "ppo_evaluation", {"win_rate": 0.75}, reports["ppo"])
+    run_stage(tracking, run_id, "evaluation", {"win_rate": 0.25, GOES_TO_GATE: to_gate}, reports["both"])
+    finish(tracking, run_id, "succeeded")
+    parent = parent_of(client, run_id)
+    ppo, dpo = {"win_rate": 0.75}, {"win_rate": 0.25, GOES_TO_GATE: to_gate}
+    own, (other, name) = (ppo, (dpo, "evaluation")) if better == "ppo" else (dpo, (ppo, "ppo_evaluation"))
+    assert parent.data.metrics == own | {f"{name}/{key}": value for key, value in other.items()}
+    folder = Path(client.download_artifacts(parent.info.run_id, "", str(tmp_path)))
+    assert (folder / "report.html").read_text(encoding="utf-8") == "<!doctype html>both"
+    assert json.loads((folder / "summary.json").read_text())["evaluation"] == own
 
 
 def test_parent_of_a_failed_run_names_the_error(tracking: TrackingConfig, client: MlflowClient) -> None:
