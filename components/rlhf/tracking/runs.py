@@ -23,8 +23,8 @@ TRAINING_KIND = (
 MANUAL_RUN_ID = "manual"  # of stages without RLHF_RUN_ID; they are unrelated to each other
 MAX_PARAM_CHARS, MAX_TAG_CHARS = 6000, 5000  # the server's limits
 EXPERIMENT_NOTE = (
-    "RLHF runs: SFT, reward model, PPO or DPO, and a comparison with SFT that decides on promotion. A parent run is a run of the pipeline and "
-    "has its settings, data sets, costs and result; the runs nested in it are its stages, with their curves."
+    "RLHF runs: SFT, reward model, PPO or DPO, and a comparison with SFT that decides on promotion. A parent run is a run of the "
+    "pipeline and has its settings, data sets, costs and result; the runs nested in it are its stages, with their curves."
 )
 UNFINISHED_NOTE = "Not finished: see its nested runs."
 STAGE_NOTES = {

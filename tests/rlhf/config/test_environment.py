@@ -70,6 +70,8 @@ VLLM_2 = {"engine": "vllm", "vllm": {"tensor_parallel_size": 2}}
         (CALCULATOR | {"max_turn": 2}, {}, "ppo.environment.max_turn is not a parameter; did you mean ppo.environment.max_turns?"),
         (CALCULATOR | {"max_turns": 0}, {}, "ppo.environment.max_turns is 0"),
         ({"kind": "function"}, {}, "ppo.environment.function is missing"),
+        (CALCULATOR, {"sections": {"policy": {"method": "both"}}}, "ppo.environment plays turns, which DPO does not learn"),
+        (CALCULATOR, {"sections": {"policy": {"method": "dpo"}}}, "policy.method is dpo; set it to ppo, or remove ppo.environment"),
         ({"kind": "function", "function": "mine"}, {}, "ppo.environment.function is 'mine'"),
         (None, {"rewards": [{"kind": "environment"}]}, "rewards.0 is the reward of the environment, and there is none; set environment"),
         (CALCULATOR, {"rollout": {"sampling": {"min_new_tokens": 2}}}, "rollout.sampling.min_new_tokens is 2, which would hold for"),
