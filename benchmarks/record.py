@@ -28,9 +28,10 @@ def settings_digest(params: Params) -> str:
     """The first 16 hex digits of the sha256 of all parameters that differ from their defaults.
 
     A parameter that was added after a row was measured therefore does not invalidate the row. A changed default goes
-    unnoticed.
+    unnoticed. The section dpo of a run without DPO is left out.
     """
-    changed = json.dumps(params.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    unused = set() if params.runs("dpo") else {"dpo"}
+    changed = json.dumps(params.model_dump(mode="json", exclude_defaults=True, exclude=unused), sort_keys=True)
     return hashlib.sha256(changed.encode()).hexdigest()[:16]
 
 

@@ -34,7 +34,7 @@ def result_table(run: Run, *, headline: bool = False) -> str:
     if headline:
         rows = [row for row in rows if row["name"].startswith(HEADLINE_ROWS)]
     lines = ["| | SFT | PPO |", "|---|---:|---:|"]
-    lines += [f"| {row['name']} | {row['sft']} | {row['ppo']} |" for row in rows]
+    lines += [f"| {row['name']} | {row['sft']} | {row['policy']} |" for row in rows]
     decision = "promoted" if run["promoted"] else "rejected"
     return "\n".join([*lines, "", f"The gate {decision} this model. Preset {run['preset']}, seed {run['seed']}."])
 
