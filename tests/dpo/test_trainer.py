@@ -74,12 +74,12 @@ def slow_losses(loss: str, now: SlowModel, before: SlowModel, order: list[int]) 
 
 
 def slow_kl(loss: str, now: SlowModel, before: SlowModel) -> float:
-    """k3 of the reference to the policy, mean over all texts that are trained on."""
+    """Half the squared log-ratios, mean over all texts that are trained on."""
     texts = [(pair.prompt, text) for pair in PAIRS for text in (pair.chosen, pair.rejected)]
     if loss == "kto":
         texts = [(answer.prompt, answer.completion) for answer in LABELED]
     log_ratios = [(now.logprobs(*text) - before.logprobs(*text)).detach().tolist() for text in texts]
-    return sum(math.exp(d) - 1 - d for row in log_ratios for d in row) / len(texts)
+    return sum(d**2 / 2 for row in log_ratios for d in row) / len(texts)
 
 
 @EVERY_LOSS
