@@ -29,6 +29,7 @@ from components.rlhf.tracking.texts import equals, key_of
 FINAL = "final/"  # prefix of the final metrics of a stage in its nested run
 SUMMARIZED_STAGE = "evaluation"  # its metrics and reports are those of the run
 NOTIFIED_TAG = "rlhf.notified"
+TRAINING_VIEW = "workflowType=machine_learning"  # MLflow 3.17 otherwise opens what it has for GenAI applications
 COST_LINE = "Cost of the run: "  # in the description of a version
 STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "canceled": "KILLED"}  # of a run -> of its parent run
 
@@ -56,7 +57,7 @@ class Parent:
         """Where people look at the run, or "" if MLflow has no web address."""
         uri = self._config.ui_url or self._config.uri or ""
         path = f"#/experiments/{quote(self._run.experiment_id)}/runs/{quote(self._run.id)}"
-        return f"{uri.rstrip('/')}/{path}" if uri.startswith("http") else ""
+        return f"{uri.rstrip('/')}/{path}?{TRAINING_VIEW}" if uri.startswith("http") else ""
 
     def stages(self) -> list[StageResult]:
         """The nested runs, in the order of their start."""
