@@ -35,9 +35,10 @@ class DataSet:
 
 
 def data_sets_of(paths: Mapping[str, Path], uri_of: Mapping[str, str]) -> list[DataSet]:
-    """The data sets among the folders that a stage reads, split by split, by the names of its options; uri_of are their addresses.
+    """The data sets among the folders that a stage reads, split by split. paths and uri_of are folders and addresses by option.
 
-    Folders without a valid manifest are left out; the stage itself refuses them.
+    A data set has the name under which it was written, the last part of its address: one option may stand for several. Folders without a
+    valid manifest are left out; the stage itself refuses them.
     """
     found = []
     for name, folder in paths.items():
@@ -50,10 +51,11 @@ def data_sets_of(paths: Mapping[str, Path], uri_of: Mapping[str, str]) -> list[D
         if manifest.kind not in DATA_KINDS:
             continue
         source = uri_of.get(name) or folder.resolve().as_uri()
+        written_as = source.rstrip("/").rpartition("/")[2]
         for split, size in ((key.removeprefix("num_"), value) for key, value in manifest.facts.items()):
             entry = manifest.files.get(f"{split}.jsonl")
             if entry is not None:
-                found.append(DataSet(name, split, entry.sha256, int(size), f"{source}/{split}.jsonl"))
+                found.append(DataSet(written_as, split, entry.sha256, int(size), f"{source}/{split}.jsonl"))
     return found
 
 
@@ -121,8 +123,8 @@ def response_rows(samples: Iterable[Any]) -> list[dict[str, Cell]]:
             "iteration": sample.iteration,
             "prompt": sample.prompt.prompt,
             "response": sample.response,
-            "score": sample.score,
-            "KL": sample.kl,
+            "score": _rounded(sample.score),
+            "KL": _rounded(sample.kl),
             "tokens": len(sample.response_ids),
         }
         for sample in itertools.islice(samples, NUM_SHOWN_PROMPTS)
@@ -135,8 +137,8 @@ def sample_rows(file: Path) -> Iterator[dict[str, Cell]]:
         for line in lines:
             row = json.loads(line)
             sft, ppo = row["sft"], row["ppo"]
-            scores = [side.get("judge_score") for side in (sft, ppo)]
-            gain = None if None in scores else scores[1] - scores[0]
+            scores = [_rounded(side.get("judge_score")) for side in (sft, ppo)]
+            gain = None if scores[0] is None or scores[1] is None else _rounded(scores[1] - scores[0])
             yield {
                 "prompt": row["prompt"],
                 "SFT response": sft["response"],
@@ -144,9 +146,13 @@ def sample_rows(file: Path) -> Iterator[dict[str, Cell]]:
                 "SFT judge score": scores[0],
                 "PPO judge score": scores[1],
                 "gain in judge score": gain,
-                "SFT reward": sft.get("reward"),
-                "PPO reward": ppo.get("reward"),
-                "KL": ppo.get("kl"),
+                "SFT reward": _rounded(sft.get("reward")),
+                "PPO reward": _rounded(ppo.get("reward")),
+                "KL": _rounded(ppo.get("kl")),
                 "SFT tokens": sft["num_tokens"],
                 "PPO tokens": ppo["num_tokens"],
             }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
