@@ -31,6 +31,7 @@ SUMMARIZED_STAGE = "evaluation"  # its metrics and reports are those of the run
 FIRST_EVALUATION = "ppo_evaluation"  # of a run with two policies
 GOES_TO_GATE = "goes_to_gate"  # metric of the second evaluation: 1 if the gate takes its policy, 0 if that of the first
 NOTIFIED_TAG = "rlhf.notified"
+TRAINING_VIEW = "workflowType=machine_learning"  # MLflow 3.17 otherwise opens what it has for GenAI applications
 COST_LINE = "Cost of the run: "  # in the description of a version
 STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "canceled": "KILLED"}  # of a run -> of its parent run
 
@@ -58,7 +59,7 @@ class Parent:
         """Where people look at the run, or "" if MLflow has no web address."""
         uri = self._config.ui_url or self._config.uri or ""
         path = f"#/experiments/{quote(self._run.experiment_id)}/runs/{quote(self._run.id)}"
-        return f"{uri.rstrip('/')}/{path}" if uri.startswith("http") else ""
+        return f"{uri.rstrip('/')}/{path}?{TRAINING_VIEW}" if uri.startswith("http") else ""
 
     def stages(self) -> list[StageResult]:
         """The nested runs, in the order of their start."""

@@ -153,7 +153,13 @@ def find_parent_run(client: Any, config: TrackingConfig, run_id: str) -> ParentR
     experiment_id = _experiment_id(client, config)
     for run in find_runs(client, experiment_id, run_id):
         return ParentRun(str(run.info.run_id), experiment_id)
-    run = client.create_run(experiment_id, run_name=run_id, tags={RUN_ID_TAG: run_id, NOTE_TAG: UNFINISHED_NOTE})
+    tags = {
+        RUN_ID_TAG: run_id,
+        NOTE_TAG: UNFINISHED_NOTE,
+        "mlflow.source.name": "kfp-rlhf",
+        "mlflow.source.type": "PROJECT",
+    }
+    run = client.create_run(experiment_id, run_name=run_id, tags=tags)
     return ParentRun(str(run.info.run_id), experiment_id)
 
 

@@ -36,9 +36,10 @@ class DataSet:
 
 
 def data_sets_of(paths: Mapping[str, Path], uri_of: Mapping[str, str]) -> list[DataSet]:
-    """The data sets among the folders that a stage reads, split by split, by the names of its options; uri_of are their addresses.
+    """The data sets among the folders that a stage reads, split by split. paths and uri_of are folders and addresses by option.
 
-    Folders without a valid manifest are left out; the stage itself refuses them.
+    A data set has the name under which it was written, the last part of its address: one option may stand for several. Folders without a
+    valid manifest are left out; the stage itself refuses them.
     """
     found = []
     for name, folder in paths.items():
@@ -51,10 +52,11 @@ def data_sets_of(paths: Mapping[str, Path], uri_of: Mapping[str, str]) -> list[D
         if manifest.kind not in DATA_KINDS:
             continue
         source = uri_of.get(name) or folder.resolve().as_uri()
+        written_as = source.rstrip("/").rpartition("/")[2]
         for split, size in ((key.removeprefix("num_"), value) for key, value in manifest.facts.items()):
             entry = manifest.files.get(f"{split}.jsonl")
             if entry is not None:
-                found.append(DataSet(name, split, entry.sha256, int(size), f"{source}/{split}.jsonl"))
+                found.append(DataSet(written_as, split, entry.sha256, int(size), f"{source}/{split}.jsonl"))
     return found
 
 
@@ -122,8 +124,8 @@ def response_rows(samples: Iterable[Any]) -> list[dict[str, Cell]]:
             "iteration": sample.iteration,
             "prompt": sample.prompt.prompt,
             "response": sample.response,
-            "score": sample.score,
-            "KL": sample.kl,
+            "score": _rounded(sample.score),
+            "KL": _rounded(sample.kl),
             "tokens": len(sample.response_ids),
         }
         for sample in itertools.islice(samples, NUM_SHOWN_PROMPTS)
@@ -137,8 +139,8 @@ def sample_rows(file: Path) -> Iterator[dict[str, Cell]]:
             row = json.loads(line)
             method = next(name for name in TITLES if name in row)
             sft, policy, title = row["sft"], row[method], TITLES[method]
-            scores = [side.get("judge_score") for side in (sft, policy)]
-            gain = None if None in scores else scores[1] - scores[0]
+            scores = [_rounded(side.get("judge_score")) for side in (sft, policy)]
+            gain = None if scores[0] is None or scores[1] is None else _rounded(scores[1] - scores[0])
             yield {
                 "prompt": row["prompt"],
                 "SFT response": sft["response"],
@@ -146,9 +148,13 @@ def sample_rows(file: Path) -> Iterator[dict[str, Cell]]:
                 "SFT judge score": scores[0],
                 f"{title} judge score": scores[1],
                 "gain in judge score": gain,
-                "SFT reward": sft.get("reward"),
-                f"{title} reward": policy.get("reward"),
-                "KL": policy.get("kl"),
+                "SFT reward": _rounded(sft.get("reward")),
+                f"{title} reward": _rounded(policy.get("reward")),
+                "KL": _rounded(policy.get("kl")),
                 "SFT tokens": sft["num_tokens"],
                 f"{title} tokens": policy["num_tokens"],
             }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
