@@ -174,8 +174,7 @@ def _sample(comparison: Comparison, row: int) -> dict[str, Any]:
         "prompt": comparison.prompts[row].prompt,
         "sft": sft.response,
         "ppo": ppo.response,
-        "sft_turns": turns_of(sft),
-        "ppo_turns": turns_of(ppo),
+        **({"sft_turns": turns_of(sft), "ppo_turns": turns_of(ppo)} if sft.turns or ppo.turns else {}),
     }
 
 
