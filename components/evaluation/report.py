@@ -189,8 +189,7 @@ def _sample(comparison: Comparison, row: int) -> dict[str, Any]:
         "prompt": comparison.prompts[row].prompt,
         "sft": sft.response,
         "policy": policy.response,
-        "sft_turns": turns_of(sft),
-        "policy_turns": turns_of(policy),
+        **({"sft_turns": turns_of(sft), "policy_turns": turns_of(policy)} if sft.turns or policy.turns else {}),
     }
 
 

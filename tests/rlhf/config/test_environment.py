@@ -12,7 +12,9 @@ from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.explain import explain_validation_error
 from components.rlhf.config.model import SamplingConfig
 from components.rlhf.config.params import Params
-from components.rlhf.config.ppo import PpoStageConfig
+from components.rlhf.config.ppo import PpoConfig, PpoStageConfig
+from components.rlhf.data.records import Prompt
+from components.rlhf.environments.user import UserHost
 from components.rlhf.text.errors import InputError
 from pipelines.settings import import_settings, load_params, settings_of_stage
 
@@ -130,3 +132,23 @@ def test_module_of_the_environment_travels_in_the_settings_and_is_the_users_code
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(InputError, match=r"ppo.environment.function: there is neither nowhere_x.py next to"):
         load_params(tmp_path / "run.yaml")
+
+
+def test_settings_and_class_of_the_documentation_work() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "environments.md").read_text(encoding="utf-8")
+    snippets = {
+        kind: [part.partition("```")[0] for part in page.split(f"```{kind}\n")[1:]] for kind in ("yaml", "python")
+    }
+    calculator, own = (PpoConfig.model_validate(yaml.safe_load(text)["ppo"]) for text in snippets["yaml"])
+    assert calculator.environment and own.environment and len(snippets["python"]) == 1
+    environment = own.environment.model_copy(update={"source": snippets["python"][0]})
+    assert isinstance(environment, FunctionEnvironment)
+    host = UserHost(environment)
+    assert host.reset({0: Prompt(prompt="?", columns={"secret": "7"})}) == {}
+    steps = [host.step({0: text})[0] for text in ("3\n", "nine", "7\n")]
+    host.close()
+    assert [(step.observation, step.reward, step.done) for step in steps] == [
+        (" higher\n", 0.0, False),
+        (" higher\n", 0.0, False),
+        (" lower\n", 1.0, True),
+    ]

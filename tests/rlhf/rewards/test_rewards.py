@@ -162,4 +162,4 @@ def test_settings_of_the_documentation_are_valid() -> None:
     for snippet in snippets:
         ppo = yaml.safe_load(snippet)["ppo"]
         kinds |= {reward.kind for reward in PpoConfig.model_validate(ppo).rewards}
-    assert len(kinds) == 11
+    assert len(kinds) == 12
