@@ -130,8 +130,9 @@ class DpoTrainer:
     ) -> tuple[Answers, Tensor, Tensor | None, list[list[int]]]:
         """The texts `rows` of a list: their log-probs, the KL of each, the router's loss (mean over all tokens), and the passes.
 
-        The KL [N] is that of the reference to the policy in nats, estimated at the tokens of each text as if the reference had sampled
-        them (k3 of Schulman 2020), and 0 without a reference.
+        The KL [N] between policy and reference in nats is estimated at the tokens of each text, which neither has sampled: half the
+        squared log-ratio of a token (k2 of Schulman 2020) is small wherever they agree. The unbiased k1 and k3 would be dominated by
+        single tokens that are likelier in the data than in both. It is 0 without a reference.
         """
         own = [texts[row] for row in rows]
         lengths = [text.num_tokens for text in own]
@@ -147,7 +148,7 @@ class DpoTrainer:
             if self.reference is not None and weight:
                 ref = self.reference.of(name, [rows[i] for i in indices], mask)
                 refs[places] = ref.sum(1)
-                kl[places] = estimate_kl(ref, found.detach(), mask, "k3").sum(1)
+                kl[places] = estimate_kl(found.detach(), ref, mask, "k2").sum(1)
             if self.actor.router_loss is not None:
                 share = weight * float(batch.lengths.sum()) / sum(lengths) * self.actor.router_loss
                 router_loss = share if router_loss is None else router_loss + share

@@ -31,21 +31,20 @@ class SlowModel:
     def __init__(self, folder: Path) -> None:
         self.lm, self.tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
 
-    def logprob(self, prompt: str, answer: str) -> tuple[Tensor, int]:
-        """Sum over the tokens of the answer and its end, and their number."""
+    def logprobs(self, prompt: str, answer: str) -> Tensor:
+        """Of each token of the answer and its end."""
         ids = self.tokenizer(prompt)["input_ids"]
         rest = [*self.tokenizer(answer)["input_ids"], self.tokenizer.eos_token_id]
         logprobs = torch.log_softmax(self.lm(torch.tensor([ids + rest])).logits[0], dim=-1)
-        terms = [logprobs[len(ids) - 1 + t, token] for t, token in enumerate(rest)]
-        return torch.stack(terms).sum(), len(rest)
+        return torch.stack([logprobs[len(ids) - 1 + t, token] for t, token in enumerate(rest)])
 
 
 def slow_losses(loss: str, now: SlowModel, before: SlowModel, order: list[int]) -> list[Tensor]:
     """The loss of the records in this order, which are one step."""
 
     def values(prompt: str, answer: str) -> tuple[Tensor, Tensor, int]:
-        (policy, length), reference = now.logprob(prompt, answer), before.logprob(prompt, answer)[0].detach()
-        return policy, policy - reference, length
+        policy, reference = now.logprobs(prompt, answer), before.logprobs(prompt, answer).detach()
+        return policy.sum(), policy.sum() - reference.sum(), len(policy)
 
     if loss == "kto":
         records = [LABELED[row] for row in order]
@@ -72,6 +71,15 @@ def slow_losses(loss: str, now: SlowModel, before: SlowModel, order: list[int]) 
             }[loss]
         )
     return found
+
+
+def slow_kl(loss: str, now: SlowModel, before: SlowModel) -> float:
+    """Half the squared log-ratios, mean over all texts that are trained on."""
+    texts = [(pair.prompt, text) for pair in PAIRS for text in (pair.chosen, pair.rejected)]
+    if loss == "kto":
+        texts = [(answer.prompt, answer.completion) for answer in LABELED]
+    log_ratios = [(now.logprobs(*text) - before.logprobs(*text)).detach().tolist() for text in texts]
+    return sum(d**2 / 2 for row in log_ratios for d in row) / len(texts)
 
 
 @EVERY_LOSS
@@ -102,6 +110,8 @@ def test_step_takes_the_mean_over_its_records(tiny_model: Path, loss: str, micro
     assert row["loss"] == pytest.approx(expected.item(), rel=2e-4, abs=1e-5)
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
     assert row["grad_norm"] == pytest.approx(norm, rel=2e-3, abs=1e-6)
+    if loss != "simpo":
+        assert row["kl"] == pytest.approx(slow_kl(loss, now, before), rel=2e-3)
     assert trainer.context.tracker.rows[2]["train/loss"] == row["loss"]
 
 
