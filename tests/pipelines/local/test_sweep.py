@@ -208,6 +208,21 @@ def test_resume_takes_no_other_plan(tmp_path: Path, arguments: list[str]) -> Non
     assert "remove" in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "3"], "--set seed=S"),
+        (["--wait"], "needs --host"),
+        (["--name", "x"], "needs --host"),
+        (["--image", "x"], "needs --katib"),
+    ],
+)
+def test_option_without_effect_is_refused(toy: Path, arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(cli, ["sweep", str(toy), "--grid", "ppo.kl_coef=1,2", *arguments])
+    assert isinstance(result.exception, InputError)
+    assert message in str(result.exception)
+
+
 # --- a whole sweep ---
 
 ENVIRONMENT = os.environ | {"RLHF_CODE_REVISION": "one"}  # also if somebody commits meanwhile
