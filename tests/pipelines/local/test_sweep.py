@@ -177,9 +177,9 @@ def test_table_has_settings_intervals_and_decisions(ended: Path) -> None:
         [cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")] for line in (lines[2], lines[4])
     )
     assert header == [
-        "point", "ppo.kl_coef", "training.kl_coef", "decision", "win rate", "KL", "time", "shared stages"
+        "point", "ppo.kl_coef", "training.kl_coef", "decision", "win rate", "KL", "time", "shared"
     ]  # fmt: skip
-    assert first == ["2", "0.2", "7", "promoted", "0.700 [0.550, 0.950]", "1.5", "1:30", "1"]
+    assert first == ["2", "0.2", "7", "promoted", "0.700 [0.550, 0.950]", "1.5", "1:30", "1 stage"]
 
 
 def test_advice_warns_of_the_choice_on_one_split_and_names_the_champion(ended: Path) -> None:
