@@ -26,7 +26,7 @@ from pipelines.commands.options import DEFAULT_PARAMS, JSON_OPTION, SET_OPTION, 
     help="With --random, vary a parameter from LOW to HIGH; with :log, uniformly in its logarithm.",
 )
 @click.option("--random", "num_random", type=int, metavar="N", help="Draw N points. [default: all combinations]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of --random; the runs keep their own.")
+@click.option("--seed", type=int, metavar="S", help="Seed of --random; that of the runs is --set seed=S. [default: 0]")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory to create. [default: runs/sweep-PRESET-TIME]")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Go on with the sweep in DIR.")
 @click.option("--table", type=click.Path(path_type=Path), metavar="DIR", help="Only show the results in DIR so far.")
@@ -68,6 +68,15 @@ def sweep_command(
     """
     is_submitted = click.get_current_context().get_parameter_source("host") is ParameterSource.COMMANDLINE
     _refuse_mixtures(is_submitted or katib is not None, params_file, planned, out=out, resume=resume, table=table)
+    with_host = is_submitted and katib is None
+    for option, value, needed, has_effect in (
+        ("--wait", wait, "--host in the command, without --katib", with_host),
+        ("--kube-context", kube_context, "--host in the command, without --katib", with_host),
+        ("--name", name, "--host in the command, or --katib", is_submitted or katib),
+        ("--image", image, "--katib", katib),
+    ):
+        if value and not has_effect:
+            raise InputError(f"{option} needs {needed}; add that, or remove {option}.")
     if katib:
         _write_katib(katib, params_file, planned, server(), image=image, name=name)
     elif is_submitted:
@@ -94,6 +103,10 @@ def _refuse_mixtures(
         raise InputError(
             "--out, --resume and --table are for sweeps on this machine; remove them, or --host and --katib."
         )
+    if planned["seed"] is not None and planned["num_random"] is None:
+        raise InputError(
+            "--seed is that of --random; set the seed of the runs with --set seed=S, or vary it with --grid."
+        )
     if resume and table:
         raise InputError("--resume shows the table at its end; remove --table.")
     option = "--resume" if resume else "--table" if table else ""
@@ -110,7 +123,7 @@ def _axes(planned: Mapping[str, Any]) -> list[Any]:
 def _points(params_file: Path | None, planned: Mapping[str, Any]) -> list[Any]:
     from pipelines.sweep import plan_points
 
-    random = {"num_random": planned["num_random"], "seed": planned["seed"]}
+    random = {"num_random": planned["num_random"], "seed": planned["seed"] or 0}
     return plan_points(params_file or DEFAULT_PARAMS, planned["overrides"], _axes(planned), **random)
 
 

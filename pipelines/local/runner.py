@@ -104,7 +104,10 @@ def run_unless_finished(local_run: LocalRun, command: list[str], environment: di
     if finished is not None:
         local_run.stages[-1] = finished
         where = f"shared with {finished.shared_with}" if finished.shared_with else "finished earlier"
-        local_run.on_line(finished, f"[{finished.name}] {where}, verified")
+        line = f"[{finished.name}] {where}, verified"
+        if finished.shared_with:
+            _log_once(local_run.folder / f"{finished.name}.log", line)
+        local_run.on_line(finished, line)
         return finished
     if reason:
         local_run.on_line(record, f"[{record.name}] runs again: {reason}")
@@ -113,6 +116,14 @@ def run_unless_finished(local_run: LocalRun, command: list[str], environment: di
     if record.status == "succeeded":
         local_run.journal.record_finish(record, command)
     return record
+
+
+def _log_once(path: Path, line: str) -> None:
+    """Append a line to a log that does not end with it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or not path.read_text(encoding="utf-8").endswith(f"{line}\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
 
 
 def task_name(command: list[str]) -> str:

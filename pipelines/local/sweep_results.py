@@ -103,8 +103,8 @@ def sweep_table(results: Sequence[PointResult]) -> Table:
     for name in ("point", *(short[key] for key in keys)):
         table.add_column(Text(name), overflow="fold")
     table.add_column("decision")
-    for name in ("win rate", "KL", "time", "shared stages"):
-        table.add_column(name, justify="right")
+    for name in ("win rate", "KL", "time", "shared"):
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         label = result.decision or result.state
         table.add_row(
@@ -114,7 +114,7 @@ def sweep_table(results: Sequence[PointResult]) -> Table:
             _interval(result),
             "" if result.kl is None else f"{result.kl:.3g}",
             format_duration(result.seconds) if result.seconds else "",
-            str(len(result.shared)) if result.shared else "",
+            f"{len(result.shared)} stage{'s' * (len(result.shared) > 1)}" if result.shared else "",
         )
     return table
 

@@ -15,6 +15,7 @@ from kfp.pipeline_spec.pipeline_spec_pb2 import ExecutorOutput
 
 from pipelines.local.journal import Journal, command_digest
 from pipelines.local.run import quiet_kfp
+from pipelines.local.run_dir import read_state
 from pipelines.local.runner import LocalRun, StageRecord, container_processes
 
 INPUT = dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER
@@ -277,6 +278,8 @@ def test_stages_of_a_donor_are_linked_and_their_paths_are_those_of_the_new_run(t
     # It does not need the donor from now on, and is a donor itself.
     shutil.rmtree(donor)
     assert words(execute(run, WRITES_PATHS)) == [shared("donor"), shared("donor")]
+    assert (run / "logs" / "make.log").read_text() == "[make] shared with donor, verified\n"
+    assert read_state(run).tasks[0].line == "shared with donor, verified"
     assert words(execute(third, WRITES_PATHS, donor, run)) == [shared("donor"), shared("donor")]
 
 

@@ -177,9 +177,9 @@ def test_table_has_settings_intervals_and_decisions(ended: Path) -> None:
         [cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")] for line in (lines[2], lines[4])
     )
     assert header == [
-        "point", "ppo.kl_coef", "training.kl_coef", "decision", "win rate", "KL", "time", "shared stages"
+        "point", "ppo.kl_coef", "training.kl_coef", "decision", "win rate", "KL", "time", "shared"
     ]  # fmt: skip
-    assert first == ["2", "0.2", "7", "promoted", "0.700 [0.550, 0.950]", "1.5", "1:30", "1"]
+    assert first == ["2", "0.2", "7", "promoted", "0.700 [0.550, 0.950]", "1.5", "1:30", "1 stage"]
 
 
 def test_advice_warns_of_the_choice_on_one_split_and_names_the_champion(ended: Path) -> None:
@@ -206,6 +206,21 @@ def test_resume_takes_no_other_plan(tmp_path: Path, arguments: list[str]) -> Non
     result = CliRunner().invoke(cli, ["sweep", "--resume", str(tmp_path), *arguments])
     assert isinstance(result.exception, InputError)
     assert "remove" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "3"], "--set seed=S"),
+        (["--wait"], "needs --host"),
+        (["--name", "x"], "needs --host"),
+        (["--image", "x"], "needs --katib"),
+    ],
+)
+def test_option_without_effect_is_refused(toy: Path, arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(cli, ["sweep", str(toy), "--grid", "ppo.kl_coef=1,2", *arguments])
+    assert isinstance(result.exception, InputError)
+    assert message in str(result.exception)
 
 
 # --- a whole sweep ---
