@@ -158,13 +158,14 @@ def test_failed_run_is_announced_with_its_error_once(tracking: TrackingConfig, w
 
 @pytest.mark.parametrize(("method", "by"), [("ppo", " (PPO)"), ("dpo", " (DPO)"), ("", "")])
 def test_message_names_the_method_of_the_registered_policy(
-    tracking: TrackingConfig, webhook: list[dict[str, Any]], method: str, by: str
+    tracking: TrackingConfig, webhook: list[dict[str, Any]], tmp_path: Path, method: str, by: str
 ) -> None:
+    (tmp_path / "MLmodel").write_text("{}", encoding="utf-8")
     run_id = f"by-{method or 'an earlier version'}"
     start_tracking(tracking, run_id=run_id, stage="register", params={}).finish("FINISHED")
     lineage = {"method": method} if method else {}
     register_version(
-        tracking, source="/model", run_id=run_id, decision="promote", reason="win rate 0.7", lineage=lineage
+        tracking, folder=tmp_path, run_id=run_id, decision="promote", reason="win rate 0.7", lineage=lineage
     )
     notify(run_id, SUCCEEDED, tracking)
     (message,) = webhook
