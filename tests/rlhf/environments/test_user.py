@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,3 +143,13 @@ def test_class_that_cannot_be_used_fails_every_response() -> None:
         found = host.reset({0: Prompt(prompt="a"), 1: Prompt(prompt="b")})
         host.close()
         assert set(found) == {0, 1} and all(text.startswith(failure) for text in found.values()), found
+
+
+def test_class_in_a_folder_of_code_imports_its_neighbors(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from words import Base\nclass Game(Base):\n    pass\n")
+    (tmp_path / "words.py").write_text(SOURCE.replace("class Game", "class Base"))
+    settings = {"kind": "function", "function": "mine:Game", "num_processes": 1}
+    host = UserHost(FunctionEnvironment(**settings), code=tmp_path)
+    assert host.reset({0: Prompt(prompt="a")}) == {}
+    assert host.step({0: "x"})[0].observation == "a|x{}"
+    host.close()
