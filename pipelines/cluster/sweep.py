@@ -34,9 +34,10 @@ def submit_points(
         try:
             server, run_id = submit.submit(point.params, access, own, log)
             if one_by_one:
-                code = max(code, submit.wait(server, access, run_id, own, log))
-                for line in metric_lines(point.params, run_id):
+                own_code = submit.wait(server, access, run_id, own, log)
+                for line in metric_lines(point.params, run_id) if own_code == 0 else ():
                     log(line)
+                code = max(code, own_code)
         except InputError as error:
             raise InputError(f"point {point.name}, after {number} of {len(points)} points: {error}") from None
     return code

@@ -98,7 +98,7 @@ def submit_command(
         from pipelines.cluster.evaluation import metric_lines
 
         code = submit.wait(connected, access, run_id, options, click.echo)
-        for line in metric_lines(params, run_id):
+        for line in metric_lines(params, run_id) if code == 0 else ():
             click.echo(line)
         sys.exit(code)
 
