@@ -147,13 +147,17 @@ def cache(shape: ModelShape, sequences: int, tokens: int, numeric: Numeric) -> i
 
 
 def sampling_workspace(
-    shape: ModelShape, rows: int, prompt: int, sampling: SamplingConfig, numeric: Numeric
+    shape: ModelShape, rows: int, prompt: int, sampling: SamplingConfig, numeric: Numeric, *, in_turns: bool = False
 ) -> dict[str, int]:
-    """Temporary tensors of transformers sampling for at most batch_size of `rows` prompts of this length."""
+    """Temporary tensors of transformers sampling for at most batch_size of `rows` prompts of this length.
+
+    in_turns: the last turn of a response begins with one pass over all that was said before, not only over the prompt.
+    """
+    read = prompt + sampling.max_new_tokens if in_turns else prompt
     rows = min(rows, sampling.batch_size)
     length = prompt + sampling.max_new_tokens + CACHE_ROOM
     return {
         "KV cache": cache(shape, rows, length, numeric) * (shape.num_layers + 1) // shape.num_layers,
-        "activations": forward_workspace(shape, rows * prompt, numeric),
+        "activations": forward_workspace(shape, rows * read, numeric),
         "logits": rows * shape.vocab * (numeric.width + 12 + _control_bytes(sampling, 4)),
     }

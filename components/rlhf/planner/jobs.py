@@ -119,13 +119,15 @@ def vllm_asleep(job: Job, config: VllmConfig) -> Phase:
     return Phase(name="", device={"vLLM": share}, main={})
 
 
-def sampling_alone(job: Job, base: Phase, rollout: EngineConfig, sampling: SamplingConfig, rows: int) -> Phase:
+def sampling_alone(
+    job: Job, base: Phase, rollout: EngineConfig, sampling: SamplingConfig, rows: int, *, in_turns: bool = False
+) -> Phase:
     """A rollout engine that samples before any other model is loaded, responses to `rows` prompts in this process."""
     if rollout.engine == "vllm":
         share, _ = vllm_share(job, rollout.vllm)
         return phase("generate", base, device={"vLLM": share})
     weights = {"sampled model": frozen_copy(job.shape.total, None, job.numeric)}
-    work = sampling_workspace(job.shape, rows, job.prompt_tokens, sampling, job.numeric)
+    work = sampling_workspace(job.shape, rows, job.prompt_tokens, sampling, job.numeric, in_turns=in_turns)
     return phase("generate", base, device=weights | temporary(job, work))
 
 

@@ -68,7 +68,7 @@ def plan_evaluation(config: EvaluationStageConfig, job: Job) -> StagePlan:
     rows = -(-evaluation.num_prompts * evaluation.num_samples // evaluation.num_processes)
     length = job.prompt_tokens + config.longest_sampling.max_new_tokens
     phases = [
-        sampling_alone(job, base, rollout, config.longest_sampling, rows),
+        sampling_alone(job, base, rollout, config.longest_sampling, rows, in_turns=config.environment is not None),
         *_kl(config, job, base, training, tokens=max(min(MICROBATCH_TOKENS, rows * length), length)),
     ]
     if job.reward_shape is not None:

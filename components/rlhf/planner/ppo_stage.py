@@ -131,7 +131,10 @@ def _generate(config: PpoStageConfig, base: Phase, resident: Phase, job: Job) ->
             device={"vLLM": share},
             main={"vLLM, asleep": weights if job.numeric.on_gpu else 0},
         )
-    work = sampling_workspace(job.shape, _rows(config), prompt, config.ppo.longest_sampling, job.numeric)
+    playing = config.ppo.environment is not None
+    work = sampling_workspace(
+        job.shape, _rows(config), prompt, config.ppo.longest_sampling, job.numeric, in_turns=playing
+    )
     return phase("generate", base, resident, device=temporary(job, work))
 
 
