@@ -72,8 +72,6 @@ def test_keys_are_sorted(name: str) -> None:
         ("data.prompts={{path: p.jsonl, columns: {{prompt: {}}}}}", "data.prompts.columns.prompt"),
         ("data.prompts=[{{path: a.jsonl}}, {{path: {}}}]", "data.prompts[1].path"),
         ("cluster.environment={{A: {}}}", "cluster.environment.A"),
-        ("cluster.profiles={{cpu: {{labels: {{a: {}}}}}}}", "cluster.profiles.cpu.labels.a"),
-        ("cluster.profiles={{cpu: {{labels: {{{}: a}}}}}}", "cluster.profiles.cpu.labels"),
         ("tracking.experiment={}", "tracking.experiment"),
         ("storage.publish_uri={}", "storage.publish_uri"),
     ],
@@ -86,6 +84,16 @@ def test_values_that_the_platform_would_replace_are_refused(text: str, override:
     ):
         compile_pipeline(params, tmp_path / "p.yaml")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("labels", ["{{a: {}}}", "{{{}: a}}"])
+@pytest.mark.parametrize("text", ["{{workflow.name}}", "$(HOME)"])
+def test_labels_with_such_values_are_refused_before(text: str, labels: str) -> None:
+    with pytest.raises(InputError, match=r"cluster.profiles.cpu.labels"):
+        load_params(
+            ROOT / "pipelines/params/tiny.yaml",
+            [f"cluster.profiles={{cpu: {{labels: {labels.format(json.dumps(text))}}}}}"],
+        )
 
 
 @pytest.mark.parametrize("text", ["{a}", "}}", "$HOME", "$(", "$5 (US)", "$$", "{ {x} }", "$(a b)"])

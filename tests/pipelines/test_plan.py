@@ -55,7 +55,7 @@ def load(name: str, *overrides: str) -> Params:
 
 def methods_of(name: str) -> tuple[str, ...]:
     """What can train the policy: without pairs only PPO."""
-    return ("ppo",) if name == "arithmetic" else ("ppo", "dpo", "both")
+    return ("ppo",) if name in ("arithmetic", "calculator") else ("ppo", "dpo", "both")
 
 
 FILES = [(path.stem, method) for path in sorted(PARAMS.glob("*.yaml")) for method in methods_of(path.stem)]

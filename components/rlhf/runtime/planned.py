@@ -29,7 +29,11 @@ def plan_here(stage: str, config: Any, paths: Mapping[str, Path], *, checkpoints
     shape, on_gpu = shape_of_folder(paths[model]), torch.cuda.is_available()
     imported = paths["base_model"] if stage == "reward_model" and config.reward_model.use else None
     reward_model = imported or paths.get("reward_model")
-    text_tokens = read_header(paths[data]).max_tokens
+    header = read_header(paths[data])
+    text_tokens = header.max_tokens
+    if stage == "dpo" and not config.dpo.max_steps:  # what it keeps of its texts depends on how many there are
+        steps = -(-header.sizes.get("train", 0) // config.dpo.batch_size)
+        config = config.model_copy(update={"dpo": config.dpo.model_copy(update={"max_steps": steps})})
     found: StagePlan = plan(
         config,
         Job(
