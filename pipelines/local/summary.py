@@ -154,7 +154,8 @@ def _link_outputs(run: Path, artifacts: Path, methods: Sequence[str], method: st
 
 def _commands(paths: dict[str, str], tracking_uri: str) -> dict[str, str]:
     """A command that opens each result, for a shell."""
-    code = f"from transformers import pipeline; print(pipeline('text-generation', {paths['model']!r})('This movie'))"
+    model = json.dumps(paths["model"], ensure_ascii=False)  # double quotes, which a shell keeps inside of single ones
+    code = f'from transformers import pipeline; print(pipeline("text-generation", {model})("This movie"))'
     commands = {
         "report": ["open" if sys.platform == "darwin" else "xdg-open", paths["report"]],
         "model": [sys.executable, "-c", code],

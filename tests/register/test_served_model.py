@@ -24,9 +24,12 @@ from components.register.model_folder import Link, example_of, link_to, write_mo
 from components.register.served_model import PolicyError, verify
 from components.register.source import Source
 from components.rlhf.artifacts.manifest import Manifest, read_manifest, write_manifest
-from components.rlhf.config.storage import TrackingConfig
+from components.rlhf.config.storage import StorageConfig, TrackingConfig
+from components.rlhf.storage.copy import upload_folder
+from components.rlhf.storage.store import open_store
 from components.rlhf.tracking.registry import register_version
 from components.rlhf.tracking.texts import database_uri
+from tests.support.limited_s3 import LimitedS3
 from tests.support.mlflow_database import new_database
 from tests.support.tiny_model import make_tiny_model
 
@@ -210,6 +213,24 @@ def test_published_weights_are_downloaded_once_and_verified(
     write_model_folder(tmp_path / "other", Link(f"{address}s", "0" * 64), max_new_tokens=3)
     with pytest.raises(Exception, match=f"at {address}s cannot be downloaded"):
         mlflow.pyfunc.load_model(str(tmp_path / "other"))
+
+
+def test_weights_published_to_an_s3_server_are_loaded_from_there(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The version names the server (storage.endpoint_url); credentials come from the environment."""
+    for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "")  # restored after the test
+    monkeypatch.delenv("MLFLOW_S3_ENDPOINT_URL")
+    with LimitedS3() as server:
+        storage = StorageConfig(publish_uri="s3://bucket/models", endpoint_url=server.url)
+        upload_folder(open_store("s3://bucket/models", storage), policy, "r/ppo/model", last="manifest.json")
+        source = Source("s3://bucket/models/r/ppo/model", endpoint_url=server.url)
+        write_model_folder(tmp_path / "version", link_to(source, read_manifest(policy), example=""), max_new_tokens=3)
+        model = mlflow.pyfunc.load_model(str(tmp_path / "version"))
+    assert model.predict(PROMPT) == [greedy(policy, PROMPT, 3)]
 
 
 def chat_policy(folder: Path) -> Path:

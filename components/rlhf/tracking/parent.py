@@ -132,7 +132,8 @@ class Parent:
             seconds[stage.name] = seconds.get(stage.name, 0.0) + stage.seconds
         cost = cost_of(seconds, settings)
         self._log_values(cost.metrics(), run.info.start_time)
-        tables = next((s.data.tags[LOGGED_TABLES_TAG] for s in nested if LOGGED_TABLES_TAG in s.data.tags), "")
+        copied = [found.data.tags for found in nested if found.data.tags[STAGE_TAG] == SUMMARIZED_STAGE]
+        tables = copied[-1].get(LOGGED_TABLES_TAG, "") if copied else ""  # those whose files the parent has
         tags = {**tags_of(settings, nested, facts), LOGGED_TABLES_TAG: tables}
         set_tags(self._client, self._run.id, {**tags, NOTE_TAG: note_of(status, facts, numbers, cost)})
         name = name_of(settings, run.info.start_time)

@@ -109,6 +109,7 @@ def test_parent_answers_what_a_run_was_made_of(tracking: TrackingConfig, client:
     for stage in ("reward_model", "ppo"):
         tracker = start_tracking(tracking, run_id="whole", stage=stage, params={})
         tracker.log_inputs(data_sets_of({"prompts": tmp_path / "prompts"}, {}))
+        tracker.log_table("validation_samples", [{"response": "x"}])
         tracker.finish("FINISHED")
     tracker = start_tracking(tracking, run_id="whole", stage="evaluation", params={})
     tracker.log_table("samples", [{"prompt": "it's", "gain": 0.5}])
