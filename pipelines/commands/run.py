@@ -1,5 +1,6 @@
 """kfp-rlhf run."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -45,7 +46,9 @@ def run(params_file: Path | None, overrides: tuple[str, ...], out: Path | None, 
     print_summary(console, summary)
     if summary["status"] != "succeeded":
         program = click.get_current_context().find_root().command_path
-        console.print(f"resume with: {program} run --resume {resume or run_dir}", soft_wrap=True)
+        console.print(
+            f"resume with: {program} run --resume {shlex.quote(str(resume or run_dir))}", soft_wrap=True, markup=False
+        )
     sys.exit(0 if summary["status"] == "succeeded" else 1)
 
 
