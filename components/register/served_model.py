@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 LINK, MANIFEST = "link.json", "manifest.json"
-LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
 
 
 class PolicyError(Exception):
@@ -106,11 +105,13 @@ class Policy:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL_ONLY)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, **LOCAL_ONLY)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
         self.model.to(self.device).eval()
         self.is_chat = self.is_rendered(example)
 

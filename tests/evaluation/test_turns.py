@@ -117,14 +117,14 @@ def test_both_models_play_and_rows_with_a_failure_are_left_out(tiny_model: Path,
     )
     assert comparison.num_failed == 1 and comparison.groups == [0, 1, 2, 4, 5]
     assert [p.id for p in comparison.prompts] == ["0", "1", "2", "4", "5"]
-    for responses in (comparison.sft, comparison.ppo):
+    for responses in (comparison.sft, comparison.policy):
         assert any(len(c.turns) > 1 for c in responses.completions)
         for c in responses.completions:
             assert not c.failure and c.environment_reward is not None
             assert [turn.text for turn in c.turns if turn.speaker == "environment"] == [" [1] ", " [2] "][
                 : len(c.turns) // 2
             ]
-    assert comparison.sft.completions[0].response != comparison.ppo.completions[0].response
+    assert comparison.sft.completions[0].response != comparison.policy.completions[0].response
     assert all(kl > 0 for kl in comparison.exact_kl)
 
     judge = replace(judged_of([0.0] * 5, [1.0] * 5), consistent=[True] * 5)
@@ -137,7 +137,7 @@ def test_both_models_play_and_rows_with_a_failure_are_left_out(tiny_model: Path,
     save_comparison(comparison, [judge], numbers, [], tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [turn["speaker"] for turn in rows[0]["ppo"]["turns"]][:2] == ["model", "environment"]
-    assert rows[0]["ppo"]["num_tokens"] == comparison.ppo.completions[0].num_model_tokens
+    assert rows[0]["ppo"]["num_tokens"] == comparison.policy.completions[0].num_model_tokens
 
 
 def test_no_verdict_where_the_environment_fails_for_every_prompt(tiny_model: Path) -> None:
