@@ -145,7 +145,7 @@ CASES = [
     *(Case(model="untied", kind="reward", zero_stage=stage, dtype=FP32) for stage in (1, 2, 3)),
     Case(model="untied", kind="reward", zero_stage=3, dtype=FP32, gradient_checkpointing=True),
     Case(model="untied", kind="dpo", zero_stage=2, dtype=FP32),
-    Case(model="tied", kind="dpo", zero_stage=3, dtype=FP32),
+    Case(model="untied", kind="dpo", zero_stage=3, dtype=FP32),
     Case(model="untied", kind="kto", zero_stage=3, dtype=FP32, gradient_checkpointing=True),
 ]
 

@@ -59,7 +59,8 @@ def versions_of(run: Path) -> list[dict[str, str]]:
 def metrics_of_the_run(run: Path) -> dict[str, float]:
     with sqlite3.connect(run / "mlflow.db") as database:
         rows = database.execute(
-            "select m.key, m.value from metrics m join runs r using (run_uuid) where r.name = ?",
+            "select m.key, m.value from metrics m join tags t using (run_uuid) where t.key = 'rlhf.run_id' and t.value = ? "
+            "and run_uuid not in (select run_uuid from tags where key = 'mlflow.parentRunId')",
             (summary_of(run)["run_id"],),
         ).fetchall()
     return dict(rows)
