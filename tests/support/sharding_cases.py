@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +25,6 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from components.dpo.trainer import DpoTrainer
 from components.ppo.experience import Learner, make_experience
 from components.ppo.models import load_models
 from components.ppo.trainer import local_rows
@@ -44,8 +42,6 @@ from components.rlhf.models import actor as actor_module
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.layers import enable_gradient_checkpointing
 from components.rlhf.models.loading import load_causal_lm
-from tests.support.dpo_runs import config_of as dpo_config_of
-from tests.support.dpo_runs import train as train_on_preferences
 from tests.support.engine_cases import BF16, FP32, Numbers, placed, training_of, whole_weights
 from tests.support.ppo_runs import completion, config_of, make_reward_model, rewards_of
 from tests.support.reward_model_runs import PAIRS
@@ -106,8 +102,7 @@ MINIBATCH = 4
 @dataclass(frozen=True, kw_only=True)
 class Case:
     model: str
-    # "language": steps of fine-tuning; "reward": of a reward model; "ppo": scoring and updates of a rollout; "dpo" and "kto"
-    kind: str
+    kind: str  # "language": steps of fine-tuning; "reward": of a reward model; "ppo": scoring and updates of a rollout
     zero_stage: int
     dtype: torch.dtype
     gradient_checkpointing: bool = False
@@ -144,9 +139,6 @@ CASES = [
     *(Case(model=model, kind="language", zero_stage=2, dtype=FP32) for model in ("mixtral", "qwen3_moe")),
     *(Case(model="untied", kind="reward", zero_stage=stage, dtype=FP32) for stage in (1, 2, 3)),
     Case(model="untied", kind="reward", zero_stage=3, dtype=FP32, gradient_checkpointing=True),
-    Case(model="untied", kind="dpo", zero_stage=2, dtype=FP32),
-    Case(model="untied", kind="dpo", zero_stage=3, dtype=FP32),
-    Case(model="untied", kind="kto", zero_stage=3, dtype=FP32, gradient_checkpointing=True),
 ]
 
 
@@ -167,8 +159,7 @@ def run(case: Case, models: Path, group: Group = SINGLE_PROCESS) -> tuple[Number
     engine = "torch" if group.world_size == 1 else "deepspeed"
     changes = {"zero_stage": case.zero_stage, "gradient_checkpointing": case.gradient_checkpointing}
     changes |= {"engine": engine, "num_processes": group.world_size}
-    kinds = {"language": language_steps, "reward": reward_steps, "ppo": ppo_steps, "dpo": dpo_steps, "kto": kto_steps}
-    steps = kinds[case.kind]
+    steps = {"language": language_steps, "reward": reward_steps, "ppo": ppo_steps}[case.kind]
     numbers, modules = steps(models / case.model, changes, case.dtype, group)
     weights = {}
     for name, trained in modules.items():
@@ -210,30 +201,6 @@ def reward_steps(
     names = ("loss", "accuracy", "grad_norm")
     numbers = [{name: row[f"train/{name}"] for name in names} for row in context.tracker.rows.values()]
     return numbers, {"actor": trainer.engine}
-
-
-def preference_steps(
-    loss: str, folder: Path, changes: dict[str, Any], dtype: torch.dtype, group: Group
-) -> tuple[Numbers, dict[str, TrainEngine]]:
-    """The stage's own training: the reference before the first step, several passes to a step, and for kto one without gradients."""
-    training = {
-        "learning_rate": 1e-3,
-        "schedule": "constant",
-        "warmup_fraction": 0.0,
-        "microbatch_tokens": 40,
-        **changes,
-    }
-    context = replace(context_of("dpo"), group=group)
-    trainer = DpoTrainer(dpo_config_of(loss, training=training, num_epochs=1), folder / "sft", context)
-    if group.world_size > 1:
-        trainer.actor.pack_limit = 8
-    train_on_preferences(trainer, folder / "sft")
-    assert trainer.engine is not None
-    names = ("loss", "margin", "kl", "grad_norm")
-    return [{name: row[name] for name in names} for row in trainer.history], {"actor": trainer.engine}
-
-
-dpo_steps, kto_steps = partial(preference_steps, "dpo"), partial(preference_steps, "kto")
 
 
 def language_step(
