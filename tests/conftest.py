@@ -53,7 +53,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 # Files that take minutes start first, so that no worker is left alone with one of them at the end.
 LONGEST = (
     "test_movie_reviews.py", "test_vllm.py", "test_gpu_params.py", "test_engines_of_readme.py", "test_faults.py",
-    "test_two_nodes.py",
+    "test_two_nodes.py", "test_policies.py", "test_sweep.py", "test_calculator.py",
     "test_lost_process.py", "test_resume.py", "test_engines.py", "test_whole_run.py", "test_multi_process.py", "test_sharding.py",
     "test_every_architecture.py", "test_vllm_architectures.py",
     "test_dag.py", "test_trainer.py", "test_random_walks.py",
