@@ -172,6 +172,7 @@ def curves_of(uri: str, run_name: str) -> Curves:
             points = {
                 name: [p.step for p in client.get_metric_history(found.info.run_id, name)]
                 for name in found.data.metrics
+                if not name.startswith("system/")  # taken every few seconds
             }
             for name, steps in points.items():
                 curves.setdefault(stage, {}).setdefault(name, []).extend(steps)
