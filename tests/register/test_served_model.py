@@ -30,7 +30,7 @@ from components.rlhf.storage.store import open_store
 from components.rlhf.tracking.registry import register_version
 from components.rlhf.tracking.texts import database_uri
 from tests.support.limited_s3 import LimitedS3
-from tests.support.mlflow_database import new_database
+from tests.support.mlflow_database import default_database, new_database
 from tests.support.tiny_model import make_tiny_model
 
 PROMPT, NEW_TOKENS = "The film is", 7
@@ -72,10 +72,8 @@ def uri(tracking: TrackingConfig, policy: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(autouse=True)
 def _registry(tracking: TrackingConfig) -> Iterator[None]:
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(tracking.uri)
-    yield
-    mlflow.set_tracking_uri(before)
+    with default_database(str(tracking.uri)):
+        yield
 
 
 def greedy(folder: Path, prompt: str, num_tokens: int) -> str:

@@ -18,6 +18,7 @@ from components.rlhf.artifacts.directory import open_artifact
 from components.rlhf.tracking.texts import database_uri
 from pipelines.__main__ import cli
 from pipelines.local.chat import chat_with_run
+from tests.support.mlflow_database import default_database
 from tests.support.planted_secrets import PLANTED, files_with_secrets
 from tests.support.resident import Resident
 from tests.support.toy_pipeline import toy_params, write_data, write_params
@@ -116,12 +117,9 @@ def test_mlflow_has_a_parent_run_and_a_finished_run_per_stage(promoted: Path) ->
 
 
 def test_champion_of_the_run_answers_a_prompt(promoted: Path) -> None:
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(database_uri(promoted / "mlflow.db"))
-    try:
+    with default_database(database_uri(promoted / "mlflow.db")):
         (answer,) = mlflow.pyfunc.load_model("models:/kfp-rlhf@champion").predict("The film", {"max_new_tokens": 3})
-    finally:
-        mlflow.set_tracking_uri(before)
+    assert "MLFLOW_TRACKING_URI" not in os.environ
     assert isinstance(answer, str)
 
 

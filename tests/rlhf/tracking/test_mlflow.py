@@ -1,4 +1,3 @@
-import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -6,11 +5,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 from mlflow import MlflowClient
 
@@ -21,7 +18,7 @@ from components.rlhf.tracking.mlflow import MlflowTracker, NullTracker, Tracker,
 from components.rlhf.tracking.parent import open_parent
 from components.rlhf.tracking.runs import OpenRun, flatten
 from components.rlhf.tracking.tables import DataSet, data_sets_of
-from tests.support.mlflow_database import new_database
+from tests.support.mlflow_database import default_database, new_database
 
 EXPERIMENT = "tests"
 
@@ -342,14 +339,6 @@ def test_second_attempt_resumes_curves_of_the_first(tracking: TrackingConfig, cl
 # --- data sets, tables and the machine ---
 
 
-@contextlib.contextmanager
-def default_uri(tracking: TrackingConfig) -> Iterator[None]:
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(tracking.uri)
-    yield
-    mlflow.set_tracking_uri(before)
-
-
 def test_tables_grow_and_repeat_no_row(tracking: TrackingConfig, client: MlflowClient, tmp_path: Path) -> None:
     """By two attempts, the second of which repeats an evaluation."""
     rows = [{"iteration": step, "response": f"it's {step}", "score": step / 2, "none": None} for step in range(3)]
@@ -367,7 +356,7 @@ def test_tables_grow_and_repeat_no_row(tracking: TrackingConfig, client: MlflowC
     }
     tables = [{"path": "samples.json", "type": "table"}, {"path": "others.json", "type": "table"}]
     assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == tables
-    with default_uri(tracking):
+    with default_database(str(tracking.uri)):
         table = client.load_table(run.info.experiment_id, "samples.json", run_ids=[run.info.run_id])
     assert list(table["score"]) == [0.0, 0.5, 1.0]
 
