@@ -79,14 +79,15 @@ def test_sharded_steps_equal_those_of_one_process(found: Path, models: Path, cas
     their_weights = load_file(found / f"{case.name}.safetensors")
     assert their_weights.keys() == weights.keys()
     gap, moved = (mean_gap(weights, others) for others in (their_weights, before_training(models / case.model)))
-    assert gap < (1e-4 if case.dtype == FP32 else 0.3) * moved  # Adam's first step is the sign even of a rounding error
+    assert gap < (1e-4 if case.dtype == FP32 else 0.5) * moved  # Adam's first step is the sign even of a rounding error
 
 
 def test_ranks_may_use_different_experts_of_a_list(found: Path) -> None:
     weights, theirs = expert_steps(), load_file(found / "experts.safetensors")
     assert theirs.keys() == weights.keys()
     for name, weight in weights.items():
-        torch.testing.assert_close(theirs[name], weight, rtol=1e-5, atol=1e-6)
+        # A step of Adam moves a weight by up to 1e-2, and a rounding error by a little.
+        torch.testing.assert_close(theirs[name], weight, rtol=0.0, atol=1e-4)
 
 
 def mean_gap(weights: dict[str, Tensor], others: dict[str, Tensor]) -> float:
