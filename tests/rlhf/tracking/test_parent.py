@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from components.rlhf.artifacts.manifest import write_manifest
 from components.rlhf.config.storage import TrackingConfig
 from components.rlhf.tracking.mlflow import start_tracking
-from components.rlhf.tracking.parent import GOES_TO_GATE, Parent, open_parent
+from components.rlhf.tracking.parent import GOES_TO_GATE, Parent, experiment_link, open_parent
 from components.rlhf.tracking.tables import data_sets_of
 from components.rlhf.tracking.texts import database_uri
 from tests.support.mlflow_database import new_database
@@ -207,6 +207,16 @@ def test_link_is_one_that_people_can_open(
     parent = opened(tracking, "good")
     parent._config = tracking.model_copy(update={"ui_url": ui_url, **({"uri": uri} if uri else {})})
     assert parent.link.startswith(expected) and bool(parent.link) == bool(expected)
+    assert not expected or parent.link.endswith("?workflowType=machine_learning")
+
+
+def test_link_to_the_experiment_names_the_one_that_exists(tracking: TrackingConfig) -> None:
+    opened(tracking, "any")
+    (experiment,) = [e for e in MlflowClient(tracking.uri).search_experiments() if e.name == tracking.experiment]
+    address = "http://127.0.0.1:5000"
+    shown = f"{address}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
+    assert experiment_link(tracking, address) == shown
+    assert experiment_link(tracking.model_copy(update={"experiment": "none"}), address) == address
 
 
 # --- the MLflow plugin of Kubeflow Pipelines (backend/src/v2/common/plugins/mlflow/handler.go of 2.17) ---
