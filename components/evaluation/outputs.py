@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from components.evaluation.measure import Measured
+from components.evaluation.over_kl import reward_and_judge_over_kl
 from components.evaluation.report import as_html, as_markdown
 from components.evaluation.rival import SAMPLED_WITH, sampling_digest, save_responses
 from components.evaluation.samples import save_comparison
@@ -61,6 +62,8 @@ def write_outputs(
     run.write_report("report", writes["report"], page)
     run.write_report("summary", writes["summary"], as_markdown(numbers, measured.judges, verdict, policy.facts, both))
     run.write_metrics(writes["metrics"], numbers)
+    if picture := reward_and_judge_over_kl(measured.training):
+        run.tracker.log_text("reward_and_judge_over_kl.svg", picture)
     for name, value in (("decision", verdict.decision), ("reason", verdict.reason), ("better", better)):
         write_parameter(writes[name], value)
     run.progress.log(f"{verdict.decision}: {verdict.reason}")

@@ -161,5 +161,5 @@ def _commands(paths: dict[str, str], tracking_uri: str) -> dict[str, str]:
         "model": [sys.executable, "-c", code],
     }
     if tracking_uri:
-        commands["tracking"] = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri]
+        commands["tracking"] = [sys.executable, "-m", "pipelines", "ui", paths["run"]]
     return {name: shlex.join(words) for name, words in commands.items()}
