@@ -40,10 +40,12 @@ class AnswerFile:
         """Append an answer; return what is wrong with it, or nothing."""
         if not isinstance(row, dict) or row.keys() != {"pair", "rater", "answer"}:
             return "an answer has the fields pair, rater and answer"
+        if not all(isinstance(value, str) for value in row.values()):
+            return "pair, rater and answer are texts"
         pair, rater, answer = row["pair"], row["rater"], row["answer"]
         if pair not in self._known or answer not in ANSWERS:
             return "unknown pair or answer"
-        if not isinstance(rater, str) or not 0 < len(rater.strip()) <= MAX_NAME or not rater.isprintable():
+        if not 0 < len(rater.strip()) <= MAX_NAME or not rater.isprintable():
             return f"a name has 1 to {MAX_NAME} characters"
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"pair": pair, "rater": rater.strip(), "answer": answer, "time": time}, ensure_ascii=False)
