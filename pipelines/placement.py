@@ -88,7 +88,7 @@ def configure_task(
     set_node(task, stage, params, inputs or {})
     set_secrets(task, secrets_of(stage, params, sources))
     set_volumes(task, stage, params, profile, claim)
-    set_retries(task, cluster, int(3600 * cluster.timeout_hours))
+    set_retries(task, cluster, int(3600 * (cluster.timeout_hours + waiting_hours(stage, params))))
     return task.set_caching_options(egress != ENDPOINT_LABELS and _may_cache(stage, cluster, profile, sources))
 
 
@@ -235,6 +235,11 @@ def set_retries(task: Any, cluster: ClusterConfig, timeout: int) -> None:
         task.set_retry(
             retries, backoff_duration=f"{BACKOFF_SECONDS}s", backoff_factor=2.0, backoff_max_duration=f"{limit}s"
         )
+
+
+def waiting_hours(stage: str, params: Params) -> float:
+    """The hours for which a stage may wait for a person."""
+    return params.gate.approval_hours if stage == "register" and params.gate.approval == "required" else 0.0
 
 
 def set_node(task: Any, stage: str, params: Params, inputs: Mapping[str, Any]) -> None:

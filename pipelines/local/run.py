@@ -31,7 +31,7 @@ from pipelines.compile import compile_pipeline, require_literal_values
 from pipelines.local.journal import Journal, write_json_atomic
 from pipelines.local.live import Display
 from pipelines.local.location import moved
-from pipelines.local.run_dir import IDENTITY_FILE, LOCK_FILE, PARAMS_FILE, planned_tasks
+from pipelines.local.run_dir import APPROVAL_FILE, IDENTITY_FILE, LOCK_FILE, PARAMS_FILE, planned_tasks
 from pipelines.local.runner import LocalRun, StageRecord, container_processes
 from pipelines.local.summary import build_summary
 from pipelines.plan import refuse_what_cannot_fit, this_machine
@@ -127,7 +127,7 @@ def _execute(
     display = Display(console, stages, planned_tasks(package))
     local_run = LocalRun(
         folder=run / "logs",
-        environment={"RLHF_RUN_ID": run_id},
+        environment={"RLHF_RUN_ID": run_id, "RLHF_APPROVAL_FILE": str(run / APPROVAL_FILE)},
         on_line=display.show_line,
         journal=Journal(run, [donor.resolve() for donor in donors]),
         stages=stages,

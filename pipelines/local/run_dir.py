@@ -13,7 +13,7 @@ from components.rlhf.artifacts.manifest import MANIFEST, read_manifest
 from components.rlhf.text.errors import InputError
 from pipelines.run_state import RunState, TaskState, task_label
 
-PARAMS_FILE, IDENTITY_FILE, LOCK_FILE = "params.yaml", "run.json", ".lock"
+PARAMS_FILE, IDENTITY_FILE, LOCK_FILE, APPROVAL_FILE = "params.yaml", "run.json", ".lock", "approval.json"
 FOLLOW_SECONDS = 0.5
 
 

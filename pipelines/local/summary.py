@@ -12,6 +12,7 @@ from typing import Any
 from components.rlhf.config.params import Params
 from components.rlhf.tracking.parent import GOES_TO_GATE
 from components.rlhf.tracking.texts import database_file
+from pipelines.local.approve import answer_of
 from pipelines.local.runner import StageRecord
 
 EVALUATION_METRICS = (
@@ -41,6 +42,10 @@ def build_summary(
     method = next((name for name, policy in policies.items() if policy[GOES_TO_GATE]), params.policy.methods[0])
     found = policies.get(method, {"facts": {}, "numbers": {}})
     facts, numbers = found["facts"], found["numbers"]
+    promoted, reason = facts.get("decision") == "promote", facts.get("reason", "")
+    answer = answer_of(run) if promoted and params.gate.approval == "required" else None
+    if answer is not None:
+        promoted, reason = answer.approved, f"{reason}; {answer}"
     paths = {
         "run": str(run),
         **_link_outputs(run, artifacts, params.policy.methods, method),
@@ -48,8 +53,9 @@ def build_summary(
     }
     return {
         "status": "failed" if error else "succeeded",
-        "promoted": facts.get("decision") == "promote",
-        "reason": error or facts.get("reason", ""),
+        "promoted": promoted,
+        "reason": error or reason,
+        **({"approval": answer.tags()} if answer else {}),
         "run_id": run_id,
         "preset": params.preset,
         "seed": params.seed,

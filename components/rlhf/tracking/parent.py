@@ -55,8 +55,20 @@ class Parent:
     @property
     def link(self) -> str:
         """Where people look at the run, or "" if MLflow has no web address."""
+        return self._page(self._run.id)
+
+    def report_link(self) -> str:
+        """Where people find the report of the evaluation that decides before the run has ended, or "". Errors are warnings."""
+        try:
+            evaluation = deciding_evaluation(self.stages())
+            return self._page(evaluation.mlflow_run_id, "artifacts") if evaluation else ""
+        except Exception as error:  # MLflow must not fail a run
+            warn(error, self._config)
+            return ""
+
+    def _page(self, id: str, tab: str = "") -> str:
         uri = self._config.ui_url or self._config.uri or ""
-        return link_to(uri, self._run.experiment_id, self._run.id) if uri.startswith("http") else ""
+        return link_to(uri, self._run.experiment_id, id, tab=tab) if uri.startswith("http") else ""
 
     def stages(self) -> list[StageResult]:
         """The nested runs, in the order of their start."""

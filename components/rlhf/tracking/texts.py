@@ -43,7 +43,7 @@ def database_file(uri: str) -> Path | None:
     return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0])) if uri.startswith(SQLITE) else None
 
 
-def link_to(address: str, experiment_id: str, run_id: str = "") -> str:
-    """Where people look at the runs of an experiment, or at one of them. address is that of an MLflow server."""
-    path = f"runs/{quote(run_id, safe='')}" if run_id else "runs"
+def link_to(address: str, experiment_id: str, run_id: str = "", tab: str = "") -> str:
+    """Where people look at the runs of an experiment, or at a tab of one of them. address is that of an MLflow server."""
+    path = "/".join(filter(None, ["runs", quote(run_id, safe=""), tab]))
     return f"{address.rstrip('/')}/#/experiments/{quote(experiment_id, safe='')}/{path}?{TRAINING_VIEW}"
