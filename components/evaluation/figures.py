@@ -33,6 +33,7 @@ class Figure:
     chart: Markup
     note: str = ""
     legend: Sequence[tuple[str, str]] = ()
+    has_bars: bool = False
 
 
 def reward_against_kl(training: Sequence[Mapping[str, float]], kept: Fact | None) -> Figure | None:
@@ -128,8 +129,11 @@ def score_figures(comparison: Comparison, judge: Judged) -> list[Figure]:
     return [*figures, Figure(title="Gain of the judge's score", chart=chart, note=shown)]
 
 
-def length_figure(comparison: Comparison) -> Figure:
+def length_figure(comparison: Comparison) -> Figure | None:
+    """None if all responses have the same length."""
     lengths = [[c.num_model_tokens for c in r.completions] for r in (comparison.sft, comparison.policy)]
+    if len({length for own in lengths for length in own}) < 2:
+        return None
     return _distribution("length, tokens", *lengths, comparison, whole=True)
 
 
@@ -144,7 +148,11 @@ def _distribution(
     label = f"Distribution of {name} over {len(sft):,} responses each: {' and '.join(means)}."
     chart = histogram(label, groups, x_label=name, whole=whole)
     return Figure(
-        title=name.capitalize(), chart=chart, note="responses", legend=[(g.name, g.tone) for g in groups]
+        title=name.capitalize(),
+        chart=chart,
+        note="number of responses",
+        legend=[(g.name, g.tone) for g in groups],
+        has_bars=True,
     )
 
 

@@ -11,6 +11,7 @@ from components.rlhf.config.policy import TITLES
 from components.rlhf.text.comparison_table import method_of
 
 Tone = Literal["good", "bad", "open"]
+REPEATS = -0.05  # a relative change of distinct-2 below which a reader should look
 AS_GOOD = 0.5  # the win rate of a policy that is as good as the SFT model
 # Win rates without the effect of length, those with the fewest assumptions first.
 AT_EQUAL_LENGTH = {
@@ -38,7 +39,7 @@ def findings_of(
     found = [
         _is_better(numbers),
         _is_only_length(numbers),
-        _over_optimizes(numbers, training, policy),
+        over_optimizes(numbers, training, policy.get("kept_iteration")),
         _repeats(numbers),
         _can_be_trusted(judges[0]),
     ]
@@ -76,9 +77,12 @@ def _is_only_length(numbers: Mapping[str, float]) -> Finding | None:
     return Finding(question=question, answer="It may", detail=detail, tone="bad")
 
 
-def _over_optimizes(
-    numbers: Mapping[str, float], training: Sequence[Mapping[str, float]], policy: Mapping[str, Fact]
+def over_optimizes(
+    numbers: Mapping[str, float], training: Sequence[Mapping[str, float]], kept: Fact | None
 ) -> Finding | None:
+    """kept is the iteration of the exported policy. None without scores of both the reward and the judge, and of DPO, which has no reward."""
+    if method_of(numbers) == "dpo":
+        return None
     question, gap = "Does it over-optimize its reward?", ""
     if "reward_win_rate" in numbers and "win_rate" in numbers:
         gap = f" On the held-out prompts the reward model prefers it in {numbers['reward_win_rate']:.1%}, the judge in {numbers['win_rate']:.1%}."
@@ -95,15 +99,19 @@ def _over_optimizes(
     )
     if "judge_fall_se" in worst:
         detail += f", by {worst['judge_fall']:.3f} with a standard error of {worst['judge_fall_se']:.3f}"
-    kept = policy.get("kept_iteration")
+    detail += "." if found.is_clear else ", which is within noise."
     is_inside = kept is None or any(row["iteration"] == float(kept) for row in found.later)
     if kept is not None:
-        place = "one of these passes" if is_inside else "not one of these passes"
-        detail += f". The exported policy, after iteration {float(kept):.0f}, is {place}"
+        place = (
+            "one of the passes after the judge's best one"
+            if is_inside
+            else "not one of the passes after the judge's best one"
+        )
+        detail += f" The exported policy, after iteration {float(kept):.0f}, is {place}."
     if not found.is_clear:
-        return Finding(question=question, answer="Not clear", detail=f"{detail}: within noise.{gap}", tone="open")
+        return Finding(question=question, answer="Not clear", detail=f"{detail}{gap}", tone="open")
     answer = "Yes" if is_inside else "Not the exported one"
-    return Finding(question=question, answer=answer, detail=f"{detail}.{gap}", tone="bad" if is_inside else "open")
+    return Finding(question=question, answer=answer, detail=f"{detail}{gap}", tone="bad" if is_inside else "open")
 
 
 def _repeats(numbers: Mapping[str, float]) -> Finding | None:
@@ -112,13 +120,17 @@ def _repeats(numbers: Mapping[str, float]) -> Finding | None:
     if not sft or policy is None:
         return None
     change = policy / sft - 1
+    answer = f"{change:+.0%} unique word pairs".replace("-", "\u2212")
     detail = (
         f"Of the word pairs {sft:.1%} are unique in the responses of the fine-tuned model and {policy:.1%} in those of {TITLES[own]}, both cut to "
         f"equal length; {numbers['eos_rate_sft']:.1%} and {numbers[f'eos_rate_{own}']:.1%} of the responses end by themselves."
     )
-    if change > -0.1:
-        return Finding(question="Does it repeat itself?", answer="No more than before", detail=detail, tone="good")
-    return Finding(question="Does it repeat itself?", answer="More than before", detail=detail, tone="open")
+    return Finding(
+        question="Does it repeat itself more?",
+        answer=answer,
+        detail=detail,
+        tone="good" if change > REPEATS else "open",
+    )
 
 
 def _can_be_trusted(judge: Judged) -> Finding | None:

@@ -16,7 +16,11 @@ from components.rlhf.runtime.executor import write_parameter
 from components.rlhf.runtime.stage import StageRun
 from components.rlhf.tracking.parent import GOES_TO_GATE
 
-KEPT = ("kept_iteration", "kept_reason", "guard")  # facts of a policy that the evaluation repeats, for the report of another one
+KEPT = (
+    "kept_iteration",
+    "kept_reason",
+    "guard",
+)  # facts of a policy that the evaluation repeats, for the report of another one
 
 
 def write_outputs(

@@ -15,7 +15,7 @@ from components.evaluation.figures import (
     training_table,
     win_rate_rows,
 )
-from components.evaluation.findings import findings_of
+from components.evaluation.findings import Finding, findings_of, over_optimizes
 from components.evaluation.judging import Judged
 from components.evaluation.rival import Rival
 from components.evaluation.side_by_side import SideBySide
@@ -46,6 +46,7 @@ class Background:
 
 
 NOTHING = Background()
+DECIDED = {"promote": "Promoted", "reject": "Rejected"}
 
 
 def as_html(
@@ -64,14 +65,17 @@ def as_html(
     if not training and rival:  # the curves of PPO are those of the other policy
         curve, kept, trained = rival.training, rival.facts.get("kept_iteration"), TITLES[rival.method]
     gives_scores = judges[0].policy_scores is not None and not judges[0].cannot_tell
-    listing = list_cards(comparison, judges, seed=seed, rival=(TITLES[rival.method], rival.responses) if rival else None)
+    listing = list_cards(
+        comparison, judges, seed=seed, rival=(TITLES[rival.method], rival.responses) if rival else None
+    )
     return render(
         FOLDER / "report.html",
         method=title,
         numbers=numbers,
         verdict=verdict,
         headlines=headlines(numbers, verdict, rival, background.both),
-        findings=findings_of(numbers, judges, training, background.policy),
+        findings=all_findings(judges, numbers, training, background),
+        names=" and ".join(TITLES[method] for method in ([rival.method] if rival else []) + [comparison.method]),
         policy=policy_sentences(background.policy),
         rows=[[row["name"], row["sft"], row["policy"]] for row in comparison_rows(numbers)],
         win_rates=win_rate_rows(numbers, judges),
@@ -80,6 +84,7 @@ def as_html(
         agreements=[(judge.name, judge.entry.agreement) for judge in judges if judge.entry.agreement],
         kappas=[(*key.split("/")[1:], value) for key, value in numbers.items() if key.startswith("kappa/")],
         trained=trained,
+        optimized=over_optimizes(rival.numbers if trained != title and rival else numbers, curve, kept),
         against_kl=reward_against_kl(curve, kept),
         curves=training_figures(curve, kept, background.max_kl),
         curve_table=training_table(curve),
@@ -102,16 +107,27 @@ def headlines(
 ) -> list[dict[str, Any]]:
     """The decision and the win rate of each policy of the run, that of the comparison last."""
     own = method_of(numbers)
-    found = [(rival.method, rival.outcome.decision, rival.numbers)] if rival else []
+    found = [(rival.method, rival.outcome.decision, str(rival.facts.get("reason", "")), rival.numbers)] if rival else []
     return [
         {
             "title": TITLES[method],
             "decision": decision,
+            "reason": reason,
+            "word": "No verdict" if reason.startswith("no verdict") else DECIDED[decision],
             "numbers": values,
             "goes_to_gate": both is not None and both.better.method == method,
         }
-        for method, decision, values in [*found, (own, verdict.decision, numbers)]
+        for method, decision, reason, values in [*found, (own, verdict.decision, verdict.reason, numbers)]
     ]
+
+
+def all_findings(
+    judges: Sequence[Judged], numbers: Mapping[str, float], training: Rows, background: Background
+) -> list[tuple[str, list[Finding]]]:
+    """What the numbers of each policy of the run say, by the name of the policy."""
+    rival = background.rival
+    others = [(TITLES[rival.method], findings_of(rival.numbers, judges, rival.training, rival.facts))] if rival else []
+    return [*others, (TITLES[method_of(numbers)], findings_of(numbers, judges, training, background.policy))]
 
 
 def as_markdown(
@@ -126,8 +142,10 @@ def as_markdown(
     title = TITLES[method_of(numbers)]
     lines = [f"# {verdict.decision.capitalize()}", "", f"{verdict.reason}.", ""]
     lines += [line for sentence in policy_sentences(policy) for line in (sentence, "")]
-    lines += [f"- {f.question} **{f.answer}.** {f.detail}" for f in findings_of(numbers, judges, training, policy)]
-    lines += ["", *_table(["", "SFT", title], [[r["name"], r["sft"], r["policy"]] for r in comparison_rows(numbers)])]
+    for name, findings in all_findings(judges, numbers, training, background):
+        lines += [f"{name}:", ""] if background.rival else []
+        lines += [*(f"- {f.question} **{f.answer}.** {f.detail}" for f in findings), ""]
+    lines += [*_table(["", "SFT", title], [[r["name"], r["sft"], r["policy"]] for r in comparison_rows(numbers)])]
     rows = [[row[name] for name in ("name", "agreement", "win_rate")] for row in judge_rows(numbers, judges)]
     lines += ["", *_table(["judge", "agreement with people", "win rate"], rows, numbers=False)]
     if both:
@@ -141,5 +159,8 @@ def as_markdown(
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> list[str]:
     """A Markdown table; the columns after the first one are numbers, to the right."""
-    lines = [f"| {' | '.join(head)} |".replace("|  |", "| |"), "|---" + ("|---:" if numbers else "|---") * (len(head) - 1) + "|"]
+    lines = [
+        f"| {' | '.join(head)} |".replace("|  |", "| |"),
+        "|---" + ("|---:" if numbers else "|---") * (len(head) - 1) + "|",
+    ]
     return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]

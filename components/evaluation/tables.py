@@ -21,9 +21,7 @@ def policy_sentences(facts: Facts) -> list[str]:
     return [f"{text[0].upper()}{text[1:]}." for text in texts if text]
 
 
-def stage_costs(
-    inputs: Mapping[str, Manifest], measurements: Mapping[str, float], method: Method
-) -> list[StageCost]:
+def stage_costs(inputs: Mapping[str, Manifest], measurements: Mapping[str, float], method: Method) -> list[StageCost]:
     """What the evaluation knows of the stages that wrote its inputs, by kind, and of itself; a stage without any number is left out."""
     other = next(title for name, title in TITLES.items() if name != method)
     names = {**WRITERS, "policy_model": method, "evaluation": f"evaluation of {other}"}

@@ -6,13 +6,14 @@ table beside the chart. Colors are those of the classes s-NAME in style.css.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from markupsafe import Markup, escape
 
 from components.rlhf.page.scale import Scale, limits, number_text, tick_texts, ticks
 
 WIDTH, HEIGHT = 360.0, 220.0
-LEFT, RIGHT, TOP, BOTTOM = 44.0, 10.0, 18.0, 38.0
+LEFT, RIGHT, TOP, BOTTOM = 44.0, 16.0, 18.0, 38.0
 CHAR, LINE = 6.1, 15.0  # size of a character and a line of a tip
 SHAPES = (
     "M0-3.6A3.6 3.6 0 1 1 0 3.6A3.6 3.6 0 1 1 0-3.6Z",  # circle
@@ -63,8 +64,7 @@ class Frame:
             parts.append(Markup(f'<path class="grid" d="M{LEFT:.1f} {at:.1f}H{WIDTH - RIGHT:.1f}"/>'))
             parts.append(_text(LEFT - 6, at + 4, text, anchor="end"))
         for value, text in zip(self.x_ticks, tick_texts(self.x_ticks), strict=True):
-            anchor = "end" if value == self.x_ticks[-1] else "middle"
-            parts.append(_text(self.x(value), HEIGHT - BOTTOM + 16, text, anchor=anchor))
+            parts.append(_text(self.x(value), HEIGHT - BOTTOM + 16, text, anchor="middle"))
         parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, self.x_label, anchor="middle", tone="label"))
         return Markup("").join(parts)
 
@@ -116,13 +116,13 @@ def histogram(label: str, groups: Sequence[Series], *, x_label: str, whole: bool
     parts = [frame.draw()]
     for group, count in zip(groups, counts, strict=True):
         path = f"M{frame.x(edges[0]):.1f} {frame.y(0):.1f}"
-        for start, end, number in zip(edges, edges[1:], count, strict=True):
+        for (start, end), number in zip(pairwise(edges), count, strict=True):
             path += f"L{frame.x(start):.1f} {frame.y(number):.1f}L{frame.x(end):.1f} {frame.y(number):.1f}"
         path += f"L{frame.x(edges[-1]):.1f} {frame.y(0):.1f}"
         parts.append(Markup(f'<path class="bars s-{group.tone}" d="{path}Z"/>'))
     step = edges[1] - edges[0]
     tips = []
-    for number, (start, end) in enumerate(zip(edges, edges[1:], strict=True)):
+    for number, (start, end) in enumerate(pairwise(edges)):
         if whole:
             first, last = int(start + 0.5), int(end - 0.5)
             name = f"{first}" if first == last else f"{first} to {last}"
@@ -211,7 +211,7 @@ def _marks(marks: Marks, frame: Frame) -> Markup:
     for value, text in marks.y:
         at = frame.y(value)
         parts.append(Markup(f'<path class="limit" d="M{LEFT:.1f} {at:.1f}H{WIDTH - RIGHT:.1f}"/>'))
-        parts.append(_text(WIDTH - RIGHT - 2, at - 4, text, anchor="end", tone="note"))
+        parts.append(_text(WIDTH - RIGHT - 2, at + 13, text, anchor="end", tone="note"))
     for value, text in marks.x:
         at = frame.x(value)
         parts.append(Markup(f'<path class="mark" d="M{at:.1f} {TOP:.1f}V{HEIGHT - BOTTOM:.1f}"/>'))

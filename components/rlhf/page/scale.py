@@ -27,7 +27,7 @@ def limits(values: Iterable[float | None], *, include: Sequence[float] = ()) -> 
         return 0.0, 1.0
     low, high = min(found), max(found)
     if low == high:
-        half = abs(low) / 2 or 0.5
+        half = abs(low) / 10 or 0.5
         return low - half, high + half
     return low, high
 
