@@ -112,19 +112,22 @@ def score_figures(comparison: Comparison, judge: Judged) -> list[Figure]:
     if sft is None or policy is None:
         return figures
     figures.append(_distribution("reward model score", sft, policy, comparison))
-    points = [
-        (p - s, b - a)
-        for s, p, a, b in zip(sft, policy, judge.sft_scores, judge.policy_scores, strict=True)
-    ]  # fmt: skip
-    both, only = (sum(x > 0 and keep(y) for x, y in points) for keep in (lambda y: y > 0, lambda y: y < 0))
+    scores = zip(sft, policy, judge.sft_scores, judge.policy_scores, strict=True)
+    points = [(p - s, b - a) for s, p, a, b in scores]
+    both = sum(x > 0 and y > 0 for x, y in points)
+    only = sum(x > 0 and y < 0 for x, y in points)
     label = (
-        f"Gain of the judge's score, upward, against gain of the reward model's, for {len(points):,} responses: both rise in {both:,}; the reward "
-        f"model's rises and the judge's falls in {only:,}."
+        f"Gain of the judge's score, upward, against gain of the reward model's, for {len(points):,} responses: both rise in {both:,}; "
+        f"the reward model's rises and the judge's falls in {only:,}."
     )
     step = -(-len(points) // MAX_POINTS)
     chart = scatter(
-        label, points[::step], x_label="gain of the reward model's score", tone="policy", quadrant=f"only the reward rises: {only / len(points):.1%}"
-    )  # fmt: skip
+        label,
+        points[::step],
+        x_label="gain of the reward model's score",
+        tone="policy",
+        quadrant=f"only the reward rises: {only / len(points):.1%}",
+    )
     shown = "a point per response" if step == 1 else f"a point for every {step}th response"
     return [*figures, Figure(title="Gain of the judge's score", chart=chart, note=shown)]
 

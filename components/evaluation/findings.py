@@ -80,34 +80,33 @@ def _is_only_length(numbers: Mapping[str, float]) -> Finding | None:
 def over_optimizes(
     numbers: Mapping[str, float], training: Sequence[Mapping[str, float]], kept: Fact | None
 ) -> Finding | None:
-    """kept is the iteration of the exported policy. None without scores of both the reward and the judge, and of DPO, which has no reward."""
+    """kept is the iteration of the exported policy. None of DPO, and without scores of both reward and judge."""
     if method_of(numbers) == "dpo":
         return None
     question, gap = "Does it over-optimize its reward?", ""
     if "reward_win_rate" in numbers and "win_rate" in numbers:
-        gap = f" On the held-out prompts the reward model prefers it in {numbers['reward_win_rate']:.1%}, the judge in {numbers['win_rate']:.1%}."
+        gap = f" Win rate by the reward model {numbers['reward_win_rate']:.3f}, by the judge {numbers['win_rate']:.3f}."
     if len(training) < 2 or not all("judge_score" in row for row in training):
         return Finding(question=question, answer="Compare", detail=gap.strip(), tone="open") if gap else None
     found = over_optimization(training)
     if found is None:
-        detail = f"In no validation pass is the reward higher and the judge's score lower than in an earlier one that the judge likes best.{gap}"
+        detail = (
+            f"In no validation pass after the judge's best one is the reward higher and the judge's score lower.{gap}"
+        )
         return Finding(question=question, answer="Not seen", detail=detail, tone="good")
     best, worst = found.best, found.worst
     detail = (
-        f"From iteration {best['iteration']:.0f} (KL {best['kl']:.2f}) to {worst['iteration']:.0f} (KL {worst['kl']:.2f}) the reward rises from "
-        f"{best['reward']:.3f} to {worst['reward']:.3f}, and the judge's score falls from {best['judge_score']:.3f} to {worst['judge_score']:.3f}"
+        f"From iteration {best['iteration']:.0f} (KL {best['kl']:.2f}) to {worst['iteration']:.0f} (KL {worst['kl']:.2f}) the reward "
+        f"rises from {best['reward']:.3f} to {worst['reward']:.3f}, and the judge's score falls from {best['judge_score']:.3f} to "
+        f"{worst['judge_score']:.3f}"
     )
     if "judge_fall_se" in worst:
         detail += f", by {worst['judge_fall']:.3f} with a standard error of {worst['judge_fall_se']:.3f}"
     detail += "." if found.is_clear else ", which is within noise."
     is_inside = kept is None or any(row["iteration"] == float(kept) for row in found.later)
     if kept is not None:
-        place = (
-            "one of the passes after the judge's best one"
-            if is_inside
-            else "not one of the passes after the judge's best one"
-        )
-        detail += f" The exported policy, after iteration {float(kept):.0f}, is {place}."
+        place = "is one of these later passes" if is_inside else "is none of these later passes"
+        detail += f" The exported policy, after iteration {float(kept):.0f}, {place}."
     if not found.is_clear:
         return Finding(question=question, answer="Not clear", detail=f"{detail}{gap}", tone="open")
     answer = "Yes" if is_inside else "Not the exported one"
@@ -122,8 +121,8 @@ def _repeats(numbers: Mapping[str, float]) -> Finding | None:
     change = policy / sft - 1
     answer = f"{change:+.0%} unique word pairs".replace("-", "\u2212")
     detail = (
-        f"Of the word pairs {sft:.1%} are unique in the responses of the fine-tuned model and {policy:.1%} in those of {TITLES[own]}, both cut to "
-        f"equal length; {numbers['eos_rate_sft']:.1%} and {numbers[f'eos_rate_{own}']:.1%} of the responses end by themselves."
+        f"Of the word pairs {sft:.1%} are unique in the responses of the fine-tuned model and {policy:.1%} in those of {TITLES[own]}, "
+        f"both cut to equal length; {numbers['eos_rate_sft']:.1%} and {numbers[f'eos_rate_{own}']:.1%} of the responses end by themselves."
     )
     return Finding(
         question="Does it repeat itself more?",
@@ -145,7 +144,7 @@ def _can_be_trusted(judge: Judged) -> Finding | None:
     if agreement is None:
         return Finding(question=question, answer="Unknown", detail="It was not compared with people.", tone="open")
     detail = (
-        f"It agrees with people on {agreement.explain()}; always preferring the longer text does on {agreement.longer_wins:.1%}, and chance on "
-        "50%."
+        f"It agrees with people on {agreement.explain()}; always preferring the longer text does on {agreement.longer_wins:.1%}, and "
+        "chance on 50%."
     )
     return Finding(question=question, answer=f"{agreement.accuracy:.0%} agreement", detail=detail, tone="good")

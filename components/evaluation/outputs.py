@@ -64,10 +64,11 @@ def write_outputs(
         settings=run.settings_text,
         max_kl=config.gate.max_kl,
     )
-    results = (numbers, verdict, measured.training)
-    page = as_html(comparison, measured.judges, *results, seed=config.seed, background=background)
+    judges, training = measured.judges, measured.training
+    page = as_html(comparison, judges, numbers, verdict, training, seed=config.seed, background=background)
     run.write_report("report", writes["report"], page)
-    run.write_report("summary", writes["summary"], as_markdown(measured.judges, *results, background=background))
+    summary = as_markdown(numbers, judges, verdict, training, background)
+    run.write_report("summary", writes["summary"], summary)
     run.write_metrics(writes["metrics"], numbers)
     for name, value in (("decision", verdict.decision), ("reason", verdict.reason), ("better", better)):
         write_parameter(writes[name], value)

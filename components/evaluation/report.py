@@ -131,8 +131,8 @@ def all_findings(
 
 
 def as_markdown(
-    judges: Sequence[Judged],
     numbers: Mapping[str, float],
+    judges: Sequence[Judged],
     verdict: Decision,
     training: Rows = (),
     background: Background = NOTHING,
@@ -141,6 +141,7 @@ def as_markdown(
     policy, both = background.policy, background.both
     title = TITLES[method_of(numbers)]
     lines = [f"# {verdict.decision.capitalize()}", "", f"{verdict.reason}.", ""]
+    lines += [both.reason, ""] if both else []
     lines += [line for sentence in policy_sentences(policy) for line in (sentence, "")]
     for name, findings in all_findings(judges, numbers, training, background):
         lines += [f"{name}:", ""] if background.rival else []
@@ -149,7 +150,7 @@ def as_markdown(
     rows = [[row[name] for name in ("name", "agreement", "win_rate")] for row in judge_rows(numbers, judges)]
     lines += ["", *_table(["judge", "agreement with people", "win rate"], rows, numbers=False)]
     if both:
-        lines += ["", f"## {' and '.join(both.head[1:])} side by side", "", both.reason, ""]
+        lines += ["", f"## {' and '.join(both.head[1:])} side by side", ""]
         lines += _table(["", *both.head], both.rows)
     if training:
         head, passes = training_table(training)

@@ -140,8 +140,13 @@ def _read_numbers(folder: Path) -> dict[str, float]:
 
 
 def _read_training(folder: Path) -> list[dict[str, float]]:
-    lines = (folder / "training.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{str(name): float(value) for name, value in parse_json(line).items()} for line in lines]
+    """The validation passes of the training; [] if the evaluation has none."""
+    path = folder / "training.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [{str(name): float(value) for name, value in parse_json(line).items()} for line in lines]
+    except (OSError, NotJsonError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} has no validation passes ({error}); evaluate it again.") from None
 
 
 def _completion(row: SampledResponse, prompt: Prompt) -> Completion:

@@ -17,12 +17,12 @@ MAX_POINTS = 1000  # of a chart with a point per response
 
 
 def choose_rows(gains: Sequence[float], *, seed: int) -> dict[str, list[int]]:
-    """Indices of the prompts to show, by group: the largest gains, the largest losses, and a seeded sample of the rest."""
+    """Indices of the prompts to show, each in one group: the largest gains, the largest losses, and a seeded sample of the rest."""
     order = sorted(range(len(gains)), key=lambda i: gains[i], reverse=True)
     middle = order[NUM_EXTREMES:-NUM_EXTREMES]
     return {
         "Largest gains": order[:NUM_EXTREMES],
-        "Largest losses": order[-NUM_EXTREMES:][::-1],
+        "Largest losses": order[NUM_EXTREMES:][-NUM_EXTREMES:][::-1],
         "At random": random.Random(seed).sample(middle, min(NUM_RANDOM, len(middle))),
     }
 
