@@ -1,7 +1,9 @@
 """What the numbers of an evaluation say, as short answers to the questions that readers of a report have."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 from components.evaluation.judge_curve import over_optimization
@@ -10,6 +12,7 @@ from components.rlhf.artifacts.manifest import Fact
 from components.rlhf.config.policy import TITLES
 from components.rlhf.text.comparison_table import method_of
 
+FINDINGS = "findings.json"
 Tone = Literal["good", "bad", "open"]
 REPEATS = -0.05  # a relative change of distinct-2 below which a reader should look
 AS_GOOD = 0.5  # the win rate of a policy that is as good as the SFT model
@@ -44,6 +47,12 @@ def findings_of(
         _can_be_trusted(judges[0]),
     ]
     return [finding for finding in found if finding]
+
+
+def save_findings(findings: Sequence[Finding], folder: Path) -> None:
+    """Write findings.json, from which the card of an exported model takes them."""
+    rows = [asdict(finding) for finding in findings]
+    (folder / FINDINGS).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def interval_text(numbers: Mapping[str, float], name: str) -> str:

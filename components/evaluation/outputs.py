@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from components.evaluation.findings import findings_of, save_findings
 from components.evaluation.measure import Measured
 from components.evaluation.report import Background, as_html, as_markdown
 from components.evaluation.rival import SAMPLED_WITH, sampling_digest, save_responses
@@ -43,6 +44,7 @@ def write_outputs(
     def fill(folder: Path) -> None:
         save_comparison(comparison, measured.judges, numbers, measured.training, folder)
         save_responses(comparison, config.seed, folder)
+        save_findings(findings_of(numbers, measured.judges, measured.training, policy.facts), folder)
 
     kept = {name: policy.facts[name] for name in KEPT if name in policy.facts}
     facts = {**kept, "method": config.method, SAMPLED_WITH: sampling_digest(config)}
