@@ -36,9 +36,9 @@ run: .venv/ready ## Run the whole pipeline on this machine (PRESET=full, ARGS="-
 ##@ Develop
 .PHONY: test test-all lint audit compile docs bench bench-peers study effects constraints clean
 test: .venv/ready ## Run the fast tests (tiny models, CPU)
-	$(PYTEST) -m "not slow and not vllm and not deepspeed" $(ARGS)
+	$(PYTEST) -m "not slow and not vllm and not deepspeed and not browser" $(ARGS)
 
-test-all: .venv/ready ## Run all tests: also vLLM, DeepSpeed in two processes, images and the real model
+test-all: .venv/ready ## Run all tests: also vLLM, DeepSpeed in two processes, images, a browser and the real model
 	$(PYTEST) $(ARGS)
 
 lint: .venv/ready ## ruff on everything, mypy --strict on components/rlhf

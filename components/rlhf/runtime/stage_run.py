@@ -90,10 +90,6 @@ class StageRun(Generic[Config]):
             except Exception as error:  # whatever the planner cannot read
                 self.progress.log(f"memory is not planned ({error})")
 
-    def memory_of(self, inputs: Mapping[str, Manifest]) -> dict[str, Mapping[str, float]]:
-        """Memory of the stages that wrote the inputs, by role, and of this one."""
-        return {role: manifest.measurements for role, manifest in inputs.items()} | {self.name: self.measurements}
-
     def training_context(self, config: CheckpointConfig, group: "Group", *inputs: Manifest) -> "TrainingContext":
         """What a trainer works with, once all ranks agree on settings, code and inputs. Every rank calls it, before it loads models.
 
