@@ -75,6 +75,7 @@ def line_chart(
     series: Sequence[Series],
     *,
     x_label: str,
+    x_name: str = "",
     decimals: int = 2,
     x_decimals: int = 0,
     marks: Marks | None = None,
@@ -82,7 +83,7 @@ def line_chart(
 ) -> Markup:
     """Lines through points in the given order. label says what the chart shows; include are values that the vertical axis contains.
 
-    decimals are those of the values in the tips, x_decimals those of x.
+    decimals are those of the values in the tips, x_decimals those of x, which they call x_name, or else x_label.
     """
     marks = marks or Marks()
     shown = [value for one in series for value in one.values]
@@ -97,7 +98,7 @@ def line_chart(
     tips = []
     for number, x in enumerate(xs):
         values = [(one, one.values[number]) for one in series]
-        lines = [f"{x_label} {number_text(x, x_decimals)}"]
+        lines = [f"{x_name or x_label} {number_text(x, x_decimals)}"]
         lines += [f"{one.name} {number_text(value, decimals)}" for one, value in values if value is not None]
         tips.append((frame.x(x), lines))
     return _svg(label, [*parts, *_hits(tips)])
