@@ -55,7 +55,15 @@ def panels_of(history: Sequence[Row], outcome: Outcome | None = None) -> list[Pa
         known = [value for value in lines[0].finite if value is not None]
         label = f"{title} over the iterations"
         label += f", from {known[0]:.4g} to {known[-1]:.4g}" if known else ""
-        chart = line_chart(label, iterations, lines, x_label="iteration", decimals=3, marks=_marks(name, outcome))
+        chart = line_chart(
+            label,
+            iterations,
+            lines,
+            x_label="iteration",
+            decimals=3,
+            marks=_marks(name, outcome),
+            include=[0.0, 1.0] if name == "response/eos_rate" else [],
+        )
         panels.append(Panel(title=title, chart=chart, legend=[(line.name, line.tone) for line in lines]))
     return panels
 
