@@ -1,18 +1,16 @@
-"""The metrics of a run as a self-contained HTML page of small plots, without scripts or network access."""
+"""The metrics of a run as a self-contained HTML page of small charts, without scripts or network access."""
 
-import html
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
+from markupsafe import Markup
 
 from components.dpo.metrics import History
 from components.rlhf.config.dpo import DpoConfig
+from components.rlhf.page.charts import SHAPES, Series, line_chart
+from components.rlhf.page.render import render
 
 # Title of each panel, and its metrics with their labels.
 PANELS: tuple[tuple[str, Mapping[str, str]], ...] = (
@@ -25,34 +23,38 @@ PANELS: tuple[tuple[str, Mapping[str, str]], ...] = (
     ("gradient norm", {"grad_norm": ""}),
     ("learning rate", {"learning_rate": ""}),
 )
-COLORS = ("#2563eb", "#f97316")
+TONES = ("policy", "reward")
 SMOOTHED = 20  # a curve has as many means as this, over which the noise of single steps is small
 
 
-def as_svg(history: History) -> str:
-    """The panels of all metrics that there are over the steps, as inline SVG: every step thin, means over neighbors thick."""
-    panels = [(title, names) for title, names in PANELS if any(name in row for row in history for name in names)]
-    num_rows = -(-len(panels) // 3)
-    figure, axes = plt.subplots(num_rows, 3, figsize=(12, 0.5 + 2.5 * num_rows), constrained_layout=True, squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, (title, names) in zip(axes.flat, panels, strict=False):
-        for (name, label), color in zip(names.items(), COLORS, strict=False):
-            points = [(row["step"], row[name]) for row in history if name in row]
-            axis.plot(*zip(*points, strict=True), color=color, linewidth=0.6, alpha=0.35) if points else None
-            smooth = means(points, SMOOTHED)
-            axis.plot(*zip(*smooth, strict=True), color=color, linewidth=1.6, label=label or None) if smooth else None
-        if len(axis.get_legend_handles_labels()[0]) > 1:
-            axis.legend(fontsize=7, frameon=False)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.grid(alpha=0.25)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    plt.close(figure)
-    return re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), count=1, flags=re.DOTALL)
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """The chart of some metrics over the steps; legend has the label and color of each line, if there are several."""
+
+    title: str
+    chart: Markup
+    legend: Sequence[tuple[str, str]]
+
+
+def panels_of(history: History) -> list[Panel]:
+    """The panels of all metrics that there are: means over neighbors, at their middles."""
+    panels = []
+    for title, names in PANELS:
+        curves = {name: means([(row["step"], row[name]) for row in history if name in row], SMOOTHED) for name in names}
+        curves = {name: points for name, points in curves.items() if points}
+        if not curves:
+            continue
+        steps = sorted({step for points in curves.values() for step, _ in points})
+        lines = [
+            Series(name=names[name] or title.partition(" (")[0], values=[dict(points).get(x) for x in steps], tone=tone)
+            for (name, points), tone in zip(curves.items(), TONES, strict=False)
+        ]
+        decimals = 8 if title == "learning rate" else 3
+        chart = line_chart(
+            f"{title} over the steps", steps, lines, x_label="step", decimals=decimals, include=[0.0, 1.0] if title == "accuracy" else []
+        )  # fmt: skip
+        panels.append(Panel(title=title, chart=chart, legend=[(line.name, line.tone) for line in lines]))
+    return panels
 
 
 def means(points: Sequence[tuple[float, float]], count: int) -> list[tuple[float, float]]:
@@ -70,10 +72,10 @@ def as_html(history: History, numbers: Mapping[str, float], dpo: DpoConfig) -> s
             f" Of {numbers['num_heldout_pairs']:.0f} held-out pairs {numbers['heldout_accuracy']:.1%} are in the right order, with a "
             f"margin of {numbers['heldout_margin']:.3f}."
         )
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>DPO</title>'
-        "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}"
-        "svg{width:100%;height:auto}</style>"
-        f"<h1>DPO</h1><p>{html.escape(facts)}</p>{as_svg(history)}"
-        "<p>components/dpo/README.md explains each metric and how a healthy run looks.</p></html>"
+    return render(
+        Path(__file__).with_name("report.html"),
+        facts=facts,
+        panels=panels_of(history),
+        smoothed=SMOOTHED,
+        shapes=SHAPES,
     )

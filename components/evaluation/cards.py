@@ -17,6 +17,7 @@ from components.evaluation.samples import (
 )
 from components.rlhf.config.policy import TITLES
 from components.rlhf.data.records import Completion
+from components.rlhf.page.scale import number_text
 
 RANDOM, REST = "At random", "All others"
 DISAGREEMENTS = "Where judges disagree"
@@ -147,10 +148,10 @@ def _facts(completion: Completion, score: float | None, reward: float | None, kl
     size = completion.num_model_tokens
     parts = [f"{size} token{'' if size == 1 else 's'}"]
     parts += ["cut off"] if completion.truncated else []
-    parts += [f"judge {score:+.2f}"] if score is not None else []
-    parts += [f"reward {reward:+.2f}"] if reward is not None else []
-    parts += [f"KL {kl:.2f}"] if kl is not None else []
-    return ", ".join(parts).replace("-", "\u2212")
+    parts += [f"judge {number_text(score, 2)}"] if score is not None else []
+    parts += [f"reward {number_text(reward, 2)}"] if reward is not None else []
+    parts += [f"KL {number_text(kl, 2)}"] if kl is not None else []
+    return ", ".join(parts)
 
 
 def as_attributes(card: Card) -> dict[str, Any]:

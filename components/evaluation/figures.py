@@ -59,7 +59,7 @@ def reward_against_kl(training: Sequence[Mapping[str, float]], kept: Fact | None
     # One label above the plot: the name of the region, or that of the exported policy.
     marks = Marks(x=[(x, "" if region else text) for x, text in exported], region=region)
     chart = line_chart(
-        label, xs, lines, x_label="KL to SFT, nats per response", x_decimals=2, marks=marks, include=[0.0]
+        label, xs, lines, x_label="KL to SFT, nats per response", x_name="KL", x_decimals=2, marks=marks, include=[0.0]
     )
     return Figure(
         title="Reward and judge against KL",
@@ -76,7 +76,7 @@ def training_figures(training: Sequence[Mapping[str, float]], kept: Fact | None,
         if not training or name not in training[0]:
             continue
         xs, values = [row["iteration"] for row in training], [row[name] for row in training]
-        limit = [(max_kl, f"limit of the gate {max_kl:g}")] if name == "kl" and max_kl is not None else []
+        limit = [(max_kl, f"gate: at most {max_kl:g}")] if name == "kl" and max_kl is not None else []
         marks = Marks(x=[] if kept is None else [(float(kept), "exported")], y=limit)
         label = f"{title} over the iterations, from {values[0]:.{decimals}f} to {values[-1]:.{decimals}f}"
         chart = line_chart(

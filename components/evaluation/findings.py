@@ -78,8 +78,8 @@ def _is_only_length(numbers: Mapping[str, float]) -> Finding | None:
     known = {name: words for name, words in AT_EQUAL_LENGTH.items() if f"{name}_low" in numbers}
     if not known or not numbers["win_rate_low"] > AS_GOOD:
         return None
-    rates = "; ".join(f"{words} {interval_text(numbers, name)}" for name, words in known.items())
-    detail = f"The win rate {rates}."
+    rates = ", ".join(f"{interval_text(numbers, name)} {words}" for name, words in known.items())
+    detail = f"The win rate is {rates}."
     question = "Does it only win by length?"
     if numbers[f"{next(iter(known))}_low"] > AS_GOOD:
         return Finding(question=question, answer="No", detail=detail, tone="good")

@@ -7,7 +7,8 @@
   const PAGE = 20;
   const cards = new Map();
   for (const card of groups.querySelectorAll(".card")) cards.set(card.dataset.row, card);
-  const all = [...cards.values()].map((card) => ({ card, text: card.textContent.toLowerCase(), key: Math.random() }));
+  const textOf = (card) => [...card.querySelectorAll(".text, .said, .turn")].map((part) => part.textContent).join(" ").toLowerCase();
+  const all = [...cards.values()].map((card) => ({ card, text: textOf(card), key: Math.random() }));
   let shown = PAGE;
 
   const passes = ({ card, text }) =>

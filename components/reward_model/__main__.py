@@ -18,6 +18,7 @@ from components.rlhf.runtime.stage import StageRun, stage_program
     writes={
         "model": "Reward model: a sequence-classification model with one output.",
         "metrics": "Metrics of the stage as JSON.",
+        "roc": "ROC curve on the held-out pairs as JSON.",
         "summary": "Markdown report of the metrics.",
     },
 )
@@ -30,7 +31,7 @@ def main(
     **writes: Path,
 ) -> None:
     from components.reward_model.calibration import sample_responses
-    from components.reward_model.evaluate import as_markdown
+    from components.reward_model.evaluate import write_measurements
     from components.reward_model.imported import measure_imported
     from components.reward_model.trained import train_and_measure
     from components.rlhf.artifacts.directory import open_artifact, open_inputs
@@ -70,9 +71,7 @@ def main(
             facts={**result.numbers, **result.facts, "head_name": HEAD_NAME, "padding_side": "right"},
             streamed=result.weights or (),
         )
-    run.progress.log(f"accuracy on held-out human pairs: {result.numbers['heldout_accuracy']:.1%}")
-    run.write_report("summary", writes["summary"], as_markdown(result.numbers))
-    run.write_metrics(writes["metrics"], result.numbers)
+    write_measurements(run, result, **writes)
 
 
 if __name__ == "__main__":

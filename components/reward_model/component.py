@@ -1,7 +1,7 @@
 """KFP component of the stage reward_model."""
 
 from kfp import dsl
-from kfp.dsl import Artifact, Input, Markdown, Metrics, Output
+from kfp.dsl import Artifact, ClassificationMetrics, Input, Markdown, Metrics, Output
 
 from components.artifact_types import Preferences, Prompts, RewardModel, SftModel
 from components.container import container_spec
@@ -15,6 +15,7 @@ def reward_model(
     prompts: Input[Prompts],
     model: Output[RewardModel],
     metrics: Output[Metrics],
+    roc: Output[ClassificationMetrics],
     summary: Output[Markdown],
     settings: str,
     tracking: str = "{}",
@@ -31,6 +32,7 @@ def reward_model(
         prompts: Prompts of the calibration samples.
         model: Sequence-classification model with one output.
         metrics: Held-out accuracy and the scale of the scores.
+        roc: ROC curve on the held-out pairs: right order or wrong order by the margin of the scores.
         summary: The metrics as Markdown.
         settings: Canonical JSON of RewardModelStageConfig.
         tracking: Canonical JSON of TrackingConfig.

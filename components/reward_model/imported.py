@@ -43,13 +43,16 @@ def measure_imported(
     model = ScalarModel(lm, num_frozen_layers=0, dtype=dtype)
     prepare_frozen_model(model, training, group=group, dtype=dtype)
     text_tokenizer = own if way == "text" else None
-    numbers = calibrate_and_measure(model, training, tokenizer, **texts, group=group, text_tokenizer=text_tokenizer)
+    numbers, margins = calibrate_and_measure(
+        model, training, tokenizer, **texts, group=group, text_tokenizer=text_tokenizer
+    )
     return RewardModelResult(
         model=model,
         tokenizer=text_tokenizer or tokenizer,
         weights=frozen_weights(model, training),
         numbers=numbers,
         facts={"scored_as": way},
+        margins=margins,
     )
 
 

@@ -26,11 +26,12 @@ def train_and_measure(
     tokenizer, trainer = load_tokenizer(sft_model), RewardModelTrainer(config, start, context)
     numbers = trainer.train(tokenizer, pairs, max_tokens=texts["max_tokens"], folder=folder)
     training = config.reward_model.training
-    numbers |= calibrate_and_measure(trainer.model, training, tokenizer, **texts, group=context.group)
+    measured, margins = calibrate_and_measure(trainer.model, training, tokenizer, **texts, group=context.group)
     return RewardModelResult(
         model=trainer.model,
         tokenizer=tokenizer,
         weights=trainer.weights(),
-        numbers=numbers,
+        numbers=numbers | measured,
         facts={"scored_as": "ids", "training_engine": engine_name(training, context.group)},
+        margins=margins,
     )

@@ -50,8 +50,8 @@ def test_card_has_prompt_responses_and_scores() -> None:
     assert (sft.name, sft.tone, sft.text) == ("fine-tuned (SFT)", "sft", f"sft response {i}")
     assert (policy.name, policy.tone, policy.text) == ("PPO", "policy", f"ppo response {i}")
     # The rewards are half of the scores.
-    assert sft.facts == "3 tokens, judge +100.00, reward +50.00"
-    assert policy.facts == "3 tokens, judge +119.00, reward +59.50, KL 1.00"
+    assert sft.facts == "3 tokens, judge 100.00, reward 50.00"
+    assert policy.facts == "3 tokens, judge 119.00, reward 59.50, KL 1.00"
     assert as_attributes(best) == {"row": i, "gain": "19", "outcome": "win", "length": 3, "kl": "1", "disagree": 0}
 
 

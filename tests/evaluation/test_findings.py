@@ -53,7 +53,7 @@ def test_length_alone_may_win() -> None:
     assert answers(find("length")) == ("No", "good")
     finding = find("length", NUMBERS | {"win_rate_cut_low": 0.49})
     assert answers(finding) == ("It may", "bad")
-    assert finding is not None and "with both cut to equal length 0.650 [0.490, 0.750]" in finding.detail
+    assert finding is not None and "is 0.650 [0.490, 0.750] with both cut to equal length" in finding.detail
     assert find("length", NUMBERS | {"win_rate_low": 0.4}) is None  # there is no win to explain
     assert find("length", {name: v for name, v in NUMBERS.items() if "cut" not in name}) is None
 

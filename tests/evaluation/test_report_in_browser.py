@@ -105,8 +105,8 @@ def test_samples_are_searched_sorted_and_filtered(chromium: Any, report: Path) -
     with opened(chromium, report) as tab:
         shown = tab.locator("#flat article")
         tab.fill("#search", "PROMPT response 17")  # words in any order and case, of the prompt and the responses
-        assert 1 <= shown.count() < 20
-        assert all("17" in text.lower() for text in shown.all_text_contents())
+        assert tab.locator("#found").text_content() == "1 sample"
+        assert "ppo response 17" in shown.first.text_content()
         assert not tab.locator("#groups").is_visible()
         tab.fill("#search", "no such text")
         assert tab.locator("#found").text_content() == "0 samples"

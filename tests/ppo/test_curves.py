@@ -1,14 +1,12 @@
 import re
-import xml.etree.ElementTree as ET
-from unittest import mock
 
-from components.ppo import curves
-from components.ppo.curves import PANELS, as_html, as_svg
+from components.ppo.curves import PANELS, as_html, panels_of
 from components.ppo.guard import Event
 from components.ppo.keep import Outcome
 from components.ppo.validation import Evaluation
 from components.rlhf.config.ppo import PpoConfig
 from components.rlhf.config.rollout import RolloutConfig
+from tests.support.html_page import check_structure, parse
 
 PPO = PpoConfig(rollout=RolloutConfig(num_prompts=16, samples_per_prompt=2))
 
@@ -24,14 +22,12 @@ def history(length: int, *, evals: bool = False) -> list[dict[str, float]]:
     return rows
 
 
-def test_page_is_self_contained() -> None:
+def test_page_is_self_contained_and_well_formed() -> None:
     page = as_html(history(4, evals=True), PPO)
-    # The names of XML namespaces and vocabularies look like addresses; nothing fetches them.
-    fetched = re.findall(r"""(?:src|href|data|action)\s*=\s*["'](?!#)([^"']*)|url\((?!#)([^)]*)\)|@import""", page)
-    assert fetched == []
-    assert not re.search(r"<(script|link|iframe|object|embed|img)\b", page)
-    svg = page[page.index("<svg") : page.index("</svg>") + len("</svg>")]
-    assert ET.fromstring(svg).tag.endswith("svg")
+    root = parse(page)
+    check_structure(root)
+    assert not {element.tag for element in root.all()} & {"script", "link", "iframe", "object", "embed", "img"}
+    assert not re.search(r"""(?:src|href|data|action)\s*=\s*["'](?!#)|url\((?!#)|@import|https?:""", page)
 
 
 def test_page_describes_the_run() -> None:
@@ -40,16 +36,27 @@ def test_page_describes_the_run() -> None:
     assert "4 iterations of 32 responses; score 1.00 to 4.00, KL 8.00 nats per response, KL coefficient 0.0625." in page
 
 
-def test_every_panel_is_drawn_with_its_title() -> None:
-    svg = as_svg(history(3))
-    assert len(re.findall(r'<g id="axes_\d+"', svg)) == len(PANELS) == 9
-    for _, title in PANELS:
-        assert f"<!-- {title} -->" in svg
+def test_every_metric_has_a_panel_with_its_title() -> None:
+    panels = panels_of(history(3))
+    assert [panel.title for panel in panels] == [title for _, title in PANELS] and len(PANELS) == 9
+    # The score is 1, 2, 3, its axis goes from 1 to 3.
+    assert 'd="M44.0 182.0L194.0 100.0L344.0 18.0"' in panels[0].chart
+    assert 'aria-label="score (mean of the rollout) over the iterations, from 1 to 3"' in panels[0].chart
 
 
 def test_validation_passes_are_drawn_as_points() -> None:
-    assert "validation prompts" not in as_svg(history(4))
-    assert "validation prompts" in as_svg(history(4, evals=True))
+    plain, validated = (panels_of(history(4, evals=evals))[0] for evals in (False, True))
+    assert plain.legend == [("rollout", "policy")]
+    assert validated.legend == [("rollout", "policy"), ("validation prompts", "reward")]
+    assert validated.chart.count('class="point s-reward"') == 2 and 'class="line s-reward"' not in validated.chart
+    assert "validation prompts 4.000" in re.sub("<[^>]*>", " ", validated.chart)
+
+
+def test_values_of_the_curves_are_in_a_table() -> None:
+    (table,) = parse(as_html(history(3), PPO)).all("table")
+    cells = [[cell.text for cell in row.all() if cell.tag in ("th", "td")] for row in table.all("tr")]
+    assert cells[0][:3] == ["iteration", "score", "KL to SFT"]
+    assert cells[2][:3] == ["2", "2", "4"]
 
 
 def test_metrics_that_the_run_does_not_have_get_no_panel() -> None:
@@ -57,9 +64,14 @@ def test_metrics_that_the_run_does_not_have_get_no_panel() -> None:
         {name: value for name, value in row.items() if not name.startswith(("value/", "loss/value"))}
         for row in history(3)
     ]
-    svg = as_svg(rows)
-    assert len(re.findall(r'<g id="axes_\d+"', svg)) == 7
-    assert "explained variance" not in svg
+    assert len(panels_of(rows)) == 7
+    assert "xplained variance" not in as_html(rows, PPO)
+
+
+def test_metric_that_is_never_finite_has_an_empty_panel() -> None:
+    rows = [row | {"loss/value": float("nan")} for row in history(2)]
+    page = as_html(rows, PPO)
+    assert "value loss over the iterations" in page and "nan nan" not in page
 
 
 EVALUATION = Evaluation(iteration=2, objective=0.5, kl=4.0)
@@ -78,25 +90,24 @@ def test_page_says_and_marks_what_was_exported_and_what_the_guard_did() -> None:
         "<p>Guard, iteration 3: loss/value is nan; back to the policy after iteration 2, and training stopped.</p>"
         in page
     )
-    for label in ("exported: iteration 2", "guard: rollout turned down", "limit of the KL (5)", "validation objective"):
-        assert page.count(f"<!-- {label}") == 1, label  # in the legend
+    assert page.count(">exported</text>") == page.count(">rollout turned down</text>") == 9
+    assert page.count(">at most 5</text>") == 1
+    assert "The validation objective is the reward minus kl_coef x KL." in page
     assert "score 1.00 to 2.00" in page
     plain = as_html(history(3), PPO)
     assert "exported" not in plain and "guard" not in plain.lower()
 
 
 def test_marks_are_at_their_iterations() -> None:
-    figures = []
-    plain = curves.plt.close
-    with mock.patch.object(curves.plt, "close", lambda figure: figures.append(figure)):
-        as_svg(history(4), OUTCOME)
-    score, kl = figures[0].axes[:2]
-    vertical = {line.get_label(): line.get_xdata()[0] for line in score.lines if len(set(line.get_xdata())) == 1}
-    assert vertical["exported: iteration 2"] == 2 and vertical["guard: rollout turned down"] == 3
-    limit = next(line for line in kl.lines if line.get_label().startswith("limit"))
-    assert list(limit.get_ydata()) == [5.0, 5.0]
-    assert not any(line.get_label().startswith("limit") for line in score.lines)
-    plain(figures[0])
+    score, kl = panels_of(history(4), OUTCOME)[:2]
+    for panel in (score, kl):  # the axis goes from 1 to 4 over 300 pixels
+        at = re.findall(r'class="mark" d="M([\d.]+) ', panel.chart)
+        assert at == ["144.0", "244.0"]  # exported after iteration 2, turned down in iteration 3
+    assert score.chart.count('class="point s-kl"') == 1 and "validation objective 0.500" in re.sub(
+        "<[^>]*>", " ", score.chart
+    )
+    # Its KL is 2, 4, 6, 8, and its axis goes from 2 to 8; the limit is 5.
+    assert re.findall(r'class="limit" d="M44.0 ([\d.]+)H', kl.chart) == ["100.0"] and 'class="limit"' not in score.chart
 
 
 def test_one_iteration_can_be_plotted() -> None:

@@ -80,7 +80,7 @@ def test_samples_are_one_per_prompt_and_reproducible(tiny_model: Path) -> None:
 def measured(folder: Path, model: ScalarModel, tokenizer: PreTrainedTokenizerBase, **settings: int) -> dict[str, float]:
     config = config_of(**settings)
     responses = sample_responses(config, folder, PROMPTS * 3)
-    return calibrate_and_measure(
+    numbers, margins = calibrate_and_measure(
         model,
         config.reward_model.training,
         tokenizer,
@@ -89,6 +89,9 @@ def measured(folder: Path, model: ScalarModel, tokenizer: PreTrainedTokenizerBas
         max_tokens=64,
         group=SINGLE_PROCESS,
     )
+    right = [0.5 if margin == 0 else float(margin > 0) for margin in margins]
+    assert numbers["heldout_accuracy"] == pytest.approx(sum(right) / len(right))
+    return numbers
 
 
 def test_scores_of_the_sft_model_have_mean_0_and_std_1(

@@ -230,7 +230,7 @@ def test_stage_reads_the_stored_ids(
     texts = [text for pair in PAIRS for text in encode_record(pair, tokenizer, max_tokens=64)]
     save_tokens(tmp_path, "train", [pack(text) for text in texts], tokenizer, max_tokens=64)
     monkeypatch.setattr("components.rlhf.data.token_files.pack", None)  # nothing is encoded
-    monkeypatch.setattr("components.reward_model.trained.calibrate_and_measure", lambda *_, **__: {})
+    monkeypatch.setattr("components.reward_model.trained.calibrate_and_measure", lambda *_, **__: ({}, []))
     context, config = context_of("reward_model"), config_of()
     result = train_and_measure(tiny_model, config, tiny_model, PAIRS, {"max_tokens": 64}, context, tmp_path)
     assert result.numbers == {"num_steps": 6.0}

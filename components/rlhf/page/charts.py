@@ -4,6 +4,7 @@ A pointer over a chart, or a finger on it, shows its values by CSS alone. A read
 table beside the chart. Colors are those of the classes s-NAME in style.css.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,16 +21,22 @@ SHAPES = (
     "M-3.2-3.2H3.2V3.2H-3.2Z",  # square
     "M0-4.4L4.4 0L0 4.4L-4.4 0Z",  # diamond
 )
+MAX_TIPS = 150  # of a chart, evenly spaced over more points
 MAX_MARKERS = 30  # a line with more points is drawn without markers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """A line: one value per x, None for a gap. tone names its color."""
+    """A line: one value per x; None, nan and infinity are gaps. tone names its color. Without has_line there are only markers."""
 
     name: str
     values: Sequence[float | None]
     tone: str
+    has_line: bool = True
+
+    @property
+    def finite(self) -> list[float | None]:
+        return [value if value is not None and math.isfinite(value) else None for value in self.values]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +82,7 @@ def line_chart(
     series: Sequence[Series],
     *,
     x_label: str,
+    x_name: str = "",
     decimals: int = 2,
     x_decimals: int = 0,
     marks: Marks | None = None,
@@ -82,10 +90,10 @@ def line_chart(
 ) -> Markup:
     """Lines through points in the given order. label says what the chart shows; include are values that the vertical axis contains.
 
-    decimals are those of the values in the tips, x_decimals those of x.
+    decimals are those of the values in the tips, x_decimals those of x, which they call x_name, or else x_label.
     """
     marks = marks or Marks()
-    shown = [value for one in series for value in one.values]
+    shown = [value for one in series for value in one.finite]
     frame = Frame(
         x_ticks=ticks(*limits(xs)),
         y_ticks=ticks(*limits(shown, include=[*include, *(value for value, _ in marks.y)])),
@@ -95,9 +103,11 @@ def line_chart(
     for number, one in enumerate(series):
         parts.append(_line(one, xs, frame, SHAPES[number % len(SHAPES)]))
     tips = []
-    for number, x in enumerate(xs):
-        values = [(one, one.values[number]) for one in series]
-        lines = [f"{x_label} {number_text(x, x_decimals)}"]
+    columns = [(one, one.finite) for one in series]
+    for number in range(0, len(xs), -(-len(xs) // MAX_TIPS) or 1):
+        x = xs[number]
+        values = [(one, column[number]) for one, column in columns]
+        lines = [f"{x_name or x_label} {number_text(x, x_decimals)}"]
         lines += [f"{one.name} {number_text(value, decimals)}" for one, value in values if value is not None]
         tips.append((frame.x(x), lines))
     return _svg(label, [*parts, *_hits(tips)])
@@ -105,9 +115,9 @@ def line_chart(
 
 def histogram(label: str, groups: Sequence[Series], *, x_label: str, whole: bool = False, num_bins: int = 24) -> Markup:
     """Numbers of values in bins of equal width, one outline over the other. whole: the values are whole numbers."""
-    values = [value for group in groups for value in group.values if value is not None]
+    values = [value for group in groups for value in group.finite if value is not None]
     edges = bin_edges(values, whole=whole, num_bins=num_bins)
-    counts = [count_in_bins([v for v in group.values if v is not None], edges) for group in groups]
+    counts = [count_in_bins([v for v in group.finite if v is not None], edges) for group in groups]
     frame = Frame(
         x_ticks=ticks(edges[0], edges[-1]),
         y_ticks=ticks(0, max((max(count) for count in counts), default=1) or 1),
@@ -189,7 +199,7 @@ def _text(x: float, y: float, text: str, *, anchor: str = "start", tone: str = "
 
 def _line(series: Series, xs: Sequence[float], frame: Frame, shape: str) -> Markup:
     path, markers, is_open = "", "", False
-    for x, value in zip(xs, series.values, strict=True):
+    for x, value in zip(xs, series.finite, strict=True):
         if value is None:
             is_open = False
             continue
@@ -197,7 +207,9 @@ def _line(series: Series, xs: Sequence[float], frame: Frame, shape: str) -> Mark
         path += f"{'L' if is_open else 'M'}{at}"
         markers += f'<path class="point s-{escape(series.tone)}" transform="translate({at})" d="{shape}"/>'
         is_open = True
-    few = sum(value is not None for value in series.values) <= MAX_MARKERS
+    if not series.has_line:
+        return Markup(markers)
+    few = sum(value is not None for value in series.finite) <= MAX_MARKERS
     return Markup(f'<path class="line s-{escape(series.tone)}" d="{path}"/>' + (markers if few else ""))
 
 

@@ -94,17 +94,22 @@ def as_completion(
     )
 
 
-def pair_accuracy(
+def pair_scores(
     scorer: Scorer,
     pairs: Sequence[PreferencePair],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int,
     complete: bool = True,
-) -> float:
-    """Fraction of pairs whose chosen text scores higher; ties are halves."""
+) -> tuple[Tensor, Tensor]:
+    """Scores of the chosen and of the rejected texts: [N] each."""
     chosen, rejected = (
         scorer.score([as_completion(tokenizer, p, text, max_tokens=max_tokens, complete=complete) for p, text in texts])
         for texts in ([(p, p.chosen) for p in pairs], [(p, p.rejected) for p in pairs])
     )
+    return chosen, rejected
+
+
+def pair_accuracy(chosen: Tensor, rejected: Tensor) -> float:
+    """Fraction of pairs whose chosen text scores higher; ties are halves."""
     return float(compare_scores(chosen, rejected).wins.mean())

@@ -14,7 +14,8 @@ from components.rlhf.text.errors import InputError
 from components.rlhf.text.redaction import redact
 from components.rlhf.text.strict_json import NotJsonError, parse_json
 
-Metadata = Mapping[str, str | int | float]
+Points = list[Mapping[str, float]]  # of a curve
+Metadata = Mapping[str, str | int | float | Points]
 # In the metadata of a manifest: where the model is, and the S3 server of the published one if it is not AWS.
 MODEL_URI, PUBLISHED_URI, PUBLISHED_ENDPOINT = "model_uri", "published_uri", "published_endpoint"
 
@@ -108,8 +109,12 @@ def _invalid_executor_input(reason: str) -> InputError:
     return InputError(f"--executor-input is not KFP's executor input ({reason}); omit it when running manually.")
 
 
-def _validate_metadata(name: str, metadata: Metadata) -> dict[str, str | int | float]:
+def _validate_metadata(name: str, metadata: Metadata) -> dict[str, str | int | float | Points]:
     for key, value in metadata.items():
+        if isinstance(value, list) and all(isinstance(point, Mapping) for point in value):
+            for point in value:  # KFP's launcher keeps a list, and its UI draws that of a ClassificationMetrics
+                _validate_metadata(f"{name}, {key}", point)
+            continue
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError(f"metadata {key} of {name} is {value!r}; KFP accepts only strings and numbers")
         if isinstance(value, float) and not math.isfinite(value):

@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,14 @@ from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.budget import BudgetConfig
 from components.rlhf.config.processes import Processes
 from components.rlhf.config.storage import CheckpointConfig, StorageConfig, TrackingConfig
-from components.rlhf.runtime.executor import MODEL_URI, PUBLISHED_ENDPOINT, PUBLISHED_URI, input_uri, output_uri
+from components.rlhf.runtime.executor import (
+    MODEL_URI,
+    PUBLISHED_ENDPOINT,
+    PUBLISHED_URI,
+    Metadata,
+    input_uri,
+    output_uri,
+)
 from components.rlhf.runtime.measured import PLANNED_STAGES, StageMemory, sentence
 from components.rlhf.storage.copy import upload_folder
 from components.rlhf.storage.store import Store, open_store
@@ -62,7 +69,7 @@ class StageRun(Generic[Config]):
     processes: Processes = field(default_factory=Processes)
     started: float = field(default_factory=time.monotonic)
     on_end: list[Callable[[], None]] = field(default_factory=list)  # called at the end, also after a failure
-    outputs: dict[str, Mapping[str, str | int | float]] = field(default_factory=dict)  # output -> metadata
+    outputs: dict[str, Metadata] = field(default_factory=dict)  # output -> metadata
     on_success: list[Callable[[], None]] = field(default_factory=list)  # called after the outputs have been reported
     memory: StageMemory = field(default_factory=StageMemory)
     checkpoints: "CheckpointManager | None" = None
@@ -236,6 +243,15 @@ class StageRun(Generic[Config]):
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         self.outputs["metrics"] = dict(metrics)
         self.tracker.log({f"final/{name}": value for name, value in metrics.items()}, step=0)
+
+    def write_roc(self, output: str, path: Path, points: Sequence[Mapping[str, float]]) -> None:
+        """Write a ROC curve, which KFP draws unless it is empty: points with confidenceThreshold, recall and falsePositiveRate."""
+        if rank() > 0:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(points, indent=2) + "\n", encoding="utf-8")
+        # The key and form of kfp.dsl.ClassificationMetrics.log_roc_curve (kfp 2.17).
+        self.outputs[output] = {"confidenceMetrics": list(points)} if points else {}
 
     def write_report(self, output: str, path: Path, text: str) -> None:
         """Write a Markdown or HTML output, and log it to MLflow, with its plots as pictures, which MLflow shows and compares."""

@@ -15,8 +15,9 @@ def texts_of(svg: str) -> list[str]:
     return ["".join(element.itertext()) for element in ET.fromstring(svg).iter("text")]
 
 
-def test_line_goes_through_its_points_and_has_gaps() -> None:
-    series = Series(name="reward", values=[0.0, 1.0, None, 0.5], tone="reward")
+@pytest.mark.parametrize("gap", [None, float("nan"), float("inf")])
+def test_line_goes_through_its_points_and_has_gaps(gap: float | None) -> None:
+    series = Series(name="reward", values=[0.0, 1.0, gap, 0.5], tone="reward")
     svg = line_chart("a label", [0, 10, 20, 30], [series], x_label="iteration")
     # The x axis has ticks 0, 10, 20, 30 from 44 to 344, the y axis 0 to 1 from 182 up to 18.
     assert 'class="line s-reward" d="M44.0 182.0L144.0 18.0M344.0 100.0"' in svg
@@ -25,6 +26,12 @@ def test_line_goes_through_its_points_and_has_gaps() -> None:
     assert 'role="img" aria-label="a label"' in svg
     assert "iteration 10reward 1.00" in texts_of(svg)
     assert "iteration 20" in texts_of(svg)  # a gap has no value
+
+
+def test_series_without_a_line_has_only_markers() -> None:
+    series = Series(name="validation", values=[0.0, None, 1.0], tone="kl", has_line=False)
+    svg = line_chart("", [0, 1, 2], [series], x_label="x")
+    assert 'class="line' not in svg and svg.count('class="point s-kl"') == 2
 
 
 def test_marks_are_drawn_and_named() -> None:
@@ -39,7 +46,14 @@ def test_marks_are_drawn_and_named() -> None:
 
 def test_line_with_many_points_has_no_markers() -> None:
     series = Series(name="a", values=[float(i) for i in range(100)], tone="sft")
-    assert 'class="point' not in line_chart("", range(100), [series], x_label="x")
+    svg = line_chart("", range(100), [series], x_label="x")
+    assert 'class="point' not in svg and svg.count('class="hit"') == 100
+
+
+def test_line_with_very_many_points_has_fewer_tips() -> None:
+    series = Series(name="a", values=[float(i) for i in range(1000)], tone="sft")
+    svg = line_chart("", range(1000), [series], x_label="x")
+    assert svg.count('class="hit"') == 143  # every seventh
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [1.0, 1.0], [None]])

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from components.rlhf.data.records import Completion, PreferencePair, Prompt
 from components.rlhf.models.loading import load_scalar_lm
 from components.rlhf.models.scalar import ScalarModel
-from components.rlhf.rewards.reward_model import RewardModelScorer, as_completion, pair_accuracy
+from components.rlhf.rewards.reward_model import RewardModelScorer, as_completion, pair_accuracy, pair_scores
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_tie_counts_as_half(tokenizer: PreTrainedTokenizerBase) -> None:
     correct, wrong, tie = pair("longer", "short"), pair("short", "longer"), pair("same", "even")
 
     def accuracy(*pairs: PreferencePair) -> float:
-        return pair_accuracy(LengthScorer(), pairs, tokenizer, max_tokens=100)
+        return pair_accuracy(*pair_scores(LengthScorer(), pairs, tokenizer, max_tokens=100))
 
     assert accuracy(correct) == 1
     assert accuracy(wrong) == 0
@@ -134,12 +134,12 @@ def test_tie_counts_as_half(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def test_texts_are_scored_in_the_form_of_responses(tokenizer: PreTrainedTokenizerBase) -> None:
     scorer = LengthScorer()
-    pair_accuracy(scorer, [pair("yes", "no")], tokenizer, max_tokens=100)
+    pair_scores(scorer, [pair("yes", "no")], tokenizer, max_tokens=100)
     assert [(c.prompt.prompt, c.response, c.truncated) for c in scorer.seen] == [
         ("a prompt", "yes", False),
         ("a prompt", "no", False),
     ]
     assert all(c.response_ids[-1] == 0 for c in scorer.seen)
     incomplete = LengthScorer()
-    pair_accuracy(incomplete, [pair("yes", "no")], tokenizer, max_tokens=100, complete=False)
+    pair_scores(incomplete, [pair("yes", "no")], tokenizer, max_tokens=100, complete=False)
     assert all(c.truncated and c.response_ids[-1] != 0 for c in incomplete.seen)

@@ -54,6 +54,18 @@ def test_executor_output_passes_strict_parser(output_file: Path) -> None:
     assert list(output_file.parent.iterdir()) == [output_file]
 
 
+def test_curve_is_a_list_of_points(output_file: Path) -> None:
+    points = [{"confidenceThreshold": 1.5, "recall": 0.0, "falsePositiveRate": 0.0}]
+    write_executor_output(executor_input(output_file, "roc"), {"roc": {"confidenceMetrics": points}})
+    parsed = pipeline_spec_pb2.ExecutorOutput()
+    json_format.Parse(output_file.read_text(encoding="utf-8"), parsed, ignore_unknown_fields=False)
+    (roc,) = parsed.artifacts["roc"].artifacts
+    assert json_format.MessageToDict(roc.metadata) == {"confidenceMetrics": points}
+    for value, words in ((float("inf"), "finite numbers"), (None, "strings and numbers")):
+        with pytest.raises(ValueError, match=f"metadata recall of roc, curve is .*; KFP accepts only {words}"):
+            write_executor_output(executor_input(output_file, "roc"), {"roc": {"curve": [{"recall": value}]}})
+
+
 def test_stage_without_artifacts(output_file: Path) -> None:
     content = json.loads(executor_input(output_file))
     del content["outputs"]["artifacts"]
