@@ -138,9 +138,8 @@ def wait_for_approval(
     now = clock()
     requested = min((at for channel in channels if (at := channel.request(now)) is not None), default=now)
     until, said = requested + 3600 * hours, set[str]()
-    reminders = [requested + share * 3600 * hours for share in REMINDERS]
-    due = [requested, *reminders]
-    due = due if now == requested else [at for at in reminders if at > now]
+    # Every attempt says at its start that it waits: an earlier one may have been killed before it could.
+    due = [now, *(requested + share * 3600 * hours for share in REMINDERS)]
     while True:
         now = clock()
         for channel in channels:

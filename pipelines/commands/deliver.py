@@ -47,8 +47,8 @@ def export_command(run: Path | None, target: str, gguf: str | None, *, force: bo
 @click.option(
     "--print",
     "form",
-    type=click.Choice(["command", "kserve"]),
-    help="Start nothing; print vLLM's command, or an InferenceService of KServe for kubectl apply.",
+    type=click.Choice(["command", "kserve", "deployment"]),
+    help="Start nothing; print vLLM's command, or for kubectl apply an InferenceService of KServe, or a Deployment of vLLM.",
 )
 def serve_command(
     run: Path | None, uri: str | None, name: str | None, port: int, form: str | None, *, check: bool
@@ -61,12 +61,22 @@ def serve_command(
       kfp-rlhf serve
       curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "quick", "prompt": "This movie"}'
       kfp-rlhf serve --print kserve --uri s3://models/published/policy | kubectl apply -f -
+      kfp-rlhf serve --print deployment --uri s3://models/published/policy | kubectl apply -f -
     """
-    from pipelines.local.serve import inference_service, serve, server_command, shell_line, what_to_serve
+    from pipelines.local.serve import (
+        inference_service,
+        serve,
+        server_command,
+        shell_line,
+        vllm_deployment,
+        what_to_serve,
+    )
 
     served = what_to_serve(run, uri, name)
     if form == "kserve":
         click.echo(inference_service(served), nl=False)
+    elif form == "deployment":
+        click.echo(vllm_deployment(served), nl=False)
     elif form == "command":
         click.echo(shell_line(server_command(served, port, program=["vllm", "serve"])))
     else:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.rlhf.config.cluster import Images, Secrets
 from components.rlhf.text.errors import InputError
 from pipelines.local.export import policy_of
 from pipelines.local.run_dir import find_run, read_params
@@ -100,16 +101,38 @@ def inference_service(served: Served) -> str:
 
     Raises InputError for a folder of this machine, which the cluster cannot read.
     """
+    require_store(served, STORES)
+    argument = json.dumps(f"--model_name={served.name}")
+    return render("inference_service.yaml", served, argument=argument)
+
+
+def vllm_deployment(served: Served) -> str:
+    """A Deployment and a Service of vLLM's OpenAI-compatible server, which downloads a published model and verifies it first.
+
+    Raises InputError for a model that is not in S3.
+    """
+    require_store(served, ("s3://",))
+    return render(
+        "vllm_deployment.yaml", served, name=json.dumps(served.name), image=Images().rollout, secret=Secrets().s3
+    )
+
+
+def require_store(served: Served, stores: Sequence[str]) -> None:
+    if not served.location.startswith(tuple(stores)):
+        kind = f"not in {' or '.join(stores)}" if "://" in served.location else "a folder of this machine"
+        raise InputError(
+            f"{served.location} is {kind}, which a cluster cannot read; run with storage.publish_uri, or copy it with kfp-rlhf export, and "
+            "pass --uri."
+        )
+
+
+def render(template: str, served: Served, **values: object) -> str:
+    """A template of this folder, with the location as uri and the name as a name of Kubernetes as resource."""
     from jinja2 import Environment
 
-    if not served.location.startswith(STORES):
-        raise InputError(
-            f"{served.location} is a folder of this machine, which a cluster cannot read; run with storage.publish_uri, or copy it with "
-            "kfp-rlhf export, and pass --uri."
-        )
     name = re.sub(r"[^a-z0-9]+", "-", served.name.lower()).strip("-")[:50].strip("-")
-    template = Path(__file__).with_name("inference_service.yaml").read_text(encoding="utf-8")
-    page = Environment(autoescape=False, keep_trailing_newline=True).from_string(template)
-    return page.render(
-        resource=name or "policy", argument=json.dumps(f"--model_name={served.name}"), uri=json.dumps(served.location)
-    )
+    if not name[:1].isalpha():  # a Service begins with a letter
+        name = f"policy-{name}".rstrip("-")
+    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    page = Environment(autoescape=False, keep_trailing_newline=True).from_string(text)
+    return page.render(resource=name, uri=json.dumps(served.location), **values)

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 from click.testing import CliRunner, Result
@@ -13,6 +14,7 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.rlhf.artifacts.manifest import read_manifest, write_manifest
+from components.rlhf.config.cluster import Images
 from components.rlhf.text.errors import InputError
 from pipelines.__main__ import cli
 from pipelines.settings import dump_yaml, load_params
@@ -175,6 +177,38 @@ def test_inference_service_of_a_published_model() -> None:
     model = found["spec"]["predictor"]["model"]
     assert model["modelFormat"] == {"name": "huggingface"} and model["storageUri"] == "s3://models/My policy: 1"
     assert model["args"] == ['--model_name=Mine "1"']
+
+
+@pytest.mark.parametrize(("name", "resource"), [("quick", "quick"), ('8B "new"', "policy-8b-new"), ("äö", "policy")])
+def test_deployment_of_a_published_model(name: str, resource: str) -> None:
+    text = invoke("serve", "--print", "deployment", "--uri", "s3://models/My policy: 1", "--name", name).output
+    deployment, service = yaml.safe_load_all(text)
+    for item in (deployment, service):
+        kubernetes_validate.validate(item, kubernetes_validate.latest_version(), strict=True)
+        assert item["metadata"]["name"] == resource
+    pod = deployment["spec"]["template"]
+    (fetch,), (server,) = pod["spec"]["initContainers"], pod["spec"]["containers"]
+    assert fetch["args"] == ["s3://models/My policy: 1", "/model/policy"]
+    assert server["args"][:4] == ["--model", "/model/policy", "--served-model-name", name]
+    assert {c["image"] for c in (fetch, server)} == {Images().rollout}
+    module = ROOT / (fetch["command"][2].replace(".", "/") + ".py")
+    assert module.is_file()
+    # The rules of the namespaces of manifests/: Pod Security Standards, restricted.
+    assert pod["spec"]["securityContext"]["runAsNonRoot"] and not pod["spec"]["automountServiceAccountToken"]
+    for container in (fetch, server):
+        security = container["securityContext"]
+        assert security["capabilities"] == {"drop": ["ALL"]} and not security["allowPrivilegeEscalation"]
+        volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+    assert deployment["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    ports = {port["name"] for port in server["ports"]}
+    assert {service["spec"]["ports"][0]["targetPort"]} == ports == {server["readinessProbe"]["httpGet"]["port"]}
+
+
+def test_deployment_needs_a_model_in_s3(run: Path) -> None:
+    assert "is a folder of this machine, which a cluster" in refusal("serve", run, "--print", "deployment")
+    assert "is not in s3://" in refusal("serve", "--print", "deployment", "--uri", "gs://models/policy")
 
 
 def test_command_is_quoted_for_a_shell(run: Path) -> None:
