@@ -133,6 +133,9 @@ class Terminal:
             pass
         return self._process.wait(timeout)
 
+    def send_signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
     @property
     def echoes(self) -> bool:
         """Whether the terminal shows what is typed."""

@@ -188,20 +188,3 @@ def test_ui_is_at_the_runs_of_the_experiment_and_ends_with_ctrl_c(home: Home) ->
         terminal.wait_for("Press Ctrl-C")
         terminal.type("\x03")
         assert terminal.wait(timeout=60) == 0
-
-
-@pytest.mark.slow
-def test_chat_draws_every_answer_once_whenever_its_lines_are_typed(home: Home) -> None:
-    with Terminal(program("chat", RUN, "--max-tokens", 20), cwd=home.folder, env=home.env) as terminal:
-        terminal.type("typed before the models are loaded\n")
-        terminal.wait_for("Ctrl-D ends.")
-        terminal.wait_for("╭")
-        assert not terminal.echoes
-        terminal.type("typed meanwhile\n\x04")
-        assert terminal.wait() == 0
-    lines = terminal.screen.lines
-    start = next(number for number, line in enumerate(lines) if "Ctrl-D ends." in line)
-    shape = "".join(line[:1] for line in lines[start + 1 :])
-    assert re.fullmatch(r">╭│+╰>╭│+╰>", shape), lines
-    assert lines[start + 1] == "> typed before the models are loaded" and "> typed meanwhile" in lines
-    assert sum("reward" in line for line in lines) == 2
