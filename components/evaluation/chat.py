@@ -5,6 +5,7 @@ import random
 import signal
 import sys
 import termios
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,7 @@ def chat(config: ChatConfig, console: Console) -> None:
             if not prompts:
                 continue
             prompt = order.choice(prompts)
-            console.print(Text(prompt.prompt, style="italic"))
+            console.print(Text(printable(prompt.prompt), style="italic"))
         for speaker in speakers:
             speaker.hear(line, prompt)
         with no_echo():
@@ -238,7 +239,12 @@ def answer(
     if live is None:
         for speaker in speakers:
             score = "" if speaker.score is None else f" (reward {speaker.score:+.2f})"
-            console.print(Text(f"{speaker.name}{score}: {speaker.text.strip()}"), soft_wrap=True)
+            console.print(Text(f"{speaker.name}{score}: {printable(speaker.text)}"), soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """The text with � for control characters, which a model may write and a terminal would obey."""
+    return "".join("�" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text.strip())
 
 
 def columns(speakers: Sequence[Speaker]) -> Any:
@@ -247,7 +253,7 @@ def columns(speakers: Sequence[Speaker]) -> Any:
     for speaker in speakers:
         score = "" if speaker.score is None else f"reward {speaker.score:+.2f}, "
         below = f"{score}{speaker.num_tokens} tokens"
-        panels.append(Panel(Text(speaker.text.strip()), title=speaker.name, subtitle=below))
+        panels.append(Panel(Text(printable(speaker.text)), title=speaker.name, subtitle=below))
     grid = Table.grid(expand=True)
     for _ in panels:
         grid.add_column(ratio=1)

@@ -189,9 +189,10 @@ def doctor_command(
     from pipelines.local.doctor import check_server, checks, checks_of_run
     from pipelines.settings import load_params
 
+    params = load_params(params_file, overrides) if params_file else None  # first, because the checks take seconds
     found = list(checks(Path.cwd()))
-    if params_file:
-        found += checks_of_run(load_params(params_file, overrides))
+    if params:
+        found += checks_of_run(params)
     if server:
         found.append(check_server(server))
     if as_json:

@@ -95,7 +95,7 @@ def task_table(tasks: Sequence[TaskState], *, seconds: float | None = None) -> T
         table.add_row(
             Text(mark, style=color),
             Text(task.name, style=style),
-            Text(format_duration(task.seconds) if task.seconds >= 0.5 else "", style="dim"),
+            Text(format_duration(task.seconds) if task.seconds else "", style="dim"),
             doing,
         )
     if seconds is not None and any(task.state in ("running", "waiting") for task in tasks):

@@ -2,15 +2,18 @@
 
 import io
 import json
+import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from components.evaluation.chat import chat, main
+from components.evaluation.chat import chat, main, printable
 from components.rlhf.config.chat import ChatConfig, ChatModel
 from components.rlhf.config.model import SamplingConfig
 from components.rlhf.data.records import Prompt
@@ -21,6 +24,7 @@ from components.rlhf.rollout.hf import HfRolloutEngine
 from components.rlhf.text.errors import InputError
 from pipelines.local.chat import chat_with_folders, chat_with_run
 from tests.support.ppo_runs import make_reward_model
+from tests.support.terminal import Terminal
 from tests.support.tiny_model import make_tiny_model
 
 FP32, CPU = torch.float32, torch.device("cpu")
@@ -61,7 +65,7 @@ def expected_answers(models: dict[str, Path], text: str) -> list[str]:
         lm = load_causal_lm(models[name], num_frozen_layers=0, dtype=FP32, trainable=False)
         engine = HfRolloutEngine(lm, load_tokenizer(models[name]), stop_ids=load_stop_ids(models[name]))
         (found,) = engine.generate([Prompt(prompt=text)], SamplingConfig(max_new_tokens=12), [0], greedy=True)
-        lines.append(f"{name} (reward {float(scorer.score([found])[0]):+.2f}): {found.response.strip()}")
+        lines.append(f"{name} (reward {float(scorer.score([found])[0]):+.2f}): {printable(found.response)}")
     return lines
 
 
@@ -121,3 +125,70 @@ def test_run_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("preset: x")
     with pytest.raises(InputError, match="has no trained model yet"):
         chat_with_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [(" a\x1b[2Jb\x07\x9b ", "a�[2Jb��"), ("two\n\tlines", "two\n\tlines"), ("é 你 👩‍🚀 �", "é 你 👩‍🚀 �")],
+)
+def test_a_terminal_obeys_no_model(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+# Speakers that need no models, and take as long as it takes to type something.
+TALKING = """
+import time
+from components.evaluation import chat
+
+class Fake:
+    messages, score = [], None
+    def __init__(self, name): self.name, self.text, self.num_tokens = name, "", 0
+    def hear(self, line, prompt): self.line = line
+    def answer(self, config, seed, on_token):
+        for end in range(1, len(self.line) + 1):
+            time.sleep(0.02)
+            on_token(type("Completion", (), {"response": self.line[:end] + "\\x1b[9A", "response_ids": [0] * end}), False)
+
+chat.Speaker.load = lambda name, folder, config: (time.sleep(0.3), Fake(name))[1]
+config = chat.ChatConfig(models=[{"name": n, "folder": "x"} for n in ("SFT", "PPO")], is_chat=False)
+chat.main([config.canonical_json()])
+"""
+
+
+def in_terminal(tmp_path: Path, **more: Any) -> Terminal:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    return Terminal([sys.executable, "-c", TALKING], cwd=tmp_path, env=environment, **more)
+
+
+@pytest.mark.parametrize("first", ["typed before the models are loaded", ""])
+def test_answers_are_drawn_once_whenever_lines_are_typed(tmp_path: Path, first: str) -> None:
+    with in_terminal(tmp_path) as terminal:
+        if first:
+            terminal.type(f"{first}\n")
+        terminal.wait_for("Ctrl-D ends.")
+        if not first:
+            terminal.wait_for("> ")
+            terminal.type("typed when asked\n")
+        terminal.wait_for("╭")
+        assert not terminal.echoes
+        terminal.type("typed meanwhile\n")
+        terminal.wait_for("typed meanwhile")
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.wait() == 0
+    lines = terminal.screen.lines[terminal.screen.lines.index("The beginning of a text. Ctrl-D ends.") + 1 :]
+    assert [line[:1] for line in lines if line] == [">", "╭", "│", "╰", ">", "╭", "│", "╰", ">"]
+    assert [lines[0], lines[4]] == [f"> {first or 'typed when asked'}", "> typed meanwhile"]
+    assert lines[6].split() == ["│", "typed", "meanwhile�[9A", "││", "typed", "meanwhile�[9A", "│"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_chat_leaves_the_terminal_as_it_was(tmp_path: Path, number: signal.Signals) -> None:
+    with in_terminal(tmp_path) as terminal:
+        terminal.wait_for("> ")
+        terminal.type("a line that takes its time\n")
+        terminal.wait_for("╭")
+        assert not terminal.echoes
+        terminal.send_signal(number)
+        terminal.wait()
+        assert terminal.echoes
