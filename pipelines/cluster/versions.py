@@ -13,6 +13,7 @@ import yaml
 from kfp_server_api.exceptions import ApiException
 
 from components.rlhf.artifacts.revision import code_revision
+from components.rlhf.config.storage import SETTINGS_VARIABLE
 from pipelines.cluster.server import Server, ServerAccess, translate_api_errors
 
 IGNORED_KEYS = re.compile(
@@ -128,7 +129,8 @@ def _documents(spec: Any) -> dict[str, Any]:
 def _flatten(value: Any, key: str = "") -> Iterator[tuple[tuple[str, str], str]]:
     """Yield ((stage, dotted key), text) for every leaf, including those of settings, which are JSON strings.
 
-    The SDK version is skipped, and so are the keys that kfp duplicates for older servers.
+    The SDK version is skipped, and so are the keys that kfp duplicates for older servers, and the settings of the whole run that every
+    task has for MLflow: the arguments of the tasks have them too.
     """
     if isinstance(value, str) and value.startswith("{") and value.endswith("}"):
         with contextlib.suppress(ValueError):
@@ -138,7 +140,8 @@ def _flatten(value: Any, key: str = "") -> Iterator[tuple[tuple[str, str], str]]
             if not IGNORED_KEYS.search(f"{key}.{name}"):
                 yield from _flatten(inner, f"{key}.{name}" if key else name)
     elif isinstance(value, list) and value:
-        for number, inner in enumerate(value):
+        kept = [inner for inner in value if not (isinstance(inner, dict) and inner.get("name") == SETTINGS_VARIABLE)]
+        for number, inner in enumerate(kept):
             yield from _flatten(inner, f"{key}[{number}]")
     else:
         # The API returns all numbers as floats.
