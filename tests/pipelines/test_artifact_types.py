@@ -15,7 +15,12 @@ from components.rlhf.artifacts.manifest import KINDS
 from components.sft.component import sft
 
 ROOT = Path(__file__).resolve().parents[2]
-VIEWED = {"system.Metrics", "system.ClassificationMetrics", "system.HTML", "system.Markdown"}  # by the UI of Kubeflow Pipelines
+VIEWED = {
+    "system.Metrics",
+    "system.ClassificationMetrics",
+    "system.HTML",
+    "system.Markdown",
+}  # by the UI of Kubeflow Pipelines
 
 
 def definitions() -> list[tuple[str, str, str]]:
