@@ -1,11 +1,12 @@
 """The report of the comparison: a self-contained HTML page, and the same as Markdown."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.evaluation.cards import RANDOM, as_attributes, list_cards
+from components.evaluation.cards import RANDOM, REST, Card, Listing, as_attributes, list_cards
 from components.evaluation.compare import Comparison
 from components.evaluation.figures import (
     length_figure,
@@ -24,8 +25,9 @@ from components.evaluation.verdict import Decision
 from components.rlhf.artifacts.manifest import Manifest
 from components.rlhf.config.policy import TITLES
 from components.rlhf.page.charts import SHAPES
-from components.rlhf.page.costs import StageCost, costs_part
+from components.rlhf.page.costs import StageCost, cost_table, costs_part
 from components.rlhf.page.render import render
+from components.rlhf.page.scale import number_text
 from components.rlhf.text.comparison_table import comparison_rows, method_of
 
 Rows = Sequence[Mapping[str, float]]
@@ -65,9 +67,7 @@ def as_html(
     if not training and rival:  # the curves of PPO are those of the other policy
         curve, kept, trained = rival.training, rival.facts.get("kept_iteration"), TITLES[rival.method]
     gives_scores = judges[0].policy_scores is not None and not judges[0].cannot_tell
-    listing = list_cards(
-        comparison, judges, seed=seed, rival=(TITLES[rival.method], rival.responses) if rival else None
-    )
+    listing = listing_of(comparison, judges, seed, rival)
     return render(
         FOLDER / "report.html",
         method=title,
@@ -100,6 +100,12 @@ def as_html(
         settings=settings_text(background.settings),
         shapes=SHAPES,
     )  # fmt: skip
+
+
+def listing_of(comparison: Comparison, judges: Sequence[Judged], seed: int, rival: Rival | None) -> Listing:
+    """The pairs of responses that the report lists, with those of the other policy."""
+    others = (TITLES[rival.method], rival.responses) if rival else None
+    return list_cards(comparison, judges, seed=seed, rival=others)
 
 
 def headlines(
@@ -136,8 +142,9 @@ def as_markdown(
     verdict: Decision,
     training: Rows = (),
     background: Background = NOTHING,
+    listing: Listing | None = None,
 ) -> str:
-    """The report without pictures and samples."""
+    """The report without pictures, with the selected samples of a listing."""
     policy, both = background.policy, background.both
     title = TITLES[method_of(numbers)]
     lines = [f"# {verdict.decision.capitalize()}", "", f"{verdict.reason}.", ""]
@@ -155,7 +162,24 @@ def as_markdown(
     if training:
         head, passes = training_table(training)
         lines += ["", "## Validation passes of the training", "", *_table(head, passes)]
+    for group, cards in listing.groups.items() if listing else ():
+        if group != REST:
+            lines += ["", f"## {group}", *(line for card in cards for line in _card_lines(card))]
+    if background.costs:
+        head, costs = cost_table(background.costs)
+        lines += ["", "## Cost of the stages that the evaluation knows", "", *_table(head, costs)]
     return "\n".join(lines) + "\n"
+
+
+def _card_lines(card: Card) -> list[str]:
+    """A prompt and its responses in a code block, which no text in it can close."""
+    said = [f"prompt: {card.prompt}"]
+    for answer in card.answers:
+        said += ["", f"{answer.name}: {answer.text}"]
+    text = "\n".join(said)
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    gain = "" if card.gain is None else f", gain {number_text(card.gain, 2)}"
+    return ["", f"Prompt {card.row + 1}{gain}:", "", f"{fence}text", text, fence]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> list[str]:

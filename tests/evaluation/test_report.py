@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from components.evaluation.better import Outcome
+from components.evaluation.cards import list_cards
 from components.evaluation.compare import Comparison
 from components.evaluation.judging import Judged
 from components.evaluation.report import Background, as_html, as_markdown
@@ -429,3 +430,17 @@ def test_error_of_a_judge_does_not_break_the_markdown_table() -> None:
     other = pairwise_of([NAN, NAN], error="its function raised ValueError: a | b")
     text = as_markdown(numbers_of(c, judge, other), [judge, other], Decision(decision="promote", reason="it is better"))
     assert {len(cells) for cells in table_cells(text.splitlines())} == {3}
+
+
+def test_markdown_has_passes_samples_and_costs_that_no_text_breaks() -> None:
+    c, judge = both_of([0.0, 1.0], [1.0, -1.0])
+    object.__setattr__(c.policy.completions[0], "response", "```\n<script>|``````")
+    numbers = numbers_of(c, judge)
+    background = Background(costs=[StageCost(stage="sft", seconds=61.0)])
+    listing = list_cards(c, [judge], seed=0)
+    text = as_markdown(numbers, [judge], decide(numbers, judge, GateConfig()), VALIDATION_PASSES, background, listing)
+    assert "| 8 | 512 | 0.800 | 0.300 | 4.00 | 9.0 | 0.500 |" in text
+    assert "| sft | 1:01 |" in text
+    block = text[text.index("```````text\n") : text.index("\n```````\n")]
+    assert block == "```````text\nprompt: prompt 0\n\nfine-tuned (SFT): sft response 0\n\nPPO: ```\n<script>|``````"
+    assert "Prompt 1, gain 1.00:" in text and "Prompt 2, gain \u22122.00:" in text
