@@ -136,7 +136,10 @@ def test_misspelled_key_gets_closest_match(path: str, match: str) -> None:
 
 def test_unknown_key_gets_all_valid_keys() -> None:
     message = error_message(with_value("gate.xyzzy", 1))
-    assert message == "gate.xyzzy is not a parameter; valid here: min_win_rate, max_kl, min_prompts."
+    assert (
+        message
+        == "gate.xyzzy is not a parameter; valid here: min_win_rate, max_kl, min_prompts, approval, approval_hours."
+    )
 
 
 @pytest.mark.parametrize(
