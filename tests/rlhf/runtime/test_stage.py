@@ -237,7 +237,7 @@ def test_run_id_comes_from_environment(tracker: Recorder, monkeypatch: pytest.Mo
         "config": TrackingConfig(uri="http://x"),
         "run_id": "manual",
         "stage": "demo",
-        "params": {"decision": "promote"},
+        "params": {"decision": "promote", "approval": None},
     }
     monkeypatch.setenv("RLHF_RUN_ID", "run-7")
     with run():
