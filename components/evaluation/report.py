@@ -147,8 +147,13 @@ def as_markdown(
     """The report without pictures, with the selected samples of a listing."""
     policy, both = background.policy, background.both
     title = TITLES[method_of(numbers)]
-    lines = [f"# {verdict.decision.capitalize()}", "", f"{verdict.reason}.", ""]
-    lines += [both.reason, ""] if both else []
+    decision = both.better.decision if both else verdict.decision
+    found = headlines(numbers, verdict, background.rival, both)
+    lines = [f"# {decision.capitalize()}", "", *([both.reason, ""] if both else [])]
+    lines += [
+        f"- {h['title']}: {h['word'].lower()}, {h['reason']}." if len(found) > 1 else f"{h['reason']}." for h in found
+    ]
+    lines += [""]
     lines += [line for sentence in policy_sentences(policy) for line in (sentence, "")]
     for name, findings in all_findings(judges, numbers, training, background):
         lines += [f"{name}:", ""] if background.rival else []

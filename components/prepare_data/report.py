@@ -1,19 +1,20 @@
 """Reports what happened to the records of each source, how they were split, their lengths, and what the model will see."""
 
-import io
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from transformers import PreTrainedTokenizerBase
 
 from components.prepare_data.examples import CONTEXT, REJECTED, ShownExample, choose, show
 from components.prepare_data.prepare import PreparedData
 from components.rlhf.config.prepare_data import DataConfig
 from components.rlhf.data.reading import section_of
+from components.rlhf.page.charts import SHAPES, Marks, Series, histogram
+from components.rlhf.page.render import render
 
 NUM_EXAMPLES = {"demonstrations": 4, "preferences": 3, "prompts": 3}
 MAX_SHOWN_COLUMNS = 12
@@ -218,51 +219,36 @@ def _fenced(example: ShownExample) -> str:
 
 def as_html(prepared: PreparedData, data: DataConfig, examples: Sequence[ShownExample]) -> str:
     """A self-contained HTML page."""
-    import jinja2
-
-    template = jinja2.Environment(autoescape=True).from_string(
-        (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
-    )
-    return template.render(
+    return render(
+        Path(__file__).with_name("report.html"),
         rendering=rendering(prepared),
-        sources=source_rows(prepared),
+        sources=[list(row.values()) for row in source_rows(prepared)],
         cases=first_cases(prepared),
         split=split_statement(prepared, data).replace("**", ""),
         has_overlap=bool(prepared.overlap and prepared.overlap.total),
-        sizes=sizes(prepared),
-        lengths=length_rows(prepared),
-        histograms=_histograms(prepared, data),
+        sizes=[[name, f"{size:,}"] for name, size in sizes(prepared).items()],
+        lengths=[list(row.values()) for row in length_rows(prepared)],
+        histograms=histograms(prepared, data),
         examples=examples,
+        shapes=SHAPES,
     )
 
 
-def _histograms(prepared: PreparedData, data: DataConfig) -> str:
-    """Lengths in tokens, a panel per section, with the limits as lines."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    sections = {name: lengths for name, lengths in prepared.lengths.items() if lengths}
-    figure, axes = plt.subplots(
-        1, len(sections), figsize=(4 * len(sections), 2.8), constrained_layout=True, squeeze=False
-    )
-    axis: Any
-    for axis, (name, lengths) in zip(axes[0], sections.items(), strict=True):
-        values = {"prompt": ([each.prompt for each in lengths], data.max_prompt_tokens, "#9ca3af")}
+def histograms(prepared: PreparedData, data: DataConfig) -> list[tuple[str, list[tuple[str, str]], Markup]]:
+    """Of each section with records: its name, the names and colors of what is counted, and the chart, with the limits as lines."""
+    found = []
+    for name, lengths in prepared.lengths.items():
+        if not lengths:
+            continue
+        groups = [(f"prompt (limit {data.max_prompt_tokens:,})", [each.prompt for each in lengths], "sft")]
+        limits = [data.max_prompt_tokens]
         if name != "prompts":
-            values["prompt and answer"] = ([each.text for each in lengths], data.max_tokens, "#2563eb")
-        longest = max(max(tokens) for tokens, _, _ in values.values())
-        bins = np.linspace(0, longest + 1, min(longest + 2, 41))
-        for label, (tokens, limit, color) in values.items():
-            axis.hist(tokens, bins=bins, alpha=0.65, color=color, label=f"{label} (limit {limit:,})")
-            if limit <= 1.2 * longest:
-                axis.axvline(limit, color=color, linestyle="--", linewidth=1)
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("tokens", fontsize=8)
-        axis.legend(frameon=False, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    plt.close(figure)
-    return re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), count=1, flags=re.DOTALL)
+            groups.append((f"prompt and answer (limit {data.max_tokens:,})", [each.text for each in lengths], "policy"))
+            limits.append(data.max_tokens)
+        longest = max(max(tokens) for _, tokens, _ in groups)
+        marks = Marks(x=[(limit, "limit") for limit in limits if limit <= 1.2 * longest])
+        series = [Series(name=label.partition(" (")[0], values=tokens, tone=tone) for label, tokens, tone in groups]
+        label = f"Lengths in tokens of {len(lengths):,} {name}, the longest of {longest:,}"
+        chart = histogram(label, series, x_label="tokens", whole=True, num_bins=40, marks=marks)
+        found.append((name, [(label, tone) for label, _, tone in groups], chart))
+    return found

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from components.evaluation import sampling
+from components.evaluation.better import Outcome
 from components.evaluation.compare import Comparison, compare
 from components.evaluation.measure import require_method
 from components.evaluation.report import Background, as_html, as_markdown
@@ -25,6 +26,7 @@ from components.rlhf.text.errors import InputError
 from components.rlhf.text.progress import Progress
 from tests.support.comparisons import comparison_of, judged_of
 from tests.support.evaluation_cases import PROMPTS, config_of, make_trained
+from tests.support.html_page import parse
 from tests.support.tiny_model import make_tiny_model
 
 PARENTS = {name: f"digest of {name}" for name in ("sft_model", "prompts", "judge", "policy_model")}
@@ -248,6 +250,22 @@ def test_report_and_summary_name_the_method_and_show_both(both: Any) -> None:
     assert "| | SFT | DPO |" in text and "## PPO and DPO side by side" in text
     assert "| gate |  | reject | promote |" in text
     assert "side by side" not in as_markdown(numbers, [judge], verdict)
+    rejected = replace(verdict, decision="reject", reason="it is worse")
+    rival = Rival(
+        method="ppo", outcome=Outcome(method="ppo", decision="promote", win_rate=0.5, kl=1.0), numbers={"length_ppo": 1.0}, sft=[],
+        responses=["a", "b"], measurements={}, facts={"reason": "it is better"},
+    )  # fmt: skip
+    better = replace(table, better=rival.outcome, reason="PPO's policy goes to the gate.")
+    background = Background(both=better, rival=rival)
+    lines = as_markdown(numbers, [judge], rejected, background=background).splitlines()
+    assert lines[:5:2] == ["# Promote", "PPO's policy goes to the gate.", "- PPO: promoted, it is better."]
+    assert lines[5] == "- DPO: rejected, it is worse."
+    (section,) = parse(as_html(comparison, [judge], numbers, rejected, [], seed=0, background=background)).all(
+        class_="verdict"
+    )
+    assert section.matches("", {"class_": "promote"})
+    badges = [badge.text for badge in section.all(class_="badge")]
+    assert badges == ["Promoted", "goes to the gate", "Rejected"]
     page = as_html(comparison, [judge], numbers, verdict, [], seed=0, background=Background(both=table))
     assert "<title>DPO vs. the fine-tuned model</title>" in page
     assert "PPO and DPO side by side" in page and '<th scope="row">gate</th>' in page

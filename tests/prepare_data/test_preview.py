@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from components.rlhf.config.prepare_data import DataConfig
 from components.rlhf.data.records import Conversation, Demonstration, Message, PreferencePair, Prompt, Turn
 from tests.prepare_data.test_leaks import assistant, prepare_rows, question, user
 from tests.support.chat_tokenizers import make_tokenizer
+from tests.support.html_page import check_structure, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = make_tokenizer("qwen")
@@ -66,6 +68,12 @@ def test_report_has_ten_examples_and_escapes_their_text(tmp_path: Path) -> None:
     html, markdown = as_html(out, data, examples), as_markdown(out, data, examples)
     assert "&lt;b&gt;Yes&lt;/b&gt;" in html and "<b>" not in html
     assert html.count("<pre>") == 10 and "<svg" in html and '<span class="learned">' in html
+    root = parse(html)
+    check_structure(root)
+    assert not re.search(r"<script|(?:src|href)\s*=\s*[\"'](?!#)|https?:|@import", html)
+    assert [figure.all("figcaption")[0].text for figure in root.all("figure")] == [
+        f"{name} (number of records)" for name in ("Demonstrations", "Preferences", "Prompts")
+    ]
     assert "````text\n" in markdown and "\u27e6Yes.<|im_end|>\u27e7" in markdown
     assert f"| data.preferences ({tmp_path / 'preferences.jsonl'}) | 60 | 60 | none | none | source |" in markdown
 

@@ -55,11 +55,13 @@ class Frame:
     x_ticks: Sequence[float]
     y_ticks: Sequence[float]
     x_label: str
+    x_range: tuple[float, float] | None = None  # by default from the first to the last tick
     x: Scale = field(init=False)
     y: Scale = field(init=False)
 
     def __post_init__(self) -> None:
-        x = Scale(low=self.x_ticks[0], high=self.x_ticks[-1], start=LEFT, end=WIDTH - RIGHT)
+        low, high = self.x_range or (self.x_ticks[0], self.x_ticks[-1])
+        x = Scale(low=low, high=high, start=LEFT, end=WIDTH - RIGHT)
         y = Scale(low=self.y_ticks[0], high=self.y_ticks[-1], start=HEIGHT - BOTTOM, end=TOP)
         object.__setattr__(self, "x", x)
         object.__setattr__(self, "y", y)
@@ -113,14 +115,27 @@ def line_chart(
     return _svg(label, [*parts, *_hits(tips)])
 
 
-def histogram(label: str, groups: Sequence[Series], *, x_label: str, whole: bool = False, num_bins: int = 24) -> Markup:
+def histogram(
+    label: str,
+    groups: Sequence[Series],
+    *,
+    x_label: str,
+    whole: bool = False,
+    num_bins: int = 24,
+    marks: Marks | None = None,
+) -> Markup:
     """Numbers of values in bins of equal width, one outline over the other. whole: the values are whole numbers."""
     values = [value for group in groups for value in group.finite if value is not None]
-    edges = bin_edges(values, whole=whole, num_bins=num_bins)
+    edges, marks = bin_edges(values, whole=whole, num_bins=num_bins), marks or Marks()
     counts = [count_in_bins([v for v in group.finite if v is not None], edges) for group in groups]
+    x_range = limits(edges, include=[value for value, _ in marks.x])
+    x_ticks = ticks(*x_range)
+    if whole:
+        x_ticks = [tick for tick in x_ticks if tick == round(tick) and x_range[0] <= tick <= x_range[1]]
     frame = Frame(
-        x_ticks=ticks(edges[0], edges[-1]),
-        y_ticks=ticks(0, max((max(count) for count in counts), default=1) or 1),
+        x_ticks=x_ticks,
+        x_range=x_range if whole else None,
+        y_ticks=ticks(0, max(4, *(max(count) for count in counts))),  # whole numbers
         x_label=x_label,
     )
     parts = [frame.draw()]
@@ -129,7 +144,8 @@ def histogram(label: str, groups: Sequence[Series], *, x_label: str, whole: bool
         for (start, end), number in zip(pairwise(edges), count, strict=True):
             path += f"L{frame.x(start):.1f} {frame.y(number):.1f}L{frame.x(end):.1f} {frame.y(number):.1f}"
         path += f"L{frame.x(edges[-1]):.1f} {frame.y(0):.1f}"
-        parts.append(Markup(f'<path class="bars s-{group.tone}" d="{path}Z"/>'))
+        parts.append(Markup(f'<path class="bars s-{escape(group.tone)}" d="{path}Z"/>'))
+    parts.append(_marks(marks, frame))
     step = edges[1] - edges[0]
     tips = []
     for number, (start, end) in enumerate(pairwise(edges)):

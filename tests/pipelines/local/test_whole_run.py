@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -171,7 +172,12 @@ def test_report_is_self_contained(promoted: Path) -> None:
     page = Path(summary_of(promoted)["paths"]["report"]).read_text()
     assert "Promoted" in page
     assert "<svg" in page
-    assert "<script" not in page
+    assert not re.search(
+        r"<(link|iframe|img)|(?:src|href)\s*=\s*[\"'](?!#)|@import|https?://", page.partition("<!-- settings -->")[0]
+    )
+    for stage in ("import_model", "register"):  # which the evaluation does not know
+        assert f'<th scope="row">{stage}</th>' in page
+    assert "num_iterations: " in page  # all parameters
 
 
 @pytest.mark.slow

@@ -92,6 +92,14 @@ def test_bins_of_whole_numbers_lie_between_them() -> None:
     assert "0 to 1a 2" in texts_of(svg) and "8 to 9a 1" in texts_of(svg)
     single = histogram("", [Series(name="a", values=[3, 4], tone="sft")], x_label="tokens", whole=True)
     assert "3a 1" in texts_of(single)
+    assert texts_of(single)[:8] == ["0", "1", "2", "3", "4", "3", "4", "tokens"]  # whole numbers on both axes
+
+
+def test_limit_is_marked_in_a_histogram_that_contains_it() -> None:
+    marks = Marks(x=[(10, "limit")])
+    svg = histogram("", [Series(name="a", values=[0, 5], tone="sft")], x_label="tokens", whole=True, marks=marks)
+    # The axis goes from -0.5 to 10.
+    assert '<path class="mark" d="M344.0 18.0V182.0"/>' in svg and "limit" in texts_of(svg)
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50), st.booleans())
