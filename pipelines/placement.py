@@ -151,6 +151,15 @@ def require_checkpoints_for_budget(params: Params) -> None:
         )
 
 
+def require_place_for_approval(params: Params) -> None:
+    """Raise InputError for a run on a cluster that would wait for a person where nobody can answer."""
+    if params.gate.approval == "required" and not params.tracking.enabled:
+        raise InputError(
+            "gate.approval is required, but tracking.enabled is false, and on a cluster people answer in MLflow; set it to true, or "
+            "gate.approval to none."
+        )
+
+
 def require_allowed_code(params: Params) -> None:
     """Raise InputError for programs of the user in a run on a cluster, unless cluster.allow_user_code says so."""
     found = params.runs_user_code

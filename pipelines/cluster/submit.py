@@ -22,7 +22,12 @@ from pipelines.cluster.pods import PendingPods
 from pipelines.cluster.server import Server, ServerAccess, connect, translate_api_errors
 from pipelines.cluster.upload import plan_upload, upload
 from pipelines.compile import compile_pipeline
-from pipelines.placement import require_allowed_code, require_checkpoints_for_budget, require_digests
+from pipelines.placement import (
+    require_allowed_code,
+    require_checkpoints_for_budget,
+    require_digests,
+    require_place_for_approval,
+)
 from pipelines.plan import refuse_what_cannot_fit
 from pipelines.preflight import check_inputs
 from pipelines.sources import is_on_mounted_volume, is_within
@@ -48,6 +53,7 @@ def check_params(params: Params) -> None:
     """Raise InputError for parameters that cannot work on a cluster, and for invalid local models and data."""
     require_digests(params.cluster)
     require_checkpoints_for_budget(params)
+    require_place_for_approval(params)
     require_allowed_code(params)
     checkpoints = params.storage.checkpoint_uri
     if checkpoints and not checkpoints.startswith("s3://"):

@@ -35,11 +35,12 @@ def compile_command(
       kfp-rlhf compile my.yaml --out my-pipeline.yaml
     """
     from pipelines.compile import compile_manifests, compile_pipeline
-    from pipelines.placement import require_allowed_code, require_checkpoints_for_budget
+    from pipelines.placement import require_allowed_code, require_checkpoints_for_budget, require_place_for_approval
     from pipelines.settings import load_params
 
     params = load_params(params_file, overrides)
     require_checkpoints_for_budget(params)
+    require_place_for_approval(params)
     require_allowed_code(params)
     if output_format == "ir":
         compile_pipeline(params, out)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +22,10 @@ from pipelines.__main__ import cli
 from pipelines.local.annotate import DISAGREEMENT, RANDOM, Pair, make_pairs, read_pairs
 from pipelines.local.annotate_agreement import cohen_kappa, krippendorff_alpha, wilson_interval
 from pipelines.local.annotate_import import import_answers
+from pipelines.settings import dump_yaml, load_params
 from tests.support.annotated_runs import sample, write_run
+from tests.support.resident import Resident
+from tests.support.toy_pipeline import toy_params, write_data, write_params
 
 
 def invoke(*arguments: object) -> Result:
@@ -370,3 +375,29 @@ def test_cohen_kappa_is_that_of_scikit_learn(answers: list[tuple[str, str]]) -> 
 )
 def test_wilson_interval(hits: int, of: int, low: float, high: float) -> None:
     assert wilson_interval(hits, of) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+@pytest.mark.slow
+def test_printed_command_of_the_next_run_reads_the_preferences(
+    tmp_path: Path, tiny_model: Path, resident: Resident
+) -> None:
+    data = write_data(tmp_path)
+    params = load_params(write_params(tmp_path / "toy.yaml", toy_params(tiny_model, data)))
+    rows = [sample(i, " bad", f" good {i}", win=1.0, prompt=f"The place {i * i} is") for i in range(30)]
+    run = write_run(tmp_path / "it's a run", rows)
+    (run / "params.yaml").write_text(dump_yaml(params))
+    assert invoke(run).exit_code == 0
+    answers = [
+        {"pair": p.pair, "rater": "ann", "answer": "b" if p.a_is == "SFT" else "a"}
+        for p in read_pairs(run / "annotate")
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    printed = invoke(run, "--import", tmp_path / "x.jsonl").output
+    program, command, *arguments = shlex.split(printed.strip().splitlines()[-1])
+    assert (program, command) == ("kfp-rlhf", "run") and arguments[-2:] == ["--set", "seed=1"]
+    done = resident.run([sys.executable, "-m", "pipelines", "data", *arguments], timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = " ".join(done.stdout.split())
+    assert "preferences.jsonl): 30 read, 30 kept" in text
+    found = re.search(r"(\d+) reward model pairs, (\d+) judge pairs", text)
+    assert found and int(found[1]) + int(found[2]) >= 10

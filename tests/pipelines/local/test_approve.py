@@ -110,6 +110,13 @@ def test_meaningless_settings_are_refused(override: str) -> None:
         load_params(ROOT / "pipelines/params/tiny.yaml", [override])
 
 
+def test_on_a_cluster_there_must_be_a_place_for_the_answer(tmp_path: Path) -> None:
+    options = ["--set", REQUIRED, "--set", "tracking.enabled=false", "--out", str(tmp_path / "p.yaml")]
+    result = CliRunner().invoke(cli, ["compile", str(ROOT / "pipelines/params/tiny.yaml"), *options])
+    assert isinstance(result.exception, InputError) and "people answer in MLflow" in str(result.exception)
+    assert not (tmp_path / "p.yaml").exists()
+
+
 def settings_in(compiled: CompiledPipeline) -> list[dict[str, Any]]:
     values = [
         json.loads(task["inputs"]["parameters"]["settings"]["runtimeValue"]["constant"])
