@@ -207,7 +207,7 @@ def _show(folder: Path, *, as_json: bool) -> None:
 
     from rich.console import Console
 
-    from pipelines.local.sweep_results import advice, champion_of, read_results, sweep_table
+    from pipelines.local.sweep_results import champion_of, print_results, read_results
 
     results = read_results(folder)
     if as_json:
@@ -215,10 +215,7 @@ def _show(folder: Path, *, as_json: bool) -> None:
         points = [asdict(result) for result in results]
         click.echo(json.dumps({"points": points, "champion": champion.name if champion else None}, indent=2))
         return
-    console = Console(file=sys.stdout)
-    console.print(sweep_table(results))
-    for line in advice(results, click.get_current_context().find_root().command_path):
-        console.print(line, soft_wrap=True, markup=False)
+    print_results(results, click.get_current_context().find_root().command_path, Console(file=sys.stdout))
 
 
 COMMANDS = (sweep_command,)

@@ -1,9 +1,10 @@
 """Terminal output about runs on this machine: the summary at the end of one, and several side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -11,6 +12,9 @@ from components.rlhf.config.policy import TITLES
 from components.rlhf.text.comparison_table import comparison_rows
 from components.rlhf.text.progress import format_duration
 from pipelines.local.compare import Comparison, sections
+
+MAX_WIDTH = 10_000  # of any table
+MIN_NAME_CHARS = 24  # of the first column of a comparison, whose names may be wrapped
 
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
@@ -61,12 +65,25 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print runs side by side."""
+    """Print runs side by side. Where a table is too wide, intervals are below their values."""
     for title, rows in sections(comparison):
-        table = Table(title=title, title_justify="left")
-        table.add_column("")
-        for name in comparison.runs:
-            table.add_column(Text(name), overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        console.print(table)
+        values = natural_width(console, _side_by_side(title, comparison.runs, [["", *row[1:]] for row in rows]))
+        is_narrow = values + MIN_NAME_CHARS > console.width
+        if is_narrow:
+            rows = [[name, *(cell.replace(" [", "\n[") for cell in cells)] for name, *cells in rows]
+        console.print(_side_by_side(title, comparison.runs, rows, show_lines=is_narrow))
+
+
+def natural_width(console: Console, table: Table) -> int:
+    """The width of a table in which no cell is wrapped."""
+    return Measurement.get(console, console.options.update(max_width=MAX_WIDTH), table).maximum
+
+
+def _side_by_side(title: str, runs: Sequence[str], rows: Sequence[Sequence[str]], *, show_lines: bool = False) -> Table:
+    table = Table(title=title, title_justify="left", show_lines=show_lines)
+    table.add_column("")
+    for name in runs:
+        table.add_column(Text(name), overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table

@@ -60,7 +60,8 @@ class Display:
         if line.startswith("warning: "):  # it would be gone with the next line of the stage
             self.console.print(Text(line), soft_wrap=True)
             return
-        self.lines[stage.name] = re.sub(r"^(\[\w+\]|error:) ", "", line)
+        if not line.startswith(f"[{stage.name}] memory: "):  # the line before says more about the stage
+            self.lines[stage.name] = re.sub(r"^(\[\w+\]|error:) ", "", line)
 
     def _table(self) -> Table:
         now, records = time.monotonic(), list(self.stages)

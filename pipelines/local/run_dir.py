@@ -146,11 +146,11 @@ def planned_tasks(pipeline: Path) -> list[str]:
 
 
 def last_progress(log: Path) -> str:
-    """The last line of a stage's log that is progress or an error, without the name of the stage; "" if there is none."""
+    """The last line of a stage's log that is progress, a result or an error, without the name of the stage; "" if there is none."""
     for line in reversed(tail(log).splitlines()):
         if line.startswith("error: "):
             return line
-        if line.startswith("[") and "] " in line:
+        if line.startswith("[") and "] " in line and "] memory: " not in line:
             return line.partition("] ")[2]
     return ""
 

@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import HEAVY_HEAD, SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.progress import format_duration
+from pipelines.local.display import natural_width
 from pipelines.local.run_dir import IDENTITY_FILE, PARAMS_FILE, read_json, read_state
 from pipelines.sweep import short_keys
 
@@ -103,38 +106,47 @@ def advice(results: Sequence[PointResult], program: str) -> list[str]:
         best = results[0]
         return [f"No champion: no point was promoted. The best one, {best.name}, was not because: {best.reason}."]
     run, params = shlex.quote(champion.run), shlex.quote(f"{champion.run}/{PARAMS_FILE}")
-    lines = [f"Champion: {champion.name} ({CHAMPION_RULE})"]
+    lines = [f"Champion: {champion.name}", f"It is, {CHAMPION_RULE}."]
     if compared > 1:
-        lines.append(
-            f"It is the best of {compared} on the same held-out prompts, so its win rate is too high on average; measure it on another "
-            f"split of the data: {program} run {params} --set seed=N"
-        )
-    return [
-        *lines,
-        f"Take it further: {program} export {run} --to my-model, {program} serve {run}, {program} chat {run}",
-    ]
+        lines += [
+            f"The best of {compared} on the same held-out prompts has a win rate that is too high on average. Measure it on another split:",
+            f"  {program} run {params} --set seed=N",
+        ]
+    further = (f"export {run} --to my-model", f"serve {run}", f"chat {run}")
+    return [*lines, "Take it further:", *(f"  {program} {command}" for command in further)]
 
 
-def sweep_table(results: Sequence[PointResult]) -> Table:
+def print_results(results: Sequence[PointResult], program: str, console: Console) -> None:
+    """Print the table and the advice; in a narrow terminal a table without times."""
+    table = sweep_table(results)
+    console.print(table if natural_width(console, table) <= console.width else sweep_table(results, narrow=True))
+    for line in advice(results, program):
+        console.print(Text(line), soft_wrap=line.startswith("  "))  # a command can be copied
+
+
+def sweep_table(results: Sequence[PointResult], *, narrow: bool = False) -> Table:
     """One row per point: its settings, the win rate with its interval, KL, decision, and the time of what it did not share."""
     keys = list(results[0].settings) if results else []
     short = short_keys(keys)
-    table = Table(title=f"{len(results)} points", title_justify="left")
+    table = Table(title=f"{len(results)} points", title_justify="left", box=SIMPLE_HEAD if narrow else HEAVY_HEAD)
     for name in ("point", *(short[key] for key in keys)):
         table.add_column(Text(name), overflow="fold")
-    table.add_column("decision")
-    for name in ("win rate", "KL", "time", "shared"):
+    table.add_column("decision", no_wrap=True)
+    for name in ("win rate", "KL") if narrow else ("win rate", "KL", "time", "shared"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         label = result.decision or result.state
+        times = (
+            format_duration(result.seconds) if result.seconds else "",
+            f"{len(result.shared)} stage{'s' * (len(result.shared) > 1)}" if result.shared else "",
+        )
         table.add_row(
             result.name.partition("-")[0],
             *(Text(result.settings[key]) for key in keys),
             Text(label, style=COLORS.get(label, "dim")),
-            _interval(result),
+            _interval(result).replace(" [", "\n[") if narrow else _interval(result),
             "" if result.kl is None else f"{result.kl:.3g}",
-            format_duration(result.seconds) if result.seconds else "",
-            f"{len(result.shared)} stage{'s' * (len(result.shared) > 1)}" if result.shared else "",
+            *(() if narrow else times),
         )
     return table
 

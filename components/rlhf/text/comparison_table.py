@@ -22,8 +22,8 @@ def comparison_rows(numbers: Mapping[str, float]) -> list[dict[str, str]]:
 
     def interval(key: str) -> str:
         if f"{key}_low" not in numbers:
-            return f"{numbers[key]:.3f}"
-        return f"{numbers[key]:.3f} [{numbers[f'{key}_low']:.3f}, {numbers[f'{key}_high']:.3f}]"
+            return f"{numbers[key]:z.3f}"
+        return f"{numbers[key]:z.3f} [{numbers[f'{key}_low']:z.3f}, {numbers[f'{key}_high']:z.3f}]"
 
     def one(name: str, key: str, form: str = "") -> list[dict[str, str]]:
         """A number of the comparison: with its interval, or in a form."""
@@ -56,8 +56,8 @@ def comparison_rows(numbers: Mapping[str, float]) -> list[dict[str, str]]:
         ),
         *one("win rate, both cut to equal length", "win_rate_cut"),
         *[row for name in others for row in one(f"win rate ({name})", f"{OTHER_JUDGE}{name}/win_rate")],
-        *both("judge score", "judge_score", ".3f"),
-        *both("reward model score", "reward", ".3f"),
+        *both("judge score", "judge_score", "z.3f"),
+        *both("reward model score", "reward", "z.3f"),
         *one("KL to SFT (nats per response)", "kl"),
         *one("KL to SFT, exact per token", "kl_exact"),
         *both("length (tokens)", "length", ".1f"),

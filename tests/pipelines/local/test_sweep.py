@@ -1,5 +1,6 @@
 """`kfp-rlhf sweep` on this machine: points that share their equal stages bit for bit, and nothing else."""
 
+import io
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from components.rlhf.text.errors import InputError
 from pipelines.__main__ import cli
 from pipelines.local import sweep as local_sweep
 from pipelines.local.sweep import create_sweep, run_sweep
-from pipelines.local.sweep_results import PointResult, advice, champion_of, read_results, sweep_table
+from pipelines.local.sweep_results import PointResult, advice, champion_of, print_results, read_results, sweep_table
 from pipelines.sweep import parse_grid, plan_points
 from tests.support.resident import Resident
 from tests.support.toy_pipeline import toy_params, write_data, write_params
@@ -182,11 +183,35 @@ def test_table_has_settings_intervals_and_decisions(ended: Path) -> None:
     assert first == ["2", "0.2", "7", "promoted", "0.700 [0.550, 0.950]", "1.5", "1:30", "1 stage"]
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_results_fit_the_terminal_and_commands_stay_whole(width: int) -> None:
+    settings = {"ppo.kl_coef": "0.05", "ppo.training.learning_rate": "1.25e-6", "sft.max_steps": "600"}
+    run = f"runs/{'long' * 30}"
+    result = PointResult(
+        name="1-x", run=run, settings=settings, state="succeeded", decision="promoted", win_rate=0.7, win_rate_low=0.6,
+        win_rate_high=0.8, kl=1.25, seconds=754, shared=("sft", "judge"),
+    )  # fmt: skip
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_results([result], "kfp-rlhf", console)
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    assert f"  kfp-rlhf export {run} --to my-model" in lines
+    table = lines[: lines.index("Champion: 1-x")]
+    (row,) = (line for line in table if "promoted" in line)
+    words = row.replace("│", " ").split()
+    assert words[:6] == ["1", "0.05", "1.25e-6", "600", "promoted", "0.700"]
+    assert all(len(line) <= width for line in table) and ("12:34" in row) == (width == 120)
+    assert any("[0.600, 0.800]" in line for line in table)
+
+
 def test_advice_names_the_champion_and_warns_of_the_choice_on_one_split(ended: Path) -> None:
-    champion, warning, further = advice(read_results(ended), "kfp-rlhf")
-    assert champion.startswith("Champion: 2-x (of the promoted points, ")
-    assert "best of 3" in warning and f"kfp-rlhf run {ended}/2-x/params.yaml --set seed=N" in warning
-    assert f"kfp-rlhf export {ended}/2-x --to my-model" in further
+    assert advice(read_results(ended), "kfp-rlhf") == [
+        "Champion: 2-x",
+        "It is, of the promoted points, the one with the highest lower end of its win rate's interval.",
+        "The best of 3 on the same held-out prompts has a win rate that is too high on average. Measure it on another split:",
+        f"  kfp-rlhf run {ended}/2-x/params.yaml --set seed=N",
+        "Take it further:",
+        f"  kfp-rlhf export {ended}/2-x --to my-model", f"  kfp-rlhf serve {ended}/2-x", f"  kfp-rlhf chat {ended}/2-x",
+    ]  # fmt: skip
     assert advice([], "kfp-rlhf") == []
 
 

@@ -79,6 +79,8 @@ CASES = {
     "dev": Case("settings ppo my.yaml", ('"kl_coef":',), "settings pbo my.yaml", "pbo", json="settings ppo my.yaml"),
 }  # fmt: skip
 
+IMPORTS_TORCH = ("check-model",)  # in its own process, which takes seconds
+
 
 def test_every_command_is_walked_and_has_an_example() -> None:
     assert set(CASES) == set(cli.commands)
@@ -94,6 +96,7 @@ class Home:
 
     folder: Path
     host: str
+    resident: Resident
     seen: list[str]  # what the terminal showed of the run at its end
 
     @property
@@ -135,7 +138,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, resident: R
         terminal.wait_for("1 of 9 done")
         assert terminal.wait(timeout=600) == 0, terminal.screen.lines
     with serving(KfpApi()) as host:
-        yield Home(folder, host, terminal.screen.lines)
+        yield Home(folder, host, resident, terminal.screen.lines)
 
 
 @pytest.mark.slow
