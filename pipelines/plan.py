@@ -59,7 +59,7 @@ class RunPlan:
     options: Options
 
     def profile_name(self, stage: str) -> str:
-        return self.params.cluster.stages.get(stage, self.params.cluster.default_profile)
+        return self.params.cluster.profile_name(stage)
 
     def hours_between_losses(self, stage: str) -> float:
         """Hours until one of the nodes of a stage is lost."""
@@ -140,7 +140,7 @@ def refuse_what_cannot_fit(params: Params, machine: Machine | None = None) -> st
         return f"memory is not checked: {error}"
     for stage, plan in plan_run(params, shapes, machine).items():
         own = machine or machine_of(params.cluster.profile(stage), params.model.precision)
-        profile = params.cluster.stages.get(stage, params.cluster.default_profile)
+        profile = params.cluster.profile_name(stage)
         missing = shortfall(plan, own, "this machine" if machine else f"the profile {profile}")
         if missing:
             options = suggest(params, shapes, stage, machine)
