@@ -10,6 +10,7 @@ from components.rlhf.config.explain import explain_validation_error
 from components.rlhf.config.params import Params
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.strict_json import NotJsonError, parse_json
+from pipelines.code_files import code_folder
 from pipelines.judge_files import read_text
 
 
@@ -23,6 +24,8 @@ def read_check_files(params: Params, folder: Path) -> Params:
     content = params.model_dump(mode="json")
     for number, check in enumerate(content["gate"]["checks"]):
         _read_into(check, f"gate.checks.{number}", folder)
+        if check.get("include_path"):
+            _require_tasks(check["include_path"], f"gate.checks.{number}.include_path", code_folder(params, folder))
     try:
         return Params.model_validate(content)
     except ValidationError as error:
@@ -38,6 +41,15 @@ def _read_into(check: dict[str, Any], key: str, folder: Path) -> None:
     if endpoint and endpoint["rubric_file"]:
         rubric = read_text(f"{key}.endpoint.rubric_file", endpoint["rubric_file"], folder)
         endpoint |= {"rubric": rubric, "rubric_file": None}
+
+
+def _require_tasks(name: str, key: str, code: Path | None) -> None:
+    """Raise InputError unless include_path is a folder in code.path, where that is on this machine."""
+    if code is None:
+        return
+    path = (code / name).resolve()
+    if not path.is_dir() or not path.is_relative_to(code.resolve()):
+        raise InputError(f"{key}: {name} is not a folder in code.path ({code}); correct it.")
 
 
 def prompts_in(text: str, name: str, key: str) -> list[str]:

@@ -25,7 +25,7 @@ def require_harness() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError(
             "gate.checks has a check of kind lm_eval, and lm-evaluation-harness is not installed here; install the extra evals "
-            "(pip install 'kfp-rlhf[evals]'), also in the image of the stage checks, or remove the check."
+            "(lm_eval), in the image of the stage checks, or remove the check."
         )
 
 

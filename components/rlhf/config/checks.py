@@ -88,6 +88,8 @@ class PromptsCheck(CheckBase):
             require_regular_expression(self.pattern)
         if self.endpoint and not (self.endpoint.rubric or self.endpoint.rubric_file):
             raise ValueError("endpoint has no rubric; say what gets 10 and what gets 0 in rubric or rubric_file")
+        if self.endpoint is None and self.threshold != PromptsCheck.model_fields["threshold"].default:
+            raise ValueError("threshold is the least grade of a hit, and nothing is graded without endpoint; remove it")
         if not self.bounds:
             raise ValueError("it has no bound; set one of min_rate, max_rate, max_increase and max_decrease")
         if len(set(self.prompts)) < len(self.prompts):
@@ -108,7 +110,7 @@ class LmEvalCheck(CheckBase):
     """lm_eval: tasks of lm-evaluation-harness."""
     tasks: Annotated[tuple[TaskName, ...], Field(min_length=1, max_length=32)]
     """Names of tasks; of a group every task counts."""
-    include_path: str | None = None
+    include_path: Annotated[str, Field(pattern=r"^[^/\\]")] | None = None
     """Folder in code.path with tasks of your own, . for all of it; the paths of their data are relative to code.path."""
     metric: Annotated[str, Field(pattern=r"^[\w-]+(,[\w-]+)?$")] = "acc"
     """Metric of the tasks, a mean over their samples: NAME, or NAME,FILTER where a task has several filters."""
@@ -152,7 +154,7 @@ class ChecksStageConfig(BaseConfig):
     stage_name: Literal["checks", "ppo_checks"] = "checks"  # of two tasks in one run, the last one
     method: Method = "ppo"  # that has trained the policy
     model: ModelConfig
-    checks: Annotated[Checks, Field(min_length=1)]
+    checks: Checks
     sampling: SamplingConfig
     template_date: datetime.date = datetime.date(2025, 1, 1)
     num_bootstrap: PositiveInt = 2000

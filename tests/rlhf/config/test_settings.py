@@ -136,7 +136,7 @@ def test_misspelled_key_gets_closest_match(path: str, match: str) -> None:
 
 def test_unknown_key_gets_all_valid_keys() -> None:
     message = error_message(with_value("gate.xyzzy", 1))
-    assert message == "gate.xyzzy is not a parameter; valid here: min_win_rate, max_kl, min_prompts."
+    assert message == "gate.xyzzy is not a parameter; valid here: min_win_rate, max_kl, min_prompts, checks."
 
 
 @pytest.mark.parametrize(
@@ -317,6 +317,7 @@ SECTIONS = {
         "rollout",
         "gate",
         "judge",
+        "check_names",
         "environment",
         "code_digest",
         "seed",
