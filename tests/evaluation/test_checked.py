@@ -15,7 +15,8 @@ from components.rlhf.text.errors import InputError
 
 PROMOTE, REJECT = Decision(decision="promote", reason="it wins"), Decision(decision="reject", reason="KL is high")
 SFT, POLICY, OTHER = (
-    Manifest(kind=kind, facts={"n": n}) for kind, n in (("sft_model", 1), ("policy_model", 2), ("policy_model", 3))
+    Manifest(kind=kind, files={}, facts={"n": n})
+    for kind, n in (("sft_model", 1), ("policy_model", 2), ("policy_model", 3))
 )
 
 
@@ -61,7 +62,7 @@ def read(folder: Path | None, *names: str, policy: Manifest = POLICY) -> list[Ch
     inputs: dict[str, Any] = {
         "sft_model": SFT,
         "policy_model": policy,
-        "checks": Manifest(kind="checks", parents=parents),
+        "checks": Manifest(kind="checks", files={}, parents=parents),
     }
     return read_checks(folder, inputs, config)
 

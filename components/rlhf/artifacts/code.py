@@ -22,7 +22,7 @@ MODE = 0o644 << 16
 def code_files(folder: Path) -> dict[str, Path]:
     """The files of a folder of code by their paths in it, without hidden and compiled ones.
 
-    Raises InputError for a symbolic link, a pipe, a pickle or a key, and if there is no Python module (or task in YAML) or there is too much.
+    Raises InputError for a symbolic link, a pipe, a pickle or a key, if there is too much, and without a Python module or a YAML file.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; set code.path to the folder of your Python modules.")
