@@ -1,5 +1,6 @@
 """Compare a policy with the fine-tuned model on the checks of the gate: perplexity, prompts of your own, lm-evaluation-harness."""
 
+import os
 from pathlib import Path
 
 from components.rlhf.config.checks import ChecksStageConfig
@@ -31,6 +32,10 @@ def main(
     code: Path | None,
     **writes: Path,
 ) -> None:
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+    }  # before the libraries that read them are imported
     from components.checks.measure import measure_checks
     from components.rlhf.artifacts.check_rows import check_numbers, check_table, save_rows
     from components.rlhf.artifacts.directory import open_inputs

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from components.rlhf.config.checks import LmEvalCheck
 from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.text.errors import InputError
 
-OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 TOLERANCE = 1e-6  # between the mean over samples and the metric that the harness reports
 
 
@@ -34,9 +32,10 @@ def measure_tasks(check: LmEvalCheck, models: Models, code: Path | None) -> list
     folder = _tasks_folder(check, code)
     found = []
     with contextlib.chdir(code) if folder and code else contextlib.nullcontext():
+        manager = _task_manager(check, folder)
         for name, model in models.folders.items():
             models.progress.log(f"check {check.title}: {', '.join(check.tasks)} with the {name} model")
-            found.append(run_harness(check, models, model, folder))
+            found.append(run_harness(check, models, model, manager))
     first, second = (values_of(results, check.metric) for results in found)
     if {task: list(own) for task, own in first.items()} != {task: list(own) for task, own in second.items()}:
         raise InputError("the harness used other samples for the second model")
@@ -62,20 +61,27 @@ def _tasks_folder(check: LmEvalCheck, code: Path | None) -> Path | None:
     return folder
 
 
-def run_harness(check: LmEvalCheck, models: Models, model: Path, folder: Path | None) -> Mapping[str, Any]:
+def _task_manager(check: LmEvalCheck, folder: Path | None) -> Any:
+    """What finds the tasks: in the folder if all of them are there, else also among the thousands of the harness, which takes longer."""
+    from lm_eval.tasks import TaskManager
+
+    if folder is None:
+        return TaskManager()
+    own = TaskManager(include_path=str(folder), include_defaults=False)
+    return own if set(check.tasks) <= set(own.all_tasks) else TaskManager(include_path=str(folder))
+
+
+def run_harness(check: LmEvalCheck, models: Models, model: Path, manager: Any) -> Mapping[str, Any]:
     """The results of one model. Raises InputError for whatever goes wrong in a task."""
-    for variable in OFFLINE:
-        os.environ[variable] = "1"
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     lm = models.load(model)
     try:
         results = lm_eval.simple_evaluate(
             model=HFLM(pretrained=lm, tokenizer=load_tokenizer(model), batch_size=check.batch_size),
             tasks=list(check.tasks),
-            task_manager=TaskManager(include_path=str(folder) if folder else None),
+            task_manager=manager,
             num_fewshot=check.num_fewshot,
             limit=check.limit,
             bootstrap_iters=0,

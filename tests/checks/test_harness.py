@@ -112,6 +112,7 @@ def check_of(**changes: Any) -> LmEvalCheck:
 
 
 @needs_harness
+@torch.no_grad()
 def test_task_of_ones_own_is_scored_as_by_hand(tmp_path: Path, code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,12 +133,18 @@ def test_task_of_ones_own_is_scored_as_by_hand(tmp_path: Path, code: Path, monke
 
 
 @needs_harness
-def test_unknown_task_and_missing_data_are_sentences(tmp_path: Path, code: Path) -> None:
-    models = models_of(tmp_path)
+def test_task_without_data_is_a_sentence(tmp_path: Path, code: Path) -> None:
     (code / "tasks" / "parity.jsonl").unlink()
-    for tasks in (["nothing_like_it"], ["parity"]):
-        with pytest.raises(InputError, match="lm-evaluation-harness fails"):
-            measure_tasks(check_of(tasks=tasks), models, code)
+    with pytest.raises(InputError, match="lm-evaluation-harness fails"):
+        measure_tasks(check_of(), models_of(tmp_path), code)
+
+
+@needs_harness
+@pytest.mark.slow
+def test_unknown_task_is_a_sentence(tmp_path: Path, code: Path) -> None:
+    """It is looked for among all tasks of the harness."""
+    with pytest.raises(InputError, match="lm-evaluation-harness fails.*nothing_like_it"):
+        measure_tasks(check_of(tasks=["nothing_like_it"]), models_of(tmp_path), code)
 
 
 @pytest.mark.parametrize("path", ["nowhere", "..", "tasks/../.."])
