@@ -70,7 +70,7 @@ effects: .venv/ready ## Change one setting of a finished run at a time (RUN=runs
 
 constraints: .venv/ready ## Resolve constraints.txt anew from pyproject.toml
 	{ echo "# The exact versions that this is tested with. Regenerate: make constraints"; \
-	  echo "torch==2.13.0" | .venv/bin/uv pip compile -q pyproject.toml --extra dev --extra cpu -c - --override overrides.txt --override overrides-cpu.txt --python-version 3.11 \
+	  echo "torch==2.13.0" | .venv/bin/uv pip compile -q pyproject.toml --extra dev --extra cpu --extra evals -c - --override overrides.txt --override overrides-cpu.txt --python-version 3.11 \
 	  --no-header --no-annotate | sed 's/+cpu$$//'; } > constraints.new && mv constraints.new constraints.txt
 
 clean: ## Delete the environment and all caches of tools (runs/ stays)

@@ -68,6 +68,11 @@ class Judge(Artifact):
     schema_version = "0.0.1"
 
 
+class Checks(Artifact):
+    schema_title = "system.RlhfChecks"
+    schema_version = "0.0.1"
+
+
 class Evaluation(Artifact):
     schema_title = "system.RlhfEvaluation"
     schema_version = "0.0.1"

@@ -21,6 +21,7 @@ ALL_STAGES = (
     "judge",
     "ppo",
     "dpo",
+    "checks",
     "evaluation",
     "register",
     "notify",

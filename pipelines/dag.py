@@ -4,9 +4,10 @@ import_model -> prepare_data -> sft -> reward_model -> ppo -> evaluation -> gate
                             \\-> judge ----------------------/
 and notify at the end, whether the run succeeds or fails. With policy.method dpo, sft -> dpo -> evaluation replace reward_model and ppo;
 with both, the two branches are side by side, the evaluation of DPO follows that of PPO, and the gate takes the better one.
+With gate.checks the task checks measures each policy before its evaluation, whose decision includes them.
 
-Without a reward model among its rewards, a run has no reward_model task; with code of the user it has import_code, for judge, ppo and
-evaluation. placement.py sets the image, node and resources of each task.
+Without a reward model among its rewards, a run has no reward_model task; with code of the user it has import_code, for judge, ppo, checks
+and evaluation. placement.py sets the image, node and resources of each task.
 """
 
 import inspect
@@ -17,6 +18,7 @@ from kfp import dsl
 from kfp.dsl import Input
 
 from components.artifact_types import Evaluation, PolicyManifest
+from components.checks.component import CHECKS
 from components.dpo.component import dpo
 from components.evaluation.component import EVALUATION
 from components.import_code.component import import_code
@@ -35,6 +37,7 @@ from pipelines import placement
 from pipelines.access import cluster_storage
 from pipelines.claim import create_checkpoint_claim
 from pipelines.settings import (
+    checks_settings,
     dump_yaml,
     evaluation_settings,
     import_settings,
@@ -209,7 +212,20 @@ def build_pipeline(params: Params) -> Any:
             for method, task in policies.items():
                 configure(task, method, TITLES[method])
                 task.after(judge_task)  # a judge that fails or cannot tell is known before the hours of training
-                evaluation_task = EVALUATION[frozenset(first_model | code | rival)](
+                checked: dict[str, Any] = {}
+                if params.gate.checks:
+                    checks_task = CHECKS[frozenset(code)](
+                        sft_model=sft_model,
+                        policy=task.outputs["model"],
+                        demonstrations=datasets["demonstrations"],
+                        prompts=datasets["heldout_prompts"],
+                        settings=checks_settings(params, method),
+                        **code,
+                        **shared,
+                    )
+                    configure(checks_task, "checks", f"{TITLES[method]} checks" if len(policies) > 1 else "")
+                    checked = {"checks": checks_task.outputs["checks"]}
+                evaluation_task = EVALUATION[frozenset(first_model | code | rival | checked)](
                     sft_model=sft_model,
                     policy=task.outputs["model"],
                     judge=judge_task.outputs["judge"],
@@ -218,6 +234,7 @@ def build_pipeline(params: Params) -> Any:
                     **first_model,
                     **code,
                     **rival,
+                    **checked,
                     **shared,
                 )
                 configure(evaluation_task, "evaluation", f"{TITLES[method]} evaluation" if len(policies) > 1 else "")

@@ -48,14 +48,14 @@ def _with_texts(
     """The settings of one judge, reward or environment, with texts instead of the names of files."""
     for setting, text in FILES.items():
         if section.get(setting):
-            section |= {text: _read_text(f"{key}.{setting}", section[setting], folder), setting: None}
+            section |= {text: read_text(f"{key}.{setting}", section[setting], folder), setting: None}
     if section["kind"] == "function" and not section["source"]:
         module = section["function"].partition(":")[0]
         file, package = f"{module.replace('.', '/')}.py", module.partition(".")[0]
         if code and ((code / file).is_file() or (code / package / "__init__.py").is_file()):
             return section
         if any((parent / file).is_file() for parent in (folder, Path())):
-            section["source"] = _read_text(f"{key}.function", file, folder)
+            section["source"] = read_text(f"{key}.function", file, folder)
         elif not is_elsewhere and not _is_installed(package):
             raise InputError(
                 f"{key}.function: there is neither {file} next to the params file or in the working directory, nor an installed "
@@ -71,7 +71,7 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def _read_text(key: str, name: str, folder: Path) -> str:
+def read_text(key: str, name: str, folder: Path) -> str:
     """The text of a file that is relative to the working directory or to folder."""
     try:
         path = next((p for p in (folder / Path(name).expanduser(), Path(name)) if p.is_file()), None)

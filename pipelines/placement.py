@@ -35,6 +35,7 @@ IMAGE_OF = {
     "judge": "trainer",
     "ppo": "rollout",
     "dpo": "trainer",
+    "checks": "trainer",
     "evaluation": "rollout",
     "register": "tools",
     "notify": "tools",
@@ -129,8 +130,8 @@ def node_inputs(params: Params) -> dict[str, Any]:
     """
     cluster, inputs, profiles = params.cluster, {}, {}
     for stage in STAGES:
-        name, profile = cluster.stages.get(stage, cluster.default_profile), cluster.profile(stage)
-        if not profile.num_accelerators or cluster.launches(stage):  # whose plan has the node
+        name, profile = cluster.profile_name(stage), cluster.profile(stage)
+        if not profile.num_accelerators or cluster.launches(stage) or not params.runs(stage):  # whose plan has the node
             continue
         selector, tolerations = input_names(name)
         if profiles.setdefault(selector, name) != name:
@@ -254,7 +255,7 @@ def waiting_hours(stage: str, params: Params) -> float:
 def set_node(task: Any, stage: str, params: Params, inputs: Mapping[str, Any]) -> None:
     """Place a task on the nodes of a stage: by inputs of the pipeline if its profile has them, else by the profile."""
     profile = params.cluster.profile(stage)
-    selector, tolerations = input_names(params.cluster.stages.get(stage, params.cluster.default_profile))
+    selector, tolerations = input_names(params.cluster.profile_name(stage))
     if selector in inputs:
         kubernetes.add_node_selector_json(task, inputs[selector])
         kubernetes.add_toleration_json(task, inputs[tolerations])

@@ -29,7 +29,7 @@ from components.rlhf.planner.suggest import suggest
 from components.rlhf.runtime.accelerators import driver_version
 from components.rlhf.text.errors import InputError
 
-SECOND_EVALUATION = "evaluation-2"  # the task of a run with two policies
+SECOND = "-2"  # ends the names of the second tasks of a run with two policies
 DEFAULT_MTBF_HOURS = 3000.0  # of one node: a few losses a year
 DEFAULT_MEGABYTES = 300.0  # a second that a node writes to the store
 
@@ -59,7 +59,7 @@ class RunPlan:
     options: Options
 
     def profile_name(self, stage: str) -> str:
-        return self.params.cluster.stages.get(stage, self.params.cluster.default_profile)
+        return self.params.cluster.profile_name(stage)
 
     def hours_between_losses(self, stage: str) -> float:
         """Hours until one of the nodes of a stage is lost."""
@@ -140,7 +140,7 @@ def refuse_what_cannot_fit(params: Params, machine: Machine | None = None) -> st
         return f"memory is not checked: {error}"
     for stage, plan in plan_run(params, shapes, machine).items():
         own = machine or machine_of(params.cluster.profile(stage), params.model.precision)
-        profile = params.cluster.stages.get(stage, params.cluster.default_profile)
+        profile = params.cluster.profile_name(stage)
         missing = shortfall(plan, own, "this machine" if machine else f"the profile {profile}")
         if missing:
             options = suggest(params, shapes, stage, machine)
@@ -163,7 +163,7 @@ def measured_seconds(run: Path, params: Params) -> dict[str, Seconds]:
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
         seconds: dict[str, float] = {}
         for stage, record in summary["stages"].items():
-            name = "evaluation" if stage == SECOND_EVALUATION else stage
+            name = stage.removesuffix(SECOND)
             if name in STAGES and not record["reused"]:
                 seconds[name] = seconds.get(name, 0.0) + float(record["seconds"])
         found = {stage: Seconds(parts={"measured": value}, note="measured") for stage, value in seconds.items()}

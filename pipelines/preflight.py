@@ -1,8 +1,10 @@
 """Checks of local inputs before the first stage starts, so that a bad line is found before a model is loaded."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
+from components.rlhf.config.checks import LmEvalCheck
 from components.rlhf.config.params import Params
 from components.rlhf.config.prepare_data import DataSource, is_glob
 from components.rlhf.data.reading import read_examples, section_of, source_name, uses_chat_template
@@ -31,6 +33,15 @@ def check_inputs(params: Params, *, is_on_cluster: Callable[[str], bool] = lambd
         tally.kept = sum(1 for _ in read_examples(section_of(key), source, tally))
         tally.require_usable()
     uses_chat_template(params.data, local, has_template=None)
+
+
+def check_packages(params: Params) -> None:
+    """Raise InputError for a run on this machine with checks of lm-evaluation-harness, which is not installed here."""
+    if any(isinstance(check, LmEvalCheck) for check in params.gate.checks) and find_spec("lm_eval") is None:
+        raise InputError(
+            "gate.checks has a check of kind lm_eval, and lm-evaluation-harness is not installed here; install the extra evals "
+            "(pip install -c constraints.txt -e '.[evals]'), or remove the check."
+        )
 
 
 def check_stores(params: Params) -> None:

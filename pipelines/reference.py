@@ -62,8 +62,9 @@ def leaves(model: type[BaseModel], prefix: str, section: BaseModel | None = None
         default = getattr(section, name) if section else field.default
         nested = sections_in(field.annotation)
         if len(nested) > 1:  # a choice of several kinds of one section
-            kind = getattr(default[0] if isinstance(default, tuple) else default, "kind", "")
-            fields.append((prefix + name, f"one of kind `{kind}`", field.description or ""))
+            kind = getattr(default[0] if isinstance(default, tuple) and default else default, "kind", "")
+            text = "`[]`" if default == () else f"one of kind `{kind}`"
+            fields.append((prefix + name, text, field.description or ""))
         suffix = {dict: ".NAME", tuple: "[]"}.get(get_origin(_unannotated(field.annotation)), "")
         for section_class in nested:
             own = default if isinstance(default, section_class) else None

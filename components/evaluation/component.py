@@ -1,9 +1,9 @@
-"""KFP components of the stage evaluation, with and without a reward model, code of the user, and the evaluation of another policy."""
+"""KFP components of the stage evaluation, with and without a reward model, code of the user, another evaluation, and checks."""
 
 from kfp import dsl
 from kfp.dsl import HTML, Input, Markdown, Metrics, Output
 
-from components.artifact_types import Code, Evaluation, Judge, Policy, Prompts, RewardModel, SftModel
+from components.artifact_types import Checks, Code, Evaluation, Judge, Policy, Prompts, RewardModel, SftModel
 from components.container import container_spec, variants
 
 
@@ -13,6 +13,7 @@ def _evaluation(
     reward_model: Input[RewardModel],
     code: Input[Code],
     rival: Input[Evaluation],
+    checks: Input[Checks],
     judge: Input[Judge],
     prompts: Input[Prompts],
     evaluation: Output[Evaluation],
@@ -34,6 +35,7 @@ def _evaluation(
         reward_model: Reward model that PPO was trained with.
         code: Folder with the Python functions of judges.
         rival: Evaluation of the other policy of a run with two; the responses of the fine-tuned model are taken from it.
+        checks: Checks beside the judge, which the policy must pass too.
         judge: Judges that compare the responses; the first one decides.
         prompts: Held-out prompts.
         evaluation: All numbers and responses of the comparison.
@@ -50,5 +52,5 @@ def _evaluation(
     return container_spec("evaluation", "rollout", locals())
 
 
-EVALUATION = variants(_evaluation, "reward_model", "code", "rival")
+EVALUATION = variants(_evaluation, "reward_model", "code", "rival", "checks")
 evaluation = EVALUATION[frozenset({"reward_model"})]

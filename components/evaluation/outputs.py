@@ -1,6 +1,6 @@
 """Writes the outputs of an evaluation: the artifact, the reports, the metrics and the decision."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from components.evaluation.findings import findings_of, save_findings
@@ -12,6 +12,7 @@ from components.evaluation.samples import save_comparison
 from components.evaluation.side_by_side import compare_policies, training_costs
 from components.evaluation.tables import stage_costs
 from components.evaluation.verdict import Decision
+from components.rlhf.artifacts.check_rows import CheckRow, check_numbers, save_rows
 from components.rlhf.artifacts.manifest import Manifest
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.runtime.executor import write_parameter
@@ -31,9 +32,10 @@ def write_outputs(
     measured: Measured,
     numbers: Mapping[str, float],
     verdict: Decision,
+    checks: Sequence[CheckRow] = (),
     **writes: Path,
 ) -> None:
-    """Write everything to the paths in writes, by the names of the outputs. inputs are manifests by kind."""
+    """Write everything to the paths in writes, by the names of the outputs. inputs are manifests by kind, checks the rows of the checks."""
     config, comparison, policy = run.config, measured.comparison, inputs["policy_model"]
     costs = training_costs(policy.measurements)
     rival = measured.rival
@@ -42,10 +44,14 @@ def write_outputs(
     if both:
         numbers = {**numbers, GOES_TO_GATE: float(better == config.method)}
 
+    numbers = {**numbers, **{f"checks/{name}": value for name, value in check_numbers(checks).items()}}
+
     def fill(folder: Path) -> None:
         save_comparison(comparison, measured.judges, numbers, measured.training, folder)
         save_responses(comparison, config.seed, folder)
         save_findings(findings_of(numbers, measured.judges, measured.training, policy.facts), folder)
+        if checks:
+            save_rows(checks, folder)
 
     kept = {name: policy.facts[name] for name in KEPT if name in policy.facts}
     facts = {**kept, "method": config.method, SAMPLED_WITH: sampling_digest(config)}
@@ -66,6 +72,7 @@ def write_outputs(
         inputs=inputs,
         settings=run.settings_text,
         max_kl=config.gate.max_kl,
+        checks=checks,
     )
     judges, training = measured.judges, measured.training
     page = as_html(comparison, judges, numbers, verdict, training, seed=config.seed, background=background)

@@ -22,6 +22,7 @@ from components.evaluation.rival import Rival
 from components.evaluation.side_by_side import SideBySide
 from components.evaluation.tables import Facts, judge_rows, lineage_rows, policy_sentences, settings_text
 from components.evaluation.verdict import Decision
+from components.rlhf.artifacts.check_rows import CheckRow, check_cells, check_head
 from components.rlhf.artifacts.manifest import Manifest
 from components.rlhf.config.policy import TITLES
 from components.rlhf.page.charts import SHAPES
@@ -45,6 +46,7 @@ class Background:
     inputs: Mapping[str, Manifest] = field(default_factory=dict)  # by kind
     settings: str = ""  # of the stage, as JSON
     max_kl: float | None = None  # of the gate
+    checks: Sequence[CheckRow] = ()  # beside the judge
 
 
 NOTHING = Background()
@@ -81,6 +83,8 @@ def as_html(
         win_rates=win_rate_rows(numbers, judges),
         both=background.both,
         judges=judge_rows(numbers, judges),
+        check_head=check_head(title),
+        checks=[check_cells(row) for row in background.checks],
         agreements=[(judge.name, judge.entry.agreement) for judge in judges if judge.entry.agreement],
         kappas=[(*key.split("/")[1:], value) for key, value in numbers.items() if key.startswith("kappa/")],
         trained=trained,
@@ -161,6 +165,9 @@ def as_markdown(
     lines += [*_table(["", "SFT", title], [[r["name"], r["sft"], r["policy"]] for r in comparison_rows(numbers)])]
     rows = [[row[name] for name in ("name", "agreement", "win_rate")] for row in judge_rows(numbers, judges)]
     lines += ["", *_table(["judge", "agreement with people", "win rate"], rows, numbers=False)]
+    if background.checks:
+        cells = [check_cells(row) for row in background.checks]
+        lines += ["", "## Checks", "", *_table(check_head(title), cells, numbers=False)]
     if both:
         lines += ["", f"## {' and '.join(both.head[1:])} side by side", ""]
         lines += _table(["", *both.head], both.rows)

@@ -4,74 +4,23 @@ Values are one per row, which is a pair of responses. Rows of one prompt form a 
 """
 
 import itertools
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from statistics import NormalDist
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from components.rlhf.maths.intervals import Bootstrap, Floats, Interval, bootstrap_mean, numbered, wilson_interval
 from components.rlhf.text.words import split_words
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-RESAMPLES_AT_ONCE = 100
 # Weak penalties on the logistic model, without which its optimum is infinite if one response always wins.
 INTERCEPT_PENALTY, LENGTH_PENALTY = 1e-3, 1.0
 NEWTON_STEPS = 30
 MIN_SHARE = 0.05
 
 
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    value: float
-    low: float
-    high: float
-
-    def named(self, name: str) -> dict[str, float]:
-        """The three numbers as metrics: name, name_low and name_high."""
-        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bootstrap:
-    """How intervals are computed: percentile bootstrap (Efron 1979) over groups."""
-
-    num_resamples: int
-    confidence: float
-    seed: int
-
-    def counts(self, num_groups: int) -> Iterator[Floats]:
-        """How often each resample contains each group: [n, num_groups] for RESAMPLES_AT_ONCE resamples at a time."""
-        generator = np.random.default_rng(self.seed)
-        for start in range(0, self.num_resamples, RESAMPLES_AT_ONCE):
-            size = min(RESAMPLES_AT_ONCE, self.num_resamples - start)
-            drawn = generator.integers(0, num_groups, size=(size, num_groups)) + np.arange(size)[:, None] * num_groups
-            yield np.bincount(drawn.ravel(), minlength=size * num_groups).reshape(size, num_groups).astype(np.float64)
-
-    def interval(self, value: float, resampled: Floats) -> Interval:
-        tail = (1 - self.confidence) / 2
-        low, high = np.quantile(resampled, [tail, 1 - tail])
-        return Interval(value=value, low=float(low), high=float(high))
-
-
 def pairwise_wins(scores: Sequence[float], baseline_scores: Sequence[float]) -> Floats:
     """1 where the score is higher than the baseline's, 0 where it is lower, 0.5 for a tie: [R]."""
     a, b = np.asarray(scores, dtype=np.float64), np.asarray(baseline_scores, dtype=np.float64)
     return np.where(a == b, 0.5, (a > b).astype(np.float64))
-
-
-def bootstrap_mean(values: Floats, groups: Sequence[int], bootstrap: Bootstrap) -> Interval | None:
-    """Mean of the values [R] that are not nan, with its interval; None if there are none. Groups without values are left out."""
-    kept = ~np.isnan(values)
-    if not kept.any():
-        return None
-    numbers = _numbers(np.asarray(groups)[kept])
-    sums = np.bincount(numbers, weights=values[kept])
-    sizes = np.bincount(numbers).astype(np.float64)
-    means = np.concatenate([(n @ sums) / (n @ sizes) for n in bootstrap.counts(len(sums))])
-    return bootstrap.interval(float(values[kept].mean()), means)
 
 
 def pass_rate(passed: Floats, groups: Sequence[int], bootstrap: Bootstrap) -> Interval:
@@ -82,15 +31,6 @@ def pass_rate(passed: Floats, groups: Sequence[int], bootstrap: Bootstrap) -> In
         return interval
     low, high = wilson_interval(float(passed.sum()), len(passed), confidence=bootstrap.confidence)
     return Interval(value=float(passed.mean()), low=low, high=high)
-
-
-def wilson_interval(successes: float, trials: int, *, confidence: float) -> tuple[float, float]:
-    """Score interval of a probability (Wilson 1927), which is sensible for few trials and near 0 and 1."""
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    rate, share = successes / trials, z**2 / trials
-    center = (rate + share / 2) / (1 + share)
-    half = z / (1 + share) * math.sqrt(rate * (1 - rate) / trials + share / (4 * trials))
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def length_controlled(
@@ -105,7 +45,7 @@ def length_controlled(
     kept = ~np.isnan(wins)
     if not kept.any() or min((length_gaps[kept] <= 0).mean(), (length_gaps[kept] >= 0).mean()) < MIN_SHARE:
         return None
-    wins, gaps, numbers = wins[kept], length_gaps[kept], _numbers(np.asarray(groups)[kept])
+    wins, gaps, numbers = wins[kept], length_gaps[kept], numbered(np.asarray(groups)[kept])
     scale = gaps.std()
     features = np.tanh(gaps / scale) if scale > 0 else np.zeros_like(gaps)
     value = _win_rate_at_equal_length(wins, features, np.ones((1, len(wins))))[0]
@@ -157,9 +97,3 @@ def cohen_kappa(first: Floats, second: Floats) -> float | None:
     if not both.any() or len(set(labels[0]) | set(labels[1])) < 2:
         return None
     return float(cohen_kappa_score(*labels))
-
-
-def _numbers(groups: NDArray[np.generic]) -> Ints:
-    """Groups as consecutive numbers from 0."""
-    numbers: Ints = np.unique(groups, return_inverse=True)[1].ravel()
-    return numbers

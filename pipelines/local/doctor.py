@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.rlhf.config.checks import LmEvalCheck
 from components.rlhf.config.params import Params
 from components.rlhf.runtime.accelerators import MIN_DRIVER, driver_version
 from components.rlhf.text.errors import InputError
 from pipelines.local.run import MIN_FREE_BYTES
-from pipelines.preflight import check_inputs, check_stores
+from pipelines.preflight import check_inputs, check_packages, check_stores
 
 REACH_SECONDS = 10.0
 
@@ -90,6 +91,8 @@ def _version(name: str) -> str | None:
 def checks_of_run(params: Params) -> Iterator[Check]:
     """What a run with these parameters reads and reaches: its data and models on this machine, S3, and the MLflow server."""
     yield _tried("inputs", lambda: check_inputs(params), "the local data and models can be read")
+    if any(isinstance(check, LmEvalCheck) for check in params.gate.checks):
+        yield _tried("lm_eval", lambda: check_packages(params), "lm-evaluation-harness is installed")
     stores = [uri for uri in _store_uris(params) if uri.startswith("s3://")]
     if stores:
         yield _tried("S3", lambda: check_stores(params), f"{', '.join(stores)} can be reached")

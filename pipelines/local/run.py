@@ -35,7 +35,7 @@ from pipelines.local.run_dir import APPROVAL_FILE, IDENTITY_FILE, LOCK_FILE, PAR
 from pipelines.local.runner import LocalRun, StageRecord, container_processes
 from pipelines.local.summary import build_summary
 from pipelines.plan import refuse_what_cannot_fit, this_machine
-from pipelines.preflight import check_inputs, check_stores
+from pipelines.preflight import check_inputs, check_packages, check_stores
 from pipelines.settings import dump_yaml, load_params
 
 RESUME_KEYS = {"cluster.budget"}  # parameters that change no result
@@ -48,6 +48,7 @@ def check_run(params: Params, run: Path) -> str:
     require_literal_values(params)
     local_storage(params, run)
     check_inputs(params)
+    check_packages(params)
     check_stores(params)
     return refuse_what_cannot_fit(params, this_machine(params.model.precision)) or ""
 

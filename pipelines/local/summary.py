@@ -77,6 +77,7 @@ def build_summary(
         "policies": {name: _verdict(policy) for name, policy in policies.items()},
         "evaluation": _chosen(numbers, method),
         "evaluation_all": numbers,
+        "checks": found.get("checks", []),
         "paths": paths,
         "open": _commands(paths, tracking_uri) if numbers else {},
     }
@@ -98,7 +99,9 @@ def _policies(artifacts: Path, tasks: Sequence[str]) -> dict[str, dict[str, Any]
         is_better = numbers.get(GOES_TO_GATE, 1.0) == 1.0
         for other in found.values():  # the last evaluation decides
             other[GOES_TO_GATE] = not is_better
-        found[facts["method"]] = {"facts": facts, "numbers": numbers, GOES_TO_GATE: is_better}
+        rows = folder / "checks.json"
+        checks = json.loads(rows.read_text()) if rows.is_file() else []
+        found[facts["method"]] = {"facts": facts, "numbers": numbers, "checks": checks, GOES_TO_GATE: is_better}
     return found
 
 

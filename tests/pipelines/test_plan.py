@@ -286,3 +286,28 @@ def test_command_needs_no_torch_and_fails_for_what_does_not_fit(tmp_path: Path) 
     )
     assert too_small.returncode == 1
     assert "does not fit" in too_small.stdout
+
+
+CHECKS = [
+    {"kind": "perplexity", "max_increase": 0.1},
+    {"kind": "prompts", "prompts": ["How?", "Why?"], "pattern": "x", "max_increase": 0.5},
+    {"kind": "lm_eval", "tasks": ["arc_easy"], "batch_size": 64, "max_drop": 0.1},
+]
+
+
+def test_checks_have_a_plan_only_in_a_run_with_checks() -> None:
+    plans = {}
+    for number in range(len(CHECKS) + 1):
+        params = load("llama3_8b_8gpu", f"gate.checks={json.dumps(CHECKS[:number])}")
+        plans[number] = make_plan(params, Options())
+    assert "checks" not in plans[0].stages
+    phases = [[phase.name for phase in plans[number].stages["checks"].phases] for number in (1, 2, 3)]
+    assert phases == [["perplexity"], ["perplexity", "generate"], ["perplexity", "generate", "lm_eval"]]
+    # One model of 8.03e9 parameters in bf16, and at most a few GiB beside it; the harness keeps the logits of 64 samples.
+    small, large = (plans[number].stages["checks"].device_peak()[1] / GIB for number in (2, 3))
+    weights = 8.03e9 * 2 / GIB
+    logits = 64 * params.data.max_tokens * 128_256 * (2 + 4) / GIB
+    assert weights < small < weights + 12
+    assert small + 0.5 * logits < large < weights + 12 + 2 * logits
+    assert plans[2].seconds["checks"].total > plans[1].seconds["checks"].total
+    assert "lm-evaluation-harness" in plans[3].seconds["checks"].note

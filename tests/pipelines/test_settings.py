@@ -187,7 +187,7 @@ def test_unknown_override_error_names_the_nearest_key(file: Path) -> None:
 def test_error_message_ends_with_one_period(file: Path) -> None:
     assert load_error(file, "seed=x").startswith(f"{file}: seed is 'x': ")
     assert load_error(file, "gate.xyzzy=1").endswith(
-        "valid here: min_win_rate, max_kl, min_prompts, approval, approval_hours."
+        "valid here: min_win_rate, max_kl, min_prompts, checks, approval, approval_hours."
     )
 
 

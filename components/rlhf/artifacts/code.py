@@ -22,7 +22,7 @@ MODE = 0o644 << 16
 def code_files(folder: Path) -> dict[str, Path]:
     """The files of a folder of code by their paths in it, without hidden and compiled ones.
 
-    Raises InputError for a symbolic link, a pipe, a pickle or a key, and if there is no Python module or there is too much.
+    Raises InputError for a symbolic link, a pipe, a pickle or a key, if there is too much, and without a Python module or a YAML file.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; set code.path to the folder of your Python modules.")
@@ -39,7 +39,7 @@ def code_files(folder: Path) -> dict[str, Path]:
                 continue
             _require_plain(path)
             found[path.relative_to(folder).as_posix()] = path
-    if not any(name.endswith(".py") for name in found):
+    if not any(name.endswith((".py", ".yaml")) for name in found):  # of lm-evaluation-harness, whose tasks are YAML
         raise InputError(f"{folder} has no Python module; correct code.path.")
     size = sum(path.stat().st_size for path in found.values())
     if size > MAX_BYTES:

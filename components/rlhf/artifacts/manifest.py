@@ -35,6 +35,7 @@ Kind = Literal[
     "policy_model",
     "evaluation",
     "code",
+    "checks",
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
 Fact = str | int | float

@@ -11,8 +11,8 @@ from components.rlhf.config.kubernetes import Image, LabelKey, LabelValue, Objec
 from components.rlhf.text.credentials import is_secret_name
 
 STAGES = (
-    "import_model", "prepare_data", "import_code", "sft", "reward_model", "judge", "ppo", "dpo", "evaluation", "register",
-    "notify",
+    "import_model", "prepare_data", "import_code", "sft", "reward_model", "judge", "ppo", "dpo", "checks", "evaluation",
+    "register", "notify",
 )  # fmt: skip
 TRAINING_STAGES = ("sft", "reward_model", "ppo", "dpo")
 PROCESS_STAGES = (*TRAINING_STAGES, "evaluation")  # the stages that can run in several processes
@@ -131,7 +131,7 @@ class Images(BaseConfig):
     """Container images by role, each NAME:TAG or NAME@sha256:DIGEST."""
 
     trainer: Image = "kfp-rlhf/trainer:0.1.0"
-    """Image of import_model, prepare_data, sft, reward_model, dpo and judge: torch, transformers and DeepSpeed, without vLLM."""
+    """Image of import_model, prepare_data, sft, reward_model, dpo, judge and checks: torch, transformers and DeepSpeed, without vLLM."""
     rollout: Image = "kfp-rlhf/rollout:0.1.0"
     """Image of ppo and evaluation, and of reward_model if it calibrates with vLLM: the trainer's packages and vLLM."""
     tools: Image = "kfp-rlhf/tools:0.1.0"
@@ -172,7 +172,7 @@ class ClusterConfig(BaseConfig):
     runtime: ObjectName = "rlhf"
     """TrainingRuntime of the TrainJobs, in the namespace of the runs (manifests/components/trainjob)."""
     stages: dict[str, str] = Field(default_factory=dict)
-    """Profile of each stage that does not use default_profile: {ppo: gpu-80gb}."""
+    """Profile of each stage that does not use default_profile: {ppo: gpu-80gb}; checks has that of evaluation."""
     default_profile: str = "cpu"
     """Profile of all other stages."""
     profiles: dict[str, Profile] = Field(default_factory=lambda: {"cpu": Profile()}, validate_default=True)
@@ -255,8 +255,8 @@ class ClusterConfig(BaseConfig):
     @model_validator(mode="after")
     def _require_launcher_for_nodes(self) -> "ClusterConfig":
         for stage in STAGES:
-            name, num = self.stages.get(stage, self.default_profile), self.profile(stage).num_nodes
-            if num > 1 and stage not in PROCESS_STAGES:
+            name, num = self.profile_name(stage), self.profile(stage).num_nodes
+            if num > 1 and stage not in PROCESS_STAGES and (stage in self.stages or stage != "checks"):
                 raise ValueError(
                     f"the stage {stage} has the profile {name} with num_nodes {num}, but only {', '.join(PROCESS_STAGES)} run on "
                     f"several nodes; set stages.{stage} to a profile with one node"
@@ -270,7 +270,12 @@ class ClusterConfig(BaseConfig):
 
     def profile(self, stage: str) -> Profile:
         """The profile of a stage."""
-        return self.profiles[self.stages.get(stage, self.default_profile)]
+        return self.profiles[self.profile_name(stage)]
+
+    def profile_name(self, stage: str) -> str:
+        """The name of the profile of a stage. checks loads the models that evaluation loads."""
+        like = "evaluation" if stage == "checks" else stage
+        return self.stages.get(stage, self.stages.get(like, self.default_profile))
 
     def launches(self, stage: str) -> bool:
         """Whether the task of a stage starts its pods as a TrainJob, and only waits for it."""

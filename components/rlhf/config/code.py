@@ -14,7 +14,7 @@ Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 
 
 class CodeConfig(BaseConfig):
-    """A folder of Python modules, with the functions of rewards and judges."""
+    """A folder of Python modules with the functions of rewards and judges, or of tasks of lm-evaluation-harness."""
 
     path: str | None = None
     """Folder with the modules of your functions, relative to the params file, or s3://BUCKET/PREFIX; null is none."""

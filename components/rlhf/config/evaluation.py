@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from components.rlhf.config.base import BaseConfig, Fraction, NonNegative, Positive, PositiveInt
+from components.rlhf.config.checks import Checks
 from components.rlhf.config.code import Digest
 from components.rlhf.config.environment import Environment, check_environment, with_observations
 from components.rlhf.config.judge import Judges, LinearJudge
@@ -56,6 +57,8 @@ class GateConfig(BaseConfig):
     """Maximum KL divergence from the SFT model, in nats per sequence."""
     min_prompts: PositiveInt = 30
     """Least number of prompts that the judge has compared; with fewer there is no verdict, and nothing is promoted."""
+    checks: Checks = ()
+    """Checks beside the judge, which the policy must pass too: perplexity, prompts of your own, tasks of lm-evaluation-harness."""
 
 
 class PromotionConfig(GateConfig):
@@ -76,6 +79,7 @@ class EvaluationStageConfig(BaseConfig):
     rollout: EngineConfig = EngineConfig()
     gate: GateConfig
     judge: Judges = LinearJudge()
+    check_names: tuple[str, ...] = ()  # of the stage checks, whose rows are an input
     environment: Environment | None = None
     """That of ppo, which both models play."""
     code_digest: Digest = ""

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from components.rlhf.config.checks import SECTIONS as CHECKS
 from components.rlhf.config.environment import SECTIONS as ENVIRONMENTS
 from components.rlhf.config.judge import SECTIONS as JUDGES
 from components.rlhf.config.rewards import SECTIONS as REWARDS
@@ -14,6 +15,7 @@ KINDS: dict[str, type[BaseModel]] = {
     **JUDGES,
     **REWARDS,
     **ENVIRONMENTS,
+    **CHECKS,
 }  # sections by the tag that pydantic puts before their keys
 UNION_TAGS = ("one", "several")  # pydantic puts them between data.prompts and the keys of its source or sources
 MAX_ERRORS, MAX_VALUE_CHARS = 5, 120  # in one error message

@@ -7,6 +7,7 @@ from pydantic import model_validator
 
 from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.budget import BudgetConfig
+from components.rlhf.config.checks import Grader, LmEvalCheck, PerplexityCheck, check_checks
 from components.rlhf.config.cluster import PROCESS_STAGES, TRAINING_STAGES, ClusterConfig
 from components.rlhf.config.code import CodeConfig
 from components.rlhf.config.dpo import DpoConfig, check_dpo
@@ -172,13 +173,33 @@ class Params(BaseConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_checks(self) -> "Params":
+        checks, key = self.gate.checks, "gate.checks"
+        check_checks(checks, self.evaluation.confidence, key=key)
+        for number, check in enumerate(checks):
+            if isinstance(check, PerplexityCheck) and self.data.demonstrations is None:
+                raise ValueError(
+                    f"{key}.{number} measures the perplexity of held-out demonstrations, and there are none; set data.demonstrations"
+                )
+            if isinstance(check, LmEvalCheck) and check.include_path and not self.code.is_given:
+                raise ValueError(
+                    f"{key}.{number}.include_path is a folder in code.path, which is not set; set code.path to a folder that contains it"
+                )
+        if checks and self.cluster.profile("checks").num_nodes > 1:
+            raise ValueError(
+                f"{key} run in one pod, and the profile {self.cluster.profile_name('checks')} has several nodes; set cluster.stages.checks "
+                "to a profile with one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _require_one_process_per_accelerator(self) -> "Params":
         for stage in PROCESS_STAGES:
             section, num = getattr(self, stage), self.cluster.num_accelerators(stage)
             if not self.runs(stage):
                 continue
             key, section = (f"{stage}.training", section.training) if stage != "evaluation" else (stage, section)
-            profile, number = self.cluster.stages.get(stage, self.cluster.default_profile), section.num_processes
+            profile, number = self.cluster.profile_name(stage), section.num_processes
             if num and number != num:
                 raise ValueError(
                     f"{key}.num_processes is {number}, and the profile {profile} has {num} accelerators; remove num_processes"
@@ -199,7 +220,7 @@ class Params(BaseConfig):
                 and self.cluster.profile(stage).price_per_hour is None
                 and self.runs(stage)
             ):
-                profile = self.cluster.stages.get(stage, self.cluster.default_profile)
+                profile = self.cluster.profile_name(stage)
                 raise ValueError(
                     f"cluster.budget is {self.cluster.budget:g}, but the price of {stage} is unknown; set "
                     f"cluster.profiles.{profile}.price_per_hour"
@@ -219,6 +240,7 @@ class Params(BaseConfig):
             "reward_model": self.uses_reward_model or trains_judge,
             "ppo": "ppo" in self.policy.methods,
             "dpo": "dpo" in self.policy.methods,
+            "checks": bool(self.gate.checks),
         }.get(stage, True)
 
     @property
@@ -277,17 +299,19 @@ class Params(BaseConfig):
         """The judges behind an API."""
         return tuple(judge for judge in as_list(self.judge) if isinstance(judge, EndpointJudge))
 
-    def asked_by(self, stage: str) -> tuple[EndpointJudge | EndpointReward | HttpReward, ...]:
-        """The judges or rewards that a stage asks over the network."""
+    def asked_by(self, stage: str) -> tuple[EndpointJudge | EndpointReward | HttpReward | Grader, ...]:
+        """The judges, rewards or graders of checks that a stage asks over the network."""
+        if stage == "checks":
+            return tuple(grader for check in self.gate.checks if (grader := getattr(check, "endpoint", None)))
         if stage in JUDGING_STAGES:
             return self.endpoint_judges
         rewards = self.rewards if stage == "ppo" else ()
         return tuple(reward for reward in rewards if isinstance(reward, EndpointReward | HttpReward))
 
     @property
-    def all_asked(self) -> tuple[EndpointJudge | EndpointReward | HttpReward, ...]:
-        """All judges and rewards that are asked over the network."""
-        return self.endpoint_judges + self.asked_by("ppo")
+    def all_asked(self) -> tuple[EndpointJudge | EndpointReward | HttpReward | Grader, ...]:
+        """All judges, rewards and graders that are asked over the network."""
+        return self.endpoint_judges + self.asked_by("ppo") + self.asked_by("checks")
 
     @property
     def keeps_answers(self) -> bool:
@@ -313,6 +337,11 @@ class Params(BaseConfig):
         sections["code_digest"] = self.code.digest
         sections["data"] = self.data.model_copy(update={"weights": self._weights})
         sections["method"] = self.policy.methods[0]
+        sections["gate"] = self.gate.model_copy(update={"checks": ()})  # whose texts evaluation does not need
+        sections["checks"] = self.gate.checks
+        sections["check_names"] = tuple(check.title for check in self.gate.checks)
+        sections["template_date"] = self.data.template_date
+        sections["num_bootstrap"], sections["confidence"] = self.evaluation.num_bootstrap, self.evaluation.confidence
         sections["max_kl"] = self.gate.max_kl if self.ppo.has_kl_limit else None
         # The reward model is calibrated on PPO's distribution, with its engine if there is something to sample.
         calibrates = self.reward_model.num_calibration_samples > 0
@@ -323,6 +352,6 @@ class Params(BaseConfig):
         if "budget" in config_class.model_fields:
             profile = self.cluster.profile(next(name for name in TRAINING_STAGES if name in config_class.model_fields))
             sections["budget"] = BudgetConfig(limit=self.cluster.budget, price_per_hour=profile.price_per_hour or 0.0)
-        if "evaluation" in config_class.model_fields:
+        if "evaluation" in config_class.model_fields or "checks" in config_class.model_fields:
             sections |= {"sampling": self.evaluation_sampling, "rollout": self.evaluation_rollout}
         return config_class(**{name: sections[name] for name in config_class.model_fields if name in sections})

@@ -59,11 +59,7 @@ class Regex(BaseConfig):
     @field_validator("pattern")
     @classmethod
     def _require_regular_expression(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"it is no regular expression ({error}); correct it") from None
-        return pattern
+        return require_regular_expression(pattern)
 
 
 class Numeric(BaseConfig):
@@ -198,6 +194,15 @@ def column_of(section: Any) -> str | None:
     """The column of the data that a reward or judge reads; None if it names none."""
     column: str | None = getattr(section, "column", None)
     return column
+
+
+def require_regular_expression(pattern: str) -> str:
+    """The pattern. Raises ValueError if it is no regular expression of Python's re."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"it is no regular expression ({error}); correct it") from None
+    return pattern
 
 
 def http_url(url: str, *, example: str) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from components.rlhf.config.checks import LmEvalCheck, PerplexityCheck, PromptsCheck
 from components.rlhf.config.cluster import bytes_of
 from components.rlhf.config.environment import FunctionEnvironment
 from components.rlhf.config.evaluation import EvaluationStageConfig
@@ -66,6 +67,8 @@ def _stage(params: Params, shapes: Shapes, stage: str, speed: Speed, sizes: Mapp
         return _ppo(start, params, shapes, speed, pods)
     if stage == "evaluation":
         return _evaluation(start, params, shapes, speed)
+    if stage == "checks":
+        return _checks(start, params, shapes, speed)
     if stage == "import_model":
         return Seconds(parts=start | {"copy": 4 * shapes.base.total / 1e9})
     return Seconds(parts=start)
@@ -301,3 +304,17 @@ def _evaluation(start: dict[str, float], params: Params, shapes: Shapes, speed: 
     score = passes / (speed.flops * speed.forward_share) / processes
     starts = {name: policies * seconds for name, seconds in start.items()}
     return Seconds(parts=starts | {"generate": (1 + policies) * generate, "score": policies * score})
+
+
+def _checks(start: dict[str, float], params: Params, shapes: Shapes, speed: Speed) -> Seconds:
+    """Both models, of each policy of the run, in one process."""
+    times, checks = 2 * len(params.policy.methods), params.gate.checks
+    prompts = sum(len(check.prompts) for check in checks if isinstance(check, PromptsCheck))
+    sampling = params.evaluation_sampling
+    generate = _sampled(shapes.base, prompts, params, EngineConfig(), sampling, 1, speed) if prompts else 0.0
+    texts = sum(check.num_texts for check in checks if isinstance(check, PerplexityCheck))
+    flops = 2 * shapes.base.active * texts * params.data.max_tokens
+    parts = {"generate": times * generate, "perplexity": times * flops / (speed.flops * speed.forward_share)}
+    has_harness = any(isinstance(check, LmEvalCheck) for check in checks)
+    note = "without the time of lm-evaluation-harness, which depends on its tasks" if has_harness else ""
+    return Seconds(parts=start | parts, note=note)

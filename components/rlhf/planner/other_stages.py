@@ -1,11 +1,13 @@
-"""Plans of the stages that do not train: import_model, prepare_data, judge and evaluation."""
+"""Plans of the stages that do not train: import_model, prepare_data, judge, checks and evaluation."""
 
 from dataclasses import replace
 
+from components.rlhf.config.checks import ChecksStageConfig, LmEvalCheck, PromptsCheck
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.judge import RewardModelJudge, as_list
 from components.rlhf.config.model import TrainingConfig
 from components.rlhf.config.params import Params
+from components.rlhf.config.rollout import EngineConfig
 from components.rlhf.planner.activations import forward_workspace, kl_logits
 from components.rlhf.planner.constants import EVALUATION, SMALL_STAGE
 from components.rlhf.planner.copies import frozen_copy, gathered, shards_weights
@@ -14,7 +16,7 @@ from components.rlhf.planner.phases import Phase, StagePlan
 from components.rlhf.planner.shape import ModelShape
 from components.rlhf.storage.pypi import PREFIX
 
-MICROBATCH_TOKENS = 4096  # evaluation/compare.py and rewards/judges.py
+MICROBATCH_TOKENS = 4096  # evaluation/compare.py, checks/perplexity.py and rewards/judges.py
 
 
 def plan_import(source: str, shape: ModelShape, job: Job) -> StagePlan:
@@ -56,6 +58,29 @@ def plan_judge(params: Params, job: Job) -> StagePlan:
         on_gpu=job.numeric.on_gpu,
         phases=phases,
         beside=beside(1),
+    )
+
+
+def plan_checks(config: ChecksStageConfig, job: Job) -> StagePlan:
+    """One process, with one of the two models at a time: it samples, and computes the log-probs of texts and of the harness's samples."""
+    base = phase("", libraries(job, None), main={"libraries": EVALUATION})
+    weights = {"one model": frozen_copy(job.shape.total, None, job.numeric)}
+    work = {"activations": forward_workspace(job.shape, max(MICROBATCH_TOKENS, job.text_tokens), job.numeric)}
+    rows = [len(check.prompts) for check in config.checks if isinstance(check, PromptsCheck)]
+    phases = [phase("perplexity", base, device=weights | temporary(job, work))]
+    if rows:
+        phases.append(sampling_alone(job, base, EngineConfig(), config.sampling, max(rows)))
+    batches = [check.batch_size for check in config.checks if isinstance(check, LmEvalCheck)]
+    if batches:  # the harness keeps all logits of a batch, and their log-softmax in fp32
+        logits = max(batches) * job.text_tokens * job.shape.vocab * (job.numeric.width + 4)
+        phases.append(phase("lm_eval", base, device=weights | temporary(job, work | {"logits": logits})))
+    return StagePlan(
+        stage="checks",
+        num_processes=1,
+        on_gpu=job.numeric.on_gpu,
+        phases=tuple(phases),
+        beside=beside(1),
+        notes=("its tasks of lm-evaluation-harness are planned with texts as long as the data's",) if batches else (),
     )
 
 

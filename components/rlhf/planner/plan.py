@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from components.rlhf.config.checks import ChecksStageConfig
 from components.rlhf.config.cluster import Profile, bytes_of
 from components.rlhf.config.dpo import DpoStageConfig
 from components.rlhf.config.evaluation import EvaluationStageConfig
@@ -12,13 +13,19 @@ from components.rlhf.config.reward_model import RewardModelConfig, RewardModelSt
 from components.rlhf.config.sft import SftStageConfig
 from components.rlhf.planner.copies import Numeric
 from components.rlhf.planner.jobs import Job
-from components.rlhf.planner.other_stages import plan_evaluation, plan_import, plan_judge, plan_prepare_data
+from components.rlhf.planner.other_stages import (
+    plan_checks,
+    plan_evaluation,
+    plan_import,
+    plan_judge,
+    plan_prepare_data,
+)
 from components.rlhf.planner.phases import GIB, StagePlan
 from components.rlhf.planner.ppo_stage import plan_ppo
 from components.rlhf.planner.shape import ModelShape
 from components.rlhf.planner.training_stages import plan_dpo, plan_reward_model, plan_sft
 
-STAGES = ("import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "dpo", "evaluation")
+STAGES = ("import_model", "prepare_data", "sft", "reward_model", "judge", "ppo", "dpo", "checks", "evaluation")
 TIGHT = 0.9  # of what a profile has
 
 
@@ -98,6 +105,8 @@ def _plan(params: Params, shapes: Shapes, stage: str, job: Job) -> StagePlan:
         return plan_ppo(params.stage(PpoStageConfig), job)
     if stage == "dpo":
         return plan_dpo(params.stage(DpoStageConfig), job)
+    if stage == "checks":
+        return plan_checks(params.stage(ChecksStageConfig), job)
     return plan_evaluation(params.stage(EvaluationStageConfig), job)
 
 

@@ -100,7 +100,7 @@ def _training(params: Params, stage: str) -> Iterator[Changes]:
 
 def _memory(params: Params, shapes: Shapes, stage: str) -> Iterator[Changes]:
     """As much main memory as the stage needs, in steps of 8 GiB."""
-    name = params.cluster.stages.get(stage, params.cluster.default_profile)
+    name = params.cluster.profile_name(stage)
     machine = machine_of(params.cluster.profile(stage), params.model.precision)
     needed = plan_stage(params, shapes, stage, machine).pod_memory()
     if machine.memory is not None and needed > machine.memory:

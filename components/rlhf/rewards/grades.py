@@ -37,12 +37,18 @@ class GradeScorer:
     def score(self, completions: Sequence[Completion], computed: ComputedStates | None = None) -> Tensor:
         """Raises RetryableError if the endpoint is down, and InputError if it refuses the key, the model, or grades too few."""
         counts: Counter[str] = Counter()
-        grades = self.api.ask([self._body(completion) for completion in completions], read_grade, counts)
+        grades = self.grades(completions, counts)
         given = [grade for grade in grades if grade is not None]
-        failed = [c for c, grade in zip(completions, grades, strict=True) if grade is None]
         self.counts.update(counts)
-        self.counts["failed"] += len(failed)
+        self.counts["failed"] += len(grades) - len(given)
         self.counts["cost"] += self.api.cost(counts)  # type: ignore[assignment]
+        mean = sum(given) / max(len(given), 1)
+        return torch.tensor([mean if grade is None else grade for grade in grades], dtype=torch.float32) / BEST
+
+    def grades(self, completions: Sequence[Completion], counts: Counter[str]) -> list[float | None]:
+        """The grade of each response, from 0 to 10; None without one. counts what the answers took. Raises as score."""
+        grades = self.api.ask([self._body(completion) for completion in completions], read_grade, counts)
+        failed = [c for c, grade in zip(completions, grades, strict=True) if grade is None]
         refused = f"{counts['refused']} refused, {counts['unreadable']} unreadable, {counts['rejected']} rejected"
         require_few_failures(
             self.owner,
@@ -52,12 +58,11 @@ class GradeScorer:
             f"correct {self.owner.key}.rubric or raise {self.owner.key}.max_tokens",
             self.log,
         )
-        if failed and not given:
+        if failed and len(failed) == len(completions):
             raise self.owner.error(
                 f"got no grade from {self.api.config.model} for any response ({refused}); correct {self.owner.key}"
             )
-        mean = sum(given) / max(len(given), 1)
-        return torch.tensor([mean if grade is None else grade for grade in grades], dtype=torch.float32) / BEST
+        return grades
 
     def close(self) -> None:
         """Write the answers that have not been written yet, and close the connections."""

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -28,6 +29,9 @@ from components.rlhf.rewards.protocol import ComputedStates, Scorer
 from components.rlhf.rewards.shaping import LengthScorer, RepetitionScorer
 from components.rlhf.rewards.verifiable import CheckScorer, ExactMatchScorer
 from components.rlhf.text.errors import InputError
+
+if TYPE_CHECKING:
+    from components.rlhf.rewards.grades import GradeScorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +133,7 @@ def open_rewards(
 
             scorers[reward.title] = HttpScorer(reward, log, owner)
         elif isinstance(reward, Endpoint):
-            scorers[reward.title] = _open_grades(reward, owner, resources)
+            scorers[reward.title] = open_grades(reward, owner, resources)
         else:
             scorers[reward.title] = open_scorer(reward, owner, resources)
     weights = {reward.title: reward.weight for reward in rewards}
@@ -149,7 +153,8 @@ def open_scorer(
     return CheckScorer(config, owner, resources.pool, resources.log)
 
 
-def _open_grades(config: Endpoint, owner: Owner, resources: Resources) -> Scorer:
+def open_grades(config: Endpoint, owner: Owner, resources: Resources) -> "GradeScorer":
+    """The scorer that asks a language model, with the answers that it has given before."""
     from components.rlhf.rewards.grades import GradeScorer  # imports requests
 
     folder = f"{re.sub(r'[^A-Za-z0-9]+', '-', config.model)[:60]}-grades"

@@ -38,6 +38,7 @@ STAGE_NOTES = {
     "judge": "Prepares the judges of the evaluation, which training never sees.",
     "ppo": "Trains the SFT model against its rewards. See components/ppo/README.md for what each curve means, and what to do about it.",
     "dpo": "Trains the SFT model on preferences. See components/dpo/README.md for what each curve means, and what to do about it.",
+    "checks": "Compares the policy with SFT on perplexity, prompts of your own and tasks of lm-evaluation-harness, each with a bound.",
     "evaluation": "Compares the policy with SFT on held-out prompts. win_rate is the share of prompts on which the judge prefers it.",
     "ppo_evaluation": "Compares PPO with SFT on held-out prompts; evaluation does so with DPO, and says which one goes to the gate.",
     "register": "Registers the policy in the model registry.",

@@ -136,10 +136,8 @@ def test_misspelled_key_gets_closest_match(path: str, match: str) -> None:
 
 def test_unknown_key_gets_all_valid_keys() -> None:
     message = error_message(with_value("gate.xyzzy", 1))
-    assert (
-        message
-        == "gate.xyzzy is not a parameter; valid here: min_win_rate, max_kl, min_prompts, approval, approval_hours."
-    )
+    known = "min_win_rate, max_kl, min_prompts, checks, approval, approval_hours"
+    assert message == f"gate.xyzzy is not a parameter; valid here: {known}."
 
 
 @pytest.mark.parametrize(
@@ -320,6 +318,7 @@ SECTIONS = {
         "rollout",
         "gate",
         "judge",
+        "check_names",
         "environment",
         "code_digest",
         "seed",
