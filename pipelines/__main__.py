@@ -8,7 +8,7 @@ import click
 
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.redaction import redact, redact_output
-from pipelines.commands import chat, checks, cluster, deliver, dev, init, results, run, status, sweep
+from pipelines.commands import annotate, approve, chat, checks, cluster, deliver, dev, init, results, run, status, sweep
 
 DEBUG_VARIABLE = "KFP_RLHF_DEBUG"
 
@@ -21,7 +21,7 @@ def cli(*, debug: bool) -> None:
         os.environ[DEBUG_VARIABLE] = "1"
 
 
-for module in (init, run, sweep, status, results, chat, deliver, checks, cluster, dev):
+for module in (init, run, sweep, status, results, chat, annotate, approve, deliver, checks, cluster, dev):
     for command in module.COMMANDS:
         cli.add_command(command)
 

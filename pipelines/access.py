@@ -56,7 +56,8 @@ def secrets_of(stage: str, params: Params, sources: list[str]) -> Iterator[Secre
         variables = sorted({variable for asked in params.asked_by(stage) if (variable := key_variable(asked))})
         if variables:
             yield _same_names(secrets.judge, tuple(variables), optional=True)
-    if secrets.webhook and stage == "notify":
+    asks = stage == "register" and params.gate.approval == "required"
+    if secrets.webhook and (stage == "notify" or asks):
         keys = {"WEBHOOK_URL": "RLHF_WEBHOOK_URL"}  # WEBHOOK_URL may have another meaning on a laptop
         yield SecretVariables(secrets.webhook, keys, optional=True)
 

@@ -30,7 +30,6 @@ from components.reward_model.component import reward_model
 from components.rlhf.config.notify import NotifyStageConfig
 from components.rlhf.config.params import Params
 from components.rlhf.config.policy import TITLES
-from components.rlhf.config.register import RegisterStageConfig
 from components.sft.component import sft
 from pipelines import placement
 from pipelines.access import cluster_storage
@@ -40,6 +39,7 @@ from pipelines.settings import (
     evaluation_settings,
     import_settings,
     judge_reward_model_settings,
+    register_settings,
     settings_of_stage,
 )
 from pipelines.trainjob import configure_launcher
@@ -58,7 +58,7 @@ def build_pipeline(params: Params) -> Any:
         # A nested pipeline, because kfp.local evaluates a condition on a component's named output as false.
         for branch in ("promote", "reject"):
             with dsl.If(decision == branch, name=branch):
-                settings = RegisterStageConfig.model_validate({"decision": branch}).canonical_json()
+                settings = register_settings(params, branch)
                 task = register(policy=policy, evaluation=verdict, settings=settings, tracking=tracking)
                 placement.configure_task(task, "register", params)
 

@@ -22,6 +22,7 @@ from components.rlhf.config.params import Params
 from components.rlhf.config.policy import Method
 from components.rlhf.config.ppo import PpoStageConfig
 from components.rlhf.config.prepare_data import PrepareDataStageConfig, PreviewConfig
+from components.rlhf.config.register import ApprovalConfig, RegisterStageConfig
 from components.rlhf.config.reward_model import RewardModelStageConfig
 from components.rlhf.config.sft import SftStageConfig
 from components.rlhf.text.errors import InputError
@@ -157,6 +158,13 @@ def dump_yaml(params: Params) -> str:
     return yaml.safe_dump(json.loads(params.canonical_json()), sort_keys=False, allow_unicode=True)
 
 
+def own_settings(params: Params) -> str:
+    """The settings that are not defaults, as JSON that Params reads."""
+    own = params.model_dump(mode="json", exclude_defaults=True)
+    # Settings of a method that does not run are only allowed beside a policy.method that is given.
+    return json.dumps({**own, "policy": params.policy.model_dump(mode="json")}, ensure_ascii=False)
+
+
 def settings_of_stage(params: Params, stage: str) -> str:
     """The canonical JSON that the pipeline passes to one stage."""
     stages: dict[str, type[BaseConfig]] = {
@@ -182,6 +190,15 @@ def evaluation_settings(params: Params, method: Method) -> str:
     is_last = method == params.policy.methods[-1]
     update = {"method": method, "stage_name": "evaluation" if is_last else f"{method}_evaluation"}
     return stage.model_copy(update=update).canonical_json()
+
+
+def register_settings(params: Params, decision: str) -> str:
+    """The canonical JSON of register on a branch of the gate. Only a policy that would be promoted waits for a person."""
+    approval = None
+    if decision == "promote" and params.gate.approval == "required":
+        hours, url = params.gate.approval_hours, params.cluster.ui_url
+        approval = ApprovalConfig(hours=hours, preset=params.preset, ui_url=url)
+    return RegisterStageConfig.model_validate({"decision": decision, "approval": approval}).canonical_json()
 
 
 def judge_reward_model_settings(params: Params) -> str:

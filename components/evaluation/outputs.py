@@ -5,6 +5,7 @@ from pathlib import Path
 
 from components.evaluation.findings import findings_of, save_findings
 from components.evaluation.measure import Measured
+from components.evaluation.over_kl import reward_and_judge_over_kl
 from components.evaluation.report import Background, as_html, as_markdown, listing_of
 from components.evaluation.rival import SAMPLED_WITH, sampling_digest, save_responses
 from components.evaluation.samples import save_comparison
@@ -73,6 +74,8 @@ def write_outputs(
     summary = as_markdown(numbers, judges, verdict, training, background, listing)
     run.write_report("summary", writes["summary"], summary)
     run.write_metrics(writes["metrics"], numbers)
+    if picture := reward_and_judge_over_kl(measured.training):
+        run.tracker.log_text("reward_and_judge_over_kl.svg", picture)
     for name, value in (("decision", verdict.decision), ("reason", verdict.reason), ("better", better)):
         write_parameter(writes[name], value)
     run.progress.log(f"{verdict.decision}: {verdict.reason}")

@@ -1,20 +1,13 @@
 """The message about the end of a run, and its delivery to a webhook."""
 
-import json
-import re
-import time
-import urllib.error
-import urllib.request
 from urllib.parse import quote
 
 from components.notify.result import RunResult, warn
 from components.rlhf.config.notify import NotifyStageConfig
 from components.rlhf.config.policy import TITLES
-from components.rlhf.text.redaction import redact
+from components.rlhf.runtime.webhook import as_plain_text, post_message
 from components.rlhf.tracking.answers import warn as warn_of_mlflow
 from components.rlhf.tracking.parent import Parent
-
-ATTEMPTS, TIMEOUT_SECONDS = 3, 10.0
 
 
 def as_message(config: NotifyStageConfig, result: RunResult, *, mlflow_link: str = "") -> dict[str, str]:
@@ -46,34 +39,18 @@ def as_message(config: NotifyStageConfig, result: RunResult, *, mlflow_link: str
     }
 
 
-def as_plain_text(text: str) -> str:
-    """Text without what Slack and Mattermost take for a mention or a link, such as <!channel>, which would call everybody."""
-    return re.sub(r"<(?=[!@#a-z])", "< ", text)
-
-
 def post(url: str, message: dict[str, str], parent: Parent | None) -> None:
-    """POST the message to the webhook, if there is one. The URL is a secret and appears in no warning.
+    """POST the message to the webhook, if there is one.
 
     The parent run remembers the delivery, so that another attempt of this task does not announce the run again.
     """
     if not url:
         return
-    if not url.startswith(("https://", "http://")):
-        warn("RLHF_WEBHOOK_URL is not an http(s) URL; correct WEBHOOK_URL in the Secret")
-        return
-    data = redact(json.dumps(message)).encode()
-    for attempt in range(ATTEMPTS):
-        try:
-            request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
-                _remember(parent, message["status"])
-                return
-        except (OSError, ValueError) as error:  # urllib's errors are OSErrors
-            problem = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                break
-            time.sleep(attempt)
-    warn(f"the message could not be posted to the webhook ({problem})")
+    problem = post_message(url, message)
+    if problem:
+        warn(problem)
+    else:
+        _remember(parent, message["status"])
 
 
 def _remember(parent: Parent | None, status: str) -> None:

@@ -1,11 +1,24 @@
 """What a registered version says about itself: the description in Markdown, and the report of the stage."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from components.rlhf.artifacts.manifest import Fact, Manifest
 from components.rlhf.config.policy import TITLES
 from components.rlhf.text.comparison_table import comparison_rows, method_of
 from components.rlhf.tracking.registry import CHAMPION
+
+PENDING = ""  # the decision while a person is waited for
+TITLE = {"promote": f"Promoted to {CHAMPION}", "reject": "Rejected", PENDING: "Waits for approval"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What becomes of a policy, and why. approval are the tags of a person's answer."""
+
+    decision: str  # promote, reject or PENDING
+    reason: str
+    approval: Mapping[str, str] = field(default_factory=dict)
 
 
 def lineage_of(model: Manifest, verdict: Manifest) -> dict[str, str]:
@@ -15,28 +28,27 @@ def lineage_of(model: Manifest, verdict: Manifest) -> dict[str, str]:
     return lineage | {"digest": model.digest, "code_revision": model.code_revision, "evaluation": verdict.digest}
 
 
-def as_description(model: Manifest, verdict: Manifest, *, uri: str) -> str:
-    """The description of a version: verdict, comparison with SFT, and lineage."""
-    lines = [f"**{_title(verdict)}**: {verdict.facts['reason']}.", "", *_table(verdict.facts), ""]
+def as_description(model: Manifest, verdict: Manifest, outcome: Outcome, *, uri: str) -> str:
+    """The description of a version: outcome, comparison with SFT, and lineage."""
+    lines = [f"**{TITLE[outcome.decision]}**: {outcome.reason}.", "", *_table(verdict.facts), ""]
     lines += [f"Weights: `{uri}`, digest `{model.digest}`. Code: `{model.code_revision}`.", ""]
     lines += [f"- parent {role.replace('_', ' ')}: `{digest}`" for role, digest in model.parents.items()]
     lines += [f"- evaluation: `{verdict.digest}`"]
     return "\n".join(lines) + "\n"
 
 
-def as_report(model: Manifest, verdict: Manifest, *, registration: str, uri: str, note: str, name: str) -> str:
+def as_report(
+    model: Manifest, verdict: Manifest, outcome: Outcome, *, registration: str, uri: str, note: str, name: str
+) -> str:
     """The summary of the stage in Markdown."""
-    lines = [f"# {_title(verdict)}", "", f"{verdict.facts['reason']}.", "", f"- {registration}"]
+    lines = [f"# {TITLE[outcome.decision]}", "", f"{outcome.reason}.", "", f"- {registration}"]
+    lines += [f"- {tag.replace('_', ' ')}: {value}" for tag, value in outcome.approval.items()]
     lines += [f"- trained by {TITLES[lineage_of(model, verdict)['method']]}"]
     lines += [f"- model digest {model.digest}", f"- model at {uri}{note}"]
     lines += [f"- parent {role.replace('_', ' ')} {digest}" for role, digest in model.parents.items()]
     if name:
         lines += ["", f"Load it with `mlflow.pyfunc.load_model({f'models:/{name}'!r})`."]
     return "\n".join(lines) + "\n"
-
-
-def _title(verdict: Manifest) -> str:
-    return f"Promoted to {CHAMPION}" if verdict.facts["decision"] == "promote" else "Rejected"
 
 
 def _table(facts: Mapping[str, Fact]) -> list[str]:

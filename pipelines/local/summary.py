@@ -12,6 +12,7 @@ from typing import Any
 from components.rlhf.config.params import Params
 from components.rlhf.tracking.parent import GOES_TO_GATE
 from components.rlhf.tracking.texts import database_file
+from pipelines.local.approve import answer_of
 from pipelines.local.report import complete_report
 from pipelines.local.runner import StageRecord
 
@@ -42,6 +43,10 @@ def build_summary(
     method = next((name for name, policy in policies.items() if policy[GOES_TO_GATE]), params.policy.methods[0])
     found = policies.get(method, {"facts": {}, "numbers": {}})
     facts, numbers = found["facts"], found["numbers"]
+    promoted, reason = facts.get("decision") == "promote", facts.get("reason", "")
+    answer = answer_of(run) if promoted and params.gate.approval == "required" else None
+    if answer is not None:
+        promoted, reason = answer.approved, f"{reason}; {answer}"
     paths = {
         "run": str(run),
         **_link_outputs(run, artifacts, params.policy.methods, method),
@@ -49,8 +54,9 @@ def build_summary(
     }
     summary = {
         "status": "failed" if error else "succeeded",
-        "promoted": facts.get("decision") == "promote",
-        "reason": error or facts.get("reason", ""),
+        "promoted": promoted,
+        "reason": error or reason,
+        **({"approval": answer.tags()} if answer else {}),
         "run_id": run_id,
         "preset": params.preset,
         "seed": params.seed,
@@ -166,5 +172,5 @@ def _commands(paths: dict[str, str], tracking_uri: str) -> dict[str, str]:
         "model": [sys.executable, "-c", code],
     }
     if tracking_uri:
-        commands["tracking"] = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri]
+        commands["tracking"] = [sys.executable, "-m", "pipelines", "ui", paths["run"]]
     return {name: shlex.join(words) for name, words in commands.items()}

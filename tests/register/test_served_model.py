@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.models import Model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components.register.describe import as_description, lineage_of
+from components.register.describe import Outcome, as_description, lineage_of
 from components.register.model_folder import Link, example_of, link_to, write_model_folder
 from components.register.served_model import PolicyError, verify
 from components.register.source import Source
@@ -64,7 +64,7 @@ def uri(tracking: TrackingConfig, policy: Path, tmp_path_factory: pytest.TempPat
     )
     version = register_version(
         tracking, folder=folder, run_id="r", decision="promote", reason="better", lineage=lineage_of(model, verdict),
-        description=as_description(model, verdict, uri=str(policy)),
+        description=as_description(model, verdict, Outcome("promote", "better"), uri=str(policy)),
     )  # fmt: skip
     assert version == "1"
     return f"models:/{tracking.registered_model}@champion"

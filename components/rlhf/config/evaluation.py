@@ -1,8 +1,8 @@
 """Settings of the evaluation on held-out prompts and of the promotion gate."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from components.rlhf.config.base import BaseConfig, Fraction, NonNegative, Positive, PositiveInt
 from components.rlhf.config.code import Digest
@@ -56,6 +56,15 @@ class GateConfig(BaseConfig):
     """Maximum KL divergence from the SFT model, in nats per sequence."""
     min_prompts: PositiveInt = 30
     """Least number of prompts that the judge has compared; with fewer there is no verdict, and nothing is promoted."""
+
+
+class PromotionConfig(GateConfig):
+    """Conditions for the promotion of a policy, and whether a person must approve of it."""
+
+    approval: Literal["none", "required"] = "none"
+    """required: a policy that fulfils the conditions becomes champion only when a person has approved of it (docs/approval.md)."""
+    approval_hours: Annotated[Positive, Field(le=24 * 365)] = 72.0
+    """Time limit of the approval, in hours; after it the policy is rejected."""
 
 
 class EvaluationStageConfig(BaseConfig):

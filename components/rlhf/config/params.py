@@ -11,7 +11,7 @@ from components.rlhf.config.cluster import PROCESS_STAGES, TRAINING_STAGES, Clus
 from components.rlhf.config.code import CodeConfig
 from components.rlhf.config.dpo import DpoConfig, check_dpo
 from components.rlhf.config.environment import check_environment
-from components.rlhf.config.evaluation import EvaluationConfig, GateConfig, check_evaluation
+from components.rlhf.config.evaluation import EvaluationConfig, PromotionConfig, check_evaluation
 from components.rlhf.config.judge import (
     EndpointJudge,
     Judges,
@@ -51,7 +51,7 @@ class Params(BaseConfig):
     ppo: PpoConfig = PpoConfig()
     dpo: DpoConfig = DpoConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    gate: GateConfig = GateConfig()
+    gate: PromotionConfig = PromotionConfig()
     code: CodeConfig = CodeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

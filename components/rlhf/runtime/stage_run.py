@@ -251,8 +251,8 @@ class StageRun(Generic[Config]):
         # The key and form of kfp.dsl.ClassificationMetrics.log_roc_curve (kfp 2.17).
         self.outputs[output] = {"confidenceMetrics": list(points)} if points else {}
 
-    def write_report(self, output: str, path: Path, text: str) -> None:
-        """Write a Markdown or HTML output, and log it to MLflow."""
+    def write_report(self, output: str, path: Path, text: str, picture: str = "") -> None:
+        """Write a Markdown or HTML output, and log it to MLflow, with its charts as a picture (SVG), which MLflow shows and compares."""
         if rank() > 0:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -260,3 +260,5 @@ class StageRun(Generic[Config]):
         self.outputs[output] = {}
         # KFP's paths have no suffix, by which MLflow decides how to show a file.
         self.tracker.log_file(path, f"{output}.html" if text.lstrip().startswith("<!") else f"{output}.md")
+        if picture:
+            self.tracker.log_text(f"{output}.svg", picture)

@@ -32,7 +32,8 @@ def register_version(
     """Register a folder in MLflow's model format, with its lineage as tags; return the version, or "" if there is no registry.
 
     The folder becomes an artifact of the parent run. The alias `candidate` moves to the version, and with the decision promote also
-    `champion`. Errors of MLflow are warnings. If the run has registered a version already, that version is updated.
+    `champion`. Without a decision, for which a person is waited for, the version has no tags of it. Errors of MLflow are warnings. If
+    the run has registered a version already, that version is updated.
     """
     if not tracking.enabled or not tracking.uri:
         return ""
@@ -40,7 +41,8 @@ def register_version(
         client = connect(tracking.uri)
         name = tracking.registered_model
         _require_model(client, name)
-        tags = {"decision": decision, "reason": reason, RUN_ID_TAG: run_id, **lineage}
+        verdict = {"decision": decision, "reason": reason} if decision else {}
+        tags = {**verdict, RUN_ID_TAG: run_id, **lineage}
         tags = {key: redact(value) for key, value in tags.items()}
         description = redact(description)[:MAX_DESCRIPTION_CHARS]
         version = find_version(client, name, run_id)
@@ -59,6 +61,22 @@ def register_version(
             client.set_registered_model_alias(name, alias, version.version)
         return str(version.version)
     except Exception as error:  # MLflow must not fail a run
+        warn(error, tracking)
+        return ""
+
+
+def make_champion(tracking: TrackingConfig, run_id: str) -> str:
+    """Move the alias `champion` to the version of a run, if that was promoted; return it, else "". Errors of MLflow are warnings."""
+    if not tracking.enabled or not tracking.uri:
+        return ""
+    try:
+        client = connect(tracking.uri)
+        version = find_version(client, tracking.registered_model, run_id)
+        if version is None or version.tags.get("decision") != "promote":
+            return ""
+        client.set_registered_model_alias(tracking.registered_model, CHAMPION, version.version)
+        return str(version.version)
+    except Exception as error:  # MLflow must not fail a sweep
         warn(error, tracking)
         return ""
 
