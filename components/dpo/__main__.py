@@ -24,7 +24,7 @@ def main(run: StageRun[DpoStageConfig], sft_model: Path, preferences: Path, **wr
     from components.dpo.examples import load_examples
     from components.dpo.metrics import final_metrics
     from components.dpo.policy import save_policy
-    from components.dpo.report import as_html
+    from components.dpo.report import as_html, as_picture
     from components.dpo.trainer import DpoTrainer
     from components.rlhf.artifacts.directory import open_inputs
     from components.rlhf.data.datasets import read_header
@@ -57,7 +57,8 @@ def main(run: StageRun[DpoStageConfig], sft_model: Path, preferences: Path, **wr
             f"held-out pairs in the right order: {numbers['heldout_accuracy']:.1%}, margin {numbers['heldout_margin']:.3f}"
         )
     run.write_manifest("manifest", writes["manifest"], of="model", folder=writes["model"])
-    run.write_report("report", writes["report"], as_html(trainer.history, numbers, config.dpo))
+    page, picture = as_html(trainer.history, numbers, config.dpo), as_picture(trainer.history)
+    run.write_report("report", writes["report"], page, picture)
     run.write_metrics(writes["metrics"], numbers)
 
 

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from components.dpo.metrics import History
 from components.rlhf.config.dpo import DpoConfig
 from components.rlhf.page.charts import SHAPES, Series, line_chart
+from components.rlhf.page.picture import picture
 from components.rlhf.page.render import render
 
 # Title of each panel, and its metrics with their labels.
@@ -62,6 +63,11 @@ def means(points: Sequence[tuple[float, float]], count: int) -> list[tuple[float
     size = math.ceil(len(points) / count) or 1
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def as_picture(history: History) -> str:
+    """All panels as one SVG."""
+    return picture([(panel.title, panel.chart, panel.legend) for panel in panels_of(history)])
 
 
 def as_html(history: History, numbers: Mapping[str, float], dpo: DpoConfig) -> str:

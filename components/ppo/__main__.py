@@ -34,7 +34,7 @@ def main(
     demonstrations: Path | None,
     **writes: Path,
 ) -> None:
-    from components.ppo.curves import as_html
+    from components.ppo.curves import as_html, as_picture
     from components.ppo.guard import SAMPLES_FILE
     from components.ppo.metrics import final_metrics
     from components.ppo.policy import save_policy
@@ -68,7 +68,8 @@ def main(
             streamed=weights,
         )
     run.write_manifest("manifest", writes["manifest"], of="model", folder=writes["model"])
-    run.write_report("curves", writes["curves"], as_html(history, config.ppo, outcome))
+    page, picture = as_html(history, config.ppo, outcome), as_picture(history, outcome)
+    run.write_report("curves", writes["curves"], page, picture)
     if outcome.events and group.rank == 0:
         run.tracker.log_file(writes["model"] / SAMPLES_FILE)
     run.write_metrics(writes["metrics"], numbers)

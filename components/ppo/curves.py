@@ -9,6 +9,7 @@ from markupsafe import Markup
 from components.ppo.keep import Outcome
 from components.rlhf.config.ppo import PpoConfig
 from components.rlhf.page.charts import SHAPES, Marks, Series, line_chart
+from components.rlhf.page.picture import picture
 from components.rlhf.page.render import render
 
 Row = dict[str, float]
@@ -75,6 +76,11 @@ def _marks(name: str, outcome: Outcome) -> Marks:
         x=[*exported, *((event.iteration, REFUSED) for event in outcome.events)],
         y=[(outcome.max_kl, f"at most {outcome.max_kl:g}")] if name == KL and outcome.max_kl is not None else [],
     )
+
+
+def as_picture(history: Sequence[Row], outcome: Outcome | None = None) -> str:
+    """All panels as one SVG."""
+    return picture([(panel.title, panel.chart, panel.legend) for panel in panels_of(history, outcome)])
 
 
 def as_html(history: Sequence[Row], ppo: PpoConfig, outcome: Outcome | None = None) -> str:

@@ -24,7 +24,15 @@ from components.rlhf.runtime.stage import StageRun, stage_program
 )
 def main(run: StageRun[PrepareDataStageConfig], tokenizer: Path, **writes: Path) -> None:
     from components.prepare_data.prepare import prepare
-    from components.prepare_data.report import as_counts, as_html, as_markdown, as_metrics, log_lines, shown_examples
+    from components.prepare_data.report import (
+        as_counts,
+        as_html,
+        as_markdown,
+        as_metrics,
+        as_picture,
+        log_lines,
+        shown_examples,
+    )
     from components.prepare_data.sources import download_sources
     from components.rlhf.artifacts.directory import open_artifact
     from components.rlhf.data.tokenizer import load_tokenizer
@@ -62,7 +70,8 @@ def main(run: StageRun[PrepareDataStageConfig], tokenizer: Path, **writes: Path)
         run.progress.log(f"{name}: {', '.join(f'{size} {split}' for split, size in sizes.items())}")
     examples = shown_examples(prepared, data, loaded, seed=run.config.seed)
     run.write_report("summary", writes["summary"], as_markdown(prepared, data, examples))
-    run.write_report("report", writes["report"], as_html(prepared, data, examples))
+    page, picture = as_html(prepared, data, examples), as_picture(prepared, data)
+    run.write_report("report", writes["report"], page, picture)
     run.write_metrics(writes["metrics"], as_metrics(prepared))
 
 

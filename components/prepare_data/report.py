@@ -14,6 +14,7 @@ from components.prepare_data.prepare import PreparedData
 from components.rlhf.config.prepare_data import DataConfig
 from components.rlhf.data.reading import section_of
 from components.rlhf.page.charts import SHAPES, Marks, Series, histogram
+from components.rlhf.page.picture import picture
 from components.rlhf.page.render import render
 
 NUM_EXAMPLES = {"demonstrations": 4, "preferences": 3, "prompts": 3}
@@ -232,6 +233,11 @@ def as_html(prepared: PreparedData, data: DataConfig, examples: Sequence[ShownEx
         examples=examples,
         shapes=SHAPES,
     )
+
+
+def as_picture(prepared: PreparedData, data: DataConfig) -> str:
+    """The lengths of all sections as one SVG."""
+    return picture([(name, chart, lines) for name, lines, chart in histograms(prepared, data)])
 
 
 def histograms(prepared: PreparedData, data: DataConfig) -> list[tuple[str, list[tuple[str, str]], Markup]]:

@@ -143,9 +143,12 @@ def test_report_works_in_a_sandboxed_frame(chromium: Any, report: Path, tmp_path
 
 
 def test_printed_report_shows_what_was_folded_away(chromium: Any, report: Path) -> None:
-    with opened(chromium, report) as tab:
+    with opened(chromium, report, scheme="dark") as tab:
+        tab.set_viewport_size({"width": 794, "height": 1123})  # A4
         tab.emulate_media(media="print")
         tab.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 794
+        assert violations(tab) == []  # on paper the colors are those for white
         assert not tab.locator("nav").is_visible() and not tab.locator("#tools").is_visible()
         assert tab.locator("details:not(#rest) > :not(summary)").first.is_visible()
         assert len(tab.pdf()) > 10_000

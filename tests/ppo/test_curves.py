@@ -1,6 +1,6 @@
 import re
 
-from components.ppo.curves import PANELS, as_html, panels_of
+from components.ppo.curves import PANELS, as_html, as_picture, panels_of
 from components.ppo.guard import Event
 from components.ppo.keep import Outcome
 from components.ppo.validation import Evaluation
@@ -50,6 +50,11 @@ def test_validation_passes_are_drawn_as_points() -> None:
     assert validated.legend == [("rollout", "policy"), ("validation prompts", "reward")]
     assert validated.chart.count('class="point s-reward"') == 2 and 'class="line s-reward"' not in validated.chart
     assert "validation prompts 4.000" in re.sub("<[^>]*>", " ", validated.chart)
+
+
+def test_picture_has_all_panels() -> None:
+    picture = as_picture(history(3), OUTCOME)
+    assert picture.count('aria-label="') == 9 and all(title in picture for _, title in PANELS)
 
 
 def test_values_of_the_curves_are_in_a_table() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import time
 from collections import deque
@@ -44,7 +43,6 @@ if TYPE_CHECKING:  # register and notify run where torch is not installed
 
 Config = TypeVar("Config", bound=BaseConfig)
 RUN_ID = "RLHF_RUN_ID"
-PLOT = r"<svg [^>]*xmlns=[^>]*>.*?</svg>"  # in a page; those without a namespace cannot be opened outside of it
 
 
 def rank() -> int:
@@ -253,8 +251,8 @@ class StageRun(Generic[Config]):
         # The key and form of kfp.dsl.ClassificationMetrics.log_roc_curve (kfp 2.17).
         self.outputs[output] = {"confidenceMetrics": list(points)} if points else {}
 
-    def write_report(self, output: str, path: Path, text: str) -> None:
-        """Write a Markdown or HTML output, and log it to MLflow, with its plots as pictures, which MLflow shows and compares."""
+    def write_report(self, output: str, path: Path, text: str, picture: str = "") -> None:
+        """Write a Markdown or HTML output, and log it to MLflow, with its charts as a picture (SVG), which MLflow shows and compares."""
         if rank() > 0:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -262,5 +260,5 @@ class StageRun(Generic[Config]):
         self.outputs[output] = {}
         # KFP's paths have no suffix, by which MLflow decides how to show a file.
         self.tracker.log_file(path, f"{output}.html" if text.lstrip().startswith("<!") else f"{output}.md")
-        for number, plot in enumerate(re.findall(PLOT, text, re.DOTALL), start=1):
-            self.tracker.log_text(f"{output}.svg" if number == 1 else f"{output}_{number}.svg", plot)
+        if picture:
+            self.tracker.log_text(f"{output}.svg", picture)
