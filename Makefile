@@ -34,11 +34,11 @@ run: .venv/ready ## Run the whole pipeline on this machine (PRESET=full, ARGS="-
 	@$(PY) -m pipelines run $(PARAMS) $(if $(PRESET),--set preset=$(PRESET)) $(ARGS)
 
 ##@ Develop
-.PHONY: test test-all lint audit compile bench bench-peers study effects constraints clean
+.PHONY: test test-all lint audit compile docs bench bench-peers study effects constraints clean
 test: .venv/ready ## Run the fast tests (tiny models, CPU)
-	$(PYTEST) -m "not slow and not vllm and not deepspeed" $(ARGS)
+	$(PYTEST) -m "not slow and not vllm and not deepspeed and not browser" $(ARGS)
 
-test-all: .venv/ready ## Run all tests: also vLLM, DeepSpeed in two processes, images and the real model
+test-all: .venv/ready ## Run all tests: also vLLM, DeepSpeed in two processes, images, a browser and the real model
 	$(PYTEST) $(ARGS)
 
 lint: .venv/ready ## ruff on everything, mypy --strict on components/rlhf
@@ -52,6 +52,9 @@ audit: .venv/ready ## Look up known vulnerabilities of every pinned version; rev
 
 compile: .venv/ready ## Write the component.yaml of every stage, pipelines/compiled and the reference of all parameters
 	$(PY) -m pipelines dev components
+
+docs: .venv/ready ## Build the documentation as a website in site/
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 bench: .venv/ready ## Time `make run` and its peak memory, stage by stage
 	$(PY) -m pipelines run $(PARAMS) --out runs/bench-$$(date +%Y%m%d-%H%M%S) && $(PY) -m benchmarks.report

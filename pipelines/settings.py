@@ -158,6 +158,13 @@ def dump_yaml(params: Params) -> str:
     return yaml.safe_dump(json.loads(params.canonical_json()), sort_keys=False, allow_unicode=True)
 
 
+def own_settings(params: Params) -> str:
+    """The settings that are not defaults, as JSON that Params reads."""
+    own = params.model_dump(mode="json", exclude_defaults=True)
+    # Settings of a method that does not run are only allowed beside a policy.method that is given.
+    return json.dumps({**own, "policy": params.policy.model_dump(mode="json")}, ensure_ascii=False)
+
+
 def settings_of_stage(params: Params, stage: str) -> str:
     """The canonical JSON that the pipeline passes to one stage."""
     stages: dict[str, type[BaseConfig]] = {

@@ -1,7 +1,7 @@
 """Fixtures for all tests, and the tiers.
 
-make test runs everything that is not marked slow, vllm or deepspeed: tiny random models on a CPU, no network. make test-all adds
-the slow tests (the real model and ratings, and the commands of the README) and those that start vLLM or DeepSpeed.
+make test runs everything that is not marked slow, vllm, deepspeed or browser: tiny random models on a CPU, no network. make test-all adds
+the slow tests (the real model and ratings, and the commands of the README) and those that start vLLM, DeepSpeed or a browser.
 
 Hypothesis tries the same examples every time, so that only a change of the code makes a test fail. HYPOTHESIS_PROFILE=search tries
 others: make test HYPOTHESIS_PROFILE=search.

@@ -36,7 +36,7 @@ class Artifacts:
 
 def params_of(seed: int, num_iterations: int | None = None) -> Params:
     """The settings of a seed. PPO validates nothing, because the saved policies are measured afterwards."""
-    settings = [PRESET, f"seed={seed}", "ppo.eval_every=0"]
+    settings = [PRESET, f"seed={seed}", "ppo.eval_every=0", "ppo.keep=null"]
     settings += [] if num_iterations is None else [f"ppo.num_iterations={num_iterations}"]
     return load_params(PARAMS, settings)
 

@@ -1,7 +1,10 @@
 """`kfp-rlhf chat`: models answer the same messages side by side in a terminal."""
 
+import contextlib
 import random
+import signal
 import sys
+import termios
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +32,7 @@ MICROBATCH_TOKENS = 4096
 @click.argument("settings")
 def main(settings: str) -> None:
     """Answer the lines of standard input by the models of settings (ChatConfig as JSON)."""
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # so that the terminal is left as it was
     try:
         chat(ChatConfig.from_json(settings), Console(file=sys.stdout))
     except ModuleNotFoundError as error:
@@ -47,11 +51,12 @@ def main(settings: str) -> None:
 
 def chat(config: ChatConfig, console: Console) -> None:
     """Answer one line after the other until standard input ends."""
-    prompts = heldout_prompts(config)
-    if config.is_chat is None:
-        config = config.model_copy(update={"is_chat": bool(prompts) and prompts[0].conversation is not None})
-    speakers = [Speaker.load(model.name, Path(model.folder), config) for model in config.models]
-    scorer = load_scorer(config)
+    with no_echo():
+        prompts = heldout_prompts(config)
+        if config.is_chat is None:
+            config = config.model_copy(update={"is_chat": bool(prompts) and prompts[0].conversation is not None})
+        speakers = [Speaker.load(model.name, Path(model.folder), config) for model in config.models]
+        scorer = load_scorer(config)
     kind = "A message" if config.is_chat else "The beginning of a text"
     hint = "; an empty line takes a held-out prompt" if prompts else ""
     console.print(Text(f"{kind}{hint}. Ctrl-D ends.", style="dim"))
@@ -65,18 +70,40 @@ def chat(config: ChatConfig, console: Console) -> None:
             console.print(Text(prompt.prompt, style="italic"))
         for speaker in speakers:
             speaker.hear(line, prompt)
-        answer(speakers, scorer, config, config.seed + number, console)
+        with no_echo():
+            answer(speakers, scorer, config, config.seed + number, console)
 
 
 def lines(console: Console) -> Iterator[str]:
-    """What a person types, or the lines of a file."""
-    while True:
+    """What a person types, or the lines of a file, which a terminal shows as if they were typed."""
+    if sys.stdin.isatty() and console.is_terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (input() then edits lines, and shows what was typed before it was called)
+        with contextlib.suppress(EOFError):
+            while True:
+                yield input("> ")
+        console.print()
+        return
+    for line in sys.stdin:
         if console.is_terminal:
-            console.print("[bold cyan]> [/]", end="")
-        line = sys.stdin.readline()
-        if not line:
-            return
+            console.print(Text(f"> {line.rstrip()}"), soft_wrap=True)
         yield line.rstrip("\n")
+
+
+@contextlib.contextmanager
+def no_echo() -> Iterator[None]:
+    """Keep what a person types meanwhile for the next line, unseen: an echo would move the cursor under the answers being drawn."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(terminal, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
 @dataclass

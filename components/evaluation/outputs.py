@@ -3,17 +3,26 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from components.evaluation.findings import findings_of, save_findings
 from components.evaluation.measure import Measured
-from components.evaluation.report import as_html, as_markdown
+from components.evaluation.over_kl import reward_and_judge_over_kl
+from components.evaluation.report import Background, as_html, as_markdown
 from components.evaluation.rival import SAMPLED_WITH, sampling_digest, save_responses
 from components.evaluation.samples import save_comparison
 from components.evaluation.side_by_side import compare_policies, training_costs
+from components.evaluation.tables import stage_costs
 from components.evaluation.verdict import Decision
 from components.rlhf.artifacts.manifest import Manifest
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.runtime.executor import write_parameter
 from components.rlhf.runtime.stage import StageRun
 from components.rlhf.tracking.parent import GOES_TO_GATE
+
+KEPT = (
+    "kept_iteration",
+    "kept_reason",
+    "guard",
+)  # facts of a policy that the evaluation repeats, for the report of another one
 
 
 def write_outputs(
@@ -36,8 +45,10 @@ def write_outputs(
     def fill(folder: Path) -> None:
         save_comparison(comparison, measured.judges, numbers, measured.training, folder)
         save_responses(comparison, config.seed, folder)
+        save_findings(findings_of(numbers, measured.judges, measured.training, policy.facts), folder)
 
-    facts = {"method": config.method, SAMPLED_WITH: sampling_digest(config)}
+    kept = {name: policy.facts[name] for name in KEPT if name in policy.facts}
+    facts = {**kept, "method": config.method, SAMPLED_WITH: sampling_digest(config)}
     run.write_artifact(
         "evaluation",
         writes["evaluation"],
@@ -47,20 +58,23 @@ def write_outputs(
         facts={**numbers, **facts, "decision": verdict.decision, "reason": verdict.reason},
         measurements=costs,
     )
-    page = as_html(
-        comparison,
-        measured.judges,
-        numbers,
-        verdict,
-        measured.training,
-        seed=config.seed,
-        memory=run.memory_of(inputs),
+    background = Background(
         policy=policy.facts,
         both=both,
+        rival=rival,
+        costs=stage_costs(inputs, run.measurements, config.method),
+        inputs=inputs,
+        settings=run.settings_text,
+        max_kl=config.gate.max_kl,
     )
+    judges, training = measured.judges, measured.training
+    page = as_html(comparison, judges, numbers, verdict, training, seed=config.seed, background=background)
     run.write_report("report", writes["report"], page)
-    run.write_report("summary", writes["summary"], as_markdown(numbers, measured.judges, verdict, policy.facts, both))
+    summary = as_markdown(numbers, judges, verdict, training, background)
+    run.write_report("summary", writes["summary"], summary)
     run.write_metrics(writes["metrics"], numbers)
+    if picture := reward_and_judge_over_kl(measured.training):
+        run.tracker.log_text("reward_and_judge_over_kl.svg", picture)
     for name, value in (("decision", verdict.decision), ("reason", verdict.reason), ("better", better)):
         write_parameter(writes[name], value)
     run.progress.log(f"{verdict.decision}: {verdict.reason}")

@@ -1,68 +1,52 @@
-"""The report of the comparison: an HTML page with table, plots and samples, and the table as Markdown."""
+"""The report of the comparison: a self-contained HTML page, and the same as Markdown."""
 
-import io
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import jinja2
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-
+from components.evaluation.cards import RANDOM, as_attributes, list_cards
 from components.evaluation.compare import Comparison
-from components.evaluation.judging import Judged
-from components.evaluation.samples import (
-    NUM_EXTREMES,
-    NUM_RANDOM,
-    choose_disagreements,
-    choose_rows,
-    gains_of,
-    turns_of,
+from components.evaluation.figures import (
+    length_figure,
+    reward_against_kl,
+    score_figures,
+    training_figures,
+    training_table,
+    win_rate_rows,
 )
+from components.evaluation.findings import Finding, findings_of, over_optimizes
+from components.evaluation.judging import Judged
+from components.evaluation.rival import Rival
 from components.evaluation.side_by_side import SideBySide
+from components.evaluation.tables import Facts, judge_rows, lineage_rows, policy_sentences, settings_text
 from components.evaluation.verdict import Decision
-from components.rlhf.artifacts.manifest import Fact
+from components.rlhf.artifacts.manifest import Manifest
 from components.rlhf.config.policy import TITLES
+from components.rlhf.page.charts import SHAPES
+from components.rlhf.page.costs import StageCost, costs_part
+from components.rlhf.page.render import render
 from components.rlhf.text.comparison_table import comparison_rows, method_of
 
-Facts = Mapping[str, Fact]
-NO_FACTS: Facts = MappingProxyType({})
-TRAINING_PANELS = (
-    ("reward", "reward (what PPO raises)"),
-    ("judge_score", "score of the first judge"),
-    ("kl", "KL (nats per response)"),
-    ("eos_rate", "EOS rate"),
-)
+Rows = Sequence[Mapping[str, float]]
+FOLDER = Path(__file__).parent
 
 
-def as_markdown(
-    numbers: Mapping[str, float],
-    judges: Sequence[Judged],
-    verdict: Decision,
-    policy: Facts = NO_FACTS,
-    both: SideBySide | None = None,
-) -> str:
-    """policy are the facts of its manifest; both has it beside the other policy of the run."""
-    lines = [f"# {verdict.decision.capitalize()}", "", f"{verdict.reason}.", ""]
-    lines += [line for sentence in policy_sentences(policy) for line in (sentence, "")] + [
-        f"| | SFT | {TITLES[method_of(numbers)]} |",
-        "|---|---:|---:|",
-    ]
-    lines += [f"| {row['name']} | {row['sft']} | {row['policy']} |" for row in comparison_rows(numbers)]
-    lines += ["", "| judge | agreement with people | win rate |", "|---|---|---|"]
-    for row in judge_rows(numbers, judges):
-        cells = [row[name].replace("|", "\\|") for name in ("name", "agreement", "win_rate")]
-        lines.append(f"| {' | '.join(cells)} |")
-    if both:
-        lines += ["", f"## {' and '.join(both.head[1:])} side by side", "", both.reason, ""]
-        lines += [f"| | {' | '.join(both.head)} |", "|---" + "|---:" * len(both.head) + "|"]
-        lines += [f"| {' | '.join(row)} |" for row in both.rows]
-    return "\n".join(lines) + "\n"
+@dataclass(frozen=True, kw_only=True)
+class Background:
+    """What a report tells beside the comparison."""
+
+    policy: Facts = field(default_factory=dict)  # of the policy's manifest
+    both: SideBySide | None = None  # the policy beside the other one of the run
+    rival: Rival | None = None  # the evaluation of the other policy
+    costs: Sequence[StageCost] = ()
+    inputs: Mapping[str, Manifest] = field(default_factory=dict)  # by kind
+    settings: str = ""  # of the stage, as JSON
+    max_kl: float | None = None  # of the gate
+
+
+NOTHING = Background()
+DECIDED = {"promote": "Promoted", "reject": "Rejected"}
 
 
 def as_html(
@@ -70,170 +54,114 @@ def as_html(
     judges: Sequence[Judged],
     numbers: Mapping[str, float],
     verdict: Decision,
-    training: Sequence[Mapping[str, float]],
+    training: Rows,
     *,
     seed: int,
-    memory: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
-    policy: Facts = NO_FACTS,
-    both: SideBySide | None = None,
+    background: Background = NOTHING,
 ) -> str:
-    """A self-contained HTML page. training has one row per validation pass, and may be empty; memory has measurements by stage.
-
-    policy are the facts of its manifest; both has it beside the other policy of the run.
-    """
-    template = jinja2.Environment(autoescape=True).from_string(
-        (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
-    )
+    """A self-contained HTML page, which is complete without scripts. training has one row per validation pass, and may be empty."""
+    title, rival = TITLES[comparison.method], background.rival
+    curve, kept, trained = training, background.policy.get("kept_iteration"), title
+    if not training and rival:  # the curves of PPO are those of the other policy
+        curve, kept, trained = rival.training, rival.facts.get("kept_iteration"), TITLES[rival.method]
     gives_scores = judges[0].policy_scores is not None and not judges[0].cannot_tell
-    title = TITLES[comparison.method]
-    return template.render(
+    listing = list_cards(
+        comparison, judges, seed=seed, rival=(TITLES[rival.method], rival.responses) if rival else None
+    )
+    return render(
+        FOLDER / "report.html",
         method=title,
-        both=both,
         numbers=numbers,
         verdict=verdict,
-        rows=comparison_rows(numbers),
+        headlines=headlines(numbers, verdict, rival, background.both),
+        findings=all_findings(judges, numbers, training, background),
+        names=" and ".join(TITLES[method] for method in ([rival.method] if rival else []) + [comparison.method]),
+        policy=policy_sentences(background.policy),
+        rows=[[row["name"], row["sft"], row["policy"]] for row in comparison_rows(numbers)],
+        win_rates=win_rate_rows(numbers, judges),
+        both=background.both,
         judges=judge_rows(numbers, judges),
+        agreements=[(judge.name, judge.entry.agreement) for judge in judges if judge.entry.agreement],
         kappas=[(*key.split("/")[1:], value) for key, value in numbers.items() if key.startswith("kappa/")],
-        plot=_plot(comparison, judges[0]) if gives_scores else "",
-        policy=policy_sentences(policy),
-        num_failed=comparison.num_failed,
-        training_plot=_training_plot(training, policy.get("kept_iteration")) if training else "",
-        groups=choose_samples(comparison, judges[0], seed=seed),
+        trained=trained,
+        optimized=over_optimizes(rival.numbers if trained != title and rival else numbers, curve, kept),
+        against_kl=reward_against_kl(curve, kept),
+        curves=training_figures(curve, kept, background.max_kl),
+        curve_table=training_table(curve),
+        score_figures=score_figures(comparison, judges[0]),
+        length_figure=length_figure(comparison),
+        listing=listing,
+        attributes=as_attributes,
+        random_group=RANDOM,
         gain="judge score gain" if gives_scores else f"{title} preferred (1) or not (-1)",
-        disagreements=choose_disagreement_samples(comparison, judges, seed=seed),
-        names=[judge.name for judge in judges],
-        samples_each=NUM_EXTREMES,
-        num_random=NUM_RANDOM,
-        memory=memory_rows(memory),
-    )
+        gain_form="%+.2f",
+        costs=costs_part(background.costs, is_complete=False),
+        lineage=lineage_rows(background.inputs),
+        settings=settings_text(background.settings),
+        shapes=SHAPES,
+    )  # fmt: skip
 
 
-def policy_sentences(facts: Facts) -> list[str]:
-    """Which iteration of PPO the policy was exported after and why, and what the guard did, from the facts of its manifest."""
-    texts = [str(facts[name]) for name in ("kept_reason", "guard") if name in facts]
-    return [f"{text[0].upper()}{text[1:]}." for text in texts if text]
-
-
-def memory_rows(measurements: Mapping[str, Mapping[str, float]]) -> list[dict[str, str]]:
-    """A row for each artifact whose stage compared its memory with its plan: what was planned and measured, in GiB."""
-    rows = []
-    for name, numbers in measurements.items():
-        planned, peak = numbers.get("memory/planned_gib"), numbers.get("memory/peak_gib")
-        if planned and peak:
-            ratio = f"{planned / peak:.2f}"
-            rows.append({"name": name, "planned": f"{planned:.2f}", "peak": f"{peak:.2f}", "ratio": ratio})
-    return rows
-
-
-def judge_rows(numbers: Mapping[str, float], judges: Sequence[Judged]) -> list[dict[str, str]]:
-    """A row for each judge: its agreement with people, a baseline, its consistency, and its win rate or why it has none."""
-    rows = []
-    for number, judge in enumerate(judges):
-        prefix = f"judges/{judge.name}/" if number else ""
-        own = {name.removeprefix(prefix): value for name, value in numbers.items() if name.startswith(prefix)}
-        agreement = judge.entry.agreement
-        row = {
-            "name": judge.name,
-            "kind": judge.entry.settings.kind,
-            "agreement": agreement.explain() if agreement else "needs none" if judge.verifies else "not measured",
-            "longer": f"{agreement.longer_wins:.1%}" if agreement else "",
-            "consistency": f"{own['judge_consistency']:.1%}" if "judge_consistency" in own else "",
-            "cost": _cost_text(judge.counts),
-            "win_rate": f"cannot tell: {judge.cannot_tell}",
-        }
-        if "win_rate" in own:
-            row["win_rate"] = f"{own['win_rate']:.3f} [{own['win_rate_low']:.3f}, {own['win_rate_high']:.3f}]"
-        rows.append(row)
-    return rows
-
-
-def _cost_text(counts: Mapping[str, float]) -> str:
-    """What the answers of an endpoint took; empty for other judges."""
-    if not counts:
-        return ""
-    text = f"{counts['requests']:,.0f} requests, {counts['cached']:,.0f} from the cache, "
-    text += f"{counts['input_tokens'] + counts['output_tokens']:,.0f} tokens"
-    text += f", cost {counts['cost']:.2f}" if counts["cost"] else ""
-    without = ", ".join(f"{counts[name]:.0f} {name}" for name in ("refused", "unreadable", "rejected") if counts[name])
-    return f"{text}; {without}" if without else text
-
-
-def choose_samples(comparison: Comparison, judge: Judged, *, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Selected pairs of responses, with the gain in judge score: only random ones, without gains, if the judge cannot tell."""
-    gains = gains_of(judge)
-    groups = choose_rows(gains, seed=seed)
-    if judge.cannot_tell:
-        return {"At random": [_sample(comparison, i) for i in groups["At random"] or range(len(gains))]}
-    return {group: [_sample(comparison, i) | {"gain": gains[i]} for i in rows] for group, rows in groups.items()}
-
-
-def choose_disagreement_samples(comparison: Comparison, judges: Sequence[Judged], *, seed: int) -> list[dict[str, Any]]:
-    """Pairs of responses on which judges disagree, with the verdict of each judge."""
-    title = TITLES[comparison.method]
-    words = {1.0: title, 0.0: "SFT", 0.5: "tie"}
+def headlines(
+    numbers: Mapping[str, float], verdict: Decision, rival: Rival | None, both: SideBySide | None
+) -> list[dict[str, Any]]:
+    """The decision and the win rate of each policy of the run, that of the comparison last."""
+    own = method_of(numbers)
+    found = [(rival.method, rival.outcome.decision, str(rival.facts.get("reason", "")), rival.numbers)] if rival else []
     return [
-        _sample(comparison, i)
-        | {
-            "verdicts": [
-                words.get(float(j.wins[i]), title if j.wins[i] > 0.5 else "SFT" if j.wins[i] < 0.5 else "")
-                for j in judges
-            ]
+        {
+            "title": TITLES[method],
+            "decision": decision,
+            "reason": reason,
+            "word": "No verdict" if reason.startswith("no verdict") else DECIDED[decision],
+            "numbers": values,
+            "goes_to_gate": both is not None and both.better.method == method,
         }
-        for i in choose_disagreements(judges, seed=seed)
+        for method, decision, reason, values in [*found, (own, verdict.decision, verdict.reason, numbers)]
     ]
 
 
-def _sample(comparison: Comparison, row: int) -> dict[str, Any]:
-    sft, policy = comparison.sft.completions[row], comparison.policy.completions[row]
-    return {
-        "prompt": comparison.prompts[row].prompt,
-        "sft": sft.response,
-        "policy": policy.response,
-        **({"sft_turns": turns_of(sft), "policy_turns": turns_of(policy)} if sft.turns or policy.turns else {}),
-    }
+def all_findings(
+    judges: Sequence[Judged], numbers: Mapping[str, float], training: Rows, background: Background
+) -> list[tuple[str, list[Finding]]]:
+    """What the numbers of each policy of the run say, by the name of the policy."""
+    rival = background.rival
+    others = [(TITLES[rival.method], findings_of(rival.numbers, judges, rival.training, rival.facts))] if rival else []
+    return [*others, (TITLES[method_of(numbers)], findings_of(numbers, judges, training, background.policy))]
 
 
-def _plot(comparison: Comparison, judge: Judged) -> str:
-    """Histogram of the judge scores of both models, and scatter plot of judge score vs. reward model score per row, if there is one."""
-    with_rewards = comparison.sft.rewards is not None
-    figure, axes = plt.subplots(1, 1 + with_rewards, figsize=(11, 3.8), constrained_layout=True, squeeze=False)
-    left, right = axes[0][0], axes[0][-1]
-    for responses, scores, color, label in (
-        (comparison.sft, judge.sft_scores, "#9ca3af", "SFT"),
-        (comparison.policy, judge.policy_scores, "#2563eb", TITLES[comparison.method]),
-    ):
-        left.hist(scores, bins=30, alpha=0.65, color=color, label=label)
-        if with_rewards:
-            right.scatter(responses.rewards, scores, s=7, alpha=0.5, color=color, label=label)
-    left.set_xlabel("judge score")
-    left.set_ylabel("responses")
-    if with_rewards:
-        right.set_xlabel("reward model score")
-        right.set_ylabel("judge score")
-    for axis in axes.flat:
-        axis.legend(frameon=False, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    return _as_svg(figure)
+def as_markdown(
+    numbers: Mapping[str, float],
+    judges: Sequence[Judged],
+    verdict: Decision,
+    training: Rows = (),
+    background: Background = NOTHING,
+) -> str:
+    """The report without pictures and samples."""
+    policy, both = background.policy, background.both
+    title = TITLES[method_of(numbers)]
+    lines = [f"# {verdict.decision.capitalize()}", "", f"{verdict.reason}.", ""]
+    lines += [both.reason, ""] if both else []
+    lines += [line for sentence in policy_sentences(policy) for line in (sentence, "")]
+    for name, findings in all_findings(judges, numbers, training, background):
+        lines += [f"{name}:", ""] if background.rival else []
+        lines += [*(f"- {f.question} **{f.answer}.** {f.detail}" for f in findings), ""]
+    lines += [*_table(["", "SFT", title], [[r["name"], r["sft"], r["policy"]] for r in comparison_rows(numbers)])]
+    rows = [[row[name] for name in ("name", "agreement", "win_rate")] for row in judge_rows(numbers, judges)]
+    lines += ["", *_table(["judge", "agreement with people", "win rate"], rows, numbers=False)]
+    if both:
+        lines += ["", f"## {' and '.join(both.head[1:])} side by side", ""]
+        lines += _table(["", *both.head], both.rows)
+    if training:
+        head, passes = training_table(training)
+        lines += ["", "## Validation passes of the training", "", *_table(head, passes)]
+    return "\n".join(lines) + "\n"
 
 
-def _training_plot(training: Sequence[Mapping[str, float]], kept_iteration: Fact | None) -> str:
-    """One plot of each metric in TRAINING_PANELS that was measured, over the iterations; a dashed line is at the exported one."""
-    panels = [(name, title) for name, title in TRAINING_PANELS if name in training[0]]
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 2.9), constrained_layout=True)
-    for axis, (name, title) in zip(axes, panels, strict=True):
-        axis.plot([r["iteration"] for r in training], [r[name] for r in training], "o-", color="#2563eb", markersize=4)
-        if kept_iteration is not None:
-            axis.axvline(float(kept_iteration), color="#15803d", linestyle="--", linewidth=1.2)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("iteration", fontsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_ylim(-0.03, 1.03)
-    return _as_svg(figure)
-
-
-def _as_svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    plt.close(figure)
-    return re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), count=1, flags=re.DOTALL)
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> list[str]:
+    """A Markdown table; the columns after the first one are numbers, to the right."""
+    lines = [
+        f"| {' | '.join(head)} |".replace("|  |", "| |"),
+        "|---" + ("|---:" if numbers else "|---") * (len(head) - 1) + "|",
+    ]
+    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]

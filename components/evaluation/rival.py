@@ -3,13 +3,13 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from components.evaluation.better import Outcome
 from components.evaluation.compare import Comparison
 from components.evaluation.sampling import row_seed
-from components.rlhf.artifacts.manifest import Manifest
+from components.rlhf.artifacts.manifest import Fact, Manifest
 from components.rlhf.config.evaluation import EvaluationStageConfig
 from components.rlhf.config.policy import TITLES, Method
 from components.rlhf.data.datasets import load_records
@@ -47,6 +47,8 @@ class Rival:
     sft: list[Completion]  # one per row
     responses: list[str]  # of the other policy, one per row
     measurements: Mapping[str, float]  # time and memory of its training
+    training: list[dict[str, float]] = field(default_factory=list)  # the judges' curve of its training
+    facts: Mapping[str, Fact] = field(default_factory=dict)  # of the manifest of its evaluation
 
 
 def sampling_digest(config: EvaluationStageConfig) -> str:
@@ -117,6 +119,8 @@ def open_rival(
         sft=[_completion(row, prompt) for row, prompt in zip(rows, expected, strict=True)],
         responses=[row.policy_response for row in rows],
         measurements=manifest.measurements,
+        training=_read_training(folder),
+        facts=manifest.facts,
     )
 
 
@@ -133,6 +137,16 @@ def _read_numbers(folder: Path) -> dict[str, float]:
         raise InputError(
             f"{folder}/evaluation.json has no numbers of an evaluation ({error}); evaluate it again."
         ) from None
+
+
+def _read_training(folder: Path) -> list[dict[str, float]]:
+    """The validation passes of the training; [] if the evaluation has none."""
+    path = folder / "training.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [{str(name): float(value) for name, value in parse_json(line).items()} for line in lines]
+    except (OSError, NotJsonError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} has no validation passes ({error}); evaluate it again.") from None
 
 
 def _completion(row: SampledResponse, prompt: Prompt) -> Completion:

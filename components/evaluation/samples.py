@@ -13,26 +13,33 @@ from components.evaluation.judging import Judged
 from components.rlhf.data.records import Completion
 
 NUM_EXTREMES, NUM_RANDOM = 5, 10
+MAX_POINTS = 1000  # of a chart with a point per response
 
 
 def choose_rows(gains: Sequence[float], *, seed: int) -> dict[str, list[int]]:
-    """Indices of the prompts to show, by group: the largest gains, the largest losses, and a seeded sample of the rest."""
+    """Indices of the prompts to show, each in one group: the largest gains, the largest losses, and a seeded sample of the rest."""
     order = sorted(range(len(gains)), key=lambda i: gains[i], reverse=True)
     middle = order[NUM_EXTREMES:-NUM_EXTREMES]
     return {
         "Largest gains": order[:NUM_EXTREMES],
-        "Largest losses": order[-NUM_EXTREMES:][::-1],
+        "Largest losses": order[NUM_EXTREMES:][-NUM_EXTREMES:][::-1],
         "At random": random.Random(seed).sample(middle, min(NUM_RANDOM, len(middle))),
     }
 
 
 def choose_disagreements(judges: Sequence[Judged], *, seed: int) -> list[int]:
     """Rows on which one judge that can tell prefers the policy's response and another one SFT's: a seeded sample of them."""
+    rows = disagreements(judges)
+    return sorted(random.Random(seed).sample(rows, min(NUM_RANDOM, len(rows))))
+
+
+def disagreements(judges: Sequence[Judged]) -> list[int]:
+    """All rows on which one judge that can tell prefers the policy's response and another one SFT's."""
     wins = np.array([judge.wins for judge in judges if not judge.cannot_tell])
     if len(wins) < 2:
         return []
-    rows = np.flatnonzero((wins > 0.5).any(axis=0) & (wins < 0.5).any(axis=0)).tolist()
-    return sorted(random.Random(seed).sample(rows, min(NUM_RANDOM, len(rows))))
+    rows: list[int] = np.flatnonzero((wins > 0.5).any(axis=0) & (wins < 0.5).any(axis=0)).tolist()
+    return rows
 
 
 def gains_of(judge: Judged) -> list[float]:

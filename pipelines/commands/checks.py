@@ -65,6 +65,9 @@ def plan_command(
     """Show the memory, time and price of a run before it starts, and what to turn where a stage does not fit.
 
     Of the model only its config and the headers of its files are read. docs/scale.md explains the arithmetic.
+
+    \b
+      kfp-rlhf plan my.yaml --set cluster.default_profile=gpu-24gb
     """
     from rich.console import Console
 
@@ -107,6 +110,9 @@ def data_command(params_file: Path, overrides: tuple[str, ...], rows: int, html:
 
     Counts what is dropped, cut or changed and why, checks the split, and shows lengths in tokens and ten examples with the tokens
     that carry loss. Nothing is trained; of the model only the tokenizer is loaded. docs/data.md lists the accepted shapes.
+
+    \b
+      kfp-rlhf data my.yaml --html data.html
     """
     from pipelines.settings import load_params, preview_settings
 
@@ -142,6 +148,9 @@ def check_model_command(
     """Check that a model folder is computed exactly as transformers computes it, as import_model does.
 
     Also checks tokenizer, stop tokens and context. docs/models.md lists the architectures.
+
+    \b
+      kfp-rlhf check-model ./my-model --chat
     """
     from components.rlhf.config.import_model import ImportModelStageConfig
 

@@ -29,7 +29,11 @@ from pipelines.commands.options import PARAMS_ARGUMENT, SET_OPTION, access_to, s
 def compile_command(
     params_file: Path, overrides: tuple[str, ...], out: Path, output_format: str, namespace: str | None
 ) -> None:
-    """Compile the pipeline of a params file to YAML."""
+    """Compile the pipeline of a params file to YAML.
+
+    \b
+      kfp-rlhf compile my.yaml --out my-pipeline.yaml
+    """
     from pipelines.compile import compile_manifests, compile_pipeline
     from pipelines.placement import require_allowed_code, require_checkpoints_for_budget, require_place_for_approval
     from pipelines.settings import load_params
@@ -112,6 +116,9 @@ def budget_command(folder: str, amount: float) -> None:
 
     It applies within a minute to stages that run, and to those that start: retry a run that has stopped at its budget in the UI of
     Kubeflow Pipelines. Its other parameters cannot change.
+
+    \b
+      kfp-rlhf budget s3://models/checkpoints/run-5f0c6f0e-2c55-4d5f-9a4e-1a4b 200
     """
     from components.rlhf.checkpoints.spend import set_budget
     from components.rlhf.storage.store import open_store

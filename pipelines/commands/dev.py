@@ -9,7 +9,11 @@ from pipelines.commands.options import PARAMS_ARGUMENT, SET_OPTION
 
 @click.group()
 def dev() -> None:
-    """Commands for developers of kfp-rlhf."""
+    """Commands for developers of kfp-rlhf.
+
+    \b
+      kfp-rlhf dev settings ppo my.yaml
+    """
 
 
 @dev.command()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import click
@@ -18,6 +19,9 @@ def report_command(run: Path | None, *, no_open: bool) -> None:
     """Open the report of a run in the browser, and print its path.
 
     RUN is a run directory; the default is the newest run below runs/.
+
+    \b
+      kfp-rlhf report runs/quick-20260101-120000
     """
     from pipelines.local.run_dir import find_run
 
@@ -40,8 +44,13 @@ def ui_command(run: Path | None, port: int, *, no_open: bool) -> None:
     """Start the MLflow UI on the tracking database of a run. Ctrl-C stops it.
 
     RUN is a run directory; the default is the newest run below runs/. Runs in one folder share a database.
+
+    \b
+      kfp-rlhf ui --port 5001
     """
-    from pipelines.local.run_dir import find_run, read_json
+    from components.rlhf.config.storage import TrackingConfig
+    from components.rlhf.tracking.parent import experiment_link
+    from pipelines.local.run_dir import find_run, read_json, read_params
     from pipelines.local.web import page_when_ready, require_free_port
 
     folder = find_run(run)
@@ -50,36 +59,34 @@ def ui_command(run: Path | None, port: int, *, no_open: bool) -> None:
         raise InputError(
             f"{folder} has been run without MLflow; set tracking.enabled and tracking.uri for the next one."
         )
+    tracking = TrackingConfig.model_validate({**(read_params(folder).get("tracking") or {}), "uri": uri})
     if uri.startswith(("http://", "https://")):
-        click.echo(uri)
+        link = experiment_link(tracking, tracking.ui_url or uri)
+        click.echo(link)
         if not no_open and has_browser():
-            click.launch(uri)
+            click.launch(link)
         return
     require_free_port(port)
     address = f"http://127.0.0.1:{port}"
-    click.echo(f"MLflow is at {address}; press Ctrl-C to stop it.")
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "ui",
-        "--backend-store-uri",
-        uri,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    process = subprocess.Popen(command)
-    try:
-        if not no_open and has_browser() and page_when_ready(process, address):
-            click.launch(address)
-        sys.exit(process.wait())
-    except KeyboardInterrupt:
-        pass
-    finally:
-        process.terminate()
-        process.wait()
+    click.echo("Starting MLflow …")
+    server = ["mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([sys.executable, "-m", *server], stdout=log, stderr=subprocess.STDOUT)
+        try:
+            if page_when_ready(process, address):
+                link = experiment_link(tracking, address)
+                click.echo(f"MLflow is at {link}\nPress Ctrl-C to stop it.")
+                if not no_open and has_browser():
+                    click.launch(link)
+            if code := process.wait():
+                log.seek(0)
+                click.echo(log.read().decode(errors="replace"), err=True)
+            sys.exit(code)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            process.terminate()
+            process.wait()
 
 
 @click.command("compare")

@@ -24,6 +24,10 @@ def run(params_file: Path | None, overrides: tuple[str, ...], out: Path | None, 
     """Run the whole pipeline on this machine.
 
     PARAMS is a params file; the default is the movie-review task that comes with kfp-rlhf.
+
+    \b
+      kfp-rlhf run my.yaml --set ppo.num_iterations=4
+      kfp-rlhf run --resume runs/quick-20260101-120000
     """
     from rich.console import Console
 

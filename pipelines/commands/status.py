@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def status_command(run: str | None, server: Callable[[], Any] | None, *, follow:
     from rich.console import Console
     from rich.live import Live
 
-    from pipelines.local.display import state_table
+    from pipelines.local.live import state_table
     from pipelines.run_state import ENDED
 
     read = state_reader(run, server)
@@ -49,7 +49,10 @@ def status_command(run: str | None, server: Callable[[], Any] | None, *, follow:
                 time.sleep(FOLLOW_SECONDS)
                 state = read()
                 live.update(state_table(state), refresh=True)
+    told: dict[str, str] = {}
     while follow and state.state not in ENDED:
+        for line in () if as_json else news(state, told):
+            click.echo(line)
         time.sleep(FOLLOW_SECONDS)
         state = read()
     if as_json:
@@ -58,6 +61,15 @@ def status_command(run: str | None, server: Callable[[], Any] | None, *, follow:
         console.print(state_table(state))
     if follow:
         sys.exit(0 if state.state == "succeeded" else 1)
+
+
+def news(state: Any, told: dict[str, str]) -> Iterator[str]:
+    """A line for each task that has begun and whose state or progress is not the one in told, which is updated."""
+    for task in state.tasks:
+        text = f"[{task.name}] {task.state}" + (f": {task.line}" if task.line else "")
+        if task.state not in ("waiting", "skipped") and told.get(task.name) != text:
+            told[task.name] = text
+            yield text
 
 
 @click.command("logs")

@@ -144,7 +144,8 @@ def _run(
         _show(table, as_json=as_json)
         return 0
     from pipelines.local.run import default_run_dir
-    from pipelines.local.sweep import create_sweep, run_sweep
+    from pipelines.local.sweep import create_sweep, crown, run_sweep
+    from pipelines.local.sweep_results import champion_of, read_results
 
     folder = resume
     if folder is None:
@@ -154,6 +155,10 @@ def _run(
         create_sweep(points, folder)
     errors = run_sweep(folder, progress)
     _show(folder, as_json=as_json)
+    if not errors and (champion := champion_of(read_results(folder))) and (version := crown(Path(champion.run))):
+        progress.print(
+            f"The alias champion in MLflow is at version {version}, that of {champion.name}.", soft_wrap=True
+        )
     if errors:
         program = click.get_current_context().find_root().command_path
         progress.print(f"go on with: {program} sweep --resume {shlex.quote(str(folder))}", soft_wrap=True, markup=False)
@@ -202,11 +207,13 @@ def _show(folder: Path, *, as_json: bool) -> None:
 
     from rich.console import Console
 
-    from pipelines.local.sweep_results import advice, read_results, sweep_table
+    from pipelines.local.sweep_results import advice, champion_of, read_results, sweep_table
 
     results = read_results(folder)
     if as_json:
-        click.echo(json.dumps({"points": [asdict(result) for result in results]}, indent=2))
+        champion = champion_of(results)
+        points = [asdict(result) for result in results]
+        click.echo(json.dumps({"points": points, "champion": champion.name if champion else None}, indent=2))
         return
     console = Console(file=sys.stdout)
     console.print(sweep_table(results))

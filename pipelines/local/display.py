@@ -1,11 +1,9 @@
-"""Terminal output of a local run: the progress of its stages, and a summary at the end."""
+"""Terminal output about runs on this machine: the summary at the end of one, and several side by side."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -13,74 +11,6 @@ from components.rlhf.config.policy import TITLES
 from components.rlhf.text.comparison_table import comparison_rows
 from components.rlhf.text.progress import format_duration
 from pipelines.local.compare import Comparison, sections
-from pipelines.local.runner import StageRecord
-from pipelines.run_state import RunState
-
-MARKS = {
-    "running": ("…", "cyan"), "succeeded": ("✓", "green"), "failed": ("✗", "red"), "stopped": ("■", "yellow"),
-    "waiting": ("·", "dim"), "skipped": ("-", "dim"),
-}  # fmt: skip
-
-
-class Display:
-    """A live table on a terminal; plain lines elsewhere (a log file, CI)."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.lines: dict[str, str] = {}
-        self.stages: list[StageRecord] = []
-        self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-
-    def __enter__(self) -> "Display":
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.live:
-            self.live.stop()
-            self.console.print(self._table())
-
-    def show_line(self, stage: StageRecord, line: str) -> None:
-        if not re.match(r"\[\w+\] |warning: |error: ", line):
-            return  # output of a library, which is only in the log of the stage
-        if stage not in self.stages:
-            self.stages.append(stage)
-        if self.live is None:
-            self.console.print(Text(line), soft_wrap=True)
-            return
-        self.lines[stage.name] = line.removeprefix(f"[{stage.name}] ")
-        self.live.update(self._table(), refresh=True)
-
-    def _table(self) -> Table:
-        table = Table(box=None, show_header=False, pad_edge=False)
-        for stage in self.stages:
-            mark, color = MARKS[stage.status]
-            table.add_row(
-                Text(mark, style=color),
-                stage.name,
-                Text(format_duration(stage.seconds) if stage.seconds else "", style="dim"),
-                Text(self.lines.get(stage.name, ""), overflow="ellipsis", no_wrap=True),
-            )
-        return table
-
-
-def state_table(state: RunState) -> Table:
-    """The tasks of a run, with their states, times and last lines."""
-    title = Text(f"{state.run}: ").append(state.state, style=f"bold {MARKS[state.state][1]}")
-    if state.reason:
-        title.append(f" ({state.reason})")
-    table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False)
-    for task in state.tasks:
-        mark, color = MARKS[task.state]
-        table.add_row(
-            Text(mark, style=color),
-            task.name,
-            task.state,
-            Text(format_duration(task.seconds) if task.seconds else "", style="dim"),
-            Text(task.line, overflow="ellipsis", no_wrap=True),
-        )
-    return table
 
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:

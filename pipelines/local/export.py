@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from components.rlhf.artifacts.directory import atomic_directory, open_artifact
-from components.rlhf.artifacts.manifest import MANIFEST
+from components.rlhf.artifacts.manifest import MANIFEST, Manifest, read_manifest
 from components.rlhf.config.storage import StorageConfig
 from components.rlhf.storage.copy import upload_folder
 from components.rlhf.storage.store import open_store
 from components.rlhf.text.errors import InputError
+from components.rlhf.text.strict_json import parse_json
 from pipelines.local.model_card import model_card
 from pipelines.local.run_dir import artifacts_of, find_run, read_json, read_params
 
@@ -44,10 +45,24 @@ def export_policy(run: Path | None, target: str, *, gguf: str | None, force: boo
             if name not in NOT_EXPORTED:
                 (draft / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(policy / name, draft / name)
-        (draft / "README.md").write_text(model_card(params, summary, manifest), encoding="utf-8")
+        (draft / "README.md").write_text(card_of(folder, params, summary, manifest), encoding="utf-8")
         if converter and gguf:
             convert(converter, draft, gguf)
         _deliver(draft, target, storage, log)
+
+
+def card_of(run: Path, params: Mapping[str, Any], summary: Mapping[str, Any], policy: Manifest) -> str:
+    """The card of a policy of a run, with what the evaluation of the same policy has found."""
+    bases = [read_manifest(path).facts for path in artifacts_of(run, "base_model")]
+    license_name = next((str(facts["license"]) for facts in bases if "license" in facts), "")
+    evaluations = [
+        path
+        for path in artifacts_of(run, "evaluation")
+        if read_manifest(path).parents.get("policy_model") == policy.digest
+    ]
+    file = next((path / "findings.json" for path in evaluations if (path / "findings.json").is_file()), None)
+    findings = parse_json(file.read_bytes()) if file else []
+    return model_card(params, summary, policy, license_name=license_name, findings=findings)
 
 
 def policy_of(run: Path) -> Path:

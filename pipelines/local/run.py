@@ -28,11 +28,11 @@ from components.rlhf.text.redaction import redact
 from components.rlhf.tracking.parent import open_parent
 from components.rlhf.tracking.texts import database_uri
 from pipelines.compile import compile_pipeline, require_literal_values
-from pipelines.local.display import Display
 from pipelines.local.journal import Journal, write_json_atomic
+from pipelines.local.live import Display
 from pipelines.local.location import moved
-from pipelines.local.run_dir import APPROVAL_FILE, IDENTITY_FILE, LOCK_FILE, PARAMS_FILE
-from pipelines.local.runner import LocalRun, container_processes
+from pipelines.local.run_dir import APPROVAL_FILE, IDENTITY_FILE, LOCK_FILE, PARAMS_FILE, planned_tasks
+from pipelines.local.runner import LocalRun, StageRecord, container_processes
 from pipelines.local.summary import build_summary
 from pipelines.plan import refuse_what_cannot_fit, this_machine
 from pipelines.preflight import check_inputs, check_stores
@@ -123,12 +123,14 @@ def _execute(
     # A local run reports a failure immediately, without retries, keeps its checkpoints in a folder, and starts all processes itself.
     cluster = params.cluster.model_copy(update={"num_retries": 0, "checkpoint_volume": None, "launcher": "local"})
     package = compile_pipeline(params.model_copy(update={"cluster": cluster}), run / "pipeline.yaml")
-    display = Display(console)
+    stages: list[StageRecord] = []
+    display = Display(console, stages, planned_tasks(package))
     local_run = LocalRun(
         folder=run / "logs",
         environment={"RLHF_RUN_ID": run_id, "RLHF_APPROVAL_FILE": str(run / APPROVAL_FILE)},
         on_line=display.show_line,
         journal=Journal(run, [donor.resolve() for donor in donors]),
+        stages=stages,
     )
     error = ""
     try:

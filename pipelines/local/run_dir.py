@@ -11,7 +11,7 @@ import yaml
 
 from components.rlhf.artifacts.manifest import MANIFEST, read_manifest
 from components.rlhf.text.errors import InputError
-from pipelines.run_state import RunState, TaskState
+from pipelines.run_state import RunState, TaskState, task_label
 
 PARAMS_FILE, IDENTITY_FILE, LOCK_FILE, APPROVAL_FILE = "params.yaml", "run.json", ".lock", "approval.json"
 FOLLOW_SECONDS = 0.5
@@ -142,7 +142,7 @@ def planned_tasks(pipeline: Path) -> list[str]:
     while free := [n for n in tasks if n not in ordered and set(tasks[n].get("dependentTasks", ())) <= set(ordered)]:
         ordered += sorted(free, key=list(tasks).index)
     # The gate registers the policy.
-    return ["register" if name == "gate" else name.replace("-", "_") for name in ordered] + ["notify"]
+    return ["register" if name == "gate" else task_label(name) for name in ordered] + ["notify"]
 
 
 def last_progress(log: Path) -> str:

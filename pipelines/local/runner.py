@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from kfp.local import executor_input_utils, status, subprocess_task_handler, tas
 
 from components.rlhf.runtime.process import DIE_WITH_PARENT
 from components.rlhf.text.redaction import redactor
+from pipelines.run_state import task_label
 
 if TYPE_CHECKING:
     from pipelines.local.journal import Journal
@@ -134,8 +134,7 @@ def task_name(command: list[str]) -> str:
     folder = output_folder(command)
     if folder is None:
         return stage_name(command)
-    name, number = re.fullmatch(r"(.+?)(-\d+)?", folder.name).groups(default="")  # type: ignore[union-attr]
-    return name.replace("-", "_") + number
+    return task_label(folder.name)
 
 
 def output_folder(command: list[str]) -> Path | None:

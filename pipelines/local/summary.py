@@ -13,6 +13,7 @@ from components.rlhf.config.params import Params
 from components.rlhf.tracking.parent import GOES_TO_GATE
 from components.rlhf.tracking.texts import database_file
 from pipelines.local.approve import answer_of
+from pipelines.local.report import complete_report
 from pipelines.local.runner import StageRecord
 
 EVALUATION_METRICS = (
@@ -36,7 +37,7 @@ def find_output(artifacts: Path, stage: str, output: str) -> Path | None:
 def build_summary(
     params: Params, run: Path, stages: Sequence[StageRecord], *, run_id: str, error: str, tracking_uri: str
 ) -> dict[str, Any]:
-    """The summary of a run that succeeded (error is empty) or failed."""
+    """The summary of a run that succeeded (error is empty) or failed. Its model and its completed report are put into the run directory."""
     artifacts = run / "artifacts"
     policies = {} if error else _policies(artifacts, EVALUATION_TASKS[params.policy.method])
     method = next((name for name, policy in policies.items() if policy[GOES_TO_GATE]), params.policy.methods[0])
@@ -51,7 +52,7 @@ def build_summary(
         **_link_outputs(run, artifacts, params.policy.methods, method),
         "tracking": str(database_file(tracking_uri) or tracking_uri),
     }
-    return {
+    summary = {
         "status": "failed" if error else "succeeded",
         "promoted": promoted,
         "reason": error or reason,
@@ -79,6 +80,10 @@ def build_summary(
         "paths": paths,
         "open": _commands(paths, tracking_uri) if numbers else {},
     }
+    page, text = run / "report.html", run / "params.yaml"
+    if page.is_file() and text.is_file():
+        complete_report(page, params, summary["stages"], text.read_text(encoding="utf-8"))
+    return summary
 
 
 def _policies(artifacts: Path, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -167,5 +172,5 @@ def _commands(paths: dict[str, str], tracking_uri: str) -> dict[str, str]:
         "model": [sys.executable, "-c", code],
     }
     if tracking_uri:
-        commands["tracking"] = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri]
+        commands["tracking"] = [sys.executable, "-m", "pipelines", "ui", paths["run"]]
     return {name: shlex.join(words) for name, words in commands.items()}

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from components.rlhf.text.errors import InputError
+from components.rlhf.tracking.registry import make_champion
 from pipelines.local.journal import write_json_atomic
 from pipelines.local.run import check_run, default_tracking_uri, resume_pipeline, run_lock, run_pipeline
 from pipelines.local.run_dir import IDENTITY_FILE, PARAMS_FILE, read_json, read_state
@@ -75,3 +76,10 @@ def _run_point(folder: Path, name: str, names: Sequence[str], console: Console) 
 
 def _has_succeeded(run: Path) -> bool:
     return (run / IDENTITY_FILE).is_file() and read_state(run).state == "succeeded"
+
+
+def crown(run: Path) -> str:
+    """Move the alias champion in MLflow to the version of a point; return that version, or "" if there is none."""
+    identity = read_json(run / IDENTITY_FILE)
+    tracking = load_params(run / PARAMS_FILE).tracking.model_copy(update={"uri": identity.get("tracking_uri") or None})
+    return make_champion(tracking, str(identity["run_id"]))

@@ -75,24 +75,44 @@ def _result(run: Path, settings: dict[str, str]) -> PointResult:
     )
 
 
+CHAMPION_RULE = "of the promoted points, the one with the highest lower end of its win rate's interval"
+
+
+def champion_of(results: Sequence[PointResult]) -> PointResult | None:
+    """The point that CHAMPION_RULE chooses; of equal ones that with the higher win rate, then the lower KL. None if none was promoted.
+
+    The gate has promoted only points whose KL is within gate.max_kl.
+    """
+
+    def merit(result: PointResult) -> tuple[float, float, float]:
+        assert result.win_rate is not None
+        low = result.win_rate if result.win_rate_low is None else result.win_rate_low
+        return low, result.win_rate, -(result.kl or 0.0)
+
+    promoted = [result for result in results if result.decision == "promoted" and result.win_rate is not None]
+    return max(promoted, key=merit, default=None)
+
+
 def advice(results: Sequence[PointResult], program: str) -> list[str]:
-    """What a user should know of the results: how far the best number can be trusted, and which model is the champion."""
-    best = results[0] if results else None
-    if best is None or best.win_rate is None:
-        return []
+    """What a user should know of the results: which point is the champion, how far its number can be trusted, and what to do with it."""
     compared = sum(result.win_rate is not None for result in results)
-    params = shlex.quote(f"{best.run}/{PARAMS_FILE}")
-    lines = [f"Best: {best.run}"]
+    champion = champion_of(results)
+    if not compared:
+        return []
+    if champion is None:
+        best = results[0]
+        return [f"No champion: no point was promoted. The best one, {best.name}, was not because: {best.reason}."]
+    run, params = shlex.quote(champion.run), shlex.quote(f"{champion.run}/{PARAMS_FILE}")
+    lines = [f"Champion: {champion.name} ({CHAMPION_RULE})"]
     if compared > 1:
         lines.append(
-            f"It is the best of {compared} on the same held-out prompts, so its win rate is too high on average; for one on another "
-            f"split of the data, run: {program} run {params} --set seed=N"
+            f"It is the best of {compared} on the same held-out prompts, so its win rate is too high on average; measure it on another "
+            f"split of the data: {program} run {params} --set seed=N"
         )
-    promoted = [result for result in results if result.decision == "promoted"]
-    last = max(promoted, key=lambda result: (Path(result.run) / "summary.json").stat().st_mtime, default=best)
-    if last is not best and "tracking" in read_json(Path(last.run) / "summary.json")["open"]:
-        lines.append(f"The alias champion in MLflow is at {last.name}, which was promoted last.")
-    return lines
+    return [
+        *lines,
+        f"Take it further: {program} export {run} --to my-model, {program} serve {run}, {program} chat {run}",
+    ]
 
 
 def sweep_table(results: Sequence[PointResult]) -> Table:

@@ -1,25 +1,25 @@
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from components.evaluation.better import Outcome
 from components.evaluation.compare import Comparison
 from components.evaluation.judging import Judged
-from components.evaluation.report import (
-    as_html,
-    as_markdown,
-    choose_disagreement_samples,
-    choose_samples,
-    judge_rows,
-)
-from components.evaluation.samples import choose_disagreements, gains_of, save_comparison
+from components.evaluation.report import Background, as_html, as_markdown
+from components.evaluation.rival import Rival
+from components.evaluation.samples import save_comparison
+from components.evaluation.tables import judge_rows, stage_costs
 from components.evaluation.verdict import Decision, decide, summarize
+from components.rlhf.artifacts.manifest import Manifest
 from components.rlhf.config.evaluation import EvaluationConfig, GateConfig
+from components.rlhf.data.records import Prompt
+from components.rlhf.page.costs import StageCost
 from components.rlhf.text.comparison_table import comparison_rows
 from tests.support.comparisons import CHANCE, both_of, comparison_of, judged_of, pairwise_of
+from tests.support.html_page import check_structure, parse
 
 # Gains of -20, -19, ..., 19 in shuffled order.
 GAINS = [float((17 * i) % 40 - 20) for i in range(40)]
@@ -35,7 +35,10 @@ def numbers_of(comparison: Comparison, *judges: Judged) -> dict[str, float]:
 
 
 VALIDATION_PASSES = [
-    {"iteration": i, "num_rollouts": 64 * i, "reward": 0.1 * i, "judge_score": 0.2, "kl": 0.5 * i, "length": 9.0, "eos_rate": 0.5}
+    {
+        "iteration": i, "num_rollouts": 64 * i, "reward": 0.1 * i, "judge_score": 0.2 + 0.1 * (i > 0), "kl": 0.5 * i, "length": 9.0,
+        "eos_rate": 0.5, "reward_gain": 0.2 * i, "judge_gain": 1.0 * (i > 0),
+    }
     for i in (0.0, 4.0, 8.0)
 ]  # fmt: skip
 
@@ -43,68 +46,6 @@ VALIDATION_PASSES = [
 def page_of(comparison: Comparison, *judges: Judged, training: list[dict[str, float]] = VALIDATION_PASSES) -> str:
     numbers = numbers_of(comparison, *judges)
     return as_html(comparison, judges, numbers, decide(numbers, judges[0], GateConfig()), training, seed=0)
-
-
-# The samples.
-
-
-def test_samples_are_extremes_and_random_ones() -> None:
-    groups = choose_samples(*forty_prompts(), seed=3)
-    assert list(groups) == ["Largest gains", "Largest losses", "At random"]
-    assert [s["gain"] for s in groups["Largest gains"]] == [19, 18, 17, 16, 15]
-    assert [s["gain"] for s in groups["Largest losses"]] == [-20, -19, -18, -17, -16]
-    random_gains = [s["gain"] for s in groups["At random"]]
-    assert len(set(random_gains)) == 10
-    assert all(-16 < gain < 15 for gain in random_gains)  # none is in two groups
-
-
-def test_random_samples_depend_on_seed() -> None:
-    a, b, c = (choose_samples(*forty_prompts(), seed=seed)["At random"] for seed in (1, 1, 2))
-    assert a == b != c
-
-
-def test_sample_has_prompt_and_both_responses() -> None:
-    best = choose_samples(*forty_prompts(), seed=0)["Largest gains"][0]
-    i = GAINS.index(19.0)
-    assert best == {"prompt": f"prompt {i}", "sft": f"sft response {i}", "policy": f"ppo response {i}", "gain": 19.0}
-
-
-@pytest.mark.parametrize("size", [1, 4, 10, 11])
-def test_samples_of_few_prompts(size: int) -> None:
-    groups = choose_samples(*both_of([0.0] * size, [float(i) for i in range(size)]), seed=0)
-    assert len(groups["Largest gains"]) == min(size, 5)
-    assert len(groups["At random"]) == max(size - 10, 0)
-
-
-def test_gains_of_a_judge_without_scores_are_its_wins() -> None:
-    assert gains_of(pairwise_of([1.0, 0.0, 0.5, NAN, 0.75])) == [1.0, -1.0, 0.0, 0.0, 0.5]
-    assert gains_of(judged_of([1.0, 2.0], [3.0, 1.5])) == [2.0, -0.5]
-
-
-def test_disagreements_are_rows_with_wins_and_losses() -> None:
-    rest = [0.5] * 13
-    first = pairwise_of([1.0, 1.0, 0.5, NAN, 0.0, 0.75, 0.0, *rest], name="a")
-    second = pairwise_of([0.0, 1.0, 0.0, 0.0, 1.0, 0.25, 0.0, *rest], name="b")
-    third = pairwise_of([0.5, 0.5, 1.0, 0.0, NAN, 0.5, 0.5, *rest], name="c")
-    assert choose_disagreements([first, second], seed=0) == [0, 4, 5]
-    assert choose_disagreements([first, second, third], seed=0) == [0, 2, 4, 5]
-    assert choose_disagreements([first], seed=0) == []
-    c = comparison_of([0.0] * 20, [0.0] * 20)
-    rows = choose_disagreement_samples(c, [first, second, third], seed=0)
-    assert rows[0] == {
-        "prompt": "prompt 0",
-        "sft": "sft response 0",
-        "policy": "ppo response 0",
-        "verdicts": ["PPO", "SFT", "tie"],
-    }
-    assert [row["verdicts"] for row in rows[1:]] == [["tie", "SFT", "PPO"], ["SFT", "PPO", ""], ["PPO", "SFT", "tie"]]
-
-
-def test_ten_disagreements_are_shown_by_seed() -> None:
-    judges = [pairwise_of([1.0] * 40, name="a"), pairwise_of([0.0] * 40, name="b")]
-    a, b, c = (choose_disagreements(judges, seed=seed) for seed in (1, 1, 2))
-    assert len(set(a)) == 10
-    assert a == b != c
 
 
 # The artifact.
@@ -169,32 +110,39 @@ def test_answers_of_all_judges_are_saved(tmp_path: Path) -> None:
 # The page.
 
 
-class TagCollector(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self.seen.add(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def text_of(page: str) -> str:
-    collector = TagCollector()
-    collector.feed(page)
-    return " ".join(collector.text.split())
+    return parse(page).text
 
 
-def test_page_is_self_contained() -> None:
+def test_page_is_self_contained_and_well_formed() -> None:
     page = page_of(*forty_prompts())
-    collector = TagCollector()
-    collector.feed(page)
-    assert not collector.seen & {"script", "link", "iframe", "object", "embed", "img"}
-    assert not re.search(r"""(?:src|href|data)\s*=\s*["'](?!#)|url\((?!#)|@import""", page)
-    assert "svg" in collector.seen
+    root = parse(page)
+    check_structure(root)
+    assert not {element.tag for element in root.all()} & {"link", "iframe", "object", "embed", "img"}
+    assert not re.search(r"""(?:src|href|data|action)\s*=\s*["'](?!#)|url\((?!#)|@import|https?:|//[a-z]""", page)
+    (script,) = root.all("script")
+    assert "src" not in script.attributes
+    assert len(root.all("svg", role="img")) >= 7
+    assert not [svg for svg in root.all("svg", role="img") if not svg.attributes["aria-label"]]
+
+
+def test_page_is_complete_without_its_script() -> None:
+    root = parse(page_of(*forty_prompts()))
+    hidden = [element for element in root.all() if "hidden" in element.attributes]
+    assert {element.attributes["id"] for element in hidden} == {"tools", "flat", "more"}
+    assert len(root.all("article")) == 40
+    assert "prompt 1 prompt 0" in root.text  # its number, and its text
+    assert "Search" in hidden[0].text
+
+
+def test_page_has_the_verdict_first() -> None:
+    root = parse(page_of(*both_of([0.0] * 40, [1.0] * 30 + [-1.0] * 10)))
+    (main,) = root.all("main")
+    verdict = main.all("section")[0]
+    assert verdict.matches("", {"class_": "promote"})
+    assert verdict.all(class_="number")[0].text == "0.750"
+    assert re.search(r"0\.750 win rate over the fine-tuned model 95% interval 0\.[56]\d\d to 0\.[89]\d\d", verdict.text)
+    assert verdict.all(class_="at")[0].attributes["style"] == "left:75.00%"
 
 
 def test_page_shows_decision_and_accuracies() -> None:
@@ -202,8 +150,8 @@ def test_page_shows_decision_and_accuracies() -> None:
     assert "Rejected. win rate 0.4" in text
     assert "40 held-out prompts" in text
     assert "both models answered each with the same seed." in text
-    assert "judge agreement with people (held-out pairs)0.811 [0.750, 0.860]" in text
-    assert "reward model accuracy (held-out human pairs)72.2%" in text
+    assert "judge agreement with people (held-out pairs) 0.811 [0.750, 0.860]" in text
+    assert "reward model accuracy (held-out human pairs) 72.2%" in text
 
 
 def test_page_shows_the_number_of_samples() -> None:
@@ -222,46 +170,89 @@ def test_reports_say_which_policy_was_exported_and_what_the_guard_did() -> None:
     c, judge = forty_prompts()
     numbers = numbers_of(c, judge)
     verdict = decide(numbers, judge, GateConfig())
-    plain, marked = (as_html(c, [judge], numbers, verdict, VALIDATION_PASSES, seed=0, policy=f) for f in ({}, facts))
+    plain, marked = (
+        as_html(c, [judge], numbers, verdict, VALIDATION_PASSES, seed=0, background=Background(policy=f))
+        for f in ({}, facts)
+    )
     assert "<p>The exported policy is the &lt;best&gt; one.</p>" in marked
     assert "<p>Guard, iteration 6: it collapsed.</p>" in marked
     assert "exported policy is" not in plain
-    lines = as_markdown(numbers, [judge], verdict, facts).splitlines()
+    lines = as_markdown(numbers, [judge], verdict, background=Background(policy=facts)).splitlines()
     assert lines[2:8:2] == [
         f"{verdict.reason}.",
         "The exported policy is the <best> one.",
         "Guard, iteration 6: it collapsed.",
     ]
-    green = "stroke-dasharray: 4.44,1.92; stroke-dashoffset: 0; stroke: #15803d"  # at the exported iteration, in all four panels
-    assert (plain.count(green), marked.count(green)) == (0, 4)
+    assert (plain.count('class="mark"'), marked.count('class="mark"')) == (0, 6)  # the curves, and the picture over KL
 
 
 def test_page_shows_training_curves_if_there_were_validation_passes() -> None:
     assert "Training curves" in page_of(*forty_prompts())
-    assert page_of(*forty_prompts()).count("<svg") == 2
     assert "Training curves" not in page_of(*forty_prompts(), training=[])
+    root = parse(page_of(*forty_prompts()))
+    table = next(table for table in root.all("table") if "Validation passes" in table.text)
+    assert [cell.text for row in table.all("tr") for cell in row.all("th")][:8] == [
+        "iteration", "responses trained on", "reward", "score of the first judge", "KL to SFT", "length", "EOS rate", "0",
+    ]  # fmt: skip
+    assert [cell.text for cell in table.all("tr")[2].all("td")] == ["256", "0.400", "0.300", "2.00", "9.0", "0.500"]
 
 
 def test_training_curves_without_judge_scores() -> None:
-    passes = [{name: value for name, value in row.items() if name != "judge_score"} for row in VALIDATION_PASSES]
+    passes = [{name: value for name, value in row.items() if not name.startswith("judge")} for row in VALIDATION_PASSES]
     page = page_of(*forty_prompts(), training=passes)
     assert "Training curves" in page
-    assert "score of the first judge" not in page
-    assert "score of the first judge" in page_of(*forty_prompts())
+    assert "Score of the first judge" not in page and "against KL" not in page
+    assert "Score of the first judge" in page_of(*forty_prompts())
 
 
-def test_responses_are_escaped() -> None:
+def test_region_of_over_optimization_is_marked() -> None:
+    plain = page_of(*forty_prompts())
+    assert "Reward and judge against KL" in plain and "over-optimized</text>" not in plain
+    rows = [dict(row) for row in VALIDATION_PASSES]
+    rows[2] |= {"judge_score": 0.1, "judge_gain": 0.5, "judge_fall": 0.2, "judge_fall_se": 0.05}
+    page = page_of(*forty_prompts(), training=rows)
+    assert ">over-optimized</text>" in page
+    assert "Marked as over-optimized: KL 2.00 to 4.00." in page
+    rows[2] |= {"judge_fall_se": 0.5}
+    assert ">over-optimized? within noise</text>" in page_of(*forty_prompts(), training=rows)
+
+
+def test_texts_of_models_and_people_are_escaped() -> None:
     c, judge = both_of([0.0], [1.0])
-    object.__setattr__(c.policy.completions[0], "response", "<script>alert('& you')</script>")
-    page = page_of(c, judge)
-    assert "<script>" not in page
-    assert "&lt;script&gt;" in page
+    hostile = "</script><script>alert('& you')</script><!-- costs --><!-- /costs -->{{ 7 * 7 }}"
+    object.__setattr__(c.policy.completions[0], "response", hostile)
+    object.__setattr__(c.policy.completions[0], "prompt", Prompt(prompt=hostile, id="1"))
+    rival = Rival(
+        method="dpo", outcome=Outcome(method="dpo", decision="promote", win_rate=0.5, kl=1.0), numbers={"length_dpo": 1.0},
+        sft=[], responses=[hostile], measurements={}, facts={"reason": hostile},
+    )  # fmt: skip
+    numbers = numbers_of(c, judge)
+    background = Background(
+        policy={"kept_reason": hostile}, settings=json.dumps({"key": hostile}), rival=rival,
+        inputs={hostile: Manifest(kind="judge", files={}, code_revision=hostile)}, costs=[StageCost(stage=hostile, seconds=1.0)],
+    )  # fmt: skip
+    verdict = Decision(decision="reject", reason=hostile)
+    page = as_html(c, [judge], numbers, verdict, VALIDATION_PASSES, seed=0, background=background)
+    root = parse(page)
+    check_structure(root)
+    assert len(root.all("script")) == 1
+    assert page.count("<!-- costs -->") == 1
+    # Prompt, response, that of the other policy, both verdicts, the reason of the export, settings, input and revision, stage.
+    assert root.text.count(hostile) == 10
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_page_of_few_prompts(size: int) -> None:
+    root = parse(page_of(*both_of([0.0] * size, [1.0] * size), training=[]))
+    check_structure(root)
+    assert "no verdict" in root.text
+    assert not re.search(r"\b(nan|inf|None)\b", root.text)
 
 
 def test_page_of_a_judge_without_scores_has_no_plot_of_them() -> None:
     c, _ = forty_prompts()
     page = page_of(c, pairwise_of([1.0, 0.0, 0.5, NAN] + [1.0] * 36), training=[])
-    assert "<svg" not in page
+    assert not parse(page).all("svg", role="img")  # and all responses have the same length
     text = text_of(page)
     assert "Scores per response" not in text
     assert "PPO preferred (1) or not (-1)" in text
@@ -279,6 +270,7 @@ def test_page_of_a_judge_that_could_not_be_asked() -> None:
     assert "Rejected: no verdict: the judge gpt cannot tell, because the server <is> down." in text
     assert "cannot tell: the server <is> down" in text
     assert "win rate (judge)" not in text
+    assert "No verdict" in text
 
 
 COUNTS = {
@@ -293,23 +285,24 @@ def test_page_shows_all_judges() -> None:
     third = judged_of([0.0] * 40, [1.0] * 40, name="other", agreement=CHANCE)
     page = page_of(c, first, second, third)
     text = text_of(page)
-    assert "linearlinear81.1% [75.0%, 86.0%] on 200 held-out human pairs55.0%" in text
+    assert "linear linear 81.1% [75.0%, 86.0%] on 200 held-out human pairs 55.0%" in text
     assert (
-        "gptendpoint81.1% [75.0%, 86.0%] on 200 held-out human pairs55.0% 76.9%0.000 [0.000, 0.000]" in text
+        "gpt endpoint 81.1% [75.0%, 86.0%] on 200 held-out human pairs 55.0% 76.9% 0.000 [0.000, 0.000]" in text
     )  # 30 of 39
     assert "1,234 requests, 80 from the cache, 1,002,500 tokens, cost 1.50; 2 refused, 3 rejected" in text
     reason = "its agreement with people, 52.0% [45.0%, 59.0%] on 200 held-out human pairs, is not above chance"
-    assert f"otherlinear52.0% [45.0%, 59.0%] on 200 held-out human pairs55.0% cannot tell: {reason}" in text
+    assert f"other linear 52.0% [45.0%, 59.0%] on 200 held-out human pairs 55.0% cannot tell: {reason}" in text
     numbers = numbers_of(c, first, second, third)
     assert f"linear and gpt {numbers['kappa/linear/gpt']:.2f}." in text
     assert "kappa/linear/other" not in numbers and "kappa/gpt/other" not in numbers
     assert "Where judges disagree" in text
-    assert "linear prefersgpt prefersother prefers" in text
-    assert "<td>PPO</td><td>SFT</td><td>PPO</td>" in re.sub(r"\s+(?=<)", "", page)
-    assert "<td>SFT</td><td>SFT</td><td>PPO</td>" not in re.sub(
-        r"\s+(?=<)", "", page
-    )  # only a judge that cannot tell differs
-    assert "win rate (gpt)0.000 [0.000, 0.000]" in text
+    assert "linear: PPO gpt: SFT other: PPO" in text
+    (section,) = [one for one in parse(page).all("section") if one.attributes.get("aria-labelledby") == "samples"]
+    disagree = [card for card in section.all("article") if card.attributes["data-disagree"] == "1"]
+    assert disagree and not [
+        card for card in disagree if "linear: SFT" in card.text
+    ]  # a judge that cannot tell does not count
+    assert "win rate (gpt) 0.000 [0.000, 0.000]" in text
     assert "win rate (other)" not in text
 
 
@@ -320,8 +313,25 @@ def test_what_judges_say_is_escaped() -> None:
     other = pairwise_of([0.0] * 40, name="other")
     page = page_of(c, first, second, other)
     assert "Where judges disagree" in page
-    assert "<script>" not in page and "<b>it" not in page
+    assert "<script>alert" not in page and "<b>it" not in page
     assert "cannot tell: &lt;script&gt;" in page
+
+
+def test_page_tells_settings_digests_and_costs() -> None:
+    c, judge = forty_prompts()
+    numbers = numbers_of(c, judge)
+    manifest = Manifest(
+        kind="sft_model", files={}, config_digest="c" * 64, code_revision="0123abc", measurements={"seconds": 61.0}
+    )
+    background = Background(
+        inputs={"sft_model": manifest}, settings='{"seed":3}', costs=stage_costs({"sft_model": manifest}, {"seconds": 9.0}, "ppo")
+    )  # fmt: skip
+    page = as_html(c, [judge], numbers, decide(numbers, judge, GateConfig()), [], seed=0, background=background)
+    text = text_of(page)
+    assert f"sft model {manifest.digest} {'c' * 64} 0123abc" in text
+    assert '{ "seed": 3 }' in text
+    assert "sft 1:01 evaluation 0:09 all 1:10" in text
+    assert not [fold for fold in parse(page).all("details") if "open" in fold.attributes]
 
 
 def test_rows_of_judges() -> None:

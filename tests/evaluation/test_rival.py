@@ -12,7 +12,7 @@ import torch
 from components.evaluation import sampling
 from components.evaluation.compare import Comparison, compare
 from components.evaluation.measure import require_method
-from components.evaluation.report import as_html, as_markdown
+from components.evaluation.report import Background, as_html, as_markdown
 from components.evaluation.rival import SAMPLED_WITH, Rival, open_rival, outcome_of, sampling_digest, save_responses
 from components.evaluation.side_by_side import compare_policies, training_costs
 from components.evaluation.verdict import Decision, decide, summarize
@@ -244,13 +244,13 @@ def test_both_policies_are_side_by_side(both: Any) -> None:
 def test_report_and_summary_name_the_method_and_show_both(both: Any) -> None:
     comparison, numbers, verdict, table = both
     judge = judged_of([0.0, 0.0], [1.0, 1.0])
-    text = as_markdown(numbers, [judge], verdict, both=table)
+    text = as_markdown(numbers, [judge], verdict, background=Background(both=table))
     assert "| | SFT | DPO |" in text and "## PPO and DPO side by side" in text
     assert "| gate |  | reject | promote |" in text
     assert "side by side" not in as_markdown(numbers, [judge], verdict)
-    page = as_html(comparison, [judge], numbers, verdict, [], seed=0, both=table)
+    page = as_html(comparison, [judge], numbers, verdict, [], seed=0, background=Background(both=table))
     assert "<title>DPO vs. the fine-tuned model</title>" in page
-    assert "PPO and DPO side by side" in page and "<td>gate</td>" in page
+    assert "PPO and DPO side by side" in page and '<th scope="row">gate</th>' in page
     assert "win rate of DPO" in page
     alone = as_html(comparison, [judge], numbers, verdict, [], seed=0)
     assert "PPO" not in alone

@@ -11,6 +11,8 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 
 from components.rlhf.config.cluster import STAGES
 from components.rlhf.config.evaluation import EvaluationStageConfig
+from components.rlhf.config.params import Params
+from components.rlhf.config.storage import SETTINGS_VARIABLE
 from components.rlhf.text.errors import InputError
 from pipelines.compile import ROOT
 from pipelines.placement import IMAGE_OF, require_digests
@@ -432,10 +434,18 @@ def test_cluster_settings_of_a_params_file(tmp_path: Path) -> None:
     everyone = {"HTTPS_PROXY": "http://proxy:3128", "NCCL_DEBUG": "INFO"}
     fetching = {"PIP_INDEX_URL": "https://p.example/simple", "HF_ENDPOINT": "https://h.example"}
     for stage, variables in environment.items():
-        set_here = {k: v for k, v in variables.items() if not v.startswith("/scratch")}
+        set_here = {k: v for k, v in variables.items() if k != SETTINGS_VARIABLE and not v.startswith("/scratch")}
         assert set_here == everyone | (fetching if stage in ("import-model", "prepare-data") else {})
     assert compiled.secrets("import-model") == {"other?": (True, ["HF_TOKEN"])}
     assert compiled.secrets("notify") == {}
+
+
+def test_every_task_but_notify_knows_the_settings_of_the_run(eight: CompiledPipeline) -> None:
+    params = load_params(ROOT / "pipelines/params/llama3_8b_8gpu.yaml")
+    for stage, container in eight.containers.items():
+        variables = {entry["name"]: entry["value"] for entry in container.get("env", [])}
+        assert (SETTINGS_VARIABLE in variables) == (stage != "notify")
+        assert stage == "notify" or Params.from_json(variables[SETTINGS_VARIABLE]) == params
 
 
 def test_registry_mirror_keeps_images_with_a_registry(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ import pytest
 import yaml
 
 from components.rlhf.config.import_model import ImportModelStageConfig
+from components.rlhf.config.params import Params
 from components.rlhf.config.prepare_data import PrepareDataStageConfig
 from components.rlhf.text.errors import InputError
-from pipelines.settings import dump_yaml, load_params, settings_of_stage
+from pipelines.settings import dump_yaml, load_params, own_settings, settings_of_stage
 
 MOVIES = Path(__file__).resolve().parents[2] / "pipelines/params/movie_reviews.yaml"
 MINIMAL = """
@@ -227,6 +228,14 @@ def test_dumped_params_load_to_the_same_params(tmp_path: Path) -> None:
     dumped.write_text(dump_yaml(params), encoding="utf-8")
     assert load_params(dumped) == params
     assert yaml.safe_load(dumped.read_text(encoding="utf-8"))["ppo"]["num_iterations"] == 14
+
+
+@pytest.mark.parametrize("file", sorted(MOVIES.parent.glob("*.yaml")), ids=lambda file: file.stem)
+def test_own_settings_are_the_params_without_defaults(file: Path) -> None:
+    params = load_params(file)
+    text = own_settings(params)
+    assert Params.from_json(text) == params
+    assert len(text) < len(params.canonical_json()) / 1.5
 
 
 def test_settings_of_a_stage_are_canonical_json(file: Path) -> None:

@@ -9,6 +9,8 @@ from components.rlhf.config.base import BaseConfig, NonNegative, PositiveInt
 
 UPLOADS = "uploads"  # folder in storage.uri
 
+SETTINGS_VARIABLE = "RLHF_SETTINGS"  # of every task: the settings of the run that are not defaults, as JSON
+
 
 class CheckpointConfig(BaseConfig):
     """How often a training stage saves a checkpoint to resume from."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from collections import deque
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # register and notify run where torch is not installed
 
 Config = TypeVar("Config", bound=BaseConfig)
 RUN_ID = "RLHF_RUN_ID"
+PLOT = r"<svg [^>]*xmlns=[^>]*>.*?</svg>"  # in a page; those without a namespace cannot be opened outside of it
 
 
 def rank() -> int:
@@ -87,10 +89,6 @@ class StageRun(Generic[Config]):
                 self.memory.plan = plan_here(self.program, self.config, self.paths, checkpoints=saves)
             except Exception as error:  # whatever the planner cannot read
                 self.progress.log(f"memory is not planned ({error})")
-
-    def memory_of(self, inputs: Mapping[str, Manifest]) -> dict[str, Mapping[str, float]]:
-        """Memory of the stages that wrote the inputs, by role, and of this one."""
-        return {role: manifest.measurements for role, manifest in inputs.items()} | {self.name: self.measurements}
 
     def training_context(self, config: CheckpointConfig, group: "Group", *inputs: Manifest) -> "TrainingContext":
         """What a trainer works with, once all ranks agree on settings, code and inputs. Every rank calls it, before it loads models.
@@ -240,7 +238,7 @@ class StageRun(Generic[Config]):
         self.tracker.log({f"final/{name}": value for name, value in metrics.items()}, step=0)
 
     def write_report(self, output: str, path: Path, text: str) -> None:
-        """Write a Markdown or HTML output, and log it to MLflow."""
+        """Write a Markdown or HTML output, and log it to MLflow, with its plots as pictures, which MLflow shows and compares."""
         if rank() > 0:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,3 +246,5 @@ class StageRun(Generic[Config]):
         self.outputs[output] = {}
         # KFP's paths have no suffix, by which MLflow decides how to show a file.
         self.tracker.log_file(path, f"{output}.html" if text.lstrip().startswith("<!") else f"{output}.md")
+        for number, plot in enumerate(re.findall(PLOT, text, re.DOTALL), start=1):
+            self.tracker.log_text(f"{output}.svg" if number == 1 else f"{output}_{number}.svg", plot)

@@ -104,7 +104,7 @@ def train_on_batches(
         if extras:
             extras.after(step, values, state)
         shown = {metric: value for metric, value in values.items() if metric not in NOT_SHOWN and "/" not in metric}
-        progress.step(step, len(batches.steps), shown)
+        progress.step(step, len(batches.steps), shown, samples=len(batch))
         if checkpoints.should_save():
             context.tracker.flush()
             checkpoints.save(step, saved, state)

@@ -24,6 +24,9 @@ class Tracker(Protocol):
     def log_file(self, path: Path, name: str = "") -> None:
         """Log a text file or an image, under its own name or another one."""
 
+    def log_text(self, name: str, text: str) -> None:
+        """Log a text, such as a picture in SVG, as a file with this name."""
+
     def log_inputs(self, data_sets: Sequence[DataSet]) -> None:
         """Log the data sets that the stage reads."""
 
@@ -44,6 +47,9 @@ class NullTracker:
         return
 
     def log_file(self, path: Path, name: str = "") -> None:
+        return
+
+    def log_text(self, name: str, text: str) -> None:
         return
 
     def log_inputs(self, data_sets: Sequence[DataSet]) -> None:
@@ -99,6 +105,10 @@ class MlflowTracker:
 
     def log_file(self, path: Path, name: str = "") -> None:
         self._files.append(lambda run: _upload(run, path, name or path.name))
+        self.flush()
+
+    def log_text(self, name: str, text: str) -> None:
+        self._files.append(lambda run: run.client.log_text(run.id, redact(text), name))
         self.flush()
 
     def log_inputs(self, data_sets: Sequence[DataSet]) -> None:

@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-from urllib.parse import quote
 
 from components.rlhf.config.storage import TrackingConfig
 from components.rlhf.tracking.answers import warn
@@ -24,14 +23,13 @@ from components.rlhf.tracking.runs import (
 )
 from components.rlhf.tracking.summary import Cost, cost_of, name_of, note_of, parse_settings, tags_of
 from components.rlhf.tracking.tables import LOGGED_TABLES_TAG
-from components.rlhf.tracking.texts import equals, key_of
+from components.rlhf.tracking.texts import equals, key_of, link_to
 
 FINAL = "final/"  # prefix of the final metrics of a stage in its nested run
 SUMMARIZED_STAGE = "evaluation"  # its metrics and reports are those of the run
 FIRST_EVALUATION = "ppo_evaluation"  # of a run with two policies
 GOES_TO_GATE = "goes_to_gate"  # metric of the second evaluation: 1 if the gate takes its policy, 0 if that of the first
 NOTIFIED_TAG = "rlhf.notified"
-TRAINING_VIEW = "workflowType=machine_learning"  # MLflow 3.17 otherwise opens what it has for GenAI applications
 COST_LINE = "Cost of the run: "  # in the description of a version
 STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "canceled": "KILLED"}  # of a run -> of its parent run
 
@@ -57,21 +55,20 @@ class Parent:
     @property
     def link(self) -> str:
         """Where people look at the run, or "" if MLflow has no web address."""
-        return self._page(self._run.id, f"?{TRAINING_VIEW}")
+        return self._page(self._run.id)
 
     def report_link(self) -> str:
         """Where people find the report of the evaluation that decides before the run has ended, or "". Errors are warnings."""
         try:
             evaluation = deciding_evaluation(self.stages())
-            return self._page(evaluation.mlflow_run_id, "/artifacts") if evaluation else ""
+            return self._page(evaluation.mlflow_run_id, "artifacts") if evaluation else ""
         except Exception as error:  # MLflow must not fail a run
             warn(error, self._config)
             return ""
 
-    def _page(self, id: str, rest: str) -> str:
+    def _page(self, id: str, tab: str = "") -> str:
         uri = self._config.ui_url or self._config.uri or ""
-        path = f"#/experiments/{quote(self._run.experiment_id)}/runs/{quote(id)}{rest}"
-        return f"{uri.rstrip('/')}/{path}" if uri.startswith("http") else ""
+        return link_to(uri, self._run.experiment_id, id, tab=tab) if uri.startswith("http") else ""
 
     def stages(self) -> list[StageResult]:
         """The nested runs, in the order of their start."""
@@ -238,3 +235,14 @@ def open_parent(config: TrackingConfig, run_id: str) -> Parent | None:
     except Exception as error:  # MLflow must not fail a run
         warn(error, config)
         return None
+
+
+def experiment_link(config: TrackingConfig, address: str) -> str:
+    """Where people look at the runs of the experiment on the server at this address; the address itself if MLflow cannot be asked."""
+    assert config.uri
+    try:
+        experiment = connect(config.uri).get_experiment_by_name(config.experiment)
+    except Exception as error:  # the server is shown anyway
+        warn(error, config)
+        return address
+    return link_to(address, str(experiment.experiment_id)) if experiment else address

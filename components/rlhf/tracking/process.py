@@ -45,6 +45,9 @@ class ProcessTracker:
     def log_file(self, path: Path, name: str = "") -> None:
         self._request("log_file", path=str(path), name=name)
 
+    def log_text(self, name: str, text: str) -> None:
+        self._request("log_text", name=name, text=text)
+
     def log_inputs(self, data_sets: Sequence[DataSet]) -> None:
         self._request("log_inputs", data_sets=as_json(data_sets))
 

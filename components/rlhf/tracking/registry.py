@@ -65,6 +65,22 @@ def register_version(
         return ""
 
 
+def make_champion(tracking: TrackingConfig, run_id: str) -> str:
+    """Move the alias `champion` to the version of a run, if that was promoted; return it, else "". Errors of MLflow are warnings."""
+    if not tracking.enabled or not tracking.uri:
+        return ""
+    try:
+        client = connect(tracking.uri)
+        version = find_version(client, tracking.registered_model, run_id)
+        if version is None or version.tags.get("decision") != "promote":
+            return ""
+        client.set_registered_model_alias(tracking.registered_model, CHAMPION, version.version)
+        return str(version.version)
+    except Exception as error:  # MLflow must not fail a sweep
+        warn(error, tracking)
+        return ""
+
+
 def find_version(client: Any, name: str, run_id: str) -> Any:
     """The version that a run has registered, or None."""
     token: str | None = ""

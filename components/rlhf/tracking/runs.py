@@ -5,13 +5,16 @@ The MLflow plugin of Kubeflow Pipelines 2.17 makes these runs itself and passes 
 """
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from components.rlhf.config.storage import TrackingConfig
+from components.rlhf.config.params import Params
+from components.rlhf.config.storage import SETTINGS_VARIABLE, TrackingConfig
 from components.rlhf.text.redaction import redact
 from components.rlhf.tracking.answers import require_usable_file
+from components.rlhf.tracking.summary import name_of
 from components.rlhf.tracking.texts import database_file, equals, key_of
 
 RUN_ID_TAG = "rlhf.run_id"
@@ -144,11 +147,13 @@ def _last_steps(client: Any, run: Any) -> dict[str, int]:
 
 
 def find_parent_run(client: Any, config: TrackingConfig, run_id: str) -> ParentRun:
-    """The parent run with this run_id. The first stage creates it, unless Kubeflow Pipelines has."""
+    """The parent run with this run_id. The first stage creates it, unless Kubeflow Pipelines has, and logs the settings of the run."""
     plugin_run = _plugin_run(client)
     if plugin_run is not None:
         parent_id = plugin_run.data.tags[PARENT_TAG]
-        client.set_tag(parent_id, RUN_ID_TAG, run_id)
+        if RUN_ID_TAG not in client.get_run(parent_id).data.tags:
+            client.set_tag(parent_id, RUN_ID_TAG, run_id)
+            log_params(client, parent_id, settings_of_run())
         return ParentRun(parent_id, plugin_run.info.experiment_id, plugin_run)
     experiment_id = _experiment_id(client, config)
     for run in find_runs(client, experiment_id, run_id):
@@ -159,8 +164,18 @@ def find_parent_run(client: Any, config: TrackingConfig, run_id: str) -> ParentR
         "mlflow.source.name": "kfp-rlhf",
         "mlflow.source.type": "PROJECT",
     }
-    run = client.create_run(experiment_id, run_name=run_id, tags=tags)
+    start, settings = int(time.time() * 1000), settings_of_run()
+    run = client.create_run(experiment_id, start, run_name=name_of(settings, start) or run_id, tags=tags)
+    log_params(client, run.info.run_id, settings)
     return ParentRun(str(run.info.run_id), experiment_id)
+
+
+def settings_of_run() -> dict[str, Any]:
+    """All settings of the pipeline run that this task is part of; {} for a stage on its own, or if this version cannot read them."""
+    try:
+        return Params.from_json(os.environ[SETTINGS_VARIABLE]).model_dump(mode="json")
+    except (KeyError, ValueError):
+        return {}
 
 
 def _plugin_run(client: Any) -> Any:

@@ -1,12 +1,13 @@
-"""Texts in the languages of MLflow: filters of its search functions, keys of metrics and params, URIs of SQLite databases."""
+"""Texts in the languages of MLflow: filters of its search functions, keys of metrics and params, URIs of SQLite databases, links."""
 
 import hashlib
 import posixpath
 import re
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 SQLITE = "sqlite:///"
+TRAINING_VIEW = "workflowType=machine_learning"  # MLflow 3.17 otherwise opens what it has for GenAI applications
 MAX_KEY_CHARS = 250
 UNUSUAL = re.compile(r"[^/\w.\- :]")  # what MLflow refuses in a key (validate_param_and_metric_name of mlflow 3.17)
 
@@ -40,3 +41,9 @@ def database_uri(file: Path) -> str:
 def database_file(uri: str) -> Path | None:
     """The file of a SQLite database; None for any other tracking URI."""
     return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0])) if uri.startswith(SQLITE) else None
+
+
+def link_to(address: str, experiment_id: str, run_id: str = "", tab: str = "") -> str:
+    """Where people look at the runs of an experiment, or at a tab of one of them. address is that of an MLflow server."""
+    path = "/".join(filter(None, ["runs", quote(run_id, safe=""), tab]))
+    return f"{address.rstrip('/')}/#/experiments/{quote(experiment_id, safe='')}/{path}?{TRAINING_VIEW}"

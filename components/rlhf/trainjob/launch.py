@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from components.rlhf.checkpoints.run import delete_run_if_empty, mark_run
-from components.rlhf.config.storage import StorageConfig
+from components.rlhf.config.storage import SETTINGS_VARIABLE, StorageConfig
 from components.rlhf.config.trainjob import NAMESPACE_VARIABLE, PLAN_VARIABLE, POD_VARIABLE, TrainJobPlan
 from components.rlhf.storage.store import Store, open_store
 from components.rlhf.text.errors import InputError, RetryableError
@@ -120,6 +120,7 @@ def _call(task: Task, store: Store, owner: Object | None, log: Log) -> StageCall
         "tracking": task.tracking,
         "storage": task.storage,
     }
+    settings = {name: os.environ[name] for name in (SETTINGS_VARIABLE,) if name in os.environ}
     return StageCall(
         stage=task.stage,
         module=task.module,
@@ -127,7 +128,7 @@ def _call(task: Task, store: Store, owner: Object | None, log: Log) -> StageCall
         num_processes=task.num_processes,
         options=[part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)],
         executor_input=task.executor_input,
-        environment={"RLHF_RUN_ID": task.run_id, OUTPUTS_VARIABLE: outputs},
+        environment={"RLHF_RUN_ID": task.run_id, OUTPUTS_VARIABLE: outputs, **settings},
         owner=owner,
     )
 

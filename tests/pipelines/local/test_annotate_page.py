@@ -20,7 +20,7 @@ from pipelines.local.annotate_answers import read_answers
 from pipelines.local.annotate_page import AnswerFile, make_server, page_of
 from pipelines.local.web import page_when_ready
 from tests.support.annotated_runs import sample, write_run
-from tests.support.browser import CHROMIUM, browser
+from tests.support.browser import browser
 
 ROOT = Path(__file__).resolve().parents[3]
 EVIL = "<script>document.title = 'taken over'</script></script><!--"
@@ -130,8 +130,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait(timeout=30)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.browser
 def test_round_trip_in_a_browser(tmp_path: Path) -> None:
     """Two raters answer by keys and mouse, one stops and goes on after a restart; the answers become preferences."""
     with socket.socket() as probe:
@@ -140,44 +139,48 @@ def test_round_trip_in_a_browser(tmp_path: Path) -> None:
     run, address = run_of(tmp_path), f"http://127.0.0.1:{port}/"
     server = start(run, port)
     try:
-        with browser(tmp_path / "profile") as page:
-            page.open(address)
+        with browser() as chromium:
+            page = chromium.new_page()
+
+            def shows(text: str) -> None:
+                page.wait_for_function("text => document.querySelector('#count').textContent.includes(text)", arg=text)
+
+            page.goto(address)
             pairs = read_pairs(run / "annotate")
-            page.type("ann")
-            page.press("Enter")
-            page.wait_for("document.querySelector('#count').textContent.startsWith('0 of 5')")
-            shown = page.evaluate("['prompt', 'a', 'b'].map((id) => document.getElementById(id).textContent)")
+            page.keyboard.type("ann")
+            page.keyboard.press("Enter")
+            shows("0 of 5")
+            shown = [page.locator(f"#{id}").text_content() for id in ("prompt", "a", "b")]
             assert shown == [pairs[0].prompt, pairs[0].a.strip(), pairs[0].b.strip()]
-            assert page.evaluate("document.title") == "Which response is better?"
-            page.press("a")
-            page.wait_for("document.querySelector('#count').textContent.startsWith('1 of 5')")
-            page.press("z")  # back, to correct it
-            page.press("t")
-            page.wait_for("document.querySelector('#count').textContent.endsWith('this is pair 2')")
+            assert page.title() == "Which response is better?"
+            page.keyboard.press("a")
+            shows("1 of 5")
+            page.keyboard.press("z")  # back, to correct it
+            page.keyboard.press("t")
+            shows("this is pair 2")
             page.click("[data-answer=b]")
-            page.wait_for("document.querySelector('#count').textContent.startsWith('2 of 5')")
+            shows("2 of 5")
 
             stop(server)
-            page.press("a")
-            page.wait_for("document.querySelector('#error').textContent.startsWith('Not saved')")
-            assert page.evaluate("document.querySelector('#count').textContent").startswith("2 of 5")
+            page.keyboard.press("a")
+            page.wait_for_selector("#error:has-text('Not saved')")
+            shows("2 of 5")
             server = start(run, port)
-            page.open(address)  # the page knows the name, and the server the answers
-            page.press("Enter")
-            page.wait_for("document.querySelector('#count').textContent === '2 of 5 answered; this is pair 3'")
-            for number, key in enumerate("sab", start=3):
-                page.press(key)
-                page.wait_for(
-                    f"document.querySelector('#count').textContent.startsWith('{number} of 5') || !document.querySelector('#done').hidden"
-                )
-            page.wait_for("!document.querySelector('#done').hidden")
+            page.goto(address)  # the page knows the name, and the server the answers
+            page.keyboard.press("Enter")
+            shows("2 of 5 answered; this is pair 3")
+            for number, key in enumerate("sa", start=3):
+                page.keyboard.press(key)
+                shows(f"{number} of 5")
+            page.keyboard.press("b")
+            page.wait_for_selector("#done:visible")
 
-            page.open(address)
-            page.evaluate("document.querySelector('#name').value = 'bob'")
-            page.press("Enter")
-            page.wait_for("document.querySelector('#count').textContent.startsWith('0 of 5')")
-            page.press("b")
-            page.wait_for("document.querySelector('#count').textContent.startsWith('1 of 5')")
+            page.goto(address)
+            page.fill("#name", "bob")
+            page.keyboard.press("Enter")
+            shows("0 of 5")
+            page.keyboard.press("b")
+            shows("1 of 5")
     finally:
         stop(server)
     answers = run / "annotate/answers.jsonl"

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from components.rlhf.artifacts.manifest import write_manifest
+from components.rlhf.artifacts.manifest import read_manifest, write_manifest
 from components.rlhf.config.cluster import Images
 from components.rlhf.text.errors import InputError
 from pipelines.__main__ import cli
@@ -61,8 +61,23 @@ def evaluated(run: Path) -> None:
         "promoted": True,
         "reason": "win rate 0.700 is above 0.5",
         "evaluation_all": numbers,
+        "stages": {"ppo": {"seconds": 90.0, "peak_memory_bytes": 2 * 2**30, "memory": {}}},
     }
     (run / "summary.json").write_text(json.dumps(summary))
+    policy = read_manifest(run / "artifacts/rlhf/ppo/model").digest
+    for task, digest, detail in (
+        ("evaluation", "6" * 64, "of another policy"),
+        ("evaluation-2", policy, "It is, by far."),
+    ):
+        folder = run / "artifacts/rlhf" / task / "evaluation"
+        folder.mkdir(parents=True)
+        (folder / "findings.json").write_text(
+            json.dumps([{"question": "Is it better?", "answer": "Yes", "detail": detail}])
+        )
+        write_manifest(folder, kind="evaluation", parents={"policy_model": digest})
+    base = run / "artifacts/rlhf/import-model/base_model"
+    base.mkdir(parents=True)
+    write_manifest(base, kind="base_model", facts={"license": "Apache-2.0"})
 
 
 def invoke(*arguments: object) -> Result:
@@ -88,6 +103,9 @@ def test_exported_folder_loads_in_transformers_and_has_a_model_card(run: Path, t
     assert "| win rate (judge), [95% interval] |  | 0.700 [0.600, 0.800] |" in card.text
     assert "- prompts: `p.jsonl`" in card.text and "/home/me" not in card.text
     assert "5" * 64 in card.text
+    assert card.data.license == "apache-2.0" and "as its source states it: Apache-2.0." in card.text
+    assert "- Is it better? **Yes.** It is, by far." in card.text and "of another policy" not in card.text
+    assert "| ppo | 1:30 | 2.00 |" in card.text
     assert list(target.parent.iterdir()) == [target]
 
 

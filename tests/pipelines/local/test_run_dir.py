@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from components.rlhf.text.errors import InputError
 from pipelines.__main__ import cli
+from pipelines.commands.status import news
 from pipelines.compile import compile_pipeline
 from pipelines.local.run_dir import find_run, planned_tasks, read_state
 from pipelines.settings import dump_yaml, load_params
@@ -91,6 +92,25 @@ def test_tasks_are_planned_in_the_order_of_their_dependencies(compiled: Path) ->
         "import_model", "prepare_data", "sft", "reward_model", "ppo", "evaluation", "register", "notify",
     ]  # fmt: skip
     assert names.index("prepare_data") < names.index("judge") < names.index("ppo")
+
+
+def test_tasks_of_one_stage_have_the_names_of_their_records(tmp_path: Path) -> None:
+    file = tmp_path / "pipeline.yaml"
+    dag = {"dag": {"tasks": {"import-sft-model": {}, "evaluation-2": {"dependentTasks": ["import-sft-model"]}}}}
+    file.write_text(json.dumps({"components": {"comp-exit-handler-1": dag}}))
+    assert planned_tasks(file) == ["import_sft_model", "evaluation-2", "notify"]
+
+
+def test_following_without_a_terminal_says_what_changes(run: Path) -> None:
+    told: dict[str, str] = {}
+    with locked(run):
+        assert list(news(read_state(run), told)) == [
+            "[import_model] succeeded: written", "[prepare_data] running: prompts: 9 train",
+        ]  # fmt: skip
+        with (run / "logs" / "prepare_data.log").open("a") as log:
+            log.write("[prepare_data] prompts: 3 validation\n")
+        assert list(news(read_state(run), told)) == ["[prepare_data] running: prompts: 3 validation"]
+        assert list(news(read_state(run), told)) == []
 
 
 def test_running_run(run: Path) -> None:

@@ -20,7 +20,7 @@ from components.rlhf.text.errors import InputError
 from pipelines.__main__ import cli
 from pipelines.local import sweep as local_sweep
 from pipelines.local.sweep import create_sweep, run_sweep
-from pipelines.local.sweep_results import PointResult, advice, read_results, sweep_table
+from pipelines.local.sweep_results import PointResult, advice, champion_of, read_results, sweep_table
 from pipelines.sweep import parse_grid, plan_points
 from tests.support.resident import Resident
 from tests.support.toy_pipeline import toy_params, write_data, write_params
@@ -182,20 +182,49 @@ def test_table_has_settings_intervals_and_decisions(ended: Path) -> None:
     assert first == ["2", "0.2", "7", "promoted", "0.700 [0.550, 0.950]", "1.5", "1:30", "1 stage"]
 
 
-def test_advice_warns_of_the_choice_on_one_split_and_names_the_champion(ended: Path) -> None:
-    best, warning = advice(read_results(ended), "kfp-rlhf")
-    assert best == f"Best: {ended}/2-x"
+def test_advice_names_the_champion_and_warns_of_the_choice_on_one_split(ended: Path) -> None:
+    champion, warning, further = advice(read_results(ended), "kfp-rlhf")
+    assert champion.startswith("Champion: 2-x (of the promoted points, ")
     assert "best of 3" in warning and f"kfp-rlhf run {ended}/2-x/params.yaml --set seed=N" in warning
-    time.sleep(0.01)
-    (ended / "1-x" / "summary.json").touch()
-    assert "alias champion in MLflow is at 1-x" in advice(read_results(ended), "kfp-rlhf")[2]
+    assert f"kfp-rlhf export {ended}/2-x --to my-model" in further
     assert advice([], "kfp-rlhf") == []
+
+
+def point(name: str, low: float | None, rate: float | None, kl: float = 1.0, decision: str = "promoted") -> PointResult:
+    return PointResult(
+        name=name, run=name, settings={}, state="succeeded", decision=decision, reason="too far", win_rate=rate, win_rate_low=low, kl=kl
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("points", "champion"),
+    [
+        ([point("a", 0.51, 0.9), point("b", 0.6, 0.7)], "b"),  # the lower end decides, not the rate
+        ([point("a", 0.6, 0.7), point("b", 0.6, 0.8)], "b"),
+        ([point("a", 0.6, 0.8, kl=3.0), point("b", 0.6, 0.8, kl=2.0)], "b"),
+        ([point("a", 0.9, 0.95, decision="rejected"), point("b", 0.51, 0.6)], "b"),
+        ([point("a", 0.9, 0.95, decision="rejected")], None),
+        ([point("a", None, None)], None),
+        ([], None),
+    ],
+)
+def test_champion_is_the_promoted_point_with_the_highest_lower_end(points: list[PointResult], champion: str) -> None:
+    for order in (points, points[::-1]):
+        found = champion_of(order)
+        assert (found.name if found else None) == champion
+
+
+def test_without_a_promoted_point_there_is_no_champion() -> None:
+    (line,) = advice([point("a", 0.4, 0.5, decision="rejected"), point("b", 0.3, 0.4, decision="rejected")], "kfp-rlhf")
+    assert line == "No champion: no point was promoted. The best one, a, was not because: too far."
 
 
 def test_command_shows_the_table_and_json(ended: Path) -> None:
     shown = CliRunner().invoke(cli, ["sweep", "--table", str(ended)])
     assert shown.exit_code == 0 and "5 points" in shown.output
-    points = json.loads(CliRunner().invoke(cli, ["sweep", "--table", str(ended), "--json"]).stdout)["points"]
+    content = json.loads(CliRunner().invoke(cli, ["sweep", "--table", str(ended), "--json"]).stdout)
+    points = content["points"]
+    assert content["champion"] == "2-x"
     assert points[0]["win_rate"] == 0.7 and points[4]["win_rate"] is None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from components.evaluation.report import memory_rows
+from components.evaluation.tables import stage_costs
 from components.rlhf.artifacts.manifest import read_manifest, write_manifest
 from components.rlhf.config.evaluation import EvaluationConfig, EvaluationStageConfig, GateConfig
 from components.rlhf.config.model import ModelConfig, SamplingConfig
@@ -67,7 +67,7 @@ def test_stage_compares_its_memory_with_its_plan(inputs: dict[str, Path], tmp_pa
     assert planned == pytest.approx(peak, rel=0.15)
     assert f"[sft] memory: {peak:.2f} GiB at most in a process, planned {planned:.2f}" in output
     assert manifest.metadata()["memory/peak_gib"] == peak
-    assert memory_rows({"sft_model": manifest.measurements})[0]["peak"] == f"{peak:.2f}"
+    assert stage_costs({"sft_model": manifest}, {}, "ppo")[0].peak_gib == peak
     assert _memory(tmp_path, "sft") == {"planned_gib": planned, "peak_gib": peak}
 
 

@@ -45,6 +45,9 @@ class Recorder:
     def log_file(self, path: Path, name: str = "") -> None:
         self.calls.append(path.name)
 
+    def log_text(self, name: str, text: str) -> None:
+        self.calls.append((name, text))
+
     def flush(self) -> None:
         return
 
@@ -119,6 +122,14 @@ def test_successful_stage_reports_all_outputs(tracker: Recorder, tmp_path: Path)
     assert json.loads((tmp_path / "new/metrics").read_text(encoding="utf-8")) == {"loss": 0.5, "steps": 3.0}
     assert (tmp_path / "new/summary.md").read_text(encoding="utf-8") == "# Done\n"
     assert tracker.calls == ["summary.md", ({"final/loss": 0.5, "final/steps": 3.0}, 0), "FINISHED"]
+
+
+def test_plots_of_a_page_are_pictures_in_mlflow(tracker: Recorder, tmp_path: Path) -> None:
+    first, second = (f'<svg width="9" xmlns="http://www.w3.org/2000/svg">\n<g>{n}</g></svg>' for n in "12")
+    page = f"<!doctype html><p>{first}<p>{second}<svg class=styled-by-the-page></svg>"
+    with run() as stage:
+        stage.write_report("curves", tmp_path / "curves", page)
+    assert tracker.calls == ["curves", ("curves.svg", first), ("curves_2.svg", second), "FINISHED"]
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -10,11 +10,14 @@ import pytest
 from mlflow import MlflowClient
 
 from components.rlhf.artifacts.manifest import write_manifest
-from components.rlhf.config.storage import TrackingConfig
+from components.rlhf.config.storage import SETTINGS_VARIABLE, TrackingConfig
 from components.rlhf.tracking.mlflow import start_tracking
-from components.rlhf.tracking.parent import GOES_TO_GATE, Parent, open_parent
+from components.rlhf.tracking.parent import GOES_TO_GATE, Parent, experiment_link, open_parent
+from components.rlhf.tracking.runs import flatten
 from components.rlhf.tracking.tables import data_sets_of
 from components.rlhf.tracking.texts import database_uri
+from pipelines.commands.options import DEFAULT_PARAMS
+from pipelines.settings import dump_yaml, load_params, own_settings
 from tests.support.mlflow_database import new_database
 
 EXPERIMENT = "parents"
@@ -207,6 +210,54 @@ def test_link_is_one_that_people_can_open(
     parent = opened(tracking, "good")
     parent._config = tracking.model_copy(update={"ui_url": ui_url, **({"uri": uri} if uri else {})})
     assert parent.link.startswith(expected) and bool(parent.link) == bool(expected)
+    assert not expected or parent.link.endswith("?workflowType=machine_learning")
+
+
+def test_link_to_the_experiment_names_the_one_that_exists(tracking: TrackingConfig) -> None:
+    opened(tracking, "any")
+    (experiment,) = [e for e in MlflowClient(tracking.uri).search_experiments() if e.name == tracking.experiment]
+    address = "http://127.0.0.1:5000"
+    shown = f"{address}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
+    assert experiment_link(tracking, address) == shown
+    assert experiment_link(tracking.model_copy(update={"experiment": "none"}), address) == address
+
+
+def test_parent_has_all_settings_and_its_name_from_the_first_stage_on(
+    tracking: TrackingConfig, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = load_params(DEFAULT_PARAMS, ["seed=7", "ppo.kl_coef=0.125"])
+    monkeypatch.setenv(SETTINGS_VARIABLE, own_settings(params))
+    started = start_tracking(tracking, run_id="early", stage="sft", params={})
+    (parent,) = [run for run in client.search_runs([_experiment(client)]) if run.data.tags["rlhf.run_id"] == "early"]
+    found = parent.data.params
+    assert {key: found[key] for key in ("preset", "seed", "ppo.kl_coef", "sft.batch_size", "gate.max_kl")} == {
+        "preset": "quick", "seed": "7", "ppo.kl_coef": "0.125", "sft.batch_size": str(params.sft.batch_size),
+        "gate.max_kl": str(params.gate.max_kl),
+    }  # fmt: skip
+    assert set(found) == set(flatten(json.loads(params.canonical_json())))
+    assert parent.info.run_name.startswith("quick, seed 7, ")
+    started.finish("FINISHED")
+    opened(tracking, "early").finish(status="succeeded", stages=[], facts={"run_id": "early"}, params=dump_yaml(params))
+    ended = client.get_run(parent.info.run_id)
+    assert ended.data.params == found and ended.info.run_name == parent.info.run_name
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"unknown": 1}'])
+def test_settings_of_another_version_are_left_to_the_end(
+    tracking: TrackingConfig, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
+    if text is not None:
+        monkeypatch.setenv(SETTINGS_VARIABLE, text)
+    run_id = f"late-{text}"
+    start_tracking(tracking, run_id=run_id, stage="sft", params={}).finish("FINISHED")
+    (parent,) = [run for run in client.search_runs([_experiment(client)]) if run.data.tags["rlhf.run_id"] == run_id]
+    assert parent.data.params == {} and parent.info.run_name == run_id
+
+
+def _experiment(client: MlflowClient) -> str:
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None
+    return str(experiment.experiment_id)
 
 
 # --- the MLflow plugin of Kubeflow Pipelines (backend/src/v2/common/plugins/mlflow/handler.go of 2.17) ---
@@ -227,10 +278,14 @@ def plugin(client: MlflowClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     return parent.info.run_id, experiment, start_task
 
 
-def test_runs_of_the_kfp_plugin_are_joined(tracking: TrackingConfig, client: MlflowClient, plugin: Any) -> None:
+def test_runs_of_the_kfp_plugin_are_joined(
+    tracking: TrackingConfig, client: MlflowClient, plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parent_id, experiment, start_task = plugin
     task = start_task("sft")
+    monkeypatch.setenv(SETTINGS_VARIABLE, own_settings(load_params(DEFAULT_PARAMS, ["seed=5"])))
     run_stage(tracking, "kfp-1", "sft", {"loss": 0.5})
+    assert client.get_run(parent_id).data.params["seed"] == "5"
     evaluation = start_task("evaluation")
     run_stage(tracking, "kfp-1", "evaluation", {"win_rate": 0.75})
     joined = client.get_run(task)

@@ -69,6 +69,7 @@ def test_run_is_tracked(tmp_path: Path, trackers: list[ProcessTracker]) -> None:
     trackers.append(tracker)
     before = int(time.time() * 1000)
     tracker.log({"train/loss": 0.5, "train/ratio": float("nan")}, 1)
+    tracker.log_text("curves.svg", "<svg>\u00e4</svg>")
     after = int(time.time() * 1000)
     tracker.flush()
     client = MlflowClient(tracking_uri=config.uri)
@@ -83,7 +84,7 @@ def test_run_is_tracked(tmp_path: Path, trackers: list[ProcessTracker]) -> None:
     tracker.finish("FAILED", "line 3 is broken")
     run = client.get_run(run.info.run_id)
     assert (run.info.status, run.data.tags["rlhf.error"]) == ("FAILED", "line 3 is broken")
-    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["summary.md"]
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["curves.svg", "summary.md"]
     assert tracker._process.returncode == 0
 
 

@@ -6,7 +6,7 @@ import pytest
 from mlflow import MlflowClient
 
 from components.rlhf.config.storage import TrackingConfig
-from components.rlhf.tracking.registry import register_version
+from components.rlhf.tracking.registry import make_champion, register_version
 from components.rlhf.tracking.texts import database_uri
 from tests.support.mlflow_database import new_database
 
@@ -33,6 +33,10 @@ def test_versions_aliases_and_retries(tracking: TrackingConfig, tmp_path: Path) 
     assert register("third", "promote") == "3"
     assert client.get_model_version_by_alias("toy", "champion").version == 3
     assert register("third", "promote") == "3"  # a retry creates no second version
+    assert make_champion(tracking, "first") == "1"
+    assert make_champion(tracking, "second") == ""  # it was rejected
+    assert make_champion(tracking, "fourth") == ""
+    assert client.get_model_version_by_alias("toy", "champion").version == 1
     rejected = client.get_model_version("toy", "2")
     parents = client.search_runs([client.get_experiment_by_name("kfp-rlhf").experiment_id])
     parent = next(run for run in parents if run.data.tags["rlhf.run_id"] == "second")
@@ -48,4 +52,6 @@ def test_missing_registry_does_not_fail(capsys: pytest.CaptureFixture[str]) -> N
     assert register_version(TrackingConfig(), **version) == ""
     assert register_version(TrackingConfig(enabled=False, uri="sqlite:////nowhere"), **version) == ""
     assert register_version(TrackingConfig(uri="http://127.0.0.1:9"), **version) == ""
+    assert "warning: MLflow could not be used" in capsys.readouterr().err
+    assert make_champion(TrackingConfig(), "r") == make_champion(TrackingConfig(uri="http://127.0.0.1:9"), "r") == ""
     assert "warning: MLflow could not be used" in capsys.readouterr().err
