@@ -1,6 +1,5 @@
 """A terminal for tests: programs run in it, keys are typed into it, and its screen is read."""
 
-import contextlib
 import fcntl
 import os
 import pty
@@ -14,8 +13,6 @@ import termios
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from tests.support.resident import Resident, ResidentProcess
 
 # Text, or one of the sequences that rich and readline send (ECMA-48).
 TOKEN = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|\x1b\][^\x07]*\x07|\x1b.|[\r\n\b]|[^\x1b\r\n\b]+")
@@ -78,34 +75,19 @@ class Screen:
 
 
 class Terminal:
-    """A program in a pseudo-terminal of its own, which is killed at the end of the block.
+    """A program in a pseudo-terminal of its own, which is killed at the end of the block."""
 
-    A fork of the resident process reads no keys.
-    """
-
-    def __init__(
-        self,
-        command: Sequence[str],
-        *,
-        cwd: Path,
-        env: Mapping[str, str],
-        width: int = 100,
-        resident: Resident | None = None,
-    ) -> None:
+    def __init__(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str], width: int = 100) -> None:
         self.screen, self._text = Screen(width), ""
         env = {name: value for name, value in env.items() if name not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
         self._fd, own = pty.openpty()
         fcntl.ioctl(own, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
-        self._process: subprocess.Popen[bytes] | ResidentProcess
-        with contextlib.chdir(cwd), os.fdopen(own, "wb", buffering=0) as end:
-            if resident:
-                self._process = resident.popen(command, stdout=end, stderr=end, env=env)
-            else:
-                # A session whose terminal this is, so that Ctrl-C reaches the program.
-                control = [sys.executable, "-c", CONTROL, *command]
-                self._process = subprocess.Popen(
-                    control, stdin=end, stdout=end, stderr=end, env=env, start_new_session=True
-                )
+        # A session whose terminal this is, so that Ctrl-C reaches the program.
+        control = [sys.executable, "-c", CONTROL, *command]
+        self._process = subprocess.Popen(
+            control, cwd=cwd, env=env, stdin=own, stdout=own, stderr=own, start_new_session=True
+        )
+        os.close(own)
 
     def __enter__(self) -> "Terminal":
         return self
