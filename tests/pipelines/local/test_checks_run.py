@@ -66,10 +66,10 @@ def test_rows_are_in_the_summary_the_artifacts_and_the_report(run: Path) -> None
         assert forgetting["value"] == pytest.approx(forgetting["policy"] - forgetting["sft"], abs=1e-9)
         assert forgetting["passed"] == (forgetting["high"] <= LIMIT) == (method == "dpo")
     assert rows["ppo"][0]["sft"] == rows["dpo"][0]["sft"]
-    table = output(run, "evaluation", "summary").read_text()
-    assert (
-        "| **failed** |" in table and "check forgetting" in (run / "artifacts").joinpath(table).name
-    ) or "**failed**" in table
+    page = output(run, "evaluation", "summary").read_text()
+    assert page.startswith("# Reject\n\ncheck forgetting: increase of ") and "| **failed** |" in page
+    assert "check forgetting: increase of" in output(run, "evaluation", "report").read_text()
+    assert "| passed |" in output(run, "evaluation-2", "summary").read_text()
 
 
 def test_checks_are_parents_of_the_evaluation_and_their_numbers_are_in_mlflow(run: Path) -> None:
