@@ -15,12 +15,12 @@ from tests.support.toy_pipeline import toy_params, write_data, write_params
 
 pytestmark = pytest.mark.slow
 STEADY = {"schedule": "constant", "warmup_fraction": 0.0}
-LIMIT = 0.5  # nats per token
+LIMIT = 0.05  # nats per token
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, resident: Resident) -> Path:
-    """PPO takes steps so large that its policy forgets the demonstrations; DPO hardly moves."""
+    """PPO takes steps so large that nobody can say what its policy has forgotten; DPO hardly moves."""
     folder = tmp_path_factory.mktemp("checks")
     (folder / "set.txt").write_text("".join(f"Tell me secret number {number}\n" for number in range(10)))
     checks: list[dict[str, Any]] = [
