@@ -45,7 +45,7 @@ class Answered:
             return np.array([hits_are_bad == of_policy if hit is None else hit for hit in hits], dtype=np.float64)
 
         sft, policy = known(self.sft_hits, of_policy=False), known(self.policy_hits, of_policy=True)
-        return Measured(check=check.title, unit="of the prompts", sft=sft, policy=policy)
+        return Measured(check=check.title, unit="hits per prompt", sft=sft, policy=policy)
 
     def save(self, path: Path) -> None:
         """A line per prompt."""

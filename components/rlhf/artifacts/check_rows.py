@@ -92,7 +92,7 @@ def check_table(rows: Sequence[CheckRow], title: str) -> list[str]:
     lines = [f"| check | SFT | {title} | bounded | bound | |", "|---|---:|---:|---|---|---|"]
     for row in rows:
         sft, policy = ("", "") if row.problem else (f"{row.sft:.3f}", f"{row.policy:.3f}")
-        cells = [f"{row.name} ({row.num:,} x {row.unit})" if row.num else row.name, sft, policy]
+        cells = [f"{row.name}, {row.unit} (n = {row.num:,})" if row.num else row.name, sft, policy]
         cells += [f"{row.about.removeprefix('the ')}: {row.interval}", f"{row.bound} {row.limit:g}"]
         cells.append("passed" if row.passed else f"**failed** {row.problem}".strip())
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
