@@ -37,13 +37,14 @@ def measure_tasks(check: LmEvalCheck, models: Models, code: Path | None) -> list
             models.progress.log(f"check {check.title}: {', '.join(check.tasks)} with the {name} model")
             found.append(run_harness(check, models, model, manager))
     first, second = (values_of(results, check.metric) for results in found)
+    name = check.metric.partition(",")[0]
     if {task: list(own) for task, own in first.items()} != {task: list(own) for task, own in second.items()}:
         raise InputError("the harness used other samples for the second model")
     return [
         Measured(
             check=check.title,
             item=task,
-            unit=check.metric.partition(",")[0],
+            unit=name if found[0]["higher_is_better"][task][name] else f"-{name}",
             sft=np.array(list(own.values())),
             policy=np.array(list(second[task].values())),
         )

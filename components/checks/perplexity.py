@@ -16,7 +16,7 @@ from components.rlhf.data.tokenizer import load_tokenizer
 from components.rlhf.maths.intervals import Floats
 from components.rlhf.models.actor import Actor, SamplingDistribution
 from components.rlhf.models.packing import plan_for
-from components.rlhf.text.errors import InputError, require_finite
+from components.rlhf.text.errors import InputError
 
 MICROBATCH_TOKENS = 4096
 
@@ -34,7 +34,8 @@ def measure_perplexity(check: PerplexityCheck, models: Models, demonstrations: P
     for name, folder in models.folders.items():
         actor = Actor(models.load(folder), num_frozen_layers=0, dtype=models.dtype)
         nats.append(negative_log_likelihoods(actor, texts, models.device))
-        require_finite(float(nats[-1].sum()), what="The log-likelihood", step=0, batch=f"held-out texts, {name} model")
+        if not np.isfinite(nats[-1]).all():
+            raise InputError(f"the log-likelihood of a text under the {name} model is not finite")
         del actor
         models.release()
     sizes = np.array(texts.num_learned, dtype=np.float64)

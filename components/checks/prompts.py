@@ -45,7 +45,7 @@ class Answered:
             return np.array([hits_are_bad == of_policy if hit is None else hit for hit in hits], dtype=np.float64)
 
         sft, policy = known(self.sft_hits, of_policy=False), known(self.policy_hits, of_policy=True)
-        return Measured(check=check.title, unit="of the prompts", sft=sft, policy=policy)
+        return Measured(check=check.title, unit="hits per prompt", sft=sft, policy=policy)
 
     def save(self, path: Path) -> None:
         """A line per prompt."""
@@ -107,10 +107,13 @@ def hits_of(
     resources = Resources(storage=storage, log=models.progress.log)
     if isinstance(check.endpoint, Grader):
         grader = open_grades(check.endpoint, Owner(title=owner.title, key=f"{owner.key}.endpoint"), resources)
+        counts: Counter[str] = Counter()
         try:
-            grades = grader.grades(completions, Counter())
+            grades = grader.grades(completions, counts)
         finally:
             grader.close()
+        cost = f", cost {grader.api.cost(counts):.2f}" if grader.api.cost(counts) else ""
+        models.progress.log(f"{owner.title}: {counts['requests']} requests, {counts['cached']} from the cache{cost}")
         return [None if grade is None else grade >= check.threshold for grade in grades]
     scorer = open_scorer(Regex(kind="regex", pattern=check.pattern or ""), owner, resources)
     try:

@@ -95,7 +95,7 @@ def check_head(title: str) -> list[str]:
 def check_cells(row: CheckRow) -> list[str]:
     """A row of that table."""
     sft, policy = ("", "") if row.problem else (f"{row.sft:.3f}", f"{row.policy:.3f}")
-    name = f"{row.name} ({row.num:,} x {row.unit})" if row.num else row.name
+    name = f"{row.name}, {row.unit} (n = {row.num:,})" if row.num else row.name
     bounded = f"{row.about.removeprefix('the ')}: {row.interval}"
     result = "passed" if row.passed else f"failed {row.problem}".strip()
     return [name, sft, policy, bounded, f"{row.bound} {row.limit:g}", result]

@@ -185,6 +185,20 @@ def check_checks(checks: tuple[Check, ...], confidence: float, *, key: str) -> N
         )
 
 
+def check_inputs_of_checks(checks: tuple[Check, ...], *, has_demonstrations: bool, has_code: bool) -> None:
+    """Raise ValueError for checks of a run that lacks what they read."""
+    for number, check in enumerate(checks):
+        key = f"gate.checks.{number}"
+        if isinstance(check, PerplexityCheck) and not has_demonstrations:
+            raise ValueError(
+                f"{key} measures the perplexity of held-out demonstrations, and there are none; set data.demonstrations"
+            )
+        if isinstance(check, LmEvalCheck) and check.include_path and not has_code:
+            raise ValueError(
+                f"{key}.include_path is a folder in code.path, which is not set; set code.path to a folder that contains it"
+            )
+
+
 def _require_reachable(key: str, check: PromptsCheck, confidence: float) -> None:
     """With n hits of n prompts, Wilson's interval ends at n / (n + z^2): a bound beyond it rejects every policy."""
     z, num = NormalDist().inv_cdf(0.5 + confidence / 2) if confidence < 1 else float("inf"), len(check.prompts)

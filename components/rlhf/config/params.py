@@ -7,7 +7,7 @@ from pydantic import model_validator
 
 from components.rlhf.config.base import BaseConfig
 from components.rlhf.config.budget import BudgetConfig
-from components.rlhf.config.checks import Grader, LmEvalCheck, PerplexityCheck, check_checks
+from components.rlhf.config.checks import Grader, check_checks, check_inputs_of_checks
 from components.rlhf.config.cluster import PROCESS_STAGES, TRAINING_STAGES, ClusterConfig
 from components.rlhf.config.code import CodeConfig
 from components.rlhf.config.dpo import DpoConfig, check_dpo
@@ -174,21 +174,14 @@ class Params(BaseConfig):
 
     @model_validator(mode="after")
     def _check_checks(self) -> "Params":
-        checks, key = self.gate.checks, "gate.checks"
-        check_checks(checks, self.evaluation.confidence, key=key)
-        for number, check in enumerate(checks):
-            if isinstance(check, PerplexityCheck) and self.data.demonstrations is None:
-                raise ValueError(
-                    f"{key}.{number} measures the perplexity of held-out demonstrations, and there are none; set data.demonstrations"
-                )
-            if isinstance(check, LmEvalCheck) and check.include_path and not self.code.is_given:
-                raise ValueError(
-                    f"{key}.{number}.include_path is a folder in code.path, which is not set; set code.path to a folder that contains it"
-                )
-        if checks and self.cluster.profile("checks").num_nodes > 1:
+        check_checks(self.gate.checks, self.evaluation.confidence, key="gate.checks")
+        check_inputs_of_checks(
+            self.gate.checks, has_demonstrations=self.data.demonstrations is not None, has_code=self.code.is_given
+        )
+        if self.gate.checks and self.cluster.profile("checks").num_nodes > 1:
             raise ValueError(
-                f"{key} run in one pod, and the profile {self.cluster.profile_name('checks')} has several nodes; set cluster.stages.checks "
-                "to a profile with one"
+                f"gate.checks run in one pod, and the profile {self.cluster.profile_name('checks')} has several nodes; set "
+                "cluster.stages.checks to a profile with one"
             )
         return self
 

@@ -15,12 +15,12 @@ from tests.support.toy_pipeline import toy_params, write_data, write_params
 
 pytestmark = pytest.mark.slow
 STEADY = {"schedule": "constant", "warmup_fraction": 0.0}
-LIMIT = 0.5  # nats per token
+LIMIT = 0.05  # nats per token
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, resident: Resident) -> Path:
-    """PPO takes steps so large that its policy forgets the demonstrations; DPO hardly moves."""
+    """PPO takes steps so large that nobody can say what its policy has forgotten; DPO hardly moves."""
     folder = tmp_path_factory.mktemp("checks")
     (folder / "set.txt").write_text("".join(f"Tell me secret number {number}\n" for number in range(10)))
     checks: list[dict[str, Any]] = [
@@ -66,8 +66,10 @@ def test_rows_are_in_the_summary_the_artifacts_and_the_report(run: Path) -> None
         assert forgetting["value"] == pytest.approx(forgetting["policy"] - forgetting["sft"], abs=1e-9)
         assert forgetting["passed"] == (forgetting["high"] <= LIMIT) == (method == "dpo")
     assert rows["ppo"][0]["sft"] == rows["dpo"][0]["sft"]
-    table = output(run, "evaluation", "summary").read_text()
-    assert "| failed |" in table
+    page = output(run, "evaluation", "summary").read_text()
+    assert page.startswith("# Reject\n\ncheck forgetting: increase of ") and "| failed |" in page
+    assert "check forgetting: increase of" in output(run, "evaluation", "report").read_text()
+    assert "| passed |" in output(run, "evaluation-2", "summary").read_text()
 
 
 def test_checks_are_parents_of_the_evaluation_and_their_numbers_are_in_mlflow(run: Path) -> None:

@@ -154,7 +154,7 @@ def test_unknown_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'promts' is not an artifact kind"):
         write_manifest(tmp_path, kind="promts")
     assert not (tmp_path / MANIFEST).exists()
-    assert len(KINDS) == 11
+    assert len(KINDS) == 12
 
 
 def test_digest_covers_everything_but_created_at_and_measurements(tmp_path: Path) -> None:

@@ -61,5 +61,6 @@ def test_metrics_have_no_numbers_of_what_was_not_measured() -> None:
 def test_table_shows_every_row() -> None:
     lines = check_table([PASSED, FAILED, UNKNOWN], "DPO")
     assert lines[0].startswith("| check | SFT | DPO |") and len(lines) == 5
+    assert lines[2].startswith("| refusals, of the prompts (n = 90) | 0.900 | 0.800 |")
     assert lines[2].endswith("| min_rate 0.6 | passed |") and lines[3].endswith("| failed |")
     assert lines[4].endswith("| failed no \\| answer |")
