@@ -31,10 +31,15 @@ class Answers:
     response_tokens: int = 16
 
 
-def write_starter(answers: Answers, target: Path) -> Params:
-    """Write a params file that loads, and return its parameters. Raises InputError, and writes nothing, if it would not."""
+def refuse_existing(target: Path) -> None:
+    """Raise InputError for a file that is there already."""
     if target.exists():
         raise InputError(f"{target} already exists; choose another --out.")
+
+
+def write_starter(answers: Answers, target: Path) -> Params:
+    """Write a params file that loads, and return its parameters. Raises InputError, and writes nothing, if it would not."""
+    refuse_existing(target)
     text = starter(answers, target)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / target.name

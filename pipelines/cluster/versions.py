@@ -140,14 +140,18 @@ def _flatten(value: Any, key: str = "") -> Iterator[tuple[tuple[str, str], str]]
             if not IGNORED_KEYS.search(f"{key}.{name}"):
                 yield from _flatten(inner, f"{key}.{name}" if key else name)
     elif isinstance(value, list) and value:
-        kept = [inner for inner in value if not (isinstance(inner, dict) and inner.get("name") == SETTINGS_VARIABLE)]
-        for number, inner in enumerate(kept):
+        for number, inner in enumerate(filter(_is_compared, value)):
             yield from _flatten(inner, f"{key}[{number}]")
     else:
         # The API returns all numbers as floats.
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         text = repr(float(value)).removesuffix(".0") if is_number else json.dumps(value, ensure_ascii=False)
         yield _stage_and_key(key), text
+
+
+def _is_compared(item: Any) -> bool:
+    """Whether an item of a list matters; what differs in a variable with all settings is in the settings of the stages."""
+    return not (isinstance(item, dict) and item.get("name") == SETTINGS_VARIABLE)
 
 
 def _stage_and_key(key: str) -> tuple[str, str]:

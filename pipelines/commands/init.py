@@ -33,8 +33,9 @@ def init_command(out: Path, *, yes: bool, **given: Any) -> None:
       kfp-rlhf init
       kfp-rlhf init --yes --demonstrations sft.jsonl --preferences pairs.jsonl --prompts prompts.jsonl --size 1gpu
     """
-    from pipelines.starter import MOVIES, Answers, first_rows, write_starter
+    from pipelines.starter import MOVIES, Answers, first_rows, refuse_existing, write_starter
 
+    refuse_existing(out)  # before anything is asked
     default = Answers()
     own = any(given[name] for name in ("demonstrations", "preferences", "prompts"))
     lengths = (512, 512) if own else (default.prompt_tokens, default.response_tokens)

@@ -96,5 +96,7 @@ def test_answers_that_cannot_run_write_nothing(
 
 def test_a_file_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("mine")
-    result = invoke("--yes", "--out", tmp_path / "my.yaml")
-    assert isinstance(result.exception, InputError) and (tmp_path / "my.yaml").read_text() == "mine"
+    for arguments in (["--yes"], []):  # nothing is asked in vain
+        result = invoke(*arguments, "--out", tmp_path / "my.yaml")
+        assert isinstance(result.exception, InputError) and result.output == ""
+        assert (tmp_path / "my.yaml").read_text() == "mine"

@@ -112,7 +112,13 @@ class Home:
         )
 
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "100", "RLHF_PROGRESS_SECONDS": "0"}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "NO_COLOR": "1",
+    "COLUMNS": "100",
+    "RLHF_PROGRESS_SECONDS": "0",
+    "RLHF_CODE_REVISION": "one",  # also if somebody commits meanwhile
+}
 
 
 @pytest.fixture(scope="module")
