@@ -93,16 +93,17 @@ def compile_component(stage: str, target: Path) -> None:
     """Write component.yaml of one stage, without kfp's patch version."""
     component = getattr(importlib.import_module(f"components.{stage}.component"), stage)
     Compiler().compile(component, str(target))
-    _drop_patch_version(target)
+    target.write_text(_without_patch_version(target), encoding="utf-8")
 
 
 def compile_example(name: str, target: Path) -> None:
-    """Write the compiled pipeline of pipelines/params/NAME.yaml, without kfp's patch version."""
+    """Write the compiled pipeline of pipelines/params/NAME.yaml, without kfp's patch version and without its comment.
+
+    The comment has the keys of dicts in any order, and the file shall change only with the pipeline.
+    """
     compile_pipeline(load_params(ROOT / "pipelines" / "params" / f"{name}.yaml"), target)
-    _drop_patch_version(target)
+    target.write_text(re.sub(r"\A(#.*\n)+", "", _without_patch_version(target)), encoding="utf-8")
 
 
-def _drop_patch_version(target: Path) -> None:
-    """Drop kfp's patch version, so that the file changes only with the pipeline."""
-    text = re.sub(r"sdkVersion: kfp-[\w.]+", "sdkVersion: kfp-2.17", target.read_text(encoding="utf-8"))
-    target.write_text(text, encoding="utf-8")
+def _without_patch_version(target: Path) -> str:
+    return re.sub(r"sdkVersion: kfp-[\w.]+", "sdkVersion: kfp-2.17", target.read_text(encoding="utf-8"))
