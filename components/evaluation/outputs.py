@@ -5,8 +5,7 @@ from pathlib import Path
 
 from components.evaluation.findings import findings_of, save_findings
 from components.evaluation.measure import Measured
-from components.evaluation.over_kl import reward_and_judge_over_kl
-from components.evaluation.report import Background, as_html, as_markdown, listing_of
+from components.evaluation.report import Background, as_html, as_markdown, as_picture, listing_of
 from components.evaluation.rival import SAMPLED_WITH, sampling_digest, save_responses
 from components.evaluation.samples import save_comparison
 from components.evaluation.side_by_side import compare_policies, training_costs
@@ -76,13 +75,11 @@ def write_outputs(
     )
     judges, training = measured.judges, measured.training
     page = as_html(comparison, judges, numbers, verdict, training, seed=config.seed, background=background)
-    run.write_report("report", writes["report"], page)
+    run.write_report("report", writes["report"], page, as_picture(training, background))
     listing = listing_of(comparison, judges, config.seed, rival)
     summary = as_markdown(numbers, judges, verdict, training, background, listing)
     run.write_report("summary", writes["summary"], summary)
     run.write_metrics(writes["metrics"], numbers)
-    if picture := reward_and_judge_over_kl(measured.training):
-        run.tracker.log_text("reward_and_judge_over_kl.svg", picture)
     for name, value in (("decision", verdict.decision), ("reason", verdict.reason), ("better", better)):
         write_parameter(writes[name], value)
     run.progress.log(f"{verdict.decision}: {verdict.reason}")

@@ -27,6 +27,7 @@ from components.rlhf.artifacts.manifest import Manifest
 from components.rlhf.config.policy import TITLES
 from components.rlhf.page.charts import SHAPES
 from components.rlhf.page.costs import StageCost, cost_table, costs_part
+from components.rlhf.page.picture import picture
 from components.rlhf.page.render import render
 from components.rlhf.page.scale import number_text
 from components.rlhf.text.comparison_table import comparison_rows, method_of
@@ -104,6 +105,13 @@ def as_html(
         settings=settings_text(background.settings),
         shapes=SHAPES,
     )  # fmt: skip
+
+
+def as_picture(training: Rows, background: Background) -> str:
+    """Reward and judge against the KL, and the curves of the validation passes, as one SVG; "" without validation passes."""
+    kept = background.policy.get("kept_iteration")
+    figures = [reward_against_kl(training, kept), *training_figures(training, kept, background.max_kl)]
+    return picture([(figure.title, figure.chart, figure.legend) for figure in figures if figure])
 
 
 def listing_of(comparison: Comparison, judges: Sequence[Judged], seed: int, rival: Rival | None) -> Listing:

@@ -2,6 +2,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -9,7 +10,7 @@ from components.evaluation.better import Outcome
 from components.evaluation.cards import list_cards
 from components.evaluation.compare import Comparison
 from components.evaluation.judging import Judged
-from components.evaluation.report import Background, as_html, as_markdown
+from components.evaluation.report import Background, as_html, as_markdown, as_picture
 from components.evaluation.rival import Rival
 from components.evaluation.samples import save_comparison
 from components.evaluation.tables import judge_rows, stage_costs
@@ -196,6 +197,15 @@ def test_page_shows_training_curves_if_there_were_validation_passes() -> None:
         "iteration", "responses trained on", "reward", "score of the first judge", "KL to SFT", "length", "EOS rate", "0",
     ]  # fmt: skip
     assert [cell.text for cell in table.all("tr")[2].all("td")] == ["256", "0.400", "0.300", "2.00", "9.0", "0.500"]
+
+
+def test_picture_for_mlflow_has_a_chart_for_each_curve() -> None:
+    found = ElementTree.fromstring(as_picture(VALIDATION_PASSES, Background(max_kl=10.0)))
+    titles = [
+        text.text or "" for text in found.iter("{http://www.w3.org/2000/svg}text") if text.get("class") == "title"
+    ]
+    assert titles[0] == "Reward and judge against KL" and len(titles) == len(set(titles)) > 2
+    assert as_picture([], Background()) == ""
 
 
 def test_training_curves_without_judge_scores() -> None:
