@@ -89,7 +89,10 @@ def as_table(rows: Sequence[Row]) -> str:
             )
     added = [added_share(row["seconds"]) for row in rows]
     machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
-    lines += ["", f"DPO and its evaluation add {100 * fmean(added):.0f}% to the time of the other stages. {machines}."]
+    share = f"{100 * fmean(added):.0f}%" + (
+        f" ({100 * min(added):.0f}% to {100 * max(added):.0f}%)" if len(added) > 1 else ""
+    )
+    lines += ["", f"DPO and its evaluation add {share} to the time of the other stages. {machines}."]
     return "\n".join(lines)
 
 
