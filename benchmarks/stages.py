@@ -37,7 +37,7 @@ STAGE_IO: dict[str, tuple[dict[str, tuple[str, str]], tuple[str, ...]]] = {
             "preferences": ("prepare_data", "preferences"),
             "prompts": ("prepare_data", "prompts"),
         },
-        ("model", "metrics", "summary"),
+        ("model", "metrics", "roc", "summary"),
     ),
     "judge": (
         {"tokenizer": ("import_model", "tokenizer"), "preferences": ("prepare_data", "judge-preferences")},

@@ -54,7 +54,8 @@ def test_sft_imitates_the_behaviour_policy(imitator: Path, walks: Walks) -> None
 
 
 @pytest.mark.parametrize(
-    ("advantage", "frozen"), [("gae", 0), *((advantage, 1) for advantage in get_args(AdvantageEstimator))]
+    ("advantage", "frozen"),
+    [pytest.param("gae", 0, marks=pytest.mark.slow), *((advantage, 1) for advantage in get_args(AdvantageEstimator))],
 )
 def test_every_estimator_finds_the_shortest_walks(
     imitator: Path, walks: Walks, advantage: AdvantageEstimator, frozen: int

@@ -148,7 +148,15 @@ def test_dpo_without_its_data_is_refused_before_the_first_request(api: KfpApi, s
     assert api.num_created == 0
 
 
-@pytest.mark.parametrize(("states", "code"), [(["SUCCEEDED"], 0), (["RUNNING", "FAILED"], 1), (["CANCELED"], 1)])
+@pytest.mark.parametrize(
+    ("states", "code"),
+    [
+        (["SUCCEEDED"], 0),
+        (["FAILED"], 1),
+        pytest.param(["RUNNING", "FAILED"], 1, marks=pytest.mark.slow),
+        (["CANCELED"], 1),
+    ],
+)
 def test_exit_code_of_wait_follows_the_state_of_the_run(
     api: KfpApi, submit: Submit, states: list[str], code: int
 ) -> None:

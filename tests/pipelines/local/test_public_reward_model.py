@@ -4,12 +4,15 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from components.rlhf.artifacts.directory import open_artifact
 from tests.support.public_reward_models import make_public_reward_model
 from tests.support.resident import Resident
 from tests.support.toy_pipeline import toy_params, write_data, write_params
 
 
+@pytest.mark.slow
 def test_run_with_a_public_reward_model(tiny_model: Path, tmp_path: Path, resident: Resident) -> None:
     public = make_public_reward_model(tmp_path / "public")
     reward_model = {"use": str(public), "num_calibration_samples": 16}
