@@ -1,6 +1,7 @@
 """Checks of local inputs before the first stage starts, so that a bad line is found before a model is loaded."""
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,12 +37,27 @@ def check_inputs(params: Params, *, is_on_cluster: Callable[[str], bool] = lambd
 
 
 def check_packages(params: Params) -> None:
-    """Raise InputError for a run on this machine with checks of lm-evaluation-harness, which is not installed here."""
-    if any(isinstance(check, LmEvalCheck) for check in params.gate.checks) and find_spec("lm_eval") is None:
+    """Raise InputError for a run on this machine with checks of lm-evaluation-harness, which is not installed or has no such task.
+
+    Tasks of the user's own are read by the stage.
+    """
+    checks = {n: check for n, check in enumerate(params.gate.checks) if isinstance(check, LmEvalCheck)}
+    if checks and find_spec("lm_eval") is None:
         raise InputError(
             "gate.checks has a check of kind lm_eval, and lm-evaluation-harness is not installed here; install the extra evals "
             "(pip install -c constraints.txt -e '.[evals]'), or remove the check."
         )
+    named = {task: n for n, check in checks.items() if check.include_path is None for task in check.tasks}
+    if not named:
+        return
+    from lm_eval.tasks import TaskManager
+
+    known = set(TaskManager().all_tasks)
+    for task, number in named.items():
+        if task not in known:
+            close = get_close_matches(task, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "set include_path for a task of your own."
+            raise InputError(f"gate.checks.{number}.tasks: lm-evaluation-harness has no task {task}; {hint}")
 
 
 def check_stores(params: Params) -> None:

@@ -87,6 +87,15 @@ def test_missing_harness_is_said_before_a_local_run(files: Path, monkeypatch: py
         check_packages(load(files, TASKS, code={"path": "mycode"}))
 
 
+@pytest.mark.slow
+def test_unknown_task_is_said_before_a_local_run(files: Path) -> None:
+    pytest.importorskip("lm_eval")
+    named = {key: value for key, value in TASKS.items() if key != "include_path"}
+    check_packages(load(files, named | {"tasks": ["arc_easy"]}))
+    with pytest.raises(InputError, match=r"gate\.checks\.0\.tasks: .* no task arc_easyy; did you mean arc_easy\?"):
+        check_packages(load(files, named | {"tasks": ["arc_easy", "arc_easyy"]}))
+
+
 def test_pods_of_checks_reach_the_endpoint_with_its_key(files: Path) -> None:
     params = load(files, FROM_FILE)
     assert egress_of("checks", params, []) == {"kfp-rlhf/egress": "endpoint"}
