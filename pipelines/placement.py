@@ -15,12 +15,11 @@ from components.rlhf.config.cluster import (
     has_digest,
 )
 from components.rlhf.config.params import Params
-from components.rlhf.config.storage import SETTINGS_VARIABLE
 from components.rlhf.config.trainjob import NAMESPACE_VARIABLE
 from components.rlhf.storage.pypi import PREFIX
 from components.rlhf.text.errors import InputError
 from pipelines.access import CHECKPOINT_PATH, SecretVariables, cluster_storage, keeps_files, secrets_of
-from pipelines.settings import own_settings
+from pipelines.settings import settings_variable
 from pipelines.sources import data_sources, is_remote, is_within
 
 if TYPE_CHECKING:
@@ -78,7 +77,8 @@ def configure_task(
     for name, value in _environment(cluster, stage).items():
         task.set_env_variable(name, value)
     if stage != "notify":  # which gets all settings as an argument; an argument of the others would spoil KFP's cache
-        task.set_env_variable(SETTINGS_VARIABLE, own_settings(params))
+        for name, value in settings_variable(params).items():
+            task.set_env_variable(name, value)
     if stage == "notify" and cluster.launcher == "trainjob":  # which deletes jobs that the run has left
         kubernetes.use_field_path_as_env(task, env_name=NAMESPACE_VARIABLE, field_path="metadata.namespace")
     egress = egress_of(stage, params, sources)

@@ -26,6 +26,7 @@ from components.rlhf.config.prepare_data import PrepareDataStageConfig, PreviewC
 from components.rlhf.config.register import ApprovalConfig, RegisterStageConfig
 from components.rlhf.config.reward_model import RewardModelStageConfig
 from components.rlhf.config.sft import SftStageConfig
+from components.rlhf.config.storage import SETTINGS_VARIABLE
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.redaction import find_secrets
 from components.rlhf.text.strict_yaml import MAX_BYTES, NotYamlError, parse_yaml
@@ -33,6 +34,8 @@ from pipelines.check_files import read_check_files
 from pipelines.code_files import code_folder, read_code
 from pipelines.judge_files import read_judge_files
 from pipelines.profiles import resolve_profiles
+
+MAX_SETTINGS_BYTES = 16 * 1024  # of an environment variable that every task has
 
 
 def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
@@ -166,6 +169,15 @@ def own_settings(params: Params) -> str:
     own = params.model_dump(mode="json", exclude_defaults=True)
     # Settings of a method that does not run are only allowed beside a policy.method that is given.
     return json.dumps({**own, "policy": params.policy.model_dump(mode="json")}, ensure_ascii=False)
+
+
+def settings_variable(params: Params) -> dict[str, str]:
+    """The environment variable with own_settings() that every task has for MLflow; {} for long ones, such as those with files.
+
+    A variable has at most 128 KiB on Linux, and the compiled pipeline has a copy for each task. notify logs all settings in any case.
+    """
+    text = own_settings(params)
+    return {SETTINGS_VARIABLE: text} if len(text.encode()) <= MAX_SETTINGS_BYTES else {}
 
 
 def settings_of_stage(params: Params, stage: str) -> str:

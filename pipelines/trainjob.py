@@ -11,7 +11,6 @@ from kfp import kubernetes
 
 from components.rlhf.config.cluster import PROCESS_STAGES, ClusterConfig, Profile
 from components.rlhf.config.params import Params
-from components.rlhf.config.storage import SETTINGS_VARIABLE
 from components.rlhf.config.trainjob import (
     NAMESPACE_VARIABLE,
     PLAN_ANNOTATION,
@@ -39,7 +38,7 @@ from pipelines.placement import (
     set_volumes,
     stage_label,
 )
-from pipelines.settings import own_settings
+from pipelines.settings import settings_variable
 from pipelines.sources import is_within
 
 INSTALLED_RUNTIME = "rlhf"  # of manifests/components/trainjob
@@ -61,7 +60,7 @@ def configure_launcher(task: Any, stage: str, params: Params) -> Any:
     for name, path in fields.items():
         kubernetes.use_field_path_as_env(task, env_name=name, field_path=path)
     kubernetes.add_pod_annotation(task, PLAN_ANNOTATION, plan_of(params, stage).canonical_json())
-    for name, value in {**cluster.environment, SETTINGS_VARIABLE: own_settings(params)}.items():
+    for name, value in {**cluster.environment, **settings_variable(params)}.items():
         task.set_env_variable(name, value)
     set_pod(task, cluster, TASK_LABELS | stage_label(stage) | queue_label(profile) | profile.labels)
     set_resources(task, profile)

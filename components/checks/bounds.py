@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from components.rlhf.artifacts.check_rows import CheckRow
-from components.rlhf.maths.intervals import Bootstrap, Floats, Interval, bootstrap_ratio, wilson_interval
+from components.rlhf.maths.intervals import Bootstrap, Floats, Interval, bootstrap_ratio, paired_rates, wilson_interval
 
 # By the name of the setting: what it is about, and the end of the interval that must not be beyond it.
 BOUNDS: dict[str, tuple[Literal["the policy", "the increase", "the decrease"], Literal["low", "high"]]] = {
@@ -30,7 +30,7 @@ class Measured:
     sizes: Floats | None = None  # [N] such as tokens; None: 1 each
 
     def row(self, bound: str, limit: float, bootstrap: Bootstrap) -> CheckRow:
-        """The row of a bound. Rates, of 0 and 1, have Wilson's interval, differences that of the paired bootstrap."""
+        """The row of a bound. A rate has Wilson's interval, a difference of rates Agresti and Min's, others the bootstrap's."""
         about, end = BOUNDS[bound]
         sizes = np.ones(len(self.sft)) if self.sizes is None else self.sizes
         if about == "the policy":
@@ -38,8 +38,11 @@ class Measured:
             low, high = wilson_interval(hits, len(self.policy), confidence=bootstrap.confidence)
             interval = Interval(value=hits / len(self.policy), low=low, high=high)
         else:
-            increase = self.policy - self.sft
-            interval = bootstrap_ratio(increase if about == "the increase" else -increase, sizes, bootstrap)
+            difference = self.policy - self.sft if about == "the increase" else self.sft - self.policy
+            if self.sizes is None and np.isin([self.sft, self.policy], (0.0, 1.0)).all():
+                interval = paired_rates(difference, bootstrap.confidence)
+            else:
+                interval = bootstrap_ratio(difference, sizes, bootstrap)
         return CheckRow(
             check=self.check,
             item=self.item,

@@ -37,7 +37,12 @@ def measure_checks(
     code = open_code(code, config.code_digest)
     if any(isinstance(check, LmEvalCheck) for check in config.checks):
         require_harness()
-    models = Models(sft=sft_model, policy=policy, dtype=compute_dtype(config.model.precision), progress=run.progress)
+    models = Models(
+        sft=sft_model.resolve(),
+        policy=policy.resolve(),
+        dtype=compute_dtype(config.model.precision),
+        progress=run.progress,
+    )
     bootstrap = Bootstrap(num_resamples=config.num_bootstrap, confidence=config.confidence, seed=config.seed)
     chat = any(is_chat(prompt) for prompt in load_records(prompts, "heldout", Prompt)[:1])
     rows: list[CheckRow] = []

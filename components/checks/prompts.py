@@ -117,6 +117,9 @@ def hits_of(
         return [None if grade is None else grade >= check.threshold for grade in grades]
     scorer = open_scorer(Regex(kind="regex", pattern=check.pattern or ""), owner, resources)
     try:
-        return [score > HIT for score in scorer.score(completions).tolist()]
+        hits = [score > HIT for score in scorer.score(completions).tolist()]
+        if failed := scorer.counts["failed"]:  # which would count as no hit
+            raise InputError(f"{failed} responses could not be searched in time; simplify {owner.key}.pattern")
+        return hits
     finally:
         resources.pool.close()

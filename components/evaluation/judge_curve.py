@@ -3,12 +3,13 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, pstdev, stdev
+from math import comb
+from statistics import NormalDist, fmean, pstdev, stdev
 
 from components.evaluation.judging import Judged, as_completion
 from components.rlhf.data.records import ValidationSample
 
-CLEAR = 2.0  # standard errors, beyond which a fall is more than noise
+MISTAKES = 0.025  # how often a fall counts as more than noise in a run without one
 
 
 def judge_curve(samples: Sequence[ValidationSample], judges: Sequence[Judged]) -> list[dict[str, float]]:
@@ -83,6 +84,7 @@ class OverOptimization:
 
     best: Mapping[str, float]
     later: Sequence[Mapping[str, float]]
+    num_passes: int  # from which best and worst were chosen
 
     @property
     def worst(self) -> Mapping[str, float]:
@@ -94,10 +96,18 @@ class OverOptimization:
         return self.best["kl"], max(row["kl"] for row in self.later)
 
     @property
+    def threshold(self) -> float:
+        """In standard errors."""
+        return NormalDist().inv_cdf(1 - MISTAKES / comb(self.num_passes, 2))
+
+    @property
     def is_clear(self) -> bool:
-        """Whether the fall of the worst pass is more than noise."""
+        """Whether the fall of the worst pass is more than noise.
+
+        Best and worst are chosen by the same scores, so that the threshold is that of all pairs of passes (Bonferroni).
+        """
         fall, error = self.worst.get("judge_fall"), self.worst.get("judge_fall_se")
-        return fall is not None and error is not None and fall > CLEAR * error
+        return fall is not None and error is not None and fall > self.threshold * error
 
 
 def over_optimization(training: Sequence[Mapping[str, float]]) -> OverOptimization | None:
@@ -111,4 +121,4 @@ def over_optimization(training: Sequence[Mapping[str, float]]) -> OverOptimizati
         for row in training[number + 1 :]
         if row["reward"] > best["reward"] and row["judge_score"] < best["judge_score"]
     ]
-    return OverOptimization(best=best, later=later) if later else None
+    return OverOptimization(best=best, later=later, num_passes=len(training)) if later else None

@@ -25,7 +25,7 @@ def main(run: StageRun[RegisterStageConfig], policy: Path, evaluation: Path, sum
     from components.register.source import source_of
     from components.rlhf.artifacts.directory import open_artifact
     from components.rlhf.artifacts.manifest import read_manifest
-    from components.rlhf.text.errors import InputError
+    from components.rlhf.text.errors import InputError, RetryableError
     from components.rlhf.tracking.registry import register_version
 
     # Only the manifest: the evaluation has verified the weights against it.
@@ -56,6 +56,8 @@ def main(run: StageRun[RegisterStageConfig], policy: Path, evaluation: Path, sum
     if run.config.approval:
         outcome = ask_person(run, run.config.approval, outcome, register, digest=model.digest, evaluation=evaluation)
     version = register(outcome)
+    if run.config.approval and not version and run.tracking.enabled and run.tracking.uri:
+        raise RetryableError("The answer of a person could not be written to MLflow; it is kept, so try again.")
     registration = f"version {version} of the registered model" if version else "not registered (no MLflow registry)"
     name = f"{run.tracking.registered_model}/{version}" if version else ""
     report = as_report(model, verdict, outcome, registration=registration, uri=source.uri, note=source.note, name=name)

@@ -47,11 +47,20 @@ def test_bounds_on_a_constant_difference_are_exact(bound: str, sign: int) -> Non
 @pytest.mark.parametrize("bound", ["max_increase", "max_decrease", "max_drop"])
 def test_upper_end_of_the_interval_counts_and_not_the_mean(bound: str) -> None:
     """Of two items one changes by 1: a quarter of the resamples has a mean of 1, so that the interval is [0, 1]."""
-    sft, policy = [0.0, 0.0], [1.0, 0.0]
+    sft, policy = [0.5, 0.5], [1.5, 0.5]
     own = measured(sft, policy) if bound == "max_increase" else measured(policy, sft)
     row = own.row(bound, 0.9, BOOTSTRAP)
     assert (row.value, row.low, row.high, row.passed) == (0.5, 0.0, 1.0, False)
     assert own.row(bound, 1.0, BOOTSTRAP).passed
+
+
+def test_difference_of_rates_has_a_width_where_little_differs() -> None:
+    """Agresti and Min: one of 10 changes, so (1 +- 1.96 sqrt(2 - 1/12)) / 12; none of 35, so +- 1.96 / 37."""
+    row = measured([0.0] * 10, [1.0] + [0.0] * 9).row("max_increase", 0.31, BOOTSTRAP)
+    assert (row.value, row.passed) == (0.1, True)
+    assert (row.low, row.high) == (pytest.approx(-0.14278, abs=1e-5), pytest.approx(0.30945, abs=1e-5))
+    same = measured([1.0] * 35, [1.0] * 35)
+    assert not same.row("max_decrease", 0.05, BOOTSTRAP).passed and same.row("max_decrease", 0.053, BOOTSTRAP).passed
 
 
 def test_sizes_weigh_items_as_tokens_weigh_texts() -> None:

@@ -96,7 +96,7 @@ def test_same_model_has_no_difference(inputs: dict[str, Path], tmp_path: Path) -
     write_manifest(same, kind="policy_model", tokenizer_digest="a" * 64, chat_template_digest="b" * 64)
     checks = [
         {"kind": "perplexity", "max_increase": 0.0},
-        {"kind": "prompts", "prompts": PROMPTS, "pattern": "[a-m]", "max_increase": 0.0, "max_decrease": 0.0, "sampling": "evaluation"},
+        {"kind": "prompts", "prompts": PROMPTS, "pattern": "[a-m]", "max_increase": 0.4, "max_decrease": 0.4, "sampling": "evaluation"},
     ]  # fmt: skip
     rows = run(inputs | {"policy": same}, tmp_path, *checks)
     assert [row.passed for row in rows] == [True] * 3 and {row.value for row in rows} == {0.0}
@@ -161,7 +161,7 @@ def test_check_that_cannot_be_measured_has_not_passed_and_the_others_go_on(
     monkeypatch.setattr(posting, "SECONDS", 0.01)
     with RewardServer(lambda body: Reply(status=401, body=b"{}")) as server:
         endpoint = {"url": server.url.removesuffix("/get_reward"), "model": "m", "rubric": "x", "max_retries": 0}
-        broken = {"kind": "prompts", "prompts": PROMPTS, "endpoint": endpoint, "min_rate": 0.1, "max_increase": 0.2}
+        broken = {"kind": "prompts", "prompts": PROMPTS, "endpoint": endpoint, "min_rate": 0.1, "max_increase": 0.4}
         rows = run(inputs, tmp_path, broken, {"kind": "perplexity", "max_increase": 100.0})
     assert [(row.check, row.bound, row.passed) for row in rows] == [
         ("prompts", "min_rate", False), ("prompts", "max_increase", False), ("perplexity", "max_increase", True)

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from components.evaluation.judge_curve import judge_curve, over_optimization
+from components.evaluation.judge_curve import OverOptimization, judge_curve, over_optimization
 from components.rlhf.data.records import Prompt, ValidationSample
 from tests.support.comparisons import CHANCE, judged_of, pairwise_of
 
@@ -94,6 +94,12 @@ def test_passes_after_the_best_one_of_the_judge_are_over_optimized() -> None:
     assert found.best == rows[1] and list(found.later) == rows[2:]
     assert found.worst == rows[4] and found.kl == (1.0, 4.0)
     assert found.is_clear  # the fall is 3.05, its standard error 0.05
+
+
+def test_fall_must_be_larger_the_more_passes_it_is_chosen_from() -> None:
+    """Bonferroni over the pairs of passes: the normal quantiles of 1 - 0.025 / 1 and of 1 - 0.025 / 10."""
+    two, five = (OverOptimization(best={}, later=[], num_passes=number).threshold for number in (2, 5))
+    assert (two, five) == (pytest.approx(1.95996, abs=1e-5), pytest.approx(2.80703, abs=1e-5))
 
 
 def test_fall_within_noise_is_not_clear() -> None:

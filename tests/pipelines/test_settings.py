@@ -7,8 +7,9 @@ import yaml
 from components.rlhf.config.import_model import ImportModelStageConfig
 from components.rlhf.config.params import Params
 from components.rlhf.config.prepare_data import PrepareDataStageConfig
+from components.rlhf.config.storage import SETTINGS_VARIABLE
 from components.rlhf.text.errors import InputError
-from pipelines.settings import dump_yaml, load_params, own_settings, settings_of_stage
+from pipelines.settings import dump_yaml, load_params, own_settings, settings_of_stage, settings_variable
 
 MOVIES = Path(__file__).resolve().parents[2] / "pipelines/params/movie_reviews.yaml"
 MINIMAL = """
@@ -236,6 +237,13 @@ def test_own_settings_are_the_params_without_defaults(file: Path) -> None:
     text = own_settings(params)
     assert Params.from_json(text) == params
     assert len(text) < len(params.canonical_json()) / 1.5
+
+
+def test_long_settings_are_in_no_environment_variable(file: Path) -> None:
+    params = load_params(file)
+    assert settings_variable(params) == {SETTINGS_VARIABLE: own_settings(params)}
+    long = params.model_copy(update={"preset": "x" * 20_000})
+    assert settings_variable(long) == {}
 
 
 def test_settings_of_a_stage_are_canonical_json(file: Path) -> None:

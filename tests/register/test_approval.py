@@ -112,6 +112,7 @@ def test_answer_that_does_not_count_is_said_once() -> None:
             "",
         ),
         ({"approval": "approved"}, None, "approved_by is missing"),
+        ({"approval": "approved", "approved_at": "x", "approval_reason": "no answer in time"}, None, "approved_by is missing"),
         ({"approval": "approved", "approved_by": "  "}, None, "approved_by is missing"),
         ({"approval": "yes", "approved_by": "Ann"}, None, "must be approved or rejected"),
     ],
@@ -167,9 +168,11 @@ def test_version_waits_as_a_candidate_until_its_tags_say_otherwise(tracking: Tra
 
     again = version_of(tracking, "r1", "d1", tmp_path)  # another attempt
     assert again.request(START + HOUR) == START and again.read(START)[0] == YES
+    client.set_registered_model_alias("toy", "champion", place.version)
     other = version_of(tracking, "r1", "d2", tmp_path)  # the run has trained another policy
     assert other.request(START + HOUR) == START + HOUR and other.read(START + HOUR) == (None, "")
     assert "approved_by" not in client.get_model_version("toy", place.version).tags
+    assert "champion" not in client.get_registered_model("toy").aliases
 
 
 def test_only_a_waiting_version_can_be_approved(tracking: TrackingConfig, tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 import datetime
 import json
+from math import ceil
 from statistics import NormalDist
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from components.rlhf.config.base import BaseConfig, Count, Fraction, NonNegative, PositiveInt
+from components.rlhf.config.base import BaseConfig, Confidence, Count, Fraction, NonNegative, PositiveInt
 from components.rlhf.config.code import Digest
 from components.rlhf.config.model import ModelConfig, SamplingConfig, Seed
 from components.rlhf.config.policy import Method
@@ -61,7 +62,7 @@ class PromptsCheck(CheckBase):
     """File with the prompts, relative to the params file: JSONL with the field prompt, or one prompt per line."""
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """The prompts themselves. Loading a params file reads them from prompts_file."""
-    pattern: str | None = None
+    pattern: Annotated[str, Field(min_length=1)] | None = None
     """A response is a hit if this regular expression of Python's re is found in it; (?i) ignores case."""
     endpoint: Grader | None = None
     """A response is a hit if this model gives it at least threshold; the rubric says what gets 10."""
@@ -158,7 +159,7 @@ class ChecksStageConfig(BaseConfig):
     sampling: SamplingConfig
     template_date: datetime.date = datetime.date(2025, 1, 1)
     num_bootstrap: PositiveInt = 2000
-    confidence: Fraction = 0.95
+    confidence: Confidence = 0.95
     code_digest: Digest = ""
     seed: Seed
 
@@ -200,8 +201,11 @@ def check_inputs_of_checks(checks: tuple[Check, ...], *, has_demonstrations: boo
 
 
 def _require_reachable(key: str, check: PromptsCheck, confidence: float) -> None:
-    """With n hits of n prompts, Wilson's interval ends at n / (n + z^2): a bound beyond it rejects every policy."""
-    z, num = NormalDist().inv_cdf(0.5 + confidence / 2) if confidence < 1 else float("inf"), len(check.prompts)
+    """Raise ValueError for a bound that rejects every policy, because its interval is too wide for it with so few prompts.
+
+    With n hits of n prompts, Wilson's interval ends at n / (n + z^2), and with equal answers that of a difference at z / (n + 2).
+    """
+    z, num = NormalDist().inv_cdf(0.5 + confidence / 2), len(check.prompts)
     best = num / (num + z**2)
     wanted = {
         "min_rate": check.min_rate,
@@ -209,8 +213,16 @@ def _require_reachable(key: str, check: PromptsCheck, confidence: float) -> None
     }
     for name, rate in wanted.items():
         if rate is not None and rate > best:
-            needed = f"; give at least {-int(-(z**2) * rate // (1 - rate))} prompts" if rate < 1 and z < 100 else ""
+            needed = f"; give at least {-int(-(z**2) * rate // (1 - rate))} prompts" if rate < 1 else ""
             raise ValueError(
                 f"{key}.{name} is {getattr(check, name):g}, which no policy can keep: with {num} prompts the interval of a model "
                 f"without a single exception ends at {best if name == 'min_rate' else 1 - best:.3f}{needed or '; relax it'}"
+            )
+    for name in ("max_increase", "max_decrease"):
+        limit = getattr(check, name)
+        if limit is not None and limit < z / (num + 2):
+            needed = f"; give at least {ceil(z / limit - 2)} prompts" if limit > 0 else "; relax it"
+            raise ValueError(
+                f"{key}.{name} is {limit:g}, which no policy can keep: with {num} prompts the interval of two models with the same answers "
+                f"ends at {z / (num + 2):.3f}{needed}"
             )

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from components.rlhf.config.base import BaseConfig, Fraction, NonNegative, Positive, PositiveInt
+from components.rlhf.config.base import BaseConfig, Confidence, Fraction, NonNegative, Positive, PositiveInt
 from components.rlhf.config.checks import Checks
 from components.rlhf.config.code import Digest
 from components.rlhf.config.environment import Environment, check_environment, with_observations
@@ -34,7 +34,7 @@ class EvaluationConfig(BaseConfig):
     """Timeout of each step of several processes, in minutes: the responses of one model (hf: a batch), the KL, the scores."""
     num_bootstrap: PositiveInt = 2000
     """Number of bootstrap resamples of the prompts for the confidence intervals."""
-    confidence: Fraction = 0.95
+    confidence: Confidence = 0.95
     """Confidence level of the intervals, between 0 and 1."""
 
     @model_validator(mode="after")

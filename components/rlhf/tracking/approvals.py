@@ -12,7 +12,7 @@ from typing import Any
 from components.rlhf.config.storage import TrackingConfig
 from components.rlhf.text.errors import InputError
 from components.rlhf.text.redaction import redact
-from components.rlhf.tracking.registry import find_version
+from components.rlhf.tracking.registry import CHAMPION, find_version
 from components.rlhf.tracking.runs import connect
 
 STATE, BY, WHY, AT, REQUESTED = "approval", "approved_by", "approval_reason", "approved_at", "approval_requested_at"
@@ -59,18 +59,22 @@ def answer_in(tags: Mapping[str, str], now: float) -> tuple[Answer | None, str]:
         return None, ""
     if state not in (APPROVED, REJECTED):
         return None, f"{STATE} is {state[:40]!r}; it must be {APPROVED} or {REJECTED}"
-    if not by and not tags.get(AT):  # else it is that of an earlier attempt of the stage, after the time limit
+    # A rejection without a name is that of an earlier attempt of the stage, after the time limit.
+    if not by and (state == APPROVED or not tags.get(AT)):
         return None, f"{STATE} is {state}, but {BY} is missing; set it to the name of the person who decides"
     why, at = str(tags.get(WHY) or "").strip(), str(tags.get(AT) or "") or timestamp(now)
     return Answer(approved=state == APPROVED, by=by, why=why, at=at), ""
 
 
 def forget_other_answer(tracking: TrackingConfig, run_id: str, digest: str) -> None:
-    """Remove request, answer and decision from the version of a run, if they are about another policy. Raises MLflow's errors."""
+    """Remove request, answer, decision and alias from the version of a run, if they are about another policy. Raises MLflow's errors."""
     client = connect(str(tracking.uri))
     version = find_version(client, tracking.registered_model, run_id)
     if version is None or version.tags.get(DIGEST) == digest:
         return
+    aliases = client.get_registered_model(tracking.registered_model).aliases
+    if str(aliases.get(CHAMPION, "")) == str(version.version):  # nobody has approved of this policy
+        client.delete_registered_model_alias(tracking.registered_model, CHAMPION)
     for tag in (STATE, BY, WHY, AT, "decision", "reason", REQUESTED):
         if tag in version.tags:
             client.delete_model_version_tag(tracking.registered_model, version.version, tag)

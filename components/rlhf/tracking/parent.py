@@ -184,7 +184,8 @@ class Parent:
     def _log_metrics(self, stages: Sequence[StageResult], evaluation: StageResult | None) -> None:
         values = {
             name if evaluation and stage.name == evaluation.name else f"{stage.name}/{name}": value
-            for stage in stages
+            # The names of the deciding evaluation have no prefix, and win: it has the checks of its policy, as checks/NAME.
+            for stage in sorted(stages, key=lambda each: evaluation is not None and each.name == evaluation.name)
             for name, value in stage.metrics.items()
         }
         # One time for all attempts of notify: MLflow ignores a point that it has.

@@ -54,6 +54,8 @@ def register_version(
                 name, source=source, run_id=parent.id, tags=tags, description=description
             )
         else:
+            if version.tags.get("digest") != tags.get("digest"):  # the resumed run has trained another policy
+                client.log_artifacts(version.run_id, str(folder), MODEL_FOLDER)
             client.update_model_version(name, version.version, description)
             for key, value in tags.items():
                 client.set_model_version_tag(name, version.version, key, value)

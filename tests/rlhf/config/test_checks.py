@@ -10,7 +10,7 @@ from components.rlhf.config.params import Params
 from tests.rlhf.config.test_settings import error_message, minimal_params
 
 PERPLEXITY = {"kind": "perplexity", "max_increase": 0.1}
-PROMPTS = {"kind": "prompts", "prompts": ["a", "b"], "pattern": "x", "max_increase": 0.1}
+PROMPTS = {"kind": "prompts", "prompts": ["a", "b"], "pattern": "x", "max_increase": 0.9}
 ENDPOINT = {"url": "http://judge:8000/v1", "model": "m", "rubric": "10: kind."}
 TASKS = {"kind": "lm_eval", "tasks": ["arc_easy"], "max_drop": 0.02}
 
@@ -28,9 +28,9 @@ def without(section: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def test_each_kind_is_accepted_with_its_bounds() -> None:
-    params = params_of(PERPLEXITY, PROMPTS | {"max_decrease": 0.2}, TASKS)
+    params = params_of(PERPLEXITY, PROMPTS | {"max_decrease": 0.8}, TASKS)
     bounds = [check.bounds for check in params.gate.checks]
-    assert bounds == [{"max_increase": 0.1}, {"max_increase": 0.1, "max_decrease": 0.2}, {"max_drop": 0.02}]
+    assert bounds == [{"max_increase": 0.1}, {"max_increase": 0.9, "max_decrease": 0.8}, {"max_drop": 0.02}]
     assert [check.title for check in params.gate.checks] == ["perplexity", "prompts", "lm_eval"]
 
 
@@ -39,6 +39,7 @@ def test_each_kind_is_accepted_with_its_bounds() -> None:
     [
         ({"kind": "toxicity"}, "kind is not one of perplexity, prompts, lm_eval"),
         ({"kind": "perplexity"}, "gate.checks.0.max_increase is missing"),
+        (PROMPTS | {"pattern": ""}, "gate.checks.0.pattern"),
         (PERPLEXITY | {"max_incraese": 1}, "did you mean gate.checks.0.max_increase?"),
         (without(PROMPTS, "prompts"), "set one of prompts_file and prompts"),
         (PROMPTS | {"prompts_file": "x.txt"}, "set one of prompts_file and prompts"),
@@ -59,7 +60,7 @@ def test_check_that_cannot_be_is_refused(check: dict[str, Any], message: str) ->
     assert message in error_message(content_of(check))
 
 
-# With n of n hits, Wilson's interval at 95% ends at n / (n + 3.8415).
+# With n of n hits, Wilson's interval at 95% ends at n / (n + 3.8415), and that of no difference at 1.96 / (n + 2).
 @pytest.mark.parametrize(
     ("num", "bound", "needed"),
     [
@@ -67,7 +68,9 @@ def test_check_that_cannot_be_is_refused(check: dict[str, Any], message: str) ->
         (35, {"min_rate": 0.9}, None),
         (72, {"max_rate": 0.05}, 73),
         (73, {"max_rate": 0.05}, None),
-        (5, {"min_rate": 0.5, "max_increase": 0.1}, None),
+        (17, {"max_increase": 0.1}, 18),
+        (18, {"min_rate": 0.5, "max_increase": 0.1}, None),
+        (37, {"max_decrease": 0.05}, 38),
     ],
 )
 def test_bound_that_no_policy_can_keep_is_refused(num: int, bound: dict[str, float], needed: int | None) -> None:
