@@ -176,6 +176,18 @@ def test_parent_of_two_policies_shows_the_metrics_of_the_better_one_and_the_repo
     assert json.loads((folder / "summary.json").read_text())["evaluation"] == own
 
 
+def test_checks_of_the_parent_are_those_of_the_policy_at_the_gate(
+    tracking: TrackingConfig, client: MlflowClient
+) -> None:
+    name = "refusals/min_rate"
+    run_stage(tracking, "checked", "ppo_checks", {name: 0.95})
+    run_stage(tracking, "checked", "ppo_evaluation", {"win_rate": 0.75, f"checks/{name}": 0.95})
+    run_stage(tracking, "checked", "checks", {name: 0.2})  # of DPO
+    run_stage(tracking, "checked", "evaluation", {"win_rate": 0.25, f"checks/{name}": 0.2, GOES_TO_GATE: 0.0})
+    finish(tracking, "checked", "succeeded")
+    assert parent_of(client, "checked").data.metrics[f"checks/{name}"] == 0.95
+
+
 def test_parent_of_a_failed_run_names_the_error(tracking: TrackingConfig, client: MlflowClient) -> None:
     run_stage(tracking, "bad", "sft", {"loss": 0.5})
     run_stage(tracking, "bad", "ppo", {}, error="data.prompts: line 3 is broken.")
