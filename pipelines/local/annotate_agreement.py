@@ -1,10 +1,7 @@
 """How far people agree with one another, with the judge and with the reward model."""
 
-import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-
-CONFIDENCE_Z = 1.959964  # of a two-sided interval of 95%
 
 
 def cohen_kappa(first: Mapping[str, Hashable], second: Mapping[str, Hashable]) -> float | None:
@@ -38,11 +35,3 @@ def krippendorff_alpha(items: Iterable[Sequence[Hashable]]) -> float | None:
 def _unequal(count: Counter[Hashable]) -> int:
     """Number of ordered pairs of different labels."""
     return int(count.total() ** 2 - sum(number**2 for number in count.values()))
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95% interval of a proportion. Wilson, Probable inference, 1927."""
-    share, z = successes / trials, CONFIDENCE_Z
-    centre, scale = share + z**2 / (2 * trials), 1 + z**2 / trials
-    half = z * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)

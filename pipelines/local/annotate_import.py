@@ -8,9 +8,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from components.rlhf.maths.intervals import wilson_interval
 from components.rlhf.text.errors import InputError
 from pipelines.local.annotate import RANDOM, Pair, as_lines, read_pairs, write
-from pipelines.local.annotate_agreement import cohen_kappa, krippendorff_alpha, wilson_interval
+from pipelines.local.annotate_agreement import cohen_kappa, krippendorff_alpha
 from pipelines.local.annotate_answers import Given, read_answers
 
 PREFERENCES, AGREEMENT = "preferences.jsonl", "agreement.json"
@@ -149,7 +150,7 @@ def _with_models(pairs: Sequence[Pair], better: Mapping[str, str]) -> dict[str, 
 
 def _share(hits: Iterable[bool]) -> dict[str, Any]:
     found = list(hits)
-    interval = wilson_interval(sum(found), len(found)) if found else None
+    interval = wilson_interval(sum(found), len(found), confidence=0.95) if found else None
     return {"hits": sum(found), "of": len(found), "interval": interval}
 
 

@@ -3,9 +3,7 @@
 import json
 import os
 import re
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from components.rlhf.tracking.registry import register_version
 from components.rlhf.tracking.texts import database_uri
 from tests.support.limited_s3 import LimitedS3
 from tests.support.mlflow_database import new_database
+from tests.support.webhooks import webhook_server
 
 SUCCEEDED = {"state": "SUCCEEDED", "pipelineJobResourceName": "job-1"}
 
@@ -45,23 +44,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[LimitedS3]:
 @pytest.fixture
 def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """The messages that arrive at the webhook."""
-    messages: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    listener = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listener.serve_forever, daemon=True).start()
-    monkeypatch.setenv("RLHF_WEBHOOK_URL", f"http://127.0.0.1:{listener.server_port}/hook")
-    yield messages
-    listener.shutdown()
-    listener.server_close()
+    with webhook_server() as (address, messages):
+        monkeypatch.setenv("RLHF_WEBHOOK_URL", f"{address}/hook")
+        yield messages
 
 
 def notify(

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from components.rlhf.tracking.approvals import Answer, answer_in, approve_versio
 from components.rlhf.tracking.registry import register_version
 from components.rlhf.tracking.texts import database_uri
 from tests.support.mlflow_database import new_database
+from tests.support.webhooks import webhook_server
 
 HOUR = 3600.0
 START = 1_700_000_000.0
@@ -216,23 +216,9 @@ def test_mlflow_that_fails_is_asked_again_and_never_approves(
 
 @pytest.fixture
 def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    messages: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    listener = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listener.serve_forever, daemon=True).start()
-    monkeypatch.setenv("RLHF_WEBHOOK_URL", f"http://127.0.0.1:{listener.server_port}/secret")
-    yield messages
-    listener.shutdown()
-    listener.server_close()
+    with webhook_server() as (address, messages):
+        monkeypatch.setenv("RLHF_WEBHOOK_URL", f"{address}/secret")
+        yield messages
 
 
 @pytest.fixture

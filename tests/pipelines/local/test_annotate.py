@@ -17,10 +17,11 @@ from sklearn.metrics import cohen_kappa_score
 
 from components.rlhf.data.fields import Fields
 from components.rlhf.data.preferences import to_preferences
+from components.rlhf.maths.intervals import wilson_interval
 from components.rlhf.text.errors import InputError
 from pipelines.__main__ import cli
 from pipelines.local.annotate import DISAGREEMENT, RANDOM, Pair, make_pairs, read_pairs
-from pipelines.local.annotate_agreement import cohen_kappa, krippendorff_alpha, wilson_interval
+from pipelines.local.annotate_agreement import cohen_kappa, krippendorff_alpha
 from pipelines.local.annotate_import import import_answers
 from pipelines.settings import dump_yaml, load_params
 from tests.support.annotated_runs import sample, write_run
@@ -374,7 +375,7 @@ def test_cohen_kappa_is_that_of_scikit_learn(answers: list[tuple[str, str]]) -> 
     ("hits", "of", "low", "high"), [(0, 10, 0.0, 0.2775), (8, 10, 0.4902, 0.9433), (10, 10, 0.7225, 1.0)]
 )
 def test_wilson_interval(hits: int, of: int, low: float, high: float) -> None:
-    assert wilson_interval(hits, of) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+    assert wilson_interval(hits, of, confidence=0.95) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
 
 @pytest.mark.slow
