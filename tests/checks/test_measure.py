@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from components.checks import prompts
 from components.checks.__main__ import main
 from components.rlhf.artifacts.check_rows import CheckRow, read_rows
 from components.rlhf.artifacts.directory import open_artifact
@@ -181,3 +183,12 @@ def test_prompts_are_rendered_as_the_run_renders_its_prompts(inputs: dict[str, P
     run(inputs | {"prompts": chat_prompts}, tmp_path, check)
     (line,) = (tmp_path / "checks" / "chat.jsonl").read_text().splitlines()
     assert json.loads(line)["prompt"] == "<user>Hello\n<assistant>"
+
+
+def test_response_that_cannot_be_searched_in_time_is_no_miss(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = SimpleNamespace(score=lambda completions: torch.zeros(len(completions)), counts={"failed": 1})
+    monkeypatch.setattr(prompts, "open_scorer", lambda *_: scorer)
+    (row,) = run(inputs, tmp_path, {"kind": "prompts", "prompts": PROMPTS, "pattern": "(a+)+$", "max_rate": 0.9})
+    assert not row.passed and "1 responses could not be searched in time; simplify" in row.problem

@@ -18,6 +18,7 @@ from components.register.approval import ApprovalFile, RegisteredVersion, wait_f
 from components.rlhf.artifacts.manifest import read_manifest, write_manifest
 from components.rlhf.config.storage import TrackingConfig
 from components.rlhf.text.errors import InputError
+from components.rlhf.tracking import registry
 from components.rlhf.tracking.approvals import Answer, answer_in, approve_version, parse_timestamp, timestamp
 from components.rlhf.tracking.registry import register_version
 from components.rlhf.tracking.texts import database_uri
@@ -263,6 +264,28 @@ def wait_until_pending(tracking: TrackingConfig, run_id: str) -> None:
     while tags_of_run(tracking, run_id).get("approval_requested_at") is None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_answer_that_mlflow_does_not_take_is_not_lost(
+    inputs: Path, tracking: TrackingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_RUN_ID", "outage")
+    works = registry.register_version
+
+    def fails_at_the_end(*arguments: Any, **options: Any) -> str:
+        return "" if options["decision"] in ("promote", "reject") else works(*arguments, **options)
+
+    def approve() -> None:
+        wait_until_pending(tracking, "outage")
+        approve_version(tracking, "outage", YES)
+
+    monkeypatch.setattr(registry, "register_version", fails_at_the_end)
+    failed = register(inputs, tracking, 1, approve)
+    assert failed.exit_code != 0 and "could not be written to MLflow" in failed.output
+    monkeypatch.setattr(registry, "register_version", works)
+    assert register(inputs, tracking, 1).exit_code == 0  # another attempt, which nobody is asked in
+    client = MlflowClient(tracking.uri, tracking.uri)
+    assert client.get_model_version_by_alias("toy", "champion").tags["approved_by"] == YES.by
 
 
 @pytest.mark.parametrize(("approved", "title"), [(True, "Promoted to champion"), (False, "Rejected")])

@@ -47,6 +47,17 @@ def test_versions_aliases_and_retries(tracking: TrackingConfig, tmp_path: Path) 
     }  # fmt: skip
 
 
+def test_version_of_another_policy_links_to_its_weights(tracking: TrackingConfig, tmp_path: Path) -> None:
+    client = MlflowClient(tracking_uri=tracking.uri, registry_uri=tracking.uri)
+    for digest in ("one", "one", "two"):
+        (tmp_path / "link.json").write_text(digest, encoding="utf-8")
+        version = register_version(
+            tracking, folder=tmp_path, run_id="again", decision="", reason="", lineage={"digest": digest}
+        )
+        run_id = client.get_model_version("toy", version).run_id
+        assert Path(client.download_artifacts(run_id, "model/link.json")).read_text(encoding="utf-8") == digest
+
+
 def test_missing_registry_does_not_fail(capsys: pytest.CaptureFixture[str]) -> None:
     version = {"folder": Path("x"), "run_id": "r", "decision": "promote", "reason": "", "lineage": {}}
     assert register_version(TrackingConfig(), **version) == ""
